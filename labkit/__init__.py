@@ -1,0 +1,67 @@
+"""labkit: train a mixture of experts over a swarm of slow, unreliable machines, and watch it, from a notebook.
+
+    import labkit as lk
+
+    swarm = lk.Swarm()
+    swarm.serve("ffn", hidden=256, grid=(4, 4), servers=4)
+    model = nn.Sequential(nn.Linear(784, 256), swarm.moe(256, grid=(4, 4), k_best=4), nn.Linear(256, 10))
+    run = lk.fit(model, (x, y), epochs=1, trainers=8)
+
+Names are imported when they are first used, so that `import labkit` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Swarm": "swarm",
+    "fit": "trainer",
+    "evaluate": "trainer",
+    "load": "data",
+    "register_expert": "server.layers",
+    "BackendConfig": "server.optimizer",
+    "DispatchConfig": "client.dispatch",
+    "MixtureOfExperts": "client.moe",
+    "RemoteExpert": "client.expert",
+    "LabkitError": "errors",
+    "JoinError": "errors",
+    "InviteError": "errors",
+    "NoExperts": "errors",
+    "NotEnoughExperts": "errors",
+    "SwarmClosed": "errors",
+}
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from labkit.client.dispatch import DispatchConfig as DispatchConfig
+    from labkit.client.expert import RemoteExpert as RemoteExpert
+    from labkit.client.moe import MixtureOfExperts as MixtureOfExperts
+    from labkit.data import load as load
+    from labkit.errors import InviteError as InviteError
+    from labkit.errors import JoinError as JoinError
+    from labkit.errors import LabkitError as LabkitError
+    from labkit.errors import NoExperts as NoExperts
+    from labkit.errors import NotEnoughExperts as NotEnoughExperts
+    from labkit.errors import SwarmClosed as SwarmClosed
+    from labkit.server.layers import register_expert as register_expert
+    from labkit.server.optimizer import BackendConfig as BackendConfig
+    from labkit.swarm import Swarm as Swarm
+    from labkit.trainer import evaluate as evaluate
+    from labkit.trainer import fit as fit
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'labkit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"labkit.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

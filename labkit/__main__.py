@@ -1,0 +1,115 @@
+"""The `labkit` command: demo, serve, keygen."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the console script. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="labkit", description="Decentralized mixture-of-experts training.")
+    parser.add_argument("--verbose", "-v", action="store_true", help="log what happens to standard error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_demo(commands.add_parser("demo", help="train on digits while a server is killed and brought back"))
+    add_serve(commands.add_parser("serve", help="serve experts, in a new swarm or in one that is running"))
+    keygen = commands.add_parser("keygen", help="make a key file, and print its public key")
+    keygen.add_argument("file", help="where to write it; an existing file is never overwritten")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(
+        level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    return COMMANDS[options.command](options)
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    """The options of `labkit demo`."""
+    parser.add_argument("--dataset", default="digits", metavar="digits|mnist|HUB_NAME", help="(default: digits)")
+    parser.add_argument("--data-dir", metavar="DIR", help="where the data set's parquet files are")
+    parser.add_argument("--servers", type=int, default=4, help="expert servers, each a process (default: 4)")
+    parser.add_argument("--experts", type=int, default=16, help="experts, in a grid near to square (default: 16)")
+    parser.add_argument("--k-best", type=int, default=4, help="experts that each row is sent to (default: 4)")
+    parser.add_argument("--trainers", type=int, default=4, help="batches in flight (default: 4)")
+    parser.add_argument("--steps", type=int, help="training steps (default: 400 for digits, else 3000)")
+    parser.add_argument("--kill", type=int, default=1, metavar="N", help="servers to kill and bring back (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
+
+
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    """The options of `labkit serve`."""
+    parser.add_argument("--join", metavar="INVITE", help="the invitation of a running swarm (default: start a new one)")
+    parser.add_argument("--experts", type=int, help="how many experts (default: the grid's free places)")
+    parser.add_argument("--grid", type=int, nargs="+", metavar="SIZE", help="sizes of the expert grid")
+    parser.add_argument("--expert", default="ffn", metavar="KIND", help="ffn, transformer, nop or package.module:factory")
+    parser.add_argument("--hidden", type=int, help="width of the experts (default: the running grid's, or 64)")
+    parser.add_argument("--name", help="name of the grid (default: the kind's)")
+    parser.add_argument("--listen", default="tcp://127.0.0.1:*", metavar="tcp://HOST:PORT", help="(default: loopback)")
+    parser.add_argument("--announce", metavar="HOST[:PORT]", help="the address that others should use")
+    parser.add_argument("--secure", action="store_true", help="encrypt on loopback too; beyond it that is always on")
+    parser.add_argument("--key", metavar="FILE", help="a key file made by labkit keygen (default: a new key)")
+    parser.add_argument("--member", action="append", metavar="KEY", help="make it private: admit this public key")
+    parser.add_argument("--checkpoint-dir", metavar="DIR", help="load experts from there, and save them")
+    parser.add_argument("--checkpoint-period", type=float, default=30.0, metavar="SECONDS", help="(default: 30)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the experts (default: 0.001)")
+    parser.add_argument("--device", default="cpu", help="where they compute (default: cpu)")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """`labkit demo`."""
+    from labkit.demo import DemoConfig, demo
+    from labkit.errors import LabkitError
+
+    fields = {name: getattr(options, name) for name in DemoConfig.__dataclass_fields__}
+    try:
+        demo(DemoConfig(**fields), as_json=options.json)
+    except (LabkitError, ValueError) as error:
+        return _complain(error)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run_serve(options: argparse.Namespace) -> int:
+    """`labkit serve`."""
+    if options.child:
+        from labkit.child import run_child
+
+        return run_child()
+    from labkit.errors import LabkitError
+    from labkit.serving import serve
+
+    try:
+        serve(options)
+    except (LabkitError, ValueError) as error:
+        return _complain(error)
+    return 0
+
+
+def run_keygen(options: argparse.Namespace) -> int:
+    """`labkit keygen`."""
+    from labkit.errors import LabkitError
+    from labkit.wire.security import Identity, key_text
+
+    identity = Identity.generate()
+    try:
+        identity.save(options.file)
+    except LabkitError as error:
+        return _complain(error)
+    print(key_text(identity.public_key))
+    return 0
+
+
+def _complain(error: Exception) -> int:
+    print(f"labkit: {error}", file=sys.stderr)
+    return 1
+
+
+COMMANDS = {"demo": run_demo, "serve": run_serve, "keygen": run_keygen}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""One expert of a swarm as a torch module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from labkit.client.session import Session, find_session
+from labkit.errors import NoExperts
+from labkit.expert_uid import parent, split_uid
+
+
+
+class RemoteExpert(nn.Module):
+    """One expert of a swarm, called like any module: `expert(x)`, or `expert(x, y)` for several inputs.
+
+    Inputs [rows, ...] -> output [rows, ...]. Its parameters stay where they are: a backward pass trains them there.
+    Raises `NoExperts` if nobody serves it, and a kind of `RPCError` for a call that fails.
+    """
+
+    def __init__(self, uid: str, swarm: str = "default", *, timeout: float = 10.0, codec: str = "none") -> None:
+        super().__init__()
+        split_uid(uid)
+        self.uid = uid
+        self.swarm = swarm
+        self.timeout = timeout
+        self.codec = codec
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        # The empty tensor makes autograd ask for the backward pass even where no input needs a gradient: it trains.
+        output: Tensor = _CallExpert.apply(self, torch.zeros(0, requires_grad=True), *inputs)  # type: ignore[no-untyped-call]
+        return output
+
+    def extra_repr(self) -> str:
+        return f"{self.uid}, swarm={self.swarm!r}"
+
+    async def call(self, session: Session, direction: str, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Look the expert up and call it, in the lab thread."""
+        info = (await session.directory.find([self.uid]))[self.uid]
+        if info is None:
+            raise NoExperts(f"nobody serves {self.uid}: {await session.directory.explain(parent(self.uid)[0])}")
+        if direction == "forward":
+            return (await session.experts.forward(info, tensors, None, timeout=self.timeout, codec=self.codec)).tensors
+        *inputs, grad = tensors
+        return (await session.experts.backward(info, inputs, grad, timeout=self.timeout, codec=self.codec)).tensors
+
+
+class _CallExpert(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, expert: RemoteExpert, anchor: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.expert, ctx.session = expert, find_session(expert.swarm)
+        ctx.save_for_backward(*inputs)
+        (output,) = ctx.session.run(expert.call, ctx.session, "forward", [x.detach() for x in inputs])
+        return output.to(inputs[0].device)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        inputs = ctx.saved_tensors
+        grads = iter(ctx.session.run(ctx.expert.call, ctx.session, "backward", [*inputs, grad_output]))
+        return None, None, *(next(grads).to(x.device) if x.is_floating_point() else None for x in inputs)

@@ -1,0 +1,170 @@
+"""The MoE layer: a mixture of experts whose experts live elsewhere (paper, section 3.1), as a torch module.
+
+A batch enters the network here and comes back here. Gating scores are computed locally; `client/dispatch` finds and
+calls the experts; the average over those that answered is plain autograd again, so the gate's gradient is exact.
+"""
+
+# b...: leading shape of the input; n: rows = all of them; k: k_best; size: of one grid dimension; dim: of a row
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from labkit.client.dispatch import DispatchConfig, Dispatched, dispatch_backward, dispatch_forward
+from labkit.client.session import Session, find_session
+from labkit.expert_uid import check_grid, check_name
+
+ROUTINGS = ("softmax", "switch")
+
+
+class MixtureOfExperts(nn.Module):
+    """`moe(x)`: input [..., dim] -> output [..., dim]. Usually made by `swarm.moe(dim, grid=(4, 4))`.
+
+    Each row goes to the `k_best` live experts with the highest grid scores; its output is the softmax-weighted mean
+    over those that answered it. `moe(x, y, …)` hands the experts further inputs [..., *] beside x. A forward pass
+    raises `NoExperts` or `NotEnoughExperts`, a backward pass the latter; never is an output NaN.
+
+    `grid`: sizes of the expert grid, one gating map each. `name`: of the grid, the first part of its uids. `swarm`: the
+    name of the swarm in this process. `routing`: "softmax", or "switch" (weights are the gate's probabilities, as in
+    the Switch Transformer; meant for k_best=1). `jitter`: the gate's input is multiplied by random factors within
+    1 ± jitter; `grid_dropout`: the share of grid coordinates that each batch does without; both in training only.
+    `dispatch`: see `DispatchConfig`. After each forward pass `balance_loss` holds the load-balancing loss of that
+    batch, a scalar that is 1 for an even load.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        grid: Sequence[int],
+        name: str = "ffn",
+        *,
+        swarm: str = "default",
+        routing: str = "softmax",
+        jitter: float = 0.0,
+        grid_dropout: float = 0.0,
+        dispatch: DispatchConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.grid = check_grid(grid)
+        self.name = check_name(name)
+        self.swarm = swarm
+        self.dispatch = dispatch or DispatchConfig(k_best=min(4, math.prod(self.grid)))
+        if routing not in ROUTINGS:
+            raise ValueError(f"routing={routing!r}: one of {', '.join(ROUTINGS)}")
+        if not 0 <= jitter < 1 or not 0 <= grid_dropout < 1:
+            raise ValueError(f"jitter={jitter!r}, grid_dropout={grid_dropout!r}: shares of at least 0 and below 1")
+        if self.dispatch.k_best > math.prod(self.grid):
+            raise ValueError(f"k_best={self.dispatch.k_best}, but the grid {self.grid} has only {math.prod(self.grid)}")
+        self.routing = routing
+        self.jitter = jitter
+        self.grid_dropout = grid_dropout
+        self.gate = nn.Linear(dim, sum(self.grid))
+        self.balance_loss: Tensor | None = None
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        """One batch's way: 1. grid scores, 2. experts, 3. weights over those that answered, 4. the weighted mean."""
+        if x.ndim < 1 or x.shape[-1] != self.dim:
+            raise ValueError(f"the input's last dimension is {self.dim} here; got a tensor of shape {list(x.shape)}")
+        leading = x.shape[:-1]  # b...
+        if any(other.shape[: len(leading)] != leading for other in others):
+            raise ValueError(f"all inputs begin with the same shape; {list(leading)} here")
+        inputs = [tensor.reshape(-1, *tensor.shape[len(leading) :]) for tensor in (x, *others)]  # [n, ...]
+        if inputs[0].shape[0] == 0:
+            return x * 1.0
+        scores = self.grid_scores(inputs[0])  # 1: [n, size] for each dimension
+        session = find_session(self.swarm)
+        sent, outputs = self._ask(session, inputs, scores)  # 2: [n, k, dim]
+        weights = self.weights(scores, sent).to(outputs.dtype)  # 3: [n, k]
+        self.balance_loss = balance_loss(scores, sent)
+        mean = torch.einsum("nk,nk...->n...", weights, outputs)  # 4: [n, dim]
+        return mean.reshape(*leading, *mean.shape[1:])
+
+    def grid_scores(self, rows: Tensor) -> list[Tensor]:
+        """[n, dim] -> the scores of each dimension's coordinates, [n, size]."""
+        if self.training and self.jitter:
+            rows = rows * torch.empty_like(rows).uniform_(1 - self.jitter, 1 + self.jitter)
+        return list(self.gate(rows).split(self.grid, dim=1))
+
+    def _ask(self, session: Session, inputs: Sequence[Tensor], scores: Sequence[Tensor]) -> tuple[Dispatched, Tensor]:
+        searched = [score.detach().float().cpu() for score in scores]
+        if self.training and self.grid_dropout:
+            searched = [_drop(score, self.grid_dropout) for score in searched]
+        local = [tensor.detach().cpu() for tensor in inputs]
+        sent = session.run(dispatch_forward, session, self.dispatch, self.name, local, searched, (self.dim,))
+        # The scores go in so that autograd asks for the backward pass even where no input needs a gradient.
+        anchor = scores[0] if scores[0].requires_grad else torch.zeros(0, requires_grad=True)
+        outputs = _ExpertOutputs.apply(session, self.dispatch, sent, anchor, *inputs)  # type: ignore[no-untyped-call]
+        return sent, outputs
+
+    def weights(self, scores: Sequence[Tensor], sent: Dispatched) -> Tensor:
+        """[n, k]: each row's weights of the experts that answered it; zeros where none did. Differentiable."""
+        device = scores[0].device
+        coordinates, answered = sent.coordinates.to(device), sent.answered.to(device)
+        if self.routing == "switch":
+            scores = [torch.log_softmax(score, dim=1) for score in scores]
+        total = sum(score.gather(1, coordinates[:, :, d]) for d, score in enumerate(scores))
+        assert isinstance(total, Tensor)  # [n, k], the scores of the chosen experts
+        if self.routing == "switch":
+            return total.exp() * answered
+        # Rows without an answer must not reach the softmax: it would give NaN there.
+        lowest = torch.finfo(total.dtype).min
+        return torch.softmax(total.masked_fill(~answered, lowest), dim=1) * answered
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, grid={self.grid}, name={self.name!r}, k_best={self.dispatch.k_best}, swarm={self.swarm!r}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The last batch's graph is no part of the layer, and cannot be copied.
+        return {**super().__getstate__(), "balance_loss": None}  # type: ignore[misc]
+
+
+def balance_loss(scores: Sequence[Tensor], sent: Dispatched) -> Tensor:
+    """Load-balancing loss (Switch Transformer, eq. 4, on each grid dimension): size * Σ_i f_i P_i, averaged over them.
+
+    f_i is the share of choices that fell on coordinate i, P_i its mean probability. 1 for an even load; its gradient
+    reaches the gate through P.
+    """
+    device = scores[0].device
+    chosen = (sent.choice >= 0).to(device)
+    losses = []
+    for d, score in enumerate(scores):
+        size = score.shape[1]
+        probability = torch.softmax(score, dim=1).mean(0)  # P: [size]
+        counts = torch.bincount(sent.coordinates[:, :, d].to(device)[chosen], minlength=size)
+        losses.append(size * (counts / counts.sum().clamp(min=1) * probability).sum())
+    return torch.stack(losses).mean()
+
+
+def _drop(scores: Tensor, share: float) -> Tensor:
+    """Exclude a share of the coordinates for the whole batch, at least one is kept. [n, size] -> [n, size]"""
+    dropped = torch.rand(scores.shape[1]) < share
+    dropped[torch.randint(scores.shape[1], ())] = False
+    return scores.masked_fill(dropped, -math.inf)
+
+
+class _ExpertOutputs(torch.autograd.Function):
+    """What the experts answered, as a function of what they were sent."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, session: Session, config: DispatchConfig, sent: Dispatched, anchor: Tensor, *inputs: Tensor
+    ) -> Tensor:
+        ctx.session, ctx.config, ctx.sent = session, config, sent
+        ctx.save_for_backward(*inputs)
+        return sent.outputs.to(inputs[0].device)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_outputs: Tensor) -> Any:
+        inputs = ctx.saved_tensors
+        local = [tensor.detach().cpu() for tensor in inputs]
+        grads = ctx.session.run(dispatch_backward, ctx.session, ctx.config, ctx.sent, local, grad_outputs.cpu())
+        returned = (grad if grad is None else grad.to(x.device) for grad, x in zip(grads, inputs, strict=True))
+        return None, None, None, None, *returned

@@ -1,0 +1,68 @@
+"""A session: how layers in one process reach a swarm. Layers hold its name only, so that they pickle and copy freely.
+
+`swarm.py` opens a session for each swarm that it starts or joins; `client/moe` and `client/expert` find it by name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from labkit.client.calls import ExpertClient
+from labkit.directory import Directory
+from labkit.errors import SwarmClosed
+from labkit.events import Emit
+from labkit.portal import Portal
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Session:
+    """The calls that layers make, and the way into the lab thread where they are made."""
+
+    name: str
+    portal: Portal
+    directory: Directory
+    experts: ExpertClient
+    emit: Emit
+    _said: set[str] = field(default_factory=set, repr=False)
+
+    def say_once(self, text: str) -> None:
+        """Log a warning that would be tedious to read at every batch."""
+        if len(self._said) < 100 and text not in self._said:
+            self._said.add(text)
+            logger.warning(text)
+
+    def run(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
+        """Run an async function in the lab thread and wait for it."""
+        return self.portal.call(function, *args)
+
+
+_sessions: dict[str, Session] = {}
+
+
+def open_session(session: Session) -> None:
+    """Make a session known by its name."""
+    _sessions[session.name] = session
+
+
+def close_session(session: Session) -> None:
+    """Forget a session, unless its name is another's by now."""
+    if _sessions.get(session.name) is session:
+        del _sessions[session.name]
+
+
+def find_session(name: str) -> Session:
+    """The open session of that name. Raises `SwarmClosed`."""
+    session = _sessions.get(name)
+    if session is None:
+        others = f"open here: {', '.join(sorted(_sessions))}" if _sessions else "none is open in this process"
+        raise SwarmClosed(
+            f"this layer belongs to the swarm {name!r}, which is not open here ({others}); start it with "
+            f"lk.Swarm(name={name!r}), join it with lk.Swarm.join(invite, name={name!r}), or use swarm.attach(model)"
+        )
+    return session

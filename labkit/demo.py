@@ -1,0 +1,166 @@
+"""`labkit demo`: the whole thing in a minute. Train over live servers, kill some of them, bring them back.
+
+1. Start expert servers as processes. 2. Train a small classifier with one MoE layer. 3. After a third of the steps kill
+servers with SIGKILL. 4. After two thirds bring them back, from their checkpoints. 5. Say how it went.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from labkit.client.moe import MixtureOfExperts
+from labkit.data import ClassificationData, load
+from labkit.expert_uid import grid_for
+from labkit.server.optimizer import BackendConfig
+from labkit.swarm import Swarm
+from labkit.trainer import Run, evaluate, fit
+from labkit.view.progress import show_progress
+
+HIDDEN = {"digits": 64}  # width of the model, by data set
+DEFAULT_HIDDEN = 128
+STEPS = {"digits": 400}
+DEFAULT_STEPS = 3000
+BATCH_SIZE = 64
+CHECKPOINT_PERIOD = 2.0  # seconds
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What to demonstrate; the options of `labkit demo`."""
+
+    dataset: str = "digits"
+    data_dir: str | None = None
+    servers: int = 4
+    experts: int = 16
+    k_best: int = 4
+    trainers: int = 4
+    steps: int | None = None
+    kill: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("servers", "experts", "k_best", "trainers", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1")
+        if self.servers > self.experts:
+            raise ValueError(f"--servers {self.servers}: at most one for each of the {self.experts} experts")
+        if self.k_best > self.experts:
+            raise ValueError(f"--k-best {self.k_best}: at most the number of experts, {self.experts}")
+        if not 0 <= self.kill < max(2, self.servers):
+            raise ValueError(f"--kill {self.kill}: fewer than there are servers ({self.servers})")
+
+
+class Classifier(nn.Module):
+    """rows [batch, dim] -> class scores [batch, classes]: a linear map, one MoE layer with a residual, a head."""
+
+    def __init__(self, dim: int, hidden: int, classes: int, moe: MixtureOfExperts) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(dim, hidden), nn.LayerNorm(hidden))
+        self.moe = moe
+        self.head = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, classes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        scores: torch.Tensor = self.head(x + self.moe(x))
+        return scores
+
+
+@dataclass
+class _Killer:
+    """Kills servers after a third of the steps and restarts them after two thirds."""
+
+    swarm: Swarm
+    total: int
+    count: int
+    alive_min: int
+    killed: list[int] = field(default_factory=list)
+    restarted: bool = False
+
+    def __call__(self, steps: int) -> None:
+        """Called some ten times a second with the number of steps done."""
+        if not self.killed and self.count and steps >= self.total / 3:
+            for number in range(len(self.swarm.servers))[-self.count :]:
+                self.swarm.servers[number].kill()
+                self.killed.append(number)
+        if self.killed and not self.restarted and steps >= 2 * self.total / 3:
+            self.restarted = True
+            for number in self.killed:
+                self.swarm.servers[number].restart()
+        self.alive_min = min(self.alive_min, self.swarm.experts_alive())
+
+
+def demo(config: DemoConfig, *, as_json: bool = False) -> dict[str, Any]:
+    """Run the demonstration and print how it went; returns the same as a dictionary."""
+    started = time.monotonic()
+    data = load(config.dataset, config.data_dir, seed=config.seed)
+    torch.manual_seed(config.seed)
+    hidden = HIDDEN.get(config.dataset, DEFAULT_HIDDEN)
+    steps = config.steps or STEPS.get(config.dataset, DEFAULT_STEPS)
+    print(f"starting {config.servers} servers with {config.experts} experts …", file=sys.stderr)
+    with Swarm("demo") as swarm:
+        swarm.serve(  # 1
+            "ffn", hidden=hidden, grid=grid_for(config.experts), servers=config.servers, isolation="process",
+            threads=1, seed=config.seed, checkpoint_period=CHECKPOINT_PERIOD, backend=BackendConfig(clip_grad_norm=1.0),
+        )  # fmt: skip
+        model = Classifier(data.dim, hidden, data.classes, swarm.moe(hidden, k_best=config.k_best))
+        swarm.experts()  # reads the directory, so that those alive can be counted
+        killer = _Killer(swarm, steps, config.kill, swarm.experts_alive())
+        run = fit(  # 2
+            model, data, steps=steps, batch_size=BATCH_SIZE, trainers=config.trainers, balance=0.01, seed=config.seed
+        )
+        show_progress(run, swarm.experts_alive, label=config.dataset, on_tick=killer, file=sys.stderr)  # 3, 4
+        accuracy = evaluate(model, data.test_x, data.test_y)
+        result = _result(swarm, data, run, killer, accuracy, time.monotonic() - started)
+        print(_table(result, swarm))  # 5
+    if as_json:
+        print(json.dumps(result))
+    return result
+
+
+def _result(
+    swarm: Swarm, data: ClassificationData, run: Run, killer: _Killer, accuracy: float, seconds: float
+) -> dict[str, Any]:
+    calls = swarm.telemetry.total
+    return {
+        "dataset": data.name,
+        "accuracy": round(accuracy, 4),
+        "steps": run.steps,
+        "seconds": round(seconds, 1),
+        "samples_per_s": round(run.samples_per_s, 1),
+        "servers": {
+            "started": len(swarm.servers),
+            "killed": len(killer.killed),
+            "alive": sum(server.alive for server in swarm.servers),
+        },
+        "experts": sum(len(server.uids) for server in swarm.servers),
+        "experts_alive_min": killer.alive_min,
+        "calls": calls.finished + calls.failed.total(),
+        "calls_failed": dict(calls.failed),
+        "no_answer_rows": swarm.telemetry.unanswered_rows,
+    }
+
+
+def _table(result: dict[str, Any], swarm: Swarm) -> str:
+    """The summary, for people."""
+    servers, failed = result["servers"], result["calls_failed"]
+    causes = f" ({', '.join(f'{cause} {count}' for cause, count in failed.items())})" if failed else ""
+    rows = {
+        "test accuracy": f"{result['accuracy']:.4f} on {result['dataset']}",
+        "steps": f"{result['steps']:,} in {result['seconds']:.1f} s, start-up included",
+        "throughput": f"{result['samples_per_s']:,.0f} samples/s while training",
+        "servers": f"{servers['started']} started, {servers['killed']} killed, {servers['alive']} alive at the end",
+        "experts": f"{result['experts']}, {result['experts_alive_min']} alive at the worst",
+        "calls": f"{result['calls']:,}, {sum(failed.values())} failed{causes}",
+        "rows without an answer": str(result["no_answer_rows"]),
+    }
+    width = max(map(len, rows))
+    lines = [f"  {name.ljust(width)}  {value}" for name, value in rows.items()]
+    return "\n".join(["", repr(swarm), "", *lines])

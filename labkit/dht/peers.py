@@ -1,0 +1,200 @@
+"""Every call that a DHT node makes, and what is learned from it: who is alive, who is slow, who is left alone.
+
+Sits between `node` (what to say) and `wire.rpc` (how it travels). Whoever answers or calls enters the routing table;
+contacts that third parties name do not, until they have answered themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import trio
+
+from labkit.contact import Contact
+from labkit.dht.protocol import Answered, Ping, Pong
+from labkit.dht.routing import Blacklist, RoutingTable
+from labkit.dht.storage import Limits
+from labkit.errors import RPCError
+from labkit.wire.rpc import Caller, Request
+
+R = TypeVar("R", bound=Answered)
+
+MAX_BACKGROUND = 64  # tasks; beyond, background work is dropped: all of it is repeated or repaired later
+
+
+@dataclass(frozen=True)
+class DHTConfig:
+    """How a DHT node behaves. Times in seconds."""
+
+    k: int = 20  # replicas of a record, contacts per bucket
+    alpha: int = 3  # nodes that a look-up asks at a time
+    quorum: int = 3  # other nodes whose values a get merges, if there are as many
+    rpc_timeout: float = 2.0  # a node that has not answered by then has failed
+    slow_after: float = 0.3  # a look-up goes on without a node after this (or longer, where round trips are longer)
+    lookup_timeout: float = 10.0  # then a look-up makes do with what it has
+    refresh_period: float = 300.0
+    republish_period: float = 60.0
+    cache_ttl: float = 10.0  # of copies left by look-ups: how long a stale one can be met
+    blacklist_base: float = 1.0
+    blacklist_max: float = 60.0
+    max_failures: int = 5  # in a row; then a node is forgotten
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if min(self.k, self.alpha, self.quorum, self.max_failures) < 1:
+            raise ValueError("k, alpha, quorum and max_failures are at least 1")
+        times = (self.rpc_timeout, self.slow_after, self.lookup_timeout, self.refresh_period, self.republish_period)
+        if not all(time > 0 for time in (*times, self.cache_ttl, self.blacklist_base, self.blacklist_max)):
+            raise ValueError("times are seconds above 0")
+
+
+class Peers:
+    """The other nodes, as one node sees them. `on_new(contact)` is called for each that enters the routing table."""
+
+    __slots__ = (
+        "_background", "_caller", "_config", "_deviation", "_on_new", "_probing", "_round_trip", "blacklist", "calls",
+        "calls_failed", "contact", "lost", "routing", "sender",
+    )  # fmt: skip
+
+    def __init__(
+        self, caller: Caller, contact: Contact, config: DHTConfig, client_only: bool, on_new: Callable[[Contact], None]
+    ) -> None:
+        self.contact = contact
+        self.sender = None if client_only else contact  # as requests name us
+        self.routing = RoutingTable(contact.node_id, config.k)
+        self.blacklist = Blacklist(config.blacklist_base, config.blacklist_max)
+        self.lost: dict[int, Contact] = {}  # the last k that were forgotten, to be tried when nobody else is left
+        self.calls = 0
+        self.calls_failed = 0
+        self._caller = caller
+        self._config = config
+        self._on_new = on_new
+        self._background: trio.Nursery | None = None
+        self._probing: set[int] = set()
+        self._round_trip = 0.0  # seconds, smoothed, over all peers
+        self._deviation = 0.0
+
+    @property
+    def slow_after(self) -> float:
+        """Seconds after which a look-up goes on without an answer, by the round trips seen (as TCP's RFC 6298 does)."""
+        return min(self._config.rpc_timeout, max(self._config.slow_after, self._round_trip + 4 * self._deviation))
+
+    @property
+    def round_trip(self) -> float:
+        """Smoothed round-trip time over all peers, seconds."""
+        return self._round_trip
+
+    def usable(self, contact: Contact) -> bool:
+        """Whether to call a node now: not ourselves, and not on the blacklist.
+
+        One whose back-off is over is pinged in the background first, so that no look-up waits for it a second time.
+        """
+        node_id = contact.node_id
+        if node_id not in self.blacklist:
+            return node_id != self.contact.node_id
+        if not self.blacklist.blocks(node_id, _now()):
+            self.probe(contact)
+            return self._background is None
+        return False
+
+    def nearest(self, target: int, count: int) -> list[Contact]:
+        """Up to `count` known and usable contacts, by distance to `target`.
+
+        If there are none, as after an outage of our own: those on the blacklist whose back-off is over.
+        """
+        found = self.routing.nearest(target, count, self.usable)
+        return found or self.routing.nearest(target, count, lambda c: not self.blacklist.blocks(c.node_id, _now()))
+
+    async def call(self, contact: Contact, method: str, body: object, returns: type[R]) -> R | None:
+        """Call a node. Returns its reply, or None if there was none, whatever the reason."""
+        self.calls += 1
+        start = _now()
+        try:
+            reply = await self._caller.call(contact, method, body, returns=returns, timeout=self._config.rpc_timeout)
+        except RPCError:
+            self.failed(contact)
+            return None
+        answered = reply.body
+        if not isinstance(answered, returns) or answered.key != contact.key:
+            self.failed(contact)
+            return None
+        self._timed(_now() - start)
+        self.blacklist.clear(contact.node_id)
+        self._seen(contact)
+        return answered
+
+    async def ping(self, contact: Contact) -> bool:
+        """Whether a node answers."""
+        return await self.call(contact, "dht.ping", Ping(self.sender), Pong) is not None
+
+    def called_by(self, request: Request, sender: Contact | None) -> None:
+        """A node called us and named itself. Ignored if the connection was proven to be someone else's.
+
+        A node that we had given up is pinged at once, and is back when it answers: it may be one that can call but
+        cannot be called. New callers are taken at their word.
+        """
+        if sender is None or request.peer.key not in (None, sender.key):
+            return
+        if sender.node_id in self.blacklist:
+            if self._background is not None:
+                self.probe(sender)
+                return
+            self.blacklist.clear(sender.node_id)
+        self._seen(sender)
+
+    def failed(self, contact: Contact) -> None:
+        """A node did not answer, or answered nonsense."""
+        self.calls_failed += 1
+        node_id = contact.node_id
+        failures = self.blacklist.failed(node_id, _now())
+        self.routing.failed(node_id)
+        if failures >= self._config.max_failures:
+            forgotten = self.routing.remove(node_id)
+            if forgotten is not None:
+                self.lost[node_id] = forgotten
+                if len(self.lost) > self._config.k:
+                    del self.lost[next(iter(self.lost))]
+
+    def probe(self, contact: Contact) -> None:
+        """Ping a node in the background, to learn whether it is alive."""
+        if contact.node_id not in self._probing and self.in_background(self._probe, contact):
+            self._probing.add(contact.node_id)
+
+    async def _probe(self, contact: Contact) -> None:
+        try:
+            await self.ping(contact)
+        finally:
+            self._probing.discard(contact.node_id)
+
+    def run_in(self, nursery: trio.Nursery | None) -> None:
+        """Where background work runs from now on; None: nowhere."""
+        self._background = nursery
+
+    def in_background(self, function: Callable[[Contact], Awaitable[object]], contact: Contact) -> bool:
+        """Start background work if there is somewhere to run it and not too much of it already."""
+        if self._background is None or len(self._background.child_tasks) > MAX_BACKGROUND:
+            return False
+        self._background.start_soon(function, contact)
+        return True
+
+    def _seen(self, contact: Contact) -> None:
+        new = contact.node_id not in self.routing
+        doubtful = self.routing.seen(contact, _now())
+        if doubtful is not None:
+            self.probe(doubtful)
+        if new and contact.node_id in self.routing:
+            self.lost.pop(contact.node_id, None)
+            self._on_new(contact)
+
+    def _timed(self, seconds: float) -> None:
+        if self._round_trip == 0.0:
+            self._round_trip, self._deviation = seconds, seconds / 2
+        else:
+            self._deviation += (abs(seconds - self._round_trip) - self._deviation) / 4
+            self._round_trip += (seconds - self._round_trip) / 8
+
+
+def _now() -> float:
+    return trio.current_time()

@@ -1,0 +1,82 @@
+"""What a DHT node answers when other nodes call it: `dht.ping`, `dht.find` and `dht.store`.
+
+Nothing here waits for anyone. Bodies have been checked by the wire; `storage` decides what is taken.
+Source: Kademlia, section 2.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import trio
+
+from labkit.contact import Contact
+from labkit.dht.peers import DHTConfig, Peers
+from labkit.dht.protocol import Find, Ping, Pong, ReplyBuilder, Store, StoreReply, from_wire
+from labkit.dht.storage import Item, Role, Storage, key_id
+from labkit.wire.rpc import Method, Reply, Request
+
+
+class Service:
+    """The handlers of one DHT node. `republish_at()`: when an item stored now is due to be republished."""
+
+    __slots__ = ("_config", "_peers", "_republish_at", "_storage", "served")
+
+    def __init__(self, storage: Storage, peers: Peers, config: DHTConfig, republish_at: Callable[[], float]) -> None:
+        self._storage = storage
+        self._peers = peers
+        self._config = config
+        self._republish_at = republish_at
+        self.served = 0
+
+    @property
+    def methods(self) -> Mapping[str, Method]:
+        """By name, as `serve_rpc` takes them."""
+        return {
+            "dht.ping": Method(self.rpc_ping, Ping),
+            "dht.find": Method(self.rpc_find, Find),
+            "dht.store": Method(self.rpc_store, Store),
+        }
+
+    async def rpc_ping(self, request: Request) -> Reply:
+        """Answer that we are there."""
+        self._called(request, request.body.sender)
+        return Reply(Pong(self._peers.contact.key))
+
+    async def rpc_find(self, request: Request) -> Reply:
+        """Answer with what we hold and whom we know near to each key or id."""
+        body: Find = request.body
+        self._called(request, body.sender)
+        asker = body.sender.node_id if body.sender is not None else None
+
+        def accept(contact: Contact) -> bool:
+            return contact.node_id != asker and self._peers.usable(contact)
+
+        now = trio.current_time()
+        reply = ReplyBuilder(self._peers.contact.key, self._config.limits.max_record)
+        for query in body.queries():
+            items: Mapping[str | None, Item] = {}
+            if isinstance(query, str):
+                target, items = key_id(query), self._storage.get(query, now)
+            else:
+                target = int.from_bytes(query, "big")
+            reply.add(self._peers.routing.nearest(target, self._config.k, accept), items, now)
+        return Reply(reply.build())
+
+    async def rpc_store(self, request: Request) -> Reply:
+        """Take items, or say for each why not."""
+        body: Store = request.body
+        self._called(request, body.sender)
+        now = trio.current_time()
+        refusals = []
+        for record in body.records:
+            for wire in record.items:
+                item = from_wire(wire, now, self._republish_at())
+                if item.role is Role.CACHED:
+                    item.expires_at = min(item.expires_at, now + self._config.cache_ttl)
+                refusals.append(self._storage.put(record.key, wire.subkey, item, now) or "")
+        return Reply(StoreReply(self._peers.contact.key, refusals))
+
+    def _called(self, request: Request, sender: Contact | None) -> None:
+        self.served += 1
+        self._peers.called_by(request, sender)

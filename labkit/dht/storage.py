@@ -1,0 +1,219 @@
+"""What a DHT node holds: records with expirations, merged on store, bounded in every size a peer can choose.
+
+A key's record is either one plain value or a dictionary of subkeys, each with its own expiration (the prefix index that
+beam search reads is such a dictionary). Plain state: the time is passed in. Times are on the local clock; between nodes
+an expiration travels as the time to live that is left, since volunteers' clocks are wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+
+from labkit.contact import ID_BITS
+
+OVERHEAD = 200  # bytes that an item costs us beside its own; counted, so that empty values are not free
+
+
+def key_id(key: str) -> int:
+    """The 160-bit id of a key: where in the id space its record lives."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=ID_BITS // 8).digest(), "big")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Something to store. `ttl`: seconds to live. With a `subkey` it is one entry of the key's dictionary.
+
+    Among entries of the same key and subkey the higher `sequence` wins, then the later expiration, then the larger
+    bytes. `owner` (an Ed25519 public key) and `signature` are set by `Signer.sign`: then only the same owner can
+    replace it.
+    """
+
+    key: str
+    value: bytes
+    ttl: float
+    subkey: str | None = None
+    sequence: int = 0
+    owner: bytes | None = None
+    signature: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """Something found. `expires_at`: on trio's clock of this process, in seconds."""
+
+    data: bytes
+    expires_at: float
+
+
+class Role(IntEnum):
+    """Why a node holds an item."""
+
+    REPLICA = 0  # it is, or was, among the k nearest: republishes it
+    SPARE = 1  # others are nearer and have been given it: republishes only if it is among the nearest again
+    CACHED = 2  # left by a look-up on its way: short-lived, never republished
+
+
+@dataclass(slots=True)
+class Item:
+    """One value as it is held: a plain record, or one subkey of a dictionary. Times on the local clock."""
+
+    value: bytes
+    expires_at: float
+    sequence: int = 0
+    owner: bytes | None = None
+    signature: bytes | None = None
+    role: Role = Role.REPLICA
+    republish_at: float = float("inf")
+
+    def size(self, subkey: str | None) -> int:
+        """What it counts for, in bytes. A little above what it takes on the wire."""
+        return OVERHEAD + len(self.value) + (len(subkey.encode()) if subkey else 0)
+
+    def same_payload(self, other: Item) -> bool:
+        """Whether both are copies of one store."""
+        return self.value == other.value and self.sequence == other.sequence and self.owner == other.owner
+
+
+def supersedes(new: Item, old: Item) -> bool:
+    """Whether `new` takes the place of `old`. Nodes that see the same items in another order end up with the same one.
+
+    (Except for two owners of one key: there, who came first stays.)
+    """
+    if new.owner != old.owner:
+        return old.owner is None
+    return (new.sequence, new.expires_at, new.value) > (old.sequence, old.expires_at, old.value)
+
+
+Verify = Callable[[str, str | None, Item], bool]  # key, subkey, signed item -> whether its signature holds
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a node takes. Sizes in bytes, times in seconds."""
+
+    max_key: int = 512
+    max_subkey: int = 256
+    max_value: int = 64 * 1024
+    max_subkeys: int = 8192
+    max_record: int = 4 * 1024 * 1024  # also the size of a find reply, so that one record always fits into one
+    max_keys: int = 65_536
+    max_bytes: int = 256 * 1024 * 1024
+    max_ttl: float = 24 * 3600.0
+
+    def problem(self, key: str, subkey: str | None, value: bytes, ttl: float) -> str | None:
+        """Why such an entry cannot be stored, or None."""
+        if not 0 < _utf8(key) <= self.max_key:
+            return f"a key has 1 to {self.max_key} bytes of UTF-8"
+        if subkey is not None and not 0 <= _utf8(subkey) <= self.max_subkey:
+            return f"a subkey has at most {self.max_subkey} bytes of UTF-8"
+        if len(value) > self.max_value:
+            return f"the value has {len(value)} bytes; at most {self.max_value}"
+        if not 0 < ttl <= self.max_ttl + 0.1:  # refuses NaN, too; what is above max_ttl was lost to rounding on the way
+            return f"ttl={ttl}: over 0 and at most {self.max_ttl:.0f} seconds"
+        return None
+
+
+def _utf8(text: str) -> int:
+    """Length in bytes, or -1 for text that UTF-8 cannot carry (lone surrogates)."""
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        return -1
+
+
+class _Record:
+    __slots__ = ("items", "next_expiry", "size")
+
+    def __init__(self) -> None:
+        self.items: dict[str | None, Item] = {}  # a plain value has the subkey None
+        self.next_expiry = float("inf")  # nothing expires before
+        self.size = 0
+
+
+class Storage:
+    """The records of one node. `verify` checks the signature of an item that has an owner."""
+
+    __slots__ = ("_records", "limits", "size", "verify")
+
+    def __init__(self, verify: Verify, limits: Limits | None = None) -> None:
+        self.verify = verify
+        self.limits = limits or Limits()
+        self.size = 0  # bytes, as `Item.size` counts them
+        self._records: dict[str, _Record] = {}
+
+    def __len__(self) -> int:
+        """How many keys are held."""
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def get(self, key: str, now: float) -> Mapping[str | None, Item]:
+        """The key's unexpired items by subkey (a plain value has the subkey None); empty if there are none."""
+        record = self._records.get(key)
+        if record is None:
+            return {}
+        self._expire_record(key, record, now)
+        return record.items
+
+    def put(self, key: str, subkey: str | None, item: Item, now: float) -> str | None:
+        """Store an item. Returns None if it (or another copy of it) is held now, else the reason why not."""
+        limits = self.limits
+        problem = limits.problem(key, subkey, item.value, item.expires_at - now)
+        if problem is not None:
+            return problem
+        record = self._records.get(key)
+        if record is not None:
+            self._expire_record(key, record, now)
+            record = self._records.get(key)
+        held = record.items.get(subkey) if record is not None else None
+        if held is not None and held.same_payload(item):  # (the held signature was checked: nothing to verify)
+            held.expires_at = max(held.expires_at, item.expires_at)
+            held.role = min(held.role, item.role)
+            if item.role is not Role.CACHED:
+                held.republish_at = item.republish_at  # someone has just republished it: we need not, for a while
+            return None
+        if held is not None and not supersedes(item, held):
+            return "signed by another owner" if item.owner != held.owner else "a later entry is held"
+        if (item.owner is not None or item.signature is not None) and not self.verify(key, subkey, item):
+            return "the signature does not hold"
+        if record is not None and held is None:
+            if (subkey is None) != (None in record.items):
+                return "the key holds a dictionary" if subkey is None else "the key holds a plain value"
+            if len(record.items) >= limits.max_subkeys:
+                return f"the dictionary is full ({limits.max_subkeys} subkeys)"
+        growth = item.size(subkey) - (held.size(subkey) if held is not None else 0)
+        if record is not None and record.size + growth > limits.max_record:
+            return f"the record is full ({limits.max_record} bytes)"
+        if (record is None and len(self._records) >= limits.max_keys) or self.size + growth > limits.max_bytes:
+            self.expire(now)
+            if record is None and len(self._records) >= limits.max_keys:
+                return f"the node is full ({limits.max_keys} keys)"
+            if self.size + growth > limits.max_bytes:
+                return f"the node is full ({limits.max_bytes} bytes)"
+        if record is None:
+            record = self._records[key] = _Record()
+        record.items[subkey] = item
+        record.next_expiry = min(record.next_expiry, item.expires_at)
+        record.size += growth
+        self.size += growth
+        return None
+
+    def expire(self, now: float) -> None:
+        """Drop what has expired."""
+        for key, record in list(self._records.items()):
+            self._expire_record(key, record, now)
+
+    def _expire_record(self, key: str, record: _Record, now: float) -> None:
+        if now < record.next_expiry:
+            return
+        for subkey in [subkey for subkey, item in record.items.items() if item.expires_at <= now]:
+            size = record.items.pop(subkey).size(subkey)
+            record.size -= size
+            self.size -= size
+        record.next_expiry = min((item.expires_at for item in record.items.values()), default=float("inf"))
+        if not record.items:
+            del self._records[key]

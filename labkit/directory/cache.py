@@ -1,0 +1,229 @@
+"""The cache of prefixes: when the DHT is asked, and when what is known will do.
+
+It sits between `directory`, which is asked for the children of prefixes on each batch's way, and the DHT node. It makes
+beam search free in the steady state: what is cached is used, and refreshed in the background before it goes stale.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import trio
+
+from labkit.contact import Contact
+from labkit.dht.node import Entry, Value
+from labkit.directory.index import NAMESPACE, Children, Decoded, PrefixRecord
+from labkit.directory.suspicion import SuspicionConfig, Suspicions
+from labkit.errors import LabkitError
+from labkit.expert_uid import ExpertInfo, parent
+
+logger = logging.getLogger(__name__)
+
+
+class Records(Protocol):
+    """What the directory needs of the DHT: `dht.node.DHTNode`, or a dictionary in a test."""
+
+    @property
+    def contact(self) -> Contact: ...
+
+    async def store_many(self, entries: Sequence[Entry]) -> list[int]: ...
+
+    async def get_many(self, keys: Sequence[str]) -> Mapping[str, Value | Mapping[str, Value] | None]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryConfig:
+    """Times in seconds. A declaration lives for `ttl` and is renewed every `ttl / 3`. What is used and older than
+    `refresh` is asked for again in the background. An absence is believed for `absence`. A look-up, or a store, takes
+    `timeout` at most. `max_prefixes` and `max_children` (of one prefix) bound the cache."""
+
+    ttl: float = 30.0
+    refresh: float = 3.0
+    absence: float = 1.0
+    timeout: float = 10.0
+    max_prefixes: int = 4096
+    max_children: int = 1 << 14
+    suspicion: SuspicionConfig = field(default_factory=SuspicionConfig)
+
+    def __post_init__(self) -> None:
+        if not (0 < self.absence <= self.refresh < self.ttl < math.inf and 0 < self.timeout < math.inf):
+            raise ValueError(f"{self}: needs 0 < absence <= refresh < ttl, all of them and timeout finite")
+        if min(self.max_prefixes, self.max_children) < 1:
+            raise ValueError(f"{self}: max_prefixes and max_children are at least 1")
+
+
+class PrefixCache:
+    """The records of prefixes in use, least recently used first, each with the view of it that is still true.
+
+    `run` refreshes in the background; without it, whoever uses a stale prefix waits for it instead.
+    """
+
+    def __init__(self, dht: Records, config: DirectoryConfig, suspicions: Suspicions) -> None:
+        self.config = config
+        self.records: OrderedDict[str, PrefixRecord] = OrderedDict()
+        self.counts = dict.fromkeys(("used", "missed", "gets", "keys_read", "malformed", "gets_failed"), 0)
+        self._dht = dht
+        self._suspicions = suspicions
+        self._reading: dict[str, trio.Event] = {}  # prefixes that are being read, and when they are done
+        self._stale: set[str] = set()  # prefixes that wait for `run`
+        self._wake = trio.Event()
+        self._running = False
+
+    def cached(self, prefixes: Iterable[str]) -> dict[str, Children]:
+        """The children of those `prefixes` whose cached record may be used now."""
+        now, views = trio.current_time(), dict[str, Children]()
+        for prefix in prefixes:
+            record = self.records.get(prefix)
+            if record is None:
+                continue
+            view = record.children(now, self._suspicions)
+            if self._usable(prefix, record, bool(view), now):
+                self.records.move_to_end(prefix)
+                views[prefix] = view
+        self.counts["used"] += len(views)
+        return views
+
+    async def children(self, prefixes: Iterable[str]) -> dict[str, Children]:
+        """The live children of each prefix, from the cache or else by one bulk get."""
+        prefixes = list(dict.fromkeys(prefixes))
+        views = self.cached(prefixes)
+        return views | await self.read([prefix for prefix in prefixes if prefix not in views])
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Refresh the prefixes that are used and old, until cancelled. Those that come up during a get share the next.
+
+        A refresh that fails is logged; what is cached serves on until it expires.
+        """
+        self._running = True
+        task_status.started()
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake = trio.Event()
+                prefixes, self._stale = sorted(self._stale - self._reading.keys()), set()
+                try:
+                    await self._read(prefixes)
+                except LabkitError as error:
+                    self.counts["gets_failed"] += 1
+                    logger.warning("refreshing %d prefixes of experts failed: %s", len(prefixes), error)
+        finally:
+            self._running = False
+
+    def age(self, prefix: str) -> float:
+        """Seconds since the prefix was read; infinite if it is not cached."""
+        record = self.records.get(prefix)
+        return math.inf if record is None else trio.current_time() - record.read_at
+
+    def known(self) -> dict[str, ExpertInfo]:
+        """All live experts in the cache, by uid."""
+        now = trio.current_time()
+        views = [record.children(now, self._suspicions) for record in self.records.values()]
+        return {info.uid: info for view in views for info in view.experts.values()}
+
+    def changed(self, prefix: str) -> None:
+        """The suspicions about a prefix's experts changed."""
+        if (record := self.records.get(prefix)) is not None:
+            record.changed()
+
+    def doubt(self, prefix: str) -> None:
+        """An expert of this prefix failed: read it again when it is next used."""
+        if (record := self.records.get(prefix)) is not None:
+            record.doubted = True
+            record.changed()
+
+    def forget_absence(self, uid: str) -> None:
+        """Drop the cached records, on the way to `uid`, that say it is not there."""
+        prefix, last, now = uid, True, trio.current_time()
+        while "." in prefix:
+            prefix, coordinate = parent(prefix)
+            if (record := self.records.get(prefix)) is not None:
+                view = record.children(now, self._suspicions)
+                if coordinate not in (view.experts if last else view.inner):
+                    del self.records[prefix]
+            last = False
+
+    def _usable(self, prefix: str, record: PrefixRecord, alive: bool, now: float) -> bool:
+        """Whether a cached record may be used now, or has to be read first. Requests its refresh where that is due.
+
+        What has live children is usable until they expire, even after a failure: the failed expert is hidden, and the
+        others need not wait for its sake. What has none is believed for `absence` seconds. A prefix below a grid's
+        name is then refreshed in the background (a stale marker led there; nothing hangs on it), a grid's name is
+        waited for (everything hangs on it). A new failure under a prefix that has nothing left is worth the wait too.
+        """
+        age, config = now - record.read_at, self.config
+        if alive:
+            due = age >= (config.absence if record.doubted else config.refresh)
+        elif record.doubted or age >= (config.refresh if "." in prefix else config.absence):
+            return False
+        else:
+            due = age >= config.absence
+        if due and not self._running:
+            return False
+        if due and now - record.asked_at >= config.absence:
+            record.asked_at = now
+            self._stale.add(prefix)
+            self._wake.set()
+        return True
+
+    async def read(self, prefixes: list[str]) -> dict[str, Children]:
+        """Read the prefixes (no duplicates) now: one bulk get, shared with whoever reads some of them already."""
+        if not prefixes:
+            await trio.lowlevel.checkpoint()
+        self.counts["missed"] += len(prefixes)
+        views: dict[str, Children] = {}
+        missing = prefixes
+        while missing:
+            mine = [prefix for prefix in missing if prefix not in self._reading]
+            theirs = {prefix: self._reading[prefix] for prefix in missing if prefix in self._reading}
+            views |= await self._read(mine)
+            for event in theirs.values():
+                await event.wait()
+            # A reader that failed or was cancelled leaves its prefixes as they were: then it is our turn.
+            now = trio.current_time()
+            for prefix in theirs:
+                record = self.records.get(prefix)
+                if record is not None and now - record.read_at < self.config.absence:
+                    views[prefix] = record.children(now, self._suspicions)
+            missing = [prefix for prefix in theirs if prefix not in views]
+        return views
+
+    async def _read(self, prefixes: Sequence[str]) -> dict[str, Children]:
+        """One bulk get, taken into the cache. If it takes longer than `timeout`, nothing was found."""
+        if not prefixes:
+            return {}
+        done = trio.Event()
+        self._reading |= dict.fromkeys(prefixes, done)
+        try:
+            self.counts["gets"] += 1
+            self.counts["keys_read"] += len(prefixes)
+            found: Mapping[str, Value | Mapping[str, Value] | None] = {}
+            with trio.move_on_after(self.config.timeout) as scope:
+                found = await self._dht.get_many([NAMESPACE + prefix for prefix in prefixes])
+            if scope.cancelled_caught:
+                self.counts["gets_failed"] += 1
+            now, views = trio.current_time(), dict[str, Children]()
+            decoded: Decoded = {}
+            for prefix in prefixes:
+                record = PrefixRecord(prefix, now)
+                value, limit = found.get(NAMESPACE + prefix), self.config.max_children
+                self.counts["malformed"] += record.take(value, limit, decoded)
+                if (old := self.records.get(prefix)) is not None:
+                    record.keep_unexpired(old, now, limit)
+                self._keep(prefix, record)
+                views[prefix] = record.children(now, self._suspicions)
+            return views
+        finally:
+            for prefix in prefixes:
+                del self._reading[prefix]
+            done.set()
+
+    def _keep(self, prefix: str, record: PrefixRecord) -> None:
+        self.records[prefix] = record
+        self.records.move_to_end(prefix)
+        if len(self.records) > self.config.max_prefixes:
+            self.records.popitem(last=False)

@@ -1,0 +1,71 @@
+"""The grids of a swarm: their sizes, and what their experts are, so that a newcomer can add experts that fit.
+
+One record in the DHT, a dictionary from grid name to `GridInfo`, kept alive by the servers of each grid.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Annotated
+
+import msgspec
+import trio
+
+from labkit.dht.node import Entry, Value
+from labkit.directory.cache import Records
+from labkit.errors import LabkitError
+from labkit.expert_uid import check_grid, check_name
+
+logger = logging.getLogger(__name__)
+
+KEY = "grids"
+Text = Annotated[str, msgspec.Meta(max_length=200)]
+
+
+class GridInfo(msgspec.Struct, frozen=True, array_like=True):
+    """A grid's sizes, and the kind of its experts and their options, as far as those are plain values.
+
+    It comes from a stranger: a kind is a name to compare with the kinds one knows, never something to import.
+    """
+
+    sizes: Annotated[tuple[int, ...], msgspec.Meta(max_length=8)]
+    kind: Text = ""
+    options: Annotated[dict[Text, bool | int | float | Text | None], msgspec.Meta(max_length=32)] = {}
+
+
+async def find_grids(dht: Records, timeout: float) -> dict[str, GridInfo]:
+    """All grids that are declared, by name. What is malformed is left out."""
+    record: Value | Mapping[str, Value] | None = None
+    with trio.move_on_after(timeout):
+        record = (await dht.get_many([KEY]))[KEY]
+    grids = {}
+    if isinstance(record, Mapping):
+        for name, value in record.items():
+            try:
+                info = msgspec.msgpack.decode(value.data, type=GridInfo)
+                check_grid(info.sizes)
+                grids[check_name(name)] = info
+            except (msgspec.MsgspecError, ValueError, RecursionError):
+                logger.debug("ignored a malformed grid record %r", name[:80])
+    return grids
+
+
+async def keep_grid_declared(
+    dht: Records,
+    name: str,
+    info: GridInfo,
+    ttl: float,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Declare a grid every `ttl / 3` seconds until cancelled; ready after the first time."""
+    entry = Entry(KEY, msgspec.msgpack.encode(info), ttl, name)
+    while True:
+        try:
+            await dht.store_many([entry])
+        except LabkitError as error:
+            logger.warning("the grid %s could not be declared: %s", name, error)
+        task_status.started()
+        task_status = trio.TASK_STATUS_IGNORED
+        await trio.sleep(ttl / 3)

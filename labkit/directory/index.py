@@ -1,0 +1,183 @@
+"""The prefix index: how experts are written in the DHT, and what one of its records says. Plain state, no I/O.
+
+For the expert `ffn.3.17` there are two entries (paper, section 3.2):
+
+    key "expert:ffn.3", subkey "17": a leaf, the server's contact and the stamp of its declaration
+    key "expert:ffn",   subkey "3.": a marker, "something is alive below" (the dot keeps it apart from an expert ffn.3)
+
+So a prefix's record says which next coordinates are alive, and the leaf in its parent's record is the only place where
+an expert's address is written. Everything that comes out of the DHT was written by strangers: what does not parse is
+ignored and counted. A marker lives as long as the newest declaration below it, so it can outlive the last expert.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from labkit.contact import Contact
+from labkit.dht.node import Entry, Value
+from labkit.directory.suspicion import Suspicions, boot_of
+from labkit.expert_uid import MAX_COORDINATE, ExpertInfo, parent, split_uid
+
+NAMESPACE = "expert:"
+_SUBKEY = re.compile(r"(0|[1-9][0-9]{0,6})(\.?)")
+
+
+class Leaf(msgspec.Struct, frozen=True, array_like=True, tag="e1"):
+    """An expert is here. The tag is the version too: an unknown one is ignored, added fields at the end are allowed."""
+
+    contact: Contact
+    stamp: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+
+
+class Marker(msgspec.Struct, frozen=True, array_like=True, tag="p1"):
+    """Something is alive below this prefix."""
+
+
+_DECODER: msgspec.msgpack.Decoder[Leaf | Marker] = msgspec.msgpack.Decoder(Leaf | Marker)
+_MARKER = msgspec.msgpack.encode(Marker())
+
+
+def entries_of(uids: Iterable[str], contact: Contact, stamp: int, ttl: float) -> list[Entry]:
+    """A declaration as DHT entries: one leaf an expert, one marker for each prefix above. Raises `ValueError`."""
+    leaf, entries = msgspec.msgpack.encode(Leaf(contact, stamp)), dict[str, Entry]()
+    for uid in uids:
+        _, coordinates = split_uid(uid)
+        prefix, coordinate = parent(uid)
+        entries[uid] = Entry(NAMESPACE + prefix, leaf, ttl, str(coordinate))
+        for _ in coordinates[1:]:
+            below = f"{prefix}."
+            if below in entries:
+                break  # then all markers above it are there too
+            prefix, coordinate = parent(prefix)
+            entries[below] = Entry(NAMESPACE + prefix, _MARKER, ttl, f"{coordinate}.")
+    return list(entries.values())
+
+
+Decoded = dict[bytes, "Leaf | Marker | None"]  # values met in one read: all leaves of one declaration are equal
+
+
+def decode(data: bytes) -> Leaf | Marker | None:
+    """What a stranger wrote, if it is a leaf or a marker that we would have written."""
+    try:
+        entry = _DECODER.decode(data)
+    except (msgspec.MsgspecError, RecursionError):
+        return None
+    # As with invitations: tensors do not cross a network in the clear because a record says so.
+    if isinstance(entry, Leaf) and not entry.contact.secure and not entry.contact.is_loopback:
+        return None
+    return entry
+
+
+class Children:
+    """The live next coordinates of one prefix, at one moment. Do not change it: it is shared by all who ask.
+
+    `inner`: coordinates below which something is alive. `experts`: coordinate -> expert, where the next coordinate is
+    the last one. Both are there if grids of different dimensions share a name.
+    """
+
+    __slots__ = ("_masks", "experts", "inner")
+
+    def __init__(self, inner: Iterable[int] = (), experts: Mapping[int, ExpertInfo] | None = None) -> None:
+        self.inner = frozenset(inner)
+        self.experts: Mapping[int, ExpertInfo] = experts or {}
+        self._masks: dict[tuple[int, bool], npt.NDArray[np.bool_]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.inner or self.experts)
+
+    def __repr__(self) -> str:
+        return f"Children(inner={sorted(self.inner)}, experts={dict(self.experts)})"
+
+    def mask(self, size: int, last: bool) -> npt.NDArray[np.bool_]:
+        """[size], True where a coordinate is alive; of `experts` if `last`, else of `inner`. Those beyond are cut."""
+        if (size, last) not in self._masks:
+            mask = np.zeros(size, dtype=np.bool_)
+            mask[[coordinate for coordinate in (self.experts if last else self.inner) if coordinate < size]] = True
+            mask.flags.writeable = False
+            self._masks = {(size, last): mask}  # one: a prefix is searched in one grid, as a rule
+        return self._masks[size, last]
+
+
+NOTHING = Children()
+
+
+class PrefixRecord:
+    """What is cached of one prefix: its record as it was read, and the view of it that is still true."""
+
+    def __init__(self, prefix: str, read_at: float) -> None:
+        self.prefix = prefix
+        self.read_at = read_at
+        self.leaves: dict[int, tuple[ExpertInfo, float]] = {}  # coordinate -> expert, expiration
+        self.markers: dict[int, float] = {}  # coordinate -> expiration
+        self.asked_at = -math.inf  # when a refresh was last requested
+        self.doubted = False  # an expert of it failed since it was read
+        self._view: Children | None = None
+        self._view_until = -math.inf
+
+    def take(self, record: Value | Mapping[str, Value] | None, limit: int, decoded: Decoded) -> int:
+        """Take what the DHT answered, at most `limit` children. Returns how many entries were malformed."""
+        if record is None:
+            return 0
+        if not isinstance(record, Mapping):
+            return 1  # a plain value where a dictionary belongs
+        malformed = 0
+        for subkey, value in record.items():
+            if len(self.leaves) + len(self.markers) >= limit:
+                break
+            if value.data not in decoded:
+                decoded[value.data] = decode(value.data)
+            entry, match = decoded[value.data], _SUBKEY.fullmatch(subkey)
+            coordinate = int(match[1]) if match else MAX_COORDINATE + 1
+            if match is None or coordinate > MAX_COORDINATE:
+                malformed += 1
+            elif isinstance(entry, Marker) and match[2]:
+                self.markers[coordinate] = value.expires_at
+            elif isinstance(entry, Leaf) and not match[2]:
+                info = ExpertInfo(f"{self.prefix}.{coordinate}", entry.contact, entry.stamp)
+                self.leaves[coordinate] = (info, value.expires_at)
+            else:
+                malformed += 1  # undecodable, or a leaf where a marker belongs
+        return malformed
+
+    def keep_unexpired(self, old: PrefixRecord, now: float, limit: int) -> None:
+        """Nothing in the DHT ends before its expiration: a read that lacks an entry only missed who holds it."""
+        for coordinate, expires_at in old.markers.items():
+            if now < expires_at and (coordinate in self.markers or len(self.markers) < limit):
+                self.markers[coordinate] = max(expires_at, self.markers.get(coordinate, expires_at))
+        for coordinate, (info, expires_at) in old.leaves.items():
+            other = self.leaves.get(coordinate)
+            if now < expires_at and (_is_older(other[0], info) if other else len(self.leaves) < limit):
+                self.leaves[coordinate] = (info, expires_at)
+
+    def changed(self) -> None:
+        """The suspicions about its experts changed."""
+        self._view = None
+
+    def children(self, now: float, suspicions: Suspicions) -> Children:
+        """The view at `now`: without what has expired and without the experts that are hidden."""
+        if self._view is None or now >= self._view_until:
+            until, experts = math.inf, dict[int, ExpertInfo]()
+            for coordinate, (info, expires_at) in self.leaves.items():
+                if now < expires_at:
+                    shown_at = suspicions.hidden_until(info, now)
+                    until = min(until, expires_at, shown_at if shown_at > now else math.inf)
+                    if shown_at <= now:
+                        experts[coordinate] = info
+            inner = [coordinate for coordinate, expires_at in self.markers.items() if now < expires_at]
+            self._view_until = min([until, *(self.markers[coordinate] for coordinate in inner)])
+            self._view = Children(inner, experts) if inner or experts else NOTHING
+        return self._view
+
+
+def _is_older(info: ExpertInfo, than: ExpertInfo) -> bool:
+    """Of two declarations by one server the later one holds; between servers, the one that the DHT answers with."""
+    same_life = (info.contact, boot_of(info.stamp)) == (than.contact, boot_of(than.stamp))
+    return same_life and info.stamp < than.stamp

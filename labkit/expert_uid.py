@@ -1,0 +1,105 @@
+"""Names of experts: `ffn.3.17` is the expert at coordinates (3, 17) of the grid `ffn`.
+
+A uid is a grid name and one coordinate per grid dimension. A prefix is a uid cut short: `ffn`, `ffn.3`. Beam search
+walks from the grid name to whole uids, one coordinate at a time (paper, section 3.2).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from labkit.contact import Contact
+
+MAX_DIMENSIONS = 8
+MAX_COORDINATE = 1 << 20
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+_UID = re.compile(rf"({_NAME.pattern})((?:\.(?:0|[1-9][0-9]{{0,6}})){{1,{MAX_DIMENSIONS}}})")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertInfo:
+    """A live expert as the directory knows it. `stamp` changes with every declaration by its server."""
+
+    uid: str
+    contact: Contact
+    stamp: int = 0
+
+
+def check_name(name: str) -> str:
+    """A grid's name, if it is one. Raises `ValueError`."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is not a grid name: a letter, then up to 63 letters, digits, - or _ (no dots)")
+    return name
+
+
+def make_uid(name: str, coordinates: Sequence[int]) -> str:
+    """`make_uid("ffn", (3, 17)) == "ffn.3.17"`."""
+    return ".".join((name, *map(str, coordinates)))
+
+
+def split_uid(uid: str) -> tuple[str, tuple[int, ...]]:
+    """`split_uid("ffn.3.17") == ("ffn", (3, 17))`. Raises `ValueError` for anything that is not a uid."""
+    match = _UID.fullmatch(uid)
+    if match is None:
+        raise ValueError(f"{uid!r} is not an expert uid; a uid looks like ffn.3.17")
+    coordinates = tuple(map(int, match[2].split(".")[1:]))
+    if max(coordinates) > MAX_COORDINATE:
+        raise ValueError(f"{uid!r} has a coordinate over {MAX_COORDINATE}")
+    return match[1], coordinates
+
+
+def parent(prefix: str) -> tuple[str, int]:
+    """`parent("ffn.3.17") == ("ffn.3", 17)`."""
+    head, _, last = prefix.rpartition(".")
+    return head, int(last)
+
+
+def check_grid(grid: Sequence[int]) -> tuple[int, ...]:
+    """A grid's sizes, if they are one. Raises `ValueError`."""
+    sizes = tuple(int(size) for size in grid)
+    if not 1 <= len(sizes) <= MAX_DIMENSIONS or min(sizes) < 1 or max(sizes) > MAX_COORDINATE:
+        raise ValueError(f"grid={grid!r}: a grid has 1 to {MAX_DIMENSIONS} dimensions of at least one coordinate each")
+    return sizes
+
+
+def grid_uids(name: str, grid: Sequence[int]) -> Iterator[str]:
+    """Every uid of a grid, the last coordinate fastest."""
+    return (make_uid(name, coordinates) for coordinates in product(*map(range, check_grid(grid))))
+
+
+def check_inside(uids: Iterable[str], grid: Sequence[int]) -> None:
+    """Raise `ValueError` unless all uids are of one grid of these sizes."""
+    sizes, names = check_grid(grid), set()
+    for uid in uids:
+        name, coordinates = split_uid(uid)
+        names.add(name)
+        if len(coordinates) != len(sizes) or any(c >= size for c, size in zip(coordinates, sizes, strict=True)):
+            raise ValueError(f"{uid!r} is not in a grid of {' x '.join(map(str, sizes))}")
+    if len(names) > 1:
+        raise ValueError(f"uids of several grids: {', '.join(sorted(names))}")
+
+
+def spread(uids: Iterable[str], servers: int) -> list[tuple[str, ...]]:
+    """Divide experts among servers, as evenly as can be, along the grid's diagonals: so no row and no column of a grid
+    is lost with one server, and beam search, which looks for the best row first, finds others in it.
+
+    Raises `ValueError` if there are fewer experts than servers.
+    """
+    uids = sorted(uids, key=lambda uid: (split_uid(uid)[0], split_uid(uid)[1]))
+    if not 1 <= servers <= len(uids):
+        raise ValueError(f"servers={servers}: between 1 and the number of experts, {len(uids)}")
+    uids.sort(key=lambda uid: sum(split_uid(uid)[1]) % servers)  # stable
+    ends = [len(uids) * (i + 1) // servers for i in range(servers)]
+    return [tuple(uids[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def grid_for(experts: int) -> tuple[int, int]:
+    """The two-dimensional grid nearest to a square that `experts` fill: 16 -> (4, 4), 8 -> (2, 4), 7 -> (1, 7)."""
+    if experts < 1:
+        raise ValueError(f"experts={experts}: at least one")
+    rows = next(r for r in range(math.isqrt(experts), 0, -1) if experts % r == 0)
+    return rows, experts // rows

@@ -1,0 +1,97 @@
+"""A node of the swarm: an endpoint, a client for calls, a DHT node and the directory of experts on top of it.
+
+Servers and trainers are both nodes. A server adds methods of its own; a trainer adds none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import trio
+
+from labkit.contact import Contact
+from labkit.dht.node import DHTConfig, DHTNode
+from labkit.directory import Directory, DirectoryConfig
+from labkit.errors import JoinError
+from labkit.events import Emit, ignore
+from labkit.joining import check_reachable
+from labkit.wire.endpoint import LOOPBACK, ZmqEndpoint, ZmqNetwork
+from labkit.wire.rpc import Client, Method, RPCLimits, serve_rpc
+from labkit.wire.security import Admission, Identity
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """Where a node listens and how it behaves. See `ZmqNetwork.listen` for the first three."""
+
+    listen: str = LOOPBACK
+    announce: str | None = None
+    secure: bool | None = None
+    dht: DHTConfig = field(default_factory=DHTConfig)
+    directory: DirectoryConfig = field(default_factory=DirectoryConfig)
+    limits: RPCLimits = field(default_factory=RPCLimits)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What is held of a running node."""
+
+    identity: Identity
+    endpoint: ZmqEndpoint
+    client: Client
+    dht: DHTNode
+    directory: Directory
+
+    @property
+    def contact(self) -> Contact:
+        """Where others reach this node."""
+        return self.endpoint.contact
+
+
+@asynccontextmanager
+async def open_node(
+    network: ZmqNetwork,
+    identity: Identity,
+    config: NodeConfig | None = None,
+    *,
+    join: Sequence[Contact] = (),
+    methods: Mapping[str, Method] | None = None,
+    admission: Admission | None = None,
+    emit: Emit = ignore,
+) -> AsyncIterator[Node]:
+    """Run a node for the length of the block. `join`: nodes of the swarm that it joins; one that answers is enough.
+
+    Raises `JoinError` if none of them does; the text is about the first.
+    """
+    config = config or NodeConfig()
+    async with network.listen(
+        identity, config.listen, announce=config.announce, secure=config.secure, admission=admission
+    ) as endpoint:
+        client = Client(endpoint, config.limits)
+        dht = DHTNode(client, endpoint.contact, config.dht)
+        directory = Directory(dht, config.directory, emit)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(client.run)
+            await nursery.start(serve_rpc, endpoint, {**dht.methods, **(methods or {})}, config.limits)
+            await nursery.start(dht.run)
+            await nursery.start(directory.run)
+            await _join(client, dht, join, identity)
+            yield Node(identity, endpoint, client, dht, directory)
+            nursery.cancel_scope.cancel()
+
+
+async def _join(client: Client, dht: DHTNode, contacts: Sequence[Contact], identity: Identity) -> None:
+    if not contacts:
+        return
+    failures: list[JoinError] = []
+    for contact in contacts:
+        try:
+            await check_reachable(client, contact, identity.public_key)
+            break
+        except JoinError as error:
+            failures.append(error)
+    else:
+        raise failures[0]
+    await dht.bootstrap(contacts)

@@ -1,0 +1,304 @@
+"""An expert backend: one expert's module, its optimizer and its limits.
+
+The last station of a batch's way out: the runtime hands merged rows to `ExpertBackend.compute` on the compute thread.
+Everything here is synchronous, knows nothing of requests or the network, and is called by one thread at a time.
+
+Legend: rows = samples of a batch, always dimension 0 of every tensor; the other dimensions are the expert's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from labkit.errors import BadRequest, CheckpointError, NonFiniteTensor
+from labkit.server.optimizer import BackendConfig, make_optimizer, optimizer_slots
+
+__all__ = ["BackendConfig", "Direction", "ExpertBackend", "Schema", "check_finite", "schema_of"]
+
+Direction = Literal["forward", "backward"]
+Schema = tuple[tuple[torch.dtype, tuple[int, ...]], ...]  # per tensor: dtype and the shape without its rows
+
+MAX_SCHEMAS = 64  # callers choose schemas, so we remember few
+
+
+class ExpertBackend:
+    """One expert: `forward` answers with outputs; `backward` answers with input gradients and trains (paper, Runtime).
+
+    The module takes one or more tensors [rows, ...] and returns one tensor [rows, ...]; each row's output must not
+    depend on the other rows, since the runtime merges requests. It runs in eval mode in both directions unless
+    `config.train_mode`: then the forward pass that backward repeats is the same one, to the bit, and merging changes
+    nothing. With `train_mode=True` dropout draws anew in each pass. Only a backward pass changes buffers.
+
+    `kind`: a name for what the module is, written into checkpoints. Not thread-safe: one caller at a time.
+    """
+
+    def __init__(self, uid: str, module: nn.Module, config: BackendConfig | None = None, *, kind: str = "") -> None:
+        self.uid = uid
+        self.config = config or BackendConfig()
+        self.kind = kind or type(module).__qualname__
+        self.module = module.to(self.config.device).train(self.config.train_mode)
+        self.updates = 0  # optimizer steps
+        self.rows_processed = 0  # rows of all passes, forward and backward
+        self.takes = str(getattr(module, "takes", ""))  # what to send, for error texts
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._pending: dict[str, Tensor] = {}  # gradients of the passes since the last step, when accumulating
+        self._pending_passes = 0
+        self._seen: dict[Schema, None] = {}  # inputs that have worked, newest last
+        self.optimizer = make_optimizer(list(self._parameters.values()), self.config)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of parameters and buffers, without the optimizer's."""
+        return sum(t.nbytes for t in (*self.module.parameters(), *self.module.buffers()))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Outputs [rows, ...] on the CPU, without gradient. Raises `BadRequest`, `NonFiniteTensor`; changes nothing."""
+        self.check("forward", inputs)
+        check_finite(inputs)
+        return self.compute("forward", inputs)[0]
+
+    def backward(self, *inputs_then_grad_output: Tensor) -> list[Tensor]:
+        """Gradients, on the CPU, of the floating-point inputs in their order; and one optimizer step for these rows.
+
+        Takes the inputs of the forward pass and the gradient of its output; computes the outputs again, since nothing
+        is kept between calls. Raises `BadRequest` and `NonFiniteTensor` (the latter also when gradients overflow);
+        then parameters, buffers, optimizer state and counters are what they were, to the bit.
+        """
+        self.check("backward", inputs_then_grad_output)
+        check_finite(inputs_then_grad_output)
+        return self.compute("backward", inputs_then_grad_output)
+
+    def check(self, direction: str, tensors: Sequence[Tensor]) -> int:
+        """The number of rows, if the tensors' shapes can be a request at all. Cheap. Raises `BadRequest`."""
+        least = {"forward": 1, "backward": 2}.get(direction)
+        if least is None:
+            raise BadRequest(f"direction {direction!r}: forward or backward")
+        if len(tensors) < least:
+            raise BadRequest(f"a {direction} pass takes at least {least} tensors, not {len(tensors)}")
+        rows = {t.shape[0] if t.ndim else 0 for t in tensors}
+        if len(rows) > 1 or 0 in rows:
+            shapes = ", ".join(str(list(t.shape)) for t in tensors)
+            raise BadRequest(f"all tensors of a request have the same number of rows, at least one; got {shapes}")
+        if tensors[0].shape[0] > self.config.max_batch_size:
+            size, limit = tensors[0].shape[0], self.config.max_batch_size
+            raise BadRequest(f"{size} rows in one request; expert {self.uid} takes at most {limit} (max_batch_size)")
+        return tensors[0].shape[0]
+
+    def compute(self, direction: Direction, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """`forward` or `backward` for tensors that went through `check` and `check_finite` already (the runtime's)."""
+        tensors = [t.to(self.config.device) for t in tensors]
+        results = [self._forward(tensors)] if direction == "forward" else self._backward(tensors)
+        self.rows_processed += tensors[0].shape[0]
+        return [t.detach().cpu().contiguous() for t in results]
+
+    def _forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        with torch.no_grad(), self._buffers_restored(always=True):
+            output = self._call(inputs)
+            check_finite([output], f"finite inputs gave expert {self.uid} an output")
+        return output
+
+    def _backward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        *inputs, grad_output = tensors
+        leaves = [t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        with torch.enable_grad(), self._buffers_restored(always=False):
+            # 1. The forward pass again, this time with a graph.
+            output = self._call(leaves)
+            if output.shape != grad_output.shape or output.dtype != grad_output.dtype:
+                there, here = _describe(schema_of([output])), _describe(schema_of([grad_output]))
+                raise BadRequest(
+                    f"expert {self.uid} has output {there} for these inputs; the output gradient is {here}"
+                )
+            # 2. All gradients, without touching anything yet.
+            parameters = list(self._parameters.values())
+            grads: Sequence[Tensor | None] = [None] * (len(wanted) + len(parameters))
+            if output.requires_grad:
+                grads = torch.autograd.grad(output, [*wanted, *parameters], grad_output, allow_unused=True)
+            input_grads = [
+                torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(wanted, grads, strict=False)
+            ]
+            check_finite(input_grads, f"finite inputs gave expert {self.uid} an input gradient")
+            # 3. The step.
+            self._step(dict(zip(self._parameters, grads[len(wanted) :], strict=True)))
+        return input_grads
+
+    def _step(self, grads: dict[str, Tensor | None]) -> None:
+        """Add gradients to the pending ones and, when it is time, step. Raises `NonFiniteTensor` before any change."""
+        total = dict(self._pending)
+        for name, grad in grads.items():
+            if grad is not None:
+                total[name] = total[name] + grad if name in total else grad
+        norm = float(torch.nn.utils.get_total_norm(list(total.values()))) if total else 0.0
+        if not math.isfinite(norm):
+            raise NonFiniteTensor(f"the parameter gradients of expert {self.uid} overflow; nothing was changed")
+        if self.optimizer is None:
+            return
+        # From here on nothing is refused.
+        self._pending_passes += 1
+        if self._pending_passes < self.config.accumulate:
+            self._pending = total
+            return
+        for name, parameter in self._parameters.items():
+            parameter.grad = total.get(name)
+        clip = self.config.clip_grad_norm
+        if clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), clip, torch.tensor(norm))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr_at(self.updates)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        self._pending, self._pending_passes = {}, 0
+
+    def _call(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Run the module. What it raises for inputs of a schema that never worked is the caller's: `BadRequest`."""
+        schema = schema_of(inputs)
+        try:
+            output: Any = self.module(*inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            if schema in self._seen:
+                raise
+            takes = self.takes or (_describe(next(iter(self._seen))) if self._seen else "something else")
+            said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise BadRequest(f"expert {self.uid} takes {takes}; got {_describe(schema)} ({said})") from error
+        if not isinstance(output, Tensor) or output.ndim < 1 or output.shape[0] != inputs[0].shape[0]:
+            got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise TypeError(f"an expert's module returns one tensor with a row per input row; this one returned {got}")
+        if schema not in self._seen:
+            if len(self._seen) >= MAX_SCHEMAS:
+                del self._seen[next(iter(self._seen))]
+            self._seen[schema] = None
+        return output
+
+    @contextmanager
+    def _buffers_restored(self, *, always: bool) -> Iterator[None]:
+        """Put the module's buffers (running statistics) back after the block: always, or only when it fails."""
+        before = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            if always or failed:
+                with torch.no_grad():
+                    for buffer, value in before:
+                        buffer.copy_(value)
+
+    # ------------------------------------------------------------ state
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that training has changed, as named copies on the CPU: module, optimizer and counters."""
+        tensors = {f"module.{name}": t for name, t in self._module_tensors().items()}
+        for name, parameter in self._parameters.items():
+            slots = self.optimizer.state.get(parameter, {}) if self.optimizer else {}
+            tensors |= {f"optimizer.{slot}.{name}": t for slot, t in slots.items() if isinstance(t, Tensor)}
+        tensors |= {f"pending.{name}": t for name, t in self._pending.items()}
+        tensors |= {f"counter.{name}": torch.tensor(value) for name, value in self._counters().items()}
+        return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Become what `state()` described, to the bit.
+
+        Raises `CheckpointError`, naming the tensor that is missing, superfluous or of another shape; nothing changes.
+        """
+        module = self._module_tensors()
+        slots = optimizer_slots(self.config) if self.optimizer else ()
+        # 1. What this expert can hold; of these, `module` and the counters have to be there.
+        expected: dict[str, tuple[torch.Size, torch.dtype | None]] = {}
+        for name, tensor in module.items():
+            expected[f"module.{name}"] = tensor.shape, tensor.dtype
+        for name in self._counters():
+            expected[f"counter.{name}"] = torch.Size(), torch.int64
+        required = set(expected)
+        for name, parameter in self._parameters.items():
+            expected[f"pending.{name}"] = parameter.shape, parameter.dtype
+            for slot in slots:
+                shape = torch.Size() if slot == "step" else parameter.shape
+                expected[f"optimizer.{slot}.{name}"] = shape, None if slot == "step" else parameter.dtype
+        # 2. What the state has.
+        for name in sorted(required - set(state)):
+            raise CheckpointError(f"the checkpoint has no {name}, which expert {self.uid} ({self.kind}) needs")
+        for name, tensor in state.items():
+            if name not in expected:
+                hint = ""
+                if name.startswith("optimizer."):
+                    hint = f"; was it saved with another optimizer than {self.config.optimizer}?"
+                raise CheckpointError(f"the checkpoint's {name} has no place in expert {self.uid} ({self.kind}){hint}")
+            shape, dtype = expected[name]
+            if tensor.shape != shape or (dtype is not None and tensor.dtype != dtype):
+                here = f"{dtype or tensor.dtype} {list(shape)}"
+                raise CheckpointError(
+                    f"the checkpoint's {name} is {tensor.dtype} {list(tensor.shape)}; expert {self.uid} needs {here}"
+                )
+        for name in self._parameters:  # an optimizer keeps all of its tensors for a parameter, or none yet
+            missing = [slot for slot in slots if f"optimizer.{slot}.{name}" not in state]
+            if missing and len(missing) < len(slots):
+                raise CheckpointError(
+                    f"the checkpoint has no optimizer.{missing[0]}.{name}; expert {self.uid} needs it"
+                )
+        # 3. Take it over.
+        with torch.no_grad():
+            for name, tensor in module.items():
+                tensor.copy_(state[f"module.{name}"])
+        device = torch.device(self.config.device)
+        self._pending = {
+            name: state[f"pending.{name}"].to(device, copy=True)
+            for name in self._parameters
+            if f"pending.{name}" in state
+        }
+        self.updates, self.rows_processed, self._pending_passes = (
+            int(state[f"counter.{name}"]) for name in self._counters()
+        )
+        if self.optimizer is not None:
+            filled = {
+                index: {slot: state[f"optimizer.{slot}.{name}"].clone() for slot in slots}
+                for index, name in enumerate(self._parameters)
+                if slots and f"optimizer.{slots[0]}.{name}" in state
+            }
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": filled, "param_groups": groups})
+
+    def _counters(self) -> dict[str, int]:
+        return {"updates": self.updates, "rows": self.rows_processed, "pending_passes": self._pending_passes}
+
+    def _module_tensors(self) -> dict[str, Tensor]:
+        return {name: t for name, t in self.module.state_dict().items() if isinstance(t, Tensor)}
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def check_finite(tensors: Sequence[Tensor], what: str = "the request has a tensor") -> None:
+    """Raise `NonFiniteTensor` if a floating-point tensor holds NaN or infinity."""
+    for tensor in tensors:
+        # A sum is finite only if all its terms are, and is thirty times faster than looking at each; a sum of finite
+        # terms may overflow, though, so it is not the last word.
+        if (
+            (tensor.is_floating_point() or tensor.is_complex())
+            and not _is_finite(tensor.detach().sum())
+            and not bool(torch.isfinite(tensor).all())
+        ):
+            raise NonFiniteTensor(f"{what} with NaN or infinity (shape {list(tensor.shape)}); nothing was changed")
+
+
+def _is_finite(scalar: Tensor) -> bool:
+    value = scalar.item()
+    return math.isfinite(value.real) and math.isfinite(value.imag)
+
+
+def schema_of(tensors: Sequence[Tensor]) -> Schema:
+    """Dtype and trailing shape of each tensor. Requests of equal schema can be merged along their rows."""
+    return tuple((t.dtype, tuple(t.shape[1:])) for t in tensors)
+
+
+def _describe(schema: Schema) -> str:
+    shapes = (f"{str(dtype).removeprefix('torch.')} [{', '.join(('rows', *map(str, s)))}]" for dtype, s in schema)
+    return " and ".join(shapes)

@@ -1,0 +1,178 @@
+"""Checkpoints: an expert's state outside its server, so that another participant can carry it on (paper, Persistence).
+
+Beside a batch's way: states are taken by `Runtime.snapshot` between batches and written by worker threads. One
+safetensors file an expert, `<uid>.safetensors`, replaced atomically: a crash leaves the old file or the new one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+import trio
+from torch import Tensor
+
+from labkit.errors import CheckpointError, RPCError
+from labkit.expert_uid import split_uid
+from labkit.server.backend import ExpertBackend
+from labkit.server.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "labkit expert 1"
+
+
+def save_expert(directory: str | os.PathLike[str], uid: str, state: Mapping[str, Tensor], *, kind: str = "") -> Path:
+    """Write an expert's state and return the file's path. The directory is made if need be.
+
+    When it returns, the state is on disk; when it raises (`OSError`, or `ValueError` for a bad uid), the file that was
+    there is untouched.
+    """
+    path = _path(directory, uid)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Always on the CPU and never sharing memory, whatever the caller hands in.
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+    metadata = {"format": FORMAT, "uid": uid, "kind": kind, "crc32": _checksum(tensors)}
+    data = safetensors.torch.save(tensors, metadata)
+    temporary = path.with_name(f".{uid}~{secrets.token_hex(8)}.tmp")  # ~ is in no uid, so this is no other expert's
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+    return path
+
+
+def load_expert(directory: str | os.PathLike[str], uid: str, *, kind: str = "") -> dict[str, Tensor] | None:
+    """An expert's saved state, exact to the bit, or None if there is none. Removes what a crashed save left.
+
+    Raises `CheckpointError` for a file that is damaged, not ours, or another expert's or kind's (where `kind` is
+    given); `ValueError` for a bad uid.
+    """
+    path = _path(directory, uid)
+    for stray in path.parent.glob(f".{uid}~*.tmp"):
+        stray.unlink(missing_ok=True)
+    if not path.exists():
+        return None
+    way_out = "move it away to start this expert afresh, or put a good copy in its place"
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            # Copies, so that the file is not mapped any more when it is to be replaced.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint ({error}); {way_out}") from error
+    if metadata.get("format") != FORMAT:
+        found = metadata.get("format", "no format")
+        raise CheckpointError(f"{path} is not a checkpoint of this version (it says {found!r}); {way_out}")
+    if metadata.get("uid") != uid:
+        raise CheckpointError(f"{path} holds expert {metadata.get('uid')!r}; {way_out}")
+    if kind and metadata.get("kind") and metadata["kind"] != kind:
+        raise CheckpointError(f"{path} holds an expert of kind {metadata['kind']!r}, not {kind!r}; {way_out}")
+    if metadata.get("crc32") != _checksum(tensors):
+        raise CheckpointError(f"{path} is damaged (its checksum differs); {way_out}")
+    return tensors
+
+
+def restore(directory: str | os.PathLike[str], backend: ExpertBackend) -> bool:
+    """Carry on from the expert's checkpoint, if there is one. Returns whether. For before the runtime runs.
+
+    Raises `CheckpointError`, which names the file and, where the state doesn't fit, the tensor.
+    """
+    state = load_expert(directory, backend.uid, kind=backend.kind)
+    if state is None:
+        return False
+    try:
+        backend.load_state(state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{_path(directory, backend.uid)} does not fit: {error}") from None
+    return True
+
+
+async def keep_checkpoints(
+    runtime: Runtime,
+    directory: str | os.PathLike[str],
+    period: float,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Until cancelled: every `period` seconds, save the experts that have been updated since their last save.
+
+    A save that fails (a full disk) is logged and tried again in the next period; it does not stop the server.
+    """
+    saved = {uid: backend.updates for uid, backend in runtime.backends.items()}
+    task_status.started()
+    while True:
+        await trio.sleep(period)
+        for uid, backend in runtime.backends.items():
+            if backend.updates == saved[uid]:
+                continue
+            try:
+                saved[uid] = await _save(runtime, directory, uid)
+            except (OSError, RPCError) as error:
+                logger.warning("expert %s was not saved to %s: %s; trying again in %s s", uid, directory, error, period)
+
+
+async def save_all(runtime: Runtime, directory: str | os.PathLike[str]) -> None:
+    """Save every expert now; the last thing of a clean stop, also after the runtime has ended.
+
+    Shield it from cancellation there. All experts are tried; raises the first `OSError` or `RemoteFailure` met.
+    """
+    failure: Exception | None = None
+    for uid in runtime.backends:
+        try:
+            await _save(runtime, directory, uid)
+        except (OSError, RPCError) as error:
+            logger.warning("expert %s was not saved to %s: %s", uid, directory, error)
+            failure = failure or error
+    if failure is not None:
+        raise failure
+
+
+async def _save(runtime: Runtime, directory: str | os.PathLike[str], uid: str) -> int:
+    state = await runtime.snapshot(uid)
+    kind = runtime.backends[uid].kind
+    await trio.to_thread.run_sync(
+        lambda: save_expert(directory, uid, state, kind=kind)
+    )  # cancelling waits for the disk
+    return int(state["counter.updates"])
+
+
+def _path(directory: str | os.PathLike[str], uid: str) -> Path:
+    split_uid(uid)  # a uid has no separators, dots in a row, or anything else that could lead out of the directory
+    return Path(directory) / f"{uid}.safetensors"
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Of the tensors' names and bytes: safetensors notices a file cut short, but not a changed bit."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(name.encode(), crc)
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make the new name itself durable, where the system lets one open a directory (Windows doesn't)."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        logger.debug("%s cannot be synced", directory)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,202 @@
+"""What an expert computes: the factories of expert modules, by name, and the kinds that come with labkit.
+
+A server builds each of its experts with `make_expert`; from then on the module belongs to an expert backend. A kind is
+a registered name (`"ffn"`), a factory (any callable that returns a module), or text `"package.module:factory"`, which
+is how a child process gets a class of the user's own. Kinds come from whoever starts a server, never from a peer.
+
+A module may have an attribute `takes`, a text such as `"float32 [rows, 512]"`, which errors to callers quote.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Factory = Callable[..., nn.Module]
+F_co = TypeVar("F_co", bound=Factory)
+
+_factories: dict[str, Factory] = {}
+
+
+# ---------------------------------------------------------------- factories by name
+
+
+@overload
+def register_expert(name: str) -> Callable[[F_co], F_co]: ...
+@overload
+def register_expert(name: str, factory: F_co) -> F_co: ...
+def register_expert(name: str, factory: F_co | None = None) -> F_co | Callable[[F_co], F_co]:
+    """Name a factory: `@register_expert("mine")` above a class or function, or `register_expert("mine", f)`.
+
+    Registering a name again replaces it (a cell may run twice); labkit's own kinds can't be replaced. Raises
+    `ValueError`.
+    """
+    if factory is None:
+        return lambda decorated: register_expert(name, decorated)
+    if not name.isidentifier():
+        raise ValueError(f"{name!r} is not a name for an expert kind: letters, digits and _ only")
+    if name in _factories and name in BUILTIN_KINDS:
+        raise ValueError(f"{name!r} is one of labkit's own expert kinds; register yours under another name")
+    _factories[name] = factory
+    return factory
+
+
+def make_expert(kind: str | Factory, **options: Any) -> nn.Module:
+    """Build one expert module, with fresh parameters.
+
+    `kind`: a registered name, `"package.module:factory"`, or a factory. `options` go to the factory. Raises
+    `ValueError` for an unknown kind, an option that the factory doesn't take, or one that it misses.
+    """
+    factory = _find_factory(kind) if isinstance(kind, str) else kind
+    label = kind if isinstance(kind, str) else getattr(kind, "__name__", repr(kind))
+    if not callable(factory):
+        raise ValueError(f"an expert kind is a name or a callable that returns a module, not {factory!r}")
+    _check_options(label, factory, options)
+    module = factory(**options)
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"expert kind {label!r} made a {type(module).__name__}, not a torch.nn.Module")
+    return module
+
+
+def expert_reference(kind: str | Factory) -> str:
+    """The kind as text that another process can build from: a built-in name or `"package.module:factory"`.
+
+    Raises `ValueError` when a fresh process could not find it: lambdas, things defined in a notebook or inside a
+    function or class, and instances. The text says what to do instead.
+    """
+    if isinstance(kind, str):
+        if kind in BUILTIN_KINDS or ":" in kind:
+            return kind
+        kind = _find_factory(kind)
+    module, name = getattr(kind, "__module__", None), getattr(kind, "__qualname__", None)
+    way_out = 'put it at the top level of a module that can be imported, or serve it with isolation="task"'
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise ValueError(f"a server process cannot import {kind!r}, which has no name of its own; {way_out}")
+    if module == "__main__":
+        raise ValueError(
+            f"{name!r} is defined in the notebook or script, which a server process cannot import; {way_out}"
+        )
+    if not name.isidentifier():  # "<lambda>", "f.<locals>.g", "Outer.Inner"
+        raise ValueError(f"a server process cannot import {module}.{name}, which is not at the top level; {way_out}")
+    reference = f"{module}:{name}"
+    if _import_factory(reference) is not kind:
+        raise ValueError(f"{reference} is now another object than the one given (redefined, or wrapped); {way_out}")
+    return reference
+
+
+def _find_factory(kind: str) -> Factory:
+    if ":" in kind:
+        return _import_factory(kind)
+    if kind not in _factories:
+        raise ValueError(
+            f"unknown expert kind {kind!r}; known are {', '.join(sorted(_factories))} and 'package.module:name'"
+        )
+    return _factories[kind]
+
+
+def _import_factory(reference: str) -> Factory:
+    module_name, _, name = reference.partition(":")
+    try:
+        factory: Factory = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"expert kind {reference!r} cannot be imported: {error}") from error
+    return factory
+
+
+def _check_options(label: str, factory: Factory, options: dict[str, Any]) -> None:
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):  # a callable written in C says nothing; it will complain itself
+        return
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        takes = [p for p in signature.parameters.values() if p.kind not in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)]
+        names = ", ".join(f"{p.name} (required)" if p.default is p.empty else p.name for p in takes) or "nothing"
+        unknown = ", ".join(sorted(set(options) - {p.name for p in takes}))
+        wrong = f"no option {unknown}" if unknown else f"other options ({error})"
+        raise ValueError(f"expert kind {label!r} takes {wrong}; it takes {names}") from None
+
+
+# ---------------------------------------------------------------- the kinds that come with labkit
+
+
+class FeedForward(nn.Module):
+    """The paper's expert: hidden -> inner -> inner -> hidden with LayerNorm and ReLU, and a residual.
+
+    [rows, ..., hidden] -> the same. `inner`: 4 * hidden unless given (512 -> 2048 -> 2048 -> 512 in the paper's MNIST
+    run, 1024 -> 4096 -> 4096 -> 1024 in its throughput run).
+    """
+
+    def __init__(self, hidden: int, inner: int | None = None) -> None:
+        super().__init__()
+        inner = 4 * hidden if inner is None else inner
+        self.takes = f"float32 [rows, {hidden}]"
+        self.layers = nn.Sequential(
+            nn.Linear(hidden, inner), nn.LayerNorm(inner), nn.ReLU(),
+            nn.Linear(inner, inner), nn.LayerNorm(inner), nn.ReLU(),
+            nn.Linear(inner, hidden),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = x + self.layers(x)
+        return output
+
+
+class Transformer(nn.Module):
+    """One pre-LayerNorm transformer block: self-attention, then a feed-forward part, each with a residual.
+
+    [rows, seq, hidden] -> the same; rows do not see each other. `inner`: width of the feed-forward part, 2 * hidden
+    unless given (the paper's block: hidden 1024, 16 heads, inner 2048). `causal`: a position sees only itself and those
+    before it. `max_length` bounds seq, since callers choose it and attention costs its square.
+    """
+
+    def __init__(
+        self, hidden: int, heads: int = 8, inner: int | None = None, causal: bool = False, max_length: int = 2048
+    ) -> None:
+        super().__init__()
+        if hidden % heads:
+            raise ValueError(f"hidden={hidden} is not a multiple of heads={heads}")
+        inner = 2 * hidden if inner is None else inner
+        self.heads, self.causal, self.max_length = heads, causal, max_length
+        self.takes = f"float32 [rows, at most {max_length}, {hidden}]"
+        self.attention_norm = nn.LayerNorm(hidden)
+        self.query_key_value = nn.Linear(hidden, 3 * hidden)
+        self.attention_output = nn.Linear(hidden, hidden)
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(hidden), nn.Linear(hidden, inner), nn.ReLU(), nn.Linear(inner, hidden)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 3 or x.shape[1] > self.max_length:
+            raise ValueError(
+                f"a transformer expert takes [rows, seq <= {self.max_length}, hidden], not {list(x.shape)}"
+            )
+        rows, seq, hidden = x.shape
+        qkv = self.query_key_value(self.attention_norm(x))  # [rows, seq, 3 * hidden]
+        qkv = qkv.view(rows, seq, 3, self.heads, hidden // self.heads).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)  # each [rows, heads, seq, hidden / heads]
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        x = x + self.attention_output(mixed.transpose(1, 2).reshape(rows, seq, hidden))
+        output: Tensor = x + self.feed_forward(x)
+        return output
+
+
+class Nop(nn.Module):
+    """An expert that returns its (first) input. It has no parameters and is for measuring everything else."""
+
+    def __init__(self, hidden: int | None = None) -> None:  # `hidden` so that it can stand in for the other kinds
+        super().__init__()
+        self.takes = "tensors of any shape and type"
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        return x
+
+
+BUILTIN_KINDS: dict[str, Factory] = {"ffn": FeedForward, "transformer": Transformer, "nop": Nop}
+_factories.update(BUILTIN_KINDS)

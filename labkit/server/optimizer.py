@@ -1,0 +1,78 @@
+"""How an expert is trained: the configuration of a backend, its optimizer and its learning-rate schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class BackendConfig:
+    """How an expert is trained and what it accepts. Plain values only: a config travels to child processes as JSON.
+
+    `accumulate`: backward passes (merged batches) whose gradients are summed into one optimizer step. `schedule`:
+    "linear" warms the learning rate up over `warmup_steps` and then lowers it to 0 at `total_steps`; "constant" may
+    have a warm-up too. `clip_grad_norm`: bound on the norm of all parameter gradients of a step, or None.
+    `max_batch_size`: rows. `train_mode`: whether the module runs in train mode; see `ExpertBackend`.
+    """
+
+    optimizer: str = "adam"  # "adam" | "adamw" | "sgd"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    amsgrad: bool = False  # adam, adamw
+    momentum: float = 0.0  # sgd
+    fused: bool = True
+    clip_grad_norm: float | None = None
+    accumulate: int = 1
+    schedule: str = "constant"  # "constant" | "linear"
+    warmup_steps: int = 0
+    total_steps: int = 0
+    max_batch_size: int = 4096
+    device: str = "cpu"
+    train_mode: bool = False
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer={self.optimizer!r}: one of {', '.join(OPTIMIZERS)}")
+        if self.schedule not in ("constant", "linear"):
+            raise ValueError(f"schedule={self.schedule!r}: constant or linear")
+        if self.schedule == "linear" and self.total_steps <= self.warmup_steps:
+            raise ValueError("a linear schedule needs total_steps, more than warmup_steps")
+        if self.accumulate < 1 or self.max_batch_size < 1 or self.warmup_steps < 0:
+            raise ValueError("accumulate and max_batch_size are at least 1, warmup_steps at least 0")
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise ValueError(f"clip_grad_norm={self.clip_grad_norm}: a positive number, or None for no clipping")
+
+    def lr_at(self, updates: int) -> float:
+        """Learning rate of the step that follows `updates` steps. A pure function, so the schedule has no state."""
+        factor = min(1.0, (updates + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        if self.schedule == "linear" and updates >= self.warmup_steps:
+            factor = max(0.0, (self.total_steps - updates) / (self.total_steps - self.warmup_steps))
+        return self.lr * factor
+
+
+def make_optimizer(parameters: list[nn.Parameter], config: BackendConfig) -> torch.optim.Optimizer | None:
+    return OPTIMIZERS[config.optimizer](parameters, config) if parameters else None
+
+
+def optimizer_slots(config: BackendConfig) -> tuple[str, ...]:
+    """The tensors that the optimizer keeps for each parameter."""
+    if config.optimizer == "sgd":
+        return ("momentum_buffer",) if config.momentum else ()
+    return ("step", "exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if config.amsgrad else ()))
+
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], BackendConfig], torch.optim.Optimizer]] = {
+    "adam": lambda ps, c: torch.optim.Adam(
+        ps, lr=c.lr, weight_decay=c.weight_decay, amsgrad=c.amsgrad, fused=c.fused
+    ),
+    "adamw": lambda ps, c: torch.optim.AdamW(
+        ps, lr=c.lr, weight_decay=c.weight_decay, amsgrad=c.amsgrad, fused=c.fused
+    ),
+    "sgd": lambda ps, c: torch.optim.SGD(
+        ps, lr=c.lr, weight_decay=c.weight_decay, momentum=c.momentum, fused=c.fused
+    ),
+}  # fmt: skip

@@ -1,0 +1,215 @@
+"""An expert server: a node that holds experts, answers calls to them, declares them in the DHT and saves them.
+
+On a batch's way: `wire/rpc` hands a request to `rpc_forward` or `rpc_backward`, which queue it with the runtime.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import trio
+
+from labkit.contact import Contact
+from labkit.directory.grids import GridInfo, keep_grid_declared
+from labkit.errors import LabkitError
+from labkit.events import Emit, ignore
+from labkit.expert_uid import check_inside, split_uid
+from labkit.faults import Faults
+from labkit.node import Node, NodeConfig, open_node
+from labkit.server.backend import BackendConfig, ExpertBackend
+from labkit.server.checkpoints import keep_checkpoints, restore, save_all
+from labkit.server.layers import make_expert
+from labkit.server.runtime import Runtime
+from labkit.wire.endpoint import ZmqNetwork
+from labkit.wire.rpc import Method, Reply, Request
+from labkit.wire.security import Admission, Identity
+
+logger = logging.getLogger(__name__)
+
+
+class ExpertCall(msgspec.Struct, array_like=True):
+    """The body of a forward or backward call; the tensors are the inputs, then (backward) the output's gradient."""
+
+    uid: str
+
+
+class ExpertAnswer(msgspec.Struct, array_like=True):
+    """The body of the answer. Seconds in the queue and in the batch; optimizer steps the expert has made."""
+
+    queue: float
+    compute: float
+    updates: int
+
+
+class ServerStatistics(msgspec.Struct):
+    """Gauges and counters of a server, since its start; what `server.statistics` answers."""
+
+    experts: dict[str, int]  # uid -> optimizer steps
+    queued_requests: int
+    queued_rows: int
+    batches: int
+    rows: int
+    busy_seconds: float
+    overloaded: int
+    expired: int
+    latency: float  # injected
+    loss: float  # injected
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What a server holds. Plain values (if `kind` is text), so that it can be handed to a child process as JSON.
+
+    `grid`: sizes of the grid that the uids lie in; declared too, if given. `kind`, `options`: see `make_expert`. `checkpoint_dir`: experts are loaded from there at the start and saved
+    every `checkpoint_period` seconds and at a clean stop. `threads`: torch's threads for one operation. `seed`: makes
+    each expert's fresh parameters a function of the seed and its uid.
+    """
+
+    uids: tuple[str, ...]
+    grid: tuple[int, ...] | None = None
+    kind: Any = "ffn"  # str | Factory
+    options: dict[str, Any] = field(default_factory=dict)
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    checkpoint_dir: str | None = None
+    checkpoint_period: float = 30.0
+    max_queue_rows: int = 65536
+    threads: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for uid in self.uids:
+            split_uid(uid)
+        if self.grid is not None:
+            check_inside(self.uids, self.grid)
+        if len(set(self.uids)) != len(self.uids) or not self.uids:
+            raise ValueError("uids: at least one, and each once")
+        if not (math.isfinite(self.checkpoint_period) and self.checkpoint_period > 0):
+            raise ValueError(f"checkpoint_period={self.checkpoint_period}: a number of seconds above 0")
+
+
+class ExpertServer:
+    """The experts of one server and the methods by which they are called."""
+
+    def __init__(self, config: ServerConfig, faults: Faults | None = None, emit: Emit = ignore) -> None:
+        self.config = config
+        self.faults = faults or Faults()
+        backends = {uid: self._make_backend(uid) for uid in config.uids}
+        self.runtime = Runtime(backends, emit=emit, max_queue_rows=config.max_queue_rows, threads=config.threads)
+        self.methods: Mapping[str, Method] = {
+            "expert.forward": Method(self.rpc_forward, ExpertCall),
+            "expert.backward": Method(self.rpc_backward, ExpertCall),
+            "server.statistics": Method(self.rpc_statistics),
+        }
+
+    def _make_backend(self, uid: str) -> ExpertBackend:
+        config = self.config
+        with torch.random.fork_rng(devices=[], enabled=config.seed is not None):
+            if config.seed is not None:
+                torch.manual_seed(zlib.crc32(f"{config.seed} {uid}".encode()))
+            module = make_expert(config.kind, **config.options)
+        kind = config.kind if isinstance(config.kind, str) else config.kind.__name__
+        backend = ExpertBackend(uid, module, config.backend, kind=kind)
+        if config.checkpoint_dir is not None:
+            restore(config.checkpoint_dir, backend)
+        return backend
+
+    async def rpc_forward(self, request: Request) -> Reply:
+        """Inputs [rows, ...] -> outputs [rows, ...]."""
+        return await self._compute("forward", request)
+
+    async def rpc_backward(self, request: Request) -> Reply:
+        """Inputs and output gradient -> input gradients; the expert takes an optimizer step."""
+        return await self._compute("backward", request)
+
+    async def _compute(self, direction: str, request: Request) -> Reply:
+        await self.faults.apply()
+        result = await self.runtime.submit(request.body.uid, direction, request.tensors, request.deadline)
+        return Reply(ExpertAnswer(result.queue_seconds, result.compute_seconds, result.updates), result.tensors)
+
+    async def rpc_statistics(self, request: Request) -> Reply:
+        """How the server is doing."""
+        return Reply(self.statistics())
+
+    def statistics(self) -> ServerStatistics:
+        """How the server is doing."""
+        now = self.runtime.statistics()
+        return ServerStatistics(
+            experts=now.updates,
+            queued_requests=now.queued_requests,
+            queued_rows=now.queued_rows,
+            batches=now.batches,
+            rows=now.rows,
+            busy_seconds=now.busy_seconds,
+            overloaded=now.overloaded,
+            expired=now.expired,
+            latency=self.faults.latency,
+            loss=self.faults.loss,
+        )
+
+
+async def serve_experts(
+    network: ZmqNetwork,
+    identity: Identity,
+    config: ServerConfig,
+    node_config: NodeConfig | None = None,
+    *,
+    join: Sequence[Contact] = (),
+    admission: Admission | None = None,
+    faults: Faults | None = None,
+    emit: Emit = ignore,
+    stop: trio.Event | None = None,
+    task_status: trio.TaskStatus[Contact] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Run an expert server until `stop` is set (a clean stop: every expert is saved) or until cancelled (a crash).
+
+    1. build the experts, or load them; 2. start the runtime; 3. join the swarm; 4. declare the experts: from then on
+    they can be found, and only then the server counts as started; 5. declare again and save, until the stop.
+    """
+    server = await trio.to_thread.run_sync(ExpertServer, config, faults, emit)  # 1: takes seconds; the network goes on
+    stop = trio.Event() if stop is None else stop
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.runtime.run)  # 2
+        async with (
+            open_node(  # 3
+                network, identity, node_config, join=join, methods=server.methods, admission=admission, emit=emit
+            ) as node,
+            trio.open_nursery() as keepers,
+        ):
+            if config.grid is not None:
+                name, _ = split_uid(config.uids[0])
+                await keepers.start(keep_grid_declared, node.dht, name, grid_info(config), node.directory.config.ttl)
+            await keepers.start(node.directory.keep_declared, config.uids, node.contact)  # 4
+            if config.checkpoint_dir is not None:
+                await keepers.start(keep_checkpoints, server.runtime, config.checkpoint_dir, config.checkpoint_period)
+            task_status.started(node.contact)
+            await stop.wait()  # 5
+            keepers.cancel_scope.cancel()
+        nursery.cancel_scope.cancel()
+    if config.checkpoint_dir is not None:
+        await save_all(server.runtime, config.checkpoint_dir)
+
+
+def grid_info(config: ServerConfig) -> GridInfo:
+    """What others are told of a server's grid: of the experts only what is plain text and numbers."""
+    plain = {key: value for key, value in config.options.items() if isinstance(value, (bool, int, float, str))}
+    return GridInfo(config.grid or (), config.kind if isinstance(config.kind, str) else "", plain)
+
+
+def checkpoint_directory(path: str | Path | None) -> str | None:
+    """A directory for checkpoints as text, made if need be. Raises `LabkitError` if it cannot be written to."""
+    if path is None:
+        return None
+    directory = Path(path).expanduser()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LabkitError(f"no checkpoints can be kept in {directory}: {error.strerror}") from None
+    return str(directory)

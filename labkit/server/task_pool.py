@@ -1,0 +1,118 @@
+"""Task pools: requests that wait for the compute thread, gathered by expert, direction and schema.
+
+Between `Runtime.submit`, which adds requests, and the runtime's loop, which takes batches. Plain state: the time is
+passed in, and nothing here waits.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from labkit.server.backend import Direction, Schema
+
+T = TypeVar("T")
+
+
+class PoolKey(NamedTuple):
+    """What requests must have in common to be merged."""
+
+    uid: str
+    direction: Direction
+    schema: Schema
+
+
+@dataclass(eq=False, slots=True)
+class Task(Generic[T]):
+    """One request in a pool. `arrived`, `deadline`: seconds on trio's clock. `finish` is told the result or error."""
+
+    key: PoolKey
+    tensors: Sequence[Tensor]  # each [rows, ...]
+    rows: int
+    arrived: float
+    deadline: float
+    finish: Callable[[T | Exception], None]
+    number: int = field(default=-1)  # order of arrival, given by the pools
+
+
+class TaskPool(Generic[T]):
+    """The requests of one key, oldest first."""
+
+    def __init__(self) -> None:
+        self.tasks: OrderedDict[int, Task[T]] = OrderedDict()  # OrderedDict: cheap removal at the front and anywhere
+
+    def pick(self, now: float, max_rows: int) -> tuple[list[Task[T]], list[Task[T]]]:
+        """The oldest requests that fit together into `max_rows` rows, and those met on the way that are too late."""
+        picked: list[Task[T]] = []
+        expired: list[Task[T]] = []
+        rows = 0
+        for task in self.tasks.values():
+            if task.deadline <= now:
+                expired.append(task)
+            elif picked and rows + task.rows > max_rows:  # no overtaking: the next one opens the next batch
+                break
+            else:
+                picked.append(task)
+                rows += task.rows
+        return picked, expired
+
+
+class TaskPools(Generic[T]):
+    """All pools of one device. `rows` and `len()` count what waits."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._pools: dict[PoolKey, TaskPool[T]] = {}
+        self._order: OrderedDict[int, Task[T]] = OrderedDict()
+        self._count = 0
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def add(self, task: Task[T]) -> None:
+        """Put a request behind all others."""
+        task.number, self._count = self._count, self._count + 1
+        self._order[task.number] = task
+        self._pools.setdefault(task.key, TaskPool()).tasks[task.number] = task
+        self.rows += task.rows
+
+    def discard(self, task: Task[T]) -> bool:
+        """Take a request out. Returns whether it was still waiting."""
+        if self._order.pop(task.number, None) is None:
+            return False
+        pool = self._pools[task.key]
+        del pool.tasks[task.number]
+        if not pool.tasks:
+            del self._pools[task.key]
+        self.rows -= task.rows
+        return True
+
+    def next_batch(self, now: float, max_rows: Callable[[str], int]) -> tuple[list[Task[T]], list[Task[T]]]:
+        """Take out the next batch: from the pool with the oldest request, as many as fit into `max_rows(uid)`.
+
+        Returns the batch, empty when nothing waits, and the requests whose deadline has passed, taken out as well.
+        """
+        late: list[Task[T]] = []
+        while self._order:
+            key = next(iter(self._order.values())).key
+            picked, expired = self._pools[key].pick(now, max_rows(key.uid))
+            self._take(picked)
+            self._take(expired)
+            late += expired
+            if picked:
+                return picked, late
+        return [], late
+
+    def clear(self) -> list[Task[T]]:
+        """Take out everything."""
+        tasks = list(self._order.values())
+        self._take(tasks)
+        return tasks
+
+    def _take(self, tasks: Iterable[Task[T]]) -> None:
+        for task in tasks:
+            self.discard(task)

@@ -1,0 +1,469 @@
+"""The swarm: what a notebook holds. It starts or joins one, serves experts in it, and makes layers that call them.
+
+One lab thread runs all of its network; the methods here may be called from any other thread and block until they are
+done.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import trio
+from torch import nn
+
+from labkit.child import ServerPlan
+from labkit.client.calls import ExpertClient
+from labkit.client.dispatch import DispatchConfig
+from labkit.client.expert import RemoteExpert
+from labkit.client.moe import MixtureOfExperts
+from labkit.client.session import Session, close_session, open_session
+from labkit.contact import Contact
+from labkit.directory.grids import GridInfo, find_grids
+from labkit.errors import LabkitError, RPCError, SwarmClosed
+from labkit.events import Emit, Listeners
+from labkit.expert_uid import ExpertInfo, check_grid, check_name, grid_for, grid_uids, split_uid, spread
+from labkit.faults import Faults
+from labkit.handles import ServerHandle
+from labkit.joining import LOOPBACK_NOTE
+from labkit.node import Node, NodeConfig, open_node
+from labkit.portal import Portal
+from labkit.server.layers import BUILTIN_KINDS, Factory, expert_reference
+from labkit.server.optimizer import BackendConfig
+from labkit.server.server import ServerConfig, checkpoint_directory
+from labkit.view.summary import ServerRow, SwarmSummary
+from labkit.view.telemetry import Calls, Telemetry
+from labkit.wire.endpoint import LOOPBACK, ZmqNetwork, open_network
+from labkit.wire.security import Admission, Identity, parse_key, write_key_list
+
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT = 2.0  # seconds that `close` takes at most
+CLEAN_STOP_TIME = 1.2  # seconds of those that servers have to save their experts
+CHECKPOINT_PERIOD = 10.0  # seconds, for servers started from a notebook
+
+_open: dict[str, Swarm] = {}
+
+
+class Invitation(str):
+    """An invitation: a text, to be passed on. `note` says where it works, if that is not everywhere."""
+
+    note: str = ""
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self) + (f"\n{self.note}" if self.note else ""))
+
+
+class Swarm:
+    """Start a swarm: a lab thread with one node. `Swarm.join(invite)` joins one instead.
+
+    `name`: a swarm of the same name in this process is closed first, so a cell may run twice. `listen`, `announce`,
+    `secure`: see `ZmqNetwork.listen`; the default listens on loopback only and does not encrypt. `key`: the file of a
+    key that stays the same (made by `labkit keygen`); by default it is new each time. `members`: public keys; makes the
+    swarm private. Use it as a context manager, or `close()` it; at exit it is closed anyway.
+    """
+
+    def __init__(
+        self,
+        name: str = "default",
+        *,
+        listen: str = LOOPBACK,
+        announce: str | None = None,
+        secure: bool | None = None,
+        key: str | Path | Identity | None = None,
+        members: Sequence[str] | None = None,
+        node: NodeConfig | None = None,
+        _join: tuple[Contact, ...] = (),
+    ) -> None:
+        identity = key if isinstance(key, Identity) else Identity.generate() if key is None else Identity.load(key)
+        self.name = name
+        self.servers: list[ServerHandle] = []
+        self.telemetry = Telemetry()
+        self.listeners = Listeners()
+        self.listeners.add(self.telemetry)
+        self._faults = Faults()
+        self._members = None if members is None else {identity.public_key, *map(parse_key, members)}
+        self._node_config = replace(node or NodeConfig(), listen=listen, announce=announce, secure=secure)
+        if name in _open:
+            _open[name].close()
+        self._folder = tempfile.TemporaryDirectory(prefix="labkit-", ignore_cleanup_errors=True)
+        self._write_members()
+        self._portal = Portal(name)
+        try:
+            self._node: Node = self._portal.start(self._run, identity, _join)
+        except BaseException:
+            self._portal.close()
+            self._folder.cleanup()
+            raise
+        experts = ExpertClient(self._node.client, self._node.directory, self.listeners)
+        self._session = Session(name, self._portal, self._node.directory, experts, self.listeners)
+        open_session(self._session)
+        _open[name] = self
+
+    @classmethod
+    def join(cls, invite: str, *, name: str | None = None, **options: Any) -> Swarm:
+        """Join the swarm of an invitation. `options` as for `Swarm`.
+
+        Raises `InviteError` for a text that is none, `JoinError` within 10 seconds if it cannot be joined: it says for
+        which address, why, and what to try.
+        """
+        contact = Contact.from_invitation(invite)
+        if contact.secure and not contact.is_loopback and "listen" not in options:
+            options["listen"] = "tcp://0.0.0.0:*"  # what is to be called back from another machine
+        elif contact.secure:
+            options.setdefault("secure", True)
+        return cls(name or f"joined {contact.endpoint}", _join=(contact,), **options)
+
+    async def _run(self, identity: Identity, join: tuple[Contact, ...], *, task_status: trio.TaskStatus[Node]) -> None:
+        """The life of the swarm's node, in the lab thread."""
+        async with (
+            open_network(self._node_config.limits.frames) as self._network,
+            open_node(
+                self._network, identity, self._node_config, join=join, admission=self._admission(), emit=self.listeners
+            ) as node,
+            trio.open_nursery() as self._nursery,
+        ):
+            task_status.started(node)
+            await trio.sleep_forever()
+
+    # ------------------------------------------------------------ serving
+
+    def serve(
+        self,
+        kind: str | Factory = "ffn",
+        *,
+        grid: Sequence[int] | None = None,
+        experts: int | None = None,
+        servers: int = 1,
+        name: str | None = None,
+        uids: Sequence[str] | None = None,
+        isolation: str | None = None,
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_period: float = CHECKPOINT_PERIOD,
+        backend: BackendConfig | None = None,
+        threads: int | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> list[ServerHandle]:
+        """Start local expert servers and return when their experts can be found; they are in `swarm.servers` too.
+
+        `kind`: "ffn", "transformer", "nop", a name given to `register_expert`, or any factory of an `nn.Module`, with
+        its `options` (`hidden=256`). `grid`: the grid to serve in (by default that of the running swarm, or one of
+        `experts`); `experts`: how many of its free places to take, all by default, or `uids`: which. `isolation`:
+        "process", or "task" for one in this process; by default a process wherever a process can import the kind.
+        `checkpoint_dir`: where experts are loaded from and saved to; by default a folder that goes with the swarm.
+        `backend`: optimizer and limits. `threads`: torch's, in each server. Raises `ValueError`, `ServerFailed`.
+        """
+        if isolation not in (None, "process", "task"):
+            raise ValueError(f"isolation={isolation!r}: 'process' or 'task'")
+        kind, options = self._known_kind(kind, name, options)
+        isolation, kind = _isolate(isolation, kind)
+        grid_name = check_name(name or _grid_name(kind))
+        sizes, chosen = self._portal.call(self._choose, grid_name, grid, experts, uids)
+        directory = checkpoint_directory(checkpoint_dir or Path(self._folder.name) / "checkpoints")
+        handles = []
+        for part in spread(chosen, servers):
+            identity = Identity.generate()
+            if self._members is not None:
+                self._members.add(identity.public_key)
+            config = ServerConfig(
+                uids=part, grid=sizes, kind=kind, options=options, backend=backend or BackendConfig(),
+                checkpoint_dir=directory, checkpoint_period=checkpoint_period, threads=threads, seed=seed,
+            )  # fmt: skip
+            plan = ServerPlan(config, self._server_node(), identity, (self._node.contact,), self._member_file)
+            handles.append(
+                ServerHandle(
+                    self._portal, self._nursery, self._network, self._node.client, plan, isolation, self._faults,
+                    self.listeners,
+                )
+            )  # fmt: skip
+        self._write_members()
+        self._portal.call(_begin_all, handles)
+        self.servers += handles
+        return handles
+
+    def _known_kind(self, kind: str | Factory, name: str | None, options: dict[str, Any]) -> tuple[str | Factory, dict[str, Any]]:
+        """Fill in options (`hidden`) that the running grid has and the caller left out. Only for kinds of our own."""
+        grid = self.grids().get(name or (kind if isinstance(kind, str) else ""))
+        if grid is not None and isinstance(kind, str) and kind == grid.kind and kind in BUILTIN_KINDS:
+            return kind, {**grid.options, **options}
+        return kind, options
+
+    def _server_node(self) -> NodeConfig:
+        """Where servers of this swarm listen: like this node, on a port of their own."""
+        host = self._node_config.listen.rpartition(":")[0]
+        announce = self._node_config.announce
+        if announce is not None:
+            announce = announce.rpartition(":")[0] or announce
+        return replace(self._node_config, listen=f"{host}:*", announce=announce, secure=self._node.contact.secure or None)
+
+    async def _choose(
+        self, name: str, grid: Sequence[int] | None, experts: int | None, uids: Sequence[str] | None
+    ) -> tuple[tuple[int, ...], list[str]]:
+        """The grid's sizes and the uids to serve: those asked for, or free places of the grid."""
+        known = (await self._find_grids()).get(name)
+        if grid is None and known is not None:
+            grid = known.sizes
+        if grid is None:
+            if uids:
+                grid = [1 + max(column) for column in zip(*(split_uid(uid)[1] for uid in uids), strict=True)]
+            else:
+                grid = grid_for(experts if experts is not None else 16)
+        sizes = check_grid(grid)
+        if known is not None and known.sizes != sizes:
+            raise ValueError(f"the grid {name!r} of this swarm has the sizes {known.sizes}, not {sizes}")
+        if uids is not None:
+            return sizes, list(uids)
+        taken = {info.uid for info in await self._node.directory.all_experts(name, len(sizes))}
+        free = [uid for uid in grid_uids(name, sizes) if uid not in taken]
+        wanted = len(free) if experts is None else experts
+        if not 1 <= wanted <= len(free):
+            raise ValueError(
+                f"the grid {name!r} {sizes} has {len(free)} free places of {math.prod(sizes)}, so {wanted} more experts "
+                "do not fit; start the swarm with a larger grid, or serve another one with name=…"
+            )
+        # Along the diagonals, so that a part of a grid has something in every row.
+        free.sort(key=lambda uid: (split_uid(uid)[1][-1] - sum(split_uid(uid)[1][:-1])) % sizes[-1])
+        return sizes, free[:wanted]
+
+    def faults(self, latency: float | None = None, loss: float | None = None) -> Faults:
+        """Inject faults into the servers started here, from now on, and into those started later.
+
+        `latency`: mean in seconds of an exponentially distributed delay before each call; `loss`: share of calls that
+        get no answer. What is left out stays as it is. Returns what holds now. Raises `ValueError`.
+        """
+        self._faults.set(latency, loss)
+        if latency is not None or loss is not None:
+            self._portal.call(self._apply_faults)
+        return self._faults
+
+    async def _apply_faults(self) -> None:
+        for server in self.servers:
+            server.apply_faults()
+
+    # ------------------------------------------------------------ layers
+
+    def moe(
+        self,
+        dim: int,
+        grid: Sequence[int] | None = None,
+        name: str = "ffn",
+        *,
+        routing: str = "softmax",
+        jitter: float = 0.0,
+        grid_dropout: float = 0.0,
+        **dispatch: Any,
+    ) -> MixtureOfExperts:
+        """A layer [..., dim] -> [..., dim] over the grid `name` of this swarm. See `MixtureOfExperts`.
+
+        `grid`: its sizes, by default those that its servers declare. `dispatch`: `k_best`, `k_min`, timeouts, and what
+        else `DispatchConfig` has. Raises `ValueError`.
+        """
+        if grid is None:
+            known = self.grids()
+            if name not in known:
+                raise ValueError(f"nobody serves a grid {name!r} here ({', '.join(known) or 'no grid at all'}); give grid=…")
+            grid = known[name].sizes
+        unknown = set(dispatch) - set(DispatchConfig.__dataclass_fields__)
+        if unknown:
+            known_options = ", ".join(DispatchConfig.__dataclass_fields__)
+            raise ValueError(f"moe has no option {', '.join(sorted(unknown))}; besides its own it has {known_options}")
+        dispatch.setdefault("k_best", min(4, math.prod(check_grid(grid))))
+        return MixtureOfExperts(
+            dim, grid, name, swarm=self.name, routing=routing, jitter=jitter, grid_dropout=grid_dropout,
+            dispatch=DispatchConfig(**dispatch),
+        )  # fmt: skip
+
+    def expert(self, uid: str, *, timeout: float = 10.0) -> RemoteExpert:
+        """One expert as a module: [rows, ...] -> [rows, ...]."""
+        return RemoteExpert(uid, self.name, timeout=timeout)
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Let the MoE layers of a model that was loaded or copied from elsewhere call this swarm's experts."""
+        for module in model.modules():
+            if isinstance(module, (MixtureOfExperts, RemoteExpert)):
+                module.swarm = self.name
+        return model
+
+    # ------------------------------------------------------------ looking
+
+    def grids(self) -> dict[str, GridInfo]:
+        """The grids that are served in this swarm, by name."""
+        return self._portal.call(self._find_grids)
+
+    async def _find_grids(self) -> dict[str, GridInfo]:
+        return await find_grids(self._node.dht, self._node.directory.config.timeout)
+
+    def experts(self) -> dict[str, ExpertInfo]:
+        """All experts that are alive, by uid, of all grids."""
+        return self._portal.call(self._all_experts)
+
+    async def _all_experts(self) -> dict[str, ExpertInfo]:
+        found = {}
+        for name, grid in (await self._find_grids()).items():
+            for info in await self._node.directory.all_experts(name, len(grid.sizes)):
+                found[info.uid] = info
+        return found
+
+    def experts_alive(self) -> int:
+        """How many experts the directory offers, without asking the network."""
+        return self._portal.call(self._count_known)
+
+    async def _count_known(self) -> int:
+        return len(self._node.directory.known())
+
+    def on_event(self, listener: Emit) -> Callable[[], None]:
+        """Hear every event of this process; called in the thread where it happens. Returns a function that ends it."""
+        return self.listeners.add(listener)
+
+    def invite(self) -> Invitation:
+        """The invitation to this swarm: `labkit://<public key>@host:port`."""
+        invitation = Invitation(self._node.contact.invitation())
+        if self._node.contact.is_loopback:
+            invitation.note = LOOPBACK_NOTE
+        return invitation
+
+    def summary(self) -> SwarmSummary:
+        """Servers, experts, calls and failures as they are now."""
+        contact, total = self._node.contact, self.telemetry.total
+        if self.closed:
+            return SwarmSummary(self.name, "closed", "", False, {}, [], total.finished, dict(total.failed))
+        try:
+            grids, alive = self._portal.call(self._census)
+        except (SwarmClosed, RPCError):
+            grids, alive = {}, {}
+        by_address: dict[str, list[str]] = {}
+        for uid, info in alive.items():
+            by_address.setdefault(info.contact.endpoint, []).append(uid)
+        rows = []
+        for number, server in enumerate(self.servers):
+            address = server.contact.endpoint if server.contact is not None else ""
+            offered = len(by_address.pop(address, ())) if server.alive else 0
+            rows.append(self._row(f"servers[{number}]", server.state, address, len(server.uids), offered))
+        for address, uids in sorted(by_address.items()):
+            rows.append(self._row("elsewhere", "remote", address, len(uids), len(uids)))
+        shown = {name: (info.sizes, sum(split_uid(uid)[0] == name for uid in alive)) for name, info in grids.items()}
+        return SwarmSummary(
+            self.name, "open", contact.endpoint, contact.secure, shown, rows, total.finished, dict(total.failed)
+        )
+
+    async def _census(self) -> tuple[dict[str, GridInfo], dict[str, ExpertInfo]]:
+        grids: dict[str, GridInfo] = {}
+        experts: dict[str, ExpertInfo] = {}
+        with trio.move_on_after(2):  # a repr must not hang
+            grids = await self._find_grids()
+            experts = await self._all_experts()
+        return grids, experts
+
+    def _row(self, label: str, state: str, address: str, experts: int, alive: int) -> ServerRow:
+        calls = self.telemetry.by_address.get(address, Calls())
+        return ServerRow(
+            label, state, address, experts, alive, calls.finished, 1000 * calls.mean_seconds, dict(calls.failed)
+        )
+
+    def __repr__(self) -> str:
+        return self.summary().text()
+
+    def _repr_html_(self) -> str:
+        return self.summary().html()
+
+    # ------------------------------------------------------------ membership
+
+    @property
+    def _member_file(self) -> Path | None:
+        return None if self._members is None else Path(self._folder.name) / "members"
+
+    def _admission(self) -> Admission:
+        return Admission(file=self._member_file)
+
+    def _write_members(self) -> None:
+        if self._member_file is not None and self._members is not None:
+            write_key_list(self._member_file, self._members)
+
+    def admit(self, key: str) -> None:
+        """Let the holder of this public key into a private swarm, from now on. Raises `ValueError`."""
+        if self._members is None:
+            raise ValueError("this swarm is open: everybody who has the invitation may join")
+        self._members.add(parse_key(key))
+        self._write_members()
+
+    # ------------------------------------------------------------ ending
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed."""
+        return self._portal.closed
+
+    def close(self) -> None:
+        """Stop the servers started here, leave the swarm and end the lab thread: within two seconds. Safe to repeat."""
+        close_session(self._session)
+        if _open.get(self.name) is self:
+            del _open[self.name]
+        if not self.closed:
+            try:
+                self._portal.call(_end_all, list(self.servers))
+            except LabkitError as error:
+                logger.warning("while closing: %s", error)
+        if not self._portal.close(CLOSE_TIMEOUT - CLEAN_STOP_TIME):
+            logger.warning("the lab thread of swarm %r did not end in time", self.name)
+        self._folder.cleanup()
+
+    def __enter__(self) -> Swarm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+async def _begin_all(handles: Sequence[ServerHandle]) -> None:
+    """Start servers side by side; if one fails, none is left."""
+    try:
+        async with trio.open_nursery() as nursery:
+            for handle in handles:
+                nursery.start_soon(handle.begin)
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            for handle in handles:
+                await handle.end("killed")
+        raise
+
+
+async def _end_all(handles: Sequence[ServerHandle]) -> None:
+    async with trio.open_nursery() as nursery:
+        for handle in handles:
+            nursery.start_soon(handle.end, "stopped", CLEAN_STOP_TIME)
+
+
+def _isolate(isolation: str | None, kind: str | Factory) -> tuple[str, str | Factory]:
+    """Task or process, and the kind as the server will be given it."""
+    if isolation == "task":
+        return isolation, kind
+    try:
+        return "process", expert_reference(kind)
+    except ValueError:
+        if isolation == "process" or isinstance(kind, str):
+            raise
+        return "task", kind
+
+
+def _grid_name(kind: str | Factory) -> str:
+    """A grid is called after its experts, unless it is given a name."""
+    text = kind if isinstance(kind, str) else getattr(kind, "__name__", "expert")
+    name = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in text.rpartition(":")[2])
+    return name.lower().strip("-") or "expert"
+
+
+def close_all() -> None:
+    """Close every swarm of this process."""
+    for swarm in list(_open.values()):
+        swarm.close()
+
+
+atexit.register(close_all)

@@ -1,0 +1,363 @@
+"""Training: the readable loop, run by many trainers that share one model.
+
+Each trainer takes a batch, computes gradients with a replica that holds the parameters as they were when it began, and
+applies them to the shared model under a lock (asynchronous SGD, as in the paper). So while one waits for the network
+others compute, and gradients are as stale as the network makes them. A trainer is a thread, since a forward pass
+through an MoE layer waits for the network in the middle of plain PyTorch code.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from labkit.client.moe import MixtureOfExperts
+from labkit.client.session import find_session
+from labkit.data import ClassificationData, batches
+from labkit.errors import NoExperts, NotEnoughExperts, RPCError, SwarmClosed, TrainingFailed
+from labkit.events import Emit, StepFailed, StepFinished, ignore
+
+logger = logging.getLogger(__name__)
+
+Batch = tuple[Tensor, Tensor]
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """How to train. Exactly one of `steps` and `epochs` is given; `epochs` needs data of a known length.
+
+    `trainers`: batches in flight at the same time. `balance`: weight of the layers' load-balancing losses.
+    `max_failures`: this many failed batches in a row, over all trainers, end the run.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 64
+    trainers: int = 8
+    lr: float = 1e-3
+    balance: float = 0.0
+    seed: int = 0
+    max_failures: int = 50
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps=… or epochs=…")
+        for name in ("batch_size", "trainers", "max_failures"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+
+
+class SharedModel:
+    """The model that all trainers train, its optimizer, and how many updates it has had."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.updates = 0
+        self._lock = threading.Lock()
+
+    def replica(self) -> nn.Module:
+        """A copy for one trainer."""
+        with self._lock:
+            return copy.deepcopy(self.model)
+
+    @torch.no_grad()
+    def refresh(self, replica: nn.Module) -> int:
+        """Give a replica the current parameters and buffers. Returns how many updates are in them."""
+        with self._lock:
+            for mine, shared in zip(_tensors(replica), _tensors(self.model), strict=True):
+                mine.copy_(shared)
+            return self.updates
+
+    def apply(self, replica: nn.Module, seen: int) -> int:
+        """Step with a replica's gradients. Returns their staleness: updates by others since `seen`."""
+        with self._lock:
+            for shared, mine in zip(self.model.parameters(), replica.parameters(), strict=True):
+                shared.grad = mine.grad
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for shared_buffer, buffer in zip(self.model.buffers(), replica.buffers(), strict=True):
+                    shared_buffer.copy_(buffer)
+            self.updates += 1
+            return self.updates - 1 - seen
+
+
+def train_step(shared: SharedModel, replica: nn.Module, batch: Batch, loss_function: LossFunction, balance: float) -> tuple[float, int]:
+    """One step of one trainer: 1. parameters, 2. forward, 3. backward, which trains the experts too, 4. update.
+
+    Returns loss and staleness. Raises `NotEnoughExperts` and the like; then the shared model is as it was.
+    """
+    seen = shared.refresh(replica)  # 1
+    replica.train()
+    replica.zero_grad(set_to_none=True)
+    x, y = batch
+    loss = loss_function(replica(x), y)  # 2
+    total = loss
+    if balance:
+        layers = (module for module in replica.modules() if isinstance(module, MixtureOfExperts))
+        total = loss + balance * sum(layer.balance_loss for layer in layers if layer.balance_loss is not None)
+    if not math.isfinite(loss.item()):
+        raise FloatingPointError(f"the loss is {loss.item()}")
+    total.backward()  # type: ignore[no-untyped-call]  # 3
+    return loss.item(), shared.apply(replica, seen)  # 4
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 256) -> float:
+    """Share of rows that `model` classifies correctly. Works on a copy, so a run may go on meanwhile."""
+    replica = copy.deepcopy(model).eval()
+    correct = 0
+    for start in range(0, len(x), batch_size):
+        correct += int((replica(x[start : start + batch_size]).argmax(-1) == y[start : start + batch_size]).sum())
+    return correct / len(x)
+
+
+class Run:
+    """A training run in the background. `wait()` for its end, `stop()` it, look at `loss`, `steps`, `samples_per_s`.
+
+    `history` holds a `StepFinished` for each of the last 100,000 steps.
+    """
+
+    def __init__(
+        self, model: nn.Module, data: Any, config: TrainConfig, loss_function: LossFunction | None = None,
+        optimizer: OptimizerFactory | None = None, emit: Emit | None = None,
+    ) -> None:  # fmt: skip
+        make_optimizer = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=config.lr))
+        self.model = model
+        self.config = config
+        self.history: deque[StepFinished] = deque(maxlen=100_000)
+        self.failed_batches = 0
+        self.error: BaseException | None = None
+        self.total_steps, self._batches = _stream(data, config)
+        self._shared = SharedModel(model, make_optimizer(model.parameters()))
+        self._loss_function = loss_function or F.cross_entropy
+        self._emit = emit or _emit_of(model)
+        self._lock = threading.Lock()
+        self._samples = 0
+        self._finished = 0
+        self._claimed = 0  # steps that are done or being tried
+        self._failures_in_a_row = 0
+        self._stop = threading.Event()
+        self._seconds: float | None = None
+        self._started = time.monotonic()
+        self._threads = [
+            threading.Thread(target=self._train, name=f"labkit-trainer-{number}", daemon=True)
+            for number in range(min(config.trainers, max(1, self.total_steps)))
+        ]
+        self._left = len(self._threads)
+        for thread in self._threads:
+            thread.start()
+
+    # ------------------------------------------------------------ what a notebook looks at
+
+    @property
+    def running(self) -> bool:
+        """Whether trainers are at work."""
+        return any(thread.is_alive() for thread in self._threads)
+
+    @property
+    def steps(self) -> int:
+        """Steps that have been applied."""
+        return self._shared.updates
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been running, or ran."""
+        return self._seconds if self._seconds is not None else time.monotonic() - self._started
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the last 20 steps; NaN before the first."""
+        last = list(self.history)[-20:]
+        return sum(step.loss for step in last) / len(last) if last else math.nan
+
+    @property
+    def samples_per_s(self) -> float:
+        """Rows per second, over the whole run."""
+        return self._samples / max(self.seconds, 1e-9)
+
+    @property
+    def staleness(self) -> float:
+        """Mean staleness of the last 100 updates."""
+        last = list(self.history)[-100:]
+        return sum(step.staleness for step in last) / len(last) if last else 0.0
+
+    def wait(self, timeout: float | None = None) -> Run:
+        """Wait until the run is over, or `timeout` seconds. Raises what ended it, if that was an error.
+
+        An interrupt ends the waiting, not the run.
+        """
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        for thread in self._threads:
+            while thread.is_alive() and time.monotonic() < deadline:
+                thread.join(min(0.2, max(0.0, deadline - time.monotonic())))
+        if self.error is not None:
+            raise self.error
+        return self
+
+    def stop(self, timeout: float = 10.0) -> Run:
+        """Let the batches in flight finish and end the run."""
+        self._stop.set()
+        return self.wait(timeout)
+
+    def evaluate(self, x: Tensor, y: Tensor) -> float:
+        """Share of rows that the model classifies correctly now."""
+        return evaluate(self._shared.replica(), x, y)
+
+    def __repr__(self) -> str:
+        state = "running" if self.running else f"failed: {self.error}" if self.error else "finished"
+        failed = f", {self.failed_batches} failed batches" if self.failed_batches else ""
+        return (
+            f"<run {state}: {self.steps} of {self.total_steps} steps, loss {self.loss:.4f}, "
+            f"{self.samples_per_s:,.0f} samples/s, staleness {self.staleness:.1f}{failed}>"
+        )
+
+    # ------------------------------------------------------------ the trainers
+
+    def _train(self) -> None:
+        """One trainer: batches until there are no more steps to do."""
+        try:
+            replica = self._shared.replica()
+            while (batch := self._claim()) is not None:
+                self._try_step(replica, batch)
+        except SwarmClosed as error:
+            if not self._stop.is_set():
+                self._end(error)
+        except Exception as error:
+            self._end(error)
+        finally:
+            with self._lock:
+                self._left -= 1
+                if self._left == 0:
+                    self._seconds = time.monotonic() - self._started
+
+    def _try_step(self, replica: nn.Module, batch: Batch) -> None:
+        started = time.monotonic()
+        samples = len(batch[0])
+        try:
+            loss, staleness = train_step(self._shared, replica, batch, self._loss_function, self.config.balance)
+        except (NotEnoughExperts, NoExperts, RPCError, FloatingPointError) as error:
+            self._give_back(samples, error)
+            return
+        with self._lock:
+            self._failures_in_a_row = 0
+            self._finished += 1
+            self._samples += samples
+            finished = StepFinished(
+                step=self._finished, loss=loss, samples=samples, seconds=time.monotonic() - started,
+                staleness=staleness,
+            )  # fmt: skip
+            self.history.append(finished)
+        self._emit(finished)
+
+    def _claim(self) -> Batch | None:
+        """The next batch, or None when there is nothing left to do."""
+        with self._lock:
+            if self._stop.is_set() or self._claimed >= self.total_steps:
+                return None
+            batch = next(self._batches, None)
+            if batch is not None:
+                self._claimed += 1
+            return batch
+
+    def _give_back(self, samples: int, error: Exception) -> None:
+        """A batch failed: it is dropped, and another takes its step."""
+        with self._lock:
+            self._claimed -= 1
+            self.failed_batches += 1
+            self._failures_in_a_row += 1
+            too_many = self._failures_in_a_row >= self.config.max_failures
+        self._emit(StepFailed(samples=samples, detail=str(error)))
+        logger.debug("a batch was dropped: %s", error)
+        if too_many:
+            raise TrainingFailed(f"{self.config.max_failures} batches in a row failed; the last: {error}") from error
+
+    def _end(self, error: BaseException) -> None:
+        with self._lock:
+            self.error = self.error or error
+        self._stop.set()
+
+
+def fit(
+    model: nn.Module,
+    data: Any,
+    *,
+    loss: LossFunction | None = None,
+    optimizer: OptimizerFactory | None = None,
+    **options: Any,
+) -> Run:
+    """Train `model` in the background; returns at once. See `TrainConfig` for the options, `Run` for what comes back.
+
+    `data`: `(x, y)` tensors, a `ClassificationData` (its training part), a torch `Dataset` of pairs, or any iterable of
+    batches `(x, y)`, such as a `DataLoader`, which is gone through again and again. `optimizer`: makes an optimizer from
+    the model's own parameters (Adam by default); experts are trained by their servers. Raises `ValueError`.
+    """
+    try:
+        config = TrainConfig(**options)
+    except TypeError:
+        known = ", ".join(TrainConfig.__dataclass_fields__)
+        raise ValueError(f"fit has no option {', '.join(set(options) - set(TrainConfig.__dataclass_fields__))}; it has {known}") from None
+    return Run(model, data, config, loss, optimizer)
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _emit_of(model: nn.Module) -> Emit:
+    """Where the swarm of the model's first MoE layer listens."""
+    layer = next((module for module in model.modules() if isinstance(module, MixtureOfExperts)), None)
+    return ignore if layer is None else find_session(layer.swarm).emit
+
+
+def _stream(data: Any, config: TrainConfig) -> tuple[int, Iterator[Batch]]:
+    """How many steps to do, and batches without end."""
+    if isinstance(data, ClassificationData):
+        data = (data.train_x, data.train_y)
+    generator = torch.Generator().manual_seed(config.seed)
+    per_epoch: float | None
+    stream: Iterator[Batch]
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        x, y = data
+        per_epoch = math.ceil(len(x) / config.batch_size)
+        stream = batches(x, y, config.batch_size, generator)
+    else:
+        if isinstance(data, torch.utils.data.Dataset):
+            data = torch.utils.data.DataLoader(data, config.batch_size, shuffle=True, generator=generator)
+        if not isinstance(data, Iterable):
+            raise ValueError(f"data: (x, y) tensors, a Dataset, or an iterable of batches, not {type(data).__name__}")
+        per_epoch = len(data) if hasattr(data, "__len__") else None
+        stream = _repeat(data)
+    if config.steps is not None:
+        return config.steps, stream
+    if per_epoch is None or config.epochs is None:
+        raise ValueError("epochs=… needs data of a known length; give steps=…")
+    return max(1, round(config.epochs * per_epoch)), stream
+
+
+def _repeat(data: Iterable[Batch]) -> Iterator[Batch]:
+    while True:
+        empty = True
+        for batch in data:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("data: there are no batches in it")

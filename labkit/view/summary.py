@@ -1,0 +1,105 @@
+"""What a swarm looks like at one moment, as text and as HTML: the rich repr of `swarm`."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+STYLE = """
+<style>
+.labkit-swarm table { border-collapse: collapse; margin: .4em 0; font-variant-numeric: tabular-nums; }
+.labkit-swarm th, .labkit-swarm td { padding: .15em .7em; text-align: left; border: 0; }
+.labkit-swarm th { border-bottom: 1px solid currentColor; font-weight: 600; }
+.labkit-swarm td.number, .labkit-swarm th.number { text-align: right; }
+.labkit-swarm .gone { opacity: .65; }
+</style>"""
+
+MARKS = {"running": "●", "remote": "○", "starting": "◌"}  # a state is told by sign and word, not by colour alone
+GONE = "✕"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerRow:
+    """One server. `experts_alive` is what the directory offers of `experts`."""
+
+    label: str
+    state: str
+    address: str
+    experts: int
+    experts_alive: int
+    calls: int
+    mean_ms: float
+    failed: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class SwarmSummary:
+    """A swarm at one moment."""
+
+    name: str
+    state: str
+    address: str
+    encrypted: bool
+    grids: dict[str, tuple[tuple[int, ...], int]]  # name -> sizes, experts alive
+    servers: Sequence[ServerRow]
+    calls: int
+    failed: dict[str, int]
+
+    def text(self) -> str:
+        """As plain text, a line for each server."""
+        lines = [self._headline()]
+        if self.servers:
+            header = ("", "server", "state", "address", "experts", "calls", "mean", "failures")
+            rows = [header, *(self._cells(row) for row in self.servers)]
+            widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+            lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.append(self._footline())
+        return "\n".join(lines)
+
+    def html(self) -> str:
+        """As HTML, for a notebook."""
+        header = ("server", "state", "address", "experts", "calls", "mean", "failures")
+        numbers = {"experts", "calls", "mean"}
+
+        def line(tag: str, cells: Sequence[str], css: str = "") -> str:
+            number = ' class="number"'
+            marked = (
+                f"<{tag}{number if name in numbers else ''}>{html.escape(cell)}</{tag}>"
+                for name, cell in zip(header, cells, strict=True)
+            )
+            return f"<tr{css}>{''.join(marked)}</tr>"
+
+        rows = []
+        for row in self.servers:
+            mark, label, state, *rest = self._cells(row)
+            rows.append(line("td", (label, f"{mark} {state}", *rest), "" if row.state in MARKS else ' class="gone"'))
+        table = f"<table><thead>{line('th', header)}</thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""
+        head, foot = html.escape(self._headline()), html.escape(self._footline())
+        return f'{STYLE}<div class="labkit-swarm"><strong>{head}</strong>{table}<div>{foot}</div></div>'
+
+    def _headline(self) -> str:
+        where = f" at {self.address}{' (encrypted)' if self.encrypted else ''}" if self.address else ""
+        return f"swarm {self.name!r}, {self.state}{where}"
+
+    def _footline(self) -> str:
+        grids = [
+            f"grid {name} {' × '.join(map(str, sizes))}: {alive} experts alive"
+            for name, (sizes, alive) in sorted(self.grids.items())
+        ]
+        calls = f"{self.calls:,} calls answered, {_failures(self.failed)}"
+        return "; ".join([*(grids or ["no grid"]), calls])
+
+    def _cells(self, row: ServerRow) -> tuple[str, ...]:
+        alive = f"{row.experts_alive} of {row.experts}" if row.experts_alive != row.experts else str(row.experts)
+        mean = f"{row.mean_ms:.1f} ms" if row.calls else "–"
+        mark = MARKS.get(row.state, GONE)
+        return mark, row.label, row.state, row.address, alive, f"{row.calls:,}", mean, _failures(row.failed)
+
+
+def _failures(failed: dict[str, int]) -> str:
+    if not failed:
+        return "no failures"
+    total = sum(failed.values())
+    causes = ", ".join(f"{cause} {count}" for cause, count in sorted(failed.items(), key=lambda item: -item[1]))
+    return f"{total} failed ({causes})"

@@ -1,0 +1,52 @@
+"""How many bytes may be under way at once, to one peer and in all.
+
+ZeroMQ's own limits count messages; a message of ours is anything between 40 bytes and 256 MB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Hashable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import trio
+
+
+@dataclass
+class ByteBudget:
+    """Bytes that are taken, by peer. A single message over a limit may go when nothing else of that peer is under way."""
+
+    per_peer: int
+    total: int
+    taken: int = 0
+    by_peer: dict[Hashable, int] = field(default_factory=dict)
+    _waiting: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
+
+    def fits(self, peer: Hashable, size: int) -> bool:
+        """Whether `size` more bytes for this peer are within the budget."""
+        mine = self.by_peer.get(peer, 0)
+        return (mine == 0 or mine + size <= self.per_peer) and (self.taken == 0 or self.taken + size <= self.total)
+
+    def take(self, peer: Hashable, size: int) -> None:
+        """Count bytes in; each is to be given back with `give`."""
+        self.taken += size
+        self.by_peer[peer] = self.by_peer.get(peer, 0) + size
+
+    def give(self, peer: Hashable, size: int) -> None:
+        """Count bytes out."""
+        self.taken -= size
+        self.by_peer[peer] -= size
+        if self.by_peer[peer] == 0:
+            del self.by_peer[peer]
+        self._waiting.unpark_all()
+
+    @asynccontextmanager
+    async def hold(self, peer: Hashable, size: int) -> AsyncIterator[None]:
+        """Wait until the bytes fit, and hold them for the length of the block."""
+        while not self.fits(peer, size):
+            await self._waiting.park()
+        self.take(peer, size)
+        try:
+            yield
+        finally:
+            self.give(peer, size)

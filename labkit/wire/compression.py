@@ -1,0 +1,194 @@
+"""Tensor codecs: how the numbers of one tensor become the bytes of one frame, and back.
+
+`wire/frames.py` calls a codec for each tensor of a message; the header names the codec beside dtype and shape. Pure
+functions of tensors, no I/O. Bytes are little-endian, as everywhere that torch runs.
+
+    none        the tensor's own bytes; every dtype, exact
+    float16     relative error at most 2^-11, or 2^-25 in all below 2^-14; beyond ±65504 saturates
+    bfloat16    relative error at most 2^-8, or 2^-134 in all below 2^-126; beyond ±3.39e38 saturates
+    blockwise8  blocks of 256 numbers as int8 with one scale each: error at most max|x| of the block / 254
+
+An error bound is that of a float32 result; decoding to a narrower dtype adds that dtype's rounding. Finite numbers stay
+finite (one too large for the codec becomes its largest); NaN and infinity stay non-finite, so that a receiver that
+refuses them still sees them. Under blockwise8 they make their whole block NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 256
+_LEVELS = 127  # int8 runs from -127 to 127 here: symmetric, -128 stays unused
+
+
+class Codec(Protocol):
+    """Turns a tensor into raw bytes and back. Codecs have no state; any thread may use them."""
+
+    @property
+    def name(self) -> str: ...
+
+    def encode(self, tensor: Tensor) -> Tensor:
+        """The frame of `tensor` (any device, any strides): uint8, 1-D, contiguous, on the CPU.
+
+        It may share `tensor`'s memory: do not change that before the frame is sent. Raises `ValueError` for a dtype
+        that the codec does not take.
+        """
+        ...
+
+    def decode(self, raw: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """The tensor in a frame `raw` (uint8, 1-D, on the CPU; unaligned or read-only will do).
+
+        It may share `raw`'s memory: clone it before writing to it. Raises `ValueError` if the frame's length is not
+        `encoded_bytes(dtype, shape)`, or for a dtype that the codec does not take.
+        """
+        ...
+
+    def encoded_bytes(self, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+        """How long the frame of such a tensor is. Raises `ValueError` as `encode` does. Allocates nothing."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """The tensor's own bytes, copied only where the tensor is not contiguous or not on the CPU."""
+
+    name: str = "none"
+
+    def encode(self, tensor: Tensor) -> Tensor:
+        return _bytes_of(tensor.detach())
+
+    def decode(self, raw: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        _check_frame(self, raw, dtype, shape)
+        if dtype == torch.bool:  # a byte other than 0 and 1 is no bool, and a peer can send one
+            return (raw != 0).reshape(shape)
+        return _view(raw, dtype).reshape(shape)
+
+    def encoded_bytes(self, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Every number in a narrower floating dtype."""
+
+    name: str
+    wire_dtype: torch.dtype
+
+    def encode(self, tensor: Tensor) -> Tensor:
+        _check_floating(self, tensor.dtype)
+        return _bytes_of(_cast(tensor.detach(), self.wire_dtype))
+
+    def decode(self, raw: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        _check_frame(self, raw, dtype, shape)
+        return _cast(_view(raw, self.wire_dtype), dtype).reshape(shape)
+
+    def encoded_bytes(self, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+        _check_floating(self, dtype)
+        return math.prod(shape) * self.wire_dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Blockwise8:
+    """Blocks of 256 numbers in row-major order, each number a whole multiple of its block's max|x| / 127.
+
+    A frame is max|x| of every block (float32), then every number (int8). The maximum is sent and not the step, because
+    a step, 127 times smaller, would lose its bits where the numbers are tiny.
+    """
+
+    name: str = "blockwise8"
+
+    def encode(self, tensor: Tensor) -> Tensor:
+        _check_floating(self, tensor.dtype)
+        n = tensor.numel()
+        if n == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        blocks = _in_blocks(_cast(tensor.detach(), torch.float32).reshape(-1))  # [blocks, BLOCK]
+        low, high = blocks.aminmax(dim=1, keepdim=True)
+        largest = torch.maximum(-low, high)  # [blocks, 1]
+        largest = torch.where(largest.isfinite(), largest, torch.nan)  # NaN is what the whole block shall become
+        # 0 / 0 in a block of zeros and anything / NaN are NaN; the int8 numbers of such blocks do not matter.
+        steps = (blocks / largest).mul_(_LEVELS).round_().nan_to_num_(0.0, 0.0, 0.0)
+        numbers = steps.to(torch.int8).view(-1)[:n]
+        return torch.cat([_bytes_of(largest), _bytes_of(numbers)])
+
+    def decode(self, raw: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        _check_frame(self, raw, dtype, shape)
+        n = math.prod(shape)
+        if n == 0:
+            return torch.empty(shape, dtype=dtype)
+        split = _blocks(n) * 4
+        largest = _view(raw[:split], torch.float32)  # [blocks]
+        blocks = _in_blocks(raw[split:].view(torch.int8).to(torch.float32))  # [blocks, BLOCK]
+        values = blocks.div_(_LEVELS).mul_(largest[:, None]).view(-1)[:n]
+        return _cast(values, dtype).reshape(shape)
+
+    def encoded_bytes(self, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+        _check_floating(self, dtype)
+        n = math.prod(shape)
+        return n + 4 * _blocks(n)
+
+
+NONE = Plain()
+_ALL: tuple[Codec, ...] = (NONE, Cast("float16", torch.float16), Cast("bfloat16", torch.bfloat16), Blockwise8())
+CODECS: dict[str, Codec] = {codec.name: codec for codec in _ALL}
+
+
+def codec_for(name: str, dtype: torch.dtype) -> Codec:
+    """The codec called `name`, or `none` for a dtype that only `none` takes. `ValueError` for an unknown name."""
+    if name not in CODECS:
+        raise ValueError(f"there is no codec {name!r}; choose one of {', '.join(CODECS)}")
+    return CODECS[name] if dtype.is_floating_point else NONE
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def _blocks(n: int) -> int:
+    return -(-n // BLOCK)
+
+
+def _in_blocks(flat: Tensor) -> Tensor:
+    """[n] -> [blocks, BLOCK], the last block filled up with zeros."""
+    missing = -len(flat) % BLOCK
+    return (F.pad(flat, (0, missing)) if missing else flat).view(-1, BLOCK)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _view(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    """`raw` read as `dtype`. A frame may begin at any byte; torch wants numbers where their size says."""
+    aligned = raw.data_ptr() % dtype.itemsize == 0 and raw.storage_offset() % dtype.itemsize == 0
+    return (raw if aligned else raw.clone()).view(dtype)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` as `dtype`; finite numbers beyond its range become its largest, not infinity."""
+    target = torch.finfo(dtype)
+    if torch.finfo(tensor.dtype).max <= target.max or tensor.numel() == 0:
+        return tensor.to(dtype)
+    low, high = tensor.aminmax()
+    if low >= target.min and high <= target.max:  # nearly always, and much quicker than clamping
+        return tensor.to(dtype)
+    return torch.where(tensor.isinf(), tensor, tensor.clamp(target.min, target.max)).to(dtype)
+
+
+def _check_floating(codec: Codec, dtype: torch.dtype) -> None:
+    if not dtype.is_floating_point:
+        raise ValueError(f"the codec {codec.name} takes floating dtypes, not {dtype}; send it with 'none'")
+
+
+def _check_frame(codec: Codec, raw: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if any(not 0 <= size < 1 << 63 for size in shape):
+        raise ValueError(f"{list(shape)} is not the shape of a tensor")
+    expected = codec.encoded_bytes(dtype, shape)
+    if raw.dtype != torch.uint8 or raw.dim() != 1 or len(raw) != expected:
+        what = f"{dtype} {list(shape)} under {codec.name}"
+        raise ValueError(f"a frame of {what} is {expected} bytes, not {list(raw.shape)} {raw.dtype}")

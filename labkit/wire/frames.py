@@ -1,0 +1,249 @@
+"""A message <-> the frames that cross the wire. No I/O and no pickle; everything is checked before it is allocated.
+
+    frame 0    prelude (12 bytes: magic, version, kind, request id), then a msgpack header
+    frame 1…   one raw buffer a tensor, in the codec that the header names
+
+The prelude is the same in every version of the protocol, so that a node can tell any other which version it speaks.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from labkit.errors import MalformedMessage, MessageTooLarge
+from labkit.wire.compression import CODECS
+
+VERSION = 1
+MAGIC = b"LK"
+MAX_NDIM = 8
+_PRELUDE = struct.Struct("!2sBBQ")
+
+Frame = bytes | bytearray | memoryview
+
+
+class Kind(IntEnum):
+    """What a message is."""
+
+    REQUEST = 1
+    REPLY = 2
+    ERROR = 3
+    CANCEL = 4
+    VERSION = 5  # "I speak another version": has a prelude only, and the version in it is the sender's
+
+
+class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
+    """How to read a tensor frame."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    codec: str = "none"
+
+
+class RequestHeader(msgspec.Struct, array_like=True):
+    """`timeout_ms`: what is left of the caller's deadline; never a wall-clock time."""
+
+    method: str
+    timeout_ms: int
+    body: msgspec.Raw
+    tensors: list[TensorSpec]
+
+
+class ReplyHeader(msgspec.Struct, array_like=True):
+    """The answer to a request."""
+
+    body: msgspec.Raw
+    tensors: list[TensorSpec]
+
+
+class ErrorHeader(msgspec.Struct, array_like=True):
+    """The failure of a request: `code` is a key of `errors.BY_CODE`."""
+
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class FrameLimits:
+    """Bounds on what a peer may send."""
+
+    message_bytes: int = 256 << 20  # all frames together; also one frame, by ZMQ_MAXMSGSIZE
+    header_bytes: int = 8 << 20
+    tensors: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A decoded prelude and header; tensor frames still raw. `header` is None for CANCEL and VERSION."""
+
+    version: int
+    kind: Kind
+    id: int
+    header: RequestHeader | ReplyHeader | ErrorHeader | None
+    payload: Sequence[Frame]
+
+
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16,
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_encoder = msgspec.msgpack.Encoder()
+_decoders = {
+    Kind.REQUEST: msgspec.msgpack.Decoder(RequestHeader),
+    Kind.REPLY: msgspec.msgpack.Decoder(ReplyHeader),
+    Kind.ERROR: msgspec.msgpack.Decoder(ErrorHeader),
+}
+_LIMITS = FrameLimits()
+
+
+# ---------------------------------------------------------------- encoding
+
+
+def encode_request(
+    id: int, method: str, timeout: float, body: Any, tensors: Sequence[Tensor] = (), codec: str = "none"
+) -> list[Frame]:
+    """A call. `timeout`: seconds that are left of the deadline."""
+    specs, buffers = _encode_tensors(tensors, codec)
+    timeout_ms = max(1, min(int(timeout * 1000), 1 << 40))
+    return [_head(Kind.REQUEST, id, RequestHeader(method, timeout_ms, _raw(body), specs)), *buffers]
+
+
+def encode_reply(id: int, body: Any, tensors: Sequence[Tensor] = (), codec: str = "none") -> list[Frame]:
+    """The answer to a call."""
+    specs, buffers = _encode_tensors(tensors, codec)
+    return [_head(Kind.REPLY, id, ReplyHeader(_raw(body), specs)), *buffers]
+
+
+def encode_error(id: int, code: str, text: str) -> list[Frame]:
+    """The failure of a call; the text is cut at 2,000 characters."""
+    return [_head(Kind.ERROR, id, ErrorHeader(code, text[:2000]))]
+
+
+def encode_cancel(id: int) -> list[Frame]:
+    """Tells the server that nobody waits for this answer any more."""
+    return [_head(Kind.CANCEL, id, None)]
+
+
+def encode_version(id: int) -> list[Frame]:
+    """Tells a peer which version this node speaks."""
+    return [_head(Kind.VERSION, id, None)]
+
+
+def _raw(body: Any) -> msgspec.Raw:
+    return msgspec.Raw(_encoder.encode(body))
+
+
+def _head(kind: Kind, id: int, header: Any) -> bytes:
+    prelude = _PRELUDE.pack(MAGIC, VERSION, kind, id)
+    return prelude if header is None else prelude + _encoder.encode(header)
+
+
+def _encode_tensors(tensors: Sequence[Tensor], codec: str) -> tuple[list[TensorSpec], list[Frame]]:
+    specs, buffers = [], []
+    for tensor in tensors:
+        dtype = _DTYPE_NAMES.get(tensor.dtype)
+        if dtype is None:
+            raise ValueError(f"a tensor of {tensor.dtype} cannot be sent; known are {', '.join(_DTYPES)}")
+        if tensor.ndim > MAX_NDIM:
+            raise ValueError(f"a tensor of {tensor.ndim} dimensions cannot be sent; at most {MAX_NDIM}")
+        name = codec if tensor.is_floating_point() else "none"
+        raw = CODECS[name].encode(tensor.detach().cpu())
+        buffers.append(memoryview(raw.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        specs.append(TensorSpec(dtype, tuple(tensor.shape), name))
+    return specs, buffers
+
+
+# ---------------------------------------------------------------- decoding
+
+
+def decode(frames: Sequence[Frame], limits: FrameLimits = _LIMITS) -> Message:
+    """Read prelude and header, and check every tensor frame against it.
+
+    Raises `MalformedMessage` for what is no labkit message, `MessageTooLarge` for one over the limits. A message of
+    another version comes back with `version` set and `header` None: what follows its prelude is not ours to read.
+    """
+    if not frames or len(frames[0]) < _PRELUDE.size:
+        raise MalformedMessage("no prelude")
+    head = memoryview(frames[0])
+    magic, version, kind_number, id = _PRELUDE.unpack_from(head)
+    if magic != MAGIC:
+        raise MalformedMessage("not a labkit message")
+    if kind_number not in _KINDS:
+        raise MalformedMessage(f"unknown kind {kind_number}")
+    kind = Kind(kind_number)
+    payload = frames[1:]
+    if version != VERSION or kind in (Kind.CANCEL, Kind.VERSION):
+        return Message(version, kind, id, None, ())
+    total = sum(map(len, frames))
+    if len(head) > limits.header_bytes or len(payload) > limits.tensors or total > limits.message_bytes:
+        raise MessageTooLarge(
+            f"a message of {total} bytes with a header of {len(head)} and {len(payload)} tensors is over the limit of "
+            f"{limits.message_bytes}, {limits.header_bytes} and {limits.tensors}"
+        )
+    try:
+        header = _decoders[kind].decode(head[_PRELUDE.size :])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedMessage(f"bad header: {error}") from None
+    specs = [] if isinstance(header, ErrorHeader) else header.tensors
+    if len(specs) != len(payload):
+        raise MalformedMessage(f"{len(specs)} tensors announced, {len(payload)} frames sent")
+    for spec, frame in zip(specs, payload, strict=True):
+        _check(spec, frame)
+    return Message(version, kind, id, header, payload)
+
+
+def peek_id(frames: Sequence[Frame]) -> int | None:
+    """The request id of a message that may be damaged behind its prelude, if it has one."""
+    if not frames or len(frames[0]) < _PRELUDE.size:
+        return None
+    magic, _, _, id = _PRELUDE.unpack_from(memoryview(frames[0]))
+    return id if magic == MAGIC else None
+
+
+def decode_body(body: msgspec.Raw, type: Any) -> Any:
+    """A body as `type`. Raises `MalformedMessage`."""
+    try:
+        return msgspec.msgpack.decode(body, type=type)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise MalformedMessage(f"bad body: {error}") from None
+
+
+def decode_tensors(specs: Sequence[TensorSpec], payload: Sequence[Frame]) -> list[Tensor]:
+    """Tensors that share memory with their frames where the codec and the alignment allow it."""
+    tensors = []
+    for spec, frame in zip(specs, payload, strict=True):
+        dtype = _DTYPES[spec.dtype]
+        if len(frame) == 0:
+            tensors.append(torch.empty(spec.shape, dtype=dtype))
+            continue
+        raw = torch.frombuffer(bytearray(frame) if memoryview(frame).readonly else frame, dtype=torch.uint8)
+        if raw.data_ptr() % 8:  # ZeroMQ keeps small messages inside a struct, anywhere
+            raw = raw.clone()
+        tensors.append(CODECS[spec.codec].decode(raw, dtype, spec.shape))
+    return tensors
+
+
+def _check(spec: TensorSpec, frame: Frame) -> None:
+    dtype = _DTYPES.get(spec.dtype)
+    if dtype is None or spec.codec not in CODECS:
+        raise MalformedMessage(f"unknown dtype {spec.dtype[:40]!r} or codec {spec.codec[:40]!r}")
+    if spec.codec != "none" and not dtype.is_floating_point:
+        raise MalformedMessage(f"codec {spec.codec} of {spec.dtype}")
+    if len(spec.shape) > MAX_NDIM or any(size < 0 or size > 1 << 40 for size in spec.shape):
+        raise MalformedMessage("bad shape")
+    if len(frame) != CODECS[spec.codec].encoded_bytes(dtype, spec.shape):
+        raise MalformedMessage(f"{len(frame)} bytes for {spec.dtype} of shape {spec.shape}")
+
+
+_KINDS = frozenset(Kind)

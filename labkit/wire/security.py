@@ -1,0 +1,167 @@
+"""A node's identity, and who may connect to it.
+
+A node *is* its key pair: one 32-byte seed gives a CURVE25519 pair for the wire and an Ed25519 key for signing records.
+The seed lies in a file that only its owner can read. Whether a client may connect is asked by ZeroMQ over ZAP (RFC 27)
+and answered by an `Admission`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import logging
+import os
+import secrets
+import stat
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import zmq
+from zmq.utils import z85
+
+from labkit.errors import LabkitError
+
+logger = logging.getLogger(__name__)
+_KEY_FILE_HEADER = "labkit-key-1"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A node's keys, all derived from `seed` (32 secret bytes)."""
+
+    seed: bytes = field(repr=False)
+
+    @classmethod
+    def generate(cls) -> Identity:
+        """A new identity that exists in memory only."""
+        return cls(secrets.token_bytes(32))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Identity:
+        """Read a key file. Refuses one that other users can read."""
+        path = Path(path).expanduser()
+        try:
+            if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
+                raise LabkitError(f"the key file {path} can be read by others; make it yours alone: chmod 600 {path}")
+            header, _, seed = path.read_text().strip().partition(" ")
+            if header != _KEY_FILE_HEADER:
+                raise ValueError("not a labkit key file")
+            return cls(_check_key(bytes.fromhex(seed)))
+        except FileNotFoundError:
+            raise LabkitError(f"there is no key file {path}; make one: labkit keygen {path}") from None
+        except (OSError, ValueError) as error:
+            raise LabkitError(f"the key file {path} cannot be used: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write a key file with mode 600. An existing file is never overwritten."""
+        path = Path(path).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            raise LabkitError(f"{path} exists already; a key file is never overwritten") from None
+        with os.fdopen(descriptor, "w") as file:
+            file.write(f"{_KEY_FILE_HEADER} {self.seed.hex()}\n")
+
+    @cached_property
+    def secret_key(self) -> bytes:
+        """CURVE secret key, 32 bytes."""
+        return self.derive(b"curve")
+
+    @cached_property
+    def public_key(self) -> bytes:
+        """CURVE public key, 32 bytes: what contacts and invitations carry."""
+        return z85.decode(zmq.curve_public(z85.encode(self.secret_key)))
+
+    def derive(self, purpose: bytes) -> bytes:
+        """32 secret bytes for one purpose; those of different purposes tell nothing of each other."""
+        return hashlib.blake2b(self.seed, digest_size=32, person=purpose).digest()
+
+
+def key_text(key: bytes) -> str:
+    """A public key as people pass it around: 43 letters of URL-safe base64."""
+    return base64.urlsafe_b64encode(key).decode().rstrip("=")
+
+
+def parse_key(text: str | bytes) -> bytes:
+    """The 32 bytes of a public key given as text (or as those bytes). Raises `ValueError`."""
+    if isinstance(text, bytes):
+        return _check_key(text)
+    try:
+        return _check_key(base64.urlsafe_b64decode(text.strip() + "=" * (-len(text.strip()) % 4)))
+    except (binascii.Error, ValueError):
+        raise ValueError(f"{text!r} is not a public key; `labkit keygen` prints one of 43 letters") from None
+
+
+def _check_key(key: bytes) -> bytes:
+    if len(key) != 32:
+        raise ValueError(f"a key has 32 bytes, not {len(key)}")
+    return key
+
+
+class Admission:
+    """Who may connect: anybody, or the keys on a list. The list may be a file, which is read again when it changes."""
+
+    def __init__(self, keys: Iterable[bytes] | None = None, file: Path | None = None) -> None:
+        self._keys = None if keys is None else frozenset(keys)
+        self._file = file
+        self._file_state: tuple[int, int] | None = None
+        self._file_keys: frozenset[bytes] = frozenset()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anybody who knows our public key may connect."""
+        return self._keys is None and self._file is None
+
+    def admits(self, key: bytes) -> bool:
+        """Whether the holder of this public key may connect."""
+        return self.is_open or key in (self._keys or ()) or key in self._from_file()
+
+    def _from_file(self) -> frozenset[bytes]:
+        if self._file is None:
+            return frozenset()
+        try:
+            status = self._file.stat()
+            state = (status.st_mtime_ns, status.st_size)
+            if state != self._file_state:
+                self._file_keys = read_key_list(self._file)
+                self._file_state = state
+        except (OSError, ValueError) as error:
+            logger.error("the list of admitted keys cannot be read, nobody new is admitted: %s", error)
+            return frozenset()
+        return self._file_keys
+
+
+def read_key_list(path: Path) -> frozenset[bytes]:
+    """The public keys in a file, one a line; `#` begins a comment."""
+    lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
+    return frozenset(parse_key(line) for line in lines if line)
+
+
+def write_key_list(path: Path, keys: Iterable[bytes]) -> None:
+    """Replace a file of public keys in one step."""
+    new = path.with_name(path.name + ".new")
+    new.write_text("".join(f"{key_text(key)}\n" for key in sorted(keys)))
+    os.replace(new, path)
+
+
+def answer_zap(frames: Sequence[bytes], admissions: dict[bytes, Admission]) -> list[bytes] | None:
+    """The ZAP reply to a ZAP request (RFC 27), or None if it is not one.
+
+    `admissions` maps a ZAP domain (one a node) to who may connect there. The user id of an admitted connection is its
+    public key in hex, so that every message from it carries the key that the handshake proved.
+    """
+    try:
+        start = list(frames).index(b"") + 1
+        version, request_id, domain, _address, _identity, mechanism, *credentials = frames[start:]
+    except ValueError:
+        return None
+    envelope = list(frames[:start])
+    admission = admissions.get(domain)
+    ok = version == b"1.0" and mechanism == b"CURVE" and len(credentials) == 1 and admission is not None
+    if ok and admission is not None and admission.admits(credentials[0]):
+        return [*envelope, b"1.0", request_id, b"200", b"OK", credentials[0].hex().encode(), b""]
+    return [*envelope, b"1.0", request_id, b"400", b"not admitted", b"", b""]

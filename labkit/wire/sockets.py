@@ -1,0 +1,252 @@
+"""One ZeroMQ socket, awaitable under trio: the only module that imports zmq to move bytes.
+
+ZeroMQ tells that something happened by an edge-triggered file descriptor. One pump task a socket owns it: it reads
+`EVENTS`, wakes who waits, and only then waits for the descriptor. Any send or receive may swallow an edge that another
+task waits for, so `EVENTS` is read again after each. A receive takes a message off the socket only in the moment in
+which it returns it, so cancelling it loses nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import trio
+import zmq
+from zmq.utils import z85
+from zmq.utils.monitor import parse_monitor_message
+
+from labkit.errors import ConnectionLost, HandshakeFailed, LabkitError, NotAdmitted, SecurityMismatch, WrongServerKey
+from labkit.wire.frames import Frame
+from labkit.wire.security import Identity
+
+HEARTBEAT = 2.0  # seconds between ZMTP pings; a peer that is silent for three of them is gone
+HANDSHAKE_TIMEOUT = 5.0  # seconds
+QUEUE_LENGTH = 1000  # messages a connection and direction
+FLUSH_TIME = 0.2  # seconds that closing a listener waits for its last replies to leave
+ZAP_ADDRESS = "inproc://zeromq.zap.01"
+
+
+class Unsent:
+    """Frames that ZeroMQ has not let go of yet. `bytes`: their size while `done` is False."""
+
+    __slots__ = ("_tracker", "bytes")
+
+    def __init__(self, tracker: zmq.MessageTracker | None, size: int) -> None:
+        self._tracker = tracker
+        self.bytes = size
+
+    @property
+    def done(self) -> bool:
+        return self._tracker is None or self._tracker.done
+
+
+Context = zmq.Context[Any]
+
+
+class Socket:
+    """A ZeroMQ socket whose sends and receives are awaited. `run` must be running while it is used."""
+
+    def __init__(self, raw: zmq.Socket[bytes]) -> None:
+        self._raw = raw
+        self._readers = trio.lowlevel.ParkingLot()
+        self._writers = trio.lowlevel.ParkingLot()
+        self._rest: list[list[zmq.Frame]] = []  # what had arrived when the socket failed
+        self.error: LabkitError | None = None
+
+    async def run(self) -> None:
+        """The pump: until cancelled or until the socket fails."""
+        descriptor = self._raw.getsockopt(zmq.FD)
+        while self.error is None:
+            self._wake()
+            await trio.lowlevel.wait_readable(descriptor)
+
+    def fail(self, error: LabkitError) -> None:
+        """From now on sends raise `error`, and receives do when everything that had arrived is taken."""
+        if self.error is None:
+            self._rest = self.receive_nowait(QUEUE_LENGTH)
+            self.error = self.error or error
+            self._readers.unpark_all()
+            self._writers.unpark_all()
+
+    async def receive(self, limit: int = 64) -> list[list[zmq.Frame]]:
+        """Wait for messages and take all that are there, up to `limit`: one wake-up a burst."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while True:
+            burst = self.receive_nowait(limit)
+            if burst:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                return burst
+            if self.error is not None:
+                raise self.error
+            await self._readers.park()
+
+    def receive_nowait(self, limit: int = 64) -> list[list[zmq.Frame]]:
+        """Take what is there."""
+        if self.error is not None:
+            burst, self._rest = self._rest[:limit], self._rest[limit:]
+            return burst
+        burst = []
+        try:
+            while len(burst) < limit:
+                burst.append(self._raw.recv_multipart(zmq.NOBLOCK, copy=False))
+        except zmq.Again:
+            pass
+        except zmq.ZMQError as error:
+            self.error = ConnectionLost(f"the socket failed: {error}")
+            self._readers.unpark_all()
+            self._writers.unpark_all()
+        self._wake()
+        return burst
+
+    async def send(self, frames: Sequence[Frame]) -> Unsent:
+        """Hand a message to ZeroMQ, waiting for room. Large frames are not copied: leave them unchanged."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while True:
+            unsent = self.send_nowait(frames)
+            if unsent is not None:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                return unsent
+            await self._writers.park()
+
+    def send_nowait(self, frames: Sequence[Frame]) -> Unsent | None:
+        """Hand a message to ZeroMQ if there is room; None if not. Raises `ConnectionLost` if nobody is there."""
+        if self.error is not None:
+            raise self.error
+        size = sum(map(len, frames))
+        try:
+            tracker = self._raw.send_multipart(frames, zmq.NOBLOCK, copy=False, track=True)
+        except zmq.Again:
+            return None
+        except zmq.ZMQError as error:
+            raise ConnectionLost(f"the peer is gone ({error})") from None
+        finally:
+            self._wake()
+        return Unsent(tracker, size)
+
+    def _wake(self) -> None:
+        if self._raw.closed:
+            return
+        # Read even if nobody waits: only this clears the descriptor.
+        events = self._raw.getsockopt(zmq.EVENTS)
+        if events & zmq.POLLIN and self._readers:
+            self._readers.unpark_all()
+        if events & zmq.POLLOUT and self._writers:
+            self._writers.unpark_all()
+
+    def close(self, linger: float = 0.0) -> None:
+        """Close at once; `linger`: seconds that ZeroMQ may go on sending in the background."""
+        self.fail(ConnectionLost("the socket is closed"))
+        self._raw.close(math.ceil(linger * 1000))
+
+
+# ---------------------------------------------------------------- making sockets
+
+
+def make_context() -> Context:
+    """A ZeroMQ context with one I/O thread."""
+    context: Context = zmq.Context()
+    context.set(zmq.MAX_SOCKETS, 8192)
+    return context
+
+
+def make_router(
+    context: Context, address: str, identity: Identity, *, secure: bool, domain: bytes, max_frame: int
+) -> tuple[Socket, str, int]:
+    """A ROUTER bound to `address` (`tcp://host:port`, port `*` for any). Returns it with the host and port it got."""
+    raw = context.socket(zmq.ROUTER)
+    _configure(raw, max_frame)
+    raw.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    raw.setsockopt(zmq.IPV6, "[" in address)
+    if secure:
+        raw.setsockopt(zmq.CURVE_SERVER, 1)
+        raw.setsockopt(zmq.CURVE_SECRETKEY, z85.encode(identity.secret_key))
+        raw.setsockopt(zmq.ZAP_DOMAIN, domain)
+        raw.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+    try:
+        raw.bind(address)
+    except zmq.ZMQError as error:
+        raw.close(0)
+        raise LabkitError(f"cannot listen on {address}: {error.strerror}") from None
+    host, _, port = raw.getsockopt_string(zmq.LAST_ENDPOINT).removeprefix("tcp://").rpartition(":")
+    return Socket(raw), host.strip("[]"), int(port)
+
+
+def make_dealer(
+    context: Context, host: str, port: int, identity: Identity, server_key: bytes | None, max_frame: int
+) -> tuple[Socket, Socket]:
+    """A DEALER that connects to `host` (an IP address) once, and the socket on which ZeroMQ tells how that goes.
+
+    `server_key`: expect this CURVE key there; None speaks unencrypted. The DEALER sends only once connected and does
+    not reconnect: a connection that broke is a failure to be known, and the next call opens a new one.
+    """
+    try:
+        raw = context.socket(zmq.DEALER)
+    except zmq.ZMQError as error:
+        raise ConnectionLost(f"no socket is left to connect to {host}:{port}: {error.strerror}") from None
+    _configure(raw, max_frame)
+    raw.setsockopt(zmq.IMMEDIATE, 1)
+    raw.setsockopt(zmq.RECONNECT_IVL, -1)
+    raw.setsockopt(zmq.IPV6, ":" in host)
+    if server_key is not None:
+        raw.setsockopt(zmq.CURVE_SERVERKEY, z85.encode(server_key))
+        raw.setsockopt(zmq.CURVE_SECRETKEY, z85.encode(identity.secret_key))
+        raw.setsockopt(zmq.CURVE_PUBLICKEY, z85.encode(identity.public_key))
+    monitor = raw.get_monitor_socket(
+        zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+    )  # fmt: skip
+    raw.connect(f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
+    return Socket(raw), Socket(monitor)
+
+
+def make_zap(context: Context) -> Socket:
+    """The socket on which ZeroMQ asks whether a client may connect."""
+    raw = context.socket(zmq.ROUTER)
+    raw.bind(ZAP_ADDRESS)
+    return Socket(raw)
+
+
+def _configure(raw: zmq.Socket[bytes], max_frame: int) -> None:
+    raw.setsockopt(zmq.LINGER, 0)
+    raw.setsockopt(zmq.MAXMSGSIZE, max_frame)
+    raw.setsockopt(zmq.SNDHWM, QUEUE_LENGTH)
+    raw.setsockopt(zmq.RCVHWM, QUEUE_LENGTH)
+    raw.setsockopt(zmq.HEARTBEAT_IVL, round(HEARTBEAT * 1000))
+    raw.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(3 * HEARTBEAT * 1000))
+    raw.setsockopt(zmq.HANDSHAKE_IVL, round(HANDSHAKE_TIMEOUT * 1000))
+
+
+# ---------------------------------------------------------------- what ZeroMQ tells
+
+
+def read_monitor(frames: Sequence[zmq.Frame], where: str, secure: bool) -> LabkitError | None:
+    """The error that a monitor message means for the connection to `where`; None while all is well."""
+    event = parse_monitor_message([frame.bytes for frame in frames])
+    kind = event["event"]
+    if kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+        return NotAdmitted(f"{where} is a private swarm and does not admit our key")
+    if kind == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+        if event["value"] == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+            ours, theirs = ("", "not ") if secure else ("not ", "")
+            return SecurityMismatch(f"we do {ours}encrypt, {where} does {theirs}")
+        return HandshakeFailed(f"{where} does not speak our protocol")
+    if kind == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+        if secure:
+            return WrongServerKey(f"{where} broke off the handshake: it does not hold the key we expect")
+        return HandshakeFailed(f"{where} broke off the handshake: it does not speak our protocol")
+    if kind == zmq.EVENT_DISCONNECTED:
+        return ConnectionLost(f"the connection to {where} broke")
+    if kind == zmq.EVENT_CLOSED:
+        return ConnectionLost(f"{where} refused the connection")
+    return None
+
+
+def user_id(frame: zmq.Frame) -> bytes | None:
+    """The public key that the sender of this frame proved in its handshake, if any."""
+    try:
+        text = frame.get("User-Id")
+    except zmq.ZMQError:
+        return None
+    return bytes.fromhex(text) if isinstance(text, str) and text else None

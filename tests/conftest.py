@@ -1,0 +1,45 @@
+"""What every test has: one compute thread for torch, reproducible property tests, and a check that nothing is left."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import psutil
+import pytest
+import torch
+from hypothesis import settings
+
+GRACE = 2.0  # seconds: what `close()` may take
+
+torch.set_num_threads(1)  # the suite's tensors are small, and its machine may have two cores
+settings.register_profile("labkit", deadline=None, derandomize=True, database=None, max_examples=60)
+settings.load_profile("labkit")
+
+
+def _threads() -> set[threading.Thread]:
+    """Threads that have to end: those that keep a process alive, and ours whether they do or not."""
+    return {t for t in threading.enumerate() if not t.daemon or t.name.startswith("labkit-")}
+
+
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process().children())
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """Fails a test that leaves a thread or a child process behind. What wider fixtures hold open was there before."""
+    threads, children = _threads(), _children()
+    yield
+    left_threads = _threads() - threads
+    for thread in left_threads:
+        thread.join(GRACE)
+    _, left_processes = psutil.wait_procs(_children() - children, timeout=GRACE)
+    left = [thread.name for thread in left_threads if thread.is_alive()]
+    left += [" ".join(process.cmdline()) for process in left_processes if not _is_python_helper(process)]
+    assert not left, f"the test left running: {left}"
+
+
+def _is_python_helper(process: psutil.Process) -> bool:
+    # Python's own resource tracker starts with the first semaphore somebody makes, and lives as long as we do.
+    return "resource_tracker" in " ".join(process.cmdline())

@@ -1,0 +1,112 @@
+"""Many DHT nodes in one process, in virtual time: an in-memory `Caller` for each, with latency and nodes that can die.
+
+Bodies are encoded and decoded on the way, as on the real wire, so that a node sees only what it could be sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import trio
+from torch import Tensor
+
+from labkit.contact import Contact
+from labkit.dht import DHTConfig, DHTNode
+from labkit.errors import BadReply, BadRequest, DeadlineExceeded
+from labkit.wire.endpoint import Peer
+from labkit.wire.rpc import CONTROL, Method, Reply, Request
+
+
+def make_contact(number: int) -> Contact:
+    """The same contact for the same number, with an id anywhere in the id space."""
+    return Contact(hashlib.blake2b(b"%d" % number, digest_size=32).digest(), "127.0.0.1", 1 + number % 65_535)
+
+
+@asynccontextmanager
+async def running(nodes: Sequence[DHTNode]) -> AsyncIterator[None]:
+    """The nodes' background work, for as long as the block lasts."""
+    async with trio.open_nursery() as nursery:
+        for node in nodes:
+            await nursery.start(node.run)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+class FakeNetwork:
+    """The wire between the nodes. `latency`: seconds, one way."""
+
+    def __init__(self, latency: float = 0.05) -> None:
+        self.latency = latency
+        self.methods: dict[bytes, dict[str, Method]] = {}  # by public key; who is not here does not answer
+        self.calls: Counter[str] = Counter()  # by method
+
+    def node(self, number: int, config: DHTConfig | None = None, *, client_only: bool = False) -> DHTNode:
+        """A new node that can call and be called."""
+        contact = make_contact(number)
+        node = DHTNode(FakeCaller(self, contact), contact, config, client_only=client_only)
+        self.methods[contact.key] = dict(node.methods)
+        return node
+
+    async def nodes(self, count: int, config: DHTConfig | None = None) -> list[DHTNode]:
+        """Nodes that all joined through the first."""
+        nodes = [self.node(number, config) for number in range(count)]
+        for node in nodes[1:]:
+            await node.bootstrap([nodes[0].contact])
+        return nodes
+
+    def kill(self, *nodes: DHTNode) -> None:
+        """From now on these do not answer."""
+        for node in nodes:
+            self.methods.pop(node.contact.key, None)
+
+    def revive(self, node: DHTNode) -> None:
+        self.methods[node.contact.key] = dict(node.methods)
+
+    def replace(self, node: DHTNode, method: str, answer: Any) -> None:
+        """Let a node answer `method` with this body, whatever it is asked."""
+
+        async def handler(request: Request) -> Reply:
+            return Reply(answer)
+
+        self.methods[node.contact.key][method] = Method(handler)
+
+
+class FakeCaller:
+    """The calls of one node."""
+
+    def __init__(self, network: FakeNetwork, contact: Contact) -> None:
+        self.network = network
+        self.contact = contact
+
+    async def call(
+        self, contact: Contact, method: str, body: Any = None, tensors: Sequence[Tensor] = (), *,
+        returns: Any = Any, timeout: float, lane: str = CONTROL, codec: str = "none",
+    ) -> Reply:  # fmt: skip
+        network = self.network
+        network.calls[method] += 1
+        deadline = trio.current_time() + timeout
+        sent = msgspec.msgpack.encode(body)
+        with trio.move_on_at(deadline):
+            await trio.sleep(network.latency)
+            served = network.methods.get(contact.key, {}).get(method)
+            if served is None:
+                await trio.sleep_forever()
+            assert served is not None
+            try:
+                arrived = msgspec.msgpack.decode(sent, type=served.body or Any)
+            except msgspec.ValidationError as error:
+                raise BadRequest(str(error)) from None
+            peer = Peer(self.contact.key, self.contact.key)
+            answer = await served.handler(Request(method, arrived, (), peer, deadline))
+            returned = msgspec.msgpack.encode(answer.body)
+            await trio.sleep(network.latency)
+            try:
+                return Reply(msgspec.msgpack.decode(returned, type=returns))
+            except msgspec.ValidationError as error:
+                raise BadReply(str(error)) from None
+        raise DeadlineExceeded(f"no answer from {contact.endpoint}")

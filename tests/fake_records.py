@@ -1,0 +1,49 @@
+"""A dictionary that stands for the DHT: what is stored is found, until it expires. It counts, and takes its time."""
+
+from collections.abc import Sequence
+
+import trio
+
+from labkit.contact import Contact
+from labkit.dht.node import Entry, Value
+
+
+def contact(n: int = 0, secure: bool = True, host: str = "127.0.0.1") -> Contact:
+    return Contact(bytes([n]) * 32, host, 5000 + n, secure)
+
+
+class FakeRecords:
+    """`labkit.directory.Records` in memory. `gets` holds the keys of each bulk get."""
+
+    def __init__(self, latency: float = 0.0) -> None:
+        self.contact = contact(99)
+        self.latency = latency
+        self.records: dict[str, dict[str, Value]] = {}
+        self.plain: dict[str, Value] = {}
+        self.stores = 0
+        self.gets: list[list[str]] = []
+        self.fail_with: Exception | None = None
+        self.copies = 1  # how many nodes store each entry
+
+    async def store_many(self, entries: Sequence[Entry]) -> list[int]:
+        self.stores += 1
+        await self._travel()
+        for entry in entries if self.copies else ():
+            assert entry.subkey is not None
+            value = Value(entry.value, trio.current_time() + entry.ttl)
+            self.records.setdefault(entry.key, {})[entry.subkey] = value
+        return [self.copies] * len(entries)
+
+    async def get_many(self, keys: Sequence[str]) -> dict[str, Value | dict[str, Value] | None]:
+        self.gets.append(list(keys))
+        await self._travel()
+        return {key: self.plain.get(key) or self._live(key) for key in keys}
+
+    async def _travel(self) -> None:
+        await trio.sleep(self.latency)
+        if self.fail_with is not None:
+            raise self.fail_with
+
+    def _live(self, key: str) -> dict[str, Value] | None:
+        now = trio.current_time()
+        return {k: v for k, v in self.records.get(key, {}).items() if now < v.expires_at} or None

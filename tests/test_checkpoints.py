@@ -1,0 +1,190 @@
+"""Checkpoints are exact to the bit, replaced atomically, and refused with the file's name when they are not ours."""
+
+import os
+
+import pytest
+import safetensors.torch
+import torch
+import trio
+
+from labkit.errors import CheckpointError
+from labkit.server import checkpoints
+from labkit.server.backend import BackendConfig, ExpertBackend
+from labkit.server.checkpoints import keep_checkpoints, load_expert, restore, save_all, save_expert
+from labkit.server.layers import make_expert
+from labkit.server.runtime import InlineCompute, Runtime
+
+UID = "ffn.0.1"
+STATE = {"counter": torch.tensor(7), "weight": torch.arange(6.0).reshape(2, 3)}
+
+
+def expert(uid: str = UID, hidden: int = 4, **options) -> ExpertBackend:
+    torch.manual_seed(0)
+    return ExpertBackend(uid, make_expert("ffn", hidden=hidden), BackendConfig(**options), kind="ffn")
+
+
+def train(backend: ExpertBackend, seeds: range) -> None:
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        backend.backward(torch.randn(3, 4, generator=generator), torch.randn(3, 4, generator=generator))
+
+
+def assert_same_bits(one, other) -> None:
+    assert one is not None and other is not None and one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert (tensor.dtype, tensor.shape) == (other[name].dtype, other[name].shape)
+        bits = [t.contiguous().reshape(-1).view(torch.uint8) for t in (tensor, other[name])]
+        assert torch.equal(*bits), name
+
+
+def test_every_kind_of_tensor_comes_back_to_the_bit(tmp_path):
+    dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8]
+    state = {f"{dtype}".replace("torch.", "t."): torch.randn(3, 5).mul(9).abs().to(dtype) for dtype in dtypes}
+    state |= {
+        "bool": torch.tensor([True, False]),
+        "scalar": torch.tensor(2**62 + 1),
+        "nothing": torch.zeros(0, 3),
+        "odd values": torch.tensor([float("nan"), -0.0, float("inf"), 1e-45]),
+        "a view": torch.arange(12.0).reshape(3, 4).T,
+        "an expanded one": torch.ones(1).expand(5),
+    }
+    save_expert(tmp_path, UID, state)
+    assert_same_bits(load_expert(tmp_path, UID), state)
+
+
+def test_an_expert_without_a_checkpoint_has_none(tmp_path):
+    assert load_expert(tmp_path / "nowhere", UID) is None
+    assert restore(tmp_path, expert()) is False
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_training_continued_from_a_checkpoint_is_bit_identical(tmp_path, amsgrad):
+    uninterrupted, first, second = (expert(amsgrad=amsgrad) for _ in range(3))
+    train(uninterrupted, range(6))
+    train(first, range(3))
+    save_expert(tmp_path, UID, first.state(), kind="ffn")
+    assert restore(tmp_path, second) is True
+    assert_same_bits(second.state(), first.state())
+    train(second, range(3, 6))
+    assert_same_bits(second.state(), uninterrupted.state())
+
+
+@pytest.mark.parametrize("broken", ["replace", "fsync"])
+def test_a_crash_in_the_middle_of_a_save_leaves_the_old_file(tmp_path, monkeypatch, broken):
+    def crash(*_):
+        raise OSError("the power went")
+
+    save_expert(tmp_path, UID, STATE)
+    monkeypatch.setattr(os, broken, crash)
+    with pytest.raises(OSError, match="the power went"):
+        save_expert(tmp_path, UID, {"weight": torch.zeros(1)})
+    assert_same_bits(load_expert(tmp_path, UID), STATE)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{UID}.safetensors"]
+
+
+def test_what_a_crashed_save_left_is_removed_at_load_and_only_that(tmp_path):
+    save_expert(tmp_path, UID, STATE)
+    (tmp_path / f".{UID}~0123.tmp").write_bytes(b"half of a")
+    others = tmp_path / f".{UID}.2~0123.tmp"
+    others.write_bytes(b"another expert's")
+    assert_same_bits(load_expert(tmp_path, UID), STATE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [others.name, f"{UID}.safetensors"]
+
+
+def flip_last_bit(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[:-3], lambda data: b"", lambda data: b"x" * 500, flip_last_bit, lambda data: data + b"x"],
+)
+def test_a_damaged_file_is_refused_by_name_with_a_way_out(tmp_path, damage):
+    path = save_expert(tmp_path, UID, STATE)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=rf"{UID}\.safetensors.*move it away"):
+        load_expert(tmp_path, UID)
+
+
+def test_a_file_that_is_not_this_experts_is_refused(tmp_path):
+    path = save_expert(tmp_path, UID, STATE, kind="ffn")
+    with pytest.raises(CheckpointError, match="of kind 'ffn', not 'transformer'"):
+        load_expert(tmp_path, UID, kind="transformer")
+    path.rename(tmp_path / "ffn.0.2.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds expert 'ffn\.0\.1'"):
+        load_expert(tmp_path, "ffn.0.2")
+    safetensors.torch.save_file(STATE, path)
+    with pytest.raises(CheckpointError, match="not a checkpoint of this version"):
+        load_expert(tmp_path, UID)
+
+
+def test_a_checkpoint_of_another_size_names_file_and_tensor(tmp_path):
+    save_expert(tmp_path, UID, expert(hidden=6).state(), kind="ffn")
+    with pytest.raises(CheckpointError, match=rf"{UID}\.safetensors does not fit: .*module\.layers"):
+        restore(tmp_path, expert())
+
+
+@pytest.mark.parametrize("uid", ["../ffn.0", "ffn", "ffn.0/1", "", "ffn..1", "/etc/x.0"])
+def test_a_uid_cannot_lead_out_of_the_directory(tmp_path, uid):
+    with pytest.raises(ValueError, match="not an expert uid"):
+        save_expert(tmp_path, uid, STATE)
+    with pytest.raises(ValueError, match="not an expert uid"):
+        load_expert(tmp_path, uid)
+
+
+# ---------------------------------------------------------------- while a runtime runs
+
+
+async def run_with_saves(monkeypatch, runtime, directory, save):
+    """Two periods of ten virtual seconds, with an update of one expert in the first."""
+
+    async def in_this_task(function):  # virtual time would run ahead of a real thread
+        function()
+
+    monkeypatch.setattr(checkpoints, "save_expert", save)
+    monkeypatch.setattr(trio.to_thread, "run_sync", in_this_task)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(runtime.run)
+        await nursery.start(keep_checkpoints, runtime, directory, 10.0)
+        x = torch.ones(2, 4)
+        await runtime.submit(UID, "backward", [x, x], trio.current_time() + 1)
+        await trio.sleep(25)
+        nursery.cancel_scope.cancel()
+
+
+async def test_only_updated_experts_are_saved_and_each_update_once(monkeypatch, tmp_path, autojump_clock):
+    saves = []
+
+    def save(directory, uid, state, **options):
+        saves.append((trio.current_time(), uid))
+        return save_expert(directory, uid, state, **options)
+
+    runtime = Runtime({UID: expert(), "ffn.0.2": expert("ffn.0.2")}, executor=InlineCompute())
+    await run_with_saves(monkeypatch, runtime, tmp_path, save)
+    assert saves == [(10.0, UID)]
+    assert_same_bits(load_expert(tmp_path, UID, kind="ffn"), runtime.backends[UID].state())
+
+
+async def test_a_save_that_fails_is_logged_and_tried_again(monkeypatch, tmp_path, autojump_clock, caplog):
+    saves = []
+
+    def save(*_, **__):
+        saves.append(trio.current_time())
+        if len(saves) == 1:
+            raise OSError("no space left")
+
+    await run_with_saves(monkeypatch, Runtime({UID: expert()}, executor=InlineCompute()), tmp_path, save)
+    assert saves == [10.0, 20.0]
+    assert "no space left" in caplog.text
+
+
+async def test_a_clean_stop_saves_every_expert(tmp_path):
+    runtime = Runtime({UID: expert(), "ffn.0.2": expert("ffn.0.2")})
+    async with trio.open_nursery() as nursery:
+        await nursery.start(runtime.run)
+        x = torch.ones(2, 4)
+        await runtime.submit(UID, "backward", [x, x], trio.current_time() + 10)
+        nursery.cancel_scope.cancel()
+    await save_all(runtime, tmp_path)
+    for uid, backend in runtime.backends.items():
+        assert_same_bits(load_expert(tmp_path, uid), backend.state())

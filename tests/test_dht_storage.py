@@ -1,0 +1,209 @@
+"""Records: expirations, merging, bounds and owners. Plain state, no network."""
+
+from __future__ import annotations
+
+import math
+from itertools import permutations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from labkit.dht import Entry, Signer
+from labkit.dht.protocol import MAX_ENTRIES, MAX_STORE_BYTES, ReplyBuilder, WireItem, batches
+from labkit.dht.signing import verify
+from labkit.dht.storage import Item, Limits, Role, Storage
+
+
+def put(storage: Storage, entry: Entry, now: float = 0.0, role: Role = Role.REPLICA) -> str | None:
+    item = Item(entry.value, now + entry.ttl, entry.sequence, entry.owner, entry.signature, role)
+    return storage.put(entry.key, entry.subkey, item, now)
+
+
+def values(storage: Storage, key: str, now: float = 0.0) -> dict[str | None, bytes]:
+    return {subkey: item.value for subkey, item in storage.get(key, now).items()}
+
+
+def test_a_value_is_held_until_it_expires() -> None:
+    storage = Storage(verify)
+    put(storage, Entry("key", b"value", ttl=10.0))
+    assert values(storage, "key", 9.9) == {None: b"value"}
+    assert values(storage, "key", 10.0) == {}
+    assert len(storage) == storage.size == 0
+
+
+def test_the_subkeys_of_a_dictionary_expire_one_by_one() -> None:
+    storage = Storage(verify)
+    put(storage, Entry("ffn", b"a", 10.0, subkey="1"))
+    put(storage, Entry("ffn", b"b", 20.0, subkey="2"))
+    assert values(storage, "ffn", 5.0) == {"1": b"a", "2": b"b"}
+    assert values(storage, "ffn", 15.0) == {"2": b"b"}
+    storage.expire(20.0)
+    assert len(storage) == storage.size == 0
+
+
+def test_the_later_expiration_wins_then_the_larger_bytes() -> None:
+    storage = Storage(verify)
+    assert put(storage, Entry("key", b"b", 10.0)) is None
+    assert put(storage, Entry("key", b"z", 9.0)) == "a later entry is held"
+    assert put(storage, Entry("key", b"a", 10.0)) == "a later entry is held"
+    assert put(storage, Entry("key", b"c", 10.0)) is None
+    assert put(storage, Entry("key", b"a", 11.0)) is None
+    assert values(storage, "key") == {None: b"a"}
+
+
+def test_a_higher_sequence_number_wins_over_any_expiration() -> None:
+    storage = Storage(verify)
+    put(storage, Entry("key", b"old", 100.0))
+    assert put(storage, Entry("key", b"new", 5.0, sequence=1)) is None
+    assert put(storage, Entry("key", b"old", 200.0)) == "a later entry is held"
+
+
+def test_storing_a_copy_again_prolongs_it_and_never_shortens_it() -> None:
+    storage = Storage(verify)
+    put(storage, Entry("key", b"value", 10.0))
+    assert put(storage, Entry("key", b"value", 5.0)) is None
+    assert put(storage, Entry("key", b"value", 10.0), now=5.0) is None
+    assert values(storage, "key", 14.0) == {None: b"value"}
+
+
+def test_a_cached_copy_becomes_a_replica_and_not_the_other_way_round() -> None:
+    storage = Storage(verify)
+    put(storage, Entry("key", b"value", 10.0), role=Role.CACHED)
+    put(storage, Entry("key", b"value", 10.0))
+    put(storage, Entry("key", b"value", 10.0), role=Role.CACHED)
+    assert storage.get("key", 0.0)[None].role is Role.REPLICA
+
+
+entries = st.builds(
+    Entry,
+    key=st.just("key"),
+    value=st.binary(max_size=1),
+    ttl=st.sampled_from([1.0, 2.0, 3.0]),
+    subkey=st.sampled_from(["a", "b"]),
+    sequence=st.integers(0, 2),
+)
+
+
+@given(st.lists(entries, max_size=4))
+def test_the_order_in_which_entries_arrive_does_not_matter(stored: list[Entry]) -> None:
+    outcomes = []
+    for order in permutations(stored):
+        storage = Storage(verify)
+        for entry in order:
+            put(storage, entry)
+        outcomes.append({s: (i.value, i.sequence, i.expires_at) for s, i in storage.get("key", 0.0).items()})
+    assert all(outcome == outcomes[0] for outcome in outcomes)
+
+
+@given(st.lists(st.tuples(entries, st.floats(0.0, 2.0)), max_size=20))
+def test_the_size_is_the_sum_of_what_is_held(steps: list[tuple[Entry, float]]) -> None:
+    storage, now = Storage(verify), 0.0
+    for entry, pause in steps:
+        now += pause
+        put(storage, entry, now)
+        held = storage.get("key", now).items()
+        assert all(item.expires_at > now for _, item in held)
+        assert storage.size == sum(item.size(subkey) for subkey, item in held)
+
+
+def test_a_key_holds_either_a_value_or_a_dictionary() -> None:
+    storage = Storage(verify)
+    put(storage, Entry("plain", b"", 10.0))
+    put(storage, Entry("dictionary", b"", 10.0, subkey="a"))
+    assert put(storage, Entry("plain", b"", 10.0, subkey="a")) == "the key holds a plain value"
+    assert put(storage, Entry("dictionary", b"", 10.0)) == "the key holds a dictionary"
+    assert put(storage, Entry("plain", b"", 10.0, subkey="a"), now=11.0) is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        (Entry("key", b"x" * 65_537, 1.0), "65537 bytes"),
+        (Entry("key", b"", 0.0), "ttl"),
+        (Entry("key", b"", -1.0), "ttl"),
+        (Entry("key", b"", math.nan), "ttl"),
+        (Entry("key", b"", math.inf), "ttl"),
+        (Entry("key", b"", 25 * 3600.0), "ttl"),
+        (Entry("", b"", 1.0), "a key"),
+        (Entry("k" * 513, b"", 1.0), "a key"),
+        (Entry("key", b"", 1.0, subkey="ü" * 129), "a subkey"),
+        (Entry("key", b"", 1.0, subkey="\ud800"), "a subkey"),
+    ],
+)
+def test_what_is_out_of_bounds_is_refused_with_the_reason(entry: Entry, reason: str) -> None:
+    storage = Storage(verify)
+    assert reason in (put(storage, entry) or "")
+    assert len(storage) == 0
+
+
+def test_a_full_dictionary_refuses_new_subkeys_but_not_new_values() -> None:
+    storage = Storage(verify, Limits(max_subkeys=2))
+    put(storage, Entry("key", b"", 10.0, subkey="a"))
+    put(storage, Entry("key", b"", 20.0, subkey="b"))
+    assert "full" in (put(storage, Entry("key", b"", 10.0, subkey="c")) or "")
+    assert put(storage, Entry("key", b"new", 30.0, subkey="a")) is None
+    assert put(storage, Entry("key", b"", 30.0, subkey="c"), now=21.0) is None
+
+
+def test_a_full_node_refuses_and_has_room_again_when_records_have_expired() -> None:
+    for limits in (Limits(max_keys=2), Limits(max_bytes=500)):
+        storage = Storage(verify, limits)
+        put(storage, Entry("a", b"", 10.0))
+        put(storage, Entry("b", b"", 20.0))
+        assert "the node is full" in (put(storage, Entry("c", b"", 10.0)) or "")
+        assert put(storage, Entry("c", b"", 10.0), now=10.0) is None
+
+
+def test_a_record_is_bounded_in_bytes() -> None:
+    storage = Storage(verify, Limits(max_record=1000))
+    assert put(storage, Entry("key", b"x" * 600, 10.0, subkey="a")) is None
+    assert "the record is full" in (put(storage, Entry("key", b"x" * 600, 10.0, subkey="b")) or "")
+
+
+def test_only_the_owner_replaces_a_signed_record() -> None:
+    storage, owner, other = Storage(verify), Signer(b"1" * 32), Signer(b"2" * 32)
+    assert put(storage, Entry("key", b"unsigned", 10.0)) is None
+    assert put(storage, owner.sign(Entry("key", b"first", 10.0))) is None
+    assert put(storage, Entry("key", b"unsigned", 20.0, sequence=9)) == "signed by another owner"
+    assert put(storage, other.sign(Entry("key", b"other", 20.0, sequence=9))) == "signed by another owner"
+    assert put(storage, owner.sign(Entry("key", b"second", 5.0, sequence=1))) is None
+    assert put(storage, owner.sign(Entry("key", b"first", 20.0))) == "a later entry is held"
+    assert values(storage, "key") == {None: b"second"}
+
+
+def test_a_signature_is_of_one_key_subkey_value_and_sequence() -> None:
+    signed = Signer(b"1" * 32).sign(Entry("key", b"value", 10.0, "subkey", 3))
+    assert signed.owner is not None and signed.signature is not None
+
+    def holds(key: str, subkey: str | None, value: bytes, sequence: int) -> bool:
+        return verify(key, subkey, Item(value, 10.0, sequence, signed.owner, signed.signature))
+
+    assert holds("key", "subkey", b"value", 3)
+    assert not holds("other", "subkey", b"value", 3)
+    assert not holds("key", None, b"value", 3)
+    assert not holds("key", "subkey", b"other", 3)
+    assert not holds("key", "subkey", b"value", 4)
+    assert not verify("key", None, Item(b"value", 10.0, 0, b"no key", b"no signature"))
+
+
+def test_a_signature_without_an_owner_or_the_reverse_is_refused() -> None:
+    storage = Storage(verify)
+    assert put(storage, Entry("key", b"", 1.0, signature=b"s" * 64)) == "the signature does not hold"
+    assert put(storage, Entry("key", b"", 1.0, owner=b"o" * 32)) == "the signature does not hold"
+
+
+def test_a_reply_leaves_out_records_that_have_no_room_but_never_the_first() -> None:
+    items: dict[str | None, Item] = {None: Item(b"x" * 600, 10.0)}
+    builder = ReplyBuilder(b"", room=1000)
+    for _ in range(2):
+        builder.add([], items, now=0.0)
+    assert [(len(found.items), found.left_out) for found in builder.build().found] == [(1, False), (0, True)]
+
+
+def test_store_calls_are_cut_into_portions() -> None:
+    rows = [(f"key{index // 2}", WireItem(b"x" * 60_000, 1.0, str(index))) for index in range(40)]
+    portions = list(batches(rows))
+    assert [(record.key, item) for portion in portions for record in portion for item in record.items] == rows
+    assert all(sum(len(r.items) * 60_000 for r in portion) <= MAX_STORE_BYTES for portion in portions)
+    assert len(list(batches([("key", WireItem(b"", 1.0))] * (MAX_ENTRIES + 1)))) == 2
