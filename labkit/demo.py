@@ -93,7 +93,7 @@ class _Killer:
         if self.killed and not self.restarted and steps >= 2 * self.total / 3:
             self.restarted = True
             for number in self.killed:
-                self.swarm.servers[number].restart()
+                self.swarm.servers[number].restart(wait=False)
         self.alive_min = min(self.alive_min, self.swarm.experts_alive())
 
 

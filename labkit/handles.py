@@ -69,12 +69,16 @@ class ServerHandle:
         """End it cleanly: it saves its experts, if it keeps checkpoints."""
         self._portal.call(self.end, "stopped")
 
-    def restart(self) -> None:
+    def restart(self, *, wait: bool = True) -> None:
         """Start it again, as the same node with the same experts (from their checkpoints, if it keeps them).
 
-        Returns when its experts can be found. One that is running is stopped first.
+        Returns when its experts can be found, or at once if not `wait`: then `state` tells. One that is running is
+        stopped first. Raises `ServerFailed` (if `wait`).
         """
-        self._portal.call(self._restart)
+        if wait:
+            self._portal.call(self._restart)
+        else:
+            self._portal.call(self._restart_later)
 
     def statistics(self, timeout: float = 2.0) -> ServerStatistics:
         """Ask it how it is doing. Raises a kind of `RPCError` if it does not answer."""
@@ -91,6 +95,16 @@ class ServerHandle:
     async def _restart(self) -> None:
         await self.end("stopped")
         await self.begin()
+
+    async def _restart_later(self) -> None:
+        async def restart() -> None:
+            try:
+                await self._restart()
+            except ServerFailed as error:
+                logger.warning("%s", error)
+
+        self.state = "starting"
+        self._nursery.start_soon(restart)
 
     async def begin(self) -> None:
         """Start it, and return when its experts can be found. Raises `ServerFailed`."""

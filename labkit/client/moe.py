@@ -96,7 +96,7 @@ class MixtureOfExperts(nn.Module):
         searched = [score.detach().float().cpu() for score in scores]
         if self.training and self.grid_dropout:
             searched = [_drop(score, self.grid_dropout) for score in searched]
-        local = [tensor.detach().cpu() for tensor in inputs]
+        local = [_for_the_wire(tensor) for tensor in inputs]
         sent = session.run(dispatch_forward, session, self.dispatch, self.name, local, searched, (self.dim,))
         # The scores go in so that autograd asks for the backward pass even where no input needs a gradient.
         anchor = scores[0] if scores[0].requires_grad else torch.zeros(0, requires_grad=True)
@@ -149,6 +149,12 @@ def _drop(scores: Tensor, share: float) -> Tensor:
     return scores.masked_fill(dropped, -math.inf)
 
 
+def _for_the_wire(tensor: Tensor) -> Tensor:
+    """On the CPU, and in full precision, which is what experts compute in (a codec may narrow it on the way)."""
+    tensor = tensor.detach().cpu()
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 class _ExpertOutputs(torch.autograd.Function):
     """What the experts answered, as a function of what they were sent."""
 
@@ -158,13 +164,14 @@ class _ExpertOutputs(torch.autograd.Function):
     ) -> Tensor:
         ctx.session, ctx.config, ctx.sent = session, config, sent
         ctx.save_for_backward(*inputs)
-        return sent.outputs.to(inputs[0].device)
+        x = inputs[0]
+        return sent.outputs.to(x.device, x.dtype if x.is_floating_point() else sent.outputs.dtype)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_outputs: Tensor) -> Any:
         inputs = ctx.saved_tensors
-        local = [tensor.detach().cpu() for tensor in inputs]
-        grads = ctx.session.run(dispatch_backward, ctx.session, ctx.config, ctx.sent, local, grad_outputs.cpu())
-        returned = (grad if grad is None else grad.to(x.device) for grad, x in zip(grads, inputs, strict=True))
+        local, grad = [_for_the_wire(tensor) for tensor in inputs], _for_the_wire(grad_outputs)
+        grads = ctx.session.run(dispatch_backward, ctx.session, ctx.config, ctx.sent, local, grad)
+        returned = (grad if grad is None else grad.to(x.device, x.dtype) for grad, x in zip(grads, inputs, strict=True))
         return None, None, None, None, *returned

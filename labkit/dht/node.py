@@ -14,7 +14,7 @@ a store counts it from its arrival, so every republishing adds one network delay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import trio
