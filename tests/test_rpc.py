@@ -6,7 +6,6 @@ import pytest
 import torch
 import trio
 import zmq
-from tests.nodes import calling, echo, server_and_client, serving
 
 from labkit.contact import Contact
 from labkit.errors import (
@@ -28,11 +27,12 @@ from labkit.wire import frames as wire
 from labkit.wire.endpoint import open_network
 from labkit.wire.rpc import BULK, Method, Reply, Request, RPCLimits
 from labkit.wire.security import Admission, Identity
+from tests.nodes import calling, echo, server_and_client, serving
 
 
 def changed(contact: Contact, **changes: object) -> Contact:
     fields = {name: getattr(contact, name) for name in ("key", "host", "port", "secure")}
-    return Contact(**{**fields, **changes})  # type: ignore[arg-type]
+    return Contact(**{**fields, **changes})
 
 
 @pytest.mark.parametrize("secure", [False, True])
@@ -67,6 +67,14 @@ async def test_answers_come_back_out_of_order() -> None:
     assert order == [2, 1]
 
 
+async def test_the_first_call_over_a_new_connection_is_never_left_waiting() -> None:
+    """A new connection is ready at any moment: between a send that finds it is not, and the wait for it, too."""
+    async with open_network() as network, serving(network) as server:
+        for number in range(150):
+            async with calling(network) as client:
+                assert (await client.call(server.contact, "echo", number, timeout=3)).body == number
+
+
 async def test_a_thousand_calls_at_once_are_all_answered() -> None:
     answers = []
     async with server_and_client() as (server, client), trio.open_nursery() as nursery:
@@ -80,9 +88,12 @@ async def test_a_thousand_calls_at_once_are_all_answered() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "body", "error"), [("none such", None, UnknownMethod), ("add", "text", BadRequest), ("add", 1, RemoteFailure)]
+    ("method", "body", "error"),
+    [("none such", None, UnknownMethod), ("add", "text", BadRequest), ("add", 1, RemoteFailure)],
 )
-async def test_the_caller_gets_the_error_that_the_server_raised(method: str, body: object, error: type) -> None:
+async def test_the_caller_gets_the_error_that_the_server_raised(
+    method: str, body: object, error: type[Exception]
+) -> None:
     async def add(request: Request) -> Reply:
         raise ZeroDivisionError("a bug")
 
@@ -219,7 +230,10 @@ async def test_a_full_server_refuses_at_once_and_serves_again() -> None:
         return Reply(request.body)
 
     limits = RPCLimits(requests=1)
-    async with server_and_client({"m": Method(hold, int)}, limits=limits) as (server, client), trio.open_nursery() as nursery:
+    async with (
+        server_and_client({"m": Method(hold, int)}, limits=limits) as (server, client),
+        trio.open_nursery() as nursery,
+    ):
         nursery.start_soon(lambda: client.call(server.contact, "m", 1, timeout=5))
         await trio.testing.wait_all_tasks_blocked(0.02)
         with pytest.raises(Overloaded), trio.fail_after(1):
@@ -263,8 +277,10 @@ def prelude(version: int = wire.VERSION, kind: int = 1, id: int = 7) -> bytes:
     return b"LK" + bytes([version, kind]) + id.to_bytes(8, "big")
 
 
-REQUEST = wire.encode_request(7, "echo", 5, "body", [torch.ones(4)])
-GARBAGE: dict[str, tuple[str | None, list[bytes]]] = {  # name -> the code of the answer (None: dropped), the frames
+REQUEST = [bytes(frame) for frame in wire.encode_request(7, "echo", 5, "body", [torch.ones(4)])]
+GARBAGE: dict[
+    str, tuple[str | None, list[wire.Frame]]
+] = {  # name -> the code of the answer (None: dropped), the frames
     "no prelude": (None, [b"x"]),
     "empty": (None, [b""]),
     "not ours": (None, [b"GET / HTTP/1.1\r\n\r\n"]),
@@ -296,7 +312,7 @@ async def test_garbage_on_a_real_socket_ends_in_a_typed_error_or_a_drop_and_the_
             attacker.connect(f"tcp://{server.contact.endpoint}")
             attacker.send_multipart(garbage)
             attacker.send_multipart(wire.encode_request(8, "echo", 5, "a good one"))
-            answers = {}
+            answers: dict[int, wire.Message] = {}
             while len(answers) < (1 if expected is None else 2):
                 assert await trio.to_thread.run_sync(attacker.poll, 2000), f"no answer; so far {answers}"
                 message = wire.decode(attacker.recv_multipart())
@@ -305,7 +321,8 @@ async def test_garbage_on_a_real_socket_ends_in_a_typed_error_or_a_drop_and_the_
         if expected == "version":
             assert answers[7].kind is wire.Kind.VERSION
         elif expected is not None:
-            assert answers[7].header.code == expected
+            header = answers[7].header
+            assert isinstance(header, wire.ErrorHeader) and header.code == expected
         assert (await client.call(server.contact, "echo", "still there", timeout=5)).body == "still there"
 
 
@@ -319,7 +336,7 @@ async def test_garbage_on_a_real_socket_ends_in_a_typed_error_or_a_drop_and_the_
         (wire.encode_error(1, "no such code", "text"), RemoteFailure),
     ],
 )
-async def test_garbage_in_an_answer_is_a_typed_error_at_once(reply: list[bytes], error: type) -> None:
+async def test_garbage_in_an_answer_is_a_typed_error_at_once(reply: list[bytes], error: type[Exception]) -> None:
     with zmq.Context() as context, context.socket(zmq.ROUTER) as server:
         server.linger = 0
         port = server.bind_to_random_port("tcp://127.0.0.1")

@@ -14,7 +14,7 @@ import trio
 
 @dataclass
 class ByteBudget:
-    """Bytes that are taken, by peer. A single message over a limit may go when nothing else of that peer is under way."""
+    """Bytes that are taken, by peer. A message over a limit may go when nothing else of that peer is under way."""
 
     per_peer: int
     total: int

@@ -239,7 +239,9 @@ class ZmqNetwork:
         admission = admission or Admission()
         wide = not is_loopback(bind_host)
         if secure is False and (wide or not admission.is_open):
-            raise ValueError("secure=False is for open swarms on loopback only: beyond it every connection is encrypted")
+            raise ValueError(
+                "secure=False is for open swarms on loopback only: beyond it every connection is encrypted"
+            )
         secure = bool(secure) or wide or not admission.is_open
         domain = f"node-{next(self._domains)}".encode()
         self._admissions[domain] = admission

@@ -99,7 +99,7 @@ _DTYPES = {
 }  # fmt: skip
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _encoder = msgspec.msgpack.Encoder()
-_decoders = {
+_decoders: dict[Kind, Any] = {
     Kind.REQUEST: msgspec.msgpack.Decoder(RequestHeader),
     Kind.REPLY: msgspec.msgpack.Decoder(ReplyHeader),
     Kind.ERROR: msgspec.msgpack.Decoder(ErrorHeader),
@@ -150,7 +150,8 @@ def _head(kind: Kind, id: int, header: Any) -> bytes:
 
 
 def _encode_tensors(tensors: Sequence[Tensor], codec: str) -> tuple[list[TensorSpec], list[Frame]]:
-    specs, buffers = [], []
+    specs: list[TensorSpec] = []
+    buffers: list[Frame] = []
     for tensor in tensors:
         dtype = _DTYPE_NAMES.get(tensor.dtype)
         if dtype is None:
@@ -159,7 +160,7 @@ def _encode_tensors(tensors: Sequence[Tensor], codec: str) -> tuple[list[TensorS
             raise ValueError(f"a tensor of {tensor.ndim} dimensions cannot be sent; at most {MAX_NDIM}")
         name = codec if tensor.is_floating_point() else "none"
         raw = CODECS[name].encode(tensor.detach().cpu())
-        buffers.append(memoryview(raw.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        buffers.append(memoryview(raw.contiguous().reshape(-1).view(torch.uint8).numpy().data))
         specs.append(TensorSpec(dtype, tuple(tensor.shape), name))
     return specs, buffers
 

@@ -2,7 +2,8 @@
 
 ZeroMQ tells that something happened by an edge-triggered file descriptor. One pump task a socket owns it: it reads
 `EVENTS`, wakes who waits, and only then waits for the descriptor. Any send or receive may swallow an edge that another
-task waits for, so `EVENTS` is read again after each. A receive takes a message off the socket only in the moment in
+task waits for, so `EVENTS` is read again after each; and who finds nothing looks at what was read then before it waits,
+since that reading may have swallowed its own edge. A receive takes a message off the socket only in the moment in
 which it returns it, so cancelling it loses nothing.
 """
 
@@ -52,12 +53,15 @@ class Socket:
         self._raw = raw
         self._readers = trio.lowlevel.ParkingLot()
         self._writers = trio.lowlevel.ParkingLot()
+        self._events = 0  # as last read
+        # A ROUTER always says that it can be written to, since that depends on the peer.
+        self._tells_writable = raw.getsockopt(zmq.TYPE) != zmq.ROUTER
         self._rest: list[list[zmq.Frame]] = []  # what had arrived when the socket failed
         self.error: LabkitError | None = None
 
     async def run(self) -> None:
         """The pump: until cancelled or until the socket fails."""
-        descriptor = self._raw.getsockopt(zmq.FD)
+        descriptor = int(self._raw.getsockopt(zmq.FD))
         while self.error is None:
             self._wake()
             await trio.lowlevel.wait_readable(descriptor)
@@ -80,7 +84,8 @@ class Socket:
                 return burst
             if self.error is not None:
                 raise self.error
-            await self._readers.park()
+            if not self._events & zmq.POLLIN:
+                await self._readers.park()
 
     def receive_nowait(self, limit: int = 64) -> list[list[zmq.Frame]]:
         """Take what is there."""
@@ -108,6 +113,10 @@ class Socket:
             if unsent is not None:
                 await trio.lowlevel.cancel_shielded_checkpoint()
                 return unsent
+            if self._tells_writable and self._events & zmq.POLLOUT:
+                continue
+            if not self._tells_writable:  # look once more when we are parked
+                trio.lowlevel.current_trio_token().run_sync_soon(self._wake, idempotent=True)
             await self._writers.park()
 
     def send_nowait(self, frames: Sequence[Frame]) -> Unsent | None:
@@ -129,10 +138,10 @@ class Socket:
         if self._raw.closed:
             return
         # Read even if nobody waits: only this clears the descriptor.
-        events = self._raw.getsockopt(zmq.EVENTS)
-        if events & zmq.POLLIN and self._readers:
+        self._events = int(self._raw.getsockopt(zmq.EVENTS))
+        if self._events & zmq.POLLIN:
             self._readers.unpark_all()
-        if events & zmq.POLLOUT and self._writers:
+        if self._events & zmq.POLLOUT:
             self._writers.unpark_all()
 
     def close(self, linger: float = 0.0) -> None:

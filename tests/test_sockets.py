@@ -1,0 +1,121 @@
+"""One ZeroMQ socket under trio: no wake-up is missed, and cancelling loses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+import trio
+
+from labkit.errors import ConnectionLost
+from labkit.wire.security import Identity
+from labkit.wire.sockets import Socket, make_context, make_dealer, make_router
+
+
+@pytest.fixture
+async def pair(nursery: trio.Nursery) -> AsyncIterator[tuple[Socket, Socket]]:
+    """A ROUTER, and a DEALER that is connected to it."""
+    context = make_context()
+    identity = Identity.generate()
+    router, host, port = make_router(
+        context, "tcp://127.0.0.1:*", identity, secure=False, domain=b"", max_frame=1 << 26
+    )
+    dealer, monitor = make_dealer(context, host, port, identity, None, 1 << 26)
+    nursery.start_soon(router.run)
+    nursery.start_soon(dealer.run)
+    yield router, dealer
+    for socket in (router, dealer, monitor):
+        socket.close()
+    context.term()
+
+
+async def texts(socket: Socket, count: int) -> list[bytes]:
+    found: list[bytes] = []
+    with trio.fail_after(10):
+        while len(found) < count:
+            found += [message[-1].bytes for message in await socket.receive()]
+    return found
+
+
+async def test_a_burst_costs_one_wake_up(pair: tuple[Socket, Socket]) -> None:
+    router, dealer = pair
+    for number in range(50):
+        await dealer.send([b"%d" % number])
+    assert await texts(router, 50) == [b"%d" % number for number in range(50)]
+
+
+async def test_cancelling_a_receive_loses_no_message(pair: tuple[Socket, Socket]) -> None:
+    router, dealer = pair
+    received: list[bytes] = []
+
+    async def receive_and_be_cancelled() -> None:
+        """Cancelled in all the moments in which that can happen: before, while and after a message comes."""
+        deadline = 0.0
+        while len(received) < 200:
+            with trio.move_on_after(deadline):
+                received.extend(message[-1].bytes for message in await router.receive())
+            deadline = 0.0003 if deadline == 0.0 else 0.0
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive_and_be_cancelled)
+            for number in range(200):
+                await dealer.send([b"%d" % number])
+                await trio.lowlevel.checkpoint()
+    assert received == [b"%d" % number for number in range(200)]
+
+
+async def test_sending_and_receiving_at_once_misses_no_edge(pair: tuple[Socket, Socket]) -> None:
+    """Sends swallow the edges that receivers wait for; so both sides talk at the same time, a thousand times."""
+    router, dealer = pair
+    await dealer.send([b"hello"])
+    with trio.fail_after(5):
+        route = (await router.receive())[0][0].bytes
+
+    async def talk(socket: Socket, head: list[bytes]) -> None:
+        for number in range(1000):
+            await socket.send([*head, b"%d" % number])
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(talk, router, [route])
+        nursery.start_soon(talk, dealer, [])
+        for socket in (router, dealer):
+            assert await texts(socket, 1000) == [b"%d" % number for number in range(1000)]
+
+
+async def test_what_had_arrived_when_the_socket_fails_is_still_received(pair: tuple[Socket, Socket]) -> None:
+    router, dealer = pair
+    await dealer.send([b"first"])
+    assert await texts(router, 1) == [b"first"]
+    await dealer.send([b"last words"])
+    with trio.fail_after(5):
+        while not (burst := router.receive_nowait()):
+            await trio.lowlevel.checkpoint()
+        assert burst[0][-1].bytes == b"last words"
+    router.fail(ConnectionLost("over"))
+    with pytest.raises(ConnectionLost, match="over"):
+        await router.receive()
+
+
+async def test_failing_wakes_who_waits(pair: tuple[Socket, Socket]) -> None:
+    router, _ = pair
+
+    async def expect_the_end() -> None:
+        with pytest.raises(ConnectionLost):
+            await router.receive()
+
+    with trio.fail_after(2):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(expect_the_end)
+            await trio.testing.wait_all_tasks_blocked()
+            router.fail(ConnectionLost("over"))
+
+
+async def test_large_frames_are_tracked_until_the_peer_has_them(pair: tuple[Socket, Socket]) -> None:
+    router, dealer = pair
+    unsent = await dealer.send([bytes(10_000_000)])
+    assert unsent.bytes == 10_000_000
+    assert len((await texts(router, 1))[0]) == 10_000_000
+    with trio.fail_after(5):
+        while not unsent.done:
+            await trio.lowlevel.checkpoint()
