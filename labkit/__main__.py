@@ -43,10 +43,12 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--join", metavar="INVITE", help="the invitation of a running swarm (default: start a new one)")
     parser.add_argument("--experts", type=int, help="how many experts (default: the grid's free places)")
     parser.add_argument("--grid", type=int, nargs="+", metavar="SIZE", help="sizes of the expert grid")
-    parser.add_argument("--expert", default="ffn", metavar="KIND", help="ffn, transformer, nop or package.module:factory")
+    parser.add_argument(
+        "--expert", default="ffn", metavar="KIND", help="ffn, transformer, nop or package.module:factory"
+    )
     parser.add_argument("--hidden", type=int, help="width of the experts (default: the running grid's, or 64)")
     parser.add_argument("--name", help="name of the grid (default: the kind's)")
-    parser.add_argument("--listen", default="tcp://127.0.0.1:*", metavar="tcp://HOST:PORT", help="(default: loopback)")
+    parser.add_argument("--listen", metavar="tcp://HOST:PORT", help="(default: loopback, or as wide as what is joined)")
     parser.add_argument("--announce", metavar="HOST[:PORT]", help="the address that others should use")
     parser.add_argument("--secure", action="store_true", help="encrypt on loopback too; beyond it that is always on")
     parser.add_argument("--key", metavar="FILE", help="a key file made by labkit keygen (default: a new key)")
@@ -79,7 +81,7 @@ def run_serve(options: argparse.Namespace) -> int:
     if options.child:
         from labkit.child import run_child
 
-        return run_child()
+        run_child()
     from labkit.errors import LabkitError
     from labkit.serving import serve
 
@@ -87,6 +89,9 @@ def run_serve(options: argparse.Namespace) -> int:
         serve(options)
     except (LabkitError, ValueError) as error:
         return _complain(error)
+    except KeyboardInterrupt:  # before it served, or while it was saving
+        print("stopped", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -98,7 +103,7 @@ def run_keygen(options: argparse.Namespace) -> int:
     identity = Identity.generate()
     try:
         identity.save(options.file)
-    except LabkitError as error:
+    except (LabkitError, OSError) as error:
         return _complain(error)
     print(key_text(identity.public_key))
     return 0

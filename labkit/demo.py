@@ -96,6 +96,11 @@ class _Killer:
                 self.swarm.servers[number].restart(wait=False)
         self.alive_min = min(self.alive_min, self.swarm.experts_alive())
 
+    def wait_until_back(self) -> None:
+        """Return when the servers that were restarted run, or have failed to start."""
+        while any(self.swarm.servers[number].state == "starting" for number in self.killed):
+            time.sleep(0.05)
+
 
 def demo(config: DemoConfig, *, as_json: bool = False) -> dict[str, Any]:
     """Run the demonstration and print how it went; returns the same as a dictionary."""
@@ -117,6 +122,7 @@ def demo(config: DemoConfig, *, as_json: bool = False) -> dict[str, Any]:
             model, data, steps=steps, batch_size=BATCH_SIZE, trainers=config.trainers, balance=0.01, seed=config.seed
         )
         show_progress(run, swarm.experts_alive, label=config.dataset, on_tick=killer, file=sys.stderr)  # 3, 4
+        killer.wait_until_back()
         accuracy = evaluate(model, data.test_x, data.test_y)
         result = _result(swarm, data, run, killer, accuracy, time.monotonic() - started)
         print(_table(result, swarm))  # 5

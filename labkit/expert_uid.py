@@ -7,6 +7,7 @@ walks from the grid name to whole uids, one coordinate at a time (paper, section
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -60,9 +61,14 @@ def parent(prefix: str) -> tuple[str, int]:
 
 def check_grid(grid: Sequence[int]) -> tuple[int, ...]:
     """A grid's sizes, if they are one. Raises `ValueError`."""
-    sizes = tuple(int(size) for size in grid)
+    try:
+        sizes = tuple(operator.index(size) for size in grid)
+    except TypeError:
+        raise ValueError(f"grid={grid!r}: the sizes of a grid are whole numbers, such as (4, 4)") from None
     if not 1 <= len(sizes) <= MAX_DIMENSIONS or min(sizes) < 1 or max(sizes) > MAX_COORDINATE:
-        raise ValueError(f"grid={grid!r}: a grid has 1 to {MAX_DIMENSIONS} dimensions of at least one coordinate each")
+        raise ValueError(
+            f"grid={grid!r}: a grid has 1 to {MAX_DIMENSIONS} dimensions, each of 1 to {MAX_COORDINATE} coordinates"
+        )
     return sizes
 
 
@@ -90,8 +96,8 @@ def spread(uids: Iterable[str], servers: int) -> list[tuple[str, ...]]:
     Raises `ValueError` if there are fewer experts than servers.
     """
     uids = sorted(uids, key=lambda uid: (split_uid(uid)[0], split_uid(uid)[1]))
-    if not 1 <= servers <= len(uids):
-        raise ValueError(f"servers={servers}: between 1 and the number of experts, {len(uids)}")
+    if not isinstance(servers, int) or not 1 <= servers <= len(uids):
+        raise ValueError(f"servers={servers!r}: between 1 and the number of experts, {len(uids)}")
     uids.sort(key=lambda uid: sum(split_uid(uid)[1]) % servers)  # stable
     ends = [len(uids) * (i + 1) // servers for i in range(servers)]
     return [tuple(uids[start:end]) for start, end in zip([0, *ends], ends, strict=False)]

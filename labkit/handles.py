@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
 
 import trio
 
-from labkit.child import STOP_TIMEOUT, ProcessLife, ServerPlan
+from labkit.child import STOP_TIMEOUT
 from labkit.contact import Contact
 from labkit.errors import LabkitError, ServerFailed
 from labkit.events import Emit, ignore
 from labkit.faults import Faults
+from labkit.lives import Life, ProcessLife, ServerPlan, TaskLife
+from labkit.node import Node
 from labkit.portal import Portal, unwrap
-from labkit.server.server import ServerStatistics, serve_experts
-from labkit.wire.endpoint import ZmqNetwork
-from labkit.wire.rpc import Caller
-from labkit.wire.security import Admission
+from labkit.server.server import ServerStatistics
+from labkit.wire.endpoint import ZmqNetwork, split_address
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +33,8 @@ class ServerHandle:
     """
 
     def __init__(
-        self, portal: Portal, nursery: trio.Nursery, network: ZmqNetwork, caller: Caller, plan: ServerPlan,
-        isolation: str, faults: Faults, emit: Emit = ignore,
+        self, portal: Portal, nursery: trio.Nursery, network: ZmqNetwork, node: Node, plan: ServerPlan, isolation: str,
+        faults: Faults, emit: Emit = ignore,
     ) -> None:  # fmt: skip
         self.plan = plan
         self.isolation = isolation
@@ -41,15 +44,19 @@ class ServerHandle:
         self._portal = portal
         self._nursery = nursery
         self._network = network
-        self._caller = caller
+        self._node = node
         self._faults = faults
         self._emit = emit
-        self._life: ProcessLife | TaskLife | None = None
+        self._life: Life | None = None
 
     @property
     def uids(self) -> tuple[str, ...]:
         """The experts that it holds."""
         return self.plan.server.uids
+
+    @property
+    def _label(self) -> str:
+        return f"the server of {self.uids[0]}{' …' if len(self.uids) > 1 else ''}"
 
     @property
     def alive(self) -> bool:
@@ -63,11 +70,15 @@ class ServerHandle:
 
     def kill(self) -> None:
         """End it as a crash would: SIGKILL for a process. Nothing is saved and nobody is told."""
-        self._portal.call(self.end, "killed")
+        self._portal.call(self._kill)
 
     def stop(self) -> None:
-        """End it cleanly: it saves its experts, if it keeps checkpoints."""
-        self._portal.call(self.end, "stopped")
+        """End it cleanly: it saves its experts. Raises `ServerFailed` if it could not."""
+        self._portal.call(self._stop)
+
+    def wait(self) -> str:
+        """Wait until it does not run any more, for whatever reason. Returns what went wrong, if something did."""
+        return self._portal.call(self._wait)
 
     def restart(self, *, wait: bool = True) -> None:
         """Start it again, as the same node with the same experts (from their checkpoints, if it keeps them).
@@ -88,69 +99,134 @@ class ServerHandle:
         """`statistics` from inside the lab thread."""
         if self.contact is None:
             raise ServerFailed("this server has not been started")
-        reply = await self._caller.call(self.contact, "server.statistics", returns=ServerStatistics, timeout=timeout)
+        reply = await self._node.client.call(
+            self.contact, "server.statistics", returns=ServerStatistics, timeout=timeout
+        )
         assert isinstance(reply.body, ServerStatistics)
         return reply.body
 
+    async def _kill(self) -> None:
+        await self.end("killed", save=False)
+
+    async def _stop(self) -> None:
+        failure = await self.end("stopped")
+        if failure:
+            raise ServerFailed(f"{self._label} did not end cleanly: {failure}")
+
+    async def _wait(self) -> str:
+        while self._life is not None:
+            await self._life.wait()
+            await trio.lowlevel.checkpoint()
+        return self.failure
+
     async def _restart(self) -> None:
-        await self.end("stopped")
+        await self._stop()
         await self.begin()
 
     async def _restart_later(self) -> None:
-        async def restart() -> None:
+        async def begin(life: Life) -> None:
             try:
-                await self._restart()
-            except ServerFailed as error:
+                await self._begin(life)
+            except (LabkitError, ValueError) as error:
                 logger.warning("%s", error)
 
-        self.state = "starting"
-        self._nursery.start_soon(restart)
+        await self._stop()
+        self._nursery.start_soon(begin, await self._new_life())
 
     async def begin(self) -> None:
-        """Start it, and return when its experts can be found. Raises `ServerFailed`."""
-        assert not self.alive
+        """Start it, and return when its experts can be found.
+
+        Raises `ServerFailed`; `ValueError` for a kind of expert or options that cannot be.
+        """
+        await self._begin(await self._new_life())
+
+    async def _new_life(self) -> Life:
+        previous = self._life
+        life = self._life = ProcessLife() if self.isolation == "process" else TaskLife(self._network, self._emit)
         self.state, self.failure = "starting", ""
-        life = ProcessLife() if self.isolation == "process" else TaskLife(self._network, self._faults, self._emit)
+        if previous is not None:  # two restarts at once
+            previous.kill()
+            await previous.wait()
+        return life
+
+    async def _begin(self, life: Life) -> None:
+        failure, cause = "it was interrupted", BaseException()
         try:
             with trio.fail_after(START_TIMEOUT):
-                self.contact = await self._nursery.start(self._live, life)
-        except trio.TooSlowError:
-            self._fail(f"it was not ready after {START_TIMEOUT:.0f} s")
+                await self._nursery.start(self._live, life, await self._same_address())
+                await self._be_found()
+            return
+        except trio.TooSlowError as error:
+            failure, cause = f"it was not ready after {START_TIMEOUT:.0f} s", error
         except Exception as error:
             cause = unwrap(error)
-            if not isinstance(cause, LabkitError):
-                raise cause from None
-            self._fail(str(cause))
+            failure = str(cause) or repr(cause)
         finally:
-            if self.state == "starting":  # interrupted
-                self.state = "stopped"
+            ended = self._life is not life and self.state != "failed"
+            if self._life is life and self.state == "starting":
+                self._life, self.state, self.failure = None, "failed", failure
+        if ended:
+            raise ServerFailed(f"{self._label} was ended while it was starting")
+        if isinstance(cause, ValueError):
+            raise cause
+        hide = isinstance(cause, (LabkitError, trio.TooSlowError))  # says it all; else it is an expert's own code
+        raise ServerFailed(f"{self._label} did not start: {failure}") from None if hide else cause
 
-    def _fail(self, reason: str) -> None:
-        self.state, self.failure = "failed", reason
-        raise ServerFailed(f"the server of {self.uids[0]} … did not start: {reason}") from None
+    async def _same_address(self) -> ServerPlan:
+        """The plan, with the port of the last life if that is free: others know the server by it."""
+        if self.contact is None:
+            return self.plan
+        listen, port = self.plan.node.listen, self.contact.port
+        for _ in range(25):
+            if _is_free(split_address(listen)[0], port):
+                return replace(self.plan, node=replace(self.plan.node, listen=f"{listen.rpartition(':')[0]}:{port}"))
+            await trio.sleep(0.02)  # the last life's socket may be closing
+        return self.plan
 
-    async def _live(self, life: ProcessLife | TaskLife, *, task_status: trio.TaskStatus[Contact]) -> None:
+    async def _be_found(self) -> None:
+        """Wait until this process's own directory, which may know older records, finds the experts."""
+        directory = self._node.directory
+        while True:
+            if not self.alive:
+                raise ServerFailed(self.failure)
+            await directory.refresh(self.uids)
+            found = await directory.find(self.uids)
+            if all(info is not None and info.contact == self.contact for info in found.values()):
+                return
+            await trio.sleep(0.1)
+
+    async def _live(self, life: Life, plan: ServerPlan, *, task_status: trio.TaskStatus[None]) -> None:
         """One life, from its start to its end, for whatever reason."""
         async with trio.open_nursery() as nursery:
-            contact = await nursery.start(life.run, self.plan, self._faults)
-            self._life, self.state = life, "running"
-            task_status.started(contact)
+            contact = await nursery.start(life.run, plan, self._faults)
+            if self._life is life:
+                self.contact, self.state = contact, "running"
+                self.apply_faults()  # they may have changed meanwhile
+            task_status.started()
             failure = await life.wait()
-            if self._life is life and self.state == "running":
-                self.state, self.failure = "failed", failure
-                logger.warning("the server of %s … ended by itself: %s", self.uids[0], failure)
-            nursery.cancel_scope.cancel()
+            if self._life is life:
+                self._life, self.state, self.failure = None, "failed", failure or "it ended by itself"
+                logger.warning("%s ended by itself: %s", self._label, failure)
 
-    async def end(self, state: str, timeout: float = STOP_TIMEOUT) -> None:
-        """`kill` or `stop` from inside the lab thread; `state` is the one that it ends in."""
+    async def end(self, state: str, timeout: float = STOP_TIMEOUT, *, save: bool = True) -> str:
+        """`kill` or `stop` from inside the lab thread; one that is still starting is killed.
+
+        It ends in `state`, or as failed if it was to save its experts and did not. Returns what went wrong, or nothing.
+        """
         life, self._life = self._life, None
         if life is None:
-            return
-        self.state = state
-        if state == "stopped":
-            await life.stop(timeout)
+            return ""
+        failure, was_running, self.state = "", self.state == "running", state
+        if save and was_running:
+            failure = f"it had not saved its experts after {timeout:g} s, and was killed"
+            life.stop()
+            with trio.move_on_after(timeout):
+                failure = await life.wait()
+            if failure:
+                self.state, self.failure = "failed", failure
         life.kill()
         await life.wait()
+        return failure
 
     def apply_faults(self) -> None:
         """Tell a running server what `faults` says now."""
@@ -162,60 +238,52 @@ class ServerHandle:
         return f"<server {self.state}{where}: {len(self.uids)} experts, {self.uids[0]} … {self.uids[-1]}>"
 
 
-class TaskLife:
-    """A server as a task of the lab thread."""
-
-    pid = os.getpid()
-
-    def __init__(self, network: ZmqNetwork, faults: Faults, emit: Emit) -> None:
-        self._network = network
-        self._faults = faults
-        self._emit = emit
-        self._scope = trio.CancelScope()
-        self._stop = trio.Event()
-        self._ended = trio.Event()
-        self._failure = "it returned"
-
-    async def run(self, plan: ServerPlan, faults: Faults, *, task_status: trio.TaskStatus[Contact]) -> None:
-        started = _Once(task_status)
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        if os.name == "posix":
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            with self._scope:
-                await serve_experts(
-                    self._network, plan.identity, plan.server, plan.node, join=plan.join,
-                    admission=Admission(file=plan.member_file), faults=faults, emit=self._emit, stop=self._stop,
-                    task_status=started,  # type: ignore[arg-type]
-                )  # fmt: skip
-        except Exception as error:
-            if not started.done:
-                raise
-            self._failure = str(unwrap(error))
-            logger.exception("a server in the lab thread failed")
-        finally:
-            self._ended.set()
-
-    async def wait(self) -> str:
-        await self._ended.wait()
-        return self._failure
-
-    async def stop(self, timeout: float) -> None:
-        self._stop.set()
-        with trio.move_on_after(timeout):
-            await self._ended.wait()
-
-    def kill(self) -> None:
-        self._scope.cancel()
-
-    def apply_faults(self, faults: Faults) -> None:
-        """Nothing to do: the server draws from this object itself."""
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
 
 
-class _Once:
-    """A task status that remembers whether it was told."""
+# ---------------------------------------------------------------- several at once
 
-    def __init__(self, inner: trio.TaskStatus[Contact]) -> None:
-        self._inner = inner
-        self.done = False
 
-    def started(self, value: Contact) -> None:
-        self.done = True
-        self._inner.started(value)
+async def begin_all(handles: Sequence[ServerHandle]) -> None:
+    """Start servers side by side; if one fails, none is left. Raises what the first to fail raises."""
+    failures: list[Exception] = []
+
+    async def begin(handle: ServerHandle) -> None:
+        try:
+            await handle.begin()
+        except (LabkitError, ValueError) as error:
+            failures.append(error)
+            nursery.cancel_scope.cancel()
+
+    try:
+        async with trio.open_nursery() as nursery:
+            for handle in handles:
+                nursery.start_soon(begin, handle)
+        if failures:
+            raise failures[0]
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            for handle in handles:
+                await handle.end("killed", save=False)
+        raise
+
+
+async def end_all(handles: Sequence[ServerHandle], timeout: float) -> None:
+    """Stop servers side by side, and kill those that take longer than `timeout` seconds to save their experts."""
+
+    async def end(handle: ServerHandle) -> None:
+        failure = await handle.end("stopped", timeout, save=handle.plan.lasting)
+        if failure:
+            logger.warning("%r did not end cleanly: %s", handle, failure)
+
+    async with trio.open_nursery() as nursery:
+        for handle in handles:
+            nursery.start_soon(end, handle)

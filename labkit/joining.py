@@ -1,10 +1,15 @@
 """Joining a swarm, and saying why not: every way in which it can fail ends in a `JoinError` that a person can act on.
 
 The steps are those of a connection, so the first that fails names the reason: 1. the name resolves, 2. something
-listens at the port, 3. it holds the key of the invitation, admits ours and speaks our version.
+listens at the port, 3. it greets as ZeroMQ does, with or without encryption as the invitation says, 4. it holds the key
+of the invitation, admits ours and speaks our version.
 """
 
 from __future__ import annotations
+
+import errno
+import os
+from typing import Any
 
 import trio
 
@@ -12,48 +17,93 @@ from labkit.contact import Contact
 from labkit.dht.protocol import Ping, Pong
 from labkit.errors import (
     ConnectionLost,
-    DeadlineExceeded,
     HandshakeFailed,
     JoinError,
     NotAdmitted,
     RPCError,
     SecurityMismatch,
-    VersionMismatch,
     WrongServerKey,
 )
 from labkit.wire.endpoint import resolve
 from labkit.wire.rpc import Caller
 from labkit.wire.security import key_text
 
-JOIN_TIMEOUT = 8.0  # seconds for all three steps
+JOIN_TIMEOUT = 8.0  # seconds for all four steps
+UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.EADDRNOTAVAIL}
+
+# ZMTP (ZeroMQ RFC 23): a greeting has 64 bytes, signature, version, mechanism and padding. The first 11 of ours are
+# enough to be sent the whole of theirs.
+SIGNATURE = b"\xff\0\0\0\0\0\0\0\x01\x7f"
+GREETING_SIZE = 64
 
 
 async def check_reachable(caller: Caller, contact: Contact, own_key: bytes) -> None:
     """Return if a node of a swarm answers at `contact`. Raises `JoinError` that says why it does not."""
-    where = contact.endpoint
+    late = f"the name was not resolved within {JOIN_TIMEOUT:g} s. Check the network, or use the IP address"
     try:
         with trio.fail_after(JOIN_TIMEOUT):
             address = await resolve(contact.host)  # 1
-            await _probe(address, contact)  # 2
-            reply = await caller.call(contact, "dht.ping", Ping(None), returns=Pong, timeout=JOIN_TIMEOUT)  # 3
+            late = (
+                f"nothing answered within {JOIN_TIMEOUT:g} s. Is the machine on, and does its firewall let port "
+                f"{contact.port} through? {_hint(contact)}"
+            )
+            stream = await _connect(address, contact)  # 2
+            late = (
+                f"something accepts connections but said nothing within {JOIN_TIMEOUT:g} s. A node that is suspended "
+                "or overloaded does that: try again, or ask for the invitation of another node; or it is not labkit"
+            )
+            async with stream:
+                await _read_greeting(stream, contact)  # 3
+            late = (
+                f"ZeroMQ is there, but no answer came within {JOIN_TIMEOUT:g} s. It is a node that is overloaded: try "
+                "again; or another program's: ask for a fresh invitation"
+            )
+            reply = await caller.call(contact, "dht.ping", Ping(None), returns=Pong, timeout=2 * JOIN_TIMEOUT)  # 4
             if reply.body.key != contact.key:
                 raise WrongServerKey("another node answered")
     except trio.TooSlowError:
-        raise JoinError(
-            f"{where} did not answer within {JOIN_TIMEOUT:.0f} s. Is the machine on, and does its firewall let "
-            f"port {contact.port} through?{_loopback_hint(contact)}"
-        ) from None
+        raise JoinError(f"cannot join the swarm at {contact.endpoint}: {late.strip()}") from None
     except RPCError as error:
-        raise JoinError(f"cannot join the swarm at {where}: {_explain(error, contact, own_key)}") from error
+        raise JoinError(
+            f"cannot join the swarm at {contact.endpoint}: {_explain(error, contact, own_key).strip()}"
+        ) from error
 
 
-async def _probe(address: str, contact: Contact) -> None:
+async def _connect(address: str, contact: Contact) -> trio.SocketStream:
+    family = trio.socket.AF_INET6 if ":" in address else trio.socket.AF_INET
+    socket = trio.socket.socket(family, trio.socket.SOCK_STREAM)
     try:
-        stream = await trio.open_tcp_stream(address, contact.port)
+        await socket.connect((address, contact.port))
     except OSError as error:
-        reason = error.__cause__ or error
-        raise ConnectionLost(f"nothing listens there ({reason})") from None
-    await stream.aclose()
+        socket.close()
+        reason = os.strerror(error.errno or 0)
+        if error.errno in UNREACHABLE:
+            raise ConnectionLost(f"there is no way to that address ({reason}). Check the network") from None
+        raise ConnectionLost(
+            f"nothing listens there ({reason}). Is the swarm still running? Ask for a fresh invitation, since "
+            f"a restarted swarm may have another port. {_hint(contact)}"
+        ) from None
+    except BaseException:
+        socket.close()
+        raise
+    return trio.SocketStream(socket)
+
+
+async def _read_greeting(stream: trio.SocketStream, contact: Contact) -> None:
+    greeting = b""
+    try:
+        await stream.send_all(SIGNATURE + b"\x03")
+        while len(greeting) < GREETING_SIZE and (part := await stream.receive_some()):
+            greeting += part
+    except trio.BrokenResourceError:
+        pass
+    if len(greeting) < GREETING_SIZE or (greeting[0], greeting[9], greeting[10]) != (0xFF, 0x7F, 3):
+        raise HandshakeFailed("what listens there does not speak ZeroMQ")
+    encrypts = greeting[12:32].rstrip(b"\0") == b"CURVE"
+    if encrypts and not contact.secure:
+        raise SecurityMismatch("it encrypts its connections, and the invitation says that it does not")
+    if contact.secure and not encrypts:
+        raise SecurityMismatch("it does not encrypt its connections, and the invitation says that it does")
 
 
 def _explain(error: RPCError, contact: Contact, own_key: bytes) -> str:
@@ -69,25 +119,30 @@ def _explain(error: RPCError, contact: Contact, own_key: bytes) -> str:
             "program has the port now: ask for a fresh invitation"
         )
     if isinstance(error, SecurityMismatch):
-        return f"{error}. The invitation is of another swarm: ask for a fresh one, and copy it whole, with its ending"
+        return f"{error}. Ask for a fresh invitation, and copy it whole, with its ending"
     if isinstance(error, HandshakeFailed):
-        return f"{error}. Something listens there that is not labkit: check the port, or ask for a fresh invitation"
-    if isinstance(error, VersionMismatch):
-        return str(error)
-    if isinstance(error, DeadlineExceeded):
-        return "a connection was made but no answer came. The node may be stopped or overloaded: try again"
+        return f"{error}. It is not labkit, then: check the port, or ask for a fresh invitation"
     if "resolve" in str(error):
         return f"{error}. Check the spelling, or use the IP address"
-    if isinstance(error, ConnectionLost):
-        return (
-            f"{error}. Is the swarm still running? Ask for a fresh invitation, since a restarted swarm has another port"
-            f"{_loopback_hint(contact)}"
-        )
     return str(error)
 
 
-def _loopback_hint(contact: Contact) -> str:
-    return f". {LOOPBACK_NOTE}" if contact.is_loopback else ""
+def _hint(contact: Contact) -> str:
+    return LOOPBACK_NOTE if contact.is_loopback else ""
+
+
+class Invitation(str):
+    """An invitation: a text, to be passed on. `note` says where it works, if that is not everywhere."""
+
+    note: str
+
+    def __new__(cls, contact: Contact) -> Invitation:
+        self = super().__new__(cls, contact.invitation())
+        self.note = LOOPBACK_NOTE if contact.is_loopback else ""
+        return self
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self) + (f"\n{self.note}" if self.note else ""))
 
 
 LOOPBACK_NOTE = (

@@ -6,19 +6,22 @@ its own, so an interrupt (Ctrl-C, the kernel's stop button) ends the call that i
 
 from __future__ import annotations
 
+import logging
 import os
+import queue
 import threading
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 import trio
 
 from labkit.errors import SwarmClosed
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
-_CANCEL_PATIENCE = 1.0  # seconds that an interrupted call may take to end
+_PATIENCE = 1.0  # seconds that an interrupted call, or a lab thread that failed, may take to end
 _POLL = 0.2 if os.name == "nt" else None  # seconds; on Windows a wait without end cannot be interrupted
+_GONE = SwarmClosed("the lab thread ended")  # an answer; the caller, who knows why by then, raises another
 
 
 class Portal:
@@ -26,43 +29,42 @@ class Portal:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._started = threading.Event()
         self._failure: BaseException | None = None
-        self._waiting: set[Future[Any]] = set()
-        self._lock = threading.Lock()
+        self._waiting: set[_Call] = set()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name=f"labkit-lab-{name}", daemon=True)
+        started = _Call(trio.lowlevel.checkpoint, ())
+        self._waiting.add(started)
+        self._thread = threading.Thread(target=self._run, args=(started,), name=f"labkit-lab-{name}", daemon=True)
         self._thread.start()
-        self._started.wait()
-
-    def _run(self) -> None:
         try:
-            trio.run(self._main)
-        except BaseException as error:
-            self._failure = error
-        finally:
-            with self._lock:
-                self._closed = True
-                waiting, self._waiting = self._waiting, set()
-            for future in waiting:
-                if not future.done():
-                    future.set_exception(self._gone())
-            self._started.set()
+            _, failure = started.wait()
+        except BaseException:
+            started.wait(_PATIENCE)
+            self.close()
+            raise
+        if failure is not None:
+            raise self._gone()
 
-    async def _main(self) -> None:
+    def _run(self, started: _Call) -> None:
+        try:
+            trio.run(self._main, started)
+        except BaseException as error:
+            self._failure = unwrap(error)
+            logger.error("the lab thread of the swarm %r failed", self.name, exc_info=self._failure)
+        finally:
+            self._closed = True
+            self._dismiss()
+
+    async def _main(self, started: _Call) -> None:
         self._token = trio.lowlevel.current_trio_token()
         async with trio.open_nursery() as self._nursery:
             self._nursery.start_soon(trio.sleep_forever)
-            self._started.set()
+            self._nursery.start_soon(started.run)
 
     @property
     def closed(self) -> bool:
         """Whether calls are refused."""
         return self._closed
-
-    def _gone(self) -> SwarmClosed:
-        reason = f" after a failure: {self._failure!r}" if self._failure is not None else ""
-        return SwarmClosed(f"the swarm {self.name!r} is closed{reason}; start or join one again")
 
     def call(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
         """Run an async function in the lab thread and wait for what it returns or raises.
@@ -72,75 +74,129 @@ class Portal:
         """
         if threading.current_thread() is self._thread:
             raise RuntimeError("a blocking call from inside the lab thread would wait for itself; await it instead")
-        future: Future[T] = Future()
-        scope = trio.CancelScope()
-        self._submit(future, self._serve, function, args, future, scope)
+        call = _Call(function, args)
         try:
-            while not future.done():
-                wait([future], _POLL)
-            return future.result()
-        except (KeyboardInterrupt, SystemExit):
-            self._soon(scope.cancel)
-            wait([future], _CANCEL_PATIENCE)  # if it does not let itself be cancelled, the interrupt goes first
+            self._waiting.add(call)  # and then a look at `_closed`; who closes sets that, and then answers those here
+            if self._closed:
+                call.settle(error=_GONE)
+            else:
+                self._soon(self._begin, call)
+            value, error = call.wait()
+        except BaseException:
+            self._soon(call.scope.cancel)
+            call.wait(_PATIENCE)  # if it does not let itself be cancelled, the interrupt goes first
             raise
         finally:
-            with self._lock:
-                self._waiting.discard(future)
+            self._waiting.discard(call)
+        try:
+            if error is _GONE:
+                raise self._gone()
+            if error is not None:
+                raise error
+            result: T = value
+            return result
+        finally:
+            del error  # or it would hold this frame, and this frame it
 
     def start(self, function: Callable[..., Awaitable[Any]], *args: Any) -> Any:
-        """Start a long-lived task and wait until it is ready; returns what it passed to `task_status.started`."""
+        """Start a long-lived task and wait until it is ready; returns what it passed to `task_status.started`.
+
+        If it fails later, the lab thread ends.
+        """
         return self.call(self._start, function, args)
 
     async def _start(self, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> Any:
         return await self._nursery.start(function, *args)
 
-    async def _serve(
-        self, function: Callable[..., Awaitable[T]], args: tuple[Any, ...], future: Future[T], scope: trio.CancelScope
-    ) -> None:
+    def _begin(self, call: _Call) -> None:
         try:
-            with scope:
-                result = await function(*args)
-        except trio.Cancelled:
-            self._settle(future, self._gone())
-            raise
-        except BaseException as error:
-            self._settle(future, unwrap(error))
-        else:
-            if scope.cancelled_caught:
-                self._settle(future, SwarmClosed("the call was interrupted"))
-            else:
-                with self._lock:
-                    if not future.done():
-                        future.set_result(result)
-
-    def _settle(self, future: Future[Any], error: BaseException) -> None:
-        with self._lock:
-            if not future.done():
-                future.set_exception(error)
-
-    def _submit(self, future: Future[Any], function: Callable[..., Awaitable[Any]], *args: Any) -> None:
-        with self._lock:
-            if self._closed:
-                raise self._gone()
-            self._waiting.add(future)
-        self._soon(self._nursery.start_soon, function, *args)
+            self._nursery.start_soon(call.run)
+        except RuntimeError:  # the nursery has just ended
+            call.settle(error=_GONE)
 
     def _soon(self, function: Callable[..., Any], *args: Any) -> None:
         try:
             self._token.run_sync_soon(function, *args)
         except trio.RunFinishedError:
-            pass  # every waiting call has been failed
+            pass  # every call that waits has been answered
+
+    def _gone(self) -> SwarmClosed:
+        if not self._closed:
+            self._thread.join(_PATIENCE)  # something failed there; what, is known at its end
+        reason = f" after a failure: {self._failure!r}" if self._failure is not None else ""
+        gone = SwarmClosed(f"the swarm {self.name!r} is closed{reason}; start or join one again")
+        gone.__cause__ = self._failure
+        return gone
+
+    def _dismiss(self) -> None:
+        for call in list(self._waiting):
+            call.settle(error=_GONE)
 
     def close(self, timeout: float = 2.0) -> bool:
-        """Cancel everything in the lab thread and wait for its end, at most `timeout` seconds. Returns whether it ended."""
+        """Cancel everything in the lab thread and wait for its end, at most `timeout` seconds. Returns whether it ended.
+
+        Calls raise `SwarmClosed` from now on, those under way at the latest when this returns.
+        """
+        self._closed = True
         self._soon(lambda: self._nursery.cancel_scope.cancel())
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout)
+        self._dismiss()  # if a task there does not let itself be cancelled, nobody has to wait for it
         return not self._thread.is_alive()
+
+
+class _Call:
+    """A call from one thread to the other. The first answer counts.
+
+    Threads meet only in a `SimpleQueue`, which an interrupt cannot leave half-way; a `Future`, whose lock is written in
+    Python, it can, and then the lab thread would be the one to stumble.
+    """
+
+    def __init__(self, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> None:
+        self.scope = trio.CancelScope()
+        self._function = function
+        self._args = args
+        self._answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    async def run(self) -> None:
+        """The task in the lab thread. It raises nothing but its cancellation by the lab thread's end."""
+        try:
+            with self.scope:
+                self.settle(await self._function(*self._args))
+        except trio.Cancelled:
+            self.settle(error=_GONE)
+            raise
+        except BaseException as error:
+            self.settle(error=_without_cancelled(error))
+        else:
+            if self.scope.cancelled_caught:
+                self.settle(error=SwarmClosed("the call was interrupted"))
+
+    def settle(self, value: Any = None, *, error: BaseException | None = None) -> None:
+        """Answer it."""
+        self._answers.put((value, error))
+
+    def wait(self, timeout: float | None = None) -> tuple[Any, BaseException | None]:
+        """What was returned or raised. Without an answer within `timeout` seconds (by default: whenever it comes), as
+        if the lab thread had ended."""
+        while True:
+            try:
+                return self._answers.get(timeout=_POLL if timeout is None else timeout)
+            except queue.Empty:
+                if timeout is not None:
+                    return None, _GONE
 
 
 def unwrap(error: BaseException) -> BaseException:
     """The one error in a group of one: nurseries wrap what they raise, and a person wants to read what happened."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
+    return error
+
+
+def _without_cancelled(error: BaseException) -> BaseException:
+    """What went wrong in a call while the lab thread was ending."""
+    if isinstance(error, BaseExceptionGroup):
+        rest = error.split(trio.Cancelled)[1]
+        return _GONE if rest is None else unwrap(rest)
     return error

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import threading
 from types import FrameType
+from typing import Any
 
+from labkit.errors import ServerFailed
+from labkit.server.layers import BUILTIN_KINDS
 from labkit.server.optimizer import BackendConfig
 from labkit.swarm import Swarm
 
@@ -18,44 +20,49 @@ DEFAULT_EXPERTS = 8
 def serve(options: argparse.Namespace) -> None:
     """Start or join a swarm, serve experts in this process, print the invitation, and stay until stopped.
 
-    Ctrl-C or SIGTERM is a clean stop: the experts are saved, where there is a directory for it. Raises `ValueError`,
-    and a kind of `LabkitError` that says why a swarm could not be joined.
+    Ctrl-C or SIGTERM is a clean stop: the experts are saved, where there is a directory for it. A second one does not
+    wait for that. Raises `ValueError`, and a kind of `LabkitError` that says why a swarm could not be joined, or why
+    the server ended.
     """
-    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, _interrupt)
+    with _swarm(options) as swarm:
+        (server,) = swarm.serve(options.expert, isolation="task", **_what(options, swarm))
+        try:
+            print(repr(swarm))
+            invitation = swarm.invite()
+            print(f"\ninvitation: {invitation}")
+            if invitation.note:
+                print(invitation.note)
+            print("serving until Ctrl-C", flush=True)
+            raise ServerFailed(f"the server ended: {server.wait()}")
+        except KeyboardInterrupt:
+            print("stopping …", file=sys.stderr)
+            server.stop()
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        stopped.set()
 
-    how = {"listen": options.listen, "announce": options.announce, "secure": options.secure or None, "key": options.key}
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _swarm(options: argparse.Namespace) -> Swarm:
+    """Start or join one."""
+    given = {
+        "listen": options.listen,
+        "announce": options.announce,
+        "secure": options.secure or None,
+        "key": options.key,
+    }
+    how: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if options.join is None:
-        swarm = Swarm("serve", members=options.member, **how)
-    else:
-        if options.member:
-            raise ValueError("--member is for the swarm's owner: leave it out with --join")
-        swarm = Swarm.join(options.join, name="serve", **{key: value for key, value in how.items() if value is not None})
-    with swarm:
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
-        swarm.serve(options.expert, isolation="task", **_what(options, swarm))
-        print(repr(swarm))
-        invitation = swarm.invite()
-        print(f"\ninvitation: {invitation}")
-        if invitation.note:
-            print(invitation.note)
-        print("serving until Ctrl-C", flush=True)
-        while not stopped.wait(0.2):
-            if not swarm.servers[0].alive:
-                print(f"labkit: the server ended: {swarm.servers[0].failure}", file=sys.stderr)
-                return
-        print("stopping …", file=sys.stderr)
-        swarm.servers[0].stop()
+        return Swarm("serve", members=options.member, **how)
+    if options.member:
+        raise ValueError("--member is for whoever starts a private swarm: leave it out with --join")
+    return Swarm.join(options.join, name="serve", **how)
 
 
-def _what(options: argparse.Namespace, swarm: Swarm) -> dict[str, object]:
+def _what(options: argparse.Namespace, swarm: Swarm) -> dict[str, Any]:
     """The arguments of `Swarm.serve`."""
-    known = swarm.grids()
-    name = options.name or options.expert
-    what: dict[str, object] = {
+    what: dict[str, Any] = {
         "grid": options.grid,
         "experts": options.experts,
         "name": options.name,
@@ -63,10 +70,11 @@ def _what(options: argparse.Namespace, swarm: Swarm) -> dict[str, object]:
         "checkpoint_period": options.checkpoint_period,
         "backend": BackendConfig(lr=options.lr, device=options.device),
     }
-    if options.experts is None and options.grid is None and name not in known:
+    new = (options.name or options.expert) not in swarm.grids()
+    if new and options.experts is None and options.grid is None:
         what["experts"] = DEFAULT_EXPERTS
     if options.hidden is not None:
         what["hidden"] = options.hidden
-    elif name not in known and options.expert in ("ffn", "transformer"):
+    elif new and options.expert in BUILTIN_KINDS:
         what["hidden"] = DEFAULT_HIDDEN
     return what

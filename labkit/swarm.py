@@ -10,7 +10,6 @@ import atexit
 import logging
 import math
 import tempfile
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,28 +18,29 @@ from typing import Any
 import trio
 from torch import nn
 
-from labkit.child import ServerPlan
+from labkit.census import Census, all_experts, all_grids, summarize, take_census
 from labkit.client.calls import ExpertClient
 from labkit.client.dispatch import DispatchConfig
 from labkit.client.expert import RemoteExpert
 from labkit.client.moe import MixtureOfExperts
 from labkit.client.session import Session, close_session, open_session
 from labkit.contact import Contact
-from labkit.directory.grids import GridInfo, find_grids
-from labkit.errors import LabkitError, RPCError, SwarmClosed
+from labkit.directory.grids import GridInfo
+from labkit.errors import RPCError, SwarmClosed
 from labkit.events import Emit, Listeners
-from labkit.expert_uid import ExpertInfo, check_grid, check_name, grid_for, grid_uids, split_uid, spread
+from labkit.expert_uid import ExpertInfo, check_grid
 from labkit.faults import Faults
-from labkit.handles import ServerHandle
-from labkit.joining import LOOPBACK_NOTE
+from labkit.handles import ServerHandle, begin_all, end_all
+from labkit.joining import Invitation
 from labkit.node import Node, NodeConfig, open_node
+from labkit.planning import choose_places, fit_options, grid_name, isolate, plan_servers
 from labkit.portal import Portal
-from labkit.server.layers import BUILTIN_KINDS, Factory, expert_reference
+from labkit.server.layers import Factory
 from labkit.server.optimizer import BackendConfig
 from labkit.server.server import ServerConfig, checkpoint_directory
-from labkit.view.summary import ServerRow, SwarmSummary
-from labkit.view.telemetry import Calls, Telemetry
-from labkit.wire.endpoint import LOOPBACK, ZmqNetwork, open_network
+from labkit.view.summary import SwarmSummary
+from labkit.view.telemetry import Telemetry
+from labkit.wire.endpoint import LOOPBACK, open_network
 from labkit.wire.security import Admission, Identity, parse_key, write_key_list
 
 logger = logging.getLogger(__name__)
@@ -50,15 +50,6 @@ CLEAN_STOP_TIME = 1.2  # seconds of those that servers have to save their expert
 CHECKPOINT_PERIOD = 10.0  # seconds, for servers started from a notebook
 
 _open: dict[str, Swarm] = {}
-
-
-class Invitation(str):
-    """An invitation: a text, to be passed on. `note` says where it works, if that is not everywhere."""
-
-    note: str = ""
-
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(str(self) + (f"\n{self.note}" if self.note else ""))
 
 
 class Swarm:
@@ -161,77 +152,32 @@ class Swarm:
         `checkpoint_dir`: where experts are loaded from and saved to; by default a folder that goes with the swarm.
         `backend`: optimizer and limits. `threads`: torch's, in each server. Raises `ValueError`, `ServerFailed`.
         """
-        if isolation not in (None, "process", "task"):
-            raise ValueError(f"isolation={isolation!r}: 'process' or 'task'")
-        kind, options = self._known_kind(kind, name, options)
-        isolation, kind = _isolate(isolation, kind)
-        grid_name = check_name(name or _grid_name(kind))
-        sizes, chosen = self._portal.call(self._choose, grid_name, grid, experts, uids)
+        name = grid_name(kind, name, uids)
+        known = self.grids().get(name)
+        options = fit_options(kind, options, name, known)
+        isolation, kind = isolate(isolation, kind, options)
+        sizes, chosen = self._portal.call(choose_places, self._node.directory, name, known, grid, experts, uids)
         directory = checkpoint_directory(checkpoint_dir or Path(self._folder.name) / "checkpoints")
-        handles = []
-        for part in spread(chosen, servers):
-            identity = Identity.generate()
-            if self._members is not None:
-                self._members.add(identity.public_key)
-            config = ServerConfig(
-                uids=part, grid=sizes, kind=kind, options=options, backend=backend or BackendConfig(),
-                checkpoint_dir=directory, checkpoint_period=checkpoint_period, threads=threads, seed=seed,
-            )  # fmt: skip
-            plan = ServerPlan(config, self._server_node(), identity, (self._node.contact,), self._member_file)
-            handles.append(
-                ServerHandle(
-                    self._portal, self._nursery, self._network, self._node.client, plan, isolation, self._faults,
-                    self.listeners,
-                )
-            )  # fmt: skip
-        self._write_members()
-        self._portal.call(_begin_all, handles)
+        config = ServerConfig(
+            uids=tuple(chosen), grid=sizes, kind=kind, options=options, backend=backend or BackendConfig(),
+            checkpoint_dir=directory, checkpoint_period=checkpoint_period, threads=threads, seed=seed,
+        )  # fmt: skip
+        plans = plan_servers(
+            config, servers, self._node_config, self._node.contact, member_file=self._member_file,
+            lasting=checkpoint_dir is not None,
+        )  # fmt: skip
+        if self._members is not None:
+            self._members.update(plan.identity.public_key for plan in plans)
+            self._write_members()
+        handles = [
+            ServerHandle(
+                self._portal, self._nursery, self._network, self._node, plan, isolation, self._faults, self.listeners
+            )
+            for plan in plans
+        ]  # fmt: skip
+        self._portal.call(begin_all, handles)
         self.servers += handles
         return handles
-
-    def _known_kind(self, kind: str | Factory, name: str | None, options: dict[str, Any]) -> tuple[str | Factory, dict[str, Any]]:
-        """Fill in options (`hidden`) that the running grid has and the caller left out. Only for kinds of our own."""
-        grid = self.grids().get(name or (kind if isinstance(kind, str) else ""))
-        if grid is not None and isinstance(kind, str) and kind == grid.kind and kind in BUILTIN_KINDS:
-            return kind, {**grid.options, **options}
-        return kind, options
-
-    def _server_node(self) -> NodeConfig:
-        """Where servers of this swarm listen: like this node, on a port of their own."""
-        host = self._node_config.listen.rpartition(":")[0]
-        announce = self._node_config.announce
-        if announce is not None:
-            announce = announce.rpartition(":")[0] or announce
-        return replace(self._node_config, listen=f"{host}:*", announce=announce, secure=self._node.contact.secure or None)
-
-    async def _choose(
-        self, name: str, grid: Sequence[int] | None, experts: int | None, uids: Sequence[str] | None
-    ) -> tuple[tuple[int, ...], list[str]]:
-        """The grid's sizes and the uids to serve: those asked for, or free places of the grid."""
-        known = (await self._find_grids()).get(name)
-        if grid is None and known is not None:
-            grid = known.sizes
-        if grid is None:
-            if uids:
-                grid = [1 + max(column) for column in zip(*(split_uid(uid)[1] for uid in uids), strict=True)]
-            else:
-                grid = grid_for(experts if experts is not None else 16)
-        sizes = check_grid(grid)
-        if known is not None and known.sizes != sizes:
-            raise ValueError(f"the grid {name!r} of this swarm has the sizes {known.sizes}, not {sizes}")
-        if uids is not None:
-            return sizes, list(uids)
-        taken = {info.uid for info in await self._node.directory.all_experts(name, len(sizes))}
-        free = [uid for uid in grid_uids(name, sizes) if uid not in taken]
-        wanted = len(free) if experts is None else experts
-        if not 1 <= wanted <= len(free):
-            raise ValueError(
-                f"the grid {name!r} {sizes} has {len(free)} free places of {math.prod(sizes)}, so {wanted} more experts "
-                "do not fit; start the swarm with a larger grid, or serve another one with name=…"
-            )
-        # Along the diagonals, so that a part of a grid has something in every row.
-        free.sort(key=lambda uid: (split_uid(uid)[1][-1] - sum(split_uid(uid)[1][:-1])) % sizes[-1])
-        return sizes, free[:wanted]
 
     def faults(self, latency: float | None = None, loss: float | None = None) -> Faults:
         """Inject faults into the servers started here, from now on, and into those started later.
@@ -269,7 +215,8 @@ class Swarm:
         if grid is None:
             known = self.grids()
             if name not in known:
-                raise ValueError(f"nobody serves a grid {name!r} here ({', '.join(known) or 'no grid at all'}); give grid=…")
+                others = f"those served are {', '.join(sorted(known))}" if known else "no grid is served at all"
+                raise ValueError(f"nobody serves a grid {name!r} in this swarm ({others}); give its sizes: grid=…")
             grid = known[name].sizes
         unknown = set(dispatch) - set(DispatchConfig.__dataclass_fields__)
         if unknown:
@@ -296,21 +243,11 @@ class Swarm:
 
     def grids(self) -> dict[str, GridInfo]:
         """The grids that are served in this swarm, by name."""
-        return self._portal.call(self._find_grids)
-
-    async def _find_grids(self) -> dict[str, GridInfo]:
-        return await find_grids(self._node.dht, self._node.directory.config.timeout)
+        return self._portal.call(all_grids, self._node)
 
     def experts(self) -> dict[str, ExpertInfo]:
         """All experts that are alive, by uid, of all grids."""
-        return self._portal.call(self._all_experts)
-
-    async def _all_experts(self) -> dict[str, ExpertInfo]:
-        found = {}
-        for name, grid in (await self._find_grids()).items():
-            for info in await self._node.directory.all_experts(name, len(grid.sizes)):
-                found[info.uid] = info
-        return found
+        return self._portal.call(all_experts, self._node, self.grids())
 
     def experts_alive(self) -> int:
         """How many experts the directory offers, without asking the network."""
@@ -325,48 +262,16 @@ class Swarm:
 
     def invite(self) -> Invitation:
         """The invitation to this swarm: `labkit://<public key>@host:port`."""
-        invitation = Invitation(self._node.contact.invitation())
-        if self._node.contact.is_loopback:
-            invitation.note = LOOPBACK_NOTE
-        return invitation
+        return Invitation(self._node.contact)
 
     def summary(self) -> SwarmSummary:
         """Servers, experts, calls and failures as they are now."""
-        contact, total = self._node.contact, self.telemetry.total
-        if self.closed:
-            return SwarmSummary(self.name, "closed", "", False, {}, [], total.finished, dict(total.failed))
+        census: Census | None = None
         try:
-            grids, alive = self._portal.call(self._census)
+            census = self._portal.call(take_census, self._node)
         except (SwarmClosed, RPCError):
-            grids, alive = {}, {}
-        by_address: dict[str, list[str]] = {}
-        for uid, info in alive.items():
-            by_address.setdefault(info.contact.endpoint, []).append(uid)
-        rows = []
-        for number, server in enumerate(self.servers):
-            address = server.contact.endpoint if server.contact is not None else ""
-            offered = len(by_address.pop(address, ())) if server.alive else 0
-            rows.append(self._row(f"servers[{number}]", server.state, address, len(server.uids), offered))
-        for address, uids in sorted(by_address.items()):
-            rows.append(self._row("elsewhere", "remote", address, len(uids), len(uids)))
-        shown = {name: (info.sizes, sum(split_uid(uid)[0] == name for uid in alive)) for name, info in grids.items()}
-        return SwarmSummary(
-            self.name, "open", contact.endpoint, contact.secure, shown, rows, total.finished, dict(total.failed)
-        )
-
-    async def _census(self) -> tuple[dict[str, GridInfo], dict[str, ExpertInfo]]:
-        grids: dict[str, GridInfo] = {}
-        experts: dict[str, ExpertInfo] = {}
-        with trio.move_on_after(2):  # a repr must not hang
-            grids = await self._find_grids()
-            experts = await self._all_experts()
-        return grids, experts
-
-    def _row(self, label: str, state: str, address: str, experts: int, alive: int) -> ServerRow:
-        calls = self.telemetry.by_address.get(address, Calls())
-        return ServerRow(
-            label, state, address, experts, alive, calls.finished, 1000 * calls.mean_seconds, dict(calls.failed)
-        )
+            pass
+        return summarize(self.name, self._node, self.servers, census, self.telemetry)
 
     def __repr__(self) -> str:
         return self.summary().text()
@@ -406,58 +311,20 @@ class Swarm:
         close_session(self._session)
         if _open.get(self.name) is self:
             del _open[self.name]
-        if not self.closed:
-            try:
-                self._portal.call(_end_all, list(self.servers))
-            except LabkitError as error:
-                logger.warning("while closing: %s", error)
-        if not self._portal.close(CLOSE_TIMEOUT - CLEAN_STOP_TIME):
-            logger.warning("the lab thread of swarm %r did not end in time", self.name)
-        self._folder.cleanup()
+        try:
+            self._portal.call(end_all, list(self.servers), CLEAN_STOP_TIME)
+        except SwarmClosed:
+            pass
+        finally:  # also when somebody cannot wait
+            if not self._portal.close(CLOSE_TIMEOUT - CLEAN_STOP_TIME):
+                logger.warning("the lab thread of swarm %r did not end in time", self.name)
+            self._folder.cleanup()
 
     def __enter__(self) -> Swarm:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-async def _begin_all(handles: Sequence[ServerHandle]) -> None:
-    """Start servers side by side; if one fails, none is left."""
-    try:
-        async with trio.open_nursery() as nursery:
-            for handle in handles:
-                nursery.start_soon(handle.begin)
-    except BaseException:
-        with trio.CancelScope(shield=True):
-            for handle in handles:
-                await handle.end("killed")
-        raise
-
-
-async def _end_all(handles: Sequence[ServerHandle]) -> None:
-    async with trio.open_nursery() as nursery:
-        for handle in handles:
-            nursery.start_soon(handle.end, "stopped", CLEAN_STOP_TIME)
-
-
-def _isolate(isolation: str | None, kind: str | Factory) -> tuple[str, str | Factory]:
-    """Task or process, and the kind as the server will be given it."""
-    if isolation == "task":
-        return isolation, kind
-    try:
-        return "process", expert_reference(kind)
-    except ValueError:
-        if isolation == "process" or isinstance(kind, str):
-            raise
-        return "task", kind
-
-
-def _grid_name(kind: str | Factory) -> str:
-    """A grid is called after its experts, unless it is given a name."""
-    text = kind if isinstance(kind, str) else getattr(kind, "__name__", "expert")
-    name = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in text.rpartition(":")[2])
-    return name.lower().strip("-") or "expert"
 
 
 def close_all() -> None:

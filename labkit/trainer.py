@@ -8,27 +8,35 @@ through an MoE layer waits for the network in the middle of plain PyTorch code.
 
 from __future__ import annotations
 
+import atexit
 import copy
+import itertools
 import logging
 import math
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from labkit.client.expert import RemoteExpert
 from labkit.client.moe import MixtureOfExperts
-from labkit.client.session import find_session
+from labkit.client.session import Session, find_session
 from labkit.data import ClassificationData, batches
 from labkit.errors import NoExperts, NotEnoughExperts, RPCError, SwarmClosed, TrainingFailed
 from labkit.events import Emit, StepFailed, StepFinished, ignore
 
 logger = logging.getLogger(__name__)
+
+STOP_TIME = 10.0  # seconds that batches in flight may take when a run is stopped
+EXIT_TIME = 1.0  # seconds that batches in flight may take when Python exits
 
 Batch = tuple[Tensor, Tensor]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -55,9 +63,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps=… or epochs=…")
-        for name in ("batch_size", "trainers", "max_failures"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+        for name in ("steps", "batch_size", "trainers", "max_failures"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name}={value!r}: a whole number of at least 1")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ValueError(f"epochs={self.epochs!r}: a number above 0, or a part of one (0.5)")
 
 
 class SharedModel:
@@ -88,7 +99,7 @@ class SharedModel:
             for shared, mine in zip(self.model.parameters(), replica.parameters(), strict=True):
                 shared.grad = mine.grad
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)
             with torch.no_grad():
                 for shared_buffer, buffer in zip(self.model.buffers(), replica.buffers(), strict=True):
                     shared_buffer.copy_(buffer)
@@ -96,7 +107,9 @@ class SharedModel:
             return self.updates - 1 - seen
 
 
-def train_step(shared: SharedModel, replica: nn.Module, batch: Batch, loss_function: LossFunction, balance: float) -> tuple[float, int]:
+def train_step(
+    shared: SharedModel, replica: nn.Module, batch: Batch, loss_function: LossFunction, balance: float
+) -> tuple[float, int]:
     """One step of one trainer: 1. parameters, 2. forward, 3. backward, which trains the experts too, 4. update.
 
     Returns loss and staleness. Raises `NotEnoughExperts` and the like; then the shared model is as it was.
@@ -110,9 +123,12 @@ def train_step(shared: SharedModel, replica: nn.Module, batch: Batch, loss_funct
     if balance:
         layers = (module for module in replica.modules() if isinstance(module, MixtureOfExperts))
         total = loss + balance * sum(layer.balance_loss for layer in layers if layer.balance_loss is not None)
-    if not math.isfinite(loss.item()):
+    if not torch.isfinite(total):
         raise FloatingPointError(f"the loss is {loss.item()}")
     total.backward()  # type: ignore[no-untyped-call]  # 3
+    for name, parameter in replica.named_parameters():
+        if parameter.grad is not None and not torch.isfinite(parameter.grad.sum()):
+            raise FloatingPointError(f"the gradient of {name} is not finite, where the loss is {loss.item()}")
     return loss.item(), shared.apply(replica, seen)  # 4
 
 
@@ -129,7 +145,8 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 256) -
 class Run:
     """A training run in the background. `wait()` for its end, `stop()` it, look at `loss`, `steps`, `samples_per_s`.
 
-    `history` holds a `StepFinished` for each of the last 100,000 steps.
+    `history` holds a `StepFinished` for each of the last 100,000 steps. A model is trained by one run at a time: an
+    earlier one is stopped first, so a cell may run twice. A run ends when a swarm that it uses is closed.
     """
 
     def __init__(
@@ -143,9 +160,11 @@ class Run:
         self.failed_batches = 0
         self.error: BaseException | None = None
         self.total_steps, self._batches = _stream(data, config)
+        self._sessions = _sessions_of(model)
+        _stop_earlier(model)
         self._shared = SharedModel(model, make_optimizer(model.parameters()))
         self._loss_function = loss_function or F.cross_entropy
-        self._emit = emit or _emit_of(model)
+        self._emit = emit or (self._sessions[0].emit if self._sessions else ignore)
         self._lock = threading.Lock()
         self._samples = 0
         self._finished = 0
@@ -159,6 +178,7 @@ class Run:
             for number in range(min(config.trainers, max(1, self.total_steps)))
         ]
         self._left = len(self._threads)
+        _runs.add(self)
         for thread in self._threads:
             thread.start()
 
@@ -182,7 +202,7 @@ class Run:
     @property
     def loss(self) -> float:
         """Mean loss of the last 20 steps; NaN before the first."""
-        last = list(self.history)[-20:]
+        last = self._last(20)
         return sum(step.loss for step in last) / len(last) if last else math.nan
 
     @property
@@ -193,33 +213,44 @@ class Run:
     @property
     def staleness(self) -> float:
         """Mean staleness of the last 100 updates."""
-        last = list(self.history)[-100:]
+        last = self._last(100)
         return sum(step.staleness for step in last) / len(last) if last else 0.0
+
+    def _last(self, count: int) -> list[StepFinished]:
+        return list(itertools.islice(reversed(self.history), count))
 
     def wait(self, timeout: float | None = None) -> Run:
         """Wait until the run is over, or `timeout` seconds. Raises what ended it, if that was an error.
 
         An interrupt ends the waiting, not the run.
         """
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
-        for thread in self._threads:
-            while thread.is_alive() and time.monotonic() < deadline:
-                thread.join(min(0.2, max(0.0, deadline - time.monotonic())))
+        self._join(math.inf if timeout is None else timeout)
         if self.error is not None:
-            raise self.error
+            raise self.error.with_traceback(self._traceback)  # its own, however often it is raised
         return self
 
-    def stop(self, timeout: float = 10.0) -> Run:
-        """Let the batches in flight finish and end the run."""
+    def stop(self, timeout: float = STOP_TIME) -> Run:
+        """End the run: wait until the batches in flight are done, at most `timeout` seconds. Raises as `wait` does."""
         self._stop.set()
         return self.wait(timeout)
+
+    def _join(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        for thread in self._threads:
+            while thread.is_alive() and (left := deadline - time.monotonic()) > 0:
+                thread.join(min(0.2, left))
 
     def evaluate(self, x: Tensor, y: Tensor) -> float:
         """Share of rows that the model classifies correctly now."""
         return evaluate(self._shared.replica(), x, y)
 
     def __repr__(self) -> str:
-        state = "running" if self.running else f"failed: {self.error}" if self.error else "finished"
+        if self.running:
+            state = "running"
+        elif self.error is not None:
+            state = f"failed ({type(self.error).__name__}: {self.error})"
+        else:
+            state = "finished" if self.steps >= self.total_steps else "stopped"
         failed = f", {self.failed_batches} failed batches" if self.failed_batches else ""
         return (
             f"<run {state}: {self.steps} of {self.total_steps} steps, loss {self.loss:.4f}, "
@@ -237,13 +268,14 @@ class Run:
         except SwarmClosed as error:
             if not self._stop.is_set():
                 self._end(error)
-        except Exception as error:
+        except BaseException as error:  # of the user's code, and we are in a thread: `wait` raises it where it is seen
             self._end(error)
         finally:
             with self._lock:
                 self._left -= 1
                 if self._left == 0:
                     self._seconds = time.monotonic() - self._started
+                    self._batches.close()  # a `DataLoader` may have processes
 
     def _try_step(self, replica: nn.Module, batch: Batch) -> None:
         started = time.monotonic()
@@ -265,7 +297,10 @@ class Run:
         self._emit(finished)
 
     def _claim(self) -> Batch | None:
-        """The next batch, or None when there is nothing left to do."""
+        """The next batch, or None when there is nothing left to do. Raises `SwarmClosed`."""
+        for session in self._sessions:
+            if session.portal.closed:  # and layers might find another swarm of that name by now
+                raise SwarmClosed(f"the swarm {session.name!r} was closed while this run trained over it")
         with self._lock:
             if self._stop.is_set() or self._claimed >= self.total_steps:
                 return None
@@ -288,7 +323,8 @@ class Run:
 
     def _end(self, error: BaseException) -> None:
         with self._lock:
-            self.error = self.error or error
+            if self.error is None:
+                self.error, self._traceback = error, error.__traceback__
         self._stop.set()
 
 
@@ -306,12 +342,11 @@ def fit(
     batches `(x, y)`, such as a `DataLoader`, which is gone through again and again. `optimizer`: makes an optimizer from
     the model's own parameters (Adam by default); experts are trained by their servers. Raises `ValueError`.
     """
-    try:
-        config = TrainConfig(**options)
-    except TypeError:
+    unknown = sorted(set(options) - set(TrainConfig.__dataclass_fields__))
+    if unknown:
         known = ", ".join(TrainConfig.__dataclass_fields__)
-        raise ValueError(f"fit has no option {', '.join(set(options) - set(TrainConfig.__dataclass_fields__))}; it has {known}") from None
-    return Run(model, data, config, loss, optimizer)
+        raise ValueError(f"fit has no option {', '.join(unknown)}; besides its own it has {known}")
+    return Run(model, data, TrainConfig(**options), loss, optimizer)
 
 
 # ---------------------------------------------------------------- helpers
@@ -322,30 +357,58 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
-def _emit_of(model: nn.Module) -> Emit:
-    """Where the swarm of the model's first MoE layer listens."""
-    layer = next((module for module in model.modules() if isinstance(module, MixtureOfExperts)), None)
-    return ignore if layer is None else find_session(layer.swarm).emit
+def _sessions_of(model: nn.Module) -> list[Session]:
+    """The swarms that the model's layers call, the first layer's first. Raises `SwarmClosed`."""
+    names = {module.swarm: None for module in model.modules() if isinstance(module, (MixtureOfExperts, RemoteExpert))}
+    return [find_session(name) for name in names]
 
 
-def _stream(data: Any, config: TrainConfig) -> tuple[int, Iterator[Batch]]:
+_runs: weakref.WeakSet[Run] = weakref.WeakSet()
+
+
+def _stop_earlier(model: nn.Module) -> None:
+    """Stop a run that still trains this model. Raises `TrainingFailed` if it does not end."""
+    for run in list(_runs):
+        if run.model is model and run.running:
+            logger.warning("an earlier run still trained this model; it is stopped now: %r", run)
+            run._stop.set()
+            run._join(STOP_TIME)
+            if run.running:
+                raise TrainingFailed(f"an earlier run still trains this model, and did not stop in {STOP_TIME:.0f} s")
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Python cannot end threads that are inside torch: a process that exits while they are there aborts."""
+    for run in list(_runs):
+        run._stop.set()
+    deadline = time.monotonic() + EXIT_TIME
+    for run in list(_runs):
+        run._join(deadline - time.monotonic())
+
+
+def _stream(data: Any, config: TrainConfig) -> tuple[int, Generator[Batch]]:
     """How many steps to do, and batches without end."""
     if isinstance(data, ClassificationData):
         data = (data.train_x, data.train_y)
     generator = torch.Generator().manual_seed(config.seed)
-    per_epoch: float | None
-    stream: Iterator[Batch]
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         x, y = data
-        per_epoch = math.ceil(len(x) / config.batch_size)
-        stream = batches(x, y, config.batch_size, generator)
+        per_epoch: int | None = math.ceil(len(x) / config.batch_size)
+        stream = _checked(batches(x, y, config.batch_size, generator))
     else:
-        if isinstance(data, torch.utils.data.Dataset):
-            data = torch.utils.data.DataLoader(data, config.batch_size, shuffle=True, generator=generator)
+        if isinstance(data, Dataset):
+            shuffle = not isinstance(data, IterableDataset)
+            data = DataLoader(data, config.batch_size, shuffle=shuffle, generator=generator)
         if not isinstance(data, Iterable):
             raise ValueError(f"data: (x, y) tensors, a Dataset, or an iterable of batches, not {type(data).__name__}")
-        per_epoch = len(data) if hasattr(data, "__len__") else None
-        stream = _repeat(data)
+        try:
+            per_epoch = len(data)  # type: ignore[arg-type]
+        except TypeError:
+            per_epoch = None
+        if per_epoch == 0:
+            raise ValueError("data: there are no batches in it")
+        stream = _checked(_repeat(data))
     if config.steps is not None:
         return config.steps, stream
     if per_epoch is None or config.epochs is None:
@@ -355,9 +418,18 @@ def _stream(data: Any, config: TrainConfig) -> tuple[int, Iterator[Batch]]:
 
 def _repeat(data: Iterable[Batch]) -> Iterator[Batch]:
     while True:
-        empty = True
-        for batch in data:
-            empty = False
+        count = 0
+        for count, batch in enumerate(data, start=1):  # noqa: B007
             yield batch
-        if empty:
-            raise ValueError("data: there are no batches in it")
+        if count == 0:
+            raise ValueError(
+                "data: no more batches in it; what can be gone through once only (a generator) has to last"
+            )
+
+
+def _checked(stream: Iterable[Any]) -> Generator[Batch]:
+    for batch in stream:
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+            what = f"{len(batch)} things" if isinstance(batch, (tuple, list)) else f"a {type(batch).__name__}"
+            raise ValueError(f"data: a batch is a pair (x, y), not {what}")
+        yield batch[0], batch[1]

@@ -19,6 +19,8 @@ from labkit.events import CallFailed, CallFinished, Emit, ignore
 from labkit.expert_uid import ExpertInfo
 from labkit.wire.rpc import BULK, Caller
 
+Like = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of an answer
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -39,23 +41,24 @@ class ExpertClient:
     async def forward(
         self, expert: ExpertInfo, inputs: Sequence[Tensor], output_shape: tuple[int, ...] | None, **how: Any
     ) -> Answer:
-        """Inputs [rows, ...] -> one output [rows, *output_shape] (any shape if None). `how`: see `_call`."""
-        shape = None if output_shape is None else (inputs[0].shape[0], *output_shape)
-        return await self._call("forward", expert, inputs, [shape], **how)
+        """Inputs [rows, ...] -> one output [rows, *output_shape] of the first's dtype (None: of any shape and dtype).
 
-    async def backward(
-        self, expert: ExpertInfo, inputs: Sequence[Tensor], grad_output: Tensor, **how: Any
-    ) -> Answer:
+        `how`: see `_call`.
+        """
+        like = None if output_shape is None else ((len(inputs[0]), *output_shape), inputs[0].dtype)
+        return await self._call("forward", expert, inputs, [like], **how)
+
+    async def backward(self, expert: ExpertInfo, inputs: Sequence[Tensor], grad_output: Tensor, **how: Any) -> Answer:
         """Inputs and output gradient -> gradients of the floating-point inputs, in their order. `how`: see `_call`."""
-        shapes = [tuple(tensor.shape) for tensor in inputs if tensor.is_floating_point()]
-        return await self._call("backward", expert, [*inputs, grad_output], shapes, **how)
+        like = [(tuple(tensor.shape), tensor.dtype) for tensor in inputs if tensor.is_floating_point()]
+        return await self._call("backward", expert, [*inputs, grad_output], like, **how)
 
     async def _call(
         self,
         direction: str,
         expert: ExpertInfo,
         tensors: Sequence[Tensor],
-        shapes: Sequence[tuple[int, ...] | None],
+        like: Sequence[Like | None],
         *,
         timeout: float,
         codec: str = "none",
@@ -63,7 +66,7 @@ class ExpertClient:
     ) -> Answer:
         """Call for at most `timeout` seconds, or until `give_up` ends, which counts as a timeout of the expert.
 
-        Raises a kind of `RPCError`; `BadReply` for an answer of other shapes than these, or with NaN or infinity.
+        Raises a kind of `RPCError`; `BadReply` for an answer of other shapes than `like`, or with NaN or infinity.
         """
         started = trio.current_time()
         rows = tensors[0].shape[0]
@@ -73,7 +76,7 @@ class ExpertClient:
                     expert.contact, f"expert.{direction}", [expert.uid], tensors, returns=tuple[float, float, int],
                     timeout=timeout, lane=BULK, codec=codec,
                 )  # fmt: skip
-                check_answer(reply.tensors, shapes, expert)
+                answer = checked(reply.tensors, like, expert)
             if scope.cancelled_caught:
                 waited = trio.current_time() - started
                 raise DeadlineExceeded(f"{expert.contact.endpoint} was not waited for any longer, after {waited:.3g} s")
@@ -92,7 +95,7 @@ class ExpertClient:
                 updates=updates,
             )
         )  # fmt: skip
-        return Answer(reply.tensors, updates)
+        return Answer(answer, updates)
 
     def _failed(self, direction: str, expert: ExpertInfo, rows: int, started: float, error: RPCError) -> None:
         seconds = trio.current_time() - started
@@ -105,12 +108,24 @@ class ExpertClient:
         )  # fmt: skip
 
 
-def check_answer(tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...] | None], expert: ExpertInfo) -> None:
-    """Raise `BadReply` unless the tensors are finite floats of these shapes (None: any)."""
-    if len(tensors) != len(shapes):
-        raise BadReply(f"{expert.uid} answered with {len(tensors)} tensors instead of {len(shapes)}")
-    for tensor, shape in zip(tensors, shapes, strict=True):
-        if shape is not None and tuple(tensor.shape) != shape:
-            raise BadReply(f"{expert.uid} answered with shape {list(tensor.shape)} instead of {list(shape)}")
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+def checked(tensors: Sequence[Tensor], like: Sequence[Like | None], expert: ExpertInfo) -> list[Tensor]:
+    """The tensors as these dtypes, if they are finite and of these shapes (None: any). Else raises `BadReply`."""
+    if len(tensors) != len(like):
+        raise BadReply(f"{expert.uid} answered with {len(tensors)} tensors instead of {len(like)}")
+    answer = []
+    for tensor, wanted in zip(tensors, like, strict=True):
+        if wanted is not None and tuple(tensor.shape) != wanted[0]:
+            raise BadReply(f"{expert.uid} answered with shape {list(tensor.shape)} instead of {list(wanted[0])}")
+        # Finite only after the cast: what is a number in float64 may be infinite in float32.
+        cast = tensor if wanted is None else tensor.to(wanted[1])
+        # A finite sum has finite terms, and is much faster to see; but finite terms may have an infinite sum.
+        if not tensor.is_floating_point() or not (bool(cast.sum().isfinite()) or bool(cast.isfinite().all())):
             raise BadReply(f"{expert.uid} answered with values that are not finite numbers")
+        answer.append(cast)
+    return answer
+
+
+def for_the_wire(tensor: Tensor) -> Tensor:
+    """On the CPU, and in full precision, which is what experts compute in (a codec may narrow it on the way)."""
+    tensor = tensor.detach().cpu()
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

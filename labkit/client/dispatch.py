@@ -4,32 +4,38 @@ On a batch's way: `client/moe` enters the lab thread here with rows and grid sco
 found, the rows are grouped by expert and sent, and what comes back in time is put where it belongs.
 """
 
-# n: rows of the batch; k: k_best, the slots of a row; out: shape of one row's output
+# n: rows of the batch; k: k_best, the slots of a row; out: shape of one row's output; short: rows that lack answers
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import trio
 from torch import Tensor
 
-from labkit.client.beam_search import Routing, beam_search, group_rows
+from labkit.client.beam_search import Routing, beam_search
+from labkit.client.gather import Gathering, Request, requests_for
 from labkit.client.session import Session
 from labkit.directory import Children, Directory
-from labkit.errors import NoExperts, NotEnoughExperts, RPCError
+from labkit.errors import NoExperts, NotEnoughExperts
 from labkit.events import RoutingChosen, RowsUnanswered
 from labkit.expert_uid import ExpertInfo
+from labkit.wire.compression import CODECS
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class DispatchConfig:
     """How long to wait for experts, and for how many. Times in seconds, all finite.
 
-    Each row waits for `k_min` answers; when every row has them, or can have no more, the pass waits
-    `timeout_after_k_min` longer for the rest, and never past `forward_timeout` / `backward_timeout`.
+    Each row waits for `k_min` answers; when every row has them, or can have them no more, the pass waits
+    `timeout_after_k_min` longer for the rest, and never past `forward_timeout` / `backward_timeout`. A row that gets
+    fewer is an error, or with `allow_zero_outputs` its output is zero. `codec`: of tensors on the wire.
     """
 
     k_best: int = 4
@@ -47,17 +53,18 @@ class DispatchConfig:
             seconds = getattr(self, name)
             if not (math.isfinite(seconds) and (seconds > 0 or (seconds == 0 and name == "timeout_after_k_min"))):
                 raise ValueError(f"{name}={seconds!r}: a finite number of seconds above 0")
+        if self.codec not in CODECS:
+            raise ValueError(f"codec={self.codec!r}: one of {', '.join(CODECS)}")
 
 
 @dataclass(frozen=True)
 class Dispatched:
-    """A forward pass: who was asked for each slot, where that expert stands in the grid, and what it answered."""
+    """A forward pass: who was asked for each slot, where that expert stands in the grid, and whether it answered."""
 
     name: str
-    experts: list[ExpertInfo]
+    experts: list[ExpertInfo]  # each once
     choice: Tensor  # int64 [n, k], index into `experts`, -1 where nobody was left to ask
     coordinates: Tensor  # int64 [n, k, dims]
-    outputs: Tensor  # [n, k, *out], zeros where `answered` is False
     answered: Tensor  # bool [n, k]
 
 
@@ -68,52 +75,45 @@ async def dispatch_forward(
     inputs: Sequence[Tensor],
     grid_scores: Sequence[Tensor],
     output_shape: tuple[int, ...],
-) -> Dispatched:
-    """Send `inputs` (each [n, ...]) to the best live experts of the grid `name` and gather their outputs.
+) -> tuple[Dispatched, Tensor]:
+    """Send `inputs` (each [n, ...]) to the best live experts of the grid `name` and gather outputs [n, k, *out].
 
-    1. find the k best experts of each row; 2. ask each expert once, for all of its rows; 3. rows that are short of
-    `k_min` answers because their experts failed go to the next best ones, while there is time.
-    Raises `NoExperts` if the grid has none, `NotEnoughExperts` if a row got fewer than `k_min` answers.
+    1. find the k best experts of each row; 2. ask each expert once, for all of its rows; 3. a row that can't have
+    `k_min` answers any more, because its experts failed, goes to the next best ones at once. Outputs are zero where
+    nobody answered. Raises `NoExperts` if the grid has none, `NotEnoughExperts` if a row got fewer than `k_min`.
     """
-    deadline = trio.current_time() + config.forward_timeout
     n, k = inputs[0].shape[0], config.k_best
-    routing = await beam_search(session.directory, name, grid_scores, k)  # 1
-    if n and not routing.experts:
-        raise NoExperts(f"no live expert of the grid {name!r}: {await session.directory.explain(name)}")
-    experts, choice, coordinates = routing.experts, routing.choice.clone(), routing.coordinates.clone()
-    alive = int((choice >= 0).sum(1).min()) if n else k
-    if alive < k:
-        session.say_once(
-            f"k_best={k}, but only {alive} live experts were found for some rows of the grid {name!r}: "
-            f"{await session.directory.explain(name)}"
-        )
-    dtype = inputs[0].dtype if inputs[0].is_floating_point() else torch.float32
-    outputs = torch.zeros((n, k, *output_shape), dtype=dtype)
-    answered = torch.zeros((n, k), dtype=torch.bool)
-    failed: dict[str, RPCError] = {}
+    deadline = trio.current_time() + config.forward_timeout
+    routing = await _find_experts(session, config, name, grid_scores, deadline)  # 1
+    gathering = Gathering(torch.full((n,), config.k_min), k)
+    sent = Dispatched(name, routing.experts, routing.choice, routing.coordinates, gathering.answered)
+    outputs = torch.zeros((n, k, *output_shape), dtype=inputs[0].dtype)
 
-    async def ask(group: _Group, give_up: trio.CancelScope) -> None:
-        part = [tensor[group.rows] for tensor in inputs]
-        timeout = deadline - trio.current_time()
+    async def ask(request: Request, give_up: trio.CancelScope) -> None:
         answer = await session.experts.forward(
-            group.expert, part, output_shape, timeout=timeout, codec=config.codec, give_up=give_up
-        )
-        outputs[group.rows, group.slots] = answer.tensors[0].to(dtype)
-        answered[group.rows, group.slots] = True
+            request.expert, [tensor.index_select(0, request.rows) for tensor in inputs], output_shape,
+            timeout=deadline - trio.current_time(), codec=config.codec, give_up=give_up,
+        )  # fmt: skip
+        outputs[request.rows, request.slots] = answer.tensors[0]
 
-    groups = [_Group(experts[e], rows, slots) for e, rows, slots in group_rows(choice)]
-    while groups:
-        session.emit(RoutingChosen(prefix=name, rows={group.expert.uid: len(group.rows) for group in groups}))
-        await _gather(groups, ask, answered, config, failed)  # 2
-        short = torch.nonzero(answered.sum(1) < config.k_min).squeeze(1)
-        if not len(short) or trio.current_time() >= deadline:
-            break
-        others = _Without(session.directory, failed)
-        again = await beam_search(others, name, [scores[short] for scores in grid_scores], k)  # 3
-        groups = _refill(again, short, experts, choice, coordinates, answered)
-    needed = torch.full((n,), config.k_min)
-    _check(session, config, name, "forward", answered, needed, choice, experts, failed)
-    return Dispatched(name, experts, choice, coordinates, outputs, answered)
+    def requests(choice: Tensor) -> list[Request]:
+        found = requests_for(sent.experts, choice)
+        if found:
+            session.emit(RoutingChosen(prefix=name, rows={request.expert.uid: len(request.rows) for request in found}))
+        return found
+
+    async def replace(short: Tensor, free: Tensor) -> list[Request]:
+        others = _Without(session.directory, gathering.failed)
+        with trio.move_on_at(deadline):
+            found = await beam_search(others, name, [scores[short] for scores in grid_scores], k)
+            return requests(_refill(sent, found, short, free))
+        return []
+
+    await gathering.run(requests(sent.choice), ask, config.timeout_after_k_min, replace)  # 2, 3
+    short = _check(session, config, sent, "forward", gathering)
+    gathering.answered[short] = False
+    outputs[short] = 0
+    return sent, outputs
 
 
 async def dispatch_backward(
@@ -122,102 +122,76 @@ async def dispatch_backward(
     """Send each expert that answered the gradients of its outputs (`grad_outputs`: [n, k, *out]), under the same rules.
 
     Returns the gradients of the floating-point inputs, None for others. An expert that fails adds nothing to them.
+    Raises `NotEnoughExperts` if fewer than `k_min` of a row's experts answered.
     """
     deadline = trio.current_time() + config.backward_timeout
     grads = [torch.zeros_like(tensor) if tensor.is_floating_point() else None for tensor in inputs]
-    answered = torch.zeros_like(sent.answered)
-    failed: dict[str, RPCError] = {}
+    totals = [total for total in grads if total is not None]
 
-    async def ask(group: _Group, give_up: trio.CancelScope) -> None:
-        part, grad = [tensor[group.rows] for tensor in inputs], grad_outputs[group.rows, group.slots]
-        timeout = deadline - trio.current_time()
+    async def ask(request: Request, give_up: trio.CancelScope) -> None:
         answer = await session.experts.backward(
-            group.expert, part, grad, timeout=timeout, codec=config.codec, give_up=give_up
-        )
-        returned = iter(answer.tensors)
-        for total in grads:
-            if total is not None:
-                total.index_add_(0, group.rows, next(returned).to(total.dtype))
-        answered[group.rows, group.slots] = True
+            request.expert, [tensor.index_select(0, request.rows) for tensor in inputs],
+            grad_outputs[request.rows, request.slots],
+            timeout=deadline - trio.current_time(), codec=config.codec, give_up=give_up,
+        )  # fmt: skip
+        for total, grad in zip(totals, answer.tensors, strict=True):
+            total.index_add_(0, request.rows, grad)
 
-    choice = sent.choice.masked_fill(~sent.answered, -1)
-    groups = [_Group(sent.experts[e], rows, slots) for e, rows, slots in group_rows(choice)]
-    await _gather(groups, ask, answered, config, failed)
-    needed = sent.answered.sum(1).clamp(max=config.k_min)
-    _check(session, config, sent.name, "backward", answered, needed, choice, sent.experts, failed)
+    gathering = Gathering(sent.answered.sum(1).clamp(max=config.k_min), config.k_best)
+    requests = requests_for(sent.experts, sent.choice.masked_fill(~sent.answered, -1))
+    await gathering.run(requests, ask, config.timeout_after_k_min)
+    _check(session, config, sent, "backward", gathering)
     return grads
 
 
-# ---------------------------------------------------------------- asking many
+async def _find_experts(
+    session: Session, config: DispatchConfig, name: str, grid_scores: Sequence[Tensor], deadline: float
+) -> Routing:
+    """Beam search, until the deadline. Raises `NoExperts`; logs it once if there are fewer than `k_best`."""
+    n, k = len(grid_scores[0]), config.k_best
+    where = f"{name!r} could not be looked up in time"
+    routing: Routing | None = None
+    with trio.move_on_at(deadline):
+        routing = await beam_search(session.directory, name, grid_scores, k)
+        if n and not routing.experts:
+            # Asking the DHT for the reason may find experts that were declared since the cache was filled.
+            where = await session.directory.explain(name)
+            routing = await beam_search(session.directory, name, grid_scores, k)
+    if routing is None or (n and not routing.experts):
+        raise NoExperts(
+            f"no live expert of the grid {name!r}: {where}; serve some with swarm.serve(name={name!r}, …) or "
+            f"`labkit serve --name {name}`, or wait for theirs to come back"
+        )
+    alive = int((routing.choice >= 0).sum(1).min()) if n else k
+    if alive < k and session.first_time(f"fewer than k_best {name}"):
+        with trio.move_on_at(deadline):
+            where = await session.directory.explain(name)
+        logger.warning("k_best=%d, but some rows find only %d live experts in the grid %r (%s)", k, alive, name, where)
+    return routing
 
 
-@dataclass(frozen=True)
-class _Group:
-    """One request: the rows that go to one expert, and the slot of each row that its answer fills."""
-
-    expert: ExpertInfo
-    rows: Tensor
-    slots: Tensor
-
-
-async def _gather(
-    groups: Sequence[_Group],
-    ask: Callable[[_Group, trio.CancelScope], Awaitable[None]],
-    answered: Tensor,
-    config: DispatchConfig,
-    failed: dict[str, RPCError],
-) -> None:
-    """Ask all groups at once. Each call ends by itself, at the pass's deadline at the latest; those that are still
-    under way `timeout_after_k_min` after every row had what it needs are given up."""
-    waiting = torch.zeros_like(answered)  # slots that may still be answered
-    for group in groups:
-        waiting[group.rows, group.slots] = True
-    under_way: dict[str, trio.CancelScope] = {group.expert.uid: trio.CancelScope() for group in groups}
-    changed = trio.Event()
-
-    async def attempt(group: _Group) -> None:
-        nonlocal changed
-        uid = group.expert.uid
-        try:
-            await ask(group, under_way[uid])
-        except RPCError as error:
-            failed[uid] = error
-        finally:
-            del under_way[uid]
-            waiting[group.rows, group.slots] = False
-            changed.set()
-
-    async with trio.open_nursery() as nursery:
-        for group in groups:
-            nursery.start_soon(attempt, group)
-        while under_way and not ((answered.sum(1) >= config.k_min) | ~waiting.any(1)).all():
-            await changed.wait()
-            changed = trio.Event()
-        if under_way:
-            patience = trio.current_time() + config.timeout_after_k_min
-            for scope in under_way.values():
-                scope.deadline = patience
-
-
-def _refill(
-    again: Routing, short: Tensor, experts: list[ExpertInfo], choice: Tensor, coordinates: Tensor, answered: Tensor
-) -> list[_Group]:
-    """Put other experts into the slots of the `short` rows that nobody answered. Returns the requests to make."""
-    offset = len(experts)
-    experts += again.experts
-    fresh = torch.full_like(choice, -1)
-    for place, row in enumerate(short.tolist()):
-        asked = {experts[e].uid for e in choice[row][answered[row]].tolist()}
-        free = torch.nonzero(~answered[row]).squeeze(1).tolist()
-        offers = [
-            (e, at)
-            for e, at in zip(again.choice[place].tolist(), again.coordinates[place], strict=True)
-            if e >= 0 and again.experts[e].uid not in asked
-        ]
-        for slot, (e, at) in zip(free, offers, strict=False):
-            choice[row, slot] = fresh[row, slot] = offset + e
-            coordinates[row, slot] = at
-    return [_Group(experts[e], rows, slots) for e, rows, slots in group_rows(fresh)]
+def _refill(sent: Dispatched, found: Routing, short: Tensor, free: Tensor) -> Tensor:
+    """Put the experts of `found` (rows: `short`) into the `free` [n, k] slots. Returns only those choices, [n, k]."""
+    # 1. Number them as in `sent`; an expert that is there already is asked once more, but gets one backward request.
+    numbers = {info.uid: number for number, info in enumerate(sent.experts)}
+    for info in found.experts:
+        number = numbers.setdefault(info.uid, len(sent.experts))
+        sent.experts[number : number + 1] = [info]
+    index = torch.tensor([numbers[info.uid] for info in found.experts] + [-1])
+    offers = index[found.choice]  # [short, k]
+    # 2. Leave out whom the row has asked already.
+    taken = sent.choice[short].masked_fill(free[short], -2)  # [short, k]
+    fresh = (offers >= 0) & ~(offers[:, :, None] == taken[:, None, :]).any(2)
+    # 3. The first offer goes to the first free slot, and so on.
+    offer = torch.argsort(~fresh, dim=1, stable=True)
+    slot = torch.argsort(~free[short], dim=1, stable=True)
+    pairs = torch.minimum(fresh.sum(1), free[short].sum(1))  # [short]
+    row, nth = torch.nonzero(torch.arange(free.shape[1]) < pairs[:, None], as_tuple=True)
+    offer, slot, at = offer[row, nth], slot[row, nth], short[row]
+    added = torch.full_like(sent.choice, -1)
+    added[at, slot] = sent.choice[at, slot] = offers[row, offer]
+    sent.coordinates[at, slot] = found.coordinates[row, offer]
+    return added
 
 
 class _Without:
@@ -237,29 +211,21 @@ class _Without:
         return Children(found.inner, {c: info for c, info in found.experts.items() if info.uid not in self._uids})
 
 
-def _check(
-    session: Session,
-    config: DispatchConfig,
-    name: str,
-    direction: str,
-    answered: Tensor,
-    needed: Tensor,
-    choice: Tensor,
-    experts: Sequence[ExpertInfo],
-    failed: Mapping[str, RPCError],
-) -> None:
-    """Raise `NotEnoughExperts`, with names and causes, if a row has fewer answers than it needs."""
-    short = answered.sum(1) < needed
+def _check(session: Session, config: DispatchConfig, sent: Dispatched, direction: str, gathering: Gathering) -> Tensor:
+    """Bool [n]: rows with fewer answers than they need. Unless those are allowed, raises `NotEnoughExperts`."""
+    answered, failed = gathering.answered, gathering.failed
+    short = answered.sum(1) < gathering.needed
     if not short.any():
-        return
-    session.emit(RowsUnanswered(prefix=name, direction=direction, rows=int(short.sum())))
+        return short
+    session.emit(RowsUnanswered(prefix=sent.name, direction=direction, rows=int(short.sum())))
     if config.allow_zero_outputs:
-        return
-    asked = sorted({experts[e].uid for e in choice[short].unique().tolist() if e >= 0})
-    causes = [f"{uid}: {failed[uid].cause} ({failed[uid]})" for uid in asked if uid in failed]
-    more = f" and {len(causes) - 6} more" if len(causes) > 6 else ""
+        return short
+    helped = sorted({sent.experts[e].uid for e in sent.choice[short][answered[short]].tolist()})
+    causes = [f"{uid}: {error.cause} ({error})" for uid, error in sorted(failed.items())]
+    more = f"; and {len(causes) - 6} more" if len(causes) > 6 else ""
+    timeout = config.forward_timeout if direction == "forward" else config.backward_timeout
     raise NotEnoughExperts(
-        f"{int(short.sum())} of {len(needed)} rows got fewer than {int(needed[short].max())} answers in a {direction} "
-        f"pass from the grid {name!r}. "
-        + (f"Failed: {'; '.join(causes[:6])}{more}" if causes else f"Alive were only {', '.join(asked) or 'none'}")
+        f"{int(short.sum())} of {len(short)} rows got fewer than k_min={config.k_min} answers in a {direction} pass "
+        f"over the grid {sent.name!r}, within {timeout:g} s. Answered: {', '.join(helped) or 'none'}. "
+        + (f"Failed: {'; '.join(causes[:6])}{more}" if causes else "No other live expert of it was found")
     )

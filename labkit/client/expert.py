@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from labkit.client.calls import for_the_wire
 from labkit.client.session import Session, find_session
 from labkit.errors import NoExperts
 from labkit.expert_uid import parent, split_uid
-
+from labkit.wire.compression import CODECS
 
 
 class RemoteExpert(nn.Module):
@@ -25,6 +27,10 @@ class RemoteExpert(nn.Module):
     def __init__(self, uid: str, swarm: str = "default", *, timeout: float = 10.0, codec: str = "none") -> None:
         super().__init__()
         split_uid(uid)
+        if not 0 < timeout < math.inf or codec not in CODECS:
+            raise ValueError(
+                f"timeout={timeout!r}, codec={codec!r}: finite seconds above 0, and one of {', '.join(CODECS)}"
+            )
         self.uid = uid
         self.swarm = swarm
         self.timeout = timeout
@@ -54,12 +60,14 @@ class _CallExpert(torch.autograd.Function):
     def forward(ctx: Any, expert: RemoteExpert, anchor: Tensor, *inputs: Tensor) -> Tensor:
         ctx.expert, ctx.session = expert, find_session(expert.swarm)
         ctx.save_for_backward(*inputs)
-        (output,) = ctx.session.run(expert.call, ctx.session, "forward", [x.detach() for x in inputs])
-        return output.to(inputs[0].device)  # type: ignore[no-any-return]
+        (output,) = ctx.session.run(expert.call, ctx.session, "forward", [for_the_wire(x) for x in inputs])
+        x = inputs[0]
+        return output.to(x.device, x.dtype if x.is_floating_point() else output.dtype)  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         inputs = ctx.saved_tensors
-        grads = iter(ctx.session.run(ctx.expert.call, ctx.session, "backward", [*inputs, grad_output]))
-        return None, None, *(next(grads).to(x.device) if x.is_floating_point() else None for x in inputs)
+        tensors = [for_the_wire(x) for x in (*inputs, grad_output)]
+        grads = iter(ctx.session.run(ctx.expert.call, ctx.session, "backward", tensors))
+        return None, None, *(next(grads).to(x.device, x.dtype) if x.is_floating_point() else None for x in inputs)

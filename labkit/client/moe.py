@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from labkit.client.calls import for_the_wire
 from labkit.client.dispatch import DispatchConfig, Dispatched, dispatch_backward, dispatch_forward
 from labkit.client.session import Session, find_session
 from labkit.expert_uid import check_grid, check_name
 
 ROUTINGS = ("softmax", "switch")
+_BEHIND = 1e9  # lowers the scores of dropped coordinates
 
 
 class MixtureOfExperts(nn.Module):
@@ -75,9 +77,8 @@ class MixtureOfExperts(nn.Module):
         leading = x.shape[:-1]  # b...
         if any(other.shape[: len(leading)] != leading for other in others):
             raise ValueError(f"all inputs begin with the same shape; {list(leading)} here")
-        inputs = [tensor.reshape(-1, *tensor.shape[len(leading) :]) for tensor in (x, *others)]  # [n, ...]
-        if inputs[0].shape[0] == 0:
-            return x * 1.0
+        n = math.prod(leading)
+        inputs = [tensor.reshape(n, *tensor.shape[len(leading) :]) for tensor in (x, *others)]  # [n, ...]
         scores = self.grid_scores(inputs[0])  # 1: [n, size] for each dimension
         session = find_session(self.swarm)
         sent, outputs = self._ask(session, inputs, scores)  # 2: [n, k, dim]
@@ -93,15 +94,15 @@ class MixtureOfExperts(nn.Module):
         return list(self.gate(rows).split(self.grid, dim=1))
 
     def _ask(self, session: Session, inputs: Sequence[Tensor], scores: Sequence[Tensor]) -> tuple[Dispatched, Tensor]:
-        searched = [score.detach().float().cpu() for score in scores]
+        searched = [score.detach().cpu() for score in scores]
         if self.training and self.grid_dropout:
             searched = [_drop(score, self.grid_dropout) for score in searched]
-        local = [_for_the_wire(tensor) for tensor in inputs]
-        sent = session.run(dispatch_forward, session, self.dispatch, self.name, local, searched, (self.dim,))
+        local = [for_the_wire(tensor) for tensor in inputs]
+        sent, outputs = session.run(dispatch_forward, session, self.dispatch, self.name, local, searched, (self.dim,))
         # The scores go in so that autograd asks for the backward pass even where no input needs a gradient.
         anchor = scores[0] if scores[0].requires_grad else torch.zeros(0, requires_grad=True)
-        outputs = _ExpertOutputs.apply(session, self.dispatch, sent, anchor, *inputs)  # type: ignore[no-untyped-call]
-        return sent, outputs
+        outputs = outputs.to(inputs[0].device, inputs[0].dtype)  # [n, k, dim]
+        return sent, _ExpertOutputs.apply(session, self.dispatch, sent, outputs, anchor, *inputs)  # type: ignore[no-untyped-call]
 
     def weights(self, scores: Sequence[Tensor], sent: Dispatched) -> Tensor:
         """[n, k]: each row's weights of the experts that answered it; zeros where none did. Differentiable."""
@@ -122,7 +123,7 @@ class MixtureOfExperts(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # The last batch's graph is no part of the layer, and cannot be copied.
-        return {**super().__getstate__(), "balance_loss": None}  # type: ignore[misc]
+        return {**self.__dict__, "balance_loss": None}
 
 
 def balance_loss(scores: Sequence[Tensor], sent: Dispatched) -> Tensor:
@@ -135,24 +136,20 @@ def balance_loss(scores: Sequence[Tensor], sent: Dispatched) -> Tensor:
     chosen = (sent.choice >= 0).to(device)
     losses = []
     for d, score in enumerate(scores):
-        size = score.shape[1]
-        probability = torch.softmax(score, dim=1).mean(0)  # P: [size]
+        n, size = score.shape
+        probability = torch.softmax(score, dim=1, dtype=torch.float32).sum(0) / max(n, 1)  # P: [size]
         counts = torch.bincount(sent.coordinates[:, :, d].to(device)[chosen], minlength=size)
         losses.append(size * (counts / counts.sum().clamp(min=1) * probability).sum())
     return torch.stack(losses).mean()
 
 
 def _drop(scores: Tensor, share: float) -> Tensor:
-    """Exclude a share of the coordinates for the whole batch, at least one is kept. [n, size] -> [n, size]"""
+    """Put a share of the coordinates behind all others, for the whole batch. [n, size] -> [n, size]
+
+    They are not excluded: where the others have too few live experts, these are better than none.
+    """
     dropped = torch.rand(scores.shape[1]) < share
-    dropped[torch.randint(scores.shape[1], ())] = False
-    return scores.masked_fill(dropped, -math.inf)
-
-
-def _for_the_wire(tensor: Tensor) -> Tensor:
-    """On the CPU, and in full precision, which is what experts compute in (a codec may narrow it on the way)."""
-    tensor = tensor.detach().cpu()
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return scores.double() - dropped * _BEHIND
 
 
 class _ExpertOutputs(torch.autograd.Function):
@@ -160,18 +157,18 @@ class _ExpertOutputs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, session: Session, config: DispatchConfig, sent: Dispatched, anchor: Tensor, *inputs: Tensor
-    ) -> Tensor:
+        ctx: Any, session: Session, config: DispatchConfig, sent: Dispatched, outputs: Tensor, anchor: Tensor,
+        *inputs: Tensor,
+    ) -> Tensor:  # fmt: skip
         ctx.session, ctx.config, ctx.sent = session, config, sent
         ctx.save_for_backward(*inputs)
-        x = inputs[0]
-        return sent.outputs.to(x.device, x.dtype if x.is_floating_point() else sent.outputs.dtype)
+        return outputs.view_as(outputs)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_outputs: Tensor) -> Any:
         inputs = ctx.saved_tensors
-        local, grad = [_for_the_wire(tensor) for tensor in inputs], _for_the_wire(grad_outputs)
+        local, grad = [for_the_wire(tensor) for tensor in inputs], for_the_wire(grad_outputs)
         grads = ctx.session.run(dispatch_backward, ctx.session, ctx.config, ctx.sent, local, grad)
         returned = (grad if grad is None else grad.to(x.device, x.dtype) for grad, x in zip(grads, inputs, strict=True))
-        return None, None, None, None, *returned
+        return None, None, None, None, None, *returned

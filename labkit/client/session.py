@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -16,7 +15,6 @@ from labkit.errors import SwarmClosed
 from labkit.events import Emit
 from labkit.portal import Portal
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -31,11 +29,11 @@ class Session:
     emit: Emit
     _said: set[str] = field(default_factory=set, repr=False)
 
-    def say_once(self, text: str) -> None:
-        """Log a warning that would be tedious to read at every batch."""
-        if len(self._said) < 100 and text not in self._said:
-            self._said.add(text)
-            logger.warning(text)
+    def first_time(self, what: str) -> bool:
+        """Whether this is the first time that `what` is to be said: some warnings would be tedious at every batch."""
+        first = what not in self._said
+        self._said.add(what)
+        return first
 
     def run(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
         """Run an async function in the lab thread and wait for it."""

@@ -136,6 +136,15 @@ class Directory:
         views = await self.children(prefixes)
         return [info for prefix in prefixes for _, info in sorted(views[prefix].experts.items())]
 
+    async def refresh(self, uids: Iterable[str]) -> None:
+        """Read every prefix of these experts now, cached or not: for who knows that they have just been declared."""
+        prefixes = set()
+        for uid in uids:
+            while "." in uid:
+                uid, _ = parent(uid)
+                prefixes.add(uid)
+        await self._cache.read(sorted(prefixes))
+
     def known(self) -> dict[str, ExpertInfo]:
         """All live experts in the cache, by uid. Asks nobody; for displays (to be called in the trio thread)."""
         return self._cache.known()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from labkit.errors import LabkitError
 from labkit.events import Emit, ignore
 from labkit.expert_uid import check_inside, split_uid
 from labkit.faults import Faults
-from labkit.node import Node, NodeConfig, open_node
+from labkit.node import NodeConfig, open_node
 from labkit.server.backend import BackendConfig, ExpertBackend
 from labkit.server.checkpoints import keep_checkpoints, restore, save_all
 from labkit.server.layers import make_expert
@@ -68,9 +69,10 @@ class ServerStatistics(msgspec.Struct):
 class ServerConfig:
     """What a server holds. Plain values (if `kind` is text), so that it can be handed to a child process as JSON.
 
-    `grid`: sizes of the grid that the uids lie in; declared too, if given. `kind`, `options`: see `make_expert`. `checkpoint_dir`: experts are loaded from there at the start and saved
-    every `checkpoint_period` seconds and at a clean stop. `threads`: torch's threads for one operation. `seed`: makes
-    each expert's fresh parameters a function of the seed and its uid.
+    `grid`: sizes of the grid that the uids lie in; declared too, if given. `kind`, `options`: see `make_expert`.
+    `checkpoint_dir`: experts are loaded from there at the start and saved every `checkpoint_period` seconds and at a
+    clean stop. `threads`: torch's threads for one operation. `seed`: makes each expert's fresh parameters a function of
+    the seed and its uid.
     """
 
     uids: tuple[str, ...]
@@ -93,6 +95,8 @@ class ServerConfig:
             raise ValueError("uids: at least one, and each once")
         if not (math.isfinite(self.checkpoint_period) and self.checkpoint_period > 0):
             raise ValueError(f"checkpoint_period={self.checkpoint_period}: a number of seconds above 0")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads={self.threads}: at least 1")
 
 
 class ExpertServer:
@@ -173,7 +177,7 @@ async def serve_experts(
     1. build the experts, or load them; 2. start the runtime; 3. join the swarm; 4. declare the experts: from then on
     they can be found, and only then the server counts as started; 5. declare again and save, until the stop.
     """
-    server = await trio.to_thread.run_sync(ExpertServer, config, faults, emit)  # 1: takes seconds; the network goes on
+    server = await _build(config, faults, emit)  # 1
     stop = trio.Event() if stop is None else stop
     async with trio.open_nursery() as nursery:
         await nursery.start(server.runtime.run)  # 2
@@ -197,9 +201,27 @@ async def serve_experts(
         await save_all(server.runtime, config.checkpoint_dir)
 
 
+async def _build(config: ServerConfig, faults: Faults | None, emit: Emit) -> ExpertServer:
+    """Build or load the experts in a thread, since that can take seconds, and the network goes on.
+
+    One server at a time: a seed is set for the whole process (`torch.manual_seed`).
+    """
+    try:
+        one = _one_at_a_time.get()
+    except LookupError:
+        one = trio.CapacityLimiter(1)
+        _one_at_a_time.set(one)
+    return await trio.to_thread.run_sync(ExpertServer, config, faults, emit, limiter=one)
+
+
+_one_at_a_time: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("building experts")
+
+
 def grid_info(config: ServerConfig) -> GridInfo:
     """What others are told of a server's grid: of the experts only what is plain text and numbers."""
-    plain = {key: value for key, value in config.options.items() if isinstance(value, (bool, int, float, str))}
+    plain: dict[str, bool | int | float | str | None] = {
+        key: value for key, value in config.options.items() if isinstance(value, (bool, int, float, str))
+    }
     return GridInfo(config.grid or (), config.kind if isinstance(config.kind, str) else "", plain)
 
 
@@ -210,6 +232,8 @@ def checkpoint_directory(path: str | Path | None) -> str | None:
     directory = Path(path).expanduser()
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK):
+            raise PermissionError(0, "it cannot be written to")
     except OSError as error:
         raise LabkitError(f"no checkpoints can be kept in {directory}: {error.strerror}") from None
     return str(directory)

@@ -1,0 +1,172 @@
+"""What to serve: from what a caller of `Swarm.serve` says, and what the swarm has already, to experts that fit in.
+
+Before any batch: `swarm` asks here which grid, which of its places, which options and which kind of isolation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from labkit.contact import Contact
+from labkit.directory import Directory
+from labkit.directory.grids import GridInfo
+from labkit.expert_uid import check_grid, check_inside, check_name, grid_for, grid_uids, split_uid, spread
+from labkit.lives import ServerPlan
+from labkit.node import NodeConfig
+from labkit.server.layers import BUILTIN_KINDS, Factory, expert_reference, make_expert
+from labkit.server.server import ServerConfig
+from labkit.wire.security import Identity
+
+DEFAULT_EXPERTS = 16
+MAX_PLACES = 1 << 20  # of a grid whose free places are looked for
+
+
+def grid_name(kind: str | Factory, name: str | None, uids: Sequence[str] | None) -> str:
+    """The grid to serve in: the one given, that of the uids, or else one called after the kind. Raises `ValueError`."""
+    if uids:
+        of_uids = split_uid(uids[0])[0]
+        if name not in (None, of_uids):
+            raise ValueError(f"name={name!r}: the uids are of the grid {of_uids!r}")
+        return of_uids
+    if name is not None:
+        return check_name(name)
+    text = kind if isinstance(kind, str) else getattr(kind, "__name__", "expert")
+    plain = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in text.rpartition(":")[2])
+    return check_name(plain.lower().strip("-_") or "expert")
+
+
+def fit_options(kind: str | Factory, options: dict[str, Any], name: str, known: GridInfo | None) -> dict[str, Any]:
+    """The options of an expert of grid `name`: where it runs with a kind of ours, those left out are as there.
+
+    Raises `ValueError` for options that a kind of ours does not take, or that do not fit the running grid.
+    """
+    if not isinstance(kind, str) or kind not in BUILTIN_KINDS:
+        return options  # a stranger's word about a kind of the user's own is worth nothing
+    if known is not None and known.kind in BUILTIN_KINDS:
+        other = {key: value for key, value in options.items() if known.options.get(key, value) != value}
+        if known.kind != kind or other:
+            wanted = ", ".join([kind, *(f"{key}={value!r}" for key, value in other.items())])
+            found = ", ".join([known.kind, *(f"{key}={known.options[key]!r}" for key in other)])
+            raise ValueError(
+                f"the grid {name!r} of this swarm has experts of the kind {found}, not {wanted}; serve others in "
+                "a grid of their own, with name=…"
+            )
+        options = {**known.options, **options}
+    with torch.device("meta"):  # costs nothing, and tells what is wrong before a process is started
+        make_expert(kind, **options)
+    return options
+
+
+def isolate(isolation: str | None, kind: str | Factory, options: dict[str, Any]) -> tuple[str, str | Factory]:
+    """Task or process, and the kind as the server will be given it.
+
+    Left open, it is a process wherever a process can have the kind and its options. Raises `ValueError`.
+    """
+    if isolation not in (None, "process", "task"):
+        raise ValueError(f"isolation={isolation!r}: 'process' or 'task'")
+    if isolation == "task":
+        return isolation, kind
+    try:
+        reference = expert_reference(kind)
+        _check_plain(options)
+        return "process", reference
+    except ValueError:
+        if isolation == "process" or isinstance(kind, str):
+            raise
+        return "task", kind
+
+
+def _check_plain(options: dict[str, Any]) -> None:
+    for key, value in options.items():
+        try:
+            msgspec.json.encode(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{key}={value!r} cannot be handed to a server process ({error}); give numbers, texts and lists of "
+                'them, or serve it with isolation="task"'
+            ) from None
+
+
+async def choose_places(
+    directory: Directory,
+    name: str,
+    known: GridInfo | None,
+    grid: Sequence[int] | None,
+    experts: int | None,
+    uids: Sequence[str] | None,
+) -> tuple[tuple[int, ...], list[str]]:
+    """The sizes of grid `name` and the uids to serve: those asked for, or `experts` of its free places (None: all).
+
+    `known`: what the swarm says of this grid, if it has it. Raises `ValueError`.
+    """
+    if uids is not None and experts is not None:
+        raise ValueError("give either uids=… or experts=…")
+    if experts is not None and (not isinstance(experts, int) or experts < 1):
+        raise ValueError(f"experts={experts!r}: a number of experts, at least one")
+    taken: set[str] = set()
+    if known is not None:
+        taken = {info.uid for info in await directory.all_experts(name, len(known.sizes))}
+        if not taken and grid is not None and check_grid(grid) != known.sizes:
+            known = None  # a grid that nobody serves any more is free for another shape
+    sizes = _sizes(known, grid, experts, uids)
+    if known is not None and known.sizes != sizes:
+        raise ValueError(
+            f"the grid {name!r} of this swarm has the sizes {known.sizes}, not {sizes}; serve another with name=…"
+        )
+    if uids is not None:
+        check_inside(uids, sizes)
+        return sizes, list(uids)
+    places = math.prod(sizes)
+    if places > MAX_PLACES:
+        raise ValueError(f"a grid of {places} places is too large to look for free ones; say which with uids=…")
+    free = [uid for uid in grid_uids(name, sizes) if uid not in taken]
+    wanted = len(free) if experts is None else experts
+    if not 1 <= wanted <= len(free):
+        raise ValueError(
+            f"the grid {name!r} {sizes} has {len(free) or 'no'} free places{experts and f', not {experts}' or ''}: "
+            f"{places - len(free)} of {places} are taken. Start the swarm with a larger grid, or serve another one with "
+            f"name=…; the places of servers that are gone become free within {directory.config.ttl:.0f} s"
+        )
+    # Along the diagonals, so that a part of a grid has something in every row.
+    free.sort(key=lambda uid: (split_uid(uid)[1][-1] - sum(split_uid(uid)[1][:-1])) % sizes[-1])
+    return sizes, free[:wanted]
+
+
+def _sizes(
+    known: GridInfo | None, grid: Sequence[int] | None, experts: int | None, uids: Sequence[str] | None
+) -> tuple[int, ...]:
+    """The grid's sizes: as given, as they are known, or as many as are needed."""
+    if grid is not None:
+        return check_grid(grid)
+    if known is not None:
+        return check_grid(known.sizes)
+    if uids:
+        coordinates = [split_uid(uid)[1] for uid in uids]
+        if len(set(map(len, coordinates))) > 1:
+            raise ValueError("uids: all of one grid have the same number of coordinates")
+        return tuple(1 + max(column) for column in zip(*coordinates, strict=True))
+    return grid_for(DEFAULT_EXPERTS if experts is None else experts)
+
+
+def plan_servers(
+    config: ServerConfig, servers: int, node: NodeConfig, join: Contact, *, member_file: Path | None, lasting: bool
+) -> list[ServerPlan]:
+    """Divide the experts of `config` among servers, each with a key of its own, that join the swarm at `join`.
+
+    `node`: the configuration of the swarm's own node; the servers listen like it, on ports of their own. Raises
+    `ValueError` if there are fewer experts than servers.
+    """
+    announce = node.announce and (node.announce.rpartition(":")[0] or node.announce)
+    listen = f"{node.listen.rpartition(':')[0]}:*"
+    node = replace(node, listen=listen, announce=announce, secure=join.secure or None)
+    return [
+        ServerPlan(replace(config, uids=part), node, Identity.generate(), (join,), member_file, lasting)
+        for part in spread(config.uids, servers)
+    ]

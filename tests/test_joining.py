@@ -1,0 +1,307 @@
+"""Joining a swarm: whom one gets in touch with, and that every way in which it fails says which it was."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import trio
+import zmq
+
+from labkit import joining
+from labkit.contact import Contact
+from labkit.errors import InviteError, JoinError, LabkitError
+from labkit.node import NodeConfig, open_node
+from labkit.swarm import Swarm
+from labkit.wire.endpoint import open_network
+from labkit.wire.frames import Kind
+from labkit.wire.security import Identity, key_text
+
+KEY = Identity.generate().public_key
+
+
+def invitation(port: int, *, host: str = "127.0.0.1", key: bytes = KEY, secure: bool = True) -> str:
+    return Contact(key, host, port, secure).invitation()
+
+
+def why_not(invite: str, **options: object) -> str:
+    """What `Swarm.join` says; it has to name the address, and to say it in time."""
+    started = time.monotonic()
+    with pytest.raises(JoinError) as caught:
+        Swarm.join(invite, **options)
+    assert time.monotonic() - started < 10
+    assert Contact.from_invitation(invite).endpoint in str(caught.value)
+    assert not any(thread.name.startswith("labkit-lab-joined") for thread in threading.enumerate())
+    return str(caught.value)
+
+
+@pytest.fixture
+def plain() -> Iterator[Swarm]:
+    with Swarm("plain") as swarm:
+        yield swarm
+
+
+@pytest.fixture
+def encrypted() -> Iterator[Swarm]:
+    with Swarm("encrypted", secure=True) as swarm:
+        yield swarm
+
+
+@pytest.fixture
+def impatient(monkeypatch) -> None:
+    """So that a test need not wait for as long as a person may."""
+    assert joining.JOIN_TIMEOUT < 10
+    monkeypatch.setattr(joining, "JOIN_TIMEOUT", 0.3)
+
+
+@contextmanager
+def listener(greeting: bytes | None = None) -> Iterator[int]:
+    """Something at a port that is not labkit: it says `greeting` and hangs up, or (None) accepts and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return  # closed
+                with connection:
+                    connection.sendall(greeting or b"")
+
+        thread = threading.Thread(target=answer, daemon=True)
+        if greeting is not None:
+            thread.start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+    if greeting is not None:
+        thread.join()
+
+
+# ---------------------------------------------------------------- it works
+
+
+def test_a_joined_swarm_uses_the_experts_of_the_first_and_leaves_it_alone(plain):
+    plain.serve("nop", grid=(2, 2), isolation="task")
+    with Swarm.join(plain.invite()) as joined:
+        assert sorted(joined.experts()) == ["nop.0.0", "nop.0.1", "nop.1.0", "nop.1.1"]
+        x = torch.ones(3, 4)
+        assert joined.expert("nop.0.1")(x).equal(x)
+        assert joined.moe(4, name="nop")(x).shape == (3, 4)
+    assert not plain.closed
+    assert plain.expert("nop.0.1")(torch.ones(1, 4)).shape == (1, 4)
+
+
+def test_experts_served_by_one_who_joined_are_found_by_all_at_once(plain):
+    with Swarm.join(plain.invite()) as one, Swarm.join(one.invite(), name="another") as another:
+        one.serve("nop", grid=(1, 2), isolation="task")
+        for swarm in (one, another, plain):
+            assert sorted(swarm.experts()) == ["nop.0.0", "nop.0.1"]
+
+
+def test_an_encrypted_swarm_is_joined_with_encryption(encrypted):
+    assert "?plain" not in encrypted.invite()
+    with Swarm.join(encrypted.invite()) as joined:
+        assert "?plain" not in joined.invite()
+        joined.serve("nop", grid=(1, 1), isolation="task")
+        assert encrypted.expert("nop.0.0")(torch.ones(1, 4)).shape == (1, 4)
+
+
+def test_a_swarm_that_listens_wide_is_encrypted_and_says_an_address_that_others_reach():
+    with Swarm("wide", listen="tcp://0.0.0.0:*") as wide:
+        contact = Contact.from_invitation(wide.invite())
+        assert contact.secure
+        assert contact.host != "0.0.0.0"
+        wide.serve("nop", grid=(1, 1), isolation="task")
+        with Swarm.join(wide.invite()) as joined:
+            assert Contact.from_invitation(joined.invite()).host == contact.host  # it listens wide, too
+            assert joined.expert("nop.0.0")(torch.ones(1, 4)).shape == (1, 4)
+
+
+def test_an_announced_address_is_what_the_invitation_says():
+    with Swarm("routed", listen="tcp://0.0.0.0:*", announce="lab.example.org:4000") as routed:
+        assert Contact.from_invitation(routed.invite()).endpoint == "lab.example.org:4000"
+        assert routed.invite().note == ""
+
+
+def test_an_invitation_to_a_loopback_swarm_says_so_and_how_to_listen_wider(plain):
+    note = plain.invite().note
+    assert "same machine only" in note
+    assert 'listen="tcp://0.0.0.0:*"' in note
+    assert "announce=" in note
+
+
+# ---------------------------------------------------------------- private swarms
+
+
+def test_a_private_swarm_says_which_key_to_admit_and_admits_it_from_then_on():
+    identity = Identity.generate()
+    with Swarm("private", members=[]) as private:
+        private.serve("nop", grid=(1, 1), isolation="task")
+        text = why_not(private.invite(), key=identity)
+        assert "private" in text
+        assert key_text(identity.public_key) in text
+        assert "labkit keygen" in text
+        private.admit(key_text(identity.public_key))
+        with Swarm.join(private.invite(), key=identity) as joined:
+            x = torch.ones(2, 4)
+            assert joined.expert("nop.0.0")(x).equal(x)  # its server admits whom the swarm admits
+
+
+def test_a_member_serves_experts_in_a_private_swarm():
+    identity = Identity.generate()
+    with (
+        Swarm("private", members=[key_text(identity.public_key)]) as private,
+        Swarm.join(private.invite(), key=identity) as member,
+    ):
+        member.serve("nop", grid=(1, 1), isolation="task")
+        assert private.expert("nop.0.0")(torch.ones(1, 4)).shape == (1, 4)
+
+
+def test_an_open_swarm_admits_nobody_in_particular(plain):
+    with pytest.raises(ValueError, match="open"):
+        plain.admit(key_text(KEY))
+    with pytest.raises(ValueError, match="not a public key"), Swarm("private", members=["me"]):
+        pass
+
+
+def test_a_private_swarm_cannot_be_unencrypted():
+    with pytest.raises(ValueError, match="secure=False"):
+        Swarm("private", members=[], secure=False)
+
+
+# ---------------------------------------------------------------- it fails, and says why
+
+
+def test_a_name_that_does_not_resolve(monkeypatch):
+    def getaddrinfo(*args: object, **kwargs: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    text = why_not(invitation(4000, host="no-such-host.example"))
+    assert "no-such-host.example does not resolve" in text
+    assert "spelling" in text
+
+
+def test_a_port_where_nothing_listens():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    text = why_not(invitation(port))
+    assert "nothing listens there" in text
+    assert "fresh invitation" in text
+    assert "same machine only" in text  # perhaps the invitation was carried to another machine
+
+
+def test_an_address_that_does_not_answer(impatient):
+    with socket.socket() as full, socket.socket() as first, socket.socket() as second:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for filler in (first, second):  # then further connections are dropped, as by a firewall
+            filler.setblocking(False)
+            filler.connect_ex(full.getsockname())
+        text = why_not(invitation(full.getsockname()[1]))
+    assert "nothing answered within" in text
+    assert "firewall" in text
+
+
+@pytest.mark.parametrize("secure", [True, False])
+def test_a_port_that_accepts_and_says_nothing(impatient, secure):
+    with listener() as port:
+        text = why_not(invitation(port, secure=secure))
+    assert "said nothing" in text
+    assert "suspended" in text
+
+
+@pytest.mark.parametrize("secure", [True, False])
+@pytest.mark.parametrize("greeting", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n" + b"x" * 100])
+def test_a_port_where_something_else_listens(secure, greeting):
+    with listener(greeting) as port:
+        text = why_not(invitation(port, secure=secure))
+    assert "does not speak ZeroMQ" in text
+    assert "check the port" in text
+
+
+def test_a_zeromq_socket_that_is_not_labkit(impatient):
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        port = router.bind_to_random_port("tcp://127.0.0.1")
+        text = why_not(invitation(port, secure=False))
+    assert "ZeroMQ is there, but no answer came" in text
+    assert "another program's" in text
+
+
+@pytest.mark.parametrize("how", ["plain", "encrypted"])
+def test_another_node_than_the_one_that_invited(how, request):
+    swarm = request.getfixturevalue(how)
+    here = Contact.from_invitation(swarm.invite())
+    text = why_not(invitation(here.port, key=KEY, secure=here.secure))
+    assert "does not hold the key of this invitation" in text
+    assert "restarted" in text
+
+
+def test_only_one_side_encrypts(plain, encrypted):
+    here = Contact.from_invitation(plain.invite())
+    assert "it does not encrypt" in why_not(invitation(here.port, key=here.key, secure=True))
+    there = Contact.from_invitation(encrypted.invite())
+    assert "it encrypts" in why_not(invitation(there.port, key=there.key, secure=False))
+
+
+async def test_a_node_that_speaks_another_version():
+    identity = Identity.generate()
+    async with open_network() as network, network.listen(identity) as endpoint, trio.open_nursery() as nursery:
+
+        async def from_the_future() -> None:
+            while True:
+                for peer, frames in await endpoint.receive():
+                    id = bytes(frames[0])[4:12]
+                    await endpoint.send(peer, [b"LK" + bytes([9, Kind.VERSION]) + id])
+
+        nursery.start_soon(from_the_future)
+        text = await trio.to_thread.run_sync(why_not, endpoint.contact.invitation())
+        nursery.cancel_scope.cancel()
+    assert "speaks version 9" in text
+    assert "same labkit on both sides" in text
+
+
+@pytest.mark.parametrize("text", ["", "http://127.0.0.1:80", "labkit://", None, 4000])
+def test_what_is_no_invitation_at_all(text):
+    with pytest.raises(InviteError, match="an invitation looks like"):
+        Swarm.join(text)
+
+
+def test_an_invitation_that_was_not_copied_whole(encrypted):
+    invite = encrypted.invite()
+    with pytest.raises(InviteError, match="copy it whole"):
+        Swarm.join("labkit://" + invite[20:])
+    with pytest.raises(InviteError):
+        Swarm.join(invite.rpartition(":")[0])
+
+
+def test_the_port_to_listen_on_is_taken(plain):
+    port = Contact.from_invitation(plain.invite()).port
+    with pytest.raises(LabkitError, match=f"cannot listen on tcp://127.0.0.1:{port}.*in use"):
+        Swarm("second", listen=f"tcp://127.0.0.1:{port}")
+
+
+# ---------------------------------------------------------------- several addresses
+
+
+async def test_of_several_nodes_one_that_answers_is_enough():
+    async with open_network() as network:
+        open_quietly = partial(open_node, network, config=NodeConfig())
+        async with open_quietly(Identity.generate()) as first:
+            gone = replace_port(first.contact, 1)
+            async with open_quietly(Identity.generate(), join=[gone, first.contact]) as second:
+                assert second.contact.node_id in first.dht.routing
+            with pytest.RaisesGroup(pytest.RaisesExc(JoinError, match=":1: nothing listens"), flatten_subgroups=True):
+                async with open_quietly(Identity.generate(), join=[gone, replace_port(first.contact, 2)]):
+                    pass
+
+
+def replace_port(contact: Contact, port: int) -> Contact:
+    return Contact(contact.key, contact.host, port, contact.secure)
