@@ -10,6 +10,7 @@ import base64
 import binascii
 import hashlib
 import ipaddress
+import re
 from functools import cached_property
 
 import msgspec
@@ -18,6 +19,7 @@ from labkit.errors import InviteError
 
 ID_BITS = 160
 SCHEME = "labkit://"
+_HOST = re.compile(r"[^\s/@]{1,255}")
 
 
 class Contact(msgspec.Struct, frozen=True, array_like=True, dict=True):
@@ -33,7 +35,7 @@ class Contact(msgspec.Struct, frozen=True, array_like=True, dict=True):
             raise ValueError(f"a contact's key has 32 bytes, not {len(self.key)}")
         if not 0 < self.port < 65536:
             raise ValueError(f"a contact's port is between 1 and 65535, not {self.port}")
-        if not 0 < len(self.host) <= 255 or any(c.isspace() or c in "/@" for c in self.host):
+        if not _HOST.fullmatch(self.host):
             raise ValueError(f"not a host: {self.host[:80]!r}")
 
     @cached_property

@@ -20,8 +20,8 @@ class LocalMoE(nn.Module):
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
         leading = x.shape[:-1]
-        rows = zip(*(tensor.flatten(0, len(leading) - 1) for tensor in (x, *others)), strict=True)
-        return torch.stack([self._row(*row) for row in rows]).reshape(*leading, -1)
+        inputs = [tensor.reshape(leading.numel(), *tensor.shape[len(leading) :]) for tensor in (x, *others)]
+        return torch.stack([self._row(*row) for row in zip(*inputs, strict=True)]).reshape(*leading, -1)
 
     def _row(self, x: Tensor, *others: Tensor) -> Tensor:
         grid_scores = self.gate(x).split(self.grid)  # [size] for each dimension

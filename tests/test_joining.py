@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -19,6 +18,7 @@ from labkit import joining
 from labkit.contact import Contact
 from labkit.errors import InviteError, JoinError, LabkitError
 from labkit.node import NodeConfig, open_node
+from labkit.portal import unwrap
 from labkit.swarm import Swarm
 from labkit.wire.endpoint import open_network
 from labkit.wire.frames import Kind
@@ -298,9 +298,10 @@ async def test_of_several_nodes_one_that_answers_is_enough():
             gone = replace_port(first.contact, 1)
             async with open_quietly(Identity.generate(), join=[gone, first.contact]) as second:
                 assert second.contact.node_id in first.dht.routing
-            with pytest.RaisesGroup(pytest.RaisesExc(JoinError, match=":1: nothing listens"), flatten_subgroups=True):
+            with pytest.raises(ExceptionGroup) as caught:
                 async with open_quietly(Identity.generate(), join=[gone, replace_port(first.contact, 2)]):
                     pass
+            assert ":1: nothing listens" in str(unwrap(caught.value))
 
 
 def replace_port(contact: Contact, port: int) -> Contact:

@@ -1,0 +1,58 @@
+"""The demonstration, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from labkit.demo import DemoConfig
+
+COMMAND = [sys.executable, "-m", "labkit", "demo"]
+
+
+@pytest.mark.timeout(120)
+def test_the_demo_trains_on_while_a_server_is_killed_and_brought_back():
+    small = ["--steps", "150", "--servers", "2", "--experts", "4", "--k-best", "2", "--trainers", "2", "--json"]
+    done = subprocess.run([*COMMAND, *small], capture_output=True, text=True, timeout=110, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result) == {
+        "dataset", "accuracy", "steps", "seconds", "samples_per_s", "servers", "experts", "experts_alive_min", "calls",
+        "calls_failed", "no_answer_rows",
+    }  # fmt: skip
+    assert (result["dataset"], result["steps"], result["experts"]) == ("digits", 150, 4)
+    assert result["servers"] == {"started": 2, "killed": 1, "alive": 2}
+    assert result["experts_alive_min"] == 2
+    assert result["no_answer_rows"] == 0
+    assert result["accuracy"] > 0.9
+    assert result["calls"] > 150 and set(result["calls_failed"]) <= {"lost", "timeout"}
+    assert "test accuracy" in done.stdout
+    for shown in ("loss=", "samples/s=", "experts="):
+        assert shown in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"steps": 0}, "--steps 0"),
+        ({"servers": 20}, "--servers 20"),
+        ({"k_best": 17}, "--k-best 17"),
+        ({"kill": 4}, "--kill 4"),
+        ({"kill": -1}, "--kill -1"),
+    ],
+)
+def test_a_wrong_option_is_named(options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        DemoConfig(**options)
+
+
+def test_a_data_set_that_is_not_there_ends_with_one_line_that_says_so(tmp_path):
+    done = subprocess.run(
+        [*COMMAND, "--dataset", "mnist", "--data-dir", str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("labkit: no mnist here") and str(tmp_path) in done.stderr
+    assert done.stderr.count("\n") == 1

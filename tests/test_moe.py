@@ -1,0 +1,520 @@
+"""The MoE layer over the real wire: it computes what the same layer computes locally, and behaves as a torch module."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import math
+import pickle
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import labkit as lk
+from labkit.client.dispatch import DispatchConfig, Dispatched
+from labkit.client.moe import MixtureOfExperts, balance_loss
+from labkit.errors import NoExperts, RemoteFailure, SwarmClosed
+from labkit.events import CallFinished, Event, RoutingChosen
+from labkit.server.layers import FeedForward
+from labkit.server.optimizer import BackendConfig
+from tests.local_moe import LocalMoE
+
+DIM = 6
+STEP = BackendConfig(optimizer="sgd", lr=1.0)  # so that a step changes a parameter by its gradient
+
+
+class Grid:
+    """A grid of the swarm, and the modules of its experts: their servers are tasks of this process."""
+
+    def __init__(self, swarm: lk.Swarm, name: str, sizes: tuple[int, ...], uids: list[str], *kinds: type[nn.Module]):
+        self.swarm, self.name, self.sizes = swarm, name, sizes
+        self.modules: dict[str, nn.Module] = {}
+        for i, kind in enumerate(kinds):  # a server for each kind
+            made: list[nn.Module] = []
+
+            def factory(kind: type[nn.Module] = kind, made: list[nn.Module] = made) -> nn.Module:
+                made.append(kind())
+                return made[-1]
+
+            (server,) = swarm.serve(
+                factory, name=name, grid=sizes, uids=uids[i :: len(kinds)], isolation="task", backend=STEP
+            )
+            self.modules |= dict(zip(server.uids, made, strict=True))
+        self.fresh = copy.deepcopy(self.modules)
+
+    def reset(self) -> None:
+        for uid, module in self.modules.items():
+            module.load_state_dict(self.fresh[uid].state_dict())
+
+    def moe(self, k_best: int, **options: object) -> MixtureOfExperts:
+        return self.swarm.moe(DIM, self.sizes, self.name, k_best=k_best, **options)  # type: ignore[arg-type]
+
+    def local(self, moe: MixtureOfExperts) -> LocalMoE:
+        """The same layer with copies of the gate and the experts."""
+        return LocalMoE(copy.deepcopy(moe.gate), self.sizes, copy.deepcopy(self.modules), moe.dispatch.k_best)
+
+    def assert_stepped_by(self, local: LocalMoE) -> None:
+        """Every parameter of every expert has changed by the gradient that it has locally."""
+        for (_, expert), mine, fresh in zip(local.experts, self.modules.values(), self.fresh.values(), strict=True):
+            parameters = zip(expert.parameters(), mine.parameters(), fresh.parameters(), strict=True)
+            for its, now, before in parameters:
+                assert_close(before - now, torch.zeros_like(now) if its.grad is None else its.grad)
+
+
+class Small(FeedForward):
+    def __init__(self) -> None:
+        super().__init__(DIM, 8)
+
+
+class ManyInputs(nn.Module):
+    """x [rows, dim], y [rows, 3, 2] and token ids [rows] -> [rows, dim]"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(DIM, DIM), nn.Linear(2, DIM), nn.Embedding(5, DIM)
+
+    def forward(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        output: Tensor = torch.tanh(self.first(x) + self.third(ids)) * self.second(y).sum(1)
+        return output
+
+
+class Broken(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise OSError("this expert has no disk")
+
+
+class BrokenBackward(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        output = super().forward(x)
+        if output.requires_grad:
+            output.register_hook(self._fail)
+        return output
+
+    def _fail(self, grad: Tensor) -> None:
+        raise OSError("this expert has no disk")
+
+
+class Echo(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.fixture(scope="module")
+def swarm() -> Iterator[lk.Swarm]:
+    with lk.Swarm("tests of the layer") as swarm:
+        yield swarm
+
+
+@pytest.fixture(scope="module")
+def grids(swarm: lk.Swarm) -> dict[str, Grid]:
+    def grid(name: str, sizes: tuple[int, ...], coordinates: str, *kinds: type[nn.Module]) -> Grid:
+        return Grid(swarm, name, sizes, [f"{name}.{c}" for c in coordinates.split()], *kinds)
+
+    return {
+        "line": grid("line", (5,), "0 1 2 3 4", Small),
+        "square": grid("square", (3, 3), "0.0 0.1 0.2 1.0 1.1 1.2 2.0 2.1 2.2", Small, Small),
+        "cube": grid("cube", (3, 2, 2), "0.0.0 0.0.1 0.1.0 1.1.1 2.0.1", Small),  # half empty
+        "two": grid("two", (4, 4), "0.3 2.1", Small),  # fewer than k_best
+        "three": grid("three", (4,), "0 1 2", Echo),
+        "many": grid("many", (4,), "0 1 2 3", ManyInputs),
+        "broken": grid("broken", (3,), "0 1 2", Small, Broken, BrokenBackward),
+        "echo": grid("echo", (2, 2), "0.0 0.1 1.0 1.1", Echo),
+    }
+
+
+@pytest.fixture(autouse=True)
+def same_start(grids: dict[str, Grid]) -> None:
+    torch.manual_seed(0)
+    for grid in grids.values():
+        grid.reset()
+
+
+@pytest.fixture
+def events(swarm: lk.Swarm) -> Iterator[list[Event]]:
+    events: list[Event] = []
+    remove = swarm.on_event(events.append)
+    yield events
+    remove()
+
+
+def twice(*shape: int) -> tuple[Tensor, Tensor]:
+    """The same random input as two leaves."""
+    x = torch.randn(shape)
+    return x.clone().requires_grad_(), x.clone().requires_grad_()
+
+
+def assert_same_gate(moe: MixtureOfExperts, local: LocalMoE) -> None:
+    assert_close(moe.gate.weight.grad, local.gate.weight.grad)
+    assert_close(moe.gate.bias.grad, local.gate.bias.grad)
+
+
+# ---------------------------------------------------------------- the same as locally
+
+
+@pytest.mark.parametrize("shape", [(10, DIM), (2, 5, DIM), (DIM,)], ids=["rows", "sequences", "one row"])
+@pytest.mark.parametrize(("name", "k_best"), [("line", 2), ("square", 4), ("cube", 3), ("two", 4)])
+def test_outputs_and_every_gradient_are_those_of_the_layer_computed_locally(grids, name, k_best, shape):
+    moe = grids[name].moe(k_best)
+    local = grids[name].local(moe)
+    (x, its_x), target = twice(*shape), torch.randn(shape)
+    y, its_y = moe(x), local(its_x)
+    assert_close(y, its_y)
+    (y * target).sum().backward()
+    (its_y * target).sum().backward()
+    assert_close(x.grad, its_x.grad)
+    assert_same_gate(moe, local)
+    grids[name].assert_stepped_by(local)
+
+
+def test_so_they_are_for_experts_with_several_inputs(grids):
+    moe = grids["many"].moe(k_best=3)
+    local = grids["many"].local(moe)
+    (x, its_x), (y, its_y), ids = twice(2, 5, DIM), twice(2, 5, 3, 2), torch.randint(5, (2, 5))
+    moe(x, y, ids).square().sum().backward()
+    local(its_x, its_y, ids).square().sum().backward()
+    assert_close(x.grad, its_x.grad)
+    assert_close(y.grad, its_y.grad)
+    assert_same_gate(moe, local)
+    grids["many"].assert_stepped_by(local)
+
+
+def test_so_they_are_for_those_who_answered_where_other_experts_fail(grids):
+    moe = grids["broken"].moe(k_best=3)
+    local = grids["broken"].local(moe)
+    (_, good), _, (_, no_backward) = local.experts
+    assert isinstance(no_backward, BrokenBackward)
+    no_backward.requires_grad_(False)
+    local.experts = [((0,), good), ((2,), lambda x: Small.forward(no_backward, x.detach()))]
+    (x, its_x), target = twice(10, DIM), torch.randn(10, DIM)
+    y, its_y = moe(x), local(its_x)
+    assert_close(y, its_y)
+    (y * target).sum().backward()
+    (its_y * target).sum().backward()
+    assert_close(x.grad, its_x.grad)
+    assert_same_gate(moe, local)
+
+
+def test_each_expert_gets_one_request_in_a_pass(grids, events):
+    moe = grids["square"].moe(k_best=4)
+    moe(torch.randn(40, DIM)).sum().backward()
+    (chosen,) = [event.rows for event in events if isinstance(event, RoutingChosen)]
+    assert sum(chosen.values()) == 40 * 4
+    for direction in ("forward", "backward"):
+        calls = [(event.uid, event.rows) for event in events if isinstance(event, CallFinished)
+                 and event.direction == direction]  # fmt: skip
+        assert Counter(uid for uid, _ in calls) == Counter(chosen.keys())
+        assert dict(calls) == chosen
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["loss.backward()", "loss.backward(), with a frozen gate"])
+def test_experts_are_trained_where_the_layer_is_the_first_and_its_input_needs_no_gradient(grids, frozen):
+    moe = grids["line"].moe(k_best=2)
+    local = grids["line"].local(moe)
+    moe.gate.requires_grad_(not frozen)
+    x = torch.randn(10, DIM)
+    moe(x).square().sum().backward()
+    local(x).square().sum().backward()
+    grids["line"].assert_stepped_by(local)
+
+
+def test_so_they_are_by_autograd_grad(grids):
+    model = nn.Sequential(grids["line"].moe(k_best=2), nn.Linear(DIM, 1))
+    local = grids["line"].local(model[0])
+    x = torch.randn(10, DIM)
+    grads = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    model[1](local(x)).sum().backward()
+    assert_close(grads[0], local.gate.weight.grad)
+    grids["line"].assert_stepped_by(local)
+
+
+# ---------------------------------------------------------------- inputs of all sorts
+
+
+def test_without_gradients_it_only_answers(grids, events):
+    moe = grids["line"].moe(k_best=2)
+    local = grids["line"].local(moe)
+    x = torch.randn(10, DIM)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert_close(moe(x), local(x))
+            assert not moe(x * 2).requires_grad  # an input that was made in this mode
+    assert {event.direction for event in events if isinstance(event, CallFinished)} == {"forward"}
+
+
+def test_an_empty_batch_has_an_empty_output_and_gradients_of_zero(grids, events):
+    moe = grids["line"].moe(k_best=2)
+    x = torch.randn(0, 7, DIM, requires_grad=True)
+    y = moe(x)
+    assert moe.balance_loss is not None
+    (y.sum() + moe.balance_loss).backward()
+    assert y.shape == (0, 7, DIM) and x.grad is not None
+    assert moe.gate.weight.grad is not None and not moe.gate.weight.grad.any()
+    assert not events
+
+
+def test_an_input_that_is_not_contiguous_is_read_as_it_looks(grids):
+    moe = grids["line"].moe(k_best=2)
+    x = torch.randn(DIM, 10).T
+    with torch.no_grad():
+        assert_close(moe(x), moe(x.contiguous()))
+        assert_close(moe(x.expand(3, 10, DIM))[1], moe(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_it_takes_and_gives_half_precision(grids, dtype):
+    moe = grids["line"].moe(k_best=5).to(dtype)
+    local = grids["line"].local(moe).float()
+    (x, its_x) = twice(10, DIM)
+    y = moe(x.to(dtype))
+    its_y = local(its_x)
+    y.float().square().sum().backward()
+    its_y.square().sum().backward()
+    assert y.dtype == dtype
+    assert_close(y.float(), its_y, atol=0.05, rtol=0.05)
+    assert_close(x.grad, its_x.grad, atol=0.3, rtol=0.1)
+
+
+def test_it_works_under_autocast(grids):
+    moe = grids["line"].moe(k_best=5)
+    local = grids["line"].local(moe)
+    (x, its_x) = twice(10, DIM)
+    with torch.autocast("cpu", torch.bfloat16):
+        moe(x).float().square().sum().backward()
+    local(its_x).square().sum().backward()
+    assert moe.gate.weight.grad is not None and moe.gate.weight.grad.dtype == torch.float32
+    assert_close(x.grad, its_x.grad, atol=0.3, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("codec", "error"),
+    [
+        ("float16", lambda t: t.abs() * 2**-11),
+        ("bfloat16", lambda t: t.abs() * 2**-8),
+        ("blockwise8", lambda t: t.abs().max() / 254),
+    ],
+)
+def test_a_codec_costs_what_it_says_and_no_more(grids, codec, error):
+    x, target = torch.randn(20, DIM, requires_grad=True), torch.randn(20, DIM)
+    y = grids["echo"].moe(k_best=1, codec=codec)(x)
+    (y * target).sum().backward()
+    assert x.grad is not None
+    for got, exact in ((y.detach(), x.detach()), (x.grad, target)):
+        assert ((got - exact).abs() <= error(exact) * 1.001 + 1e-6).all()
+        assert not torch.equal(got, exact)  # it was used
+
+
+def test_several_threads_may_train_replicas_at_once(grids):
+    moe = grids["echo"].moe(k_best=2)
+
+    def passes(seed: int) -> None:
+        replica, generator = copy.deepcopy(moe), torch.Generator().manual_seed(seed)
+        for _ in range(5):
+            x, target = (torch.randn(20, DIM, generator=generator) for _ in range(2))
+            x.requires_grad_()
+            y = replica(x)
+            (y * target).sum().backward()
+            assert_close(y, x)
+            assert_close(x.grad, target)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(passes, range(4)))
+
+
+# ---------------------------------------------------------------- gating
+
+
+def dispatched(*choices: tuple[int, ...]) -> Dispatched:
+    """Rows [n] of a one-dimensional grid, sent to these coordinates; -1 is nobody."""
+    choice = torch.tensor(choices)
+    return Dispatched("ffn", [], choice, choice.clamp(min=0)[:, :, None], choice >= 0)
+
+
+def test_the_balance_loss_is_1_for_an_even_load_and_the_grids_size_if_one_expert_gets_all():
+    even = torch.eye(4) * 30  # each row is sure of another expert
+    assert_close(balance_loss([even], dispatched((0,), (1,), (2,), (3,))), torch.tensor(1.0))
+    one = torch.tensor([[30.0, 0, 0, 0]] * 4)
+    assert_close(balance_loss([one], dispatched((0,), (0,), (0,), (0,))), torch.tensor(4.0))
+    assert_close(balance_loss([one, even], dispatched_2d()), torch.tensor(2.5))  # the mean over dimensions
+
+
+def dispatched_2d() -> Dispatched:
+    coordinates = torch.tensor([[[0, 0]], [[0, 1]], [[0, 2]], [[0, 3]]])
+    return Dispatched("ffn", [], torch.zeros(4, 1, dtype=torch.int64), coordinates, torch.ones(4, 1, dtype=torch.bool))
+
+
+def test_slots_that_nobody_was_left_for_do_not_weigh_on_the_balance():
+    even = torch.eye(2) * 30
+    assert_close(balance_loss([even], dispatched((0, -1), (1, -1))), torch.tensor(1.0))
+
+
+def test_the_gradient_of_the_balance_loss_lowers_the_gates_favourite(grids):
+    moe = grids["echo"].moe(k_best=1)
+    with torch.no_grad():
+        moe.gate.bias[:2] = torch.tensor([1.0, -1.0])  # of the first dimension's two coordinates
+    moe(torch.randn(64, DIM))
+    assert moe.balance_loss is not None and moe.balance_loss > 1.1
+    moe.balance_loss.backward()
+    assert moe.gate.bias.grad is not None
+    favourite, other = moe.gate.bias.grad[:2].tolist()
+    assert favourite > 0.1 and other < -0.1
+
+
+def test_switch_routing_weighs_the_one_expert_by_its_probability_so_the_gate_learns(grids):
+    moe = grids["line"].moe(k_best=1, routing="switch")
+    experts = copy.deepcopy(grids["line"].modules)
+    gate = copy.deepcopy(moe.gate)
+    (x, its_x), target = twice(10, DIM), torch.randn(10, DIM)
+    probability, chosen = torch.softmax(gate(its_x), dim=1).max(1)
+    rows = zip(probability, chosen.tolist(), its_x, strict=True)
+    its_y = torch.stack([p * experts[f"line.{e}"](row[None])[0] for p, e, row in rows])
+    y = moe(x)
+    assert_close(y, its_y)
+    (y * target).sum().backward()
+    (its_y * target).sum().backward()
+    assert_close(x.grad, its_x.grad)
+    assert_close(moe.gate.weight.grad, gate.weight.grad)
+
+
+def test_jitter_and_grid_dropout_are_for_training_only(grids):
+    moe = grids["line"].moe(k_best=2, jitter=0.5, grid_dropout=0.5)
+    x = torch.randn(20, DIM)
+    with torch.no_grad():
+        assert not torch.equal(moe(x), moe(x))
+        moe.eval()
+        assert torch.equal(moe(x), moe(x))
+        assert_close(moe(x), grids["line"].local(moe)(x))
+
+
+def test_grid_dropout_does_without_some_coordinates_in_each_batch(grids, events):
+    moe = grids["square"].moe(k_best=1, grid_dropout=0.5)
+    with torch.no_grad():
+        for _ in range(10):
+            moe(torch.randn(100, DIM))
+    used = [len(event.rows) for event in events if isinstance(event, RoutingChosen)]
+    assert min(used) <= 2 and all(1 <= n <= 9 for n in used)
+
+
+def test_grid_dropout_leaves_no_row_without_an_expert_where_few_are_alive(grids, events):
+    moe = grids["two"].moe(k_best=2, grid_dropout=0.9)
+    with torch.no_grad():
+        for _ in range(10):
+            assert moe(torch.randn(4, DIM)).isfinite().all()
+    assert all(event.rows == {"two.0.3": 4, "two.2.1": 4} for event in events if isinstance(event, RoutingChosen))
+
+
+# ---------------------------------------------------------------- a module like any other
+
+
+def test_it_pickles_and_copies_and_goes_on_with_the_same_swarm(grids):
+    moe = grids["line"].moe(k_best=2)
+    x = torch.randn(10, DIM)
+    y = moe(x)  # leaves a balance loss with a graph, which no copy could have
+    for other in (pickle.loads(pickle.dumps(moe)), copy.deepcopy(moe)):
+        assert_close(other(x), y)
+    fresh = grids["line"].moe(k_best=2)
+    fresh.load_state_dict(moe.state_dict())
+    assert_close(fresh(x), y)
+    assert list(moe.state_dict()) == ["gate.weight", "gate.bias"]
+    assert "grid=(5,)" in repr(moe) and "k_best=2" in repr(moe)
+
+
+def test_a_layer_of_a_swarm_that_is_not_open_says_what_to_do(swarm, grids):
+    model = nn.Sequential(MixtureOfExperts(DIM, (5,), "line", swarm="elsewhere", dispatch=DispatchConfig(k_best=2)))
+    x = torch.randn(3, DIM)
+    with pytest.raises(SwarmClosed, match=r"'elsewhere'.*tests of the layer.*lk.Swarm.*swarm.attach"):
+        model(x)
+    swarm.attach(model)
+    assert_close(model(x), grids["line"].local(model[0])(x))
+
+
+def test_a_grid_that_nobody_serves_is_an_error_that_says_what_was_looked_up_and_where(swarm):
+    moe = swarm.moe(DIM, (4, 4), "nobody")
+    with pytest.raises(NoExperts, match=r"'expert:nobody' was looked up through our DHT node at \S+:\d+.*swarm.serve"):
+        moe(torch.randn(3, DIM))
+
+
+def test_fewer_experts_than_k_best_are_logged_once(grids, caplog):
+    moe = grids["three"].moe(k_best=4)
+    x = torch.randn(3, DIM)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert_close(moe(x), x)
+    (said,) = [record.message for record in caplog.records if "k_best" in record.message]
+    assert "only 3 live experts" in said and "'expert:three'" in said
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"k_best": 17}, {"k_best": 2, "k_min": 3}, {"k_min": 0}, {"forward_timeout": math.inf}, {"backward_timeout": 0},
+        {"timeout_after_k_min": -1}, {"codec": "zip"}, {"routing": "random"}, {"jitter": 1.0}, {"grid_dropout": -0.1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_that_cannot_be_are_refused_by_name(swarm, options):
+    with pytest.raises(ValueError, match=list(options)[-1]):
+        swarm.moe(DIM, (4, 4), **options)
+
+
+def test_inputs_of_other_shapes_are_refused_before_anybody_is_asked(grids, events):
+    moe = grids["line"].moe(k_best=2)
+    with pytest.raises(ValueError, match=rf"last dimension is {DIM} here.*\[3, 5\]"):
+        moe(torch.randn(3, 5))
+    with pytest.raises(ValueError, match=r"begin with the same shape.*\[3\]"):
+        moe(torch.randn(3, DIM), torch.randn(4, DIM))
+    assert not events
+
+
+def test_a_batch_is_freed_when_its_output_is_gone_not_when_the_garbage_collector_comes(grids):
+    moe = grids["line"].moe(k_best=2)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            moe(torch.randn(10, DIM)).sum().backward()
+            moe.balance_loss = None
+        assert not [thing for thing in gc.get_objects() if type(thing) is Dispatched]
+    finally:
+        gc.enable()
+
+
+# ---------------------------------------------------------------- one expert
+
+
+def test_one_expert_is_a_module_too(swarm, grids):
+    expert, module = swarm.expert("line.3"), copy.deepcopy(grids["line"].modules["line.3"])
+    (x, its_x), target = twice(10, DIM), torch.randn(10, DIM)
+    (expert(x) * target).sum().backward()
+    (module(its_x) * target).sum().backward()
+    assert_close(x.grad, its_x.grad)
+    for its, now, before in zip(
+        module.parameters(),
+        grids["line"].modules["line.3"].parameters(),
+        grids["line"].fresh["line.3"].parameters(),
+        strict=True,
+    ):
+        assert_close(before - now, its.grad)
+
+
+def test_one_expert_takes_half_precision_and_inputs_of_other_kinds(swarm, grids):
+    expert, module = swarm.expert("many.0"), grids["many"].modules["many.0"]
+    x, y, ids = torch.randn(4, DIM), torch.randn(4, 3, 2), torch.randint(5, (4,))
+    with torch.no_grad():
+        assert_close(expert(x, y, ids), module(x, y, ids))
+        half = expert(x.bfloat16(), y.bfloat16(), ids)
+        assert_close(half, module(x, y, ids).bfloat16(), atol=0.1, rtol=0.1)
+
+
+def test_one_expert_says_who_is_missing_and_what_failed(swarm):
+    with pytest.raises(NoExperts, match=r"nobody serves line.7: 'expert:line' was looked up"):
+        swarm.expert("line.7")(torch.randn(1, DIM))
+    with pytest.raises(RemoteFailure, match="this expert has no disk"):
+        swarm.expert("broken.1")(torch.randn(1, DIM))
+    with pytest.raises(ValueError, match="timeout"):
+        swarm.expert("line.1", timeout=math.inf)
