@@ -103,13 +103,15 @@ def run_keygen(options: argparse.Namespace) -> int:
     identity = Identity.generate()
     try:
         identity.save(options.file)
-    except (LabkitError, OSError) as error:
+    except LabkitError as error:
         return _complain(error)
+    except OSError as error:
+        return _complain(f"{options.file} cannot be written: {error.strerror}")
     print(key_text(identity.public_key))
     return 0
 
 
-def _complain(error: Exception) -> int:
+def _complain(error: Exception | str) -> int:
     print(f"labkit: {error}", file=sys.stderr)
     return 1
 

@@ -13,18 +13,21 @@ from typing import Any
 
 import msgspec
 import torch
+import trio
 
 from labkit.contact import Contact
-from labkit.directory import Directory
+from labkit.dht.protocol import Ping, Pong
 from labkit.directory.grids import GridInfo
-from labkit.expert_uid import check_grid, check_inside, check_name, grid_for, grid_uids, split_uid, spread
+from labkit.errors import ConnectionLost, RPCError
+from labkit.expert_uid import ExpertInfo, check_grid, check_inside, check_name, grid_for, grid_uids, split_uid, spread
 from labkit.lives import ServerPlan
-from labkit.node import NodeConfig
+from labkit.node import Node, NodeConfig
 from labkit.server.layers import BUILTIN_KINDS, Factory, expert_reference, make_expert
 from labkit.server.server import ServerConfig
 from labkit.wire.security import Identity
 
 DEFAULT_EXPERTS = 16
+PING_TIMEOUT = 1.0  # seconds
 MAX_PLACES = 1 << 20  # of a grid whose free places are looked for
 
 
@@ -95,7 +98,7 @@ def _check_plain(options: dict[str, Any]) -> None:
 
 
 async def choose_places(
-    directory: Directory,
+    node: Node,
     name: str,
     known: GridInfo | None,
     grid: Sequence[int] | None,
@@ -112,7 +115,7 @@ async def choose_places(
         raise ValueError(f"experts={experts!r}: a number of experts, at least one")
     taken: set[str] = set()
     if known is not None:
-        taken = {info.uid for info in await directory.all_experts(name, len(known.sizes))}
+        taken = await _taken(node, name, len(known.sizes))
         if not taken and grid is not None and check_grid(grid) != known.sizes:
             known = None  # a grid that nobody serves any more is free for another shape
     sizes = _sizes(known, grid, experts, uids)
@@ -129,14 +132,35 @@ async def choose_places(
     free = [uid for uid in grid_uids(name, sizes) if uid not in taken]
     wanted = len(free) if experts is None else experts
     if not 1 <= wanted <= len(free):
+        misfit = f"so {experts} more experts do not fit" if experts else "so there is none to take"
         raise ValueError(
-            f"the grid {name!r} {sizes} has {len(free) or 'no'} free places{experts and f', not {experts}' or ''}: "
-            f"{places - len(free)} of {places} are taken. Start the swarm with a larger grid, or serve another one with "
-            f"name=…; the places of servers that are gone become free within {directory.config.ttl:.0f} s"
+            f"the grid {name!r} {sizes} has {len(free)} free places of {places}, {misfit}; start the swarm with a "
+            "larger grid, or serve another one with name=…"
         )
     # Along the diagonals, so that a part of a grid has something in every row.
     free.sort(key=lambda uid: (split_uid(uid)[1][-1] - sum(split_uid(uid)[1][:-1])) % sizes[-1])
     return sizes, free[:wanted]
+
+
+async def _taken(node: Node, name: str, dimensions: int) -> set[str]:
+    """The uids of a grid whose servers are there. One that is gone stays in the directory for a while, so we ask."""
+    experts = await node.directory.all_experts(name, dimensions)
+    one_of_each = {info.contact: info for info in experts if info.contact != node.contact}
+    gone: set[Contact] = set()
+
+    async def ask(info: ExpertInfo) -> None:
+        try:
+            await node.client.call(info.contact, "dht.ping", Ping(None), returns=Pong, timeout=PING_TIMEOUT)
+        except ConnectionLost as error:
+            gone.add(info.contact)
+            node.directory.report_failure(info, error)
+        except RPCError:
+            pass  # slow or overloaded, perhaps; it may come back
+
+    async with trio.open_nursery() as nursery:
+        for info in one_of_each.values():
+            nursery.start_soon(ask, info)
+    return {info.uid for info in experts if info.contact not in gone}
 
 
 def _sizes(

@@ -7,9 +7,9 @@ its own, so an interrupt (Ctrl-C, the kernel's stop button) ends the call that i
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -20,7 +20,8 @@ from labkit.errors import SwarmClosed
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _PATIENCE = 1.0  # seconds that an interrupted call, or a lab thread that failed, may take to end
-_POLL = 0.2 if os.name == "nt" else None  # seconds; on Windows a wait without end cannot be interrupted
+_POLL = 0.2  # seconds; not every interrupt ends a wait: none does on Windows, nor one that another thread sends
+_END_POLL = 0.005  # seconds
 _GONE = SwarmClosed("the lab thread ended")  # an answer; the caller, who knows why by then, raises another
 
 
@@ -32,6 +33,7 @@ class Portal:
         self._failure: BaseException | None = None
         self._waiting: set[_Call] = set()
         self._closed = False
+        self._ended = False
         started = _Call(trio.lowlevel.checkpoint, ())
         self._waiting.add(started)
         self._thread = threading.Thread(target=self._run, args=(started,), name=f"labkit-lab-{name}", daemon=True)
@@ -42,6 +44,7 @@ class Portal:
             started.wait(_PATIENCE)
             self.close()
             raise
+        self._waiting.discard(started)
         if failure is not None:
             raise self._gone()
 
@@ -52,7 +55,7 @@ class Portal:
             self._failure = unwrap(error)
             logger.error("the lab thread of the swarm %r failed", self.name, exc_info=self._failure)
         finally:
-            self._closed = True
+            self._closed = self._ended = True
             self._dismiss()
 
     async def _main(self, started: _Call) -> None:
@@ -65,6 +68,11 @@ class Portal:
     def closed(self) -> bool:
         """Whether calls are refused."""
         return self._closed
+
+    def check_open(self) -> None:
+        """Raises `SwarmClosed`, with the reason, if calls are refused."""
+        if self._closed:
+            raise self._gone()
 
     def call(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
         """Run an async function in the lab thread and wait for what it returns or raises.
@@ -83,7 +91,7 @@ class Portal:
                 self._soon(self._begin, call)
             value, error = call.wait()
         except BaseException:
-            self._soon(call.scope.cancel)
+            self._soon(call.abandon)
             call.wait(_PATIENCE)  # if it does not let itself be cancelled, the interrupt goes first
             raise
         finally:
@@ -111,6 +119,7 @@ class Portal:
     def _begin(self, call: _Call) -> None:
         try:
             self._nursery.start_soon(call.run)
+            call.under_way = True
         except RuntimeError:  # the nursery has just ended
             call.settle(error=_GONE)
 
@@ -122,7 +131,7 @@ class Portal:
 
     def _gone(self) -> SwarmClosed:
         if not self._closed:
-            self._thread.join(_PATIENCE)  # something failed there; what, is known at its end
+            self._wait_for_end(_PATIENCE)  # something failed there; what, is known at its end
         reason = f" after a failure: {self._failure!r}" if self._failure is not None else ""
         gone = SwarmClosed(f"the swarm {self.name!r} is closed{reason}; start or join one again")
         gone.__cause__ = self._failure
@@ -133,16 +142,22 @@ class Portal:
             call.settle(error=_GONE)
 
     def close(self, timeout: float = 2.0) -> bool:
-        """Cancel everything in the lab thread and wait for its end, at most `timeout` seconds. Returns whether it ended.
+        """Cancel everything in the lab thread and wait at most `timeout` seconds for its end. Returns whether it came.
 
         Calls raise `SwarmClosed` from now on, those under way at the latest when this returns.
         """
         self._closed = True
         self._soon(lambda: self._nursery.cancel_scope.cancel())
         if threading.current_thread() is not self._thread:
-            self._thread.join(timeout)
+            self._wait_for_end(timeout)
         self._dismiss()  # if a task there does not let itself be cancelled, nobody has to wait for it
-        return not self._thread.is_alive()
+        return self._ended
+
+    def _wait_for_end(self, timeout: float) -> None:
+        # Not `Thread.join`: if that is interrupted, Python before 3.13 takes the thread for dead (cpython issue 90882).
+        deadline = time.monotonic() + timeout
+        while not self._ended and time.monotonic() < deadline:
+            time.sleep(_END_POLL)
 
 
 class _Call:
@@ -153,7 +168,8 @@ class _Call:
     """
 
     def __init__(self, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> None:
-        self.scope = trio.CancelScope()
+        self.under_way = False  # whether it has a task in the lab thread
+        self._scope = trio.CancelScope()
         self._function = function
         self._args = args
         self._answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
@@ -161,7 +177,7 @@ class _Call:
     async def run(self) -> None:
         """The task in the lab thread. It raises nothing but its cancellation by the lab thread's end."""
         try:
-            with self.scope:
+            with self._scope:
                 self.settle(await self._function(*self._args))
         except trio.Cancelled:
             self.settle(error=_GONE)
@@ -169,8 +185,16 @@ class _Call:
         except BaseException as error:
             self.settle(error=_without_cancelled(error))
         else:
-            if self.scope.cancelled_caught:
+            if self._scope.cancelled_caught:
                 self.settle(error=SwarmClosed("the call was interrupted"))
+        finally:
+            self.under_way = False
+
+    def abandon(self) -> None:
+        """Cancel it, in the lab thread. It has an answer soon, if it ended long ago, or never began, at once."""
+        self._scope.cancel()
+        if not self.under_way:
+            self.settle(error=_GONE)
 
     def settle(self, value: Any = None, *, error: BaseException | None = None) -> None:
         """Answer it."""

@@ -24,7 +24,14 @@ def serve(options: argparse.Namespace) -> None:
     wait for that. Raises `ValueError`, and a kind of `LabkitError` that says why a swarm could not be joined, or why
     the server ended.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        _serve(options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _serve(options: argparse.Namespace) -> None:
     with _swarm(options) as swarm:
         (server,) = swarm.serve(options.expert, isolation="task", **_what(options, swarm))
         try:

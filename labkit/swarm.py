@@ -156,7 +156,7 @@ class Swarm:
         known = self.grids().get(name)
         options = fit_options(kind, options, name, known)
         isolation, kind = isolate(isolation, kind, options)
-        sizes, chosen = self._portal.call(choose_places, self._node.directory, name, known, grid, experts, uids)
+        sizes, chosen = self._portal.call(choose_places, self._node, name, known, grid, experts, uids)
         directory = checkpoint_directory(checkpoint_dir or Path(self._folder.name) / "checkpoints")
         config = ServerConfig(
             uids=tuple(chosen), grid=sizes, kind=kind, options=options, backend=backend or BackendConfig(),

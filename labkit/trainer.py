@@ -10,35 +10,34 @@ from __future__ import annotations
 
 import atexit
 import copy
-import itertools
 import logging
 import math
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from labkit.client.expert import RemoteExpert
 from labkit.client.moe import MixtureOfExperts
 from labkit.client.session import Session, find_session
-from labkit.data import ClassificationData, batches
 from labkit.errors import NoExperts, NotEnoughExperts, RPCError, SwarmClosed, TrainingFailed
 from labkit.events import Emit, StepFailed, StepFinished, ignore
+from labkit.shared_model import SharedModel
+from labkit.streams import Batch, stream
 
 logger = logging.getLogger(__name__)
 
 STOP_TIME = 10.0  # seconds that batches in flight may take when a run is stopped
+POLL = 0.02  # seconds between two looks of one who waits
 EXIT_TIME = 1.0  # seconds that batches in flight may take when Python exits
 
-Batch = tuple[Tensor, Tensor]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -68,43 +67,16 @@ class TrainConfig:
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{name}={value!r}: a whole number of at least 1")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
-            raise ValueError(f"epochs={self.epochs!r}: a number above 0, or a part of one (0.5)")
+            raise ValueError(f"epochs={self.epochs!r}: a finite number above 0")
 
-
-class SharedModel:
-    """The model that all trainers train, its optimizer, and how many updates it has had."""
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.updates = 0
-        self._lock = threading.Lock()
-
-    def replica(self) -> nn.Module:
-        """A copy for one trainer."""
-        with self._lock:
-            return copy.deepcopy(self.model)
-
-    @torch.no_grad()
-    def refresh(self, replica: nn.Module) -> int:
-        """Give a replica the current parameters and buffers. Returns how many updates are in them."""
-        with self._lock:
-            for mine, shared in zip(_tensors(replica), _tensors(self.model), strict=True):
-                mine.copy_(shared)
-            return self.updates
-
-    def apply(self, replica: nn.Module, seen: int) -> int:
-        """Step with a replica's gradients. Returns their staleness: updates by others since `seen`."""
-        with self._lock:
-            for shared, mine in zip(self.model.parameters(), replica.parameters(), strict=True):
-                shared.grad = mine.grad
-            self.optimizer.step()
-            self.model.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for shared_buffer, buffer in zip(self.model.buffers(), replica.buffers(), strict=True):
-                    shared_buffer.copy_(buffer)
-            self.updates += 1
-            return self.updates - 1 - seen
+    def total_steps(self, per_epoch: int | None) -> int:
+        """How many steps to do, with so many to an epoch. Raises `ValueError`."""
+        if self.epochs is None:
+            assert self.steps is not None
+            return self.steps
+        if per_epoch is None:
+            raise ValueError("epochs=… needs data of a known length; give steps=…")
+        return max(1, round(self.epochs * per_epoch))
 
 
 def train_step(
@@ -124,7 +96,7 @@ def train_step(
         layers = (module for module in replica.modules() if isinstance(module, MixtureOfExperts))
         total = loss + balance * sum(layer.balance_loss for layer in layers if layer.balance_loss is not None)
     if not torch.isfinite(total):
-        raise FloatingPointError(f"the loss is {loss.item()}")
+        raise FloatingPointError(f"the loss is {total.item()}")
     total.backward()  # type: ignore[no-untyped-call]  # 3
     for name, parameter in replica.named_parameters():
         if parameter.grad is not None and not torch.isfinite(parameter.grad.sum()):
@@ -159,9 +131,9 @@ class Run:
         self.history: deque[StepFinished] = deque(maxlen=100_000)
         self.failed_batches = 0
         self.error: BaseException | None = None
-        self.total_steps, self._batches = _stream(data, config)
+        per_epoch, self._batches = stream(data, config.batch_size, config.seed)
+        self.total_steps = config.total_steps(per_epoch)
         self._sessions = _sessions_of(model)
-        _stop_earlier(model)
         self._shared = SharedModel(model, make_optimizer(model.parameters()))
         self._loss_function = loss_function or F.cross_entropy
         self._emit = emit or (self._sessions[0].emit if self._sessions else ignore)
@@ -173,21 +145,22 @@ class Run:
         self._stop = threading.Event()
         self._seconds: float | None = None
         self._started = time.monotonic()
-        self._threads = [
-            threading.Thread(target=self._train, name=f"labkit-trainer-{number}", daemon=True)
-            for number in range(min(config.trainers, max(1, self.total_steps)))
-        ]
-        self._left = len(self._threads)
+        self._left = min(config.trainers, self.total_steps)  # trainers at work
+        _stop_earlier(model)
         _runs.add(self)
-        for thread in self._threads:
-            thread.start()
+        try:
+            for number in range(self._left):
+                threading.Thread(target=self._train, name=f"labkit-trainer-{number}", daemon=True).start()
+        except BaseException:  # an interrupt
+            self._stop.set()
+            raise
 
     # ------------------------------------------------------------ what a notebook looks at
 
     @property
     def running(self) -> bool:
         """Whether trainers are at work."""
-        return any(thread.is_alive() for thread in self._threads)
+        return self._left > 0
 
     @property
     def steps(self) -> int:
@@ -217,7 +190,7 @@ class Run:
         return sum(step.staleness for step in last) / len(last) if last else 0.0
 
     def _last(self, count: int) -> list[StepFinished]:
-        return list(itertools.islice(reversed(self.history), count))
+        return list(self.history)[-count:]  # copied at once, as trainers append meanwhile
 
     def wait(self, timeout: float | None = None) -> Run:
         """Wait until the run is over, or `timeout` seconds. Raises what ended it, if that was an error.
@@ -236,9 +209,9 @@ class Run:
 
     def _join(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
-        for thread in self._threads:
-            while thread.is_alive() and (left := deadline - time.monotonic()) > 0:
-                thread.join(min(0.2, left))
+        # Not `Thread.join`: if that is interrupted, Python before 3.13 takes the thread for dead (cpython issue 90882).
+        while self.running and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(POLL, left))
 
     def evaluate(self, x: Tensor, y: Tensor) -> float:
         """Share of rows that the model classifies correctly now."""
@@ -272,10 +245,10 @@ class Run:
             self._end(error)
         finally:
             with self._lock:
-                self._left -= 1
-                if self._left == 0:
+                if self._left == 1:
                     self._seconds = time.monotonic() - self._started
                     self._batches.close()  # a `DataLoader` may have processes
+                self._left -= 1
 
     def _try_step(self, replica: nn.Module, batch: Batch) -> None:
         started = time.monotonic()
@@ -299,8 +272,7 @@ class Run:
     def _claim(self) -> Batch | None:
         """The next batch, or None when there is nothing left to do. Raises `SwarmClosed`."""
         for session in self._sessions:
-            if session.portal.closed:  # and layers might find another swarm of that name by now
-                raise SwarmClosed(f"the swarm {session.name!r} was closed while this run trained over it")
+            session.portal.check_open()  # layers would find another swarm of its name, if there is one by now
         with self._lock:
             if self._stop.is_set() or self._claimed >= self.total_steps:
                 return None
@@ -339,8 +311,9 @@ def fit(
     """Train `model` in the background; returns at once. See `TrainConfig` for the options, `Run` for what comes back.
 
     `data`: `(x, y)` tensors, a `ClassificationData` (its training part), a torch `Dataset` of pairs, or any iterable of
-    batches `(x, y)`, such as a `DataLoader`, which is gone through again and again. `optimizer`: makes an optimizer from
-    the model's own parameters (Adam by default); experts are trained by their servers. Raises `ValueError`.
+    batches `(x, y)`, such as a `DataLoader`, which is gone through again and again. `loss`: of outputs and y; by
+    default the cross-entropy. `optimizer`: makes an optimizer from the model's own parameters (Adam by default);
+    experts are trained by their servers. Raises `ValueError`, `SwarmClosed`.
     """
     unknown = sorted(set(options) - set(TrainConfig.__dataclass_fields__))
     if unknown:
@@ -350,11 +323,6 @@ def fit(
 
 
 # ---------------------------------------------------------------- helpers
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
 
 
 def _sessions_of(model: nn.Module) -> list[Session]:
@@ -385,51 +353,3 @@ def _stop_all() -> None:
     deadline = time.monotonic() + EXIT_TIME
     for run in list(_runs):
         run._join(deadline - time.monotonic())
-
-
-def _stream(data: Any, config: TrainConfig) -> tuple[int, Generator[Batch]]:
-    """How many steps to do, and batches without end."""
-    if isinstance(data, ClassificationData):
-        data = (data.train_x, data.train_y)
-    generator = torch.Generator().manual_seed(config.seed)
-    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
-        x, y = data
-        per_epoch: int | None = math.ceil(len(x) / config.batch_size)
-        stream = _checked(batches(x, y, config.batch_size, generator))
-    else:
-        if isinstance(data, Dataset):
-            shuffle = not isinstance(data, IterableDataset)
-            data = DataLoader(data, config.batch_size, shuffle=shuffle, generator=generator)
-        if not isinstance(data, Iterable):
-            raise ValueError(f"data: (x, y) tensors, a Dataset, or an iterable of batches, not {type(data).__name__}")
-        try:
-            per_epoch = len(data)  # type: ignore[arg-type]
-        except TypeError:
-            per_epoch = None
-        if per_epoch == 0:
-            raise ValueError("data: there are no batches in it")
-        stream = _checked(_repeat(data))
-    if config.steps is not None:
-        return config.steps, stream
-    if per_epoch is None or config.epochs is None:
-        raise ValueError("epochs=… needs data of a known length; give steps=…")
-    return max(1, round(config.epochs * per_epoch)), stream
-
-
-def _repeat(data: Iterable[Batch]) -> Iterator[Batch]:
-    while True:
-        count = 0
-        for count, batch in enumerate(data, start=1):  # noqa: B007
-            yield batch
-        if count == 0:
-            raise ValueError(
-                "data: no more batches in it; what can be gone through once only (a generator) has to last"
-            )
-
-
-def _checked(stream: Iterable[Any]) -> Generator[Batch]:
-    for batch in stream:
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-            what = f"{len(batch)} things" if isinstance(batch, (tuple, list)) else f"a {type(batch).__name__}"
-            raise ValueError(f"data: a batch is a pair (x, y), not {what}")
-        yield batch[0], batch[1]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
+import trio
 from torch import Tensor
 
 from labkit.server.checkpoints import load_expert
@@ -21,6 +22,15 @@ def eventually(condition: Callable[[], T], timeout: float = 20.0) -> T:
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)
     return value
+
+
+async def soon(condition: Callable[[], Awaitable[object]], timeout: float = 20.0) -> None:
+    """The same in a trio test."""
+    with trio.fail_after(timeout):
+        for _ in range(round(timeout * 100)):
+            if await condition():
+                return
+            await trio.sleep(0.01)
 
 
 def parameters(directory: Path, uid: str) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def invitation(port: int, *, host: str = "127.0.0.1", key: bytes = KEY, secure: 
     return Contact(key, host, port, secure).invitation()
 
 
-def why_not(invite: str, **options: object) -> str:
+def why_not(invite: str, **options: Any) -> str:
     """What `Swarm.join` says; it has to name the address, and to say it in time."""
     started = time.monotonic()
     with pytest.raises(JoinError) as caught:

@@ -24,8 +24,9 @@ FLOORS: list[set[str]] = [
     {"dht", "directory", "joining", "node"},  # node: an endpoint, a DHT node and a directory in one
     {"portal"},  # below the wings, since the MoE layer's autograd function enters the lab thread through it
     {"server", "client"},
-    {"trainer", "data", "experiments"},
-    {"swarm", "handles", "child", "view", "bench", "__main__", "__init__"},  # the notebook
+    {"trainer", "shared_model", "streams", "data", "experiments"},
+    {"swarm", "planning", "handles", "lives", "child", "census", "view"},  # the notebook
+    {"serving", "demo", "bench", "__main__", "__init__"},  # the command line, and what is imported from outside
 ]
 STRANGERS = [("server", "client"), ("client", "server")]
 LEAVES = {
@@ -41,7 +42,13 @@ ONLY = {
     "anywidget": {"view/"},
     "IPython": {"view/"},
     "wandb": {"view/loggers.py"},
-    "threading": {"portal.py", "server/compute.py", "swarm.py", "child.py"},  # child: a server as a process
+    "threading": {
+        "portal.py",
+        "server/compute.py",
+        "trainer.py",
+        "shared_model.py",
+        "child.py",
+    },  # child: reads its orders
     "_thread": set[str](),
     "multiprocessing": set[str](),  # a server process is spawned as `python -m labkit serve`
     "asyncio": set[str](),

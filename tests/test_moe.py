@@ -113,6 +113,8 @@ def swarm() -> Iterator[lk.Swarm]:
 
 @pytest.fixture(scope="module")
 def grids(swarm: lk.Swarm) -> dict[str, Grid]:
+    torch.manual_seed(0)
+
     def grid(name: str, sizes: tuple[int, ...], coordinates: str, *kinds: type[nn.Module]) -> Grid:
         return Grid(swarm, name, sizes, [f"{name}.{c}" for c in coordinates.split()], *kinds)
 
@@ -124,6 +126,7 @@ def grids(swarm: lk.Swarm) -> dict[str, Grid]:
         "three": grid("three", (4,), "0 1 2", Echo),
         "many": grid("many", (4,), "0 1 2 3", ManyInputs),
         "broken": grid("broken", (3,), "0 1 2", Small, Broken, BrokenBackward),
+        "failing": grid("failing", (1,), "0", Broken),
         "echo": grid("echo", (2, 2), "0.0 0.1 1.0 1.1", Echo),
     }
 
@@ -152,6 +155,11 @@ def twice(*shape: int) -> tuple[Tensor, Tensor]:
 def assert_same_gate(moe: MixtureOfExperts, local: LocalMoE) -> None:
     assert_close(moe.gate.weight.grad, local.gate.weight.grad)
     assert_close(moe.gate.bias.grad, local.gate.bias.grad)
+
+
+def assert_roughly(half: Tensor | None, exact: Tensor | None) -> None:
+    assert half is not None and exact is not None
+    assert (half - exact).norm() < 0.03 * exact.norm()
 
 
 # ---------------------------------------------------------------- the same as locally
@@ -251,7 +259,7 @@ def test_an_empty_batch_has_an_empty_output_and_gradients_of_zero(grids, events)
     moe = grids["line"].moe(k_best=2)
     x = torch.randn(0, 7, DIM, requires_grad=True)
     y = moe(x)
-    assert moe.balance_loss is not None
+    assert moe.balance_loss == 0
     (y.sum() + moe.balance_loss).backward()
     assert y.shape == (0, 7, DIM) and x.grad is not None
     assert moe.gate.weight.grad is not None and not moe.gate.weight.grad.any()
@@ -270,25 +278,27 @@ def test_an_input_that_is_not_contiguous_is_read_as_it_looks(grids):
 def test_it_takes_and_gives_half_precision(grids, dtype):
     moe = grids["line"].moe(k_best=5).to(dtype)
     local = grids["line"].local(moe).float()
-    (x, its_x) = twice(10, DIM)
+    (x, its_x), target = twice(10, DIM), torch.randn(10, DIM)
     y = moe(x.to(dtype))
     its_y = local(its_x)
-    y.float().square().sum().backward()
-    its_y.square().sum().backward()
+    (y.float() * target).sum().backward()
+    (its_y * target).sum().backward()
     assert y.dtype == dtype
-    assert_close(y.float(), its_y, atol=0.05, rtol=0.05)
-    assert_close(x.grad, its_x.grad, atol=0.3, rtol=0.1)
+    assert_roughly(y, its_y)
+    assert_roughly(x.grad, its_x.grad)
 
 
 def test_it_works_under_autocast(grids):
     moe = grids["line"].moe(k_best=5)
     local = grids["line"].local(moe)
-    (x, its_x) = twice(10, DIM)
+    (x, its_x), target = twice(10, DIM), torch.randn(10, DIM)
     with torch.autocast("cpu", torch.bfloat16):
-        moe(x).float().square().sum().backward()
-    local(its_x).square().sum().backward()
-    assert moe.gate.weight.grad is not None and moe.gate.weight.grad.dtype == torch.float32
-    assert_close(x.grad, its_x.grad, atol=0.3, rtol=0.1)
+        y = moe(x)
+        (y.float() * target).sum().backward()
+    (local(its_x) * target).sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert_roughly(x.grad, its_x.grad)
+    assert_roughly(moe.gate.weight.grad, local.gate.weight.grad)
 
 
 @pytest.mark.parametrize(
@@ -381,6 +391,13 @@ def test_switch_routing_weighs_the_one_expert_by_its_probability_so_the_gate_lea
     assert_close(moe.gate.weight.grad, gate.weight.grad)
 
 
+@pytest.mark.parametrize("routing", ["softmax", "switch"])
+def test_who_did_not_answer_has_no_weight(swarm, routing):
+    moe = swarm.moe(DIM, (4,), "line", routing=routing)
+    weights = moe.weights([torch.tensor([[3.0, 2, 1, 0]] * 2)], dispatched((0, 1), (-1, -1)))
+    assert (weights[0] > 0).all() and weights[1].tolist() == [0, 0]
+
+
 def test_jitter_and_grid_dropout_are_for_training_only(grids):
     moe = grids["line"].moe(k_best=2, jitter=0.5, grid_dropout=0.5)
     x = torch.randn(20, DIM)
@@ -462,23 +479,27 @@ def test_options_that_cannot_be_are_refused_by_name(swarm, options):
         swarm.moe(DIM, (4, 4), **options)
 
 
-def test_inputs_of_other_shapes_are_refused_before_anybody_is_asked(grids, events):
+def test_inputs_that_cannot_be_are_refused_before_anybody_is_asked(grids, events):
     moe = grids["line"].moe(k_best=2)
     with pytest.raises(ValueError, match=rf"last dimension is {DIM} here.*\[3, 5\]"):
         moe(torch.randn(3, 5))
     with pytest.raises(ValueError, match=r"begin with the same shape.*\[3\]"):
         moe(torch.randn(3, DIM), torch.randn(4, DIM))
+    with pytest.raises(ValueError, match="complex64 cannot be sent"):
+        moe(torch.randn(3, DIM), torch.zeros(3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"the gate of the grid 'line'.*NaN in 1 rows; is the input finite"):
+        moe(torch.randn(3, DIM).index_fill(0, torch.tensor([1]), math.nan))
     assert not events
 
 
-def test_a_batch_is_freed_when_its_output_is_gone_not_when_the_garbage_collector_comes(grids):
-    moe = grids["line"].moe(k_best=2)
+@pytest.mark.parametrize("name", ["line", "broken"])
+def test_a_batch_is_freed_when_its_output_is_gone_not_when_the_garbage_collector_comes(grids, name):
+    moe = grids[name].moe(k_best=3)
     gc.collect()
     gc.disable()
     try:
-        for _ in range(3):
-            moe(torch.randn(10, DIM)).sum().backward()
-            moe.balance_loss = None
+        moe(torch.randn(10, DIM)).sum().backward()
+        moe.balance_loss = None
         assert not [thing for thing in gc.get_objects() if type(thing) is Dispatched]
     finally:
         gc.enable()
@@ -511,10 +532,10 @@ def test_one_expert_takes_half_precision_and_inputs_of_other_kinds(swarm, grids)
         assert_close(half, module(x, y, ids).bfloat16(), atol=0.1, rtol=0.1)
 
 
-def test_one_expert_says_who_is_missing_and_what_failed(swarm):
+def test_one_expert_says_who_is_missing_and_what_failed(swarm, grids):
     with pytest.raises(NoExperts, match=r"nobody serves line.7: 'expert:line' was looked up"):
         swarm.expert("line.7")(torch.randn(1, DIM))
     with pytest.raises(RemoteFailure, match="this expert has no disk"):
-        swarm.expert("broken.1")(torch.randn(1, DIM))
+        swarm.expert("failing.0")(torch.randn(1, DIM))
     with pytest.raises(ValueError, match="timeout"):
         swarm.expert("line.1", timeout=math.inf)

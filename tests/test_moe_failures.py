@@ -327,6 +327,7 @@ async def test_a_backward_pass_with_too_few_answers_is_an_error_or_a_gradient_of
 async def test_experts_that_were_declared_a_moment_ago_are_found(autojump_clock):
     lab = Lab(k_best=1)
     assert not (await lab.session.directory.children(["ffn"]))["ffn"]  # now their absence is cached
+    await Directory(lab.records).declare(lab.uids, contact())  # by another node
     sent, _ = await lab.forward(ROW, prefer([0]))
     assert answered(sent) == {"ffn.0"} and lab.seconds == 0.1
 

@@ -25,6 +25,7 @@ from labkit.errors import NoExperts, NotEnoughExperts
 from labkit.events import RoutingChosen, RowsUnanswered
 from labkit.expert_uid import ExpertInfo
 from labkit.wire.compression import CODECS
+from labkit.wire.frames import encode_request
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ async def dispatch_forward(
     `k_min` answers any more, because its experts failed, goes to the next best ones at once. Outputs are zero where
     nobody answered. Raises `NoExperts` if the grid has none, `NotEnoughExperts` if a row got fewer than `k_min`.
     """
+    encode_request(0, "", 0, None, [tensor[:0] for tensor in inputs])  # a `ValueError` for what can't be sent at all
     n, k = inputs[0].shape[0], config.k_best
     deadline = trio.current_time() + config.forward_timeout
     routing = await _find_experts(session, config, name, grid_scores, deadline)  # 1
@@ -152,7 +154,12 @@ async def _find_experts(
     where = f"{name!r} could not be looked up in time"
     routing: Routing | None = None
     with trio.move_on_at(deadline):
-        routing = await beam_search(session.directory, name, grid_scores, k)
+        try:
+            routing = await beam_search(session.directory, name, grid_scores, k)
+        except ValueError as error:
+            raise ValueError(
+                f"the gate of the grid {name!r} gave no usable scores: {error}; is the input finite?"
+            ) from None
         if n and not routing.experts:
             # Asking the DHT for the reason may find experts that were declared since the cache was filled.
             where = await session.directory.explain(name)
@@ -160,7 +167,7 @@ async def _find_experts(
     if routing is None or (n and not routing.experts):
         raise NoExperts(
             f"no live expert of the grid {name!r}: {where}; serve some with swarm.serve(name={name!r}, …) or "
-            f"`labkit serve --name {name}`, or wait for theirs to come back"
+            "`labkit serve`, or try again when its servers are back"
         )
     alive = int((routing.choice >= 0).sum(1).min()) if n else k
     if alive < k and session.first_time(f"fewer than k_best {name}"):
@@ -180,8 +187,7 @@ def _refill(sent: Dispatched, found: Routing, short: Tensor, free: Tensor) -> Te
     index = torch.tensor([numbers[info.uid] for info in found.experts] + [-1])
     offers = index[found.choice]  # [short, k]
     # 2. Leave out whom the row has asked already.
-    taken = sent.choice[short].masked_fill(free[short], -2)  # [short, k]
-    fresh = (offers >= 0) & ~(offers[:, :, None] == taken[:, None, :]).any(2)
+    fresh = (offers >= 0) & ~(offers[:, :, None] == sent.choice[short][:, None, :]).any(2)
     # 3. The first offer goes to the first free slot, and so on.
     offer = torch.argsort(~fresh, dim=1, stable=True)
     slot = torch.argsort(~free[short], dim=1, stable=True)

@@ -66,7 +66,7 @@ class Gathering:
             while True:
                 possible = (self.answered | self.waiting).sum(1) >= self.needed
                 if replace is not None and not (possible | lost).all():  # 1
-                    short = ~(possible | lost)
+                    short = ~possible
                     requests = await replace(short.nonzero().squeeze(1), ~(self.answered | self.waiting))
                     self._start(nursery, requests, ask)
                     for request in requests:

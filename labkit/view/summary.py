@@ -17,6 +17,8 @@ STYLE = """
 
 MARKS = {"running": "●", "remote": "○", "starting": "◌"}  # a state is told by sign and word, not by colour alone
 GONE = "✕"
+HEADER = ("server", "state", "address", "experts", "calls", "mean", "failures")
+NUMBERS = {"experts", "calls", "mean"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +52,20 @@ class SwarmSummary:
         """As plain text, a line for each server."""
         lines = [self._headline()]
         if self.servers:
-            header = ("", "server", "state", "address", "experts", "calls", "mean", "failures")
-            rows = [header, *(self._cells(row) for row in self.servers)]
-            widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-            lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+            rows = [("", *HEADER), *(self._cells(row) for row in self.servers)]
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            lines += ["  ".join(map(_justify, ("", *HEADER), row, widths)).rstrip() for row in rows]
         lines.append(self._footline())
         return "\n".join(lines)
 
     def html(self) -> str:
         """As HTML, for a notebook."""
-        header = ("server", "state", "address", "experts", "calls", "mean", "failures")
-        numbers = {"experts", "calls", "mean"}
 
         def line(tag: str, cells: Sequence[str], css: str = "") -> str:
             number = ' class="number"'
             marked = (
-                f"<{tag}{number if name in numbers else ''}>{html.escape(cell)}</{tag}>"
-                for name, cell in zip(header, cells, strict=True)
+                f"<{tag}{number if name in NUMBERS else ''}>{html.escape(cell)}</{tag}>"
+                for name, cell in zip(HEADER, cells, strict=True)
             )
             return f"<tr{css}>{''.join(marked)}</tr>"
 
@@ -74,7 +73,7 @@ class SwarmSummary:
         for row in self.servers:
             mark, label, state, *rest = self._cells(row)
             rows.append(line("td", (label, f"{mark} {state}", *rest), "" if row.state in MARKS else ' class="gone"'))
-        table = f"<table><thead>{line('th', header)}</thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""
+        table = f"<table><thead>{line('th', HEADER)}</thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""
         head, foot = html.escape(self._headline()), html.escape(self._footline())
         return f'{STYLE}<div class="labkit-swarm"><strong>{head}</strong>{table}<div>{foot}</div></div>'
 
@@ -95,6 +94,10 @@ class SwarmSummary:
         mean = f"{row.mean_ms:.1f} ms" if row.calls else "–"
         mark = MARKS.get(row.state, GONE)
         return mark, row.label, row.state, row.address, alive, f"{row.calls:,}", mean, _failures(row.failed)
+
+
+def _justify(column: str, cell: str, width: int) -> str:
+    return cell.rjust(width) if column in NUMBERS else cell.ljust(width)
 
 
 def _failures(failed: dict[str, int]) -> str:

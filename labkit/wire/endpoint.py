@@ -249,8 +249,8 @@ class ZmqNetwork:
         socket, host, port = make_router(
             self.context, bound, identity, secure=secure, domain=domain, max_frame=self.limits.message_bytes
         )
-        host, port = _announced(announce, host, port)
         try:
+            host, port = _announced(announce, host, port)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(socket.run)
                 contact = Contact(identity.public_key, host, port, secure)

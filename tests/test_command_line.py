@@ -1,0 +1,206 @@
+"""`labkit serve` and `labkit keygen` as a person at a terminal has them."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import labkit as lk
+from labkit.__main__ import main
+from labkit.events import CallFinished
+from labkit.server.checkpoints import load_expert
+from labkit.swarm import Swarm, _open
+from labkit.wire.security import Identity, key_text
+from tests.swarms import eventually
+
+X = torch.linspace(-1, 1, 12).reshape(3, 4)
+
+
+def unhurried_batches() -> Iterator[tuple[Tensor, Tensor]]:
+    """Without end, at a pace that leaves time to those who start meanwhile."""
+    while True:
+        time.sleep(0.02)
+        yield torch.randn(8, 4), torch.randint(2, (8,))
+
+
+class Terminal:
+    """A running `labkit serve` and what it has printed."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.printed = ""
+
+    def invitation(self) -> str:
+        """Wait until it serves, and read off its invitation."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.printed += line
+            if line.startswith("serving"):
+                break
+        found = re.search(r"^invitation: (\S+)$", self.printed, re.MULTILINE)
+        assert found is not None, self.printed
+        return found[1]
+
+
+@contextmanager
+def terminal(*arguments: str) -> Iterator[Terminal]:
+    command = [sys.executable, "-m", "labkit", "serve", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            yield Terminal(process)
+        finally:
+            process.kill()
+
+
+def test_a_swarm_of_terminals_and_a_trainer_lives_on_without_the_terminal_that_started_it(tmp_path):
+    with terminal("--expert", "nop", "--grid", "2", "2", "--experts", "2") as first:
+        invite = first.invitation()
+        assert "grid nop 2 × 2: 2 experts alive" in first.printed
+        assert "same machine only" in first.printed
+        with Swarm.join(invite, name="trainer") as swarm:
+            old = set(swarm.experts())
+            assert len(old) == 2
+            used: set[str] = set()
+            swarm.on_event(lambda event: used.add(event.uid) if isinstance(event, CallFinished) else None)
+            model = nn.Sequential(swarm.moe(4, name="nop", k_best=4), nn.Linear(4, 2))
+            run = lk.fit(model, unhurried_batches(), steps=1_000_000, trainers=1)
+            eventually(lambda: used == old)
+
+            with terminal("--join", invite, "--expert", "nop", "--checkpoint-dir", str(tmp_path)) as second:
+                second.invitation()
+                assert "grid nop 2 × 2: 4 experts alive" in second.printed  # it took the free places
+                eventually(lambda: len(used) == 4)  # without a restart
+                new = used - old
+
+                first.process.kill()
+                used.clear()
+                eventually(lambda: new <= used)
+                assert run.running
+                with Swarm.join(swarm.invite(), name="late") as late:
+                    assert new <= set(late.experts())
+                    assert late.expert(min(new))(X).equal(X)
+
+                run.stop()
+                second.process.send_signal(signal.SIGTERM)
+                assert second.process.wait(10) == 0
+                assert {path.name for path in tmp_path.iterdir()} == {f"{uid}.safetensors" for uid in new}
+
+
+# ---------------------------------------------------------------- in this process, which is as good
+
+
+def signal_when_it_serves(number: signal.Signals) -> threading.Thread:
+    def send() -> None:
+        eventually(lambda: "serve" in _open and any(server.alive for server in _open["serve"].servers))
+        swarm = _open["serve"]
+        swarm.expert("ffn.0")(X).sum().backward()
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_stop_cleanly_and_save(tmp_path, capsys, number):
+    thread = signal_when_it_serves(number)
+    assert main(["serve", "--grid", "1", "--hidden", "4", "--checkpoint-dir", str(tmp_path)]) == 0
+    thread.join()
+    assert "serving until Ctrl-C" in capsys.readouterr().out
+    state = load_expert(tmp_path, "ffn.0")
+    assert state is not None and state["counter.updates"] == 1
+
+
+def test_a_server_that_ends_by_itself_ends_the_command_with_its_reason(capsys):
+    def kill() -> None:
+        eventually(lambda: "serve" in _open and any(server.alive for server in _open["serve"].servers))
+        _open["serve"].servers[0].kill()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    assert main(["serve", "--expert", "nop"]) == 1
+    thread.join()
+    assert "labkit: the server ended" in capsys.readouterr().err
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command says that cannot be done: one line, without a traceback, and status 1."""
+    assert main(arguments) == 1
+    text = capsys.readouterr().err
+    assert text.startswith("labkit: ")
+    assert text.count("\n") == 1
+    return text
+
+
+def test_a_swarm_that_cannot_be_joined_is_a_line_that_says_why(capsys):
+    nobody = f"labkit://{key_text(Identity.generate().public_key)}@127.0.0.1:1"
+    assert "127.0.0.1:1: nothing listens there" in complaint(capsys, "serve", "--join", nobody)
+    assert "an invitation looks like" in complaint(capsys, "serve", "--join", "127.0.0.1:4000")
+    with Swarm("private", members=[]) as private:
+        text = complaint(capsys, "serve", "--join", private.invite())
+        assert "private" in text and "labkit keygen" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--experts", "0"], "experts=0"),
+        (["--grid", "0", "4"], "grid="),
+        (["--expert", "cnn"], "unknown expert kind 'cnn'; known are"),
+        (["--expert", "no.such:Thing"], "'no.such:Thing' cannot be imported"),
+        (["--hidden", "7", "--expert", "transformer"], "hidden=7 is not a multiple of heads=8"),
+        (["--listen", "4000"], "tcp://HOST:PORT"),
+        (["--key", "/no/such/key"], "make one: labkit keygen /no/such/key"),
+        (["--member", "me"], "'me' is not a public key"),
+        (["--checkpoint-dir", "/dev/null"], "no checkpoints can be kept in /dev/null"),
+        (["--checkpoint-period", "0"], "checkpoint_period=0"),
+        (["--name", "a.b"], "'a.b' is not a grid name"),
+        (["--device", "abacus"], "abacus"),
+    ],
+)
+def test_what_cannot_be_served_is_a_line_that_says_why(capsys, arguments, text):
+    assert text in complaint(capsys, "serve", *arguments)
+
+
+def test_a_joined_server_listens_as_wide_as_the_swarm(capsys):
+    with Swarm("wide", listen="tcp://0.0.0.0:*") as wide:
+        heard: list[str] = []
+
+        def look() -> None:
+            eventually(lambda: len(wide.experts()) == 1)
+            heard.extend(info.contact.host for info in wide.experts().values())
+            _open["serve"].servers[0].kill()
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        main(["serve", "--join", wide.invite(), "--expert", "nop", "--experts", "1"])
+        thread.join()
+        assert heard == [wide._node.contact.host]
+
+
+def test_keygen_makes_a_file_for_its_owner_alone_and_prints_the_public_key(tmp_path, capsys):
+    path = tmp_path / "keys" / "mine"
+    assert main(["keygen", str(path)]) == 0
+    assert capsys.readouterr().out.strip() == key_text(Identity.load(path).public_key)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert "never overwritten" in complaint(capsys, "keygen", str(path))
+    assert "cannot be written" in complaint(capsys, "keygen", str(path / "below"))
+
+
+def test_a_command_that_is_misspelt_is_explained(capsys):
+    for wrong in ([], ["srve"], ["serve", "--experts", "many"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(wrong)
+        assert "usage: labkit" in capsys.readouterr().err

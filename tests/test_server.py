@@ -1,0 +1,227 @@
+"""An expert server over the real wire: what it answers, and how it begins and ends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trio
+from torch import Tensor, nn
+
+from labkit.contact import Contact
+from labkit.directory.grids import GridInfo, find_grids
+from labkit.errors import BadRequest, CheckpointError, LabkitError, NonFiniteTensor, Overloaded, UnknownExpert
+from labkit.faults import Faults
+from labkit.node import Node, open_node
+from labkit.portal import unwrap
+from labkit.server.backend import BackendConfig
+from labkit.server.checkpoints import load_expert
+from labkit.server.server import ServerConfig, ServerStatistics, checkpoint_directory, serve_experts
+from labkit.wire.endpoint import open_network
+from labkit.wire.rpc import BULK
+from labkit.wire.security import Identity
+from tests.swarms import soon
+
+SGD = BackendConfig(optimizer="sgd", lr=0.1)
+UIDS = ("ffn.0.0", "ffn.0.1")
+X = torch.linspace(-1, 1, 12).reshape(3, 4)
+
+
+def config(**changes: Any) -> ServerConfig:
+    usual: dict[str, Any] = {"uids": UIDS, "grid": (1, 2), "options": {"hidden": 4}, "backend": SGD}
+    return ServerConfig(**usual | changes)
+
+
+class Lab:
+    """A node that calls a server."""
+
+    def __init__(self, node: Node, server: Contact, crash: trio.CancelScope) -> None:
+        self.node, self.server, self.crash = node, server, crash
+
+    async def call(self, direction: str, tensors: Sequence[Tensor], uid: str = UIDS[0], timeout: float = 5.0) -> Tensor:
+        reply = await self.node.client.call(
+            self.server, f"expert.{direction}", [uid], tensors, timeout=timeout, lane=BULK
+        )
+        return reply.tensors[0]
+
+    async def statistics(self) -> ServerStatistics:
+        reply = await self.node.client.call(self.server, "server.statistics", returns=ServerStatistics, timeout=5.0)
+        assert isinstance(reply.body, ServerStatistics)
+        return reply.body
+
+
+@asynccontextmanager
+async def lab(server: ServerConfig, faults: Faults | None = None) -> AsyncIterator[Lab]:
+    """A server and a node that it has joined; the server stops cleanly at the end, unless it has crashed."""
+    stop, crash = trio.Event(), trio.CancelScope()
+    async with (
+        open_network() as network,
+        open_node(network, Identity.generate()) as node,
+        trio.open_nursery() as nursery,
+    ):
+
+        async def serve(task_status: trio.TaskStatus[Contact]) -> None:
+            with crash:
+                await serve_experts(
+                    network, Identity.generate(), server, join=[node.contact], faults=faults, stop=stop,
+                    task_status=task_status,
+                )  # fmt: skip
+
+        yield Lab(node, await nursery.start(serve), crash)
+        stop.set()
+
+
+# ---------------------------------------------------------------- what it answers
+
+
+async def test_a_server_can_be_found_as_soon_as_it_has_started():
+    async with lab(config()) as here:
+        found = await here.node.directory.find(UIDS)
+        assert [info and info.contact for info in found.values()] == [here.server] * 2
+        assert await find_grids(here.node.dht, 5.0) == {"ffn": GridInfo((1, 2), "ffn", {"hidden": 4})}
+
+
+async def test_forward_answers_outputs_and_backward_answers_gradients_and_takes_a_step():
+    async with lab(config()) as here:
+        before = await here.call("forward", [X])
+        assert before.shape == X.shape
+        gradient = await here.call("backward", [X, torch.ones_like(X)])
+        assert gradient.shape == X.shape
+        assert not (await here.call("forward", [X])).equal(before)
+        statistics = await here.statistics()
+        assert statistics.experts == {UIDS[0]: 1, UIDS[1]: 0}
+        assert (statistics.batches, statistics.rows) == (3, 9)
+
+
+async def test_what_an_expert_cannot_take_is_refused_and_changes_nothing():
+    async with lab(config()) as here:
+        before = await here.call("forward", [X])
+        for direction, tensors, failure in [
+            ("forward", [X / 0], NonFiniteTensor),
+            ("backward", [X, X / 0], NonFiniteTensor),
+            ("forward", [], BadRequest),
+            ("backward", [X], BadRequest),
+        ]:
+            with pytest.raises(failure):
+                await here.call(direction, tensors)
+        with pytest.raises(LabkitError, match=r"float32 \[rows, 4\]"):  # it says what it takes
+            await here.call("forward", [X[:, :3]])
+        with pytest.raises(UnknownExpert, match=r"does not hold expert 'ffn.7.7'; look it up again"):
+            await here.call("forward", [X], uid="ffn.7.7")
+        with pytest.raises(BadRequest):
+            await here.node.client.call(here.server, "expert.forward", {"no": "uid"}, [X], timeout=5.0)
+        assert (await here.call("forward", [X])).equal(before)
+        assert (await here.statistics()).experts[UIDS[0]] == 0
+
+
+async def test_a_full_server_says_so_at_once():
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            begun.set()
+            go_on.wait(20)
+            return x
+
+    async with lab(config(kind=Slow, options={}, max_queue_rows=4)) as here, trio.open_nursery() as nursery:
+
+        async def one_waits() -> bool:
+            return (await here.statistics()).queued_rows == 3
+
+        nursery.start_soon(here.call, "forward", [X], UIDS[0], 20.0)
+        await trio.to_thread.run_sync(begun.wait, 20)
+        nursery.start_soon(here.call, "forward", [X], UIDS[0], 20.0)
+        await soon(one_waits)
+        with trio.fail_after(2), pytest.raises(Overloaded, match="3 rows wait here already, of at most 4"):
+            await here.call("forward", [X])
+        go_on.set()
+
+
+async def test_injected_faults_hold_for_experts_and_not_for_statistics():
+    faults = Faults(loss=1.0)
+    async with lab(config(), faults=faults) as here:
+        with pytest.raises(LabkitError, match="gave no answer"):
+            await here.call("forward", [X], timeout=0.1)
+        assert (await here.statistics()).loss == 1.0
+        faults.set(loss=0.0)
+        assert (await here.call("forward", [X])).shape == X.shape
+
+
+# ---------------------------------------------------------------- how it begins and ends
+
+
+async def test_a_clean_stop_saves_every_expert_and_the_next_server_carries_on(tmp_path):
+    there = config(checkpoint_dir=str(tmp_path))
+    async with lab(there) as here:
+        await here.call("backward", [X, torch.ones_like(X)])
+        before = [await here.call("forward", [X], uid=uid) for uid in UIDS]
+    async with lab(there) as here:
+        for uid, output in zip(UIDS, before, strict=True):
+            assert (await here.call("forward", [X], uid=uid)).equal(output)
+        assert (await here.statistics()).experts == {UIDS[0]: 1, UIDS[1]: 0}
+
+
+async def test_experts_are_saved_every_so_many_seconds_if_they_have_changed(tmp_path):
+    async def saved() -> bool:
+        return load_expert(tmp_path, UIDS[0]) is not None
+
+    async with lab(config(checkpoint_dir=str(tmp_path), checkpoint_period=0.05)) as here:
+        await here.call("backward", [X, torch.ones_like(X)])
+        await soon(saved)
+        assert load_expert(tmp_path, UIDS[1]) is None
+
+
+async def test_a_crash_saves_nothing(tmp_path):
+    async with lab(config(checkpoint_dir=str(tmp_path))) as here:
+        await here.call("backward", [X, torch.ones_like(X)])
+        here.crash.cancel()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["cut short", "another kind", "another width"])
+async def test_a_checkpoint_that_does_not_fit_stops_the_start_and_names_the_file(tmp_path, damage):
+    async with lab(config(checkpoint_dir=str(tmp_path))):
+        pass
+    path = tmp_path / f"{UIDS[0]}.safetensors"
+    if damage == "cut short":
+        path.write_bytes(path.read_bytes()[:-1])
+    changed = {
+        "another kind": {"kind": "transformer", "options": {"hidden": 8}},
+        "another width": {"options": {"hidden": 8}},
+    }
+    with pytest.raises(BaseException) as caught:
+        async with lab(config(checkpoint_dir=str(tmp_path), **changed.get(damage, {}))):
+            pass
+    error = unwrap(caught.value)
+    assert isinstance(error, CheckpointError)
+    assert str(path) in str(error)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"uids": ()}, "at least one"),
+        ({"uids": ("ffn.0.0", "ffn.0.0")}, "each once"),
+        ({"uids": ("ffn",)}, "not an expert uid"),
+        ({"uids": ("ffn.0.2",)}, "not in a grid of 1 x 2"),
+        ({"checkpoint_period": float("nan")}, "checkpoint_period=nan"),
+        ({"threads": 0}, "threads=0"),
+    ],
+)
+def test_a_server_that_cannot_be_is_refused_before_it_starts(wrong, text):
+    with pytest.raises(ValueError, match=text):
+        config(**wrong)
+
+
+def test_a_directory_for_checkpoints_is_made_or_refused(tmp_path: Path):
+    assert checkpoint_directory(None) is None
+    assert checkpoint_directory(tmp_path / "new" / "one") == str(tmp_path / "new" / "one")
+    assert (tmp_path / "new" / "one").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(LabkitError, match=r"no checkpoints can be kept in .*file: File exists"):
+        checkpoint_directory(tmp_path / "file")

@@ -1,0 +1,443 @@
+"""Trainers: what they compute, how many there are, and what happens when batches, data or user code fail."""
+
+from __future__ import annotations
+
+import _thread
+import threading
+import time
+from collections.abc import Callable
+from itertools import chain
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from labkit.data import ClassificationData, batches
+from labkit.errors import NotEnoughExperts, SwarmClosed, TrainingFailed
+from labkit.events import Event, StepFailed, StepFinished
+from labkit.shared_model import SharedModel
+from labkit.swarm import Swarm
+from labkit.trainer import Run, TrainConfig, evaluate, fit, train_step
+
+X = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+Y = (X.sum(1) > 0).long()
+
+
+def classifier(*layers: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), *layers, nn.ReLU(), nn.Linear(8, 2))
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+class Through(nn.Module):
+    """A layer that passes x on, after it called `function` with it. Replicas share the function."""
+
+    def __init__(self, function: Callable[[torch.Tensor], object]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        self.function(x)
+        return x
+
+
+def failing(*calls: int, error: BaseException | None = None) -> Through:
+    """A layer that fails in its first, second, … forward pass, or in each if none is named."""
+    lock = threading.Lock()
+    seen: list[torch.Tensor] = []
+
+    def count(x):
+        with lock:
+            seen.append(x)
+            if not calls or len(seen) in calls:
+                raise error or NotEnoughExperts(f"pass {len(seen)}")
+
+    return Through(count)
+
+
+# ---------------------------------------------------------------- what is computed
+
+
+@pytest.mark.parametrize("make", [sgd, torch.optim.Adam, lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True)])
+def test_one_trainer_equals_plain_sequential_training(make):
+    ours, plain = classifier(nn.BatchNorm1d(8)), classifier(nn.BatchNorm1d(8))
+    run = fit(ours, (X, Y), steps=30, batch_size=16, trainers=1, seed=7, optimizer=make).wait()
+
+    optimizer = make(plain.parameters())
+    losses = []
+    stream = batches(X, Y, 16, torch.Generator().manual_seed(7))
+    for _, (x, y) in zip(range(30), stream, strict=False):
+        loss = F.cross_entropy(plain(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+
+    assert [step.loss for step in run.history] == losses
+    assert all(torch.equal(ours.state_dict()[name], value) for name, value in plain.state_dict().items())
+    assert run.staleness == 0
+
+
+def test_a_gradient_is_of_the_parameters_that_its_trainer_saw_and_knows_how_stale_it_is():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 1.0)
+    shared = SharedModel(model, sgd(model.parameters()))
+    early, late = shared.replica(), shared.replica()
+    one, zero = torch.ones(1, 1), torch.zeros(1, 1)
+
+    seen = shared.refresh(early)  # w = 1
+    for _ in range(2):  # meanwhile another takes two steps: dw = 2w, so w = 0.8, 0.64
+        loss, staleness = train_step(shared, late, (one, zero), F.mse_loss, balance=0)
+        assert staleness == 0
+    assert loss == pytest.approx(0.8**2)
+    F.mse_loss(early(one), zero).backward()
+    assert shared.apply(early, seen) == 2
+    assert model.weight.item() == pytest.approx(0.64 - 0.1 * 2 * 1.0)
+    assert shared.updates == 3
+
+
+def test_trainers_work_at_the_same_time_and_no_more_than_stated():
+    together = threading.Barrier(3)
+    lock, inside, most = threading.Lock(), set(), []
+
+    def meet(x):
+        with lock:
+            inside.add(threading.current_thread())
+            most.append(len(inside))
+        together.wait(10)
+        with lock:
+            inside.discard(threading.current_thread())
+
+    run = fit(classifier(Through(meet)), (X, Y), steps=30, trainers=3).wait()
+    assert run.steps == 30 and max(most) == 3
+    assert run.staleness > 0
+
+
+@pytest.mark.parametrize("trainers", [1, 8])
+def test_exactly_the_steps_asked_for_are_applied_and_each_is_told(trainers):
+    told: list[Event] = []
+    config = TrainConfig(steps=37, batch_size=10, trainers=trainers)
+    run = Run(classifier(), (X, Y), config, emit=told.append).wait()
+    assert run.steps == 37
+    steps = [event for event in told if isinstance(event, StepFinished)]
+    assert sorted(step.step for step in steps) == list(range(1, 38)) == [step.step for step in run.history]
+    assert sum(step.samples for step in steps) == 370
+    assert run.samples_per_s == pytest.approx(370 / run.seconds)
+    assert run.loss == pytest.approx(sum(step.loss for step in list(run.history)[-20:]) / 20)
+
+
+def test_training_teaches():
+    model = classifier()
+    before = evaluate(model, X, Y)
+    fit(model, (X, Y), epochs=30, batch_size=10, trainers=4, lr=0.01).wait()
+    assert evaluate(model, X, Y) > max(0.9, before)
+
+
+def test_frozen_parameters_stay_and_tied_ones_stay_tied():
+    one, tied, frozen = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+    tied.weight = one.weight
+    frozen.weight.requires_grad_(False)
+    model = nn.Sequential(one, tied, frozen)
+    before = [one.weight.clone(), frozen.weight.clone()]
+    fit(model, (X, Y), steps=20, trainers=4).wait()
+    assert not torch.equal(one.weight, before[0]) and torch.equal(frozen.weight, before[1])
+    assert tied.weight is one.weight
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_sparse_gradients_are_applied_too():
+    words = nn.EmbeddingBag(10, 2, sparse=True)
+    before = words.weight.clone()
+    data = torch.randint(10, (50, 3)), torch.zeros(50, dtype=torch.long)
+    fit(words, data, steps=20, trainers=2, optimizer=sgd).wait()
+    assert not torch.equal(words.weight, before)
+
+
+# ---------------------------------------------------------------- the forms of data
+
+
+def seen_by(data, **options) -> list[list[int]]:
+    """The labels of the batches that a run with one trainer gets."""
+    seen = []
+    model = nn.Linear(1, 10)
+
+    def loss(scores, y):
+        seen.append(y.tolist())
+        return F.cross_entropy(scores, y)
+
+    fit(model, data, loss=loss, trainers=1, batch_size=4, **options).wait()
+    return seen
+
+
+ROWS, LABELS = torch.randn(10, 1), torch.arange(10)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield ROWS[0], 3
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (ROWS, LABELS),
+        [ROWS, LABELS],
+        ClassificationData("ten", ROWS, LABELS, ROWS[:1], LABELS[:1], 10),
+        TensorDataset(ROWS, LABELS),
+        DataLoader(TensorDataset(ROWS, LABELS), 4),
+        [(ROWS[:4], LABELS[:4]), (ROWS[4:8], LABELS[4:8]), (ROWS[8:], LABELS[8:])],
+    ],
+    ids=["tensors", "list of tensors", "ClassificationData", "Dataset", "DataLoader", "list of batches"],
+)
+def test_an_epoch_shows_each_row_once_whatever_the_form_of_the_data(data):
+    seen = seen_by(data, epochs=2)
+    assert [len(labels) for labels in seen] == [4, 4, 2] * 2
+    for epoch in (seen[:3], seen[3:]):
+        assert sorted(chain.from_iterable(epoch)) == list(range(10))
+
+
+def test_half_an_epoch_is_half_the_steps():
+    assert len(seen_by([(ROWS[:2], LABELS[:2])] * 6, epochs=0.5)) == 3
+
+
+def test_a_stream_of_unknown_length_is_trained_on_by_steps():
+    assert seen_by(Endless(), steps=3) == [[3] * 4] * 3
+    with pytest.raises(ValueError, match="give steps"):
+        fit(classifier(), Endless(), epochs=1)
+
+
+@pytest.mark.parametrize("data", [(ROWS, LABELS), TensorDataset(ROWS, LABELS)], ids=["tensors", "Dataset"])
+def test_the_same_seed_gives_the_same_batches_and_another_others(data):
+    assert seen_by(data, steps=7, seed=1) == seen_by(data, steps=7, seed=1) != seen_by(data, steps=7, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (None, "a Dataset, or an iterable of batches, not NoneType"),
+        ([], "there are no batches in it"),
+        ((ROWS, LABELS[:3]), "10 rows and y has 3"),
+    ],
+)
+def test_unusable_data_is_refused_at_once(data, said):
+    with pytest.raises(ValueError, match=said):
+        fit(classifier(), data, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ((batch for batch in [(X, Y)] * 2), "no more batches .* a generator"),
+        ([X, Y, X], "a batch is a pair .x, y., not a Tensor"),
+        ([(X, Y, X)], "a batch is a pair .x, y., not 3 things"),
+    ],
+)
+def test_batches_that_are_no_batches_end_the_run(data, said):
+    with pytest.raises(ValueError, match=said):
+        fit(classifier(), data, steps=5).wait()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "either steps=… or epochs=…"),
+        ({"steps": 1, "epochs": 1}, "either steps=… or epochs=…"),
+        ({"steps": 0}, "steps=0"),
+        ({"steps": 1.5}, "steps=1.5"),
+        ({"epochs": float("nan")}, "epochs=nan"),
+        ({"steps": 1, "trainers": 0}, "trainers=0"),
+        ({"steps": 1, "learning_rate": 1}, "no option learning_rate; .* lr"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        fit(classifier(), (X, Y), **options)
+
+
+# ---------------------------------------------------------------- failures
+
+
+def test_a_failed_batch_is_dropped_counted_and_told_and_the_run_goes_on():
+    told: list[Event] = []
+    config = TrainConfig(steps=10, trainers=2, batch_size=10)
+    run = Run(classifier(failing(2, 3, 7)), (X, Y), config, emit=told.append).wait()
+    assert run.steps == 10 and run.failed_batches == 3
+    failures = [event for event in told if isinstance(event, StepFailed)]
+    assert sorted(event.detail for event in failures) == ["pass 2", "pass 3", "pass 7"]
+    assert {event.samples for event in failures} == {10}
+    assert "3 failed batches" in repr(run)
+
+
+def test_too_many_failures_in_a_row_end_the_run_with_the_last_as_the_cause():
+    run = fit(classifier(failing()), (X, Y), steps=10, trainers=1, max_failures=5)
+    with pytest.raises(TrainingFailed, match="5 batches in a row failed; the last: pass 5") as raised:
+        run.wait()
+    assert isinstance(raised.value.__cause__, NotEnoughExperts)
+    assert run.steps == 0 and run.failed_batches == 5 and not run.running
+
+
+def test_failures_with_a_success_in_between_are_not_in_a_row():
+    fails = failing(*(n for n in range(1, 40) if n % 5))
+    assert fit(classifier(fails), (X, Y), steps=5, trainers=1, max_failures=5).wait().failed_batches == 20
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_changes_nothing(bad):
+    model = nn.Linear(4, 2)
+    before = model.weight.clone()
+    run = fit(model, (X, Y), steps=5, max_failures=3, loss=lambda scores, y: scores.sum() * bad)
+    with pytest.raises(TrainingFailed, match="the loss is"):
+        run.wait()
+    assert torch.equal(model.weight, before)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    model = nn.Linear(4, 2)
+    before = model.weight.clone()
+    run = fit(model, (X, Y), steps=5, max_failures=3, loss=lambda scores, y: (scores * 0).abs().sqrt().sum())
+    with pytest.raises(TrainingFailed, match="the gradient of weight is not finite"):
+        run.wait()
+    assert torch.equal(model.weight, before)
+
+
+def test_an_error_of_the_user_ends_the_run_and_points_into_his_code():
+    def faulty_loss(scores, y):
+        return scores + None
+
+    run = fit(classifier(), (X, Y), steps=5, loss=faulty_loss)
+    for _ in range(2):
+        with pytest.raises(TypeError) as raised:
+            run.wait()
+        assert raised.traceback[-1].name == "faulty_loss"
+        assert len(raised.traceback) == 6  # test, wait, _train, _try_step, train_step, faulty_loss
+    assert repr(run).startswith("<run failed (TypeError: ")
+
+
+def test_even_an_exit_in_user_code_ends_the_run():
+    with pytest.raises(SystemExit):
+        fit(classifier(failing(error=SystemExit(3))), (X, Y), steps=5).wait()
+
+
+# ---------------------------------------------------------------- waiting and stopping
+
+
+@pytest.fixture
+def held():
+    """A run of one trainer that is in its first forward pass until `go` is set."""
+    inside, go = threading.Event(), threading.Event()
+
+    def hold(x):
+        inside.set()
+        assert go.wait(10)
+
+    run = fit(classifier(Through(hold)), (X, Y), steps=1000, trainers=1)
+    assert inside.wait(10)
+    yield run, go
+    go.set()
+    run.stop()
+
+
+def test_fit_returns_at_once_and_wait_waits_no_longer_than_told(held):
+    run, _ = held
+    assert run.wait(timeout=0.05) is run
+    assert run.running and run.steps == 0
+    assert repr(run).startswith("<run running: 0 of 1000 steps")
+
+
+def test_stop_lets_the_batches_in_flight_finish(held):
+    run, go = held
+    threading.Timer(0.05, go.set).start()
+    assert run.stop() is run
+    assert not run.running and run.steps == 1
+    assert repr(run).startswith("<run stopped: 1 of 1000 steps")
+
+
+def test_an_interrupt_while_waiting_leaves_the_run_going(held):
+    run, go = held
+    interrupter = threading.Timer(0.05, _thread.interrupt_main)
+    interrupter.start()
+    with pytest.raises(KeyboardInterrupt):
+        run.wait()
+    interrupter.join()
+    assert run.running
+    go.set()
+
+
+def test_fitting_a_model_again_stops_the_earlier_run(held, caplog):
+    run, go = held
+    threading.Timer(0.05, go.set).start()
+    again = fit(run.model, (X, Y), steps=3, trainers=2)
+    assert not run.running
+    assert again.wait().steps == 3
+    assert "an earlier run still trained this model" in caplog.text
+
+
+def test_the_batches_are_closed_when_the_run_ends():
+    closed = threading.Event()
+
+    class Loader:
+        def __iter__(self):
+            try:
+                while True:
+                    yield X, Y
+            finally:
+                closed.set()
+
+    fit(classifier(), Loader(), steps=5).wait()
+    assert closed.is_set()
+
+
+# ---------------------------------------------------------------- over a swarm
+
+
+def test_a_swarm_that_is_closed_meanwhile_ends_the_run_quickly_and_clearly():
+    with Swarm("trainer-test") as swarm:
+        swarm.serve("ffn", hidden=8, grid=(2, 2), isolation="task")
+        model = classifier(swarm.moe(8, k_best=2))
+        told: list[Event] = []
+        swarm.on_event(told.append)
+        run = fit(model, (X, Y), steps=100_000, batch_size=10, trainers=4, balance=0.1)
+        deadline = time.monotonic() + 10
+        while run.steps < 5 and time.monotonic() < deadline:
+            run.wait(0.01)
+        assert sum(isinstance(event, StepFinished) for event in told) >= 5
+        assert 0 <= run.evaluate(X, Y) <= 1
+    started = time.monotonic()
+    with pytest.raises(SwarmClosed, match="trainer-test"):
+        run.wait(10)
+    assert time.monotonic() - started < 2
+    with pytest.raises(SwarmClosed):
+        fit(model, (X, Y), steps=1)
+
+
+def test_a_run_does_not_go_on_in_another_swarm_of_the_same_name(held_in_swarm):
+    run, go = held_in_swarm
+    with Swarm("trainer-test"):
+        go.set()
+        with pytest.raises(SwarmClosed, match="'trainer-test' is closed"):
+            run.wait(10)
+
+
+@pytest.fixture
+def held_in_swarm():
+    """A run between two forward passes of an MoE layer, over a swarm without experts."""
+    inside, go = threading.Event(), threading.Event()
+
+    def hold(scores, y):
+        inside.set()
+        assert go.wait(10)
+        return F.cross_entropy(scores, y)
+
+    with Swarm("trainer-test") as swarm:
+        model = nn.ModuleDict({"used": classifier(), "unused": swarm.moe(8, grid=(2, 2))})
+        model.forward = lambda x: model["used"](x)
+        run = fit(model, (X, Y), steps=1000, trainers=1, loss=hold)
+        assert inside.wait(10)
+        yield run, go
+        go.set()
