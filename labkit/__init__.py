@@ -32,6 +32,7 @@ _HOME = {
     "InviteError": "errors",
     "NoExperts": "errors",
     "NotEnoughExperts": "errors",
+    "ServerFailed": "errors",
     "SwarmClosed": "errors",
 }
 __all__ = ["__version__", *_HOME]
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from labkit.errors import LabkitError as LabkitError
     from labkit.errors import NoExperts as NoExperts
     from labkit.errors import NotEnoughExperts as NotEnoughExperts
+    from labkit.errors import ServerFailed as ServerFailed
     from labkit.errors import SwarmClosed as SwarmClosed
     from labkit.server.layers import register_expert as register_expert
     from labkit.server.optimizer import BackendConfig as BackendConfig

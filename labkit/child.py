@@ -24,8 +24,8 @@ from labkit.faults import Faults
 from labkit.node import NodeConfig
 from labkit.portal import unwrap
 from labkit.server.server import ServerConfig, serve_experts
-from labkit.wire.endpoint import open_network
 from labkit.wire.security import Admission, Identity
+from labkit.wire.zeromq import open_network
 
 logger = logging.getLogger(__name__)
 

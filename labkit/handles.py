@@ -6,24 +6,37 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import trio
 
 from labkit.child import STOP_TIMEOUT
 from labkit.contact import Contact
 from labkit.errors import LabkitError, ServerFailed
-from labkit.events import Emit, ignore
+from labkit.events import Emit
 from labkit.faults import Faults
 from labkit.lives import Life, ProcessLife, ServerPlan, TaskLife
 from labkit.node import Node
 from labkit.portal import Portal, unwrap
 from labkit.server.server import ServerStatistics
-from labkit.wire.endpoint import ZmqNetwork, split_address
+from labkit.wire.addresses import split_address
+from labkit.wire.zeromq import ZmqNetwork
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT = 90.0  # seconds; a first import of torch from a slow disk takes most of it
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Where local servers live: the lab thread of a swarm and what it holds. `faults` are theirs too."""
+
+    portal: Portal
+    nursery: trio.Nursery
+    network: ZmqNetwork
+    node: Node
+    faults: Faults
+    emit: Emit
 
 
 class ServerHandle:
@@ -32,21 +45,13 @@ class ServerHandle:
     Its methods block until they are done and may be called from any thread but the lab thread.
     """
 
-    def __init__(
-        self, portal: Portal, nursery: trio.Nursery, network: ZmqNetwork, node: Node, plan: ServerPlan, isolation: str,
-        faults: Faults, emit: Emit = ignore,
-    ) -> None:  # fmt: skip
+    def __init__(self, lab: Lab, plan: ServerPlan, isolation: str) -> None:
         self.plan = plan
         self.isolation = isolation
         self.state = "stopped"
         self.contact: Contact | None = None
         self.failure: str = ""
-        self._portal = portal
-        self._nursery = nursery
-        self._network = network
-        self._node = node
-        self._faults = faults
-        self._emit = emit
+        self._lab = lab
         self._life: Life | None = None
 
     @property
@@ -70,15 +75,15 @@ class ServerHandle:
 
     def kill(self) -> None:
         """End it as a crash would: SIGKILL for a process. Nothing is saved and nobody is told."""
-        self._portal.call(self._kill)
+        self._lab.portal.call(self._kill)
 
     def stop(self) -> None:
         """End it cleanly: it saves its experts. Raises `ServerFailed` if it could not."""
-        self._portal.call(self._stop)
+        self._lab.portal.call(self._stop)
 
     def wait(self) -> str:
         """Wait until it does not run any more, for whatever reason. Returns what went wrong, if something did."""
-        return self._portal.call(self._wait)
+        return self._lab.portal.call(self._wait)
 
     def restart(self, *, wait: bool = True) -> None:
         """Start it again, as the same node with the same experts (from their checkpoints, if it keeps them).
@@ -87,19 +92,19 @@ class ServerHandle:
         stopped first. Raises `ServerFailed` (if `wait`).
         """
         if wait:
-            self._portal.call(self._restart)
+            self._lab.portal.call(self._restart)
         else:
-            self._portal.call(self._restart_later)
+            self._lab.portal.call(self._restart_later)
 
     def statistics(self, timeout: float = 2.0) -> ServerStatistics:
         """Ask it how it is doing. Raises a kind of `RPCError` if it does not answer."""
-        return self._portal.call(self.ask_statistics, timeout)
+        return self._lab.portal.call(self.ask_statistics, timeout)
 
     async def ask_statistics(self, timeout: float) -> ServerStatistics:
         """`statistics` from inside the lab thread."""
         if self.contact is None:
             raise ServerFailed("this server has not been started")
-        reply = await self._node.client.call(
+        reply = await self._lab.node.client.call(
             self.contact, "server.statistics", returns=ServerStatistics, timeout=timeout
         )
         assert isinstance(reply.body, ServerStatistics)
@@ -131,7 +136,7 @@ class ServerHandle:
                 logger.warning("%s", error)
 
         await self._stop()
-        self._nursery.start_soon(begin, await self._new_life())
+        self._lab.nursery.start_soon(begin, await self._new_life())
 
     async def begin(self) -> None:
         """Start it, and return when its experts can be found.
@@ -142,7 +147,9 @@ class ServerHandle:
 
     async def _new_life(self) -> Life:
         previous = self._life
-        life = self._life = ProcessLife() if self.isolation == "process" else TaskLife(self._network, self._emit)
+        life = self._life = (
+            ProcessLife() if self.isolation == "process" else TaskLife(self._lab.network, self._lab.emit)
+        )
         self.state, self.failure = "starting", ""
         if previous is not None:  # two restarts at once
             previous.kill()
@@ -153,7 +160,7 @@ class ServerHandle:
         failure, cause = "it was interrupted", BaseException()
         try:
             with trio.fail_after(START_TIMEOUT):
-                await self._nursery.start(self._live, life, await self._same_address())
+                await self._lab.nursery.start(self._live, life, await self._same_address())
                 await self._be_found()
             return
         except trio.TooSlowError as error:
@@ -185,7 +192,7 @@ class ServerHandle:
 
     async def _be_found(self) -> None:
         """Wait until this process's own directory, which may know older records, finds the experts."""
-        directory = self._node.directory
+        directory = self._lab.node.directory
         while True:
             if not self.alive:
                 raise ServerFailed(self.failure)
@@ -198,7 +205,7 @@ class ServerHandle:
     async def _live(self, life: Life, plan: ServerPlan, *, task_status: trio.TaskStatus[None]) -> None:
         """One life, from its start to its end, for whatever reason."""
         async with trio.open_nursery() as nursery:
-            contact = await nursery.start(life.run, plan, self._faults)
+            contact = await nursery.start(life.run, plan, self._lab.faults)
             if self._life is life:
                 self.contact, self.state = contact, "running"
                 self.apply_faults()  # they may have changed meanwhile
@@ -206,7 +213,7 @@ class ServerHandle:
             failure = await life.wait()
             if self._life is life:
                 self._life, self.state, self.failure = None, "failed", failure or "it ended by itself"
-                logger.warning("%s ended by itself: %s", self._label, failure)
+                logger.warning("%s has ended: %s", self._label, self.failure)
 
     async def end(self, state: str, timeout: float = STOP_TIMEOUT, *, save: bool = True) -> str:
         """`kill` or `stop` from inside the lab thread; one that is still starting is killed.
@@ -231,7 +238,7 @@ class ServerHandle:
     def apply_faults(self) -> None:
         """Tell a running server what `faults` says now."""
         if self._life is not None:
-            self._life.apply_faults(self._faults)
+            self._life.apply_faults(self._lab.faults)
 
     def __repr__(self) -> str:
         where = f" at {self.contact.endpoint}" if self.contact is not None and self.alive else ""

@@ -1,14 +1,17 @@
-"""Joining a swarm, and saying why not: every way in which it can fail ends in a `JoinError` that a person can act on.
+"""Joining a swarm, and saying why not; who may join, and the text that invites.
 
-The steps are those of a connection, so the first that fails names the reason: 1. the name resolves, 2. something
-listens at the port, 3. it greets as ZeroMQ does, with or without encryption as the invitation says, 4. it holds the key
-of the invitation, admits ours and speaks our version.
+Every way in which joining can fail ends in a `JoinError` that a person can act on. The steps are those of a connection,
+so the first that fails names the reason: 1. the name resolves, 2. something listens at the port, 3. it greets as ZeroMQ
+does, with or without encryption as the invitation says, 4. it holds the key of the invitation, admits ours and speaks
+our version.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -24,9 +27,9 @@ from labkit.errors import (
     SecurityMismatch,
     WrongServerKey,
 )
-from labkit.wire.endpoint import resolve
+from labkit.wire.addresses import resolve
 from labkit.wire.rpc import Caller
-from labkit.wire.security import key_text
+from labkit.wire.security import Admission, key_text, parse_key, write_key_list
 
 JOIN_TIMEOUT = 8.0  # seconds for all four steps
 UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.EADDRNOTAVAIL}
@@ -129,6 +132,27 @@ def _explain(error: RPCError, contact: Contact, own_key: bytes) -> str:
 
 def _hint(contact: Contact) -> str:
     return LOOPBACK_NOTE if contact.is_loopback else ""
+
+
+class Members:
+    """The keys that may connect in a private swarm, and the file in which its servers read them; anybody, if `keys` is
+    None."""
+
+    def __init__(self, keys: Iterable[str | bytes] | None, file: Path) -> None:
+        self._keys = None if keys is None else {parse_key(key) for key in keys}
+        self.file = None if keys is None else file
+
+    def admission(self) -> Admission:
+        """As a node asks it."""
+        return Admission(file=self.file)
+
+    def admit(self, *keys: bytes) -> bool:
+        """Let these keys in, from now on. Returns False if anybody may come in."""
+        if self._keys is None or self.file is None:
+            return False
+        self._keys.update(keys)
+        write_key_list(self.file, self._keys)
+        return True
 
 
 class Invitation(str):

@@ -25,8 +25,8 @@ from labkit.faults import Faults
 from labkit.node import NodeConfig
 from labkit.portal import unwrap
 from labkit.server.server import ServerConfig, serve_experts
-from labkit.wire.endpoint import ZmqNetwork
 from labkit.wire.security import Admission, Identity
+from labkit.wire.zeromq import ZmqNetwork
 
 logger = logging.getLogger(__name__)
 

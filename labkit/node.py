@@ -17,9 +17,11 @@ from labkit.directory import Directory, DirectoryConfig
 from labkit.errors import JoinError
 from labkit.events import Emit, ignore
 from labkit.joining import check_reachable
-from labkit.wire.endpoint import LOOPBACK, ZmqEndpoint, ZmqNetwork
-from labkit.wire.rpc import Client, Method, RPCLimits, serve_rpc
+from labkit.wire.addresses import LOOPBACK
+from labkit.wire.client import Client
+from labkit.wire.rpc import Method, RPCLimits, serve_rpc
 from labkit.wire.security import Admission, Identity
+from labkit.wire.zeromq import ZmqEndpoint, ZmqNetwork
 
 
 @dataclass(frozen=True, slots=True)

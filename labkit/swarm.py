@@ -30,9 +30,9 @@ from labkit.errors import RPCError, SwarmClosed
 from labkit.events import Emit, Listeners
 from labkit.expert_uid import ExpertInfo, check_grid
 from labkit.faults import Faults
-from labkit.handles import ServerHandle, begin_all, end_all
-from labkit.joining import Invitation
-from labkit.node import Node, NodeConfig, open_node
+from labkit.handles import Lab, ServerHandle, begin_all, end_all
+from labkit.joining import Invitation, Members
+from labkit.node import NodeConfig, open_node
 from labkit.planning import choose_places, fit_options, grid_name, isolate, plan_servers
 from labkit.portal import Portal
 from labkit.server.layers import Factory
@@ -40,8 +40,9 @@ from labkit.server.optimizer import BackendConfig
 from labkit.server.server import ServerConfig, checkpoint_directory
 from labkit.view.summary import SwarmSummary
 from labkit.view.telemetry import Telemetry
-from labkit.wire.endpoint import LOOPBACK, open_network
-from labkit.wire.security import Admission, Identity, parse_key, write_key_list
+from labkit.wire.addresses import LOOPBACK
+from labkit.wire.security import Identity, parse_key
+from labkit.wire.zeromq import open_network
 
 logger = logging.getLogger(__name__)
 
@@ -80,19 +81,21 @@ class Swarm:
         self.listeners = Listeners()
         self.listeners.add(self.telemetry)
         self._faults = Faults()
-        self._members = None if members is None else {identity.public_key, *map(parse_key, members)}
+        keys = None if members is None else [identity.public_key, *map(parse_key, members)]
         self._node_config = replace(node or NodeConfig(), listen=listen, announce=announce, secure=secure)
         if name in _open:
             _open[name].close()
         self._folder = tempfile.TemporaryDirectory(prefix="labkit-", ignore_cleanup_errors=True)
-        self._write_members()
+        self._members = Members(keys, Path(self._folder.name) / "members")
+        self._members.admit()
         self._portal = Portal(name)
         try:
-            self._node: Node = self._portal.start(self._run, identity, _join)
+            self._lab: Lab = self._portal.start(self._run, identity, _join)
         except BaseException:
             self._portal.close()
             self._folder.cleanup()
             raise
+        self._node = self._lab.node
         experts = ExpertClient(self._node.client, self._node.directory, self.listeners)
         self._session = Session(name, self._portal, self._node.directory, experts, self.listeners)
         open_session(self._session)
@@ -112,16 +115,15 @@ class Swarm:
             options.setdefault("secure", True)
         return cls(name or f"joined {contact.endpoint}", _join=(contact,), **options)
 
-    async def _run(self, identity: Identity, join: tuple[Contact, ...], *, task_status: trio.TaskStatus[Node]) -> None:
+    async def _run(self, identity: Identity, join: tuple[Contact, ...], *, task_status: trio.TaskStatus[Lab]) -> None:
         """The life of the swarm's node, in the lab thread."""
+        config, admission = self._node_config, self._members.admission()
         async with (
-            open_network(self._node_config.limits.frames) as self._network,
-            open_node(
-                self._network, identity, self._node_config, join=join, admission=self._admission(), emit=self.listeners
-            ) as node,
-            trio.open_nursery() as self._nursery,
+            open_network(config.limits.frames) as network,
+            open_node(network, identity, config, join=join, admission=admission, emit=self.listeners) as node,
+            trio.open_nursery() as nursery,
         ):
-            task_status.started(node)
+            task_status.started(Lab(self._portal, nursery, network, node, self._faults, self.listeners))
             await trio.sleep_forever()
 
     # ------------------------------------------------------------ serving
@@ -163,18 +165,11 @@ class Swarm:
             checkpoint_dir=directory, checkpoint_period=checkpoint_period, threads=threads, seed=seed,
         )  # fmt: skip
         plans = plan_servers(
-            config, servers, self._node_config, self._node.contact, member_file=self._member_file,
+            config, servers, self._node_config, self._node.contact, member_file=self._members.file,
             lasting=checkpoint_dir is not None,
         )  # fmt: skip
-        if self._members is not None:
-            self._members.update(plan.identity.public_key for plan in plans)
-            self._write_members()
-        handles = [
-            ServerHandle(
-                self._portal, self._nursery, self._network, self._node, plan, isolation, self._faults, self.listeners
-            )
-            for plan in plans
-        ]  # fmt: skip
+        self._members.admit(*(plan.identity.public_key for plan in plans))
+        handles = [ServerHandle(self._lab, plan, isolation) for plan in plans]
         self._portal.call(begin_all, handles)
         self.servers += handles
         return handles
@@ -264,6 +259,11 @@ class Swarm:
         """The invitation to this swarm: `labkit://<public key>@host:port`."""
         return Invitation(self._node.contact)
 
+    def admit(self, key: str) -> None:
+        """Let the holder of this public key into a private swarm, from now on. Raises `ValueError`."""
+        if not self._members.admit(parse_key(key)):
+            raise ValueError("this swarm is open: everybody who has the invitation may join")
+
     def summary(self) -> SwarmSummary:
         """Servers, experts, calls and failures as they are now."""
         census: Census | None = None
@@ -278,26 +278,6 @@ class Swarm:
 
     def _repr_html_(self) -> str:
         return self.summary().html()
-
-    # ------------------------------------------------------------ membership
-
-    @property
-    def _member_file(self) -> Path | None:
-        return None if self._members is None else Path(self._folder.name) / "members"
-
-    def _admission(self) -> Admission:
-        return Admission(file=self._member_file)
-
-    def _write_members(self) -> None:
-        if self._member_file is not None and self._members is not None:
-            write_key_list(self._member_file, self._members)
-
-    def admit(self, key: str) -> None:
-        """Let the holder of this public key into a private swarm, from now on. Raises `ValueError`."""
-        if self._members is None:
-            raise ValueError("this swarm is open: everybody who has the invitation may join")
-        self._members.add(parse_key(key))
-        self._write_members()
 
     # ------------------------------------------------------------ ending
 

@@ -7,9 +7,10 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from labkit.wire.endpoint import ZmqEndpoint, ZmqNetwork, open_network
-from labkit.wire.rpc import Client, Method, Reply, Request, RPCLimits, serve_rpc
+from labkit.wire.client import Client
+from labkit.wire.rpc import Method, Reply, Request, RPCLimits, serve_rpc
 from labkit.wire.security import Admission, Identity
+from labkit.wire.zeromq import ZmqEndpoint, ZmqNetwork, open_network
 
 
 async def echo(request: Request) -> Reply:

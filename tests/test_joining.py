@@ -21,9 +21,9 @@ from labkit.errors import InviteError, JoinError, LabkitError
 from labkit.node import NodeConfig, open_node
 from labkit.portal import unwrap
 from labkit.swarm import Swarm
-from labkit.wire.endpoint import open_network
 from labkit.wire.frames import Kind
 from labkit.wire.security import Identity, key_text
+from labkit.wire.zeromq import open_network
 
 KEY = Identity.generate().public_key
 

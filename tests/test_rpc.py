@@ -24,9 +24,9 @@ from labkit.errors import (
     WrongServerKey,
 )
 from labkit.wire import frames as wire
-from labkit.wire.endpoint import open_network
 from labkit.wire.rpc import BULK, Method, Reply, Request, RPCLimits
 from labkit.wire.security import Admission, Identity
+from labkit.wire.zeromq import open_network
 from tests.nodes import calling, echo, server_and_client, serving
 
 

@@ -22,9 +22,9 @@ from labkit.portal import unwrap
 from labkit.server.backend import BackendConfig
 from labkit.server.checkpoints import load_expert
 from labkit.server.server import ServerConfig, ServerStatistics, checkpoint_directory, serve_experts
-from labkit.wire.endpoint import open_network
 from labkit.wire.rpc import BULK
 from labkit.wire.security import Identity
+from labkit.wire.zeromq import open_network
 from tests.swarms import soon
 
 SGD = BackendConfig(optimizer="sgd", lr=0.1)
@@ -190,7 +190,7 @@ async def test_a_checkpoint_that_does_not_fit_stops_the_start_and_names_the_file
     path = tmp_path / f"{UIDS[0]}.safetensors"
     if damage == "cut short":
         path.write_bytes(path.read_bytes()[:-1])
-    changed = {
+    changed: dict[str, dict[str, Any]] = {
         "another kind": {"kind": "transformer", "options": {"hidden": 8}},
         "another width": {"options": {"hidden": 8}},
     }

@@ -361,8 +361,8 @@ def test_stop_lets_the_batches_in_flight_finish(held):
 def test_an_interrupt_while_waiting_leaves_the_run_going(held):
     run, go = held
     interrupter = threading.Timer(0.05, _thread.interrupt_main)
-    interrupter.start()
     with pytest.raises(KeyboardInterrupt):
+        interrupter.start()
         run.wait()
     interrupter.join()
     assert run.running

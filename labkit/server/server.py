@@ -29,9 +29,9 @@ from labkit.server.backend import BackendConfig, ExpertBackend
 from labkit.server.checkpoints import keep_checkpoints, restore, save_all
 from labkit.server.layers import make_expert
 from labkit.server.runtime import Runtime
-from labkit.wire.endpoint import ZmqNetwork
 from labkit.wire.rpc import Method, Reply, Request
 from labkit.wire.security import Admission, Identity
+from labkit.wire.zeromq import ZmqNetwork
 
 logger = logging.getLogger(__name__)
 

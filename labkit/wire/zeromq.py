@@ -1,0 +1,234 @@
+"""Endpoints and links over ZeroMQ, and the network that makes them.
+
+A node has one ROUTER that others connect to and, for each node that it calls, a DEALER for control messages and one for
+bulk tensors, so that a ping never queues behind 8 MB.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import trio
+
+from labkit.contact import Contact, is_loopback
+from labkit.errors import ConnectionLost, LabkitError
+from labkit.wire.addresses import LOOPBACK, announced_address, resolve, split_address
+from labkit.wire.endpoint import Peer
+from labkit.wire.frames import Frame, FrameLimits
+from labkit.wire.security import Admission, Identity, answer_zap
+from labkit.wire.sockets import (
+    FLUSH_TIME,
+    Context,
+    Socket,
+    Unsent,
+    make_context,
+    make_dealer,
+    make_router,
+    make_zap,
+    read_monitor,
+    user_id,
+)
+
+
+class ZmqLink:
+    """A `Link` over a DEALER."""
+
+    def __init__(self, contact: Contact) -> None:
+        self.contact = contact
+        self.error: LabkitError | None = None
+        self._socket: Socket | None = None
+        self._scope = trio.CancelScope()
+        self._opened = trio.Event()
+
+    async def run(self, context: Context, identity: Identity, max_frame: int) -> None:
+        """Resolve the name, connect, and watch the connection until it breaks or the link is closed."""
+        secure, where = self.contact.secure, self.contact.endpoint
+        sockets: list[Socket] = []
+        try:
+            with self._scope:
+                host = await resolve(self.contact.host)
+                server_key = self.contact.key if secure else None
+                self._socket, monitor = make_dealer(context, host, self.contact.port, identity, server_key, max_frame)
+                sockets += self._socket, monitor
+                self._opened.set()
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._socket.run)
+                    nursery.start_soon(monitor.run)
+                    await self._watch(monitor)
+                    nursery.cancel_scope.cancel()
+        except LabkitError as error:
+            self.error = error
+        finally:
+            self.error = self.error or ConnectionLost(f"the link to {where} is closed")
+            if self._socket is not None:
+                self._socket.fail(self.error)  # after this a reader takes what has arrived, then gets the error
+            self._opened.set()
+            for socket in sockets:
+                socket.close()
+
+    async def _watch(self, monitor: Socket) -> None:
+        """Until ZeroMQ says that the connection failed or broke; `error` says how."""
+        while self.error is None:
+            try:
+                messages = await monitor.receive()
+            except LabkitError as error:
+                self.error = error
+                return
+            for message in messages:
+                outcome = read_monitor(message, self.contact.endpoint, self.contact.secure)
+                self.error = self.error or outcome
+
+    async def send(self, frames: Sequence[Frame]) -> None:
+        await self._opened.wait()
+        if self._socket is None:
+            raise self.error or ConnectionLost("the link is closed")
+        await self._socket.send(frames)
+
+    def send_nowait(self, frames: Sequence[Frame]) -> None:
+        if self._socket is not None and self.error is None:
+            self._socket.send_nowait(frames)
+
+    async def receive(self) -> Sequence[Sequence[Frame]]:
+        await self._opened.wait()
+        if self._socket is None:
+            raise self.error or ConnectionLost("the link is closed")
+        return [[frame.buffer for frame in message] for message in await self._socket.receive()]
+
+    def close(self) -> None:
+        self._scope.cancel()
+
+
+class ZmqEndpoint:
+    """An `Endpoint` over a ROUTER. Made by `ZmqNetwork.listen`."""
+
+    def __init__(
+        self, network: ZmqNetwork, identity: Identity, contact: Contact, socket: Socket, nursery: trio.Nursery
+    ) -> None:
+        self.contact = contact
+        self.identity = identity
+        self._network = network
+        self._socket = socket
+        self._nursery = nursery
+        self._unsent: dict[bytes, deque[Unsent]] = {}
+
+    def connect(self, contact: Contact) -> ZmqLink:
+        link = ZmqLink(contact)
+        self._nursery.start_soon(link.run, self._network.context, self.identity, self._network.limits.message_bytes)
+        return link
+
+    async def receive(self) -> Sequence[tuple[Peer, Sequence[Frame]]]:
+        burst = await self._socket.receive()
+        return [
+            (Peer(route.bytes, user_id(frames[0]) if self.contact.secure else None), [f.buffer for f in frames])
+            for route, *frames in burst
+            if frames
+        ]
+
+    async def send(self, peer: Peer, frames: Sequence[Frame]) -> None:
+        self._remember(peer, await self._socket.send([peer.route, *frames]))
+
+    def send_nowait(self, peer: Peer, frames: Sequence[Frame]) -> None:
+        try:
+            self._socket.send_nowait([peer.route, *frames])
+        except ConnectionLost:
+            pass  # nobody is left to hear it
+
+    def unsent_bytes(self, peer: Peer) -> int:
+        waiting = self._unsent.get(peer.route)
+        if waiting is None:
+            return 0
+        while waiting and waiting[0].done:
+            waiting.popleft()
+        if not waiting:
+            del self._unsent[peer.route]
+        return sum(unsent.bytes for unsent in waiting)
+
+    def _remember(self, peer: Peer, unsent: Unsent) -> None:
+        if unsent.done:
+            return
+        self._unsent.setdefault(peer.route, deque()).append(unsent)
+        if len(self._unsent) > 256:  # peers that left without taking their answers
+            for route in list(self._unsent):
+                self.unsent_bytes(Peer(route))
+
+
+class ZmqNetwork:
+    """A ZeroMQ context and the task that answers who may connect. One serves all nodes of a lab thread."""
+
+    def __init__(self, context: Context, limits: FrameLimits) -> None:
+        self.context = context
+        self.limits = limits
+        self._admissions: dict[bytes, Admission] = {}
+        self._domains = itertools.count()
+
+    @asynccontextmanager
+    async def listen(
+        self,
+        identity: Identity,
+        address: str = LOOPBACK,
+        *,
+        announce: str | None = None,
+        secure: bool | None = None,
+        admission: Admission | None = None,
+    ) -> AsyncIterator[ZmqEndpoint]:
+        """Bind a node to `address` (`tcp://host:port`, port `*` for any).
+
+        `announce`: the `host` or `host:port` that others should use, where that differs from what is bound (needed
+        behind a router; guessed for 0.0.0.0). `secure`: CURVE; on by default beyond loopback and for private swarms.
+        Raises `ValueError` for arguments that do not go together, `LabkitError` if the address cannot be had.
+        """
+        bind_host, bind_port = split_address(address)
+        admission = admission or Admission()
+        wide = not is_loopback(bind_host)
+        if secure is False and (wide or not admission.is_open):
+            raise ValueError(
+                "secure=False is for open swarms on loopback only: beyond it every connection is encrypted"
+            )
+        secure = bool(secure) or wide or not admission.is_open
+        domain = f"node-{next(self._domains)}".encode()
+        self._admissions[domain] = admission
+        bound = f"tcp://{await resolve(bind_host)}:{bind_port}"
+        socket, host, port = make_router(
+            self.context, bound, identity, secure=secure, domain=domain, max_frame=self.limits.message_bytes
+        )
+        try:
+            host, port = announced_address(announce, host, port)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(socket.run)
+                contact = Contact(identity.public_key, host, port, secure)
+                try:
+                    yield ZmqEndpoint(self, identity, contact, socket, nursery)
+                finally:
+                    nursery.cancel_scope.cancel()
+        finally:
+            socket.close(FLUSH_TIME)
+            del self._admissions[domain]
+
+    async def _answer_zap(self, socket: Socket) -> None:
+        while True:
+            for message in await socket.receive():
+                reply = answer_zap([frame.bytes for frame in message], self._admissions)
+                if reply is not None:
+                    await socket.send(reply)
+
+
+@asynccontextmanager
+async def open_network(limits: FrameLimits | None = None) -> AsyncIterator[ZmqNetwork]:
+    """A network for the nodes of this trio run; closes every socket at the end."""
+    context = make_context()
+    network = ZmqNetwork(context, limits or FrameLimits())
+    zap = make_zap(context)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(zap.run)
+            nursery.start_soon(network._answer_zap, zap)
+            try:
+                yield network
+            finally:
+                nursery.cancel_scope.cancel()
+    finally:
+        zap.close()
+        context.term()
