@@ -236,10 +236,25 @@ def test_inputs_that_the_expert_does_not_take_are_a_bad_request_naming_both_shap
         ffn(max_batch_size=8).forward(*tensors)
 
 
+def test_an_expert_that_answers_in_half_precision_takes_a_gradient_in_full():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return (x * self.scale).bfloat16()
+
+    backend = ExpertBackend("half.0", Half(), BackendConfig(optimizer="sgd", lr=1.0))
+    (grad,) = backend.backward(torch.ones(2, 4), torch.full((2, 4), 0.5))
+    assert torch.equal(grad, torch.full((2, 4), 0.5))
+    assert torch.equal(backend.module.scale.data, torch.zeros(4))
+
+
 def test_an_output_gradient_of_another_shape_is_a_bad_request_and_changes_nothing():
     backend, (x, grad) = ffn(), batch()
     before = backend.state()
-    for wrong in (grad[:, :1], grad.double(), grad[:3]):
+    for wrong in (grad[:, :1], grad.long(), grad[:3]):
         with pytest.raises(BadRequest):
             backend.backward(x, wrong)
     assert_same(backend.state(), before)

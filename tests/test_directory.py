@@ -505,3 +505,12 @@ async def test_explain_says_what_was_looked_up_and_where(autojump_clock):
     assert "'expert:ffn'" in text and "127.0.0.1:5099" in text and "1 live experts" in text
     assert "ffn.0 at 127.0.0.1:5001" in text
     assert "no DHT node answered" in await client.explain("gate")
+
+
+async def test_explain_looks_one_level_down_where_a_grid_has_several(autojump_clock):
+    records = FakeRecords()
+    await Directory(records).declare(["ffn.0.0", "ffn.0.1", "ffn.1.0"], contact(1))
+    client = Directory(records)
+    client.report_failure(await found(client, "ffn.1.0"), UnknownExpert("moved"))
+    text = await client.explain("ffn")
+    assert "2 live experts below 2 prefixes" in text and "hidden after failures: ffn.1.0 at 127.0.0.1:5001" in text

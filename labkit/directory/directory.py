@@ -154,19 +154,23 @@ class Directory:
         return {**self._cache.counts, "prefixes": len(self._cache.records)}
 
     async def explain(self, prefix: str) -> str:
-        """Where and how `prefix` is looked up and what is there, in words, for error messages. Asks the DHT."""
-        view = (await self._cache.read([prefix]))[prefix]
-        now, record = trio.current_time(), self._cache.records.get(prefix)
+        """Where and how `prefix` is looked up, and what is there and one level below, in words, for error messages."""
         asked = f"{NAMESPACE + prefix!r} was looked up through our DHT node at {self._dht.contact.endpoint}"
-        if record is None or not (record.leaves or record.markers):
+        views = await self._cache.read([prefix])
+        if not (record := self._cache.records.get(prefix)) or not (record.leaves or record.markers):
             return f"{asked}: no DHT node answered with a record of experts"
-        hidden = [
-            f"{info.uid} at {info.contact.endpoint}"
-            for coordinate, (info, expires_at) in record.leaves.items()
-            if coordinate not in view.experts and now < expires_at
-        ]
-        found = f"{len(view.experts)} live experts, {len(view.inner)} prefixes below it"
-        return f"{asked}: {found}" + (f"; hidden after failures: {', '.join(hidden[:8])}" if hidden else "")
+        below = [f"{prefix}.{coordinate}" for coordinate in sorted(views[prefix].inner)[:64]]
+        views |= await self._cache.read(below)
+        alive = sum(len(view.experts) for view in views.values())
+        now, hidden = trio.current_time(), list[str]()
+        for path, view in views.items():
+            leaves = self._cache.records[path].leaves if path in self._cache.records else {}
+            for coordinate, (info, expires_at) in leaves.items():
+                if coordinate not in view.experts and now < expires_at:
+                    hidden.append(f"{info.uid} at {info.contact.endpoint}")
+        found = f"{alive} live experts" + (f" below {len(below)} prefixes" if below else "")
+        more = f" and {len(hidden) - 8} more" if len(hidden) > 8 else ""
+        return f"{asked}: {found}" + (f"; hidden after failures: {', '.join(hidden[:8])}{more}" if hidden else "")
 
     # ---------------------------------------------------------------- what calls have shown
 

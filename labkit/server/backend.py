@@ -110,7 +110,7 @@ class ExpertBackend:
         with torch.enable_grad(), self._buffers_restored(always=False):
             # 1. The forward pass again, this time with a graph.
             output = self._call(leaves)
-            if output.shape != grad_output.shape or output.dtype != grad_output.dtype:
+            if output.shape != grad_output.shape or not grad_output.is_floating_point():
                 there, here = _describe(schema_of([output])), _describe(schema_of([grad_output]))
                 raise BadRequest(
                     f"expert {self.uid} has output {there} for these inputs; the output gradient is {here}"
@@ -119,7 +119,9 @@ class ExpertBackend:
             parameters = list(self._parameters.values())
             grads: Sequence[Tensor | None] = [None] * (len(wanted) + len(parameters))
             if output.requires_grad:
-                grads = torch.autograd.grad(output, [*wanted, *parameters], grad_output, allow_unused=True)
+                grads = torch.autograd.grad(
+                    output, [*wanted, *parameters], grad_output.to(output.dtype), allow_unused=True
+                )
             input_grads = [
                 torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(wanted, grads, strict=False)
             ]
