@@ -23,6 +23,8 @@ from labkit.wire.rpc import Method, RPCLimits, serve_rpc
 from labkit.wire.security import Admission, Identity
 from labkit.wire.zeromq import ZmqEndpoint, ZmqNetwork
 
+BOOTSTRAP_TRIES = 3  # a busy node may be late once
+
 
 @dataclass(frozen=True, slots=True)
 class NodeConfig:
@@ -96,4 +98,7 @@ async def _join(client: Client, dht: DHTNode, contacts: Sequence[Contact], ident
             failures.append(error)
     else:
         raise failures[0]
-    await dht.bootstrap(contacts)
+    for _ in range(BOOTSTRAP_TRIES):
+        if await dht.bootstrap(contacts):
+            return
+    raise JoinError(f"cannot join the swarm at {contact.endpoint}: it answered once, and then no more. Try again")

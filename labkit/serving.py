@@ -33,18 +33,19 @@ def serve(options: argparse.Namespace) -> None:
 
 def _serve(options: argparse.Namespace) -> None:
     with _swarm(options) as swarm:
-        (server,) = swarm.serve(options.expert, isolation="task", **_what(options, swarm))
         try:
+            (server,) = swarm.serve(options.expert, isolation="task", **_what(options, swarm))
             print(repr(swarm))
             invitation = swarm.invite()
             print(f"\ninvitation: {invitation}")
             if invitation.note:
                 print(invitation.note)
             print("serving until Ctrl-C", flush=True)
-            raise ServerFailed(f"the server ended: {server.wait()}")
+            raise ServerFailed(f"the server ended: {server.wait() or server.state}")
         except KeyboardInterrupt:
             print("stopping …", file=sys.stderr)
-            server.stop()
+            for server in swarm.servers:
+                server.stop()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

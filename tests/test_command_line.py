@@ -101,9 +101,13 @@ def test_a_swarm_of_terminals_and_a_trainer_lives_on_without_the_terminal_that_s
 # ---------------------------------------------------------------- in this process, which is as good
 
 
+def serving() -> bool:
+    return "serve" in _open and any(server.alive for server in _open["serve"].servers)
+
+
 def signal_when_it_serves(number: signal.Signals) -> threading.Thread:
     def send() -> None:
-        eventually(lambda: "serve" in _open and any(server.alive for server in _open["serve"].servers))
+        eventually(serving)
         swarm = _open["serve"]
         swarm.expert("ffn.0")(X).sum().backward()
         os.kill(os.getpid(), number)
@@ -125,7 +129,7 @@ def test_ctrl_c_and_sigterm_stop_cleanly_and_save(tmp_path, capsys, number):
 
 def test_a_server_that_ends_by_itself_ends_the_command_with_its_reason(capsys):
     def kill() -> None:
-        eventually(lambda: "serve" in _open and any(server.alive for server in _open["serve"].servers))
+        eventually(serving)
         _open["serve"].servers[0].kill()
 
     thread = threading.Thread(target=kill)
@@ -179,7 +183,7 @@ def test_a_joined_server_listens_as_wide_as_the_swarm(capsys):
         heard: list[str] = []
 
         def look() -> None:
-            eventually(lambda: len(wide.experts()) == 1)
+            eventually(serving)
             heard.extend(info.contact.host for info in wide.experts().values())
             _open["serve"].servers[0].kill()
 

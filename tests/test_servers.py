@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -69,6 +70,22 @@ def test_a_server_that_fails_to_start_says_why_in_its_own_words_and_leaves_nothi
     with pytest.raises(ServerFailed, match=r"server of expert.0 did not start: there are no weights in my.weights"):
         eight.serve("my_experts:Expert", grid=(1,))
     assert {child.pid for child in psutil.Process().children()} == {server.pid for server in eight.servers}
+
+
+def test_an_interrupt_while_a_server_starts_leaves_none_and_the_swarm_works_on(eight):
+    children = set(psutil.Process().children())
+
+    def interrupt() -> None:
+        eventually(lambda: set(psutil.Process().children()) != children)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        eight.serve("nop", grid=(1,), name="other", isolation="process")
+    thread.join()
+    eventually(lambda: set(psutil.Process().children()) == children)
+    assert len(eight.experts()) == 16
 
 
 def test_training_goes_on_when_half_of_eight_servers_are_killed_and_closing_leaves_nothing(eight):
