@@ -32,7 +32,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experts", type=int, default=16, help="experts, in a grid near to square (default: 16)")
     parser.add_argument("--k-best", type=int, default=4, help="experts that each row is sent to (default: 4)")
     parser.add_argument("--trainers", type=int, default=4, help="batches in flight (default: 4)")
-    parser.add_argument("--steps", type=int, help="training steps (default: 400 for digits, else 3000)")
+    parser.add_argument("--steps", type=int, help="training steps (default: 500 for digits, else 3000)")
     parser.add_argument("--kill", type=int, default=1, metavar="N", help="servers to kill and bring back (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")

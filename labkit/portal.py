@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+import torch
 import trio
 
 from labkit.errors import SwarmClosed
@@ -37,6 +38,7 @@ class Portal:
         started = _Call(trio.lowlevel.checkpoint, ())
         self._waiting.add(started)
         self._thread = threading.Thread(target=self._run, args=(started,), name=f"labkit-lab-{name}", daemon=True)
+        torch_threads = torch.get_num_threads()
         self._thread.start()
         try:
             _, failure = started.wait()
@@ -45,10 +47,13 @@ class Portal:
             self.close()
             raise
         self._waiting.discard(started)
+        torch.set_num_threads(torch_threads)  # what new threads begin with is what was set last, in any thread
         if failure is not None:
             raise self._gone()
 
     def _run(self, started: _Call) -> None:
+        # The lab thread moves rows about; to wake torch's other threads for that takes fifty times as long as the work.
+        torch.set_num_threads(1)
         try:
             trio.run(self._main, started)
         except BaseException as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,15 @@ from torch import Tensor, nn
 class SharedModel:
     """The model that all trainers train, its optimizer, and how many updates it has had."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, lr_factor: Callable[[int], float] | None = None
+    ) -> None:
+        """`lr_factor`: what the optimizer's own learning rates are multiplied with, given the updates so far."""
         self.model = model
         self.optimizer = optimizer
         self.updates = 0
+        self._lr_factor = lr_factor
+        self._rates = [group["lr"] for group in optimizer.param_groups]
         self._lock = threading.Lock()
 
     def replica(self) -> nn.Module:
@@ -37,6 +42,9 @@ class SharedModel:
         with self._lock:
             for shared, mine in zip(self.model.parameters(), replica.parameters(), strict=True):
                 shared.grad = mine.grad
+            if self._lr_factor is not None:
+                for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+                    group["lr"] = rate * self._lr_factor(self.updates)
             self.optimizer.step()
             self.model.zero_grad(set_to_none=True)
             with torch.no_grad():

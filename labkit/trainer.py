@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 STOP_TIME = 10.0  # seconds that batches in flight may take when a run is stopped
 POLL = 0.02  # seconds between two looks of one who waits
+FAILURE_PAUSE = 0.05  # seconds that a trainer pauses after a failed batch, for each that has failed in a row
+SCHEDULES = ("constant", "linear")
 EXIT_TIME = 1.0  # seconds that batches in flight may take when Python exits
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -47,7 +49,8 @@ class TrainConfig:
     """How to train. Exactly one of `steps` and `epochs` is given; `epochs` needs data of a known length.
 
     `trainers`: batches in flight at the same time. `balance`: weight of the layers' load-balancing losses.
-    `max_failures`: this many failed batches in a row, over all trainers, end the run.
+    `max_failures`: this many failed batches in a row, over all trainers, end the run. `schedule`: of the learning rate
+    of the model's own parameters (experts have theirs in `BackendConfig`); "linear" falls to 0 over the run.
     """
 
     steps: int | None = None
@@ -58,6 +61,7 @@ class TrainConfig:
     balance: float = 0.0
     seed: int = 0
     max_failures: int = 50
+    schedule: str = "constant"
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -66,6 +70,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{name}={value!r}: a whole number of at least 1")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule={self.schedule!r}: one of {', '.join(SCHEDULES)}")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise ValueError(f"epochs={self.epochs!r}: a finite number above 0")
 
@@ -134,7 +140,8 @@ class Run:
         per_epoch, self._batches = stream(data, config.batch_size, config.seed)
         self.total_steps = config.total_steps(per_epoch)
         self._sessions = _sessions_of(model)
-        self._shared = SharedModel(model, make_optimizer(model.parameters()))
+        lr_factor = (lambda updates: 1 - updates / self.total_steps) if config.schedule == "linear" else None
+        self._shared = SharedModel(model, make_optimizer(model.parameters()), lr_factor)
         self._loss_function = loss_function or F.cross_entropy
         self._emit = emit or (self._sessions[0].emit if self._sessions else ignore)
         self._lock = threading.Lock()
@@ -146,13 +153,19 @@ class Run:
         self._seconds: float | None = None
         self._started = time.monotonic()
         self._left = min(config.trainers, self.total_steps)  # trainers at work
+        self._torch_threads = max(1, torch.get_num_threads() // self._left)  # of each of them
+        self._ready = threading.Barrier(self._left + 1)
         _stop_earlier(model)
         _runs.add(self)
         try:
+            torch_threads = torch.get_num_threads()
             for number in range(self._left):
                 threading.Thread(target=self._train, name=f"labkit-trainer-{number}", daemon=True).start()
+            self._ready.wait()
+            torch.set_num_threads(torch_threads)  # what new threads begin with is what was set last, in any thread
         except BaseException:  # an interrupt
             self._stop.set()
+            self._ready.abort()
             raise
 
     # ------------------------------------------------------------ what a notebook looks at
@@ -235,6 +248,8 @@ class Run:
     def _train(self) -> None:
         """One trainer: batches until there are no more steps to do."""
         try:
+            torch.set_num_threads(self._torch_threads)
+            self._ready.wait()
             replica = self._shared.replica()
             while (batch := self._claim()) is not None:
                 self._try_step(replica, batch)
@@ -292,6 +307,8 @@ class Run:
         logger.debug("a batch was dropped: %s", error)
         if too_many:
             raise TrainingFailed(f"{self.config.max_failures} batches in a row failed; the last: {error}") from error
+        # Servers that are gone may be about to come back; failing on and on would not wait for them.
+        self._stop.wait(min(FAILURE_PAUSE * self._failures_in_a_row, 1.0))
 
     def _end(self, error: BaseException) -> None:
         with self._lock:

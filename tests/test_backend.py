@@ -248,7 +248,7 @@ def test_an_expert_that_answers_in_half_precision_takes_a_gradient_in_full():
     backend = ExpertBackend("half.0", Half(), BackendConfig(optimizer="sgd", lr=1.0))
     (grad,) = backend.backward(torch.ones(2, 4), torch.full((2, 4), 0.5))
     assert torch.equal(grad, torch.full((2, 4), 0.5))
-    assert torch.equal(backend.module.scale.data, torch.zeros(4))
+    assert torch.equal(backend.state()["module.scale"], torch.zeros(4))
 
 
 def test_an_output_gradient_of_another_shape_is_a_bad_request_and_changes_nothing():

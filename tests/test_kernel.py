@@ -14,7 +14,7 @@ import pytest
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager
 
-TIMEOUT = 40.0  # seconds; starting a kernel and importing torch takes most of it
+TIMEOUT = 55.0  # seconds; starting a kernel and importing torch takes most of it
 
 SWARM = """
 import time, torch, labkit as lk

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import _thread
 import itertools
-import subprocess
 import sys
 import threading
 import time
@@ -209,34 +208,6 @@ def interrupted_at(moment):
         yield
     finally:
         sys.setprofile(None)
-
-
-SCRIPT = """
-import os, signal, threading, trio
-from labkit.portal import Portal
-
-async def wait_long(begun):
-    begun.set()
-    await trio.sleep_forever()
-
-def interrupt():
-    begun.wait()
-    os.kill(os.getpid(), signal.SIGINT)
-
-portal, begun = Portal("script"), threading.Event()
-threading.Thread(target=interrupt, daemon=True).start()
-try:
-    portal.call(wait_long, begun)
-except KeyboardInterrupt:
-    print("interrupted")
-portal.call(trio.sleep, 0)
-print(portal.close())
-"""
-
-
-def test_a_real_signal_in_a_plain_script_interrupts_the_call():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=50)
-    assert (done.stdout, done.stderr) == ("interrupted\nTrue\n", "")
 
 
 # ---------------------------------------------------------------- the end

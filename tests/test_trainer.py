@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from labkit import trainer
 from labkit.data import ClassificationData, batches
 from labkit.errors import NotEnoughExperts, SwarmClosed, TrainingFailed
 from labkit.events import Event, StepFailed, StepFinished
@@ -28,6 +29,11 @@ Y = (X.sum(1) > 0).long()
 def classifier(*layers: nn.Module) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), *layers, nn.ReLU(), nn.Linear(8, 2))
+
+
+@pytest.fixture(autouse=True)
+def no_pause_after_a_failure(monkeypatch):
+    monkeypatch.setattr(trainer, "FAILURE_PAUSE", 0.0)
 
 
 def sgd(parameters):
@@ -81,6 +87,31 @@ def test_one_trainer_equals_plain_sequential_training(make):
     assert [step.loss for step in run.history] == losses
     assert all(torch.equal(ours.state_dict()[name], value) for name, value in plain.state_dict().items())
     assert run.staleness == 0
+
+
+def test_a_linear_schedule_falls_to_zero_over_the_run():
+    ours, plain = classifier(), classifier()
+    fit(ours, (X, Y), steps=10, batch_size=100, trainers=1, optimizer=sgd, schedule="linear").wait()
+
+    optimizer = sgd(plain.parameters())
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 10)
+    for _, (x, y) in zip(range(10), batches(X, Y, 100, torch.Generator().manual_seed(0)), strict=False):
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        optimizer.step()
+        falling.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), plain.parameters(), strict=True))
+
+
+def test_trainers_share_the_threads_of_torch_and_leave_the_caller_its_own():
+    threads: set[int] = set()
+    torch.set_num_threads(4)
+    try:
+        model = classifier(Through(lambda x: threads.add(torch.get_num_threads())))
+        fit(model, (X, Y), steps=10, trainers=2).wait()
+        assert threads == {2} and torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_a_gradient_is_of_the_parameters_that_its_trainer_saw_and_knows_how_stale_it_is():
@@ -252,6 +283,7 @@ def test_batches_that_are_no_batches_end_the_run(data, said):
         ({"steps": 1.5}, "steps=1.5"),
         ({"epochs": float("nan")}, "epochs=nan"),
         ({"steps": 1, "trainers": 0}, "trainers=0"),
+        ({"steps": 1, "schedule": "cosine"}, "schedule='cosine'"),
         ({"steps": 1, "learning_rate": 1}, "no option learning_rate; .* lr"),
     ],
 )
