@@ -53,6 +53,7 @@ class Portal:
 
     def _run(self, started: _Call) -> None:
         # The lab thread moves rows about; to wake torch's other threads for that takes fifty times as long as the work.
+        torch.get_num_threads()  # or a thread's first operation in torch would set the number anew
         torch.set_num_threads(1)
         try:
             trio.run(self._main, started)

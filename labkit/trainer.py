@@ -248,6 +248,7 @@ class Run:
     def _train(self) -> None:
         """One trainer: batches until there are no more steps to do."""
         try:
+            torch.get_num_threads()  # or a thread's first operation in torch would set the number anew
             torch.set_num_threads(self._torch_threads)
             self._ready.wait()
             replica = self._shared.replica()

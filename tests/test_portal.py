@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
+import torch
 import trio
 
 from labkit.errors import SwarmClosed
@@ -141,6 +142,19 @@ def test_a_task_that_cannot_start_says_why_and_the_lab_thread_goes_on(portal):
     with pytest.raises(OSError, match="address in use"):
         portal.start(unable)
     assert portal.call(double, 1) == 2
+
+
+def test_the_lab_thread_uses_one_thread_of_torch_and_leaves_the_caller_its_own():
+    async def threads():
+        return torch.get_num_threads()
+
+    torch.set_num_threads(4)
+    portal = Portal("test")
+    try:
+        assert portal.call(threads) == 1 and torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(1)
+        portal.close()
 
 
 def test_a_call_from_inside_the_lab_thread_is_refused(portal):
