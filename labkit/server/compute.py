@@ -95,6 +95,7 @@ class ComputeThread:
 
     def _main(self) -> None:
         if self._threads is not None:
+            torch.get_num_threads()  # or torch's first operation in this thread would set it once more
             torch.set_num_threads(self._threads)
         while (job := self._jobs.get()) is not None:
             job()
