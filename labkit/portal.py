@@ -80,11 +80,12 @@ class Portal:
         if self._closed:
             raise self._gone()
 
-    def call(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
+    def call(self, function: Callable[..., Awaitable[T]], *args: Any, timeout: float | None = None) -> T:
         """Run an async function in the lab thread and wait for what it returns or raises.
 
         If this thread is interrupted meanwhile, the function is cancelled and the interrupt goes on. Raises
-        `SwarmClosed` if the lab thread is not running, or stops before the function is done.
+        `SwarmClosed` if the lab thread is not running, stops before the function is done, or has given no answer after
+        `timeout` seconds (which is for closing: whatever has deadlines of its own needs none here).
         """
         if threading.current_thread() is self._thread:
             raise RuntimeError("a blocking call from inside the lab thread would wait for itself; await it instead")
@@ -95,7 +96,7 @@ class Portal:
                 call.settle(error=_GONE)
             else:
                 self._soon(self._begin, call)
-            value, error = call.wait()
+            value, error = call.wait(timeout)
         except BaseException:
             self._soon(call.abandon)
             call.wait(_PATIENCE)  # if it does not let itself be cancelled, the interrupt goes first
@@ -104,7 +105,8 @@ class Portal:
             self._waiting.discard(call)
         try:
             if error is _GONE:
-                raise self._gone()
+                self._soon(call.abandon)
+                raise self._gone(_PATIENCE if timeout is None else 0.0)
             if error is not None:
                 raise error
             result: T = value
@@ -135,9 +137,9 @@ class Portal:
         except trio.RunFinishedError:
             pass  # every call that waits has been answered
 
-    def _gone(self) -> SwarmClosed:
+    def _gone(self, patience: float = _PATIENCE) -> SwarmClosed:
         if not self._closed:
-            self._wait_for_end(_PATIENCE)  # something failed there; what, is known at its end
+            self._wait_for_end(patience)  # something failed there; what, is known at its end
         reason = f" after a failure: {self._failure!r}" if self._failure is not None else ""
         gone = SwarmClosed(f"the swarm {self.name!r} is closed{reason}; start or join one again")
         gone.__cause__ = self._failure

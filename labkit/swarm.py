@@ -292,11 +292,12 @@ class Swarm:
         if _open.get(self.name) is self:
             del _open[self.name]
         try:
-            self._portal.call(end_all, list(self.servers), CLEAN_STOP_TIME)
+            # A little more than they have, and not for ever: a listener may be blocking the lab thread.
+            self._portal.call(end_all, list(self.servers), CLEAN_STOP_TIME, timeout=CLEAN_STOP_TIME + 0.3)
         except SwarmClosed:
             pass
         finally:  # also when somebody cannot wait
-            if not self._portal.close(CLOSE_TIMEOUT - CLEAN_STOP_TIME):
+            if not self._portal.close(CLOSE_TIMEOUT - CLEAN_STOP_TIME - 0.3):
                 logger.warning("the lab thread of swarm %r did not end in time", self.name)
             self._folder.cleanup()
 

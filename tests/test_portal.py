@@ -341,3 +341,22 @@ def test_a_lab_thread_that_cannot_start_says_why(monkeypatch):
 
 def fail_to_run():
     raise OSError("too many open files")
+
+
+def test_a_call_with_a_timeout_does_not_wait_for_a_lab_thread_that_is_blocked():
+    portal, entered, release = Portal("blocked"), threading.Event(), threading.Event()
+
+    async def block() -> None:
+        entered.set()
+        release.wait(30)  # what a listener of a user may do
+
+    stuck = threading.Thread(target=portal.call, args=(block,))
+    stuck.start()
+    assert entered.wait(5)
+    started = time.monotonic()
+    with pytest.raises(SwarmClosed):
+        portal.call(trio.lowlevel.checkpoint, timeout=0.2)
+    assert time.monotonic() - started < 1
+    release.set()
+    stuck.join()
+    assert portal.close()
