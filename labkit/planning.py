@@ -28,6 +28,7 @@ from labkit.wire.security import Identity
 
 DEFAULT_EXPERTS = 16
 PING_TIMEOUT = 1.0  # seconds
+MAX_STRANGE_BYTES = 1 << 30  # of one expert whose options somebody else in the swarm chose
 MAX_PLACES = 1 << 20  # of a grid whose free places are looked for
 
 
@@ -52,6 +53,7 @@ def fit_options(kind: str | Factory, options: dict[str, Any], name: str, known: 
     """
     if not isinstance(kind, str) or kind not in BUILTIN_KINDS:
         return options  # a stranger's word about a kind of the user's own is worth nothing
+    chosen = options
     if known is not None and known.kind in BUILTIN_KINDS:
         other = {key: value for key, value in options.items() if known.options.get(key, value) != value}
         if known.kind != kind or other:
@@ -61,10 +63,19 @@ def fit_options(kind: str | Factory, options: dict[str, Any], name: str, known: 
                 f"the grid {name!r} of this swarm has experts of the kind {found}, not {wanted}; serve others in "
                 "a grid of their own, with name=…"
             )
-        options = {**known.options, **options}
-    with torch.device("meta"):  # costs nothing, and tells what is wrong before a process is started
-        make_expert(kind, **options)
-    return options
+        chosen = {**known.options, **options}
+    try:
+        with torch.device("meta"):  # costs nothing, and tells what is wrong before a process is started
+            expert = make_expert(kind, **chosen)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"no {kind} expert can be made with {chosen}: {str(error).splitlines()[0]}") from None
+    size = sum(tensor.nbytes for tensor in (*expert.parameters(), *expert.buffers()))
+    if size > MAX_STRANGE_BYTES and chosen != options:
+        raise ValueError(
+            f"this swarm says that an expert of the grid {name!r} takes {size / 2**30:.1f} GiB ({chosen}); if that is "
+            "what you want, give these options yourself"
+        )
+    return chosen
 
 
 def isolate(isolation: str | None, kind: str | Factory, options: dict[str, Any]) -> tuple[str, str | Factory]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ from hypothesis import settings
 
 GRACE = 2.0  # seconds: what `close()` may take
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins with interrupts ignored
 torch.set_num_threads(1)  # the suite's tensors are small, and its machine may have two cores
 settings.register_profile("labkit", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("labkit")
