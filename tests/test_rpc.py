@@ -326,6 +326,23 @@ async def test_garbage_on_a_real_socket_ends_in_a_typed_error_or_a_drop_and_the_
         assert (await client.call(server.contact, "echo", "still there", timeout=5)).body == "still there"
 
 
+async def test_a_frame_over_the_limit_is_cut_off_on_the_socket_and_the_node_serves_on() -> None:
+    """The client's own check is not there to help, since the attacker is not our client."""
+    async with open_network(wire.FrameLimits(message_bytes=100_000)) as network, serving(network) as server:
+        with zmq.Context() as context, context.socket(zmq.DEALER) as attacker:
+            attacker.linger = 0
+            attacker.reconnect_ivl = -1
+            monitor = attacker.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            attacker.connect(f"tcp://{server.contact.endpoint}")
+            attacker.send_multipart([prelude(), bytes(10_000_000)])
+            assert await trio.to_thread.run_sync(monitor.poll, 1000), "the connection is not cut"
+            assert not attacker.poll(0)
+            attacker.disable_monitor()
+            monitor.close()
+        async with calling(network) as client:
+            assert (await client.call(server.contact, "echo", "still there", timeout=5)).body == "still there"
+
+
 @pytest.mark.parametrize(
     ("reply", "error"),
     [
