@@ -223,9 +223,9 @@ class Swarm:
             dispatch=DispatchConfig(**dispatch),
         )  # fmt: skip
 
-    def expert(self, uid: str, *, timeout: float = 10.0) -> RemoteExpert:
+    def expert(self, uid: str, *, timeout: float = 10.0, codec: str = "none") -> RemoteExpert:
         """One expert as a module: [rows, ...] -> [rows, ...]."""
-        return RemoteExpert(uid, self.name, timeout=timeout)
+        return RemoteExpert(uid, self.name, timeout=timeout, codec=codec)
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Let the MoE layers of a model that was loaded or copied from elsewhere call this swarm's experts."""

@@ -149,7 +149,8 @@ async def dispatch_backward(
 async def _find_experts(
     session: Session, config: DispatchConfig, name: str, grid_scores: Sequence[Tensor], deadline: float
 ) -> Routing:
-    """Beam search, until the deadline. Raises `NoExperts`; logs it once if there are fewer than `k_best`."""
+    """Beam search, until the deadline. Raises `NoExperts`, or `NotEnoughExperts` where fewer than `k_min` are alive;
+    logs it once where fewer than `k_best` are. Both say what was looked up, and where."""
     n, k = len(grid_scores[0]), config.k_best
     where = f"{name!r} could not be looked up in time"
     routing: Routing | None = None
@@ -169,11 +170,21 @@ async def _find_experts(
             f"no live expert of the grid {name!r}: {where}; serve some with swarm.serve(name={name!r}, …) or "
             "`labkit serve`, or try again when its servers are back"
         )
-    alive = int((routing.choice >= 0).sum(1).min()) if n else k
-    if alive < k and session.first_time(f"fewer than k_best {name}"):
+    alive = (routing.choice >= 0).sum(1)  # [n]
+    fewest = int(alive.min()) if n else k
+    too_few = fewest < config.k_min and not config.allow_zero_outputs
+    first_time = fewest < k and session.first_time(f"fewer than k_best {name}")
+    if too_few or first_time:
         with trio.move_on_at(deadline):
             where = await session.directory.explain(name)
-        logger.warning("k_best=%d, but some rows find only %d live experts in the grid %r (%s)", k, alive, name, where)
+    if too_few:
+        rows = int((alive < config.k_min).sum())
+        session.emit(RowsUnanswered(prefix=name, direction="forward", rows=rows))
+        raise NotEnoughExperts(
+            f"{rows} of {n} rows find fewer than k_min={config.k_min} live experts in the grid {name!r}: {where}"
+        )
+    if first_time:
+        logger.warning("k_best=%d, but some rows find only %d live experts in the grid %r (%s)", k, fewest, name, where)
     return routing
 
 
