@@ -239,7 +239,9 @@ async def test_rows_with_too_few_answers_are_an_error_that_names_experts_and_cau
 
 async def test_fewer_live_experts_than_k_min_is_an_error_that_says_so(autojump_clock):
     lab = Lab(grid=(2,), k_best=3, k_min=3)
-    with pytest.raises(NotEnoughExperts, match=r"fewer than k_min=3 live .* 'expert:ffn' was looked up .* 127.*: 2 live"):
+    with pytest.raises(
+        NotEnoughExperts, match=r"fewer than k_min=3 live .* 'expert:ffn' was looked up .* 127.*: 2 live"
+    ):
         await lab.forward(ROW, prefer([0, 1], size=2))
 
 
