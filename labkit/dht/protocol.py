@@ -41,6 +41,8 @@ class WireItem(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Ping(msgspec.Struct, array_like=True, frozen=True):
+    """Are you there? `sender`: None for a client that serves nobody, and for one that only wants to know."""
+
     sender: Contact | None
 
 
@@ -62,11 +64,15 @@ class Find(msgspec.Struct, array_like=True, frozen=True):
 
 
 class KeyItems(msgspec.Struct, array_like=True, frozen=True):
+    """What is to be stored under one key."""
+
     key: _Key
     items: Annotated[list[WireItem], Meta(max_length=MAX_ENTRIES)]
 
 
 class Store(msgspec.Struct, array_like=True, frozen=True):
+    """Hold these records, each for the time that its items say."""
+
     sender: Contact | None
     records: Annotated[list[KeyItems], Meta(max_length=MAX_ENTRIES)]
 
@@ -78,7 +84,7 @@ class Answered(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Pong(Answered, frozen=True):
-    pass
+    """I am here."""
 
 
 class Found(msgspec.Struct, array_like=True, frozen=True):

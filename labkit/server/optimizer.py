@@ -55,6 +55,7 @@ class BackendConfig:
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: BackendConfig) -> torch.optim.Optimizer | None:
+    """The optimizer that the config names, or None where there is nothing to train."""
     return OPTIMIZERS[config.optimizer](parameters, config) if parameters else None
 
 
