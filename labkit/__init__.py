@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Swarm": "swarm",
-    "fit": "trainer",
+    "fit": "run",
     "evaluate": "trainer",
     "load": "data",
     "register_expert": "server.layers",
@@ -49,11 +49,11 @@ if TYPE_CHECKING:
     from labkit.errors import NotEnoughExperts as NotEnoughExperts
     from labkit.errors import ServerFailed as ServerFailed
     from labkit.errors import SwarmClosed as SwarmClosed
+    from labkit.run import fit as fit
     from labkit.server.layers import register_expert as register_expert
     from labkit.server.optimizer import BackendConfig as BackendConfig
     from labkit.swarm import Swarm as Swarm
     from labkit.trainer import evaluate as evaluate
-    from labkit.trainer import fit as fit
 
 
 def __getattr__(name: str) -> object:

@@ -18,9 +18,10 @@ from torch import nn
 from labkit.client.moe import MixtureOfExperts
 from labkit.data import ClassificationData, load
 from labkit.expert_uid import grid_for
+from labkit.run import Run, fit
 from labkit.server.optimizer import BackendConfig
 from labkit.swarm import Swarm
-from labkit.trainer import Run, evaluate, fit
+from labkit.trainer import evaluate
 from labkit.view.progress import show_progress
 
 HIDDEN = 64  # width of the model

@@ -24,7 +24,7 @@ FLOORS: list[set[str]] = [
     {"dht", "directory", "joining", "node"},  # node: an endpoint, a DHT node and a directory in one
     {"portal"},  # below the wings, since the MoE layer's autograd function enters the lab thread through it
     {"server", "client"},
-    {"trainer", "shared_model", "streams", "data", "experiments"},
+    {"run", "trainer", "shared_model", "streams", "data", "experiments"},
     {"swarm", "planning", "handles", "lives", "child", "census", "view"},  # the notebook
     {"serving", "demo", "bench", "__main__", "__init__"},  # the command line, and what is imported from outside
 ]
@@ -45,7 +45,7 @@ ONLY = {
     "threading": {
         "portal.py",
         "server/compute.py",
-        "trainer.py",
+        "run.py",
         "shared_model.py",
         "child.py",
     },  # child: reads its orders

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from labkit import trainer
+import labkit.run
 from labkit.data import ClassificationData, batches
 from labkit.errors import NotEnoughExperts, SwarmClosed, TrainingFailed
 from labkit.events import Event, StepFailed, StepFinished
+from labkit.run import Run, fit
 from labkit.shared_model import SharedModel
 from labkit.swarm import Swarm
-from labkit.trainer import Run, TrainConfig, evaluate, fit, train_step
+from labkit.trainer import TrainConfig, evaluate, train_step
 
 X = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
 Y = (X.sum(1) > 0).long()
@@ -33,7 +34,7 @@ def classifier(*layers: nn.Module) -> nn.Sequential:
 
 @pytest.fixture(autouse=True)
 def no_pause_after_a_failure(monkeypatch):
-    monkeypatch.setattr(trainer, "FAILURE_PAUSE", 0.0)
+    monkeypatch.setattr(labkit.run, "FAILURE_PAUSE", 0.0)
 
 
 def sgd(parameters):

@@ -12,7 +12,7 @@ from torch import nn
 
 from labkit.errors import SwarmClosed
 from labkit.events import CallFailed, CallFinished, RowsUnanswered, ServerLost, StepFinished
-from labkit.trainer import fit
+from labkit.run import fit
 from labkit.view import progress, telemetry
 from labkit.view.progress import show_progress
 from labkit.view.summary import ServerRow, SwarmSummary
