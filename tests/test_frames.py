@@ -80,10 +80,10 @@ def test_another_version_is_recognised_whatever_follows_its_prelude() -> None:
 def test_a_shape_that_claims_more_than_was_sent_is_refused_before_it_is_allocated() -> None:
     header = wire.encode_reply(1, None, [torch.ones(3)])[0]
     claim = bytes(header).replace(b"\x91\x03", b"\x91\xcf" + (1 << 39).to_bytes(8, "big"))  # two terabytes
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(MalformedMessage, match="12 bytes for float32 of shape"):
         wire.decode([claim, bytes(12)])
-    assert time.perf_counter() - started < 0.1
+    assert time.process_time() - started < 0.1
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,32 @@ import pytest
 ROOT = Path(__file__).parent.parent / "labkit"
 
 FLOORS: list[set[str]] = [
-    {"errors", "events", "contact", "expert_uid"},  # words: no I/O, no async
+    {"errors", "events", "contact", "expert_uid", "histogram"},  # words: no I/O, no async
     {"wire", "faults"},
     {"dht", "directory", "joining", "node"},  # node: an endpoint, a DHT node and a directory in one
     {"portal"},  # below the wings, since the MoE layer's autograd function enters the lab thread through it
     {"server", "client"},
     {"run", "trainer", "shared_model", "streams", "data", "experiments"},
-    {"swarm", "planning", "handles", "lives", "child", "census", "view"},  # the notebook
-    {"serving", "demo", "bench", "__main__", "__init__"},  # the command line, and what is imported from outside
+    {
+        "swarm",
+        "swarm_view",
+        "remote_view",
+        "polling",
+        "planning",
+        "handles",
+        "lives",
+        "child",
+        "census",
+        "view",
+    },  # the notebook
+    {
+        "serving",
+        "demo",
+        "watch",
+        "bench",
+        "__main__",
+        "__init__",
+    },  # the command line, and what is imported from outside
 ]
 STRANGERS = [("server", "client"), ("client", "server")]
 LEAVES = {
@@ -47,6 +65,7 @@ ONLY = {
         "server/compute.py",
         "run.py",
         "shared_model.py",
+        "swarm_view.py",
         "child.py",
     },  # child: reads its orders
     "_thread": set[str](),
@@ -60,7 +79,7 @@ ONLY = {
 }
 LATE = ["ipywidgets", "anywidget", "wandb", "datasets", "sklearn", "matplotlib", "IPython", "PIL", "pandas"]
 
-MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if "node_modules" not in path.parts)
 
 
 def part_of(module: str) -> str:

@@ -385,7 +385,9 @@ def test_fit_returns_at_once_and_wait_waits_no_longer_than_told(held):
 
 def test_stop_lets_the_batches_in_flight_finish(held):
     run, go = held
-    threading.Timer(0.05, go.set).start()
+    assert run.stop(timeout=0) is run
+    assert run.running
+    go.set()
     assert run.stop() is run
     assert not run.running and run.steps == 1
     assert repr(run).startswith("<run stopped: 1 of 1000 steps")
