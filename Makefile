@@ -1,8 +1,10 @@
 # What a person types: `make demo`, `make test`, `make lint`. The first of them makes .venv, once.
 #
-#   make demo ARGS="--steps 50"
+#   make demo ARGS="--watch"
 #   make test ARGS="tests/test_data.py -k digits"
 #   make test PYTHON=python3.13
+#
+# For who changes the dashboard: `make frontend` bundles its pages anew (Node.js), `make test-browser` opens them.
 
 PYTHON ?= python3
 ARGS ?=
@@ -14,21 +16,43 @@ BIN := .venv/bin
 endif
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint clean
+FRONTEND := labkit/view/frontend
+STATIC := labkit/view/static
+CHROMIUM ?= /usr/bin/chromium
+export CHROMIUM
+
+.PHONY: demo test test-browser lint frontend frontend-check clean
 
 demo: .venv/ready
 	@$(BIN)/python -m labkit demo $(ARGS)
 
-test: .venv/ready
+test: .venv/ready .venv-colab/ready
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-browser: .venv/browser-ready
+	@test -x "$(CHROMIUM)" || { \
+	    echo "There is no chromium at $(CHROMIUM). On Debian: apt-get install chromium"; \
+	    echo "Elsewhere name the one that is there: make test-browser CHROMIUM=/path/to/chrome"; exit 1; }
+	@$(BIN)/python -m pytest $(or $(ARGS),tests/browser)
 
 lint: .venv/ready
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check .
 	@$(BIN)/python -m mypy
 
+# The bundles are committed, so that nobody needs Node.js to use them.
+frontend:
+	@command -v npm >/dev/null || { echo "The front end is bundled by Node.js 20.19 or newer and its npm."; exit 1; }
+	@cd $(FRONTEND) && npm ci --no-audit --no-fund && npm run --silent check && npm test --silent && npm run --silent build
+
+frontend-check: frontend
+	@changed="$$(git status --porcelain -- $(STATIC))" && test -z "$$changed" || { \
+	    echo "$$changed"; git --no-pager diff --stat -- $(STATIC); \
+	    echo "The committed bundles are not what $(FRONTEND) gives: commit what \`make frontend\` wrote."; exit 1; }
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-colab build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(FRONTEND)/node_modules tests/browser/shots
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Written last, so that an installation broken off half-way is begun again. Made anew, not upgraded, when the
@@ -42,5 +66,15 @@ clean:
 	    echo "On Debian or Ubuntu it is a package of its own: python3-venv (or python3.12-venv and the like)."; exit 1; }
 	@echo "Installing labkit and what it needs into .venv (some minutes, once) ..."
 	@rm -rf .venv && $(PYTHON) -m venv .venv
-	@$(PIP) install --quiet --constraint constraints.txt --editable ".[dev,notebooks]"
+	@$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+# What Colab has, for one test: a second, small environment, which borrows the rest from .venv.
+.venv-colab/ready: .venv/ready tests/colab_environment.py
+	@$(BIN)/python -m tests.colab_environment .venv-colab
+	@touch $@
+
+.venv/browser-ready: .venv/ready
+	@echo "Installing JupyterLab and Playwright into .venv (once) ..."
+	@$(PIP) install --quiet --constraint constraints.txt --editable ".[browser]"
 	@touch $@

@@ -6,6 +6,7 @@
     swarm.serve("ffn", hidden=256, grid=(4, 4), servers=4)
     model = nn.Sequential(nn.Linear(784, 256), swarm.moe(256, grid=(4, 4), k_best=4), nn.Linear(256, 10))
     run = lk.fit(model, (x, y), epochs=1, trainers=8)
+    swarm.dashboard()
 
 Names are imported when they are first used, so that `import labkit` is quick.
 """
@@ -20,6 +21,8 @@ __version__ = "0.1.0"
 _HOME = {
     "Swarm": "swarm",
     "fit": "run",
+    "JsonlLogger": "view.loggers",
+    "WandbLogger": "view.loggers",
     "evaluate": "trainer",
     "load": "data",
     "register_expert": "server.layers",
@@ -54,6 +57,8 @@ if TYPE_CHECKING:
     from labkit.server.optimizer import BackendConfig as BackendConfig
     from labkit.swarm import Swarm as Swarm
     from labkit.trainer import evaluate as evaluate
+    from labkit.view.loggers import JsonlLogger as JsonlLogger
+    from labkit.view.loggers import WandbLogger as WandbLogger
 
 
 def __getattr__(name: str) -> object:

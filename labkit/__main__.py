@@ -1,9 +1,10 @@
-"""The `labkit` command: demo, serve, keygen."""
+"""The `labkit` command: demo, serve, watch, keygen."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_demo(commands.add_parser("demo", help="train on digits while a server is killed and brought back"))
     add_serve(commands.add_parser("serve", help="serve experts, in a new swarm or in one that is running"))
+    add_watch(commands.add_parser("watch", help="show the dashboard of a running swarm as a web page"))
     keygen = commands.add_parser("keygen", help="make a key file, and print its public key")
     keygen.add_argument("file", help="where to write it; an existing file is never overwritten")
     options = parser.parse_args(arguments)
@@ -36,6 +38,8 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kill", type=int, default=1, metavar="N", help="servers to kill and bring back (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
+    parser.add_argument("--watch", action="store_true", help="open the dashboard as a web page")
+    parser.add_argument("--no-browser", action="store_true", help="with --watch: print its address, and open nothing")
 
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +64,14 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
 
 
+def add_watch(parser: argparse.ArgumentParser) -> None:
+    """The options of `labkit watch`."""
+    parser.add_argument("invite", metavar="INVITE", help="the invitation of the swarm; quote it, for the shell")
+    parser.add_argument("--port", type=int, default=0, metavar="N", help="of the page, on 127.0.0.1 (default: any)")
+    parser.add_argument("--no-browser", action="store_true", help="print the page's address, and open nothing")
+    parser.add_argument("--key", metavar="FILE", help="for a private swarm: a key file made by labkit keygen")
+
+
 def run_demo(options: argparse.Namespace) -> int:
     """`labkit demo`."""
     from labkit.demo import DemoConfig, demo
@@ -67,7 +79,7 @@ def run_demo(options: argparse.Namespace) -> int:
 
     fields = {name: getattr(options, name) for name in DemoConfig.__dataclass_fields__}
     try:
-        demo(DemoConfig(**fields), as_json=options.json)
+        demo(DemoConfig(**fields), as_json=options.json, page=options.watch, browser=not options.no_browser)
     except (LabkitError, ValueError) as error:
         return _complain(error)
     except KeyboardInterrupt:
@@ -95,6 +107,23 @@ def run_serve(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_watch(options: argparse.Namespace) -> int:
+    """`labkit watch`."""
+    from labkit.errors import LabkitError
+    from labkit.watch import watch
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        watch(options.invite, open_browser=not options.no_browser, port=options.port, key=options.key)
+    except (LabkitError, ValueError) as error:
+        return _complain(error)
+    except KeyboardInterrupt:
+        pass  # the usual end
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
 def run_keygen(options: argparse.Namespace) -> int:
     """`labkit keygen`."""
     from labkit.errors import LabkitError
@@ -116,7 +145,7 @@ def _complain(error: Exception | str) -> int:
     return 1
 
 
-COMMANDS = {"demo": run_demo, "serve": run_serve, "keygen": run_keygen}
+COMMANDS = {"demo": run_demo, "serve": run_serve, "watch": run_watch, "keygen": run_keygen}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from labkit.server.optimizer import BackendConfig
 from labkit.swarm import Swarm
 from labkit.trainer import evaluate
 from labkit.view.progress import show_progress
+from labkit.watch import check_installed, open_page
 
 HIDDEN = 64  # width of the model
 CHECKPOINT_PERIOD = 2.0  # seconds
@@ -114,21 +116,30 @@ class _Killer:
             time.sleep(0.05)
 
 
-def demo(config: DemoConfig, *, as_json: bool = False) -> dict[str, Any]:
-    """Run the demonstration and print how it went; returns the same as a dictionary."""
+def demo(config: DemoConfig, *, as_json: bool = False, page: bool = False, browser: bool = True) -> dict[str, Any]:
+    """Run the demonstration and print how it went; returns the same as a dictionary.
+
+    `page`: show the dashboard as a web page meanwhile (`browser`: in a browser that is opened for it), and in a
+    terminal afterwards too, until Ctrl-C.
+    """
+    if page:
+        check_installed()
     started = time.monotonic()
     data = load(config.dataset, config.data_dir, seed=config.seed)
     torch.manual_seed(config.seed)
     recipe = RECIPES.get(config.dataset, Recipe())
     steps = config.steps or recipe.steps
     print(f"starting {config.servers} servers with {config.experts} experts …", file=sys.stderr)
-    with Swarm("demo") as swarm:
+    with ExitStack() as stack:
+        swarm = stack.enter_context(Swarm("demo"))
         swarm.serve(  # 1
             "ffn", hidden=HIDDEN, grid=grid_for(config.experts), servers=config.servers, isolation="process",
             threads=1, seed=config.seed, checkpoint_period=CHECKPOINT_PERIOD,
             backend=BackendConfig(clip_grad_norm=1.0, schedule="linear", total_steps=steps + 1),
         )  # fmt: skip
         model = Classifier(data.dim, HIDDEN, data.classes, swarm.moe(HIDDEN, k_best=config.k_best), recipe.noise)
+        if page:
+            started += _show_page(stack, swarm, browser)
         swarm.experts()  # reads the directory, so that those alive can be counted
         killer = _Killer(swarm, steps, config.kill, swarm.experts_alive())
         run = fit(  # 2
@@ -139,10 +150,31 @@ def demo(config: DemoConfig, *, as_json: bool = False) -> dict[str, Any]:
         killer.wait_until_back()
         accuracy = evaluate(model, data.test_x, data.test_y)
         result = _result(swarm, data, run, killer, accuracy, time.monotonic() - started)
-        print(_table(result, swarm))  # 5
+        print(_table(result, swarm), flush=True)  # 5
+        if page and sys.stdout.isatty():
+            _wait_for_ctrl_c()
     if as_json:
         print(json.dumps(result))
     return result
+
+
+def _show_page(stack: ExitStack, swarm: Swarm, browser: bool) -> float:
+    """Open the dashboard's page until the stack ends. Returns the seconds that it took."""
+    before = time.monotonic()
+    page = stack.enter_context(open_page(swarm.invite(), swarm.viewers.secret))
+    print(f"dashboard: {page.url}", flush=True)
+    if browser:
+        page.open_browser()
+    return time.monotonic() - before
+
+
+def _wait_for_ctrl_c() -> None:
+    print("\nthe dashboard stays; press Ctrl-C to end", file=sys.stderr)
+    try:
+        while True:
+            time.sleep(1.0)
+    except KeyboardInterrupt:
+        pass
 
 
 def _result(

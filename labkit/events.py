@@ -31,7 +31,11 @@ class RoutingChosen(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallFinished(Event):
-    """An expert answered. Times in seconds; `queue` and `compute` are the server's own figures."""
+    """An expert answered. Times in seconds; `queue` and `compute` are the server's own figures.
+
+    `staleness`: optimizer steps that the expert made for others between the forward pass of these rows and this
+    backward pass; None for a forward pass, and where it is not known.
+    """
 
     uid: str
     address: str
@@ -42,6 +46,7 @@ class CallFinished(Event):
     compute: float
     bytes: int
     updates: int  # optimizer steps that the expert had made when it answered
+    staleness: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from labkit.faults import Faults
 from labkit.lives import Life, ProcessLife, ServerPlan, TaskLife
 from labkit.node import Node
 from labkit.portal import Portal, unwrap
-from labkit.server.server import ServerStatistics
+from labkit.server.server import ServerStatistics, call_statistics
 from labkit.wire.addresses import split_address
 from labkit.wire.zeromq import ZmqNetwork
 
@@ -29,7 +29,7 @@ START_TIMEOUT = 90.0  # seconds; a first import of torch from a slow disk takes 
 
 @dataclass(frozen=True)
 class Lab:
-    """Where local servers live: the lab thread of a swarm and what it holds. `faults` are theirs too."""
+    """Where local servers live: the lab thread of a swarm and what it holds. `faults`: what they begin with."""
 
     portal: Portal
     nursery: trio.Nursery
@@ -52,6 +52,7 @@ class ServerHandle:
         self.contact: Contact | None = None
         self.failure: str = ""
         self._lab = lab
+        self._faults = Faults(lab.faults.latency, lab.faults.loss)
         self._life: Life | None = None
 
     @property
@@ -96,6 +97,16 @@ class ServerHandle:
         else:
             self._lab.portal.call(self._restart_later)
 
+    def faults(self, latency: float | None = None, loss: float | None = None) -> Faults:
+        """Inject faults into this server alone, from now on, and after a restart too. See `Swarm.faults`.
+
+        Returns what holds now; with no arguments that is all it does, and any thread may ask. Raises `ValueError`.
+        """
+        self._faults.set(latency, loss)
+        if latency is not None or loss is not None:
+            self._lab.portal.call(self.apply_faults)
+        return self._faults
+
     def statistics(self, timeout: float = 2.0) -> ServerStatistics:
         """Ask it how it is doing. Raises a kind of `RPCError` if it does not answer."""
         return self._lab.portal.call(self.ask_statistics, timeout)
@@ -104,11 +115,7 @@ class ServerHandle:
         """`statistics` from inside the lab thread."""
         if self.contact is None:
             raise ServerFailed("this server has not been started")
-        reply = await self._lab.node.client.call(
-            self.contact, "server.statistics", returns=ServerStatistics, timeout=timeout
-        )
-        assert isinstance(reply.body, ServerStatistics)
-        return reply.body
+        return await call_statistics(self._lab.node.client, self.contact, timeout)
 
     async def _kill(self) -> None:
         await self.end("killed", save=False)
@@ -205,10 +212,10 @@ class ServerHandle:
     async def _live(self, life: Life, plan: ServerPlan, *, task_status: trio.TaskStatus[None]) -> None:
         """One life, from its start to its end, for whatever reason."""
         async with trio.open_nursery() as nursery:
-            contact = await nursery.start(life.run, plan, self._lab.faults)
+            contact = await nursery.start(life.run, plan, self._faults)
             if self._life is life:
                 self.contact, self.state = contact, "running"
-                self.apply_faults()  # they may have changed meanwhile
+                await self.apply_faults()  # they may have changed meanwhile
             task_status.started()
             failure = await life.wait()
             if self._life is life:
@@ -235,10 +242,11 @@ class ServerHandle:
         await life.wait()
         return failure
 
-    def apply_faults(self) -> None:
-        """Tell a running server what `faults` says now."""
+    async def apply_faults(self, latency: float | None = None, loss: float | None = None) -> None:
+        """`faults` from inside the lab thread: change what is given, and tell a running server what holds now."""
+        self._faults.set(latency, loss)
         if self._life is not None:
-            self._life.apply_faults(self._lab.faults)
+            self._life.apply_faults(self._faults)
 
     def __repr__(self) -> str:
         where = f" at {self.contact.endpoint}" if self.contact is not None and self.alive else ""

@@ -75,6 +75,8 @@ class Run:
         self._ready = threading.Barrier(self._left + 1)
         _stop_earlier(model)
         _runs.add(self)
+        for session in self._sessions:
+            _latest[session.name] = self
         try:
             torch_threads = torch.get_num_threads()
             for number in range(self._left):
@@ -268,6 +270,20 @@ def _sessions_of(model: nn.Module) -> list[Session]:
 
 
 _runs: weakref.WeakSet[Run] = weakref.WeakSet()
+_latest: weakref.WeakValueDictionary[str, Run] = weakref.WeakValueDictionary()  # by the name of a swarm
+
+
+def latest_run(swarm: str) -> Run | None:
+    """The run that was started last of those whose model calls the swarm of this name, if somebody still holds it.
+
+    It may be over. A run over an earlier swarm of the same name does not count while there is a new one.
+    """
+    run = _latest.get(swarm)
+    try:
+        current = find_session(swarm)
+    except SwarmClosed:
+        return run
+    return run if run is not None and any(session is current for session in run._sessions) else None
 
 
 def _stop_earlier(model: nn.Module) -> None:

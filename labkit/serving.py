@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from types import FrameType
@@ -40,6 +41,7 @@ def _serve(options: argparse.Namespace) -> None:
             print(f"\ninvitation: {invitation}")
             if invitation.note:
                 print(invitation.note)
+            print(f"to see it as a web page: labkit watch {shlex.quote(invitation)}")
             print("serving until Ctrl-C", flush=True)
             raise ServerFailed(f"the server ended: {server.wait() or server.state}")
         except KeyboardInterrupt:

@@ -10,10 +10,11 @@ import atexit
 import logging
 import math
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 from torch import nn
@@ -34,15 +35,23 @@ from labkit.handles import Lab, ServerHandle, begin_all, end_all
 from labkit.joining import Invitation, Members
 from labkit.node import NodeConfig, open_node
 from labkit.planning import choose_places, fit_options, grid_name, isolate, plan_servers
+from labkit.polling import ask_everybody
 from labkit.portal import Portal
 from labkit.server.layers import Factory
 from labkit.server.optimizer import BackendConfig
-from labkit.server.server import ServerConfig, checkpoint_directory
+from labkit.server.server import ServerConfig, ServerStatistics, checkpoint_directory
+from labkit.swarm_view import SwarmView
 from labkit.view.summary import SwarmSummary
 from labkit.view.telemetry import Telemetry
+from labkit.viewers import Viewers
 from labkit.wire.addresses import LOOPBACK
 from labkit.wire.security import Identity, parse_key
 from labkit.wire.zeromq import open_network
+
+if TYPE_CHECKING:
+    from labkit.view.dashboard import Dashboard
+    from labkit.view.loggers import Logging
+    from labkit.view.snapshot import Picture
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +90,7 @@ class Swarm:
         self.listeners = Listeners()
         self.listeners.add(self.telemetry)
         self._faults = Faults()
+        self.viewers = Viewers(lambda: getattr(self, "view", None))
         keys = None if members is None else [identity.public_key, *map(parse_key, members)]
         self._node_config = replace(node or NodeConfig(), listen=listen, announce=announce, secure=secure)
         if name in _open:
@@ -99,6 +109,7 @@ class Swarm:
         experts = ExpertClient(self._node.client, self._node.directory, self.listeners)
         self._session = Session(name, self._portal, self._node.directory, experts, self.listeners)
         open_session(self._session)
+        self.view = SwarmView(self, self._lab, lambda: experts.in_flight)
         _open[name] = self
 
     @classmethod
@@ -117,10 +128,12 @@ class Swarm:
 
     async def _run(self, identity: Identity, join: tuple[Contact, ...], *, task_status: trio.TaskStatus[Lab]) -> None:
         """The life of the swarm's node, in the lab thread."""
-        config, admission = self._node_config, self._members.admission()
+        config, admission, methods = self._node_config, self._members.admission(), self.viewers.methods
         async with (
             open_network(config.limits.frames) as network,
-            open_node(network, identity, config, join=join, admission=admission, emit=self.listeners) as node,
+            open_node(
+                network, identity, config, join=join, methods=methods, admission=admission, emit=self.listeners
+            ) as node,
             trio.open_nursery() as nursery,
         ):
             task_status.started(Lab(self._portal, nursery, network, node, self._faults, self.listeners))
@@ -175,19 +188,27 @@ class Swarm:
         return handles
 
     def faults(self, latency: float | None = None, loss: float | None = None) -> Faults:
-        """Inject faults into the servers started here, from now on, and into those started later.
+        """Inject faults into all servers started here, from now on, and into those started later. `server.faults` is
+        for one of them.
 
         `latency`: mean in seconds of an exponentially distributed delay before each call; `loss`: share of calls that
         get no answer. What is left out stays as it is. Returns what holds now. Raises `ValueError`.
         """
         self._faults.set(latency, loss)
         if latency is not None or loss is not None:
-            self._portal.call(self._apply_faults)
+            self._portal.call(self._apply_faults, latency, loss)
         return self._faults
 
-    async def _apply_faults(self) -> None:
+    async def _apply_faults(self, latency: float | None, loss: float | None) -> None:
         for server in self.servers:
-            server.apply_faults()
+            await server.apply_faults(latency, loss)
+
+    def statistics(self, timeout: float = 2.0) -> dict[str, ServerStatistics]:
+        """How all servers of the swarm are doing, wherever they were started, by address.
+
+        Those that give no answer, or no sensible one, within `timeout` seconds are missing.
+        """
+        return self._portal.call(ask_everybody, self._node, self.servers, timeout)
 
     # ------------------------------------------------------------ layers
 
@@ -264,6 +285,18 @@ class Swarm:
         if not self._members.admit(parse_key(key)):
             raise ValueError("this swarm is open: everybody who has the invitation may join")
 
+    def dashboard(self) -> Dashboard:
+        """The live view of this swarm, a widget; always the same one, wherever it is shown, until it is closed."""
+        return self.view.dashboard()
+
+    def snapshot(self, path: str | Path | None = None) -> Picture:
+        """The dashboard as it looks now, as a picture. `path`: where to save it as a PNG, too."""
+        return self.view.picture(path)
+
+    def log_to(self, logger: Any, period: float = 1.0) -> Logging:
+        """Log training and, every `period` seconds, the swarm, until `.stop()` or `close`. `logger`: see `Logging`."""
+        return self.view.log_to(logger, period)
+
     def summary(self) -> SwarmSummary:
         """Servers, experts, calls and failures as they are now."""
         census: Census | None = None
@@ -288,6 +321,8 @@ class Swarm:
 
     def close(self) -> None:
         """Stop the servers started here, leave the swarm and end the lab thread: within two seconds. Safe to repeat."""
+        until = time.monotonic() + CLOSE_TIMEOUT
+        self.view.end()  # its last scene shows the swarm as it was
         close_session(self._session)
         if _open.get(self.name) is self:
             del _open[self.name]
@@ -299,6 +334,7 @@ class Swarm:
         finally:  # also when somebody cannot wait
             if not self._portal.close(CLOSE_TIMEOUT - CLEAN_STOP_TIME - 0.3):
                 logger.warning("the lab thread of swarm %r did not end in time", self.name)
+            self.view.close(until - time.monotonic())
             self._folder.cleanup()
 
     def __enter__(self) -> Swarm:

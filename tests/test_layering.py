@@ -22,13 +22,14 @@ FLOORS: list[set[str]] = [
     {"errors", "events", "contact", "expert_uid", "histogram"},  # words: no I/O, no async
     {"wire", "faults"},
     {"dht", "directory", "joining", "node"},  # node: an endpoint, a DHT node and a directory in one
-    {"portal"},  # below the wings, since the MoE layer's autograd function enters the lab thread through it
+    {"portal", "pulse"},  # below the wings, since the MoE layer's autograd function enters the lab thread through it
     {"server", "client"},
     {"run", "trainer", "shared_model", "streams", "data", "experiments"},
     {
         "swarm",
         "swarm_view",
         "remote_view",
+        "viewers",
         "polling",
         "planning",
         "handles",
@@ -41,6 +42,7 @@ FLOORS: list[set[str]] = [
         "serving",
         "demo",
         "watch",
+        "page_server",
         "bench",
         "__main__",
         "__init__",
@@ -66,8 +68,13 @@ ONLY = {
         "run.py",
         "shared_model.py",
         "swarm_view.py",
+        "pulse.py",
+        "view/figures.py",
+        "view/loggers.py",
+        "view/rows.py",
         "child.py",
-    },  # child: reads its orders
+        "page_server.py",
+    },  # child, page_server: read their orders
     "_thread": set[str](),
     "multiprocessing": set[str](),  # a server process is spawned as `python -m labkit serve`
     "asyncio": set[str](),

@@ -18,7 +18,7 @@ from labkit.client.session import Session
 from labkit.contact import Contact
 from labkit.directory import Directory
 from labkit.errors import ConnectionLost, DeadlineExceeded, NoExperts, NotEnoughExperts, Overloaded, RemoteFailure
-from labkit.events import CallFailed, Event, RowsUnanswered
+from labkit.events import CallFailed, CallFinished, Event, RowsUnanswered
 from labkit.expert_uid import grid_uids, split_uid
 from labkit.portal import Portal
 from labkit.wire.rpc import Reply
@@ -63,6 +63,7 @@ class Lab:
                                self.events.append)  # fmt: skip
         self.behaviour: dict[tuple[str, str], Answer] = {}
         self.asked: list[tuple[float, str, str]] = []
+        self.updates: dict[str, int] = {}  # optimizer steps that experts say they have made; 1 for others
         self.start = trio.current_time()
 
     def behave(self, answer: Answer, *uids: str, direction: str = "forward") -> None:
@@ -76,7 +77,8 @@ class Lab:
         self.asked.append((self.seconds, direction, uid))
         honest = [tensors[0 if direction == "forward" else 1] * number(uid)]
         with trio.move_on_after(timeout):
-            return Reply((0.0, 0.0, 1), await self.behaviour.get((direction, uid), after(0.1))(honest))
+            answer = await self.behaviour.get((direction, uid), after(0.1))(honest)
+            return Reply((0.0, 0.0, self.updates.get(uid, 1)), answer)
         raise DeadlineExceeded("no answer")
 
     @property
@@ -114,6 +116,46 @@ def answered(sent: Dispatched, row: int = 0) -> set[str]:
 
 
 ROW = torch.ones(1, DIM)
+
+# ---------------------------------------------------------------- what is known of the calls
+
+
+async def test_staleness_is_what_others_updated_between_the_two_passes_of_a_row(autojump_clock):
+    lab = Lab(k_best=2)
+    x = torch.ones(1, DIM)
+    lab.updates = {"ffn.0": 10, "ffn.1": 20}
+    sent, _ = await lab.forward(x, prefer((0, 1)))
+    lab.updates = {"ffn.0": 14, "ffn.1": 5}  # after three steps for others and ours; and the other began anew
+    await lab.backward(sent, x, torch.ones(1, 2, DIM))
+    finished = [event for event in lab.events if isinstance(event, CallFinished)]
+    assert {(event.direction, event.uid): event.staleness for event in finished} == {
+        ("forward", "ffn.0"): None,
+        ("forward", "ffn.1"): None,
+        ("backward", "ffn.0"): 3,
+        ("backward", "ffn.1"): 0,
+    }
+
+
+async def test_calls_in_flight_are_counted_however_they_end(autojump_clock):
+    lab = Lab(k_best=3, timeout_after_k_min=0.5)
+    lab.behave(NEVER, "ffn.1")
+    lab.behave(after(0.2, RemoteFailure("broken")), "ffn.2")
+    counts: list[int] = []
+
+    async def watch() -> None:
+        while True:
+            counts.append(lab.session.experts.in_flight)
+            await trio.sleep(0.05)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        await lab.forward(ROW, prefer((0, 1, 2)))
+        nursery.cancel_scope.cancel()
+    assert (max(counts), lab.session.experts.in_flight) == (3, 0)
+    with trio.move_on_after(0.01):
+        await lab.forward(ROW, prefer((0, 1, 2)))
+    assert lab.session.experts.in_flight == 0
+
 
 # ---------------------------------------------------------------- how long a pass waits
 

@@ -17,6 +17,7 @@ from labkit.contact import Contact
 from labkit.directory.grids import GridInfo, find_grids
 from labkit.errors import BadRequest, CheckpointError, LabkitError, NonFiniteTensor, Overloaded, UnknownExpert
 from labkit.faults import Faults
+from labkit.histogram import BUCKETS
 from labkit.node import Node, open_node
 from labkit.portal import unwrap
 from labkit.server.backend import BackendConfig
@@ -96,6 +97,22 @@ async def test_forward_answers_outputs_and_backward_answers_gradients_and_takes_
         statistics = await here.statistics()
         assert statistics.experts == {UIDS[0]: 1, UIDS[1]: 0}
         assert (statistics.batches, statistics.rows) == (3, 9)
+
+
+async def test_statistics_tell_what_each_expert_did_and_how_long_requests_took():
+    async with lab(config()) as here:
+        for _ in range(3):
+            await here.call("forward", [X])
+        await here.call("backward", [X, torch.ones_like(X)], UIDS[1])
+        with pytest.raises(NonFiniteTensor):
+            await here.call("forward", [X / 0])
+        statistics = await here.statistics()
+        assert list(statistics.experts) == list(UIDS)
+        assert (statistics.expert_requests, statistics.expert_rows) == ([3, 1], [9, 3])
+        assert all(0 < seconds < 60 for seconds in statistics.expert_seconds)
+        for times in (statistics.total_times, statistics.queue_times, statistics.compute_times):
+            assert (len(times), sum(times)) == (BUCKETS, 4)
+        assert 0 < statistics.uptime < 60
 
 
 async def test_what_an_expert_cannot_take_is_refused_and_changes_nothing():

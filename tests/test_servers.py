@@ -19,6 +19,7 @@ import labkit as lk
 from labkit.errors import LabkitError, ServerFailed
 from labkit.server.checkpoints import load_expert
 from labkit.swarm import Swarm
+from labkit.wire.security import Identity, key_text
 from tests.swarms import eventually
 
 SGD = lk.BackendConfig(optimizer="sgd", lr=0.1)
@@ -57,6 +58,28 @@ def test_faults_reach_processes_and_change_while_they_run(eight):
     eight.faults(loss=0.0)
     eventually(lambda: all(server.statistics().loss == 0.0 for server in eight.servers))
     assert eight.expert("nop.0.0")(X).equal(X)
+
+
+def test_faults_of_one_server_are_its_own_until_those_of_all_are_set(eight):
+    first, second = eight.servers[:2]
+    assert repr(first.faults(latency=0.001)) == "Faults(latency=0.001, loss=0)"
+    eventually(lambda: first.statistics().latency == 0.001)
+    assert second.statistics().latency == second.faults().latency == eight.faults().latency == 0.0
+    with pytest.raises(ValueError, match="loss"):
+        first.faults(latency=0.5, loss=2.0)
+    eight.faults(latency=0.0)
+    eventually(lambda: first.statistics().latency == 0.0)
+
+
+def test_a_swarm_asks_all_servers_for_statistics_those_started_elsewhere_too(eight):
+    here = {server.contact.endpoint for server in eight.servers}
+    asked = eight.statistics()
+    assert set(asked) == here
+    assert sorted(uid for statistics in asked.values() for uid in statistics.experts) == sorted(eight.experts())
+    key = Identity.generate()
+    eight.admit(key_text(key.public_key))
+    with Swarm.join(str(eight.invite()), key=key) as elsewhere:
+        assert set(elsewhere.statistics()) == here
 
 
 def test_a_server_that_fails_to_start_says_why_in_its_own_words_and_leaves_nothing(eight, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import labkit.run
 from labkit.data import ClassificationData, batches
 from labkit.errors import NotEnoughExperts, SwarmClosed, TrainingFailed
 from labkit.events import Event, StepFailed, StepFinished
-from labkit.run import Run, fit
+from labkit.run import Run, fit, latest_run
 from labkit.shared_model import SharedModel
 from labkit.swarm import Swarm
 from labkit.trainer import TrainConfig, evaluate, train_step
@@ -457,6 +458,28 @@ def test_a_run_does_not_go_on_in_another_swarm_of_the_same_name(held_in_swarm):
         go.set()
         with pytest.raises(SwarmClosed, match="'trainer-test' is closed"):
             run.wait(10)
+
+
+def test_the_latest_run_over_a_swarm_is_known_while_somebody_holds_it():
+    def over(swarm: Swarm) -> nn.Module:
+        model = nn.ModuleDict({"used": classifier(), "unused": swarm.moe(8, grid=(2, 2))})
+        model.forward = lambda x: model["used"](x)
+        return model
+
+    with Swarm("one") as one, Swarm("two") as two:
+        assert latest_run("one") is None
+        first = fit(over(one), (X, Y), steps=1).wait()
+        other = fit(over(two), (X, Y), steps=1).wait()
+        plain = fit(classifier(), (X, Y), steps=1).wait()
+        assert (latest_run("one"), latest_run("two")) == (first, other)
+        second = fit(over(one), (X, Y), steps=1).wait()
+        assert latest_run("one") is second and plain is not None
+        del second
+        gc.collect()
+        assert latest_run("one") is None
+    assert latest_run("two") is other  # closed by now
+    with Swarm("two"):
+        assert latest_run("two") is None  # another swarm
 
 
 @pytest.fixture

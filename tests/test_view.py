@@ -13,7 +13,7 @@ from torch import nn
 from labkit.errors import SwarmClosed
 from labkit.events import CallFailed, CallFinished, RowsUnanswered, ServerLost, StepFinished
 from labkit.run import fit
-from labkit.view import progress, telemetry
+from labkit.view import progress
 from labkit.view.progress import show_progress
 from labkit.view.summary import ServerRow, SwarmSummary
 from labkit.view.telemetry import Telemetry
@@ -59,15 +59,6 @@ def test_lost_servers_and_rows_without_an_answer_are_counted_and_other_events_ig
     seen(StepFinished(step=1, loss=1.0, samples=1, seconds=1.0, staleness=0))
     assert (seen.servers_lost, seen.unanswered_rows, seen.total.finished) == (1, 3, 0)
 
-
-def test_telemetry_stays_bounded_and_forgets_the_oldest_first(monkeypatch):
-    monkeypatch.setattr(telemetry, "MAX_TRACKED", 100)
-    seen = Telemetry()
-    for number in range(1000):
-        seen(finished(f"ffn.{number}", f"tcp://a:{number}"))
-    assert len(seen.by_uid) == len(seen.by_address) == 100
-    assert "ffn.999" in seen.by_uid and "ffn.0" not in seen.by_uid
-    assert seen.total.finished == 1000
 
 
 # ---------------------------------------------------------------- the swarm's table

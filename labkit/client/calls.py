@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 import trio
 from torch import Tensor
@@ -20,6 +21,9 @@ from labkit.expert_uid import ExpertInfo
 from labkit.wire.rpc import BULK, Caller
 
 Like = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of an answer
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # a server's word: one that cannot be is a `BadReply`
+Updates = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+Figures = tuple[Seconds, Seconds, Updates]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +35,13 @@ class Answer:
 
 
 class ExpertClient:
-    """Calls experts. Failures are told to the directory, so that a lost server is not asked again."""
+    """Calls experts. Failures are told to the directory, so that a lost server is not asked again.
+
+    `in_flight`: calls under way; changed in the lab thread only, and read from anywhere.
+    """
 
     def __init__(self, caller: Caller, directory: Directory, emit: Emit = ignore) -> None:
+        self.in_flight = 0
         self._caller = caller
         self._directory = directory
         self._emit = emit
@@ -63,17 +71,20 @@ class ExpertClient:
         timeout: float,
         codec: str = "none",
         give_up: trio.CancelScope | None = None,
+        seen: int | None = None,
     ) -> Answer:
         """Call for at most `timeout` seconds, or until `give_up` ends, which counts as a timeout of the expert.
 
-        Raises a kind of `RPCError`; `BadReply` for an answer of other shapes than `like`, or with NaN or infinity.
+        `seen`: for a backward pass, the `updates` that the expert answered in the forward pass of these rows. Raises a
+        kind of `RPCError`; `BadReply` for an answer of other shapes than `like`, or with NaN or infinity.
         """
         started = trio.current_time()
         rows = tensors[0].shape[0]
+        self.in_flight += 1
         try:
             with trio.CancelScope() if give_up is None else give_up as scope:
                 reply = await self._caller.call(
-                    expert.contact, f"expert.{direction}", [expert.uid], tensors, returns=tuple[float, float, int],
+                    expert.contact, f"expert.{direction}", [expert.uid], tensors, returns=Figures,
                     timeout=timeout, lane=BULK, codec=codec,
                 )  # fmt: skip
                 answer = checked(reply.tensors, like, expert)
@@ -86,13 +97,17 @@ class ExpertClient:
         except trio.Cancelled:
             self._failed(direction, expert, rows, started, CallCancelled("the caller needed the answer no more"))
             raise
+        finally:
+            self.in_flight -= 1
         self._directory.report_success(expert)
         queue, compute, updates = reply.body
+        # One of the steps since then is ours; below 0 where it made none (it accumulates), or began anew.
+        staleness = None if seen is None else max(0, updates - 1 - seen)
         self._emit(
             CallFinished(
                 uid=expert.uid, address=expert.contact.endpoint, direction=direction, rows=rows,
                 seconds=trio.current_time() - started, queue=queue, compute=compute, bytes=reply.bytes,
-                updates=updates,
+                updates=updates, staleness=staleness,
             )
         )  # fmt: skip
         return Answer(answer, updates)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import trio
@@ -60,13 +60,17 @@ class DispatchConfig:
 
 @dataclass(frozen=True)
 class Dispatched:
-    """A forward pass: who was asked for each slot, where that expert stands in the grid, and whether it answered."""
+    """A forward pass: who was asked for each slot, where that expert stands in the grid, and whether it answered.
+
+    `updates`: optimizer steps that the experts had made when they answered, by uid.
+    """
 
     name: str
     experts: list[ExpertInfo]  # each once
     choice: Tensor  # int64 [n, k], index into `experts`, -1 where nobody was left to ask
     coordinates: Tensor  # int64 [n, k, dims]
     answered: Tensor  # bool [n, k]
+    updates: dict[str, int] = field(default_factory=dict)
 
 
 async def dispatch_forward(
@@ -97,6 +101,7 @@ async def dispatch_forward(
             timeout=deadline - trio.current_time(), codec=config.codec, give_up=give_up,
         )  # fmt: skip
         outputs[request.rows, request.slots] = answer.tensors[0]
+        sent.updates.setdefault(request.expert.uid, answer.updates)  # of two answers the older
 
     def requests(choice: Tensor) -> list[Request]:
         found = requests_for(sent.experts, choice)
@@ -135,6 +140,7 @@ async def dispatch_backward(
             request.expert, [tensor.index_select(0, request.rows) for tensor in inputs],
             grad_outputs[request.rows, request.slots],
             timeout=deadline - trio.current_time(), codec=config.codec, give_up=give_up,
+            seen=sent.updates.get(request.expert.uid),
         )  # fmt: skip
         for total, grad in zip(totals, answer.tensors, strict=True):
             total.index_add_(0, request.rows, grad)

@@ -125,6 +125,17 @@ class PrefixCache:
         views = [record.children(now, self._suspicions) for record in self.records.values()]
         return {info.uid: info for view in views for info in view.experts.values()}
 
+    def hidden(self, prefixes: Iterable[str]) -> dict[str, ExpertInfo]:
+        """What is declared right below these prefixes, as far as they are cached, and not offered after failures."""
+        now, hidden = trio.current_time(), dict[str, ExpertInfo]()
+        for prefix in prefixes:
+            if (record := self.records.get(prefix)) is not None:
+                for coordinate in record.leaves.keys() - record.children(now, self._suspicions).experts.keys():
+                    info, expires_at = record.leaves[coordinate]
+                    if now < expires_at:
+                        hidden[info.uid] = info
+        return hidden
+
     def changed(self, prefix: str) -> None:
         """The suspicions about a prefix's experts changed."""
         if (record := self.records.get(prefix)) is not None:

@@ -145,6 +145,11 @@ class Directory:
                 prefixes.add(uid)
         await self._cache.read(sorted(prefixes))
 
+    def hidden(self, prefixes: Iterable[str]) -> dict[str, ExpertInfo]:
+        """Experts right below these prefixes that are declared and, after failures, not offered, by uid. From the cache
+        alone; for displays (to be called in the trio thread)."""
+        return self._cache.hidden(prefixes)
+
     def known(self) -> dict[str, ExpertInfo]:
         """All live experts in the cache, by uid. Asks nobody; for displays (to be called in the trio thread)."""
         return self._cache.known()

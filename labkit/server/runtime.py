@@ -19,6 +19,7 @@ from torch import Tensor
 
 from labkit.errors import DeadlineExceeded, Overloaded, RemoteFailure, RPCError, UnknownExpert
 from labkit.events import BatchProcessed, Emit, ignore
+from labkit.histogram import Histogram
 from labkit.server.backend import Direction, ExpertBackend, check_finite, schema_of
 from labkit.server.compute import ComputeThread, Executor, InlineCompute
 from labkit.server.task_pool import PoolKey, Task, TaskPools
@@ -43,12 +44,23 @@ class Result:
     updates: int
 
 
+@dataclass(slots=True)
+class ExpertCounts:
+    """Of one expert: its optimizer steps; rows and requests answered, and the seconds those took in queue and batch."""
+
+    updates: int = 0
+    rows: int = 0
+    requests: int = 0
+    seconds: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class RuntimeStatistics:
     """What a runtime has done and what waits. Plain values, for sending.
 
     `batches`, `rows`, `busy_seconds`: computed. `overloaded`: requests turned away. `expired`: requests whose deadline
-    passed while they waited.
+    passed while they waited. `uptime`: seconds since it began to run. `…_times`: `labkit.histogram` counts of the
+    requests answered.
     """
 
     queued_requests: int
@@ -58,7 +70,11 @@ class RuntimeStatistics:
     busy_seconds: float
     overloaded: int
     expired: int
-    updates: dict[str, int]  # expert uid -> optimizer steps
+    uptime: float
+    experts: Mapping[str, ExpertCounts]  # by uid; these go on counting
+    total_times: list[int]  # queue and batch together
+    queue_times: list[int]
+    compute_times: list[int]
 
 
 @dataclass(slots=True)
@@ -98,6 +114,9 @@ class Runtime:
         self._running = self._stopped = False
         self._batches = self._rows = self._overloaded = self._expired = 0
         self._busy_seconds = 0.0
+        self._started_at: float | None = None
+        self._experts = {uid: ExpertCounts() for uid in self.backends}
+        self._total_times, self._queue_times, self._compute_times = Histogram(), Histogram(), Histogram()
 
     async def submit(self, uid: str, direction: str, tensors: Sequence[Tensor], deadline: float) -> Result:
         """Have one request computed: the inputs, and for a backward pass the output gradient behind them.
@@ -149,6 +168,7 @@ class Runtime:
         """Compute until cancelled. What waits then fails with `RemoteFailure`. A runtime runs once."""
         assert not self._running and not self._stopped, "a runtime runs once"
         self._running = True
+        self._started_at = trio.current_time()
         try:
             async with AsyncExitStack() as threads, trio.open_nursery() as nursery:
                 for name, device in self._devices.items():
@@ -194,14 +214,26 @@ class Runtime:
             for task, answer in zip(batch, answers, strict=True):
                 queued = started - task.arrived
                 task.finish(answer if isinstance(answer, RPCError) else Result(answer, queued, seconds, updates))
-        done = [task.rows for task, answer in zip(batch, answers, strict=True) if not isinstance(answer, RPCError)]
+        done = [task for task, answer in zip(batch, answers, strict=True) if not isinstance(answer, RPCError)]
         self._busy_seconds += seconds
         if done:
-            self._batches += 1
-            self._rows += sum(done)
-            self._emit(
-                BatchProcessed(uid=uid, direction=direction, rows=sum(done), requests=len(done), seconds=seconds)
-            )
+            rows = self._count(uid, done, started, seconds)
+            self._emit(BatchProcessed(uid=uid, direction=direction, rows=rows, requests=len(done), seconds=seconds))
+
+    def _count(self, uid: str, done: list[Task[Result]], started: float, seconds: float) -> int:
+        """Count a batch whose requests were answered. Returns its rows."""
+        expert, rows = self._experts[uid], sum(task.rows for task in done)
+        self._batches += 1
+        self._rows += rows
+        expert.rows += rows
+        expert.requests += len(done)
+        for task in done:
+            queued = started - task.arrived
+            expert.seconds += queued + seconds
+            self._total_times.add(queued + seconds)
+            self._queue_times.add(queued)
+            self._compute_times.add(seconds)
+        return rows
 
     async def _take_snapshot(
         self, backend: ExpertBackend, finish: Callable[[dict[str, Tensor] | Exception], None], executor: Executor
@@ -240,7 +272,9 @@ class Runtime:
         return backend.state()
 
     def statistics(self) -> RuntimeStatistics:
-        """Gauges and counters, now."""
+        """Gauges and counters, now. In the lab thread."""
+        for uid, backend in self.backends.items():
+            self._experts[uid].updates = backend.updates
         return RuntimeStatistics(
             queued_requests=sum(len(device.pools) for device in self._devices.values()),
             queued_rows=sum(device.pools.rows for device in self._devices.values()),
@@ -249,7 +283,11 @@ class Runtime:
             busy_seconds=self._busy_seconds,
             overloaded=self._overloaded,
             expired=self._expired,
-            updates={uid: backend.updates for uid, backend in self.backends.items()},
+            uptime=0.0 if self._started_at is None else trio.current_time() - self._started_at,
+            experts=self._experts,
+            total_times=list(self._total_times.counts),
+            queue_times=list(self._queue_times.counts),
+            compute_times=list(self._compute_times.counts),
         )
 
 

@@ -33,7 +33,8 @@ export interface Piece {
 //   (that is 5 + 12 + 7 + 2 = 26) | local index, -1 for one started elsewhere; NaN: nothing known
 
 export interface Frame {
-  type: "frame"; seq: number; reset: boolean; // reset: forget all that was before
+  type: "frame"; page?: string; // whom it is for; a recorded frame is for nobody in particular
+  seq: number; reset: boolean; // reset: forget all that was before
   at: number; wall: number; swarm: string; open: boolean; source: "calls" | "servers";
   can: { control: boolean }; // whether kill, stop, restart, faults and stop_run are obeyed
   headline: Headline;

@@ -1,0 +1,341 @@
+"""The view of a swarm: what samples it while somebody looks, and what carries out the orders of a dashboard's buttons.
+
+Events → `Telemetry` → `Sampler` → `Scene` → here → the outputs: dashboards, the recording, loggers. One thread a swarm
+does that, and only while there is an output; for as long, a task in the lab thread polls the directory and the servers.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from labkit.errors import SwarmClosed
+from labkit.events import Emit
+from labkit.handles import Lab
+from labkit.polling import Inventory, keep_polled
+from labkit.pulse import Pulse
+from labkit.run import latest_run
+from labkit.view.encoding import FrameWriter
+from labkit.view.orders import carry_out, check_order
+from labkit.view.pages import Header
+from labkit.view.recording import Recording
+from labkit.view.sampler import Sampler
+from labkit.view.scene import Scene
+from labkit.view.summary import SwarmSummary
+
+if TYPE_CHECKING:
+    from labkit.swarm import Swarm
+    from labkit.view.dashboard import Dashboard
+    from labkit.view.loggers import Logging
+    from labkit.view.snapshot import Picture
+
+logger = logging.getLogger(__name__)
+
+RECORDING_PERIOD = 1.0  # seconds
+MARK_PATIENCE = 3.0  # seconds between two looks after which it is not known when something happened
+FRESH = 0.1  # seconds for which a scene is not made anew
+POLL_PATIENCE = 2.0  # seconds that new outputs wait for the servers to report
+CLOSE_TIMEOUT = 1.0  # seconds that outputs have for the last scene
+MIMES = {"png": "image/png", "html": "text/html", "json": "application/json"}
+
+Output = Callable[[Scene], None]
+_dashboards: dict[str, Dashboard] = {}  # by the name of their swarm
+
+
+@dataclass(eq=False, slots=True)
+class _Output:
+    function: Output
+    period: float
+    at: float  # when it is due, monotonic
+
+
+class SwarmView:
+    """The view of one swarm, `swarm.view`. Its methods may be called from any thread but the lab thread.
+
+    `in_flight`: how many calls to experts are under way.
+    """
+
+    def __init__(self, swarm: Swarm, lab: Lab, in_flight: Callable[[], int]) -> None:
+        self.name = swarm.name
+        self.recording = Recording()
+        self._swarm = swarm
+        self._lab = lab
+        self._inventory = Inventory()
+        self._sampler = Sampler(
+            swarm.telemetry, lambda: self._inventory, in_flight, partial(latest_run, swarm.name), swarm.name
+        )
+        self._pulse = Pulse(f"labkit-view-{swarm.name}", self._step)
+        self._recorder = _Output(self.recording.add, RECORDING_PERIOD, 0.0)
+        self._outputs: tuple[_Output, ...] = ()
+        self._polling: trio.CancelScope | None = None
+        self._polling_since = 0.0
+        self._scene: Scene | None = None
+        self._sampled = -math.inf  # when, monotonic
+        self._states: dict[int, str] = {}  # of the servers started here, when they were last looked at
+        self._over = False
+        self._lock = threading.Lock()  # of the outputs
+        self._sampling = threading.Lock()  # of the sampler and the last scene
+        self._ordering = threading.Lock()  # orders are carried out one at a time
+
+    # ------------------------------------------------------------ looking
+
+    @property
+    def over(self) -> bool:
+        """Whether the swarm is closed, or about to be: the last scene stays."""
+        return self._over
+
+    def scene(self) -> Scene:
+        """The swarm as it looks now, or looked a tenth of a second ago. Cheap; asks nobody."""
+        with self._sampling:
+            now = time.monotonic()
+            if self._scene is None or (not self._over and now >= self._sampled + FRESH):
+                self._mark_changes(known=now < self._sampled + MARK_PATIENCE)
+                self._scene = self._sampler.scene(open=not self._over)
+                self._sampled = now
+            return self._scene
+
+    def _mark_changes(self, known: bool) -> None:
+        """Mark which servers started here have ended, or are back, since the last look, if that was not long ago."""
+        for number, server in enumerate(list(self._swarm.servers)):
+            before, now = self._states.get(number), server.state
+            if now != "starting" and now != before:
+                self._states[number] = now
+                if known and before is not None:
+                    self._swarm.telemetry.mark(f"servers[{number}] {'back' if now == 'running' else now}")
+
+    def look(self) -> Scene:
+        """The same, but if nobody has been looking, the servers are asked first; that takes a second or so."""
+        if not self._over and not self._outputs:
+            looked = threading.Event()
+            remove = self.add(lambda scene: looked.set(), RECORDING_PERIOD)
+            try:
+                looked.wait(2 * POLL_PATIENCE)
+            finally:
+                remove()
+        return self.scene()
+
+    def snapshot(self) -> bytes:
+        """The dashboard as it looks now, drawn as a PNG."""
+        from labkit.view.snapshot import draw  # here, since it brings matplotlib
+
+        return draw(self.look())
+
+    def picture(self, path: str | Path | None = None) -> Picture:
+        """See `Swarm.snapshot`."""
+        from labkit.view.snapshot import Picture
+
+        picture = Picture(self.snapshot())
+        if path is not None:
+            picture.save(path)
+        return picture
+
+    def dashboard(self) -> Dashboard:
+        """See `Swarm.dashboard`."""
+        known = _dashboards.get(self.name)
+        if known is not None and known.view is not self:
+            known.close()  # of an earlier swarm of this name, which is closed too: a cell was run again
+        if known is None or known.ended:
+            from labkit.view.dashboard import Dashboard  # here, since it brings widgets
+
+            known = _dashboards[self.name] = Dashboard(LocalSource(self), self)
+        return known
+
+    def log_to(self, logger: Any, period: float) -> Logging:
+        """See `Swarm.log_to`."""
+        from labkit.view.loggers import Logging
+
+        return Logging(self, logger, period)
+
+    def summary(self) -> SwarmSummary:
+        """See `Swarm.summary`."""
+        return self._swarm.summary()
+
+    def on_event(self, listener: Emit) -> Callable[[], None]:
+        """See `Swarm.on_event`."""
+        return self._swarm.on_event(listener)
+
+    # ------------------------------------------------------------ outputs
+
+    def add(self, output: Output, period: float) -> Callable[[], None]:
+        """Give `output` a scene now and every `period` seconds, in the view's thread. Returns what ends that.
+
+        One that raises is logged and removed. When the swarm is closed, it gets a last scene, which is not `open`.
+        """
+        item = _Output(output, period, time.monotonic())
+        with self._lock:
+            if self._over:
+                return lambda: None
+            self._outputs = (*self._outputs, item)
+        self._pulse.wake()
+        return lambda: self._remove(item)
+
+    def _remove(self, item: _Output) -> None:
+        with self._lock:
+            known = item in self._outputs
+            self._outputs = tuple(other for other in self._outputs if other is not item)
+        if known:
+            self._pulse.wake()  # for its thread to end, if that was the last one
+
+    def _step(self) -> float | None:
+        """One turn of the view's thread: a scene for those whose time has come."""
+        if self._over:
+            self._say_goodbye()
+            return None
+        if not self._outputs:
+            self._stop_polling()
+            return None
+        if self._polling is None:
+            self._start_polling()
+        if not self._has_polled():
+            return POLL_PATIENCE
+        outputs = (self._recorder, *self._outputs)
+        due = [output for output in outputs if output.at <= time.monotonic()]
+        for output in due:
+            self._show(output, self.scene())
+        now = time.monotonic()
+        for output in due:
+            output.at = max(output.at + output.period, now)  # one that was late is not called twice for it
+        return max(0.0, min(output.at for output in outputs) - now)
+
+    def _show(self, output: _Output, scene: Scene) -> None:
+        try:
+            output.function(scene)
+        except Exception:
+            logger.exception("%r failed to show the swarm %r and was removed", output.function, self.name)
+            self._remove(output)
+
+    def _say_goodbye(self) -> None:
+        with self._lock:
+            outputs, self._outputs = self._outputs, ()
+        for output in (self._recorder, *outputs) if outputs else ():
+            self._show(output, self.scene())
+
+    # ------------------------------------------------------------ polling
+
+    def _start_polling(self) -> None:
+        self._polling = scope = trio.CancelScope()
+        self._polling_since = time.monotonic()
+        try:
+            self._lab.portal.call(self._begin_polling, scope)
+        except SwarmClosed:
+            pass  # it is being closed, and there is nothing to poll
+
+    def _stop_polling(self) -> None:
+        scope, self._polling = self._polling, None
+        if scope is not None:
+            try:
+                self._lab.portal.call(self._end_polling, scope)
+            except SwarmClosed:
+                pass  # and so the task is gone
+
+    async def _begin_polling(self, scope: trio.CancelScope) -> None:
+        self._lab.nursery.start_soon(self._poll, scope)
+
+    async def _end_polling(self, scope: trio.CancelScope) -> None:
+        scope.cancel()
+
+    async def _poll(self, scope: trio.CancelScope) -> None:
+        try:
+            with scope:
+                await keep_polled(self._lab.node, self._swarm.servers, self._publish)
+        except Exception:  # the view goes blind, but the swarm lives
+            logger.exception("the swarm %r is not polled any more", self.name)
+
+    def _publish(self, inventory: Inventory) -> None:
+        first = not self._has_polled()
+        self._inventory = inventory
+        if first:
+            self._pulse.wake()
+
+    def _has_polled(self) -> bool:
+        since = self._polling_since
+        return self._inventory.polled_at >= since or time.monotonic() >= since + POLL_PATIENCE
+
+    # ------------------------------------------------------------ orders
+
+    def order(self, order: Mapping[str, Any]) -> str:
+        """Do what a button says: kill, stop, restart, faults, stop_run (see `check_order`). Returns a sentence.
+
+        Blocks until it is done, or begun if it takes long; one at a time. Raises `ValueError`, `LabkitError`.
+        """
+        wanted = check_order(order)
+        with self._ordering:
+            if self._over:
+                raise SwarmClosed(f"the swarm {self.name!r} is closed")
+            return carry_out(self._swarm, wanted)
+
+    # ------------------------------------------------------------ ending
+
+    def end(self) -> None:
+        """Make the last scene, from the swarm as it is, and begin to hand it out. Does not wait."""
+        with self._lock:
+            if self._over:
+                return
+            self._over = True
+        with self._sampling:
+            try:
+                self._scene = self._sampler.scene(open=False)
+            except Exception:
+                logger.exception("the last scene of the swarm %r could not be made", self.name)
+                if self._scene is not None:
+                    self._scene = replace(self._scene, open=False)
+        if self._pulse.beating:
+            self._pulse.wake()
+
+    def close(self, timeout: float = CLOSE_TIMEOUT) -> bool:
+        """`end`, and wait until outputs have had their last scene: `timeout` or a second. False if one is not done."""
+        self.end()
+        return self._pulse.wait_for_end(min(timeout, CLOSE_TIMEOUT))
+
+
+class LocalSource:
+    """What a dashboard shows of a swarm of this process; a `FrameSource`. Any thread may call it, one at a time."""
+
+    def __init__(self, view: SwarmView) -> None:
+        self.name = view.name
+        self._view = view
+        self._writers: dict[str, FrameWriter] = {}
+
+    @property
+    def over(self) -> bool:
+        """Whether the swarm is closed."""
+        return self._view.over
+
+    def frame(self, page: str, *, layer: int, mode: str, fresh: bool) -> tuple[Header, list[bytes]]:
+        """The next frame for a page."""
+        if fresh or page not in self._writers:
+            self._writers[page] = FrameWriter()
+        scene = self._view.scene()
+        layer = min(layer, max(0, len(scene.layers) - 1))
+        return self._writers[page].frame(scene, layer=layer, mode=mode, control=scene.open)
+
+    def forget(self, page: str) -> None:
+        """A page is gone."""
+        self._writers.pop(page, None)
+
+    def order(self, order: Mapping[str, Any]) -> str:
+        """See `SwarmView.order`."""
+        return self._view.order(order)
+
+    def export(self, format: str) -> tuple[str, str, bytes]:
+        """The dashboard as a file: its name, MIME type and bytes."""
+        name = re.sub(r"[^\w.-]+", "-", self.name).strip("-.") or "swarm"
+        return f"labkit-{name}.{format}", MIMES[format], export(self._view, format)
+
+
+def export(view: SwarmView, format: str) -> bytes:
+    """The dashboard as the bytes of a file. `format`: png, or html or json of all that was recorded."""
+    if format == "png":
+        return view.snapshot()
+    scene = view.look()
+    return view.recording.to_html(scene) if format == "html" else view.recording.to_json(scene)

@@ -1,0 +1,214 @@
+"""How a scene is written down for a page: its tables as typed columns, its other words as JSON.
+
+Below `encoding`, which decides what a page is told when, and `recording`, which keeps whole moments. What is written
+here is read by `frontend/src/store.ts`; `frontend/src/types.ts` has the format.
+"""
+
+# rows: one for each expert, or server, of a table
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from labkit.errors import CAUSES
+from labkit.view.scene import MODES, SERIES, Floats, Layer, Mark, Scene, Servers
+
+MAX_TEXT = 120  # characters of a name, an address, a mark; what is longer is cut
+MAX_SIZES = 8  # dimensions of a grid
+UNKNOWN = 65535  # of a "scaled" column: NaN
+STEPS = 65534  # value = q / STEPS × max
+
+Header = dict[str, Any]  # a message, as JSON has it
+Values = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of a table, and how its rows are written."""
+
+    table: str  # "experts" | "servers"
+    name: str
+    dtype: str  # as `Piece.dtype` in types.ts
+    read: Callable[[Scene], Values]  # [rows] or [rows, width], as the scene has it
+    width: int = 1  # values a row
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that a row takes."""
+        return _WIRE[self.dtype].itemsize * self.width
+
+
+_WIRE: dict[str, np.dtype[Any]] = {
+    "u8": np.dtype("u1"),
+    "u16": np.dtype("<u2"),
+    "u32": np.dtype("<u4"),
+    "i32": np.dtype("<i4"),
+    "f32": np.dtype("<f4"),
+    "scaled": np.dtype("<u2"),
+}
+NUMBERS = 5 + 4 * 3 + len(CAUSES) + 2 + 1
+
+
+def server_numbers(servers: Servers) -> Floats:
+    """[rows, 27]: heard, experts, alive, calls, queue, latency (SPLIT × PERCENTILES), failed, injected, local index."""
+    rows = len(servers.labels)
+    numbers = np.empty((rows, NUMBERS), np.float32)
+    first: tuple[Values, ...] = (servers.heard, servers.experts, servers.alive, servers.calls, servers.queue)
+    for column, values in enumerate(first):
+        numbers[:, column] = values
+    numbers[:, 5:17] = servers.latency.reshape(rows, 12)
+    numbers[:, 17 : 17 + len(CAUSES)] = servers.failed
+    numbers[:, -3:-1] = servers.injected
+    numbers[:, -1] = servers.local
+    return numbers
+
+
+STATIC = (  # where an expert is; its server may change
+    Column("experts", "layer", "u16", lambda scene: scene.experts.layer),
+    Column("experts", "cell", "u32", lambda scene: scene.experts.cell),
+    Column("experts", "server", "i32", lambda scene: scene.experts.server),
+)
+STATES = (
+    Column("experts", "state", "u8", lambda scene: scene.experts.state),
+    Column("servers", "state", "u8", lambda scene: scene.servers.state),
+)
+SERVER_NUMBERS = Column("servers", "numbers", "f32", lambda scene: server_numbers(scene.servers), width=NUMBERS)
+SHADES = (  # the modes of the heat map
+    Column("experts", "load", "scaled", lambda scene: scene.experts.load),
+    Column("experts", "latency", "scaled", lambda scene: scene.experts.latency),
+    Column("experts", "failures", "scaled", lambda scene: scene.experts.failures),
+    Column("experts", "staleness", "scaled", lambda scene: scene.experts.staleness),
+)
+COUNTS = (
+    Column("experts", "calls", "u32", lambda scene: scene.experts.calls),
+    Column("experts", "failed", "u32", lambda scene: scene.experts.failed),
+    Column("experts", "updates", "u32", lambda scene: scene.experts.updates),
+)
+COLUMNS = (*STATIC, *STATES, SERVER_NUMBERS, *SHADES, *COUNTS)
+MOVING = tuple(column for column in COLUMNS if column.name not in ("layer", "cell"))  # an expert keeps its place
+assert tuple(column.name for column in SHADES) == MODES
+
+
+def write_rows(column: Column, values: Values) -> tuple[bytes, float | None]:
+    """Rows as little-endian bytes; for a "scaled" column also its `max`, which all of these rows share."""
+    wire = _WIRE[column.dtype]
+    if column.dtype == "scaled":
+        known = np.isfinite(values)
+        top = float(values.max(initial=0.0, where=known))
+        scale = STEPS / top if top > 0 else 0.0
+        steps = np.clip(np.rint(np.where(known, values, 0.0) * scale), 0, STEPS)  # in float64: scale may be huge
+        return np.where(known, steps, UNKNOWN).astype(wire).tobytes(), top
+    if column.dtype != "f32":
+        bounds = np.iinfo(wire)
+        values = np.clip(values, bounds.min, bounds.max)
+    return values.astype(wire).tobytes(), None
+
+
+def write_piece(
+    column: Column, values: Values, start: int, stop: int, buffers: list[bytes], size: int | None = None
+) -> dict[str, Any]:
+    """The rows from `start` to before `stop` as a `Piece`, whose bytes are put at the end of `buffers`.
+
+    `size`: rows of the table, by default as many as there are values.
+    """
+    rows, top = write_rows(column, values[start:stop])
+    piece: dict[str, Any] = {
+        "table": column.table,
+        "column": column.name,
+        "size": len(values) if size is None else size,
+        "start": start,
+        "count": stop - start,
+        "dtype": column.dtype,
+        "width": column.width,
+    }
+    if top is not None:
+        piece["max"] = top
+    piece["buffer"] = len(buffers)
+    buffers.append(rows)
+    return piece
+
+
+def write_opening(scene: Scene, *, reset: bool, control: bool) -> Header:
+    """What every frame begins with: when, of which swarm, and the headline. NaN becomes None, as JSON has none."""
+    headline = scene.headline
+    return {
+        "type": "frame",
+        "reset": reset,
+        "at": round(scene.at, 3),
+        "wall": round(scene.wall, 3),
+        "swarm": cut(scene.swarm),
+        "open": scene.open,
+        "source": scene.source,
+        "can": {"control": control},
+        "headline": {
+            "running": headline.running,
+            "steps": headline.steps,
+            "total_steps": headline.total_steps,
+            "loss": number(headline.loss),
+            "samples": number(headline.samples),
+            "calls": number(headline.calls),
+            "bytes": number(headline.bytes),
+            "in_flight": headline.in_flight,
+            "staleness": number(headline.staleness),
+            "experts": headline.experts,
+            "experts_alive": headline.experts_alive,
+            "servers": headline.servers,
+            "servers_alive": headline.servers_alive,
+            "answered": headline.answered,
+            "failed": {cause: headline.failed[cause] for cause in CAUSES if headline.failed.get(cause)},
+            "unanswered_rows": headline.unanswered_rows,
+        },
+        "pieces": [],
+    }
+
+
+def write_layer(layer: Layer) -> dict[str, Any]:
+    """A layer as JSON."""
+    return {"name": cut(layer.name), "sizes": [int(size) for size in layer.sizes[:MAX_SIZES]]}
+
+
+def write_server(servers: Servers, row: int) -> list[str]:
+    """Label, address and word of a server."""
+    return [cut(servers.labels[row]), cut(servers.addresses[row]), cut(servers.words[row])]
+
+
+def write_servers(servers: Servers) -> list[list[str]]:
+    """Those of all servers."""
+    return [write_server(servers, row) for row in range(len(servers.labels))]
+
+
+def write_mark(mark: Mark) -> list[Any]:
+    """A mark as JSON: when, and its text."""
+    return [round(mark.at, 3), cut(mark.text)]
+
+
+def write_series(scene: Scene, skip: int, count: int, reset: bool, buffers: list[bytes]) -> dict[str, Any]:
+    """`count` bins of the series after the first `skip`, as `Frame.series`; their bytes go to the end of `buffers`."""
+    series = scene.series
+    buffers.append(series.values[skip : skip + count].astype(_WIRE["f32"]).tobytes())
+    return {
+        "width": series.width,
+        "first": series.first + skip,
+        "count": count,
+        "reset": reset,
+        "buffer": len(buffers) - 1,
+    }
+
+
+BIN_BYTES = 4 * len(SERIES)
+
+
+def number(value: float, digits: int = 6) -> float | None:
+    """To so many significant digits; None for what is not a finite number."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+
+
+def cut(text: str) -> str:
+    """A text that a peer may have written, at no more than `MAX_TEXT` characters."""
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"

@@ -1,0 +1,196 @@
+"""A sheet to draw on: texts, lines and boxes in pixels, out comes a PNG. What `snapshot` draws the dashboard with.
+
+Matplotlib's object API alone, and every property said here: no pyplot, no axes. So the user's `rcParams`, backend and
+figures are neither changed nor felt, and any thread may draw.
+"""
+
+# x: pixels from the left; y: pixels from the top; a box: (x, y, width, height)
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+FONT = "DejaVu Sans"  # comes with matplotlib
+DPI = 100
+INK, DIM, FAINT = "#1a1a1a", "#666666", "#d0d0d0"
+
+Align = Literal["left", "center", "right"]
+Boxes = npt.NDArray[np.float64]  # [n, 4]
+
+_lock = threading.Lock()  # fonts are shared, and not safe between threads
+
+
+class Picture:
+    """A PNG that a notebook shows."""
+
+    def __init__(self, png: bytes) -> None:
+        self.png = png
+
+    def _repr_png_(self) -> bytes:
+        return self.png
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write it to a file and return its path. Raises `OSError`."""
+        path = Path(path)
+        path.write_bytes(self.png)
+        return path
+
+    def __repr__(self) -> str:
+        return f"<picture: PNG of {len(self.png):,} bytes>"
+
+
+class Sheet:
+    """A white sheet of `width` × `height` pixels. What is drawn later lies on top. `png()` draws it and gives it up."""
+
+    def __init__(self, width: int, height: int) -> None:
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("pictures are drawn by matplotlib: pip install labkit[notebooks]") from error
+        self.width, self.height = width, height
+        self._figure: Any  # matplotlib is only partly typed
+        with _lock:
+            self._figure = Figure((width / DPI, height / DPI), dpi=DPI, facecolor="white", linewidth=0, frameon=True)
+        self._figure.set_layout_engine("none")
+        _plain_style(self._figure.patch)
+        self._drawn = 0
+
+    def text(
+        self, x: float, y: float, text: str, *, size: float = 11, color: str = INK, bold: bool = False,
+        align: Align = "left",
+    ) -> None:  # fmt: skip
+        """One line of text, `size` pixels high, that stands on `y`; "left", "center" or "right" of `x`. No markup."""
+        from matplotlib.font_manager import FontProperties
+        from matplotlib.text import Text
+
+        with _lock:
+            font = FontProperties(
+                family=FONT, style="normal", variant="normal", weight="bold" if bold else "normal", stretch="normal",
+                size=size * 72 / DPI,
+            )  # fmt: skip
+            artist = Text(
+                x, self.height - y, _drawable(text), color=color, fontproperties=font, usetex=False, parse_math=False,
+                horizontalalignment=align, verticalalignment="baseline", antialiased=True,
+            )  # fmt: skip
+            self._add(artist)
+
+    def line(
+        self, x: npt.ArrayLike, y: npt.ArrayLike, *, color: str = INK, width: float = 1.0, dashed: bool = False,
+        dots: bool = False,
+    ) -> None:  # fmt: skip
+        """A line through points, broken where one is NaN; or dots at them."""
+        from matplotlib.lines import Line2D
+
+        artist = Line2D(
+            np.atleast_1d(x), self.height - np.atleast_1d(np.asarray(y, np.float64)), color=color, linewidth=width,
+            linestyle="none" if dots else (0, (4, 3)) if dashed else "-", marker="o" if dots else "none",
+            markersize=width, markeredgewidth=0, antialiased=True,
+        )  # fmt: skip
+        self._add(artist)
+
+    def boxes(self, boxes: npt.ArrayLike, colors: Any, *, edge: str = "none", width: float = 1.0) -> None:
+        """Filled boxes [n, 4]: one colour, "none" for just the edge, or a colour each ([n, 4])."""
+        from matplotlib.collections import PolyCollection
+
+        x, y, w, h = np.asarray(boxes, np.float64).reshape(-1, 4).T
+        y = self.height - y
+        corners: Any = np.stack([np.stack([x, x + w, x + w, x], 1), np.stack([y, y, y - h, y - h], 1)], 2)  # [n, 4, 2]
+        artist = PolyCollection(
+            corners, facecolors=colors, edgecolors=edge, linewidths=0 if edge == "none" else width, antialiaseds=False,
+            linestyles="-",
+        )  # fmt: skip
+        self._add(artist)
+
+    def hatch(self, boxes: npt.ArrayLike, color: str, width: float = 1.0) -> None:
+        """Diagonal lines across boxes [n, 4]: told from any fill without colour."""
+        from matplotlib.collections import LineCollection
+
+        x, y, w, h = np.asarray(boxes, np.float64).reshape(-1, 4).T
+        strokes = []
+        count = 7 if w.max(initial=0) > 24 else 3
+        for share in np.arange(1, count + 1) * 2 / (count + 1):  # along two sides, from one corner to the other
+            low, high = min(share, 1.0), max(share - 1, 0.0)
+            start, end = (x + high * w, self.height - y - low * h), (x + low * w, self.height - y - high * h)
+            strokes.append(np.stack([np.stack(start, 1), np.stack(end, 1)], 1))
+        lines: Any = np.concatenate(strokes)  # [strokes, 2, 2]
+        self._add(LineCollection(lines, colors=color, linewidths=width, linestyles="-", antialiaseds=True))
+
+    def png(self) -> bytes:
+        """Draw it all."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from PIL import Image
+
+        with _lock:
+            canvas: Any = FigureCanvasAgg(self._figure)
+            canvas.draw()
+            image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", compress_level=6)
+        return buffer.getvalue()
+
+    def _add(self, artist: Any) -> None:
+        from matplotlib.transforms import IdentityTransform
+
+        self._drawn += 1
+        artist.set_zorder(self._drawn)
+        _plain_style(artist)
+        artist.set_transform(IdentityTransform())  # pixels
+        self._figure.add_artist(artist)
+
+
+def cividis(shares: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Colours [n, 4] for numbers from 0 to 1."""
+    from matplotlib import colormaps
+
+    colors: npt.NDArray[np.float64] = np.asarray(colormaps["cividis"](np.asarray(shares, np.float64)))
+    return colors
+
+
+def text_width(text: str, size: float = 11, bold: bool = False) -> float:
+    """How many pixels a text takes."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    with _lock:
+        font = get_font(findfont(FontProperties(family=FONT, weight="bold" if bold else "normal")))
+        font.set_size(size * 72 / DPI, DPI)
+        font.set_text(_drawable(text))
+        return float(font.get_width_height()[0]) / 64  # it counts in 64ths
+
+
+def shorten(text: str, length: int) -> str:
+    """At most `length` characters of it, with … for what is left out in the middle."""
+    if len(text) <= length:
+        return text
+    head = (length - 1) // 3
+    return f"{text[:head]}…{text[len(text) - (length - 1 - head) :]}"
+
+
+def clip(text: str, length: int) -> str:
+    """At most `length` characters of it, with … for an end that is left out."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _plain_style(artist: Any) -> None:
+    """Without what `plt.xkcd()` and its like have set for all."""
+    artist.set_sketch_params(None)
+    artist.set_path_effects([])
+
+
+@cache
+def _letters() -> frozenset[int]:
+    from matplotlib.font_manager import findfont, get_font
+
+    return frozenset(get_font(findfont(FONT)).get_charmap())
+
+
+def _drawable(text: str) -> str:
+    """The text with ? for what our font cannot draw: names come from other people."""
+    return "".join(letter if letter >= " " and ord(letter) in _letters() else "?" for letter in text)

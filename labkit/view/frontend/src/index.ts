@@ -1,0 +1,86 @@
+// The widget that anywidget loads. The default export is a function, so that each model gets its own connection, which all
+// its views share.
+import { Connection, type Looker, type Model } from "./connection";
+import { controls } from "./controls";
+import { download } from "./download";
+import { makeContext, shell } from "./shell";
+import { statusLine } from "./status";
+import type { Mode } from "./types";
+
+const TOLD_FOR = 8_000; // ms that the answer to an order stays in the status line
+
+export default function widget() {
+  let connection: Connection | null = null;
+  const connect = (model: Model) => (connection ??= new Connection(model));
+  return {
+    initialize({ model }: { model: Model }) {
+      connect(model);
+      return () => {
+        connection?.close();
+        connection = null;
+      };
+    },
+    render({ model, el }: { model: Model; el: HTMLElement }) {
+      return showLive(connect(model), el);
+    },
+  };
+}
+
+function showLive(connection: Connection, place: HTMLElement): () => void {
+  const { store } = connection;
+  const looker: Looker = { looking: false };
+  let seen = false, paused = false, told = "", toldAt = -Infinity;
+
+  const say = (words: string) => {
+    told = words;
+    toldAt = performance.now();
+    view?.draw();
+  };
+  const ctx = makeContext({
+    view: connection.view,
+    setView(layer: number, mode: Mode) {
+      connection.setView(layer, mode);
+      view.draw();
+    },
+    say,
+    replay: false,
+    async order(order) {
+      if (order.do === "export") connection.saved = (file) => download(file, view.root.querySelector<HTMLElement>(".lk-saves")!);
+      try {
+        const text = await connection.order(order);
+        say(text);
+        return text;
+      } catch (error) {
+        say(error instanceof Error ? error.message : String(error));
+        throw error;
+      }
+    },
+  });
+  const turned = () => {
+    looker.looking = seen && !paused;
+    connection.changed();
+  };
+  const view = shell(place, store, ctx, {
+    scrolls: true,
+    controls: (redraw) => controls(store, ctx, (is) => {
+      paused = is;
+      turned();
+      if (!is) redraw();
+    }),
+    seen(is) {
+      seen = is;
+      turned();
+    },
+    frozen: () => paused,
+    status: () => statusLine({
+      first: store.frame !== null, closed: connection.closed, paused, clickWaits: connection.clickWaits,
+      silent: connection.silent,
+      told: performance.now() - toldAt < TOLD_FOR ? told : "",
+    }),
+  });
+  const detach = connection.attach(looker);
+  return () => {
+    detach();
+    view.destroy();
+  };
+}

@@ -1,0 +1,18 @@
+// The one line that says how things stand: a pure function of what is known.
+
+export interface Standing {
+  first: boolean; // a frame has come
+  closed: boolean; clickWaits: boolean; silent: boolean;
+  paused: boolean; told: string; // the answer to the last order, while it is fresh
+}
+
+export const CLICK_WAITS = "a click is waiting: this kernel hears clicks between cells; train in the background with lk.fit(…)";
+
+export function statusLine(standing: Standing): string {
+  if (standing.clickWaits) return CLICK_WAITS;
+  if (standing.told) return standing.told;
+  if (standing.closed) return "the swarm is closed";
+  if (standing.paused) return "paused";
+  if (standing.silent) return "the kernel is silent: it is busy with a cell, or gone";
+  return standing.first ? "" : "waiting for the first frame …";
+}

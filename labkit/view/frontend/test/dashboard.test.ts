@@ -1,0 +1,199 @@
+// @vitest-environment happy-dom
+// The whole widget in a page without pixels: what is read, pressed and said.
+import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
+import widget from "../src/index";
+import { CLICK_WAITS } from "../src/status";
+import { ALIVE, CAUSES, DEAD, type Frame, type Say } from "../src/types";
+import { frame, framed, headline, piece, series } from "./frames";
+
+let said: Say[], listeners: ((content: unknown, buffers?: DataView[]) => void)[], el: HTMLElement, end: () => void, page: string;
+const model = {
+  on: (_: string, callback: (...args: never[]) => void) => void listeners.push(callback as never),
+  off: (_: string, callback?: unknown) => void (listeners = listeners.filter((one) => one !== callback)),
+  send: (content: unknown) => void said.push(content as Say),
+};
+
+const numbers = (local: number, failed = 0) => [0.2, 4, 4, 20, 1, ...Array(12).fill(5), failed, ...Array(CAUSES.length - 1).fill(0), 0, 0, local];
+
+// Servers 0 and 1 are local, 2 is not.
+function swarm(states = [ALIVE, ALIVE, ALIVE], words = ["running", "running", "remote"], changes: Partial<Frame> = {}): [Frame, DataView[]] {
+  const [made, buffers] = framed([
+    piece("experts", "layer", "u16", [0, 0, 0, 0]), piece("experts", "cell", "u32", [0, 1, 2, 3]), piece("experts", "server", "i32", [0, 0, 1, 2]),
+    piece("experts", "state", "u8", [1, 1, 1, 3]), piece("experts", "load", "f32", [1, 2, 3, NaN]),
+    piece("servers", "state", "u8", states), piece("servers", "numbers", "f32", [...numbers(0), ...numbers(1, 3), ...numbers(-1)], { width: 27 }),
+  ], {
+    reset: true, layers: [{ name: "ffn", sizes: [2, 2] }],
+    server_text: { start: 0, rows: [["servers[0]", "a", words[0]], ["servers[1]", "b", words[1]], ["tcp://c", "c", words[2]]] },
+    marks: [[65, "servers[1] killed"]], ...changes,
+  });
+  const [bins, data] = series(0, 20);
+  return [{ ...made, series: { ...bins!, buffer: buffers.length } }, [...buffers, data]];
+}
+const give = ([made, buffers]: [Frame, DataView[]]) => {
+  for (const listener of listeners) listener({ ...made, page }, buffers);
+  vi.advanceTimersByTime(40);
+};
+const answer = (type: "heard" | "done" | "failed", text = "") => {
+  const order = said.filter((one) => one.type === "order").at(-1) as { id: number };
+  for (const listener of listeners) listener({ type, page, id: order.id, text });
+};
+const region = (name: string) => el.querySelector(`section[aria-label="${name}"]`) as HTMLElement;
+const button = (name: string) => [...el.querySelectorAll("button")].find((one) => (one.getAttribute("aria-label") ?? one.textContent) === name) as HTMLButtonElement;
+const status = () => el.querySelector("[role=status]")!.textContent;
+const words = (node: Element) => node.textContent!.replace(/\s+/g, " ");
+const orders = () => said.flatMap((one) => (one.type === "order" ? [one.order] : []));
+
+beforeEach(() => {
+  vi.useFakeTimers();
+  vi.stubGlobal("IntersectionObserver", undefined); // everything is in sight
+  said = [];
+  listeners = [];
+  el = document.body.appendChild(document.createElement("div"));
+  const made = widget();
+  const stop = made.initialize({ model });
+  const detach = made.render({ model, el });
+  end = () => { detach(); stop(); };
+  page = (said[0] as { page: string }).page;
+});
+afterEach(() => {
+  end();
+  el.remove();
+  vi.unstubAllGlobals();
+  vi.useRealTimers();
+});
+
+it("waits for the first frame, and looks", () => {
+  expect(status()).toBe("waiting for the first frame …");
+  expect(said).toMatchObject([{ type: "look", looking: true, fresh: true }]);
+});
+
+it("shows the headline, the regions and how old the view is", () => {
+  give(swarm());
+  expect(el.querySelector("[role=region]")!.getAttribute("aria-label")).toBe("labkit dashboard of swarm test");
+  const text = words(region("Headline"));
+  for (const part of ["4 of 4 experts", "2 of 2 servers", "step 120 of 500", "loss 0.412", "1,234 samples/s", "88 calls/s", "3 failed"]) expect(text).toContain(part);
+  for (const name of ["Routing", "Expert", "Servers", "Training", "Failures"]) expect(region(name)).toBeTruthy();
+  vi.advanceTimersByTime(2000);
+  const old = el.querySelector("[data-age]")!;
+  expect(Number(old.getAttribute("data-age"))).toBeGreaterThan(1.5);
+  expect(old.textContent).toMatch(/^view 2\.\d s old$/);
+  expect(status()).toBe("");
+});
+
+describe("the servers", () => {
+  const rows = () => [...region("Servers").querySelectorAll("table[aria-label=Servers] > tbody > tr:not(.lk-details)")];
+  it("are listed worst first, each state in words", () => {
+    give(swarm([ALIVE, ALIVE, DEAD], ["running", "running", "silent"]));
+    expect(rows().map((row) => row.querySelector("th")!.textContent!.slice(1))).toEqual(["tcp://c", "servers[1]", "servers[0]"]);
+    expect(words(rows()[0])).toContain("dead (silent)");
+    expect(words(rows()[1])).toContain("3 (timeout 3)");
+    expect(words(rows()[2])).toContain("4 of 4");
+  });
+
+  it("are killed after one question, in place", async () => {
+    give(swarm());
+    const kill = button("Kill servers[1]");
+    kill.focus();
+    kill.click();
+    expect(orders()).toEqual([]);
+    expect(words(kill)).toBe("Really kill servers[1]?");
+    expect(document.activeElement).toBe(kill);
+    kill.click();
+    expect(orders()).toEqual([{ do: "kill", server: 1 }]);
+    answer("done", "servers[1] killed");
+    await vi.advanceTimersByTimeAsync(300);
+    expect(status()).toBe("servers[1] killed");
+    expect(words(kill)).toBe("Kill servers[1]");
+  });
+
+  it("are not killed when the question is not answered", () => {
+    give(swarm());
+    button("Kill servers[1]").click();
+    vi.advanceTimersByTime(4100);
+    button("Kill servers[1]").click();
+    expect(orders()).toEqual([]);
+  });
+
+  it("started elsewhere have buttons that say why they cannot be pressed", () => {
+    give(swarm());
+    expect([button("Kill tcp://c").disabled, button("Kill tcp://c").title]).toEqual([true, "it was started elsewhere"]);
+    expect(button("Kill servers[0]").disabled).toBe(false);
+    give(swarm(undefined, undefined, { can: { control: false } }));
+    expect(button("Kill servers[0]").disabled).toBe(true);
+  });
+
+  it("open to show where the time goes, and take latency and loss", () => {
+    give(swarm());
+    button("Details of servers[0]").click();
+    vi.advanceTimersByTime(40);
+    expect(region("Servers").querySelector('table[aria-label="Latency split of servers[0]"]')!.textContent).toContain("compute");
+    const slider = el.querySelector('input[aria-label="Latency of servers[0]"]') as HTMLInputElement;
+    for (const value of ["3", "5"]) {
+      slider.value = value;
+      slider.dispatchEvent(new Event("input"));
+    }
+    expect(orders()).toEqual([]);
+    vi.advanceTimersByTime(250);
+    expect(orders()).toEqual([{ do: "faults", server: 0, latency: 0.02, loss: null }]);
+    expect(slider.getAttribute("aria-valuetext")).toBe("20 ms");
+  });
+
+  it("keep their rows when frames come", () => {
+    give(swarm());
+    const before = rows();
+    give(swarm([ALIVE, ALIVE, ALIVE]));
+    expect(rows().every((row, i) => row === before[i])).toBe(true);
+  });
+});
+
+it("says that a click waits, when the kernel hears none", () => {
+  give(swarm());
+  button("Stop run").click();
+  button("Really stop the run?").click();
+  expect(orders()).toEqual([{ do: "stop_run" }]);
+  vi.advanceTimersByTime(1300);
+  expect(status()).toBe(CLICK_WAITS);
+  answer("heard");
+  vi.advanceTimersByTime(300);
+  expect(status()).toBe("");
+});
+
+it("pauses: nothing more is asked for, nor drawn, and the view grows old", () => {
+  give(swarm());
+  button("Pause view").click();
+  expect(said.at(-1)).toMatchObject({ type: "look", looking: false });
+  give([frame({ headline: headline({ loss: 0.1 }) }), []]);
+  vi.advanceTimersByTime(5000);
+  expect(status()).toBe("paused");
+  expect(words(region("Headline"))).toContain("loss 0.412");
+  button("Resume view").click();
+  expect(said.at(-1)).toMatchObject({ type: "look", looking: true });
+  vi.advanceTimersByTime(40);
+  expect(words(region("Headline"))).toContain("loss 0.100");
+});
+
+it("filters failures by cause, and lists them for who cannot see the bars", () => {
+  give(swarm());
+  const lost = button("lost connection");
+  lost.click();
+  expect(lost.getAttribute("aria-pressed")).toBe("false");
+  lost.click();
+  expect(lost.getAttribute("aria-pressed")).toBe("true");
+  expect(words(region("Failures").querySelector('table[aria-label="Failures by cause"]')!)).toContain("timeout3");
+  expect(region("Failures").querySelector("ol")!.textContent).toBe("1:05 servers[1] killed");
+});
+
+it("says that the swarm is closed, and lets go of its buttons", () => {
+  give(swarm(undefined, undefined, { open: false }));
+  vi.advanceTimersByTime(300);
+  expect(status()).toBe("the swarm is closed");
+  expect(button("Kill servers[0]").disabled).toBe(true);
+});
+
+it("leaves nothing behind", () => {
+  give(swarm());
+  end();
+  expect(el.childElementCount).toBe(0);
+  expect(listeners).toEqual([]);
+  expect(vi.getTimerCount()).toBe(0);
+});

@@ -1,0 +1,96 @@
+"""One chromium and one JupyterLab for all browser tests, which `make test-browser` runs and `make test` does not."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sync_playwright
+
+from tests.browser.processes import Lab, jupyterlab
+
+SHOTS = Path(__file__).parent / "shots"
+PATIENCE = 60_000  # ms: what an expectation may take on a loaded machine
+GRACE = 10.0  # seconds: what the end of a kernel may take
+HOME = ("127.0.0.1", "localhost")
+QUIET = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+)  # fmt: skip
+
+expect.set_options(timeout=PATIENCE)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(browser: Browser) -> Iterator[None]:
+    """Fails a test that leaves a process behind. What wider fixtures hold open was there before, or checks itself."""
+    before = _family()
+    yield
+    _, left = psutil.wait_procs(_family() - before, timeout=GRACE)
+    words = [line for line in map(_command, left) if line and "chromium" not in line]
+    assert not words, f"the test left running: {words}"
+
+
+def _family() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    assert path, "no chromium: apt-get install chromium, or name another one in CHROMIUM"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory) -> Iterator[Lab]:
+    with jupyterlab(tmp_path_factory.mktemp("lab")) as lab:
+        yield lab
+
+
+@contextmanager
+def profile(browser: Browser) -> Iterator[BrowserContext]:
+    """A fresh profile. Fails if one of its pages asks anything of another machine, or throws an error of labkit's."""
+    abroad: list[str] = []
+    errors: list[str] = []
+
+    def guard(route: Route) -> None:
+        if urlsplit(route.request.url).hostname in HOME:
+            route.continue_()
+        else:
+            abroad.append(route.request.url)
+            route.abort()
+
+    context = browser.new_context(viewport={"width": 1400, "height": 1000}, accept_downloads=True)
+    context.set_default_timeout(PATIENCE)
+    context.route(re.compile("^https?://"), guard)
+    context.on("console", lambda said: errors.append(said.text) if "labkit" in said.text else None)
+    try:
+        yield context
+    finally:
+        context.close()
+    assert not abroad, f"a page asked for {abroad}"
+    assert not errors, f"a page complained: {errors}"
+
+
+def shoot(page: Page, name: str) -> None:
+    """Save a picture of a page in `shots/`."""
+    SHOTS.mkdir(exist_ok=True)
+    page.screenshot(path=SHOTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.png")
