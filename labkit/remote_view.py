@@ -90,7 +90,8 @@ class RemoteSource:
             return self._frame_of_our_own(self._own, page, layer, mode, fresh)
         self._lost.add(page)
         known = {key: value for key, value in self._last.items() if key in LASTING}
-        return {**self._nothing_known(), **known, "reset": fresh, "open": False, "can": {"control": False}}, []
+        rest = self._nothing_known() if fresh or not known else {"pieces": []}  # else the page keeps all that it has
+        return {**rest, **known, "reset": fresh, "open": False, "can": {"control": False}}, []
 
     def _ask(self, page: str, layer: int, mode: str, fresh: bool) -> tuple[Header, list[bytes]]:
         call = FrameCall(page, layer, mode, fresh)  # type: ignore[arg-type]  # `Pages` has checked the mode

@@ -7,12 +7,13 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
 
+import msgspec
 import pytest
 import torch
 import trio
 from torch import Tensor
 
-from labkit.client.calls import ExpertClient
+from labkit.client.calls import ExpertClient, Figures
 from labkit.client.dispatch import DispatchConfig, Dispatched, dispatch_backward, dispatch_forward
 from labkit.client.session import Session
 from labkit.contact import Contact
@@ -134,6 +135,15 @@ async def test_staleness_is_what_others_updated_between_the_two_passes_of_a_row(
         ("backward", "ffn.0"): 3,
         ("backward", "ffn.1"): 0,
     }
+
+
+@pytest.mark.parametrize(
+    "lie", [(-1.0, 0.0, 1), (0.0, math.nan, 1), (0.0, math.inf, 1), (0.0, 0.0, -1), (0, 0, 1 << 60)]
+)
+def test_times_and_counts_that_cannot_be_are_no_answer(lie):
+    with pytest.raises(msgspec.ValidationError):  # which the wire turns into a `BadReply`
+        msgspec.msgpack.decode(msgspec.msgpack.encode(lie), type=Figures)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode((0.5, 0.25, 3)), type=Figures) == (0.5, 0.25, 3)
 
 
 async def test_calls_in_flight_are_counted_however_they_end(autojump_clock):

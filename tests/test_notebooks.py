@@ -1,27 +1,31 @@
-"""The notebooks run from top to bottom in a real kernel, and are committed as they ran, with their pictures."""
+"""The notebooks run from top to bottom in a real kernel, and are committed as they ran, with their pictures.
+
+The tutorials have a module of their own, `test_tutorials`.
+"""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
-ROOT = Path(__file__).parent.parent
+from tests.notebook_runs import (
+    ROOT,
+    check_committed,
+    code_cells,
+    numbers,
+    pictures,
+    read,
+    run,
+    short_runs,
+    snapshots,
+    texts,
+)
+
+__all__ = ["short_runs"]
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-
-
-def texts(notebook: Any, mime: str = "text/plain") -> str:
-    """All outputs of a notebook in one format, streams included."""
-    found = []
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            found.append(output.get("text", "") if mime == "text/plain" else "")
-            found.append(output.get("data", {}).get(mime, ""))
-    return "\n".join(found)
 
 
 def check_quickstart(notebook: Any, *, accuracy: float) -> None:
@@ -29,11 +33,11 @@ def check_quickstart(notebook: Any, *, accuracy: float) -> None:
     assert "grid ffn 4 × 4: 16 experts alive" in html
     assert "killed" in html
     assert "swarm &#x27;default&#x27;, closed" in html
-    assert re.search(r"rows that no expert answered: 0\b", plain)
-    measured = re.search(r"test accuracy ([0-9.]+) after", plain)
-    assert measured is not None and float(measured[1]) >= accuracy
+    assert numbers(r"rows that no expert answered: (\d+)", plain) == [0]
+    assert numbers(r"test accuracy ([0-9.]+) after", plain)[-1] >= accuracy
     assert "labkit://" in plain and 'listen="tcp://0.0.0.0:*"' in plain
-    assert len(texts(notebook, "image/png").strip()) > 10_000
+    assert len(snapshots(notebook)) >= 1, "of the dashboard"
+    assert len(pictures(notebook)) > len(snapshots(notebook)), "and the curves"
 
 
 CHECKS = {"quickstart": check_quickstart}
@@ -41,21 +45,14 @@ CHECKS = {"quickstart": check_quickstart}
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_committed_as_it_ran(path: Path) -> None:
-    notebook = nbformat.read(path, as_version=4)
-    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
-    assert counts == list(range(1, len(counts) + 1)), "run it from top to bottom in a fresh kernel, and save it"
-    assert "Traceback" not in texts(notebook)
+    notebook = read(path)
+    check_committed(notebook)
+    assert any("swarm.dashboard()" in cell.source for cell in code_cells(notebook))
     CHECKS[path.stem](notebook, accuracy=0.96)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180)
+@pytest.mark.usefixtures("short_runs")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_top_to_bottom(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LABKIT_STEPS", "60")
-    notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = []
-    where = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, timeout=100, kernel_name="python3", resources=where).execute()
-    CHECKS[path.stem](notebook, accuracy=0.5)
+def test_a_notebook_runs_from_top_to_bottom(path: Path) -> None:
+    CHECKS[path.stem](run(path), accuracy=0.5)

@@ -49,10 +49,11 @@ def ask(watcher: Swarm, swarm: Swarm, method: str, body: object) -> Reply:
     """A call that a node makes which keeps to no rules."""
 
     async def call() -> Reply:
-        return await watcher._node.client.call(swarm._node.contact, method, body, timeout=10.0)
+        reply: Reply = await watcher._node.client.call(swarm._node.contact, method, body, timeout=10.0)
+        return reply
 
-    reply: Reply = watcher._portal.call(call)
-    return reply
+    answer: Reply = watcher._portal.call(call)
+    return answer
 
 
 def lookers(swarm: Swarm) -> int:
@@ -245,6 +246,7 @@ def test_when_the_swarm_is_gone_the_last_numbers_stay_and_the_page_says_so(swarm
         stale, buffers = source.frame("page", **LOOK, fresh=fresh)
         assert (stale["open"], stale["can"], stale["pieces"], buffers) == (False, {"control": False}, [], [])
         assert (stale["reset"], stale["at"], stale["headline"]) == (fresh, live["at"], live["headline"])
+        assert fresh or not {"layers", "server_text", "marks", "series"} & stale.keys()  # the page keeps what it has
     assert not source.over
     watcher.close()
     assert source.over

@@ -24,6 +24,7 @@ from labkit.errors import (
     WrongServerKey,
 )
 from labkit.wire import frames as wire
+from labkit.wire.client import Client
 from labkit.wire.rpc import BULK, Method, Reply, Request, RPCLimits
 from labkit.wire.security import Admission, Identity
 from labkit.wire.zeromq import open_network
@@ -171,6 +172,16 @@ async def test_a_server_that_goes_away_fails_the_waiting_call_at_once() -> None:
             await client.call(contact, "m", timeout=60)
         with pytest.raises(ConnectionLost, match="refused"), trio.fail_after(2):
             await client.call(contact, "m", timeout=60)
+
+
+async def test_a_call_that_begins_while_its_node_closes_is_a_lost_connection() -> None:
+    async with open_network() as network, serving(network) as server, network.listen(Identity.generate()) as endpoint:
+        client = Client(endpoint)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(client.run)
+            nursery.cancel_scope.cancel()
+        with pytest.raises(ConnectionLost, match="this node is closing"):
+            await client.call(server.contact, "echo", timeout=5)
 
 
 async def test_a_name_that_does_not_resolve_says_so() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ START = 500.0
 
 
 def finished(uid="ffn.0", address="a:1", **changes):
-    usual = {
+    usual: dict[str, Any] = {
         "direction": "forward", "rows": 4, "seconds": 0.1, "queue": 0.02, "compute": 0.03, "bytes": 10, "updates": 0,
         "at": START,
     }  # fmt: skip
@@ -87,7 +88,7 @@ def test_marks_are_bounded_and_short():
 
 def test_readers_see_whole_rows_while_the_lab_thread_writes():
     seen, done = Telemetry(START), threading.Event()
-    torn = []
+    torn: list[object] = []
 
     def read():
         while not done.is_set():

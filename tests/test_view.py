@@ -60,7 +60,6 @@ def test_lost_servers_and_rows_without_an_answer_are_counted_and_other_events_ig
     assert (seen.servers_lost, seen.unanswered_rows, seen.total.finished) == (1, 3, 0)
 
 
-
 # ---------------------------------------------------------------- the swarm's table
 
 ROWS = [

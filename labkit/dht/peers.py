@@ -176,7 +176,10 @@ class Peers:
         """Start background work if there is somewhere to run it and not too much of it already."""
         if self._background is None or len(self._background.child_tasks) > MAX_BACKGROUND:
             return False
-        self._background.start_soon(function, contact)
+        try:
+            self._background.start_soon(function, contact)
+        except RuntimeError:  # the nursery has just ended
+            return False
         return True
 
     def _seen(self, contact: Contact) -> None:

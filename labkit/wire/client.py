@@ -177,7 +177,11 @@ class Client:
         connection = self._connections.pop(key, None)
         if connection is None or connection.link.error is not None:
             connection = _Connection(self.endpoint.connect(contact), contact.endpoint, self.limits.frames)
-            self._nursery.start_soon(connection.read_answers)
+            try:
+                self._nursery.start_soon(connection.read_answers)
+            except RuntimeError:  # `run` has ended
+                connection.link.close()
+                raise ConnectionLost(f"{contact.endpoint} was not called, as this node is closing") from None
         self._connections[key] = connection  # now the last to be closed
         if len(self._connections) > self.limits.links:
             idle = next((k for k, c in self._connections.items() if not c.pending and c is not connection), None)

@@ -30,23 +30,11 @@ expect.set_options(timeout=PATIENCE)
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(browser: Browser) -> Iterator[None]:
-    """Fails a test that leaves a process behind. What wider fixtures hold open was there before, or checks itself."""
-    before = _family()
+    """Fails a test that leaves a child process behind. What wider fixtures started sees to its own family."""
+    before = set(psutil.Process().children())
     yield
-    _, left = psutil.wait_procs(_family() - before, timeout=GRACE)
-    words = [line for line in map(_command, left) if line and "chromium" not in line]
-    assert not words, f"the test left running: {words}"
-
-
-def _family() -> set[psutil.Process]:
-    return set(psutil.Process().children(recursive=True))
-
-
-def _command(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return ""
+    _, left = psutil.wait_procs(set(psutil.Process().children()) - before, timeout=GRACE)
+    assert not left, f"the test left running: {left}"
 
 
 @pytest.fixture(scope="session")
