@@ -1,12 +1,13 @@
 """What to serve: from what a caller of `Swarm.serve` says, and what the swarm has already, to experts that fit in.
 
-Before any batch: `swarm` asks here which grid, which of its places, which options and which kind of isolation.
+Before any batch: `swarm` asks here which grid, which of its places, which options and which kind of isolation; and for
+a layer, which grid it calls and how.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import msgspec
 import torch
 import trio
 
+from labkit.client.dispatch import DispatchConfig
 from labkit.contact import Contact
 from labkit.dht.protocol import Ping, Pong
 from labkit.directory.grids import GridInfo
@@ -205,3 +207,23 @@ def plan_servers(
         ServerPlan(replace(config, uids=part), node, Identity.generate(), (join,), member_file, lasting)
         for part in spread(config.uids, servers)
     ]
+
+
+# ---------------------------------------------------------------- layers
+
+
+def known_sizes(grids: Mapping[str, GridInfo], name: str) -> tuple[int, ...]:
+    """The sizes of a grid that is served. Raises `ValueError`."""
+    if name not in grids:
+        others = f"those served are {', '.join(sorted(grids))}" if grids else "no grid is served at all"
+        raise ValueError(f"nobody serves a grid {name!r} in this swarm ({others}); give its sizes: grid=…")
+    return grids[name].sizes
+
+
+def dispatch_config(sizes: Sequence[int], options: Mapping[str, Any]) -> DispatchConfig:
+    """How a layer over a grid of these sizes calls its experts; by default the best four. Raises `ValueError`."""
+    unknown = set(options) - set(DispatchConfig.__dataclass_fields__)
+    if unknown:
+        known = ", ".join(DispatchConfig.__dataclass_fields__)
+        raise ValueError(f"moe has no option {', '.join(sorted(unknown))}; besides its own it has {known}")
+    return DispatchConfig(**{"k_best": min(4, math.prod(sizes)), **options})

@@ -21,8 +21,8 @@ from torch import Tensor
 from labkit.contact import Contact
 from labkit.errors import BadReply, RequestRefused, RPCError, SwarmClosed, UnknownMethod
 from labkit.polling import Inventory
-from labkit.swarm_view import MIMES, LocalSource
 from labkit.view.encoding import FrameWriter
+from labkit.view.local_source import MIMES, LocalSource
 from labkit.view.pages import Header
 from labkit.view.sampler import Sampler
 from labkit.view.scene import MODES

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,6 @@ from torch import nn
 
 from labkit.census import Census, all_experts, all_grids, summarize, take_census
 from labkit.client.calls import ExpertClient
-from labkit.client.dispatch import DispatchConfig
 from labkit.client.expert import RemoteExpert
 from labkit.client.moe import MixtureOfExperts
 from labkit.client.session import Session, close_session, open_session
@@ -34,7 +32,15 @@ from labkit.faults import Faults
 from labkit.handles import Lab, ServerHandle, begin_all, end_all
 from labkit.joining import Invitation, Members
 from labkit.node import NodeConfig, open_node
-from labkit.planning import choose_places, fit_options, grid_name, isolate, plan_servers
+from labkit.planning import (
+    choose_places,
+    dispatch_config,
+    fit_options,
+    grid_name,
+    isolate,
+    known_sizes,
+    plan_servers,
+)
 from labkit.polling import ask_everybody
 from labkit.portal import Portal
 from labkit.server.layers import Factory
@@ -228,20 +234,10 @@ class Swarm:
         `grid`: its sizes, by default those that its servers declare. `dispatch`: `k_best`, `k_min`, timeouts, and what
         else `DispatchConfig` has. Raises `ValueError`.
         """
-        if grid is None:
-            known = self.grids()
-            if name not in known:
-                others = f"those served are {', '.join(sorted(known))}" if known else "no grid is served at all"
-                raise ValueError(f"nobody serves a grid {name!r} in this swarm ({others}); give its sizes: grid=…")
-            grid = known[name].sizes
-        unknown = set(dispatch) - set(DispatchConfig.__dataclass_fields__)
-        if unknown:
-            known_options = ", ".join(DispatchConfig.__dataclass_fields__)
-            raise ValueError(f"moe has no option {', '.join(sorted(unknown))}; besides its own it has {known_options}")
-        dispatch.setdefault("k_best", min(4, math.prod(check_grid(grid))))
+        sizes = check_grid(grid) if grid is not None else known_sizes(self.grids(), name)
         return MixtureOfExperts(
-            dim, grid, name, swarm=self.name, routing=routing, jitter=jitter, grid_dropout=grid_dropout,
-            dispatch=DispatchConfig(**dispatch),
+            dim, sizes, name, swarm=self.name, routing=routing, jitter=jitter, grid_dropout=grid_dropout,
+            dispatch=dispatch_config(sizes, dispatch),
         )  # fmt: skip
 
     def expert(self, uid: str, *, timeout: float = 10.0, codec: str = "none") -> RemoteExpert:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -25,9 +24,7 @@ from labkit.handles import Lab
 from labkit.polling import Inventory, keep_polled
 from labkit.pulse import Pulse
 from labkit.run import latest_run
-from labkit.view.encoding import FrameWriter
 from labkit.view.orders import carry_out, check_order
-from labkit.view.pages import Header
 from labkit.view.recording import Recording
 from labkit.view.sampler import Sampler
 from labkit.view.scene import Scene
@@ -46,7 +43,6 @@ MARK_PATIENCE = 3.0  # seconds between two looks after which it is not known whe
 FRESH = 0.1  # seconds for which a scene is not made anew
 POLL_PATIENCE = 2.0  # seconds that new outputs wait for the servers to report
 CLOSE_TIMEOUT = 1.0  # seconds that outputs have for the last scene
-MIMES = {"png": "image/png", "html": "text/html", "json": "application/json"}
 
 Output = Callable[[Scene], None]
 _dashboards: dict[str, Dashboard] = {}  # by the name of their swarm
@@ -146,6 +142,7 @@ class SwarmView:
             known.close()  # of an earlier swarm of this name, which is closed too: a cell was run again
         if known is None or known.ended:
             from labkit.view.dashboard import Dashboard  # here, since it brings widgets
+            from labkit.view.local_source import LocalSource
 
             known = _dashboards[self.name] = Dashboard(LocalSource(self), self)
         return known
@@ -296,46 +293,3 @@ class SwarmView:
         """`end`, and wait until outputs have had their last scene: `timeout` or a second. False if one is not done."""
         self.end()
         return self._pulse.wait_for_end(min(timeout, CLOSE_TIMEOUT))
-
-
-class LocalSource:
-    """What a dashboard shows of a swarm of this process; a `FrameSource`. Any thread may call it, one at a time."""
-
-    def __init__(self, view: SwarmView) -> None:
-        self.name = view.name
-        self._view = view
-        self._writers: dict[str, FrameWriter] = {}
-
-    @property
-    def over(self) -> bool:
-        """Whether the swarm is closed."""
-        return self._view.over
-
-    def frame(self, page: str, *, layer: int, mode: str, fresh: bool) -> tuple[Header, list[bytes]]:
-        """The next frame for a page."""
-        if fresh or page not in self._writers:
-            self._writers[page] = FrameWriter()
-        scene = self._view.scene()
-        layer = min(layer, max(0, len(scene.layers) - 1))
-        return self._writers[page].frame(scene, layer=layer, mode=mode, control=scene.open)
-
-    def forget(self, page: str) -> None:
-        """A page is gone."""
-        self._writers.pop(page, None)
-
-    def order(self, order: Mapping[str, Any]) -> str:
-        """See `SwarmView.order`."""
-        return self._view.order(order)
-
-    def export(self, format: str) -> tuple[str, str, bytes]:
-        """The dashboard as a file: its name, MIME type and bytes."""
-        name = re.sub(r"[^\w.-]+", "-", self.name).strip("-.") or "swarm"
-        return f"labkit-{name}.{format}", MIMES[format], export(self._view, format)
-
-
-def export(view: SwarmView, format: str) -> bytes:
-    """The dashboard as the bytes of a file. `format`: png, or html or json of all that was recorded."""
-    if format == "png":
-        return view.snapshot()
-    scene = view.look()
-    return view.recording.to_html(scene) if format == "html" else view.recording.to_json(scene)

@@ -21,7 +21,8 @@ from msgspec import Meta
 from torch import Tensor
 
 from labkit.errors import BadRequest, LabkitError, MessageTooLarge, Overloaded, RemoteFailure, RequestRefused, RPCError
-from labkit.swarm_view import LocalSource, SwarmView
+from labkit.swarm_view import SwarmView
+from labkit.view.local_source import LocalSource
 from labkit.wire.rpc import Method, Reply, Request
 
 logger = logging.getLogger(__name__)

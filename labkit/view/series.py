@@ -83,7 +83,7 @@ def _add(values: Values, number: int, current: list[float]) -> Values:
 
 def merge(values: Values) -> Values:
     """Each two bins into one: [B, K] -> [B / 2, K]."""
-    return values.reshape(len(values) // 2, 2, -1).sum(axis=1)
+    return values[0::2] + values[1::2]
 
 
 def series_of(calls: Bins, steps: Bins, now: float) -> Series:

@@ -95,6 +95,8 @@ export function shell(place: HTMLElement, store: Store, ctx: Context, parts: Par
     if (is) redraw();
   };
 
+  // Keys pressed on a control here are its own: JupyterLab moves between cells by arrows, and cuts one at an "x".
+  root.addEventListener("keydown", (event) => { if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation(); });
   place.append(root);
   attribute(root, "data-theme", isDark(place) ? "dark" : "light");
   styled = JSON.stringify(readTheme(root));
