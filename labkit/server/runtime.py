@@ -1,7 +1,7 @@
 """The runtime of an expert server (paper, section 3.3): it gathers requests into batches and runs them, one at a time.
 
 On a batch's way between `server/server`, which calls `Runtime.submit` on the lab thread, and `server/backend`, which
-computes on the compute thread of its device (`server/compute`).
+computes on the compute thread of its device (`server/compute`), one `server/batch` after the other.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 import trio
 from torch import Tensor
 
 from labkit.errors import DeadlineExceeded, Overloaded, RemoteFailure, RPCError, UnknownExpert
 from labkit.events import BatchProcessed, Emit, ignore
 from labkit.histogram import Histogram
-from labkit.server.backend import Direction, ExpertBackend, check_finite, schema_of
+from labkit.server.backend import ExpertBackend, schema_of
+from labkit.server.batch import compute_batch
 from labkit.server.compute import ComputeThread, Executor, InlineCompute
 from labkit.server.task_pool import PoolKey, Task, TaskPools
 
@@ -205,7 +205,7 @@ class Runtime:
     async def _run_batch(self, batch: list[Task[Result]], executor: Executor) -> None:
         (uid, direction, _), backend = batch[0].key, self.backends[batch[0].key.uid]
         rows, started = sum(task.rows for task in batch), trio.current_time()
-        work = partial(_compute, backend, direction, [task.tensors for task in batch])
+        work = partial(compute_batch, backend, direction, [task.tensors for task in batch])
         answers: list[list[Tensor] | RPCError] = [RemoteFailure(STOPPED) for _ in batch]
         updates, seconds = 0, 0.0
         try:
@@ -289,53 +289,3 @@ class Runtime:
             queue_times=list(self._queue_times.counts),
             compute_times=list(self._compute_times.counts),
         )
-
-
-# ---------------------------------------------------------------- on the compute thread
-
-
-def _compute(
-    backend: ExpertBackend, direction: Direction, requests: list[Sequence[Tensor]]
-) -> tuple[list[list[Tensor] | RPCError], int]:
-    """Compute one batch. Returns each request's tensors or its own error, in order, and the expert's updates after it.
-
-    1. Refuse the requests with NaN or infinity, alone.
-    2. Merge the others: one pass, and for a backward pass one optimizer step.
-    3. If that fails, compute them one by one, so that only the guilty fail. (A failed pass has changed nothing.)
-    """
-    answers: list[list[Tensor] | RPCError] = [RemoteFailure("not computed")] * len(requests)
-    # 1.
-    good = []
-    for i, tensors in enumerate(requests):
-        try:
-            check_finite(tensors)
-            good.append(i)
-        except Exception as error:
-            answers[i] = _translate(error, backend, direction)
-    # 2.
-    if len(good) > 1:
-        try:
-            merged = [torch.cat(column) for column in zip(*(requests[i] for i in good), strict=True)]
-            results = backend.compute(direction, merged)
-        except Exception as error:
-            logger.debug("a merged batch of %s failed (%s); its requests run one by one", backend.uid, error)
-        else:
-            sizes = [requests[i][0].shape[0] for i in good]
-            for i, *parts in zip(good, *(torch.split(result, sizes) for result in results), strict=True):
-                answers[i] = parts
-            return answers, backend.updates
-    # 3. (Or there was only one, which is neither copied nor merged.)
-    for i in good:
-        try:
-            answers[i] = backend.compute(direction, requests[i])
-        except Exception as error:
-            answers[i] = _translate(error, backend, direction)
-    return answers, backend.updates
-
-
-def _translate(error: Exception, backend: ExpertBackend, direction: str) -> RPCError:
-    """What to tell the caller. A new error, since a traceback would keep the batch's tensors alive."""
-    if isinstance(error, RPCError):
-        return type(error)(*error.args)
-    logger.warning("expert %s failed in a %s pass", backend.uid, direction, exc_info=error)
-    return RemoteFailure(f"expert {backend.uid} failed in a {direction} pass: {type(error).__name__}: {error}"[:500])

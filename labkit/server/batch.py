@@ -1,0 +1,64 @@
+"""One batch of an expert server, on the compute thread: several requests become one pass of the expert, and part again.
+
+On a batch's way between `server/runtime`, which gathered the requests, and `server/backend`, which computes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from labkit.errors import RemoteFailure, RPCError
+from labkit.server.backend import Direction, ExpertBackend, check_finite
+
+logger = logging.getLogger(__name__)
+
+
+def compute_batch(
+    backend: ExpertBackend, direction: Direction, requests: list[Sequence[Tensor]]
+) -> tuple[list[list[Tensor] | RPCError], int]:
+    """Compute one batch. Returns each request's tensors or its own error, in order, and the expert's updates after it.
+
+    1. Refuse the requests with NaN or infinity, alone.
+    2. Merge the others: one pass, and for a backward pass one optimizer step.
+    3. If that fails, compute them one by one, so that only the guilty fail. (A failed pass has changed nothing.)
+    """
+    answers: list[list[Tensor] | RPCError] = [RemoteFailure("not computed")] * len(requests)
+    # 1.
+    good = []
+    for i, tensors in enumerate(requests):
+        try:
+            check_finite(tensors)
+            good.append(i)
+        except Exception as error:
+            answers[i] = _translate(error, backend, direction)
+    # 2.
+    if len(good) > 1:
+        try:
+            merged = [torch.cat(column) for column in zip(*(requests[i] for i in good), strict=True)]
+            results = backend.compute(direction, merged)
+        except Exception as error:
+            logger.debug("a merged batch of %s failed (%s); its requests run one by one", backend.uid, error)
+        else:
+            sizes = [requests[i][0].shape[0] for i in good]
+            for i, *parts in zip(good, *(torch.split(result, sizes) for result in results), strict=True):
+                answers[i] = parts
+            return answers, backend.updates
+    # 3. (Or there was only one, which is neither copied nor merged.)
+    for i in good:
+        try:
+            answers[i] = backend.compute(direction, requests[i])
+        except Exception as error:
+            answers[i] = _translate(error, backend, direction)
+    return answers, backend.updates
+
+
+def _translate(error: Exception, backend: ExpertBackend, direction: str) -> RPCError:
+    """What to tell the caller. A new error, since a traceback would keep the batch's tensors alive."""
+    if isinstance(error, RPCError):
+        return type(error)(*error.args)
+    logger.warning("expert %s failed in a %s pass", backend.uid, direction, exc_info=error)
+    return RemoteFailure(f"expert {backend.uid} failed in a {direction} pass: {type(error).__name__}: {error}"[:500])
