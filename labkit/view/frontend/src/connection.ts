@@ -97,7 +97,7 @@ export class Connection {
   private turned = (): void => this.changed();
 
   private tick(): void {
-    if ((this.looking && !this.closed) || this.orders.exporting) this.look();
+    if (this.looking || this.orders.exporting) this.look(); // also when it is closed: one seen from afar may come back
   }
 
   // `fresh`: tell us everything; we have nothing yet, or something may have been lost.

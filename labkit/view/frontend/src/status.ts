@@ -11,7 +11,7 @@ export const CLICK_WAITS = "a click is waiting: this kernel hears clicks between
 export function statusLine(standing: Standing): string {
   if (standing.clickWaits) return CLICK_WAITS;
   if (standing.told) return standing.told;
-  if (standing.closed) return "the swarm is closed";
+  if (standing.closed) return "the swarm is closed, or cannot be reached";
   if (standing.paused) return "paused";
   if (standing.silent) return "the kernel is silent: it is busy with a cell, or gone";
   return standing.first ? "" : "waiting for the first frame …";

@@ -186,7 +186,7 @@ it("filters failures by cause, and lists them for who cannot see the bars", () =
 it("says that the swarm is closed, and lets go of its buttons", () => {
   give(swarm(undefined, undefined, { open: false }));
   vi.advanceTimersByTime(300);
-  expect(status()).toBe("the swarm is closed");
+  expect(status()).toBe("the swarm is closed, or cannot be reached");
   expect(button("Kill servers[0]").disabled).toBe(true);
 });
 

@@ -115,7 +115,7 @@ describe("the status line", () => {
     expect(statusLine({ ...calm, first: false })).toBe("waiting for the first frame …");
     expect(statusLine({ ...calm, silent: true, first: false })).toMatch(/^the kernel is silent/);
     expect(statusLine({ ...calm, paused: true })).toBe("paused");
-    expect(statusLine({ ...calm, closed: true, paused: true })).toBe("the swarm is closed");
+    expect(statusLine({ ...calm, closed: true, paused: true })).toBe("the swarm is closed, or cannot be reached");
     expect(statusLine({ ...calm, told: "servers[2] killed", closed: true })).toBe("servers[2] killed");
     expect(statusLine({ ...calm, clickWaits: true, told: "servers[2] killed" })).toBe(CLICK_WAITS);
   });
