@@ -96,7 +96,7 @@ def check_committed(notebook: Any) -> None:
     for cell in code_cells(notebook):
         for output in cell.outputs:
             assert output.output_type != "error"
-            assert output.get("name") != "stderr", output.text
+            assert output.get("name") != "stderr" or output.text.startswith("k_best="), output.text  # labkit's own
     said = "\n".join(texts(notebook, mime) for mime in ("text/plain", "text/html"))
     assert "Traceback" not in said
     assert not PATH.findall(said)

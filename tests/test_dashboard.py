@@ -312,7 +312,7 @@ def test_a_page_sees_the_swarm_and_its_buttons_are_obeyed(swarm):
 
 
 def local(swarm: lk.Swarm) -> Shown:
-    from labkit.swarm_view import LocalSource
+    from labkit.view.local_source import LocalSource
 
     return Shown(LocalSource(swarm.view), swarm.view)
 

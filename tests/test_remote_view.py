@@ -16,7 +16,7 @@ from labkit.contact import Contact
 from labkit.errors import BadReply, LabkitError, Overloaded, RequestRefused, RPCError
 from labkit.remote_view import RemoteSource
 from labkit.swarm import Swarm
-from labkit.swarm_view import LocalSource
+from labkit.view.local_source import LocalSource
 from labkit.view.scene import Scene
 from labkit.viewers import ExportCall, FrameCall, OrderCall
 from labkit.wire.rpc import Reply

@@ -44,7 +44,7 @@ def check_first_swarm(notebook: Any, full: bool) -> None:
     calls = numbers(r"ffn\.\d\.\d +([0-9,]+) calls", plain)
     assert len(calls) == 16 and min(calls) > 0
     assert min(numbers(r"each +([0-9,]+) updates", plain)) > 0
-    assert numbers(ACCURACY, plain)[-1] >= (0.96 if full else 0.5)
+    assert numbers(ACCURACY, plain)[-1] >= (0.95 if full else 0.5)
     assert len(snapshots(notebook)) >= (2 if full else 1)
 
 
@@ -52,7 +52,7 @@ def check_watch_it_fail(notebook: Any, full: bool) -> None:
     plain = texts(notebook)
     steps = numbers(r"(\d+) steps, loss", plain)
     assert len(steps) == 4 and steps == sorted(steps) and steps[-1] == (600 if full else STEPS)
-    assert numbers(ACCURACY, plain)[-1] >= (0.96 if full else 0.5)
+    assert numbers(ACCURACY, plain)[-1] >= (0.95 if full else 0.5)
     assert re.search(r"calls that failed so far: \{.*'lost': \d+", plain), "the killed servers' calls"
     assert numbers(r"rows that no expert answered: (\d+); batches that failed: \d+", plain) == [0]
     shown = snapshots(notebook)
@@ -88,13 +88,13 @@ def check_your_own_expert(notebook: Any, full: bool) -> None:
 def check_log_to_wandb(notebook: Any, full: bool) -> None:
     plain = texts(notebook)
     assert "offline: nothing leaves this machine" in plain
-    steps = 600 if full else STEPS
+    steps = 400 if full else STEPS
     assert numbers(r"rows, (\d+) of them steps", plain) == [steps]
     for key in ("train/step", "train/loss", "swarm/seconds", "swarm/experts_alive", "swarm/heat_map", "swarm/load"):
         assert re.search(rf"^{key}$", plain, re.MULTILINE), key
     assert "experts alive: 16, and then 8" in plain
     assert numbers(r"wandb/offline-run-\S+: ([0-9,]+) bytes", plain)[0] > 20_000, "what W&B keeps, with a heat map"
-    assert numbers(ACCURACY, plain)[-1] >= (0.96 if full else 0.5)
+    assert numbers(ACCURACY, plain)[-1] >= (0.95 if full else 0.5)
     assert snapshots(notebook) and len(pictures(notebook)) > len(snapshots(notebook))
 
 

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Route, expect, sync_playwright
 
 from tests.browser.processes import Lab, jupyterlab
 
@@ -55,9 +55,15 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
 
 @contextmanager
 def profile(browser: Browser) -> Iterator[BrowserContext]:
-    """A fresh profile. Fails if one of its pages asks anything of another machine, or throws an error of labkit's."""
+    """A fresh profile. Fails if one of its pages asks anything of another machine, or if the dashboard complains."""
     abroad: list[str] = []
     errors: list[str] = []
+
+    def listen(said: ConsoleMessage) -> None:
+        if said.type in ("error", "warning"):
+            print(f"the page's console: {said.text}")  # shown when the test fails
+        if said.type == "error" and "labkit" in said.text:
+            errors.append(said.text)
 
     def guard(route: Route) -> None:
         if urlsplit(route.request.url).hostname in HOME:
@@ -69,7 +75,7 @@ def profile(browser: Browser) -> Iterator[BrowserContext]:
     context = browser.new_context(viewport={"width": 1400, "height": 1000}, accept_downloads=True)
     context.set_default_timeout(PATIENCE)
     context.route(re.compile("^https?://"), guard)
-    context.on("console", lambda said: errors.append(said.text) if "labkit" in said.text else None)
+    context.on("console", listen)
     try:
         yield context
     finally:

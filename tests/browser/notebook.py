@@ -23,11 +23,19 @@ class Notebook:
     def __init__(self, page: Page, url: str) -> None:
         self.page = page
         page.goto(url)
-        self.expect_kernel("Idle")
+        self.expect_kernel()
 
-    def expect_kernel(self, status: str) -> None:
-        """Wait for what the status bar says of the kernel: Idle or Busy."""
-        expect(self.page.get_by_text(f"Python 3 (ipykernel) | {status}")).to_be_visible()
+    def expect_kernel(self) -> None:
+        """Wait until the kernel has started and answers."""
+        expect(self.page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible()
+
+    def expect_cell(self, *, running: bool) -> None:
+        """Wait until some cell runs, or none. (The status bar says Idle whenever a subshell has heard a click.)"""
+        star = self.page.get_by_role("feed", name="Cells").get_by_text("[*]:")
+        if running:
+            expect(star).not_to_have_count(0)
+        else:
+            expect(star).to_have_count(0)
 
     def choose(self, menu: str, *items: str) -> None:
         """Choose from the menu bar."""
@@ -54,7 +62,7 @@ class Notebook:
 
     def reload(self) -> None:
         self.page.reload()
-        self.expect_kernel("Idle")
+        self.expect_kernel()
 
     def set_theme(self, name: str) -> None:
         self.choose("Settings", "Theme", name)

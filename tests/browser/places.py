@@ -40,11 +40,12 @@ class Place:
     view: View
 
     def set_dark(self, dark: bool) -> None:
-        """What somebody who likes it dark has set."""
-        self.page.emulate_media(color_scheme="dark" if dark else "light")
+        """Do what somebody does who likes it dark, or light."""
+        raise NotImplementedError
 
     def reload(self) -> None:
-        self.page.reload()
+        """Load the page anew."""
+        raise NotImplementedError
 
 
 @dataclass
@@ -57,6 +58,18 @@ class NotebookPlace(Place):
     def reload(self) -> None:
         self.notebook.save()
         self.notebook.reload()
+
+
+@dataclass
+class WatchPlace(Place):
+    url: str
+
+    def set_dark(self, dark: bool) -> None:
+        self.page.goto(f"{self.url}&theme={'dark' if dark else 'light'}")  # Voilà does not ask the system
+        self.view.expect_first_frame()
+
+    def reload(self) -> None:
+        self.page.reload()
 
 
 @contextmanager
@@ -82,6 +95,6 @@ def in_watch_page(browser: Browser, folder: Path) -> Iterator[Place]:
         with profile(browser) as context:
             page = context.new_page()
             page.goto(url)
-            place = Place(page, View(page))
+            place = WatchPlace(page, View(page), url)
             place.view.expect_first_frame()
             yield place

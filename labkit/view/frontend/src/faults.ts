@@ -30,7 +30,7 @@ export interface Fader {
 interface One { el: HTMLElement; update(value: number, why: string): void; destroy(): void }
 
 function slider(label: string, word: string, steps: readonly number[], format: (value: number) => string, send: (value: number) => void): One {
-  let timer = 0, mine = -Infinity;
+  let timer = 0, mine = -Infinity, due = () => {};
   const said = h("output", { class: "lk-slider-value" }, format(0));
   const input = h("input", { type: "range", min: 0, max: steps.length - 1, step: 1, value: 0, "aria-label": label, "aria-valuetext": format(0) });
   const el = h("label", { class: "lk-slider" }, h("span", {}, word), input, said);
@@ -43,7 +43,8 @@ function slider(label: string, word: string, steps: readonly number[], format: (
     const value = steps[Number(input.value)] ?? 0;
     say(format(value));
     clearTimeout(timer);
-    timer = window.setTimeout(() => send(value), DEBOUNCE);
+    due = () => { due = () => {}; send(value); };
+    timer = window.setTimeout(() => due(), DEBOUNCE);
   });
   return {
     el,
@@ -55,7 +56,7 @@ function slider(label: string, word: string, steps: readonly number[], format: (
       if (input.value !== step) input.value = step;
       say(Number.isNaN(value) ? "mixed" : format(value));
     },
-    destroy() { clearTimeout(timer); },
+    destroy() { clearTimeout(timer); due(); }, // what was set last is still to be sent
   };
 }
 

@@ -51,7 +51,7 @@ export function heatmapPanel(store: Store, ctx: Context): Panel {
   const empty = h("p", { class: "lk-empty" }, "No experts have been seen yet.");
   const readout = h("p", { class: "lk-readout", "aria-hidden": "true" }), live = h("p", { class: "lk-hidden", "aria-live": "polite" });
   const legend = makeLegend(), table = makeExpertsTable();
-  const el = h("section", { "aria-label": "Routing", class: "lk-panel lk-routing", "data-lm-suppress-shortcuts": "true" },
+  const el = h("section", { "aria-label": "Routing", class: "lk-panel lk-routing" },
     h("div", { class: "lk-panel-head" }, h("h3", {}, "Routing"), layers, radios, zooms),
     sliceRow, empty, stage, readout, legend.el, live, table.el);
 

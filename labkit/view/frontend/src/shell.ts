@@ -62,7 +62,7 @@ export function shell(place: HTMLElement, store: Store, ctx: Context, parts: Par
   const name = h("strong", { class: "lk-name" });
   const saves = h("span", { class: "lk-saves" });
   // JupyterLab would take Enter, arrows and letters that are meant for our buttons and sliders as shortcuts of the notebook.
-  const root = h("section", { class: "lk", role: "region", "aria-label": "labkit dashboard", "data-lm-suppress-shortcuts": "true" },
+  const root = h("section", { class: "lk", role: "region", "aria-label": "labkit dashboard" },
     h("div", { class: "lk-top" },
       h("div", { class: "lk-bar" }, h("span", { class: "lk-brand" }, "labkit ", name), status, saves, controls.el), headline.el), body);
   if (parts.scrolls && window.parent === window) root.classList.add("lk-scrolls");
