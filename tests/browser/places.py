@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 
 from tests.browser.conftest import GRACE, profile
 from tests.browser.notebook import Notebook, write_notebook
-from tests.browser.processes import Lab, labkit
+from tests.browser.processes import Lab, Terminal, labkit
 from tests.browser.view import View
 
 CELLS = [
@@ -47,6 +47,10 @@ class Place:
         """Load the page anew."""
         raise NotImplementedError
 
+    def expect_run_over(self) -> None:
+        """Wait until it is seen that the run has ended."""
+        raise NotImplementedError
+
 
 @dataclass
 class NotebookPlace(Place):
@@ -59,10 +63,15 @@ class NotebookPlace(Place):
         self.notebook.save()
         self.notebook.reload()
 
+    def expect_run_over(self) -> None:
+        expect(self.view.button("Stop run")).to_be_disabled()
+        expect(self.view.button("Stop run")).to_have_attribute("title", "no run is training now")
+
 
 @dataclass
 class WatchPlace(Place):
     url: str
+    terminal: Terminal
 
     def set_dark(self, dark: bool) -> None:
         self.page.goto(f"{self.url}&theme={'dark' if dark else 'light'}")  # Voilà does not ask the system
@@ -70,6 +79,10 @@ class WatchPlace(Place):
 
     def reload(self) -> None:
         self.page.reload()
+
+    def expect_run_over(self) -> None:
+        """The demo says how it went, and ends with its page, since nobody sits at its terminal."""
+        self.terminal.find(r"(test accuracy +0\.\d+)")
 
 
 @contextmanager
@@ -95,6 +108,6 @@ def in_watch_page(browser: Browser, folder: Path) -> Iterator[Place]:
         with profile(browser) as context:
             page = context.new_page()
             page.goto(url)
-            place = WatchPlace(page, View(page), url)
+            place = WatchPlace(page, View(page), url, terminal)
             place.view.expect_first_frame()
             yield place

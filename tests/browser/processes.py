@@ -40,7 +40,9 @@ def home(folder: Path) -> dict[str, str]:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """Ask a process to end, and see that nothing of what it started is left."""
+    """Ask a process to end, unless it has, and see that nothing of what it started is left."""
+    if process.poll() is not None:
+        return
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     process.terminate()
     try:
@@ -130,6 +132,8 @@ class Terminal:
     def close(self) -> None:
         end(self.process)
         self._reader.join()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
 
 
 @contextmanager

@@ -92,7 +92,7 @@ export function shell(place: HTMLElement, store: Store, ctx: Context, parts: Par
     if (visible === is) return;
     visible = is;
     parts.seen(is);
-    if (is) redraw();
+    if (is) restyle(); // when it was made, it need not have been in the page, whose colours it takes
   };
 
   // Keys pressed on a control here are its own: JupyterLab moves between cells by arrows, and cuts one at an "x".
