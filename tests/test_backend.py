@@ -1,6 +1,8 @@
 """An expert backend trains exactly as a local module with an optimizer does, and refuses without a trace."""
 
 import copy
+import subprocess
+import sys
 
 import msgspec
 import pytest
@@ -319,3 +321,31 @@ def test_a_state_that_does_not_fit_names_the_tensor_and_changes_nothing():
         sgd.load_state(before)
     assert_same(backend.state(), before)
     assert sgd.updates == 0
+
+
+STEPS = """
+import sys, torch
+from labkit.server.backend import ExpertBackend
+from labkit.server.optimizer import BackendConfig, spare_the_compiler
+if sys.argv[1] == "spared":
+    spare_the_compiler()
+for name in ("adam", "adamw", "sgd"):
+    torch.manual_seed(0)
+    config = BackendConfig(optimizer=name, momentum=0.9 * (name == "sgd"), clip_grad_norm=1.0)
+    backend = ExpertBackend("ffn.0", torch.nn.Linear(4, 4), config)
+    for _ in range(3):
+        backend.compute("backward", [torch.ones(2, 4), torch.ones(2, 4)])
+    print(name, backend.module.weight.tolist())
+print("compiler", "torch._dynamo" in sys.modules)
+"""
+
+
+def test_a_server_process_trains_as_any_other_but_without_torchs_compiler():
+    def run(how: str) -> list[str]:
+        command = [sys.executable, "-c", STEPS, how]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.splitlines()
+
+    *spared, without = run("spared")
+    *plain, _ = run("plain")
+    assert spared == plain and len(spared) == 3
+    assert without == "compiler False"

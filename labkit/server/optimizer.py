@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 
 import torch
 from torch import nn
@@ -77,3 +78,21 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], BackendConfig], torch.optim.
         ps, lr=c.lr, weight_decay=c.weight_decay, momentum=c.momentum, fused=c.fused
     ),
 }  # fmt: skip
+
+
+def spare_the_compiler() -> None:
+    """Let this process make and step optimizers without importing torch's compiler. For server processes, which compile
+    nothing: that import is two of the five CPU-seconds that one takes to start.
+
+    `torch.optim` imports `torch._dynamo` 1. when a method is called that is marked as not to be compiled: here they are
+    called as they are; 2. in each `step`, to tell the compiler where to break: here a step is one under `no_grad`,
+    which is what it comes to. Where torch does this in another way, nothing changes.
+    """
+    for method in vars(torch.optim.Optimizer).values():  # 1
+        plain = getattr(method, "__wrapped__", None)
+        if isinstance(method, FunctionType) and method.__code__.co_filename == torch._compile.__file__:
+            vars(plain).setdefault("__dynamo_disable", plain)
+    for optimizer in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):  # 2
+        step = vars(optimizer).get("step")
+        if step is not None and step.__code__.co_name == "_use_grad":
+            optimizer.step = torch.no_grad()(step.__wrapped__)  # type: ignore[method-assign]
