@@ -1,35 +1,50 @@
-"""What tests of the notebooks need: to run one in a real kernel, and to read what its cells put out."""
+"""What tests of the notebooks need: to run one in a real kernel, and to read what its cells put out.
+
+`python -m tests.notebook_runs NOTEBOOK` runs one at full size and saves it, as it is to be committed.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import struct
-import tempfile
+import subprocess
+import sys
 from base64 import b64decode
-from collections.abc import Iterator
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import nbformat
-import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
 STEPS = 40  # of a run in a test
+SIDE_BY_SIDE = 3
 SNAPSHOT = (1200, 800)  # pixels
 PNG = b"\x89PNG\r\n\x1a\n"
 PATH = re.compile(r"(?<![\w.:/])/(?:work|home|root|tmp|mnt|var|usr|opt|Users|content)/\S*")
 
 
-@pytest.fixture
-def short_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Few steps, no key of anybody's, and temporary files in one place, which goes with the test."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        monkeypatch.setenv("LABKIT_STEPS", str(STEPS))
-        monkeypatch.setenv("TMPDIR", folder)
-        for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):
-            monkeypatch.delenv(name, raising=False)
-        yield
+def run_all(paths: Sequence[Path], folder: Path) -> dict[Path, str]:
+    """Run notebooks with few steps, several side by side. What they put out is in `folder`; returns what went wrong.
+
+    Each has a process of its own, no key of anybody's, and a folder for temporary files.
+    """
+
+    def run_one(path: Path) -> str:
+        temporary = folder / f"{path.stem}-files"
+        temporary.mkdir()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.notebook_runs", str(path), str(folder / path.name)], cwd=ROOT,
+            capture_output=True, text=True, env={**environment, "LABKIT_STEPS": str(STEPS), "TMPDIR": str(temporary)},
+        )  # fmt: skip
+        return "" if done.returncode == 0 else done.stderr
+
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        return dict(zip(paths, pool.map(run_one, paths), strict=True))
 
 
 def read(path: Path) -> Any:
@@ -37,14 +52,21 @@ def read(path: Path) -> Any:
     return nbformat.read(path, as_version=4)
 
 
-def run(path: Path) -> Any:
-    """The notebook as it is after a run from top to bottom in a new kernel. Raises what a cell raised."""
+def run(path: Path, to: Path) -> None:
+    """Run a notebook from top to bottom in a new kernel, and keep its outputs. Raises what a cell raised.
+
+    Without widgets, of which a reader would only see that they are not there.
+    """
     notebook = read(path)
     for cell in code_cells(notebook):
         cell.outputs = []
     where = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, timeout=150, kernel_name="python3", resources=where).execute()
-    return notebook
+    how: dict[str, Any] = {"timeout": 150, "kernel_name": "python3", "record_timing": False}
+    NotebookClient(notebook, resources=where, store_widget_state=False, **how).execute()
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+    nbformat.write(notebook, to)
 
 
 def code_cells(notebook: Any) -> list[Any]:
@@ -100,3 +122,7 @@ def check_committed(notebook: Any) -> None:
     said = "\n".join(texts(notebook, mime) for mime in ("text/plain", "text/html"))
     assert "Traceback" not in said
     assert not PATH.findall(said)
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]).absolute(), Path(sys.argv[-1]).absolute())
