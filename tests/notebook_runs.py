@@ -20,7 +20,7 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
-STEPS = 40  # of a run in a test
+STEPS = 28  # of a run in a test
 SIDE_BY_SIDE = 3
 SNAPSHOT = (1200, 800)  # pixels
 PNG = b"\x89PNG\r\n\x1a\n"
