@@ -125,7 +125,7 @@ def test_it_turns_dark_and_light(place, view):
 def exported(view: View, format: str, folder: Path) -> Path:
     with view.page.expect_download() as download:
         view.button(f"Export {format}").click()
-    path = folder / download.value.suggested_filename
+    path = folder / str(download.value.suggested_filename)
     download.value.save_as(path)
     return path
 
