@@ -23,7 +23,6 @@ from labkit.errors import LabkitError
 from labkit.faults import Faults
 from labkit.node import NodeConfig
 from labkit.portal import unwrap
-from labkit.server.optimizer import spare_the_compiler
 from labkit.server.server import ServerConfig, serve_experts
 from labkit.wire.security import Admission, Identity
 from labkit.wire.zeromq import open_network
@@ -71,7 +70,6 @@ def run_child() -> NoReturn:
         if line:  # else the parent has gone already
             order = msgspec.json.decode(line, type=Order)
             sys.path[:] = order.path
-            spare_the_compiler()
             trio.run(_child_main, order, reports)
             status = 0
     except BaseException as error:

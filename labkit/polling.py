@@ -197,24 +197,25 @@ class Found:
     chunks: int = 0
 
 
-async def find_experts(node: Node, grids: Mapping[str, GridInfo], pause: float) -> Found:
+async def find_experts(node: Node, grids: Mapping[str, GridInfo], pause: float, *, anew: bool = False) -> Found:
     """Walk the directory's index of these grids, a few prefixes at a time, with a `pause` in seconds between.
 
     So no step holds the lab thread for long, neither this walk nor the refreshing of what it used. At most 20,000
-    experts.
+    experts. `anew`: ask the DHT for what is cached, too.
     """
     found, directory = Found(), node.directory
+    look_up = directory.look_up if anew else directory.children
     for name, grid in grids.items():
         prefixes = [name]
         for _ in grid.sizes[1:]:
             below: list[str] = []
             for some in _in_chunks(prefixes):
-                views = await directory.children(some)
+                views = await look_up(some)
                 below += [f"{prefix}.{coordinate}" for prefix in some for coordinate in sorted(views[prefix].inner)]
                 await trio.lowlevel.checkpoint()
             prefixes = below[: directory.config.max_prefixes]
         for some in _in_chunks(prefixes):
-            views = await directory.children(some)
+            views = await look_up(some)
             found.chunks += 1
             for prefix in some:
                 found.experts.update((info.uid, info) for _, info in sorted(views[prefix].experts.items()))
@@ -249,8 +250,8 @@ def contacts_of(servers: Sequence[ServerHandle], found: Found) -> dict[str, Cont
 
 
 async def ask_everybody(node: Node, servers: Sequence[ServerHandle], timeout: float) -> dict[str, ServerStatistics]:
-    """The statistics of the servers started here and of all that the directory knows, by address, at most 32 asked at
-    a time. Those that do not answer within `timeout` seconds are missing."""
+    """The statistics of the servers started here and of all that the DHT knows now, by address, at most 32 asked at a
+    time. Those that do not answer within `timeout` seconds are missing."""
     answers: dict[str, ServerStatistics] = {}
 
     async def ask(address: str, contact: Contact) -> None:
@@ -263,7 +264,7 @@ async def ask_everybody(node: Node, servers: Sequence[ServerHandle], timeout: fl
     end, limiter = trio.current_time() + timeout, trio.CapacityLimiter(AT_ONCE_FOR_ONE)
     found = Found(contacts={info.contact.endpoint: info.contact for info in node.directory.known().values()})
     with trio.move_on_at(end - timeout / 2):
-        found = await find_experts(node, await find_grids(node.dht, timeout), 0.0)
+        found = await find_experts(node, await find_grids(node.dht, timeout), 0.0, anew=True)
     with trio.move_on_at(end):
         async with trio.open_nursery() as nursery:
             for address, contact in contacts_of(servers, found).items():

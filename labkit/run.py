@@ -24,6 +24,7 @@ from labkit.client.moe import MixtureOfExperts
 from labkit.client.session import Session, find_session
 from labkit.errors import NoExperts, NotEnoughExperts, RPCError, SwarmClosed, TrainingFailed
 from labkit.events import Emit, StepFailed, StepFinished, ignore
+from labkit.server.optimizer import Adam
 from labkit.shared_model import SharedModel
 from labkit.streams import Batch, stream
 from labkit.trainer import LossFunction, TrainConfig, evaluate, train_step
@@ -49,7 +50,7 @@ class Run:
         self, model: nn.Module, data: Any, config: TrainConfig, loss_function: LossFunction | None = None,
         optimizer: OptimizerFactory | None = None, emit: Emit | None = None,
     ) -> None:  # fmt: skip
-        make_optimizer = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=config.lr))
+        make_optimizer = optimizer or (lambda parameters: Adam(parameters, lr=config.lr))
         self.model = model
         self.config = config
         self.history: deque[StepFinished] = deque(maxlen=100_000)

@@ -209,10 +209,11 @@ class Swarm:
         for server in self.servers:
             await server.apply_faults(latency, loss)
 
-    def statistics(self, timeout: float = 2.0) -> dict[str, ServerStatistics]:
+    def statistics(self, timeout: float = 5.0) -> dict[str, ServerStatistics]:
         """How all servers of the swarm are doing, wherever they were started, by address.
 
-        Those that give no answer, or no sensible one, within `timeout` seconds are missing.
+        They are looked up anew, so one that has just joined is among them, and this swarm's layers know its experts
+        from here on. Those that give no answer, or no sensible one, within `timeout` seconds are missing.
         """
         return self._portal.call(ask_everybody, self._node, self.servers, timeout)
 

@@ -1,18 +1,23 @@
 """What tests of the notebooks need: to run one in a real kernel, and to read what its cells put out.
 
 `python -m tests.notebook_runs NOTEBOOK` runs one at full size and saves it, as it is to be committed.
+
+A run of the tests begins with a child process, `python -m tests.notebook_runs --all FOLDER`, that runs all of them with
+few steps, beside the other tests and with less claim to the processor; their own tests come last, and wait for it.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import re
 import struct
 import subprocess
 import sys
+import threading
 from base64 import b64decode
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +25,68 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
+NOTEBOOKS = [*sorted((ROOT / "notebooks").glob("*.ipynb")), *sorted((ROOT / "tutorials").glob("*.ipynb"))]
 STEPS = 28  # of a run in a test
 SIDE_BY_SIDE = 3
+NICENESS = 10
+PROBLEMS = "problems.json"  # what went wrong, by the name of the notebook
 SNAPSHOT = (1200, 800)  # pixels
 PNG = b"\x89PNG\r\n\x1a\n"
 PATH = re.compile(r"(?<![\w.:/])/(?:work|home|root|tmp|mnt|var|usr|opt|Users|content)/\S*")
 
 
-def run_all(paths: Sequence[Path], folder: Path) -> dict[Path, str]:
-    """Run notebooks with few steps, several side by side. What they put out is in `folder`; returns what went wrong.
+class BackgroundRuns:
+    """All notebooks, run by a child process that ends when this process does. They are in `folder` as they ran."""
 
-    Each has a process of its own, no key of anybody's, and a folder for temporary files.
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.notebook_runs", "--all", str(folder)], cwd=ROOT, stdin=subprocess.PIPE,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def problems(self) -> dict[str, str]:
+        """Wait for them. What went wrong with each, by name; empty for those that ran."""
+        assert self._process.wait() == 0
+        problems: dict[str, str] = json.loads((self.folder / PROBLEMS).read_text(encoding="utf-8"))
+        return problems
+
+    def end(self) -> None:
+        """Wait for nothing, and leave nothing."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+async def run_all(folder: Path) -> None:
+    """Run them with few steps, several side by side, and write what they put out, and what went wrong, into `folder`.
+
+    Each kernel has no key of anybody's, and a folder for temporary files. The end of standard input means that nobody
+    waits for them any more.
     """
 
-    def run_one(path: Path) -> str:
+    def heed_the_parent() -> None:
+        while os.read(0, 1024):
+            pass
+        os._exit(1)  # the kernels notice, and end with their servers
+
+    async def run_one(path: Path) -> str:
         temporary = folder / f"{path.stem}-files"
         temporary.mkdir()
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.notebook_runs", str(path), str(folder / path.name)], cwd=ROOT,
-            capture_output=True, text=True, env={**environment, "LABKIT_STEPS": str(STEPS), "TMPDIR": str(temporary)},
-        )  # fmt: skip
-        return "" if done.returncode == 0 else done.stderr
+        others = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+        async with limit:
+            try:
+                await run(path, folder / path.name, {**others, "LABKIT_STEPS": str(STEPS), "TMPDIR": str(temporary)})
+            except Exception as error:
+                return str(error)
+        return ""
 
-    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        return dict(zip(paths, pool.map(run_one, paths), strict=True))
+    os.nice(NICENESS)
+    threading.Thread(target=heed_the_parent, daemon=True).start()
+    limit = asyncio.Semaphore(SIDE_BY_SIDE)
+    problems = await asyncio.gather(*map(run_one, NOTEBOOKS))
+    names = [path.name for path in NOTEBOOKS]
+    (folder / PROBLEMS).write_text(json.dumps(dict(zip(names, problems, strict=True))), encoding="utf-8")
 
 
 def read(path: Path) -> Any:
@@ -52,7 +94,7 @@ def read(path: Path) -> Any:
     return nbformat.read(path, as_version=4)
 
 
-def run(path: Path, to: Path) -> None:
+async def run(path: Path, to: Path, environment: Mapping[str, str]) -> None:
     """Run a notebook from top to bottom in a new kernel, and keep its outputs. Raises what a cell raised.
 
     Without widgets, of which a reader would only see that they are not there.
@@ -62,7 +104,9 @@ def run(path: Path, to: Path) -> None:
         cell.outputs = []
     where = {"metadata": {"path": str(path.parent)}}
     how: dict[str, Any] = {"timeout": 150, "kernel_name": "python3", "record_timing": False}
-    NotebookClient(notebook, resources=where, store_widget_state=False, **how).execute()
+    await NotebookClient(notebook, resources=where, store_widget_state=False, **how).async_execute(
+        env=dict(environment)
+    )
     for cell in code_cells(notebook):
         for output in cell.outputs:
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
@@ -125,4 +169,7 @@ def check_committed(notebook: Any) -> None:
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]).absolute(), Path(sys.argv[-1]).absolute())
+    if sys.argv[1] == "--all":
+        asyncio.run(run_all(Path(sys.argv[2])))
+    else:
+        asyncio.run(run(Path(sys.argv[1]).absolute(), Path(sys.argv[-1]).absolute(), os.environ))

@@ -15,7 +15,7 @@ from labkit.server.checkpoints import load_expert
 T = TypeVar("T")
 
 
-def eventually(condition: Callable[[], T], timeout: float = 20.0) -> T:
+def eventually(condition: Callable[[], T], timeout: float = 50.0) -> T:
     """Wait until `condition` is true and return it. Fails after `timeout` seconds, which a loaded machine may need."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
@@ -24,7 +24,7 @@ def eventually(condition: Callable[[], T], timeout: float = 20.0) -> T:
     return value
 
 
-async def soon(condition: Callable[[], Awaitable[object]], timeout: float = 20.0) -> None:
+async def soon(condition: Callable[[], Awaitable[object]], timeout: float = 50.0) -> None:
     """The same in a trio test."""
     with trio.fail_after(timeout):
         for _ in range(round(timeout * 100)):

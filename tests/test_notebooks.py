@@ -11,20 +11,20 @@ from typing import Any
 import pytest
 
 from tests.notebook_runs import (
+    NOTEBOOKS,
     ROOT,
     STEPS,
+    BackgroundRuns,
     check_committed,
     code_cells,
     numbers,
     pictures,
     read,
-    run_all,
     snapshots,
     texts,
 )
 
-TUTORIALS = sorted((ROOT / "tutorials").glob("*.ipynb"))
-NOTEBOOKS = [*sorted((ROOT / "notebooks").glob("*.ipynb")), *TUTORIALS]
+TUTORIALS = [path for path in NOTEBOOKS if path.parent.name == "tutorials"]
 ACCURACY = r"test accuracy ([0-9.]+)"
 
 
@@ -162,16 +162,10 @@ def test_a_notebook_is_committed_as_it_ran(path: Path) -> None:
     CHECKS[path.stem](notebook, True)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Path, str]]:
-    """Where the notebooks are as they ran just now, and what went wrong with each."""
-    folder = tmp_path_factory.mktemp("notebooks")
-    return folder, run_all(NOTEBOOKS, folder)
-
-
+@pytest.mark.notebook_runs
 @pytest.mark.timeout(400)  # the first one waits for all
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_top_to_bottom(runs: tuple[Path, dict[Path, str]], path: Path) -> None:
-    folder, problems = runs
-    assert not problems[path], problems[path]
-    CHECKS[path.stem](read(folder / path.name), False)
+def test_a_notebook_runs_from_top_to_bottom(notebook_runs: BackgroundRuns, path: Path) -> None:
+    problem = notebook_runs.problems()[path.name]
+    assert not problem, problem
+    CHECKS[path.stem](read(notebook_runs.folder / path.name), False)

@@ -223,6 +223,16 @@ async def test_asking_everybody_once_gives_those_who_answer_in_time(autojump_clo
     assert isinstance(answers[make_contact(2).endpoint], ServerStatistics)
 
 
+async def test_everybody_is_also_who_declared_experts_a_moment_ago(autojump_clock):
+    lab = Lab(servers=1)
+    await lab.declare(UIDS[:8])
+    assert set(await ask_everybody(lab.node, [], 2.0)) == {lab.contacts[0].endpoint}
+    await Directory(lab.records).declare(UIDS[8:], make_contact(5))  # elsewhere
+    assert len(await lab.directory.all_experts("ffn", 2)) == 8, "what is cached does not have them yet"
+    assert make_contact(5).endpoint in await ask_everybody(lab.node, [], 2.0)
+    assert len(await lab.directory.all_experts("ffn", 2)) == 16, "and from now on layers call them"
+
+
 class Steps(trio.abc.Instrument):
     """The longest that any task held the thread, in seconds of its work."""
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator
 
 import pytest
 import trio
+import zmq
 
 from labkit.errors import ConnectionLost
+from labkit.wire import zeromq
 from labkit.wire.security import Identity
 from labkit.wire.sockets import Socket, make_context, make_dealer, make_router
 
@@ -119,3 +122,15 @@ async def test_large_frames_are_tracked_until_the_peer_has_them(pair: tuple[Sock
     with trio.fail_after(5):
         while not unsent.done:
             await trio.lowlevel.checkpoint()
+
+
+async def test_a_library_that_does_not_end_its_thread_does_not_hold_the_network_up(monkeypatch, caplog):
+    ended = threading.Event()
+    monkeypatch.setattr(zeromq, "TERM_TIMEOUT", 0.1)
+    monkeypatch.setattr(zmq.Context, "term", lambda context: ended.wait(30))
+    async with zeromq.open_network() as network:
+        pass
+    assert "did not end" in caplog.text
+    ended.set()
+    monkeypatch.undo()
+    network.context.term()

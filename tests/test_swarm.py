@@ -440,20 +440,28 @@ def test_close_takes_no_time_and_leaves_no_thread_socket_or_folder(own_temporary
 
 
 def test_close_does_not_wait_for_an_expert_that_computes_forever():
-    go_on = threading.Event()
+    computing, go_on = threading.Event(), threading.Event()
 
     class Endless(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
+            computing.set()
             go_on.wait(30)
             return x
 
+    def call() -> None:
+        with pytest.raises(lk.LabkitError):
+            expert(X)
+
     with Swarm("busy") as swarm:
         swarm.serve(Endless, grid=(1,), backend=SGD)
-        with pytest.raises(lk.LabkitError, match="gave no answer"):
-            swarm.expert("endless.0", timeout=0.1)(X)
+        expert = swarm.expert("endless.0")
+        caller = threading.Thread(target=call)
+        caller.start()
+        assert computing.wait(10)
         started = time.monotonic()
         swarm.close()
         assert time.monotonic() - started < 2
+        caller.join()
     go_on.set()
 
 

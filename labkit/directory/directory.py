@@ -105,6 +105,10 @@ class Directory:
         """The live children of each prefix, from the cache or by one bulk get; a prefix that nobody knows has none."""
         return await self._cache.children(prefixes)
 
+    async def look_up(self, prefixes: Iterable[str]) -> dict[str, Children]:
+        """The same, read now by one bulk get, cached or not."""
+        return await self._cache.read(list(dict.fromkeys(prefixes)))
+
     async def find(self, uids: Iterable[str]) -> dict[str, ExpertInfo | None]:
         """Where each expert lives; None for one that is not declared, or hidden after failures.
 
@@ -143,7 +147,7 @@ class Directory:
             while "." in uid:
                 uid, _ = parent(uid)
                 prefixes.add(uid)
-        await self._cache.read(sorted(prefixes))
+        await self.look_up(sorted(prefixes))
 
     def hidden(self, prefixes: Iterable[str]) -> dict[str, ExpertInfo]:
         """Experts right below these prefixes that are declared and, after failures, not offered, by uid. From the cache

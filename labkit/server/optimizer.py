@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+
+T = TypeVar("T", bound=torch.optim.Optimizer)
 
 
 @dataclass(frozen=True)
@@ -67,32 +70,29 @@ def optimizer_slots(config: BackendConfig) -> tuple[str, ...]:
     return ("step", "exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if config.amsgrad else ()))
 
 
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], BackendConfig], torch.optim.Optimizer]] = {
-    "adam": lambda ps, c: torch.optim.Adam(
-        ps, lr=c.lr, weight_decay=c.weight_decay, amsgrad=c.amsgrad, fused=c.fused
-    ),
-    "adamw": lambda ps, c: torch.optim.AdamW(
-        ps, lr=c.lr, weight_decay=c.weight_decay, amsgrad=c.amsgrad, fused=c.fused
-    ),
-    "sgd": lambda ps, c: torch.optim.SGD(
-        ps, lr=c.lr, weight_decay=c.weight_decay, momentum=c.momentum, fused=c.fused
-    ),
-}  # fmt: skip
-
-
-def spare_the_compiler() -> None:
-    """Let this process make and step optimizers without importing torch's compiler. For server processes, which compile
-    nothing: that import is two of the five CPU-seconds that one takes to start.
+def _uncompiled(kind: type[T]) -> type[T]:
+    """The same optimizer, that never imports torch's compiler, which takes two CPU-seconds: nothing here is compiled.
 
     `torch.optim` imports `torch._dynamo` 1. when a method is called that is marked as not to be compiled: here they are
-    called as they are; 2. in each `step`, to tell the compiler where to break: here a step is one under `no_grad`,
-    which is what it comes to. Where torch does this in another way, nothing changes.
+    as they were before they were marked; 2. in each `step`, to tell the compiler where to break: here a step is one
+    under `no_grad`, which is what it comes to. Where torch does this in another way, nothing changes.
     """
-    for method in vars(torch.optim.Optimizer).values():  # 1
-        plain = getattr(method, "__wrapped__", None)
+    plain: dict[str, Any] = {"__doc__": kind.__doc__, "__module__": __name__}
+    for name, method in vars(torch.optim.Optimizer).items():  # 1
         if isinstance(method, FunctionType) and method.__code__.co_filename == torch._compile.__file__:
-            vars(plain).setdefault("__dynamo_disable", plain)
-    for optimizer in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):  # 2
-        step = vars(optimizer).get("step")
-        if step is not None and step.__code__.co_name == "_use_grad":
-            optimizer.step = torch.no_grad()(step.__wrapped__)  # type: ignore[method-assign]
+            plain[name] = getattr(method, "__wrapped__", method)
+    step: Any = kind.step
+    if step.__code__.co_name == "_use_grad":  # 2
+        plain["step"] = torch.no_grad()(step.__wrapped__)
+    return cast(type[T], type(kind.__name__, (kind,), plain))
+
+
+Adam = _uncompiled(torch.optim.Adam)
+AdamW = _uncompiled(torch.optim.AdamW)
+SGD = _uncompiled(torch.optim.SGD)
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], BackendConfig], torch.optim.Optimizer]] = {
+    "adam": lambda ps, c: Adam(ps, lr=c.lr, weight_decay=c.weight_decay, amsgrad=c.amsgrad, fused=c.fused),
+    "adamw": lambda ps, c: AdamW(ps, lr=c.lr, weight_decay=c.weight_decay, amsgrad=c.amsgrad, fused=c.fused),
+    "sgd": lambda ps, c: SGD(ps, lr=c.lr, weight_decay=c.weight_decay, momentum=c.momentum, fused=c.fused),
+}
