@@ -195,4 +195,4 @@ def show() -> Dashboard | None:
     except LabkitError as error:
         print(error)
         return None
-    return Dashboard(RemoteSource(swarm, Contact.from_invitation(order.invite), order.secret))
+    return Dashboard(RemoteSource(swarm, Contact.from_invitation(order.invite), order.secret), alone=True)

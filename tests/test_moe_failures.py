@@ -308,6 +308,17 @@ async def test_rows_with_too_few_answers_give_zeros_where_that_is_allowed(autoju
     assert grad.tolist() == [[3, 3], [0, 0]]
 
 
+async def test_a_look_up_that_takes_too_long_gives_zeros_where_that_is_allowed(autojump_clock):
+    lab = Lab(k_best=2, allow_zero_outputs=True, forward_timeout=3)
+    await lab.declare()
+    lab.records.latency = 5
+    sent, outputs = await lab.forward(torch.ones(2, DIM), prefer([0, 1], [0, 2]))
+    assert outputs.tolist() == [[[0, 0], [0, 0]], [[0, 0], [0, 0]]] and lab.seconds == 3
+    assert [event.rows for event in lab.events if isinstance(event, RowsUnanswered)] == [2]
+    grad = await lab.backward(sent, torch.ones(2, DIM), torch.ones(2, 2, DIM))
+    assert grad.tolist() == [[0, 0], [0, 0]]
+
+
 # ---------------------------------------------------------------- answers that are none
 
 

@@ -90,16 +90,17 @@ def test_a_server_that_fails_to_start_says_why_in_its_own_words_and_leaves_nothi
         "        raise FileNotFoundError(f'there are no weights in {weights}')\n"
     )
     monkeypatch.syspath_prepend(tmp_path)  # what the parent can import, so can its servers
+    children = set(psutil.Process().children())
     with pytest.raises(ServerFailed, match=r"server of expert.0 did not start: there are no weights in my.weights"):
         eight.serve("my_experts:Expert", grid=(1,))
-    assert {child.pid for child in psutil.Process().children()} == {server.pid for server in eight.servers}
+    assert set(psutil.Process().children()) <= children
 
 
 def test_an_interrupt_while_a_server_starts_leaves_none_and_the_swarm_works_on(eight):
     children = set(psutil.Process().children())
 
     def interrupt() -> None:
-        eventually(lambda: set(psutil.Process().children()) != children)
+        eventually(lambda: set(psutil.Process().children()) - children)
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
@@ -107,7 +108,7 @@ def test_an_interrupt_while_a_server_starts_leaves_none_and_the_swarm_works_on(e
     with pytest.raises(KeyboardInterrupt):
         eight.serve("nop", grid=(1,), name="other", isolation="process")
     thread.join()
-    eventually(lambda: set(psutil.Process().children()) == children)
+    eventually(lambda: set(psutil.Process().children()) <= children)
     assert len(eight.experts()) == 16
 
 

@@ -125,6 +125,7 @@ async def test_large_frames_are_tracked_until_the_peer_has_them(pair: tuple[Sock
 
 
 async def test_a_library_that_does_not_end_its_thread_does_not_hold_the_network_up(monkeypatch, caplog):
+    caplog.set_level("INFO")
     ended = threading.Event()
     monkeypatch.setattr(zeromq, "TERM_TIMEOUT", 0.1)
     monkeypatch.setattr(zmq.Context, "term", lambda context: ended.wait(30))

@@ -93,6 +93,14 @@ async def beam_search(directory: Prefixes, name: str, grid_scores: Sequence[Tens
     return Routing(experts, torch.from_numpy(choice), torch.from_numpy(coordinates), torch.from_numpy(scores))
 
 
+def nobody(rows: int, k_best: int, dims: int) -> Routing:
+    """The routing where nobody was found."""
+    return Routing(
+        [], torch.full((rows, k_best), -1), torch.zeros((rows, k_best, dims), dtype=torch.int64),
+        torch.full((rows, k_best), -torch.inf, dtype=torch.float64),
+    )  # fmt: skip
+
+
 def group_rows(choice: Tensor) -> list[tuple[int, Tensor, Tensor]]:
     """`choice` [rows, k_best] turned round: for each expert that is in it its index, the rows that chose it and, for
     each of those, the slot in which they did. Rows rise; experts rise. -1 is nobody."""

@@ -17,7 +17,7 @@ import torch
 import trio
 from torch import Tensor
 
-from labkit.client.beam_search import Routing, beam_search
+from labkit.client.beam_search import Routing, beam_search, nobody
 from labkit.client.gather import Gathering, Request, requests_for
 from labkit.client.session import Session
 from labkit.directory import Children, Directory
@@ -85,7 +85,8 @@ async def dispatch_forward(
 
     1. find the k best experts of each row; 2. ask each expert once, for all of its rows; 3. a row that can't have
     `k_min` answers any more, because its experts failed, goes to the next best ones at once. Outputs are zero where
-    nobody answered. Raises `NoExperts` if the grid has none, `NotEnoughExperts` if a row got fewer than `k_min`.
+    nobody answered. Raises `NoExperts` if the grid has none, `NotEnoughExperts` if a row got fewer than `k_min`: where
+    `allow_zero_outputs` is set, neither for want of time.
     """
     encode_request(0, "", 0, None, [tensor[:0] for tensor in inputs])  # a `ValueError` for what can't be sent at all
     n, k = inputs[0].shape[0], config.k_best
@@ -156,7 +157,8 @@ async def _find_experts(
     session: Session, config: DispatchConfig, name: str, grid_scores: Sequence[Tensor], deadline: float
 ) -> Routing:
     """Beam search, until the deadline. Raises `NoExperts`, or `NotEnoughExperts` where fewer than `k_min` are alive;
-    logs it once where fewer than `k_best` are. Both say what was looked up, and where."""
+    logs it once where fewer than `k_best` are. Both say what was looked up, and where. If that took too long, nobody
+    was found, which is an error unless `allow_zero_outputs` is set."""
     n, k = len(grid_scores[0]), config.k_best
     where = f"{name!r} could not be looked up in time"
     routing: Routing | None = None
@@ -171,6 +173,8 @@ async def _find_experts(
             # Asking the DHT for the reason may find experts that were declared since the cache was filled.
             where = await session.directory.explain(name)
             routing = await beam_search(session.directory, name, grid_scores, k)
+    if routing is None and config.allow_zero_outputs:
+        return nobody(n, k, len(grid_scores))
     if routing is None or (n and not routing.experts):
         raise NoExperts(
             f"no live expert of the grid {name!r}: {where}; serve some with swarm.serve(name={name!r}, …) or "

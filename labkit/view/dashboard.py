@@ -41,14 +41,15 @@ class Dashboard(anywidget.AnyWidget):
     """A live view of a swarm, `swarm.dashboard()`: show it as the last expression of a cell, or by `display`.
 
     `view`: of the swarm, if it is one of this process; then a picture stays behind in the notebook when a run ends, and
-    when the swarm is closed. Without a notebook it shows nothing, but `export` works. Raises `LabkitError` if labkit
-    was installed without its front end.
+    when the swarm is closed. `alone`: it has a page to itself, which is light or dark as the system is. Without a
+    notebook it shows nothing, but `export` works. Raises `LabkitError` if labkit was installed without its front end.
     """
 
     _esm = traitlets.Unicode().tag(sync=True)
     _css = traitlets.Unicode().tag(sync=True)
+    alone = traitlets.Bool().tag(sync=True)
 
-    def __init__(self, source: FrameSource, view: SwarmView | None = None) -> None:
+    def __init__(self, source: FrameSource, view: SwarmView | None = None, *, alone: bool = False) -> None:
         self._source = source
         self.view = view
         self._pages = Pages(source.forget)
@@ -62,7 +63,7 @@ class Dashboard(anywidget.AnyWidget):
         self._doer = Pulse(f"labkit-orders-{source.name}", self._carry_out)
         self._leftovers: deque[Any] = deque(maxlen=LEFTOVERS)  # handles of outputs under the widget
         self._drawn: tuple[bool, int] | None = None  # what the picture there shows: whether open, and the step
-        super().__init__(_esm=bundled("dashboard.js"), _css=bundled("dashboard.css"))
+        super().__init__(_esm=bundled("dashboard.js"), _css=bundled("dashboard.css"), alone=alone)
         self.on_msg(self._put_away)
         self.comm.on_close(lambda message: self.close())
         _let_pages_choose_their_subshell(self.comm)

@@ -248,4 +248,4 @@ async def _terminate(context: Context) -> None:
     with trio.CancelScope(shield=True, deadline=trio.current_time() + TERM_TIMEOUT) as scope:
         await trio.to_thread.run_sync(context.term, abandon_on_cancel=True)
     if scope.cancelled_caught:
-        logger.warning("ZeroMQ's thread did not end within %g s; it is left to the end of the process", TERM_TIMEOUT)
+        logger.info("ZeroMQ's thread did not end within %g s; it is left to the end of the process", TERM_TIMEOUT)

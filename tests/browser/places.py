@@ -74,8 +74,7 @@ class WatchPlace(Place):
     terminal: Terminal
 
     def set_dark(self, dark: bool) -> None:
-        self.page.goto(f"{self.url}&theme={'dark' if dark else 'light'}")  # Voilà does not ask the system
-        self.view.expect_first_frame()
+        self.page.emulate_media(color_scheme="dark" if dark else "light")
 
     def reload(self) -> None:
         self.page.reload()

@@ -20,13 +20,13 @@ export default function widget() {
         connection = null;
       };
     },
-    render({ model, el }: { model: Model; el: HTMLElement }) {
-      return showLive(connect(model), el);
+    render({ model, el }: { model: Model & { get(trait: string): unknown }; el: HTMLElement }) {
+      return showLive(connect(model), el, model.get("alone") === true);
     },
   };
 }
 
-function showLive(connection: Connection, place: HTMLElement): () => void {
+function showLive(connection: Connection, place: HTMLElement, alone: boolean): () => void {
   const { store } = connection;
   const looker: Looker = { looking: false };
   let seen = false, paused = false, told = "", toldAt = -Infinity;
@@ -61,7 +61,7 @@ function showLive(connection: Connection, place: HTMLElement): () => void {
     connection.changed();
   };
   const view = shell(place, store, ctx, {
-    scrolls: true,
+    scrolls: true, alone,
     controls: (redraw) => controls(store, ctx, (is) => {
       paused = is;
       turned();

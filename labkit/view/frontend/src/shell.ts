@@ -17,9 +17,11 @@ export interface Parts {
   seen(is: boolean): void; // whether any of it can be seen
   frozen(): boolean; // paused: what comes is not drawn
   scrolls: boolean; // whether it keeps within the window, and scrolls by itself
+  alone?: boolean; // whether the page is its own, and takes its colours from it
 }
 
 const TICK = 250; // ms between two looks at the clock
+const GROUNDS = ["background", "--jp-layout-color0", "--jp-layout-color1"]; // what a page around us may be painted with
 const LATE = 500; // ms after a change of theme, when its colours have surely come
 const PANELS: Record<string, MakePanel> = {
   routing: heatmapPanel, expert: detailPanel, training: trainingPanel, failures: failuresPanel, servers: serversPanel,
@@ -66,6 +68,7 @@ export function shell(place: HTMLElement, store: Store, ctx: Context, parts: Par
     h("div", { class: "lk-top" },
       h("div", { class: "lk-bar" }, h("span", { class: "lk-brand" }, "labkit ", name), status, saves, controls.el), headline.el), body);
   if (parts.scrolls && window.parent === window) root.classList.add("lk-scrolls");
+  if (parts.alone) root.classList.add("lk-alone");
 
   const tick = () => {
     const line = parts.status();
@@ -73,13 +76,17 @@ export function shell(place: HTMLElement, store: Store, ctx: Context, parts: Par
     attribute(status, "title", line || null);
     headline.tick(performance.now());
   };
+  const colour = () => {
+    attribute(root, "data-theme", isDark(place, parts.alone) ? "dark" : "light");
+    return readTheme(root);
+  };
   // Pages change their classes often; only other colours are a reason to draw everything anew. Some load them a little later.
   let styled = "", late = 0;
   const restyle = () => {
-    attribute(root, "data-theme", isDark(place) ? "dark" : "light");
-    const style = JSON.stringify(readTheme(root));
+    const theme = colour(), style = JSON.stringify(theme);
     if (style === styled) return;
     styled = style;
+    if (parts.alone) for (const property of GROUNDS) document.body.style.setProperty(property, theme.ground);
     for (const panel of all) guarded(() => panel.restyle?.());
     redraw();
   };
@@ -98,8 +105,7 @@ export function shell(place: HTMLElement, store: Store, ctx: Context, parts: Par
   // Keys pressed on a control here are its own: JupyterLab moves between cells by arrows, and cuts one at an "x".
   root.addEventListener("keydown", (event) => { if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation(); });
   place.append(root);
-  attribute(root, "data-theme", isDark(place) ? "dark" : "light");
-  styled = JSON.stringify(readTheme(root));
+  colour();
   const stops = [
     store.subscribe(() => { if (visible && !parts.frozen()) redraw(); }),
     watchTheme(turned),

@@ -8,7 +8,10 @@ export interface Theme {
 }
 
 // In the order of who knows best: JupyterLab, VS Code, Colab, the page's own ground, the system.
-export function isDark(el: Element): boolean {
+// A page that is the dashboard's alone has the system's colours, whatever the server that it comes from says, unless its
+// address says otherwise.
+export function isDark(el: Element, alone = false): boolean {
+  if (alone && !new URLSearchParams(location.search).has("theme")) return systemIsDark();
   const lab = el.closest("[data-jp-theme-light]");
   if (lab) return lab.getAttribute("data-jp-theme-light") === "false";
   const body = document.body.classList;
@@ -19,6 +22,10 @@ export function isDark(el: Element): boolean {
   const ground = getComputedStyle(el).getPropertyValue("--jp-layout-color1").trim();
   const light = ground && lightness(ground);
   if (typeof light === "number") return light < 0.5;
+  return systemIsDark();
+}
+
+function systemIsDark(): boolean {
   return typeof matchMedia === "function" && matchMedia("(prefers-color-scheme: dark)").matches;
 }
 

@@ -8,6 +8,7 @@ import { frame, framed, headline, piece, series } from "./frames";
 
 let said: Say[], listeners: ((content: unknown, buffers?: DataView[]) => void)[], el: HTMLElement, end: () => void, page: string;
 const model = {
+  get: () => false,
   on: (_: string, callback: (...args: never[]) => void) => void listeners.push(callback as never),
   off: (_: string, callback?: unknown) => void (listeners = listeners.filter((one) => one !== callback)),
   send: (content: unknown) => void said.push(content as Say),

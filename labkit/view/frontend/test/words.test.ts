@@ -1,5 +1,5 @@
 // @vitest-environment happy-dom
-import { describe, expect, it } from "vitest";
+import { describe, expect, it, vi } from "vitest";
 import { row, last } from "../src/chart";
 import { ASKS_FOR, ConfirmOnce } from "../src/confirm";
 import { arrange, h } from "../src/dom";
@@ -98,6 +98,16 @@ describe("light or dark", () => {
     document.body.className = "vscode-light";
     expect(isDark(document.body)).toBe(false);
     document.body.className = "";
+  });
+  it("is what the system says, on a page of its own, unless the address says otherwise", () => {
+    vi.stubGlobal("matchMedia", () => ({ matches: true }));
+    const page = document.body.appendChild(h("div", { "data-jp-theme-light": "true" }));
+    expect(isDark(page)).toBe(false);
+    expect(isDark(page, true)).toBe(true);
+    history.replaceState(null, "", "?token=1&theme=light");
+    expect(isDark(page, true)).toBe(false);
+    history.replaceState(null, "", "?");
+    vi.unstubAllGlobals();
   });
   it("is read from a colour", () => {
     expect(lightness("#fff")).toBe(1);
