@@ -443,6 +443,17 @@ async def test_failures_in_a_row_put_an_expert_on_an_exponential_back_off(autoju
     assert client.report_failure(info, "timeout") == ()
 
 
+async def test_calls_that_failed_at_once_are_one_failure(autojump_clock):
+    _, _, client = await two_servers([])
+    info = await found(client, "ffn.0")
+    sent = trio.current_time()
+    await trio.sleep(1)
+    for _ in range(20):
+        assert client.report_failure(info, "timeout", sent=sent) == ()
+    assert 0 in await offered(client)
+    assert client.report_failure(info, "timeout", sent=sent + 1) == ("ffn.0",)
+
+
 async def test_a_success_ends_the_back_off_and_the_count(autojump_clock):
     _, _, client = await two_servers([])
     info = await found(client, "ffn.0")
@@ -483,7 +494,7 @@ def test_suspicions_are_bounded():
     for info in infos:
         suspicions.lose_server(info, info.stamp)
         suspicions.disown(info)
-        suspicions.fail(info, 0.0)
+        suspicions.fail(info, 0.0, 0.0)
     assert sum(suspicions.hidden_until(info, 0.0) > 0 for info in infos) == 10
 
 

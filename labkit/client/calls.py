@@ -114,7 +114,7 @@ class ExpertClient:
 
     def _failed(self, direction: str, expert: ExpertInfo, rows: int, started: float, error: RPCError) -> None:
         seconds = trio.current_time() - started
-        self._directory.report_failure(expert, error)
+        self._directory.report_failure(expert, error, sent=started)
         self._emit(
             CallFailed(
                 uid=expert.uid, address=expert.contact.endpoint, direction=direction, rows=rows, seconds=seconds,

@@ -183,8 +183,11 @@ class Directory:
 
     # ---------------------------------------------------------------- what calls have shown
 
-    def report_failure(self, info: ExpertInfo, cause: str | RPCError, detail: str = "") -> tuple[str, ...]:
+    def report_failure(
+        self, info: ExpertInfo, cause: str | RPCError, detail: str = "", *, sent: float | None = None
+    ) -> tuple[str, ...]:
         """A call to `info` failed; `cause` is the error, or a word of `errors.CAUSES`. Returns the uids that went.
+        `sent`: when the call was made, on trio's clock (by default now).
 
         "lost": all experts of that server are out at once, until it declares anew. `UnknownExpert` (or its code): this
         expert is, likewise. "timeout", "bad_reply", "failed": after `patience` in a row the expert goes on back-off.
@@ -200,7 +203,8 @@ class Directory:
         if cause == UnknownExpert.code:
             out = self._suspicions.disown(info)
         elif cause in ("timeout", "bad_reply", "failed"):
-            out = self._suspicions.fail(info, trio.current_time())
+            now = trio.current_time()
+            out = self._suspicions.fail(info, now, now if sent is None else sent)
         else:
             return ()
         self._cache.doubt(parent(info.uid)[0])

@@ -49,11 +49,12 @@ class SuspicionConfig:
 
 @dataclass(slots=True)
 class _Failures:
-    """Failures in a row of one expert at one server; `until`: the end of its back-off."""
+    """Failures in a row of one expert at one server. `last`: when one was counted; `until`: the end of its back-off."""
 
     contact: Contact
     boot: int
     count: int = 0
+    last: float = -math.inf
     until: float = -math.inf
 
 
@@ -98,15 +99,17 @@ class Suspicions:
         self._remember(self._unknown, info.uid, (info.contact, info.stamp))
         return True
 
-    def fail(self, info: ExpertInfo, now: float) -> bool:
-        """One more failure of an expert. True if it goes on back-off now.
+    def fail(self, info: ExpertInfo, now: float, sent: float) -> bool:
+        """One more failure of an expert, by a call that was `sent` then. True if it goes on back-off now.
 
-        Failures reported during a back-off do not count: those calls were sent before it, often many at once.
+        Calls that were sent before the last failure was known are no further one, however many there were at once: a
+        server that is slow for a moment is not one that keeps failing.
         """
         failures = self._failures(info) or _Failures(info.contact, boot_of(info.stamp))
-        if now < failures.until:
+        if now < failures.until or sent < failures.last:
             return False
         failures.count += 1
+        failures.last = now
         self._remember(self._failing, info.uid, failures)
         beyond = failures.count - self.config.patience
         if beyond < 0:
