@@ -389,6 +389,18 @@ async def test_a_backward_pass_with_too_few_answers_is_an_error_or_a_gradient_of
 # ---------------------------------------------------------------- who is there at all
 
 
+async def test_where_nobody_else_is_left_an_expert_on_back_off_is_asked(autojump_clock):
+    lab = Lab(grid=(2,), k_best=2, forward_timeout=2)
+    lab.behave(NEVER, *lab.uids)
+    for _ in range(2):
+        with pytest.raises(NotEnoughExperts):
+            await lab.forward(ROW, prefer([0, 1], size=2))
+    assert not (await lab.session.directory.children(["ffn"]))["ffn"]
+    lab.behaviour.clear()
+    sent, _ = await lab.forward(ROW, prefer([0, 1], size=2))
+    assert answered(sent) == {"ffn.0", "ffn.1"}
+
+
 async def test_experts_that_were_declared_a_moment_ago_are_found(autojump_clock):
     lab = Lab(k_best=1)
     assert not (await lab.session.directory.children(["ffn"]))["ffn"]  # now their absence is cached

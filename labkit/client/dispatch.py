@@ -23,7 +23,7 @@ from labkit.client.session import Session
 from labkit.directory import Children, Directory
 from labkit.errors import NoExperts, NotEnoughExperts
 from labkit.events import RoutingChosen, RowsUnanswered
-from labkit.expert_uid import ExpertInfo
+from labkit.expert_uid import ExpertInfo, parent
 from labkit.wire.compression import CODECS
 from labkit.wire.frames import encode_request
 
@@ -156,9 +156,12 @@ async def dispatch_backward(
 async def _find_experts(
     session: Session, config: DispatchConfig, name: str, grid_scores: Sequence[Tensor], deadline: float
 ) -> Routing:
-    """Beam search, until the deadline. Raises `NoExperts`, or `NotEnoughExperts` where fewer than `k_min` are alive;
-    logs it once where fewer than `k_best` are. Both say what was looked up, and where. If that took too long, nobody
-    was found, which is an error unless `allow_zero_outputs` is set."""
+    """Beam search, until the deadline; where too few experts are left, among those on back-off, too.
+
+    Raises `NoExperts`, or `NotEnoughExperts` where fewer than `k_min` are alive; logs it once where fewer than `k_best`
+    are. Both say what was looked up, and where. If that took too long, nobody was found, which is an error unless
+    `allow_zero_outputs` is set.
+    """
     n, k = len(grid_scores[0]), config.k_best
     where = f"{name!r} could not be looked up in time"
     routing: Routing | None = None
@@ -169,6 +172,8 @@ async def _find_experts(
             raise ValueError(
                 f"the gate of the grid {name!r} gave no usable scores: {error}; is the input finite?"
             ) from None
+        if n and int((routing.choice >= 0).sum(1).min()) < config.k_min:
+            routing = await beam_search(_WithResting(session.directory), name, grid_scores, k)
         if n and not routing.experts:
             # Asking the DHT for the reason may find experts that were declared since the cache was filled.
             where = await session.directory.explain(name)
@@ -219,6 +224,24 @@ def _refill(sent: Dispatched, found: Routing, short: Tensor, free: Tensor) -> Te
     added[at, slot] = sent.choice[at, slot] = offers[row, offer]
     sent.coordinates[at, slot] = found.coordinates[row, offer]
     return added
+
+
+class _WithResting:
+    """A directory in which experts on back-off are offered like others."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+
+    def cached(self, prefixes: Iterable[str]) -> dict[str, Children]:
+        return {prefix: self._complete(prefix, found) for prefix, found in self._directory.cached(prefixes).items()}
+
+    async def children(self, prefixes: Iterable[str]) -> dict[str, Children]:
+        found = await self._directory.children(prefixes)
+        return {prefix: self._complete(prefix, children) for prefix, children in found.items()}
+
+    def _complete(self, prefix: str, found: Children) -> Children:
+        resting = {parent(uid)[1]: info for uid, info in self._directory.resting([prefix]).items()}
+        return Children(found.inner, {**resting, **found.experts})
 
 
 class _Without:

@@ -8,6 +8,7 @@ next search leaves out who is gone.
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 
@@ -153,6 +154,12 @@ class Directory:
         """Experts right below these prefixes that are declared and, after failures, not offered, by uid. From the cache
         alone; for displays (to be called in the trio thread)."""
         return self._cache.hidden(prefixes)
+
+    def resting(self, prefixes: Iterable[str]) -> dict[str, ExpertInfo]:
+        """Those of the hidden experts that are only on back-off: where nobody else is left, they are worth a try."""
+        now = trio.current_time()
+        hidden = self.hidden(prefixes).items()
+        return {uid: info for uid, info in hidden if self._suspicions.hidden_until(info, now) < math.inf}
 
     def known(self) -> dict[str, ExpertInfo]:
         """All live experts in the cache, by uid. Asks nobody; for displays (to be called in the trio thread)."""
