@@ -1,7 +1,4 @@
-"""What every test has: one compute thread for torch, reproducible property tests, and a check that nothing is left.
-
-And the notebooks, which run in the background from the start, where their tests are among those that were asked for.
-"""
+"""What every test has: one compute thread for torch, reproducible property tests, and a check that nothing is left."""
 
 from __future__ import annotations
 
@@ -14,35 +11,12 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.notebook_runs import BackgroundRuns
-
 GRACE = 2.0  # seconds: what `close()` may take
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins with interrupts ignored
 torch.set_num_threads(1)  # the suite's tensors are small, and its machine may have two cores
 settings.register_profile("labkit", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("labkit")
-
-
-def _runs_notebooks(item: pytest.Item) -> bool:
-    return item.get_closest_marker("notebook_runs") is not None
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=_runs_notebooks)  # last
-
-
-@pytest.fixture(scope="session", autouse=True)
-def notebook_runs(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[BackgroundRuns | None]:
-    """All notebooks, which began to run when the tests began; None if nobody asks for them."""
-    if not any(map(_runs_notebooks, request.session.items)):
-        yield None
-        return
-    runs = BackgroundRuns(tmp_path_factory.mktemp("notebooks"))
-    yield runs
-    runs.end()
 
 
 def _threads() -> set[threading.Thread]:

@@ -2,8 +2,8 @@
 
 `python -m tests.notebook_runs NOTEBOOK` runs one at full size and saves it, as it is to be committed.
 
-A run of the tests begins with a child process, `python -m tests.notebook_runs --all FOLDER`, that runs all of them with
-few steps, beside the other tests and with less claim to the processor; their own tests come last, and wait for it.
+`--all FOLDER` runs all of them with few steps, for their tests, which wait for that: a child process, since it has an
+event loop, and kernels, of its own.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = [*sorted((ROOT / "notebooks").glob("*.ipynb")), *sorted((ROOT / "tutorials").glob("*.ipynb"))]
 STEPS = 28  # of a run in a test
 SIDE_BY_SIDE = 3
-NICENESS = 10
 PROBLEMS = "problems.json"  # what went wrong, by the name of the notebook
 SNAPSHOT = (1200, 800)  # pixels
 PNG = b"\x89PNG\r\n\x1a\n"
 PATH = re.compile(r"(?<![\w.:/])/(?:work|home|root|tmp|mnt|var|usr|opt|Users|content)/\S*")
 
 
-class BackgroundRuns:
+class NotebookRuns:
     """All notebooks, run by a child process that ends when this process does. They are in `folder` as they ran."""
 
     def __init__(self, folder: Path) -> None:
@@ -81,7 +80,6 @@ async def run_all(folder: Path) -> None:
                 return str(error)
         return ""
 
-    os.nice(NICENESS)
     threading.Thread(target=heed_the_parent, daemon=True).start()
     limit = asyncio.Semaphore(SIDE_BY_SIDE)
     problems = await asyncio.gather(*map(run_one, NOTEBOOKS))

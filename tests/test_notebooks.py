@@ -4,7 +4,7 @@ they ran, with their pictures."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from tests.notebook_runs import (
     NOTEBOOKS,
     ROOT,
     STEPS,
-    BackgroundRuns,
+    NotebookRuns,
     check_committed,
     code_cells,
     numbers,
@@ -162,10 +162,16 @@ def test_a_notebook_is_committed_as_it_ran(path: Path) -> None:
     CHECKS[path.stem](notebook, True)
 
 
-@pytest.mark.notebook_runs
+@pytest.fixture(scope="module")
+def notebook_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NotebookRuns]:
+    runs = NotebookRuns(tmp_path_factory.mktemp("notebooks"))
+    yield runs
+    runs.end()
+
+
 @pytest.mark.timeout(400)  # the first one waits for all
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_top_to_bottom(notebook_runs: BackgroundRuns, path: Path) -> None:
+def test_a_notebook_runs_from_top_to_bottom(notebook_runs: NotebookRuns, path: Path) -> None:
     problem = notebook_runs.problems()[path.name]
     assert not problem, problem
     CHECKS[path.stem](read(notebook_runs.folder / path.name), False)
