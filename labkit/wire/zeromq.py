@@ -242,8 +242,8 @@ async def open_network(limits: FrameLimits | None = None) -> AsyncIterator[ZmqNe
 async def _terminate(context: Context) -> None:
     """End ZeroMQ's own thread. Its sockets are closed, so it has nothing to wait for but the last replies to leave.
 
-    With a deadline nevertheless: on a busy machine libzmq 4.3.5 was seen not to come back from this, once in ten
-    thousand times, with every socket closed (https://github.com/zeromq/libzmq/issues/2330 tells of the like).
+    With a deadline nevertheless: on a busy machine libzmq 4.3.5 was seen not to come back from this, once in some ten
+    thousand times. Why is not known (https://github.com/zeromq/libzmq/issues/2330 tells of the like).
     """
     with trio.CancelScope(shield=True, deadline=trio.current_time() + TERM_TIMEOUT) as scope:
         await trio.to_thread.run_sync(context.term, abandon_on_cancel=True)
