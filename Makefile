@@ -27,7 +27,7 @@ demo: .venv/ready
 	@$(BIN)/python -m labkit demo $(ARGS)
 
 test: .venv/ready .venv-colab/ready
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-browser: .venv/browser-ready
 	@test -x "$(CHROMIUM)" || { \
