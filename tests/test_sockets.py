@@ -124,6 +124,29 @@ async def test_large_frames_are_tracked_until_the_peer_has_them(pair: tuple[Sock
             await trio.lowlevel.checkpoint()
 
 
+def test_a_connection_is_watched_though_a_closed_one_had_the_same_file_descriptor():
+    context = make_context()
+    being_closed = context.socket(zmq.PAIR)
+    for descriptor in range(1000):  # pyzmq's own names, as sockets that are still being closed hold them
+        being_closed.bind(f"inproc://monitor.s-{descriptor}")
+    for socket in make_dealer(context, "127.0.0.1", 1, Identity.generate(), None, 1 << 26):
+        socket.close()
+    being_closed.close()
+    context.term()
+
+
+@pytest.mark.parametrize("sockets_left", [0, 1])
+def test_where_no_socket_is_left_a_connection_is_lost_and_none_leaks(sockets_left):
+    context = make_context()
+    context.set(zmq.MAX_SOCKETS, 2)
+    held = [context.socket(zmq.PAIR) for _ in range(2 - sockets_left)]
+    with pytest.raises(ConnectionLost, match=r"no socket is left to connect to 127.0.0.1:1: "):
+        make_dealer(context, "127.0.0.1", 1, Identity.generate(), None, 1 << 26)
+    for socket in held:
+        socket.close()
+    context.term()  # would wait for one that is open
+
+
 async def test_a_library_that_does_not_end_its_thread_does_not_hold_the_network_up(monkeypatch, caplog):
     caplog.set_level("INFO")
     ended = threading.Event()

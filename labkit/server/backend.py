@@ -119,9 +119,8 @@ class ExpertBackend:
             parameters = list(self._parameters.values())
             grads: Sequence[Tensor | None] = [None] * (len(wanted) + len(parameters))
             if output.requires_grad:
-                grads = torch.autograd.grad(
-                    output, [*wanted, *parameters], grad_output.to(output.dtype), allow_unused=True
-                )
+                loss = _Weighed.apply(output, grad_output.to(output.dtype))  # type: ignore[no-untyped-call]
+                grads = torch.autograd.grad(loss, [*wanted, *parameters], allow_unused=True)
             input_grads = [
                 torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(wanted, grads, strict=False)
             ]
@@ -276,6 +275,23 @@ class ExpertBackend:
 
 
 # ---------------------------------------------------------------- helpers
+
+
+class _Weighed(torch.autograd.Function):
+    """A number whose gradient by `output` is `grad_output`: what `autograd.grad` starts from without a look at shapes.
+
+    To compare the shapes of an output and a gradient that is given, torch 2 imports sympy: most of a CPU-second in the
+    first backward pass of each server.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, grad_output: Tensor) -> Tensor:
+        ctx.grad_output = grad_output
+        return torch.zeros((), device=output.device)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        return ctx.grad_output, None
 
 
 def check_finite(tensors: Sequence[Tensor], what: str = "the request has a tensor") -> None:

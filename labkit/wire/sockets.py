@@ -9,6 +9,7 @@ which it returns it, so cancelling it loses nothing.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +28,12 @@ HANDSHAKE_TIMEOUT = 5.0  # seconds
 QUEUE_LENGTH = 1000  # messages a connection and direction
 FLUSH_TIME = 0.2  # seconds that closing a listener waits for its last replies to leave
 ZAP_ADDRESS = "inproc://zeromq.zap.01"
+MONITORED = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+)  # fmt: skip
+
+_monitors = itertools.count()
 
 
 class Unsent:
@@ -190,23 +197,26 @@ def make_dealer(
     `server_key`: expect this CURVE key there; None speaks unencrypted. The DEALER sends only once connected and does
     not reconnect: a connection that broke is a failure to be known, and the next call opens a new one.
     """
+    sockets: list[zmq.Socket[bytes]] = []
     try:
         raw = context.socket(zmq.DEALER)
+        sockets.append(raw)
+        _configure(raw, max_frame)
+        raw.setsockopt(zmq.IMMEDIATE, 1)
+        raw.setsockopt(zmq.RECONNECT_IVL, -1)
+        raw.setsockopt(zmq.IPV6, ":" in host)
+        if server_key is not None:
+            raw.setsockopt(zmq.CURVE_SERVERKEY, z85.encode(server_key))
+            raw.setsockopt(zmq.CURVE_SECRETKEY, z85.encode(identity.secret_key))
+            raw.setsockopt(zmq.CURVE_PUBLICKEY, z85.encode(identity.public_key))
+        # A name of its own: pyzmq's is made of the file descriptor, which may be that of a socket still being closed.
+        monitor = raw.get_monitor_socket(MONITORED, f"inproc://monitor-{next(_monitors)}")
+        sockets.append(monitor)
+        raw.connect(f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
     except zmq.ZMQError as error:
+        for socket in sockets:
+            socket.close(0)
         raise ConnectionLost(f"no socket is left to connect to {host}:{port}: {error.strerror}") from None
-    _configure(raw, max_frame)
-    raw.setsockopt(zmq.IMMEDIATE, 1)
-    raw.setsockopt(zmq.RECONNECT_IVL, -1)
-    raw.setsockopt(zmq.IPV6, ":" in host)
-    if server_key is not None:
-        raw.setsockopt(zmq.CURVE_SERVERKEY, z85.encode(server_key))
-        raw.setsockopt(zmq.CURVE_SECRETKEY, z85.encode(identity.secret_key))
-        raw.setsockopt(zmq.CURVE_PUBLICKEY, z85.encode(identity.public_key))
-    monitor = raw.get_monitor_socket(
-        zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-        | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
-    )  # fmt: skip
-    raw.connect(f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
     return Socket(raw), Socket(monitor)
 
 
