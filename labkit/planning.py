@@ -193,19 +193,25 @@ def _sizes(
 
 
 def plan_servers(
-    config: ServerConfig, servers: int, node: NodeConfig, join: Contact, *, member_file: Path | None, lasting: bool
-) -> list[ServerPlan]:
+    config: ServerConfig, servers: int, node: NodeConfig, join: Contact, *, member_file: Path | None, lasting: bool,
+    beside: int = 0,
+) -> list[ServerPlan]:  # fmt: skip
     """Divide the experts of `config` among servers, each with a key of its own, that join the swarm at `join`.
 
-    `node`: the configuration of the swarm's own node; the servers listen like it, on ports of their own. Raises
-    `ValueError` if there are fewer experts than servers.
+    `node`: the configuration of the swarm's own node; the servers listen like it, on ports of their own. `beside`: how
+    many run here already. Raises `ValueError` if there are fewer experts than servers.
     """
+    parts = spread(config.uids, servers)
+    if config.threads is None:
+        # With more threads than cores each operation waits until all of its threads have had their turn, and those that
+        # wait spin: a first batch took four times as long with four servers on two cores.
+        config = replace(config, threads=max(1, torch.get_num_threads() // (len(parts) + beside)))
     announce = node.announce and (node.announce.rpartition(":")[0] or node.announce)
     listen = f"{node.listen.rpartition(':')[0]}:*"
     node = replace(node, listen=listen, announce=announce, secure=join.secure or None)
     return [
         ServerPlan(replace(config, uids=part), node, Identity.generate(), (join,), member_file, lasting)
-        for part in spread(config.uids, servers)
+        for part in parts
     ]
 
 

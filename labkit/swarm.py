@@ -171,7 +171,8 @@ class Swarm:
         `experts`); `experts`: how many of its free places to take, all by default, or `uids`: which. `isolation`:
         "process", or "task" for one in this process; by default a process wherever a process can import the kind.
         `checkpoint_dir`: where experts are loaded from and saved to; by default a folder that goes with the swarm.
-        `backend`: optimizer and limits. `threads`: torch's, in each server. Raises `ValueError`, `ServerFailed`.
+        `backend`: optimizer and limits. `threads`: torch's, in each server; by default the servers here share this
+        process's number. Raises `ValueError`, `ServerFailed`.
         """
         name = grid_name(kind, name, uids)
         known = self.grids().get(name)
@@ -185,7 +186,7 @@ class Swarm:
         )  # fmt: skip
         plans = plan_servers(
             config, servers, self._node_config, self._node.contact, member_file=self._members.file,
-            lasting=checkpoint_dir is not None,
+            lasting=checkpoint_dir is not None, beside=sum(server.alive for server in self.servers),
         )  # fmt: skip
         self._members.admit(*(plan.identity.public_key for plan in plans))
         handles = [ServerHandle(self._lab, plan, isolation) for plan in plans]

@@ -48,6 +48,23 @@ def still() -> Iterator[Swarm]:
 # ---------------------------------------------------------------- which experts are served
 
 
+def test_servers_that_run_here_share_the_threads_that_torch_has_unless_told_otherwise(swarm):
+    def threads(servers: int, threads: int | None = None) -> list[int | None]:
+        begun = swarm.serve("nop", grid=(4, 4), experts=4, servers=servers, isolation="task", threads=threads)
+        return [server.plan.server.threads for server in begun]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(6)
+        assert threads(servers=2) == [3, 3]
+        assert threads(servers=1) == [2]
+        assert threads(servers=4) == [1, 1, 1, 1]
+        swarm.servers[0].stop()
+        assert threads(servers=1, threads=5) == [5]
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_experts_are_found_as_soon_as_serve_returns(swarm):
     for count in range(1, 5):  # also in a grid that this node has looked at a moment ago
         swarm.serve("nop", grid=(2, 2), experts=1, isolation="task")
