@@ -8,6 +8,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from labkit import quick_imports
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit status."""
@@ -74,8 +76,9 @@ def add_watch(parser: argparse.ArgumentParser) -> None:
 
 def run_demo(options: argparse.Namespace) -> int:
     """`labkit demo`."""
-    from labkit.demo import DemoConfig, demo
-    from labkit.errors import LabkitError
+    with quick_imports():
+        from labkit.demo import DemoConfig, demo
+        from labkit.errors import LabkitError
 
     fields = {name: getattr(options, name) for name in DemoConfig.__dataclass_fields__}
     try:
@@ -91,11 +94,13 @@ def run_demo(options: argparse.Namespace) -> int:
 def run_serve(options: argparse.Namespace) -> int:
     """`labkit serve`."""
     if options.child:
-        from labkit.child import run_child
+        with quick_imports():
+            from labkit.child import run_child
 
         run_child()
-    from labkit.errors import LabkitError
-    from labkit.serving import serve
+    with quick_imports():
+        from labkit.errors import LabkitError
+        from labkit.serving import serve
 
     try:
         serve(options)
@@ -109,8 +114,9 @@ def run_serve(options: argparse.Namespace) -> int:
 
 def run_watch(options: argparse.Namespace) -> int:
     """`labkit watch`."""
-    from labkit.errors import LabkitError
-    from labkit.watch import watch
+    with quick_imports():
+        from labkit.errors import LabkitError
+        from labkit.watch import watch
 
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -26,7 +26,6 @@ KERNEL = "labkit-watch"
 CELL = "from labkit.watch import show\n\nshow()"
 STOP_TIME = 1.5  # seconds that all of it has to end
 KERNEL_STOP_TIME = 0.7  # seconds of those that kernels have
-LONELY_TIME = 60  # seconds after which a kernel whose page went without a word is ended
 # A page may load what this server has, whatever else Voilà's templates name.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -44,6 +43,7 @@ class Order(msgspec.Struct):
     port: int  # 0: any
     token: str
     folder: str  # for all files that come of it
+    lonely_time: int  # seconds after which a kernel whose page has gone is ended
 
 
 class Report(msgspec.Struct):
@@ -91,7 +91,7 @@ def serve(order: Order, folder: Path) -> None:
     from voila.app import Voila
 
     config = {
-        "MappingKernelManager": {"cull_idle_timeout": LONELY_TIME, "cull_interval": LONELY_TIME // 4},
+        "MappingKernelManager": {"cull_idle_timeout": order.lonely_time, "cull_interval": 1 + order.lonely_time // 5},
         "KernelManager": {"shutdown_wait_time": KERNEL_STOP_TIME},
         "PasswordIdentityProvider": {"allow_password_change": False},
     }

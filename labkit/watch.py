@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 COMMAND = [sys.executable, "-P", page_server.__file__]  # as a script: it has no use for torch
 START_TIMEOUT = 60.0  # seconds until the page server answers; it is mostly imports
+LONELY_TIME = 60  # seconds after which a kernel is ended whose page has gone, or never connected
 POLL = 0.05  # seconds
 
 
@@ -91,7 +92,7 @@ class WatchPage:
         self._folder = tempfile.TemporaryDirectory(prefix="labkit-watch-", ignore_cleanup_errors=True)
         self._log = Path(self._folder.name) / "log"
         key = None if key is None else str(Path(key).expanduser().resolve())
-        order = Order(str(invite), secret, key, port, token, self._folder.name)
+        order = Order(str(invite), secret, key, port, token, self._folder.name, LONELY_TIME)
         try:
             with self._log.open("wb") as log:
                 self._process = subprocess.Popen(

@@ -186,6 +186,17 @@ def test_closing_ends_the_server_and_the_kernels_within_two_seconds_and_leaves_n
     page.close()  # again
 
 
+def test_the_kernel_of_a_page_that_went_without_a_word_is_ended(swarm, monkeypatch):
+    monkeypatch.setattr(watch, "LONELY_TIME", 15)
+    with open_page(swarm.invite()) as page:
+        Browser().get(page.url)  # and never connects
+        server, *kernels = family(page.pid)
+        assert kernels
+        assert gone(kernels, 50.0)
+        assert "widget-view" in Browser().get(page.url)[2]  # the server is still there, for other pages
+        assert server.is_running()
+
+
 @contextmanager
 def terminal(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """`labkit watch` as a person has it, in a process group of its own."""
