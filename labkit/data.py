@@ -8,11 +8,13 @@ when a data set is asked for and not before, so that `import labkit` stays quick
 
 from __future__ import annotations
 
+import gzip
 import io
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -100,16 +102,30 @@ def _epochs(
 
 def _digits(seed: int) -> ClassificationData:
     """1,797 handwritten digits of 8 x 8 pixels, a fifth of them for testing, standardised by the training rows."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    x, y = load_digits(return_X_y=True)
-    split = train_test_split(x / 16, y, test_size=0.2, stratify=y, random_state=seed)
-    train_x, test_x = (torch.tensor(part, dtype=torch.float32) for part in split[:2])
-    train_y, test_y = (torch.tensor(part, dtype=torch.int64) for part in split[2:])
+    x, y = _read_digits()
+    rows = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    test = torch.zeros(len(rows), dtype=torch.bool)
+    test[y[rows].argsort(stable=True)[::5]] = True  # each fifth of each class
+    train_x, test_x = x[rows[~test]], x[rows[test]]
     # Some pixels are (nearly) always white: a floor of one grey level keeps a rare stroke there from dwarfing the rest.
     mean, scale = train_x.mean(0), train_x.std(0).clamp_min(1 / 16)  # [dim], [dim]
-    return ClassificationData("digits", (train_x - mean) / scale, train_y, (test_x - mean) / scale, test_y, 10)
+    train_x, test_x = (train_x - mean) / scale, (test_x - mean) / scale
+    return ClassificationData("digits", train_x, y[rows[~test]], test_x, y[rows[test]], 10)
+
+
+def _read_digits() -> tuple[Tensor, Tensor]:
+    """Pixels [n, dim], from 0 to 1, and classes [n]: from scikit-learn's own file, without scikit-learn, which takes
+    seconds to import; if it is not where it was for the last ten years, by asking for it."""
+    file = metadata.distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+    try:
+        with gzip.open(str(file)) as lines:
+            table = np.loadtxt(lines, delimiter=",", dtype=np.float32)
+        x, y = table[:, :-1], table[:, -1]
+    except OSError:
+        from sklearn.datasets import load_digits
+
+        x, y = load_digits(return_X_y=True)
+    return torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y, dtype=torch.int64)
 
 
 @contextmanager

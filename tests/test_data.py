@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from itertools import islice
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from labkit import data
 from labkit.errors import DataNotFound, LabkitError
@@ -53,6 +57,25 @@ def test_digits_come_without_a_download_split_the_same_for_the_same_seed():
     assert (digits.dim, digits.classes) == (64, 10)
     assert torch.equal(digits.train_x, again.train_x) and torch.equal(digits.test_y, again.test_y)
     assert not torch.equal(digits.train_y, other.train_y)
+
+
+def test_digits_are_those_of_scikit_learn_read_without_importing_it():
+    x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
+    digits = data.load("digits")
+    assert torch.cat([digits.train_y, digits.test_y]).bincount().equal(y.bincount())
+    # To standardise keeps equal values equal.
+    for pixel in (20, 43):
+        values = torch.cat([digits.train_x[:, pixel], digits.test_x[:, pixel]])
+        assert values.unique(return_counts=True)[1].equal(x[:, pixel].unique(return_counts=True)[1])
+    code = "import sys, labkit as lk; lk.load('digits'); print({'sklearn', 'scipy', 'pandas'} & set(sys.modules))"
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
+    assert output.stdout == "set()\n"
+
+
+def test_digits_are_found_wherever_scikit_learn_keeps_them(monkeypatch, tmp_path):
+    before = data.load("digits")
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: SimpleNamespace(locate_file=tmp_path.joinpath))
+    assert data.load("digits").test_x.equal(before.test_x)
 
 
 def test_digits_are_standardised_and_every_class_is_in_both_splits():
