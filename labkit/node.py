@@ -19,9 +19,9 @@ from labkit.events import Emit, ignore
 from labkit.joining import check_reachable
 from labkit.wire.addresses import LOOPBACK
 from labkit.wire.client import Client
+from labkit.wire.endpoint import Endpoint, Network
 from labkit.wire.rpc import Method, RPCLimits, serve_rpc
 from labkit.wire.security import Admission, Identity
-from labkit.wire.zeromq import ZmqEndpoint, ZmqNetwork
 
 BOOTSTRAP_TRIES = 3  # a busy node may be late once
 
@@ -43,7 +43,7 @@ class Node:
     """What is held of a running node."""
 
     identity: Identity
-    endpoint: ZmqEndpoint
+    endpoint: Endpoint
     client: Client
     dht: DHTNode
     directory: Directory
@@ -56,7 +56,7 @@ class Node:
 
 @asynccontextmanager
 async def open_node(
-    network: ZmqNetwork,
+    network: Network,
     identity: Identity,
     config: NodeConfig | None = None,
     *,

@@ -8,15 +8,21 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-import torch
 from hypothesis import settings
 
 GRACE = 2.0  # seconds: what `close()` may take
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins with interrupts ignored
-torch.set_num_threads(1)  # the suite's tensors are small, and its machine may have two cores
 settings.register_profile("labkit", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("labkit")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The suite's tensors are small, and its machine may have two cores."""
+    import torch  # not by the process that only hands out the tests
+
+    torch.set_num_threads(1)
 
 
 def _threads() -> set[threading.Thread]:

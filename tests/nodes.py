@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import trio
 
+from labkit.contact import Contact
+from labkit.wire.addresses import LOOPBACK
 from labkit.wire.client import Client
+from labkit.wire.endpoint import Endpoint, Network
 from labkit.wire.rpc import Method, Reply, Request, RPCLimits, serve_rpc
 from labkit.wire.security import Admission, Identity
-from labkit.wire.zeromq import ZmqEndpoint, ZmqNetwork, open_network
+from labkit.wire.zeromq import open_network
+
+Wire = Callable[..., AbstractAsyncContextManager[Network]]
+
+
+def changed(contact: Contact, **changes: object) -> Contact:
+    """The same contact but for these fields."""
+    fields = {name: getattr(contact, name) for name in ("key", "host", "port", "secure")}
+    return Contact(**{**fields, **changes})
 
 
 async def echo(request: Request) -> Reply:
@@ -19,16 +30,18 @@ async def echo(request: Request) -> Reply:
 
 @asynccontextmanager
 async def serving(
-    network: ZmqNetwork,
+    network: Network,
     methods: Mapping[str, Method] | None = None,
     *,
     secure: bool | None = None,
     admission: Admission | None = None,
     limits: RPCLimits | None = None,
-) -> AsyncIterator[ZmqEndpoint]:
+    identity: Identity | None = None,
+    address: str = LOOPBACK,
+) -> AsyncIterator[Endpoint]:
     """A node that answers `methods` (by default an `echo`)."""
     async with (
-        network.listen(Identity.generate(), secure=secure, admission=admission) as endpoint,
+        network.listen(identity or Identity.generate(), address, secure=secure, admission=admission) as endpoint,
         trio.open_nursery() as nursery,
     ):
         await nursery.start(serve_rpc, endpoint, methods or {"echo": Method(echo, object)}, limits)
@@ -38,10 +51,10 @@ async def serving(
 
 @asynccontextmanager
 async def calling(
-    network: ZmqNetwork, identity: Identity | None = None, limits: RPCLimits | None = None
+    network: Network, identity: Identity | None = None, limits: RPCLimits | None = None, address: str = LOOPBACK
 ) -> AsyncIterator[Client]:
     """A client with a key of its own."""
-    async with network.listen(identity or Identity.generate()) as endpoint, trio.open_nursery() as nursery:
+    async with network.listen(identity or Identity.generate(), address) as endpoint, trio.open_nursery() as nursery:
         client = Client(endpoint, limits)
         await nursery.start(client.run)
         yield client
@@ -50,11 +63,15 @@ async def calling(
 
 @asynccontextmanager
 async def server_and_client(
-    methods: Mapping[str, Method] | None = None, *, secure: bool | None = None, limits: RPCLimits | None = None
-) -> AsyncIterator[tuple[ZmqEndpoint, Client]]:
+    wire: Wire = open_network,
+    methods: Mapping[str, Method] | None = None,
+    *,
+    secure: bool | None = None,
+    limits: RPCLimits | None = None,
+) -> AsyncIterator[tuple[Endpoint, Client]]:
     """Both of them on a network of their own."""
     async with (
-        open_network() as network,
+        wire() as network,
         serving(network, methods, secure=secure, limits=limits) as server,
         calling(network) as client,
     ):

@@ -6,9 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from tests.front_end import WIDGET, FrontEnd, Page, open_kernel
 
@@ -197,15 +195,3 @@ def test_a_closed_swarm_is_shown_as_it_was(kernel, page):
     assert page.headers[-1]["headline"]["servers_alive"] == 4 and page.headers[-1]["can"] == {"control": False}
     kernel.run("while threads(''): time.sleep(0.005)")
     kernel.run(SWARM)
-
-
-def test_a_notebook_keeps_the_picture_and_the_table_for_readers_without_a_kernel():
-    cells = [
-        SWARM, DASHBOARD, "lk.fit(model, (x, y), steps=30, batch_size=16, trainers=2).wait()", "swarm.close()",
-        "while threads(''): time.sleep(0.005)",  # until the picture is drawn
-    ]  # fmt: skip
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    NotebookClient(notebook, timeout=100, kernel_name="python3").execute()
-    widget, picture = notebook.cells[1].outputs
-    assert "<table>" in widget["data"]["text/html"] and "servers[3]" in widget["data"]["text/plain"]
-    assert len(picture["data"]["image/png"]) > 10_000

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from labkit.__main__ import main
 from labkit.demo import DemoConfig
 
 COMMAND = [sys.executable, "-m", "labkit", "demo"]
@@ -49,10 +50,8 @@ def test_a_wrong_option_is_named(options, complaint):
         DemoConfig(**options)
 
 
-def test_a_data_set_that_is_not_there_ends_with_one_line_that_says_so(tmp_path):
-    done = subprocess.run(
-        [*COMMAND, "--dataset", "mnist", "--data-dir", str(tmp_path)], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("labkit: no mnist here") and str(tmp_path) in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_a_data_set_that_is_not_there_ends_with_one_line_that_says_so(tmp_path, capsys):
+    assert main(["demo", "--dataset", "mnist", "--data-dir", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("labkit: no mnist here") and str(tmp_path) in said
+    assert said.count("\n") == 1

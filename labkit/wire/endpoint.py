@@ -1,18 +1,20 @@
 """The seam between remote calls and the network: a node's endpoint, and links from it to other nodes.
 
-`Endpoint` and `Link` move frames and know nothing of calls. `wire/zeromq.py` is the real network; a simulated one has
-to offer the same two protocols.
+`Endpoint` and `Link` move frames and know nothing of calls. `wire/zeromq.py` is the real network, and `wire/simnet.py`
+one in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 from labkit.contact import Contact
 from labkit.errors import LabkitError
 from labkit.wire.frames import Frame
+from labkit.wire.security import Admission, Identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +62,13 @@ class Endpoint(Protocol):
 
     def unsent_bytes(self, peer: Peer) -> int:
         """Size of the answers that this peer has not taken yet."""
+
+
+class Network(Protocol):
+    """Where nodes listen."""
+
+    def listen(
+        self, identity: Identity, address: str = ..., *, announce: str | None = None, secure: bool | None = None,
+        admission: Admission | None = None,
+    ) -> AbstractAsyncContextManager[Endpoint]:  # fmt: skip
+        """Give a node its place for the length of the block. See `ZmqNetwork.listen`."""

@@ -22,6 +22,7 @@ from pathlib import Path
 import zmq
 from zmq.utils import z85
 
+from labkit.contact import is_loopback
 from labkit.errors import LabkitError
 
 logger = logging.getLogger(__name__)
@@ -133,6 +134,15 @@ class Admission:
             logger.error("the list of admitted keys cannot be read, nobody new is admitted: %s", error)
             return frozenset()
         return self._file_keys
+
+
+def must_encrypt(secure: bool | None, host: str, admission: Admission) -> bool:
+    """Whether a node that listens at `host` encrypts: if it is told to (`secure`), and always beyond loopback and in
+    private swarms. Raises `ValueError` if it is told not to."""
+    always = not is_loopback(host) or not admission.is_open
+    if secure is False and always:
+        raise ValueError("secure=False is for open swarms on loopback only: beyond it every connection is encrypted")
+    return bool(secure) or always
 
 
 def read_key_list(path: Path) -> frozenset[bytes]:

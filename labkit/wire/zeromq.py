@@ -14,12 +14,12 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from labkit.contact import Contact, is_loopback
+from labkit.contact import Contact
 from labkit.errors import ConnectionLost, LabkitError
 from labkit.wire.addresses import LOOPBACK, announced_address, resolve, split_address
 from labkit.wire.endpoint import Peer
 from labkit.wire.frames import Frame, FrameLimits
-from labkit.wire.security import Admission, Identity, answer_zap
+from labkit.wire.security import Admission, Identity, answer_zap, must_encrypt
 from labkit.wire.sockets import (
     FLUSH_TIME,
     Context,
@@ -187,12 +187,7 @@ class ZmqNetwork:
         """
         bind_host, bind_port = split_address(address)
         admission = admission or Admission()
-        wide = not is_loopback(bind_host)
-        if secure is False and (wide or not admission.is_open):
-            raise ValueError(
-                "secure=False is for open swarms on loopback only: beyond it every connection is encrypted"
-            )
-        secure = bool(secure) or wide or not admission.is_open
+        secure = must_encrypt(secure, bind_host, admission)
         domain = f"node-{next(self._domains)}".encode()
         self._admissions[domain] = admission
         bound = f"tcp://{await resolve(bind_host)}:{bind_port}"

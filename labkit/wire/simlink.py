@@ -1,0 +1,210 @@
+"""Endpoints and links of the network in memory. What lies between them is `wire/simnet`."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import trio
+
+from labkit.contact import Contact
+from labkit.errors import ConnectionLost, LabkitError, NotAdmitted, SecurityMismatch, WrongServerKey
+from labkit.wire.endpoint import Peer
+from labkit.wire.frames import Frame
+from labkit.wire.security import Admission, Identity
+
+if TYPE_CHECKING:
+    from labkit.wire.simnet import SimNetwork
+
+RETRY = 1.0  # seconds until a connection is tried again that nobody heard of, twice as many each time, as TCP does
+
+T = TypeVar("T")
+Place = tuple[str, int]  # host and port
+
+
+def place_of(contact: Contact) -> Place:
+    """Where a node is."""
+    return contact.host, contact.port
+
+
+class _Inbox(Generic[T]):
+    """What has arrived and was not taken yet, until `fail`."""
+
+    def __init__(self) -> None:
+        self._items: list[T] = []
+        self._readers = trio.lowlevel.ParkingLot()
+        self._error: LabkitError | None = None
+
+    def put(self, item: T) -> None:
+        if self._error is None:
+            self._items.append(item)
+            self._readers.unpark_all()
+
+    def fail(self, error: LabkitError) -> None:
+        self._error = self._error or error
+        self._readers.unpark_all()
+
+    async def take(self) -> list[T]:
+        """All of it, at least one; after the last, raises what it failed with."""
+        await trio.lowlevel.checkpoint()
+        while not self._items:
+            if self._error is not None:
+                raise type(self._error)(*self._error.args)
+            await self._readers.park()
+        items, self._items = self._items, []
+        return items
+
+
+class Way:
+    """One direction of a connection. Messages arrive in the order in which they left, as over TCP."""
+
+    __slots__ = ("arrival", "free_at", "source", "target", "unsent")
+
+    def __init__(self, source: Place, target: Place) -> None:
+        self.source, self.target = source, target
+        self.free_at = -math.inf  # when the last message will have left, at the bandwidth there is
+        self.arrival = -math.inf  # of the last one
+        self.unsent: deque[tuple[float, int]] = deque()  # what has not left: until when, and its bytes
+
+
+class SimLink:
+    """A `Link` in memory. The far end knows it as a `Peer`."""
+
+    def __init__(self, network: SimNetwork, home: SimEndpoint, contact: Contact, route: bytes) -> None:
+        self.contact = contact
+        self.error: LabkitError | None = None
+        self._network = network
+        self._home = home
+        self._far: SimEndpoint | None = None
+        self._opened = trio.Event()
+        self._inbox: _Inbox[Sequence[Frame]] = _Inbox()
+        here, there = place_of(home.contact), place_of(contact)
+        self.out, self.back = Way(here, there), Way(there, here)
+        self.peer = Peer(route, home.identity.public_key if contact.secure else None)
+        there_and_back = network.handshake * (network.delay(self.out) + network.delay(self.back))
+        network.after(there_and_back / 2, self._knock, there_and_back / 2)
+
+    def _knock(self, way_back: float, again: float = RETRY) -> None:
+        """The far end hears of the connection; if nobody does, knock again later."""
+        if self.error is not None:
+            return
+        if not self._network.reaches(self.out):
+            self._network.after(again, self._knock, way_back, 2 * again)
+            return
+        far, where = self._network.nodes.get(self.out.target), self.contact.endpoint
+        refusal: LabkitError | None = None
+        if far is None:
+            refusal = ConnectionLost(f"{where} refused the connection")
+        elif far.contact.secure != self.contact.secure:
+            ours, theirs = ("", "not ") if self.contact.secure else ("not ", "")
+            refusal = SecurityMismatch(f"we do {ours}encrypt, {where} does {theirs}")
+        elif self.contact.secure and far.contact.key != self.contact.key:
+            refusal = WrongServerKey(f"{where} broke off the handshake: it does not hold the key we expect")
+        elif not far.admission.admits(self._home.identity.public_key):
+            refusal = NotAdmitted(f"{where} is a private swarm and does not admit our key")
+        if refusal is not None or far is None:
+            self._network.after(way_back, self.end, refusal)
+            return
+        self._far = far
+        far.peers[self.peer.route] = self
+        self._network.after(way_back, self._opened.set)
+
+    async def send(self, frames: Sequence[Frame]) -> None:
+        await self._opened.wait()
+        if self.error is not None:
+            raise self.error
+        self.send_nowait(frames)
+
+    def send_nowait(self, frames: Sequence[Frame]) -> None:
+        if self._opened.is_set() and self.error is None and self._far is not None:
+            self._network.transmit(self.out, frames, self._far.hear, self)
+
+    def answer(self, frames: Sequence[Frame]) -> None:
+        """Send in the other direction."""
+        self._network.transmit(self.back, frames, self._hear, self)
+
+    def _hear(self, link: SimLink, frames: Sequence[Frame]) -> None:
+        self._inbox.put(frames)
+
+    async def receive(self) -> Sequence[Sequence[Frame]]:
+        return await self._inbox.take()
+
+    def close(self) -> None:
+        if self.error is None:
+            if self._far is not None:  # hears of it after all that was sent
+                self._network.at(max(self._network.soon(self.out), self.out.arrival), self._far.forget, self)
+            self.end(ConnectionLost(f"the link to {self.contact.endpoint} is closed"))
+
+    def end(self, error: LabkitError) -> None:
+        """It is over, for whatever reason."""
+        if self.error is None:
+            self.error = error
+            self._opened.set()
+            self._inbox.fail(error)
+            self._home.links.pop(self.peer.route, None)
+
+    def break_off(self) -> None:
+        """The far end is gone, or takes it for gone: we hear of it after all that it sent."""
+        broken = ConnectionLost(f"the connection to {self.contact.endpoint} broke")
+        self._network.at(max(self._network.soon(self.back), self.back.arrival), self.end, broken)
+
+
+class SimEndpoint:
+    """An `Endpoint` in memory. Made by `SimNetwork.listen`."""
+
+    def __init__(self, network: SimNetwork, identity: Identity, contact: Contact, admission: Admission) -> None:
+        self.identity = identity
+        self.contact = contact
+        self.admission = admission
+        self.links: dict[bytes, SimLink] = {}  # from here
+        self.peers: dict[bytes, SimLink] = {}  # to here
+        self._network = network
+        self._inbox: _Inbox[tuple[Peer, Sequence[Frame]]] = _Inbox()
+
+    def connect(self, contact: Contact) -> SimLink:
+        link = SimLink(self._network, self, contact, next(self._network.routes).to_bytes(8, "big"))
+        self.links[link.peer.route] = link
+        return link
+
+    def hear(self, link: SimLink, frames: Sequence[Frame]) -> None:
+        """A message has arrived here."""
+        if link.peer.route in self.peers:
+            self._inbox.put((link.peer, frames))
+
+    def forget(self, link: SimLink) -> None:
+        """A peer is gone."""
+        self.peers.pop(link.peer.route, None)
+
+    async def receive(self) -> Sequence[tuple[Peer, Sequence[Frame]]]:
+        return await self._inbox.take()
+
+    async def send(self, peer: Peer, frames: Sequence[Frame]) -> None:
+        await trio.lowlevel.checkpoint()
+        link = self.peers.get(peer.route)
+        if link is None:
+            raise ConnectionLost("the peer has gone")
+        link.answer(frames)
+
+    def send_nowait(self, peer: Peer, frames: Sequence[Frame]) -> None:
+        link = self.peers.get(peer.route)
+        if link is not None:
+            link.answer(frames)
+
+    def unsent_bytes(self, peer: Peer) -> int:
+        link, now = self.peers.get(peer.route), trio.current_time()
+        if link is None:
+            return 0
+        unsent = link.back.unsent
+        while unsent and unsent[0][0] <= now:
+            unsent.popleft()
+        return sum(size for _, size in unsent)
+
+    def end(self) -> None:
+        """The node has ended; its process's connections break."""
+        for link in list(self.peers.values()):
+            link.break_off()
+        for link in list(self.links.values()):
+            link.close()
+        self.peers.clear()

@@ -1,0 +1,273 @@
+"""The network in memory, in virtual time: what calls see of its latency, loss, bandwidth, and of nodes that vanish."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import torch
+import trio
+
+from labkit.contact import Contact
+from labkit.errors import ConnectionLost, DeadlineExceeded, LabkitError, RPCError
+from labkit.wire.client import Client
+from labkit.wire.frames import FrameLimits
+from labkit.wire.latency import exponential, regions
+from labkit.wire.rpc import Method, Reply, Request
+from labkit.wire.security import Identity
+from labkit.wire.simnet import SILENCE, SimNetwork, open_simnet
+from tests.nodes import calling, serving
+
+pytestmark = pytest.mark.usefixtures("autojump_clock")
+
+
+@asynccontextmanager
+async def pair(**options: Any) -> AsyncIterator[tuple[SimNetwork, Contact, Client]]:
+    """A network, where a server is on it, and a client."""
+    async with open_simnet(**options) as network, serving(network) as server, calling(network) as client:
+        yield network, server.contact, client
+
+
+async def seconds_of(client: Client, contact: Contact, size: int = 0, timeout: float = 100.0) -> float:
+    """How long a call takes that carries so many bytes, there and back."""
+    started = trio.current_time()
+    await client.call(contact, "echo", None, [torch.zeros(size, dtype=torch.uint8)], timeout=timeout)
+    return trio.current_time() - started
+
+
+# ---------------------------------------------------------------- latency and bandwidth
+
+
+async def test_a_call_takes_the_latency_there_and_back(autojump_clock) -> None:
+    async with pair(latency=0.046) as (_, contact, client):
+        assert await seconds_of(client, contact) == pytest.approx(0.092)
+
+
+async def test_a_new_connection_costs_its_round_trips_once(autojump_clock) -> None:
+    async with pair(latency=0.05, handshake=2.0) as (_, contact, client):
+        assert await seconds_of(client, contact) == pytest.approx(0.3)
+        assert await seconds_of(client, contact) == pytest.approx(0.1)
+
+
+async def test_latency_is_drawn_for_each_message_from_the_seed(autojump_clock) -> None:
+    async def durations(seed: int) -> list[float]:
+        async with pair(seed=seed, latency=exponential(0.1)) as (_, contact, client):
+            return [round(await seconds_of(client, contact), 9) for _ in range(300)]
+
+    first = await durations(1)
+    assert sum(first) / 300 == pytest.approx(0.2, rel=0.2)
+    assert len(set(first)) == 300
+    assert await durations(1) == first
+    assert await durations(2) != first
+
+
+async def test_regions_are_as_far_apart_as_they_are_said_to_be(autojump_clock) -> None:
+    latency = regions({("eu", "us"): 0.045, ("eu", "asia"): 0.1}, within=0.001)
+    async with open_simnet(latency=latency) as network, trio.open_nursery() as nursery:
+        contacts = {}
+
+        async def serve(region: str, task_status: trio.TaskStatus[None]) -> None:
+            async with serving(network, address=f"tcp://{region}:*") as endpoint:
+                contacts[region] = endpoint.contact
+                task_status.started()
+                await trio.sleep_forever()
+
+        for region in ("eu", "us", "asia"):
+            await nursery.start(serve, region)
+        async with calling(network, address="tcp://eu:*") as client:
+            found = {region: await seconds_of(client, contact) for region, contact in contacts.items()}
+        async with calling(network, address="tcp://us:*") as client:
+            with pytest.raises(ValueError, match="the way between us and asia"):
+                await seconds_of(client, contacts["asia"])
+        nursery.cancel_scope.cancel()
+    assert found == pytest.approx({"eu": 0.002, "us": 0.09, "asia": 0.2})
+
+
+async def test_bandwidth_delays_by_size_and_one_message_after_the_other(autojump_clock) -> None:
+    async with pair(bandwidth=1e6) as (_, contact, client):
+        assert await seconds_of(client, contact, 500_000) == pytest.approx(1.0, rel=0.01)
+        started = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(seconds_of, client, contact, 500_000)
+        assert trio.current_time() - started == pytest.approx(2.5, rel=0.01)  # the ways there follow one another
+
+
+async def test_a_node_that_runs_behind_hears_and_answers_later(autojump_clock) -> None:
+    async with pair(latency=0.01) as (network, contact, client):
+        network.slow_down(contact, 0.5)
+        assert await seconds_of(client, contact) == pytest.approx(1.02)
+        network.slow_down(contact, 0.0)
+        assert await seconds_of(client, contact) == pytest.approx(0.02)
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+async def test_a_share_of_requests_and_of_answers_is_lost(autojump_clock) -> None:
+    heard = 0
+
+    async def hear(request: Request) -> Reply:
+        nonlocal heard
+        heard += 1
+        return Reply()
+
+    async with (
+        open_simnet(3, loss=0.2) as network,
+        serving(network, {"hear": Method(hear)}) as server,
+        calling(network) as client,
+    ):
+        answered = 0
+        for _ in range(1000):
+            try:
+                await client.call(server.contact, "hear", timeout=1.0)
+                answered += 1
+            except DeadlineExceeded:
+                pass
+    assert heard == pytest.approx(800, abs=40)
+    assert answered == pytest.approx(640, abs=50)
+
+
+async def test_a_node_without_power_is_silent_and_then_given_up(autojump_clock) -> None:
+    async with pair(latency=0.01) as (network, contact, client):
+        await seconds_of(client, contact)
+        network.unplug(contact)
+        with pytest.raises(DeadlineExceeded):
+            await seconds_of(client, contact, timeout=1.0)
+        started = trio.current_time()
+        with pytest.raises(ConnectionLost, match="broke"):
+            await seconds_of(client, contact)
+        assert trio.current_time() - started == pytest.approx(SILENCE - 1.0)
+        network.heal(contact)
+        assert await seconds_of(client, contact) == pytest.approx(0.02)
+
+
+async def test_a_partition_cuts_groups_off_from_each_other_until_it_heals(autojump_clock) -> None:
+    async with pair() as (network, contact, client), serving(network) as other:
+        network.partition([contact], [client.endpoint.contact, other.contact])
+        await seconds_of(client, other.contact)
+        with pytest.raises(DeadlineExceeded, match="could not be reached"):
+            await seconds_of(client, contact, timeout=1.0)
+        network.heal()
+        assert await seconds_of(client, contact) <= 2.0  # when the connection is tried again
+
+
+async def test_what_is_under_way_when_a_partition_comes_does_not_arrive(autojump_clock) -> None:
+    async with pair(latency=0.1) as (network, contact, client):
+        await seconds_of(client, contact)
+        outcome: list[RPCError] = []
+
+        async def ask() -> None:
+            try:
+                await seconds_of(client, contact, timeout=1.0)
+            except RPCError as error:
+                outcome.append(error)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await trio.sleep(0.05)
+            network.unplug(contact)
+            await trio.sleep(0.1)
+            network.heal()
+        assert [type(error) for error in outcome] == [DeadlineExceeded]
+
+
+async def test_a_node_that_starts_again_at_its_address_is_found_there(autojump_clock) -> None:
+    identity = Identity.generate()
+    async with open_simnet() as network, calling(network) as client:
+        for _ in range(2):
+            async with serving(network, identity=identity, address="tcp://127.0.0.1:4000") as server:
+                await seconds_of(client, server.contact)
+            with pytest.raises(ConnectionLost, match="broke"):
+                await seconds_of(client, server.contact)
+            with pytest.raises(ConnectionLost, match="refused"):
+                await seconds_of(client, server.contact)
+
+
+async def test_an_address_belongs_to_one_node(autojump_clock) -> None:
+    async with open_simnet() as network, serving(network, address="tcp://127.0.0.1:4000"):
+        with pytest.raises(LabkitError, match="Address already in use"):
+            async with serving(network, address="tcp://127.0.0.1:4000"):
+                pass
+
+
+async def test_a_frame_over_the_limit_breaks_the_connection(autojump_clock) -> None:
+    async with pair(limits=FrameLimits(message_bytes=1000)) as (_, contact, client):
+        with pytest.raises(ConnectionLost, match="broke"):
+            await seconds_of(client, contact, 2000)
+        await seconds_of(client, contact, 10)
+
+
+async def test_what_was_sent_does_not_change_when_the_sender_writes_over_it(autojump_clock) -> None:
+    async with pair(latency=1.0) as (_, contact, client):
+        tensor = torch.ones(4)
+        async with trio.open_nursery() as nursery:
+
+            async def ask() -> None:
+                reply = await client.call(contact, "echo", None, [tensor], timeout=10)
+                assert reply.tensors[0].tolist() == [1.0] * 4
+
+            nursery.start_soon(ask)
+            await trio.sleep(0.5)
+            tensor.zero_()
+
+
+# ---------------------------------------------------------------- the same run twice
+
+
+async def test_a_seed_gives_the_same_run_twice_event_for_event(autojump_clock) -> None:
+    async def history() -> list[tuple[float, str]]:
+        events: list[tuple[float, str]] = []
+        started = trio.current_time()
+        async with pair(seed=7, latency=exponential(0.1), loss=0.1, bandwidth=1e6) as (network, contact, client):
+
+            async def ask(number: int) -> None:
+                for turn in range(5):
+                    outcome = "answered"
+                    try:
+                        await client.call(contact, "echo", number, [torch.zeros(number * 100)], timeout=0.5)
+                    except RPCError as error:
+                        outcome = error.code
+                    events.append((round(trio.current_time() - started, 9), f"{number}.{turn} {outcome}"))
+
+            async with trio.open_nursery() as nursery:
+                for number in range(20):
+                    nursery.start_soon(ask, number)
+                await trio.sleep(1.0)
+                network.unplug(contact)
+                await trio.sleep(0.3)
+                network.heal()
+        return events
+
+    first, again = await history(), await history()
+    assert len({outcome for _, outcome in first}) == 100
+    assert first == again
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "argument"),
+    [
+        ({"latency": -0.1}, "latency"),
+        ({"latency": float("nan")}, "latency"),
+        ({"loss": 1.5}, "loss"),
+        ({"bandwidth": 0}, "bandwidth"),
+        ({"handshake": -1}, "handshake"),
+    ],
+)
+async def test_what_cannot_be_is_refused_by_the_name_of_the_argument(options, argument, autojump_clock) -> None:
+    with pytest.raises(ValueError, match=f"^{argument}="):
+        SimNetwork(**options)
+
+
+def test_a_latency_below_zero_is_refused_in_each_of_its_forms() -> None:
+    with pytest.raises(ValueError, match=r"^latency=-1"):
+        exponential(-1)
+    with pytest.raises(ValueError, match=r"^latency=-1"):
+        regions({("eu", "us"): -1})
+    with pytest.raises(ValueError, match=r"^latency=-1"):
+        regions({}, within=-1)

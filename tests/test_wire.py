@@ -1,0 +1,296 @@
+"""Calls over any network, the real one and the one in memory: what comes back, and how each way of failing ends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import trio
+
+from labkit.contact import Contact
+from labkit.errors import (
+    BadReply,
+    BadRequest,
+    ConnectionLost,
+    DeadlineExceeded,
+    MessageTooLarge,
+    NotAdmitted,
+    Overloaded,
+    RemoteFailure,
+    SecurityMismatch,
+    UnknownMethod,
+    WrongServerKey,
+)
+from labkit.wire.client import Client
+from labkit.wire.frames import FrameLimits
+from labkit.wire.rpc import BULK, Method, Reply, Request, RPCLimits
+from labkit.wire.security import Admission, Identity
+from labkit.wire.simnet import open_simnet
+from labkit.wire.zeromq import open_network
+from tests.nodes import Wire, calling, changed, echo, server_and_client, serving
+
+
+@pytest.fixture(params=[open_network, open_simnet], ids=["zeromq", "memory"])
+def wire(request: pytest.FixtureRequest) -> Wire:
+    opener: Wire = request.param
+    return opener
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_a_call_brings_back_body_and_tensors(wire: Wire, secure: bool) -> None:
+    tensors = [torch.randn(300, 100), torch.arange(5), torch.tensor(2.5), torch.zeros(0, 3, dtype=torch.bfloat16)]
+    async with server_and_client(wire, secure=secure) as (server, client):
+        reply = await client.call(server.contact, "echo", {"a": [1, b"x"]}, tensors, timeout=5, lane=BULK)
+    assert reply.body == {"a": [1, b"x"]}
+    for sent, returned in zip(tensors, reply.tensors, strict=True):
+        assert returned.dtype == sent.dtype
+        assert torch.equal(returned, sent)
+    assert reply.bytes > 2 * 300 * 100 * 4
+
+
+async def test_answers_come_back_out_of_order(wire: Wire) -> None:
+    release, order = trio.Event(), []
+
+    async def slow_first(request: Request) -> Reply:
+        if request.body == 1:
+            await release.wait()
+        return Reply(request.body)
+
+    async with (
+        server_and_client(wire, {"m": Method(slow_first, int)}) as (server, client),
+        trio.open_nursery() as nursery,
+    ):
+
+        async def ask(number: int) -> None:
+            order.append((await client.call(server.contact, "m", number, timeout=5)).body)
+
+        nursery.start_soon(ask, 1)
+        await trio.testing.wait_all_tasks_blocked()
+        await ask(2)
+        release.set()
+    assert order == [2, 1]
+
+
+async def test_the_first_call_over_a_new_connection_is_never_left_waiting(wire: Wire) -> None:
+    """A new connection is ready at any moment: between a send that finds it is not, and the wait for it, too."""
+    async with wire() as network, serving(network) as server:
+        for number in range(150):
+            async with calling(network) as client:
+                assert (await client.call(server.contact, "echo", number, timeout=3)).body == number
+
+
+async def test_a_thousand_calls_at_once_are_all_answered(wire: Wire) -> None:
+    answers = []
+    async with server_and_client(wire) as (server, client), trio.open_nursery() as nursery:
+
+        async def ask(number: int) -> None:
+            answers.append((await client.call(server.contact, "echo", number, timeout=20)).body)
+
+        for number in range(1000):
+            nursery.start_soon(ask, number)
+    assert sorted(answers) == list(range(1000))
+
+
+@pytest.mark.parametrize(
+    ("method", "body", "error"),
+    [("none such", None, UnknownMethod), ("add", "text", BadRequest), ("add", 1, RemoteFailure)],
+)
+async def test_the_caller_gets_the_error_that_the_server_raised(
+    wire: Wire, method: str, body: object, error: type[Exception]
+) -> None:
+    async def add(request: Request) -> Reply:
+        raise ZeroDivisionError("a bug")
+
+    async with server_and_client(wire, {"add": Method(add, int), "echo": Method(echo, object)}) as (server, client):
+        with pytest.raises(error):
+            await client.call(server.contact, method, body, timeout=5)
+        assert (await client.call(server.contact, "echo", "next", timeout=5)).body == "next"
+
+
+async def test_an_answer_of_another_type_is_a_bad_reply(wire: Wire) -> None:
+    async with server_and_client(wire) as (server, client):
+        with pytest.raises(BadReply):
+            await client.call(server.contact, "echo", "text", returns=int, timeout=5)
+
+
+async def test_a_call_ends_at_its_deadline_and_the_server_drops_the_work(wire: Wire) -> None:
+    ended = trio.Event()
+
+    async def forever(request: Request) -> Reply:
+        try:
+            await trio.sleep_forever()
+        finally:
+            ended.set()
+
+    async with server_and_client(wire, {"m": Method(forever), "echo": Method(echo, object)}) as (server, client):
+        await client.call(server.contact, "echo", timeout=5)  # so that there is a connection
+        with pytest.raises(DeadlineExceeded, match=r"gave no answer to m within 0\.3 s"), trio.fail_after(5):
+            await client.call(server.contact, "m", timeout=0.3)
+        with trio.fail_after(5):
+            await ended.wait()
+
+
+async def test_a_cancelled_call_tells_the_server_so(wire: Wire) -> None:
+    started, ended = trio.Event(), trio.Event()
+
+    async def forever(request: Request) -> Reply:
+        started.set()
+        try:
+            await trio.sleep_forever()
+        finally:
+            ended.set()
+
+    async with server_and_client(wire, {"m": Method(forever)}) as (server, client), trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: client.call(server.contact, "m", timeout=60))
+        await started.wait()
+        nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True), trio.fail_after(2):
+            await ended.wait()
+
+
+async def test_a_server_that_goes_away_fails_the_waiting_call_at_once(wire: Wire) -> None:
+    started = trio.Event()
+
+    async def forever(request: Request) -> Reply:
+        started.set()
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async with wire() as network, calling(network) as client, trio.open_nursery() as nursery:
+        stop = trio.Event()
+
+        async def serve(task_status: trio.TaskStatus[Contact]) -> None:
+            async with serving(network, {"m": Method(forever)}) as server:
+                task_status.started(server.contact)
+                await stop.wait()
+
+        contact = await nursery.start(serve)
+
+        async def stop_when_started() -> None:
+            await started.wait()
+            stop.set()
+
+        nursery.start_soon(stop_when_started)
+        with pytest.raises(ConnectionLost), trio.fail_after(2):
+            await client.call(contact, "m", timeout=60)
+        with pytest.raises(ConnectionLost, match="refused"), trio.fail_after(2):
+            await client.call(contact, "m", timeout=60)
+
+
+async def test_a_call_that_begins_while_its_node_closes_is_a_lost_connection(wire: Wire) -> None:
+    async with wire() as network, serving(network) as server, network.listen(Identity.generate()) as endpoint:
+        client = Client(endpoint)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(client.run)
+            nursery.cancel_scope.cancel()
+        with pytest.raises(ConnectionLost, match="this node is closing"):
+            await client.call(server.contact, "echo", timeout=5)
+
+
+async def test_a_wrong_server_key_is_a_typed_error_within_a_second(wire: Wire) -> None:
+    async with server_and_client(wire, secure=True) as (server, client):
+        impostor = changed(server.contact, key=Identity.generate().public_key)
+        with pytest.raises(WrongServerKey), trio.fail_after(1):
+            await client.call(impostor, "echo", timeout=60)
+        assert (await client.call(server.contact, "echo", 1, timeout=5)).body == 1
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_one_side_encrypting_alone_is_a_typed_error_within_a_second(wire: Wire, secure: bool) -> None:
+    async with server_and_client(wire, secure=secure) as (server, client):
+        with pytest.raises(SecurityMismatch), trio.fail_after(1):
+            await client.call(changed(server.contact, secure=not secure), "echo", timeout=60)
+        assert (await client.call(server.contact, "echo", 1, timeout=5)).body == 1
+
+
+async def test_a_private_swarm_admits_the_keys_on_its_list_only(wire: Wire) -> None:
+    friend, stranger = Identity.generate(), Identity.generate()
+    async with (
+        wire() as network,
+        serving(network, admission=Admission([friend.public_key])) as server,
+        calling(network, friend) as admitted,
+        calling(network, stranger) as refused,
+    ):
+        with pytest.raises(NotAdmitted), trio.fail_after(1):
+            await refused.call(server.contact, "echo", 1, timeout=60)
+        assert (await admitted.call(server.contact, "echo", 1, timeout=5)).body == 1
+
+
+async def test_over_curve_the_handler_sees_the_key_that_the_caller_proved(wire: Wire) -> None:
+    seen = []
+
+    async def who(request: Request) -> Reply:
+        seen.append(request.peer.key)
+        return Reply()
+
+    me = Identity.generate()
+    async with wire() as network, calling(network, me) as client:
+        for secure in (True, False):
+            async with serving(network, {"who": Method(who)}, secure=secure) as server:
+                await client.call(server.contact, "who", timeout=5)
+    assert seen == [me.public_key, None]
+
+
+async def test_a_full_server_refuses_at_once_and_serves_again(wire: Wire) -> None:
+    holding, release = trio.Event(), trio.Event()
+
+    async def hold(request: Request) -> Reply:
+        holding.set()
+        await release.wait()
+        return Reply(request.body)
+
+    methods, limits = {"m": Method(hold, int)}, RPCLimits(requests=1)
+    async with server_and_client(wire, methods, limits=limits) as (server, client):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: client.call(server.contact, "m", 1, timeout=10))
+            await holding.wait()
+            with pytest.raises(Overloaded), trio.fail_after(1):
+                await client.call(server.contact, "m", 2, timeout=60)
+            release.set()
+        with trio.fail_after(5):
+            while True:  # the answer to the first may be here a moment before the server has put it away
+                try:
+                    assert (await client.call(server.contact, "m", 3, timeout=5)).body == 3
+                    break
+                except Overloaded:
+                    await trio.lowlevel.checkpoint()
+
+
+async def test_bytes_over_the_budget_wait_their_turn(wire: Wire) -> None:
+    most, running, answered = 0, 0, 0
+    two_run, release = trio.Event(), trio.Event()
+
+    async def hold(request: Request) -> Reply:
+        nonlocal most, running
+        running += 1
+        most = max(most, running)
+        if running == 2:
+            two_run.set()
+        await release.wait()
+        running -= 1
+        return Reply()
+
+    async with (
+        wire() as network,
+        serving(network, {"m": Method(hold)}) as server,
+        calling(network, limits=RPCLimits(bytes_per_peer=250_000)) as client,
+    ):
+
+        async def ask() -> None:
+            nonlocal answered
+            await client.call(server.contact, "m", None, [torch.zeros(25_000)], timeout=20)
+            answered += 1
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(8):
+                nursery.start_soon(ask)
+            await two_run.wait()
+            assert answered == 0
+            release.set()
+    assert (most, answered) == (2, 8)
+
+
+async def test_a_message_over_the_limit_is_refused_before_it_is_sent(wire: Wire) -> None:
+    limits = RPCLimits(frames=FrameLimits(message_bytes=10_000))
+    async with wire() as network, serving(network) as server, calling(network, limits=limits) as client:
+        with pytest.raises(MessageTooLarge):
+            await client.call(server.contact, "echo", None, [torch.zeros(5000)], timeout=5)
