@@ -98,7 +98,7 @@ class FrontEnd:
             said = content["data"]["content"]
             comm = self.comms[content["comm_id"]]
             comm.sent.append((time.monotonic(), said, [bytes(buffer) for buffer in message["buffers"]]))
-            if "seq" in said and (content["comm_id"], said["page"]) in self._acknowledge:
+            if said.get("ack", "seq" in said) and (content["comm_id"], said["page"]) in self._acknowledge:
                 self.say(content["comm_id"], {"type": "ack", "page": said["page"], "seq": said["seq"]})
         elif kind == "update_display_data":
             for bundle in self._shown.get(content["transient"]["display_id"], []):

@@ -41,8 +41,8 @@ with lk.Swarm.join(sys.argv[1], name="crowd") as swarm:
 KINDS = ("none", "closed", "open")
 
 
-def speed(kernel: FrontEnd, seconds: float) -> float:
-    """Steps per second of the next seconds."""
+def speed(kernel: FrontEnd, seconds: float) -> tuple[float, float]:
+    """Steps per second of the next seconds, and how many those were."""
     before, started = kernel.value("(run.steps, time.monotonic())")
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
@@ -51,12 +51,12 @@ def speed(kernel: FrontEnd, seconds: float) -> float:
         except AssertionError:
             break
     after, ended = kernel.value("(run.steps, time.monotonic())")
-    return float((after - before) / (ended - started))
+    return (after - before) / (ended - started), ended - started
 
 
 def measure(kernel: FrontEnd, rounds: int, seconds: float) -> dict[str, object]:
     ratios: dict[str, list[float]] = {"closed": [], "open": []}
-    frames: list[int] = []
+    frames: list[float] = []
     sizes: list[int] = []
     for number in range(rounds):
         found = {}
@@ -71,9 +71,9 @@ def measure(kernel: FrontEnd, rounds: int, seconds: float) -> dict[str, object]:
             if page is not None:
                 page.look()
             seen = len(page.frames) if page is not None else 0
-            found[kind] = speed(kernel, seconds)
+            found[kind], took = speed(kernel, seconds)
             if page is not None:
-                frames.append(len(page.frames) - seen)
+                frames.append((len(page.frames) - seen) / took)
                 sizes += [len(json.dumps(h)) + sum(map(len, b)) for _, h, b in page.frames[seen:]]
                 page.look(False)
             if kind != "none":
@@ -84,7 +84,7 @@ def measure(kernel: FrontEnd, rounds: int, seconds: float) -> dict[str, object]:
     result: dict[str, object] = {
         "rounds": rounds,
         "seconds": seconds,
-        "frames_per_s": round(sum(frames) / rounds / seconds, 2),
+        "frames_per_s": round(fmean(frames), 2),
         "largest_frame": max(sizes),
     }
     for kind, values in ratios.items():

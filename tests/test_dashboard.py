@@ -68,7 +68,7 @@ class Shown(Dashboard):
 
     def send(self, content: Any, buffers: Any = None) -> None:
         self.sent.append((content, buffers))
-        if "seq" in content:
+        if content.get("ack", "seq" in content):
             self.say(type="ack", page=content["page"], seq=content["seq"])
 
     def say(self, **content: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from labkit.view.pages import FRAME_PERIOD
 from tests.front_end import WIDGET, FrontEnd, Page, open_kernel
 
 pytestmark = pytest.mark.timeout(120)  # starting a kernel and importing torch takes most of it
@@ -83,7 +84,7 @@ def test_a_page_that_looks_gets_frames_of_the_training(kernel, page):
 def test_there_are_at_most_five_frames_a_second(kernel, page):
     kernel.until(lambda: len(page.frames) >= 15)
     times = [header["at"] for header in page.headers]
-    assert (len(times) - 1) * 0.2 <= times[-1] - times[0] + 0.11  # a scene may be a tenth of a second old
+    assert (len(times) - 1) * FRAME_PERIOD <= times[-1] - times[0] + 0.11  # a scene may be a tenth of a second old
 
 
 def test_frames_come_while_a_cell_runs_and_clicks_are_obeyed(kernel, page):

@@ -18,7 +18,7 @@ from labkit.view.scene import MODES
 
 PAGES = 16  # known at a time; one more takes the place of the one that has been silent longest
 PATIENCE = 12.0  # seconds after its last word that a page is forgotten; one that looks says so every 5
-FRAME_PERIOD = 0.2  # seconds between two frames, to whomever
+FRAME_PERIOD = 0.25  # seconds between two frames, to whomever
 WINDOW = 2  # frames and chunks that a page has not acknowledged
 CHUNK = 48_000  # bytes of an export in one message
 CHUNK_PERIOD = 0.02  # seconds between two chunks
@@ -208,10 +208,15 @@ class Pages:
         return None
 
     def sent(self, due: FrameDue, header: Header) -> Header:
-        """The header of the frame that goes out, with the page that it is for and its number."""
+        """The header of the frame that goes out, with the page that it is for and its number.
+
+        `ack`: whether the page is to acknowledge it, and those before it. Not each one: what a kernel does for a message
+        that it gets costs more than the frame.
+        """
         page = self._pages[due.page]
         page.fresh = False
-        return {**header, "type": "frame", "page": page.id, "seq": page.number()}
+        seq = page.number()
+        return {**header, "type": "frame", "page": page.id, "seq": seq, "ack": len(page.open) >= WINDOW}
 
     def missed(self, due: FrameDue) -> None:
         """The frame could not be made; the next one has to begin anew."""

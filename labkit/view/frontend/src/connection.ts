@@ -116,7 +116,7 @@ export class Connection {
       this.heardAt = now();
       this.gotFrame = true;
       this.store.apply(message, buffers); // which has the views draw in the next animation frame
-      this.acknowledgeSoon(message.seq);
+      if (message.ack !== false) this.acknowledgeSoon(message.seq);
     } else if (message.type === "chunk" || message.type === "heard" || message.type === "done" || message.type === "failed") {
       this.heardAt = now();
       this.orders.take(message, buffers);

@@ -35,6 +35,7 @@ export interface Piece {
 export interface Frame {
   type: "frame"; page?: string; // whom it is for; a recorded frame is for nobody in particular
   seq: number; reset: boolean; // reset: forget all that was before
+  ack?: boolean; // false: it need not be acknowledged; a later one will be, for both
   at: number; wall: number; swarm: string; open: boolean; source: "calls" | "servers";
   can: { control: boolean }; // whether kill, stop, restart, faults and stop_run are obeyed
   headline: Headline;

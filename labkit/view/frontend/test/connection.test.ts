@@ -107,6 +107,16 @@ describe("a frame", () => {
     expect(model.take()).toEqual([{ type: "ack", page: connection.page, seq: 7 }]);
   });
 
+  it("is not acknowledged when that is left to the next one", () => {
+    connection.attach(looker);
+    model.take();
+    give({ reset: true, seq: 1, ack: false });
+    vi.advanceTimersByTime(1000);
+    give({ seq: 2, ack: true });
+    vi.advanceTimersByTime(1000);
+    expect(model.take()).toEqual([{ type: "ack", page: connection.page, seq: 2 }]);
+  });
+
   it("is acknowledged once, and at once when nothing of it is seen", () => {
     const detach = connection.attach(looker);
     give({ reset: true, seq: 1 });
