@@ -210,8 +210,8 @@ class Pages:
     def sent(self, due: FrameDue, header: Header) -> Header:
         """The header of the frame that goes out, with the page that it is for and its number.
 
-        `ack`: whether the page is to acknowledge it, and those before it. Not each: what a kernel does for a message that
-        it gets costs more than the frame.
+        `ack`: whether the page is to acknowledge it, and those before it. Not each: what a kernel does for a message
+        that it gets costs more than the frame.
         """
         page = self._pages[due.page]
         page.fresh = False
