@@ -196,6 +196,20 @@ async def test_republishing_takes_about_one_call_per_replica_and_period(autojump
         assert 7 * 10 <= network.calls["dht.store"] <= 7 * 40
 
 
+async def test_nodes_that_join_at_the_same_time_have_what_the_others_store_meanwhile(autojump_clock: MockClock) -> None:
+    network = FakeNetwork(latency=0.05)
+    first, second = await network.nodes(2)
+    newcomer = network.node(2)
+    keys = [f"key{number}" for number in range(40)]
+    async with running([first, second, newcomer]), trio.open_nursery() as nursery:
+        nursery.start_soon(newcomer.bootstrap, [first.contact])
+        await trio.sleep(0.06)  # the first has met the newcomer, and the second has not
+        assert newcomer.contact.node_id in first.routing and newcomer.contact.node_id not in second.routing
+        await second.store_many([Entry(key, b"value", 60) for key in keys])
+        await trio.sleep(1)
+    assert sorted(newcomer.storage) == sorted(keys)
+
+
 async def test_a_newcomer_is_handed_the_records_near_to_it(autojump_clock: MockClock) -> None:
     network = FakeNetwork()
     nodes = await network.nodes(8)

@@ -130,7 +130,9 @@ class Maintenance:
     async def hand_over(self, newcomer: Contact) -> None:
         """Give a newly seen node the records that it is among the k nearest to.
 
-        Of the nodes that hold a record only the nearest does so (section 2.5), so that a newcomer gets it once.
+        Of the nodes that hold a record only the nearest does so (section 2.5), so that a newcomer gets it once. And who
+        stored an item itself: of two nodes that join at the same time, one may store before it knows the other, and the
+        nearest may have met that one before it got the item.
         """
         node = self._node
         rows: list[tuple[str, WireItem]] = []
@@ -142,10 +144,11 @@ class Maintenance:
             others = [contact for contact in nearest if contact.node_id != newcomer.node_id]
             if len(others) == len(nearest):
                 continue
-            if not others or node.contact.node_id ^ target < others[0].node_id ^ target:
-                now = trio.current_time()
-                items = node.storage.get(key, now)
-                rows += [(key, to_wire(s, i, now)) for s, i in items.items() if i.role is not Role.CACHED]
+            are_nearest = not others or node.contact.node_id ^ target < others[0].node_id ^ target
+            now = trio.current_time()
+            for subkey, item in node.storage.get(key, now).items():
+                if item.ours or (are_nearest and item.role is not Role.CACHED):
+                    rows.append((key, to_wire(subkey, item, now)))
         await self._send(newcomer, rows)
 
     async def _send(self, contact: Contact, rows: list[tuple[str, WireItem]]) -> None:

@@ -114,7 +114,7 @@ class DHTNode:
             contacts, here = replicas[entry.key]
             item = Item(entry.value, now + entry.ttl, entry.sequence, entry.owner, entry.signature)
             if here:
-                item.republish_at = self.republish_at()
+                item.republish_at, item.ours = self.republish_at(), True
                 held[index] += self.storage.put(entry.key, entry.subkey, item, now) is None
             wire = WireItem(entry.value, entry.ttl, entry.subkey, entry.sequence, False, entry.owner, entry.signature)
             for contact in contacts:

@@ -67,6 +67,7 @@ class Item:
     signature: bytes | None = None
     role: Role = Role.REPLICA
     republish_at: float = float("inf")
+    ours: bool = False  # whether this node stored it, and not another
 
     def size(self, subkey: str | None) -> int:
         """What it counts for, in bytes. A little above what it takes on the wire."""
