@@ -40,23 +40,28 @@ SIGNATURE = b"\xff\0\0\0\0\0\0\0\x01\x7f"
 GREETING_SIZE = 64
 
 
-async def check_reachable(caller: Caller, contact: Contact, own_key: bytes) -> None:
-    """Return if a node of a swarm answers at `contact`. Raises `JoinError` that says why it does not."""
+async def check_reachable(caller: Caller, contact: Contact, own_key: bytes, *, tcp: bool = True) -> None:
+    """Return if a node of a swarm answers at `contact`. Raises `JoinError` that says why it does not.
+
+    `tcp`: whether the network is TCP's, so that steps 1 to 3 can be looked at one by one.
+    """
     late = f"the name was not resolved within {JOIN_TIMEOUT:g} s. Check the network, or use the IP address"
     try:
         with trio.fail_after(JOIN_TIMEOUT):
-            address = await resolve(contact.host)  # 1
-            late = (
-                f"nothing answered within {JOIN_TIMEOUT:g} s. Is the machine on, and does its firewall let port "
-                f"{contact.port} through? {_hint(contact)}"
-            )
-            stream = await _connect(address, contact)  # 2
-            late = (
-                f"something accepts connections but said nothing within {JOIN_TIMEOUT:g} s. A node that is suspended "
-                "or overloaded does that: try again, or ask for the invitation of another node; or it is not labkit"
-            )
-            async with stream:
-                await _read_greeting(stream, contact)  # 3
+            if tcp:
+                address = await resolve(contact.host)  # 1
+                late = (
+                    f"nothing answered within {JOIN_TIMEOUT:g} s. Is the machine on, and does its firewall let port "
+                    f"{contact.port} through? {_hint(contact)}"
+                )
+                stream = await _connect(address, contact)  # 2
+                late = (
+                    f"something accepts connections but said nothing within {JOIN_TIMEOUT:g} s. A node that is "
+                    "suspended or overloaded does that: try again, or ask for the invitation of another node; or it "
+                    "is not labkit"
+                )
+                async with stream:
+                    await _read_greeting(stream, contact)  # 3
             late = (
                 f"ZeroMQ is there, but no answer came within {JOIN_TIMEOUT:g} s. It is a node that is overloaded: try "
                 "again; or another program's: ask for a fresh invitation"

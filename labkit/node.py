@@ -81,18 +81,20 @@ async def open_node(
             await nursery.start(serve_rpc, endpoint, {**dht.methods, **(methods or {})}, config.limits)
             await nursery.start(dht.run)
             await nursery.start(directory.run)
-            await _join(client, dht, join, identity)
+            await _join(network, client, dht, join, identity)
             yield Node(identity, endpoint, client, dht, directory)
             nursery.cancel_scope.cancel()
 
 
-async def _join(client: Client, dht: DHTNode, contacts: Sequence[Contact], identity: Identity) -> None:
+async def _join(
+    network: Network, client: Client, dht: DHTNode, contacts: Sequence[Contact], identity: Identity
+) -> None:
     if not contacts:
         return
     failures: list[JoinError] = []
     for contact in contacts:
         try:
-            await check_reachable(client, contact, identity.public_key)
+            await check_reachable(client, contact, identity.public_key, tcp=network.tcp)
             break
         except JoinError as error:
             failures.append(error)

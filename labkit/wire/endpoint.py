@@ -65,7 +65,9 @@ class Endpoint(Protocol):
 
 
 class Network(Protocol):
-    """Where nodes listen."""
+    """Where nodes listen. `tcp`: whether any program can connect to their addresses."""
+
+    tcp: bool
 
     def listen(
         self, identity: Identity, address: str = ..., *, announce: str | None = None, secure: bool | None = None,

@@ -21,6 +21,17 @@ def exponential(mean: float) -> Latency:
     return lambda draw, source, target: draw.expovariate(1.0) * mean
 
 
+def gamma(mean: float, deviation: float) -> Latency:
+    """Drawn anew for each message: a `mean` in seconds with this standard deviation, and never below zero. Raises
+    `ValueError`."""
+    check_seconds("latency", mean)
+    check_seconds("deviation", deviation)
+    if not mean or not deviation:
+        return constant(mean)
+    shape = (mean / deviation) ** 2
+    return lambda draw, source, target: draw.gammavariate(shape, mean / shape)
+
+
 def regions(between: Mapping[tuple[str, str], float], within: float = 0.0005) -> Latency:
     """That of places far apart: a node listens at `tcp://<region>:*`, and `between` says how many seconds lie between
     two regions, in either direction; `within`, how many between two nodes of one. Raises `ValueError`.

@@ -40,6 +40,8 @@ class SimNetwork:
     Raises `ValueError` for what cannot be.
     """
 
+    tcp = False
+
     def __init__(
         self,
         seed: int = 0,

@@ -163,6 +163,8 @@ class ZmqEndpoint:
 class ZmqNetwork:
     """A ZeroMQ context and the task that answers who may connect. One serves all nodes of a lab thread."""
 
+    tcp = True
+
     def __init__(self, context: Context, limits: FrameLimits) -> None:
         self.context = context
         self.limits = limits
