@@ -115,13 +115,13 @@ def _digits(seed: int) -> ClassificationData:
 
 def _read_digits() -> tuple[Tensor, Tensor]:
     """Pixels [n, dim], from 0 to 1, and classes [n]: from scikit-learn's own file, without scikit-learn, which takes
-    seconds to import; if it is not where it was for the last ten years, by asking for it."""
-    file = metadata.distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+    seconds to import; if it is not there, by asking for it."""
     try:
+        file = metadata.distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
         with gzip.open(str(file)) as lines:
             table = np.loadtxt(lines, delimiter=",", dtype=np.float32)
         x, y = table[:, :-1], table[:, -1]
-    except OSError:
+    except (OSError, metadata.PackageNotFoundError):
         from sklearn.datasets import load_digits
 
         x, y = load_digits(return_X_y=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from importlib.metadata import PackageNotFoundError
 from itertools import islice
 from types import SimpleNamespace
 
@@ -68,9 +69,13 @@ def test_digits_are_those_of_scikit_learn():
 
 
 def test_digits_are_found_wherever_scikit_learn_keeps_them(monkeypatch, tmp_path):
+    def unknown(name: str) -> None:
+        raise PackageNotFoundError(name)
+
     before = data.load("digits")
-    monkeypatch.setattr("importlib.metadata.distribution", lambda name: SimpleNamespace(locate_file=tmp_path.joinpath))
-    assert data.load("digits").test_x.equal(before.test_x)
+    for elsewhere in (unknown, lambda name: SimpleNamespace(locate_file=tmp_path.joinpath)):
+        monkeypatch.setattr("importlib.metadata.distribution", elsewhere)
+        assert data.load("digits").test_x.equal(before.test_x)
 
 
 def test_digits_are_standardised_and_every_class_is_in_both_splits():

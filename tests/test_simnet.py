@@ -193,10 +193,11 @@ async def test_an_address_belongs_to_one_node(autojump_clock) -> None:
                 pass
 
 
-async def test_a_frame_over_the_limit_breaks_the_connection(autojump_clock) -> None:
-    async with pair(limits=FrameLimits(message_bytes=1000)) as (_, contact, client):
+async def test_a_frame_over_the_limit_breaks_the_connection_on_both_sides(autojump_clock) -> None:
+    async with pair(limits=FrameLimits(message_bytes=1000)) as (network, contact, client):
         with pytest.raises(ConnectionLost, match="broke"):
             await seconds_of(client, contact, 2000)
+        assert not network.nodes[contact.host, contact.port].peers
         await seconds_of(client, contact, 10)
 
 

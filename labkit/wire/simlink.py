@@ -147,6 +147,8 @@ class SimLink:
 
     def break_off(self) -> None:
         """The far end is gone, or takes it for gone: we hear of it after all that it sent."""
+        if self._far is not None:
+            self._far.forget(self)
         broken = ConnectionLost(f"the connection to {self.contact.endpoint} broke")
         self._network.at(max(self._network.soon(self.back), self.back.arrival), self.end, broken)
 
