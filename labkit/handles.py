@@ -25,6 +25,7 @@ from labkit.wire.zeromq import ZmqNetwork
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT = 90.0  # seconds; a first import of torch from a slow disk takes most of it
+STARTING = 16  # servers at the same time
 
 
 @dataclass(frozen=True)
@@ -268,12 +269,14 @@ def _is_free(host: str, port: int) -> bool:
 
 
 async def begin_all(handles: Sequence[ServerHandle]) -> None:
-    """Start servers side by side; if one fails, none is left. Raises what the first to fail raises."""
+    """Start servers side by side, a few at a time; if one fails, none is left. Raises what the first to fail raises."""
     failures: list[Exception] = []
+    few = trio.CapacityLimiter(STARTING)  # hundreds at once would hold each other up beyond their deadlines
 
     async def begin(handle: ServerHandle) -> None:
         try:
-            await handle.begin()
+            async with few:
+                await handle.begin()
         except (LabkitError, ValueError) as error:
             failures.append(error)
             nursery.cancel_scope.cancel()

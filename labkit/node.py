@@ -5,7 +5,7 @@ Servers and trainers are both nodes. A server adds methods of its own; a trainer
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -20,7 +20,7 @@ from labkit.joining import check_reachable
 from labkit.wire.addresses import LOOPBACK
 from labkit.wire.client import Client
 from labkit.wire.endpoint import Endpoint, Network
-from labkit.wire.rpc import Method, RPCLimits, serve_rpc
+from labkit.wire.rpc import Methods, RPCLimits, serve_rpc
 from labkit.wire.security import Admission, Identity
 
 BOOTSTRAP_TRIES = 3  # a busy node may be late once
@@ -61,7 +61,7 @@ async def open_node(
     config: NodeConfig | None = None,
     *,
     join: Sequence[Contact] = (),
-    methods: Mapping[str, Method] | None = None,
+    methods: Methods | None = None,
     admission: Admission | None = None,
     emit: Emit = ignore,
 ) -> AsyncIterator[Node]:

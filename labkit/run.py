@@ -59,8 +59,7 @@ class Run:
         per_epoch, self._batches = stream(data, config.batch_size, config.seed)
         self.total_steps = config.total_steps(per_epoch)
         self._sessions = _sessions_of(model)
-        lr_factor = (lambda updates: 1 - updates / self.total_steps) if config.schedule == "linear" else None
-        self._shared = SharedModel(model, make_optimizer(model.parameters()), lr_factor)
+        self._shared = SharedModel(model, make_optimizer(model.parameters()), config.update_rule(self.total_steps))
         self._loss_function = loss_function or F.cross_entropy
         self._emit = emit or (self._sessions[0].emit if self._sessions else ignore)
         self._lock = threading.Lock()

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+
+from labkit.update_rule import Compensation, UpdateRule
 
 
 class SharedModel:
     """The model that all trainers train, its optimizer, and how many updates it has had."""
 
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, lr_factor: Callable[[int], float] | None = None
-    ) -> None:
-        """`lr_factor`: what the optimizer's own learning rates are multiplied with, given the updates so far."""
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, rule: UpdateRule | None = None) -> None:
         self.model = model
         self.optimizer = optimizer
         self.updates = 0
-        self._lr_factor = lr_factor
+        self.rule = rule or UpdateRule()
+        self._compensation = Compensation(self.rule.compensation) if self.rule.compensation else None
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._lock = threading.Lock()
 
@@ -40,18 +40,24 @@ class SharedModel:
     def apply(self, replica: nn.Module, seen: int) -> int:
         """Step with a replica's gradients. Returns their staleness: updates by others since `seen`."""
         with self._lock:
-            for shared, mine in zip(self.model.parameters(), replica.parameters(), strict=True):
+            age, rule = self.updates - seen, self.rule
+            parameters, replicas = list(self.model.parameters()), list(replica.parameters())
+            if self._compensation is not None:
+                self._compensation.apply([mine.grad for mine in replicas], parameters, replicas)
+            for shared, mine in zip(parameters, replicas, strict=True):
                 shared.grad = mine.grad
-            if self._lr_factor is not None:
+            if rule.clip_grad_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, rule.clip_grad_norm)
+            if rule.changes_rates:  # else they are the caller's own to change
                 for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-                    group["lr"] = rate * self._lr_factor(self.updates)
+                    group["lr"] = rate * rule.rate(self.updates, age)
             self.optimizer.step()
             self.model.zero_grad(set_to_none=True)
             with torch.no_grad():
                 for shared_buffer, buffer in zip(self.model.buffers(), replica.buffers(), strict=True):
                     shared_buffer.copy_(buffer)  # so of running averages the last trainer's stand
             self.updates += 1
-            return self.updates - 1 - seen
+            return age
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

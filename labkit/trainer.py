@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from labkit.client.moe import MixtureOfExperts
 from labkit.shared_model import SharedModel
 from labkit.streams import Batch
+from labkit.update_rule import UpdateRule
 
 SCHEDULES = ("constant", "linear")
 
@@ -31,7 +32,8 @@ class TrainConfig:
 
     `trainers`: batches in flight at the same time. `balance`: weight of the layers' load-balancing losses.
     `max_failures`: this many failed batches in a row, over all trainers, end the run. `schedule`: of the learning rate
-    of the model's own parameters (experts have theirs in `BackendConfig`); "linear" falls to 0 over the run.
+    of the model's own parameters (experts have theirs in `BackendConfig`); "linear" falls to 0 over the run. `warmup`,
+    `clip_grad_norm`, `age_power`, `compensation`: against staleness; see `UpdateRule`.
     """
 
     steps: int | None = None
@@ -43,6 +45,10 @@ class TrainConfig:
     seed: int = 0
     max_failures: int = 50
     schedule: str = "constant"
+    warmup: int = 0
+    clip_grad_norm: float | None = None
+    age_power: float = 0.0
+    compensation: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -55,6 +61,12 @@ class TrainConfig:
             raise ValueError(f"schedule={self.schedule!r}: one of {', '.join(SCHEDULES)}")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise ValueError(f"epochs={self.epochs!r}: a finite number above 0")
+        self.update_rule(0)
+
+    def update_rule(self, total_steps: int) -> UpdateRule:
+        """How gradients become updates in a run of so many steps. Raises `ValueError`."""
+        decay_over = total_steps if self.schedule == "linear" else 0
+        return UpdateRule(self.warmup, decay_over, self.clip_grad_norm, self.age_power, self.compensation)
 
     def total_steps(self, per_epoch: int | None) -> int:
         """How many steps to do, with so many to an epoch. Raises `ValueError`."""

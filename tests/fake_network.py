@@ -19,7 +19,7 @@ from labkit.contact import Contact
 from labkit.dht import DHTConfig, DHTNode
 from labkit.errors import BadReply, BadRequest, DeadlineExceeded
 from labkit.wire.endpoint import Peer
-from labkit.wire.rpc import CONTROL, Method, Reply, Request
+from labkit.wire.rpc import CONTROL, QuickMethod, Reply, Request
 
 
 def make_contact(number: int) -> Contact:
@@ -37,19 +37,23 @@ async def running(nodes: Sequence[DHTNode]) -> AsyncIterator[None]:
         nursery.cancel_scope.cancel()
 
 
+def _methods_of(node: DHTNode) -> dict[str, QuickMethod]:
+    return {name: method for name, method in node.methods.items() if isinstance(method, QuickMethod)}
+
+
 class FakeNetwork:
     """The wire between the nodes. `latency`: seconds, one way."""
 
     def __init__(self, latency: float = 0.05) -> None:
         self.latency = latency
-        self.methods: dict[bytes, dict[str, Method]] = {}  # by public key; who is not here does not answer
+        self.methods: dict[bytes, dict[str, QuickMethod]] = {}  # by public key; who is not here does not answer
         self.calls: Counter[str] = Counter()  # by method
 
     def node(self, number: int, config: DHTConfig | None = None, *, client_only: bool = False) -> DHTNode:
         """A new node that can call and be called."""
         contact = make_contact(number)
         node = DHTNode(FakeCaller(self, contact), contact, config, client_only=client_only)
-        self.methods[contact.key] = dict(node.methods)
+        self.methods[contact.key] = _methods_of(node)
         return node
 
     async def nodes(self, count: int, config: DHTConfig | None = None) -> list[DHTNode]:
@@ -65,15 +69,12 @@ class FakeNetwork:
             self.methods.pop(node.contact.key, None)
 
     def revive(self, node: DHTNode) -> None:
-        self.methods[node.contact.key] = dict(node.methods)
+        self.methods[node.contact.key] = _methods_of(node)
 
     def replace(self, node: DHTNode, method: str, answer: Any) -> None:
         """Let a node answer `method` with this body, whatever it is asked."""
 
-        async def handler(request: Request) -> Reply:
-            return Reply(answer)
-
-        self.methods[node.contact.key][method] = Method(handler)
+        self.methods[node.contact.key][method] = QuickMethod(lambda request: Reply(answer))
 
 
 class FakeCaller:
@@ -102,7 +103,7 @@ class FakeCaller:
             except msgspec.ValidationError as error:
                 raise BadRequest(str(error)) from None
             peer = Peer(self.contact.key, self.contact.key)
-            answer = await served.handler(Request(method, arrived, (), peer, deadline))
+            answer = served.handler(Request(method, arrived, (), peer, deadline))
             returned = msgspec.msgpack.encode(answer.body)
             await trio.sleep(network.latency)
             try:

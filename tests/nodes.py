@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import trio
@@ -11,7 +11,7 @@ from labkit.contact import Contact
 from labkit.wire.addresses import LOOPBACK
 from labkit.wire.client import Client
 from labkit.wire.endpoint import Endpoint, Network
-from labkit.wire.rpc import Method, Reply, Request, RPCLimits, serve_rpc
+from labkit.wire.rpc import Method, Methods, Reply, Request, RPCLimits, serve_rpc
 from labkit.wire.security import Admission, Identity
 from labkit.wire.zeromq import open_network
 
@@ -31,7 +31,7 @@ async def echo(request: Request) -> Reply:
 @asynccontextmanager
 async def serving(
     network: Network,
-    methods: Mapping[str, Method] | None = None,
+    methods: Methods | None = None,
     *,
     secure: bool | None = None,
     admission: Admission | None = None,
@@ -64,7 +64,7 @@ async def calling(
 @asynccontextmanager
 async def server_and_client(
     wire: Wire = open_network,
-    methods: Mapping[str, Method] | None = None,
+    methods: Methods | None = None,
     *,
     secure: bool | None = None,
     limits: RPCLimits | None = None,

@@ -373,7 +373,7 @@ async def test_a_sender_whose_key_the_connection_does_not_prove_is_ignored(autoj
     node = FakeNetwork().node(0)
     for proven in (make_contact(6).key, make_contact(7).key):
         request = Request("dht.ping", Ping(make_contact(7)), (), Peer(b"", proven), trio.current_time() + 1.0)
-        await node.methods["dht.ping"].handler(request)
+        node.methods["dht.ping"].handler(request)
         assert (make_contact(7).node_id in node.routing) == (proven == make_contact(7).key)
 
 

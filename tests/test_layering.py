@@ -24,7 +24,7 @@ FLOORS: list[set[str]] = [
     {"dht", "directory", "joining", "node"},  # node: an endpoint, a DHT node and a directory in one
     {"portal", "pulse"},  # below the wings, since the MoE layer's autograd function enters the lab thread through it
     {"server", "client"},
-    {"run", "trainer", "shared_model", "streams", "data", "experiments"},
+    {"run", "trainer", "shared_model", "update_rule", "streams", "data", "experiments"},
     {
         "swarm",
         "swarm_view",
@@ -65,6 +65,8 @@ ONLY = {
     "threading": {
         "portal.py",
         "server/compute.py",
+        "experiments/lockstep.py",
+        "experiments/runner.py",
         "run.py",
         "shared_model.py",
         "swarm_view.py",

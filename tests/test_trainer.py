@@ -23,6 +23,7 @@ from labkit.run import Run, fit, latest_run
 from labkit.shared_model import SharedModel
 from labkit.swarm import Swarm
 from labkit.trainer import TrainConfig, evaluate, train_step
+from labkit.update_rule import Compensation, UpdateRule
 
 X = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
 Y = (X.sum(1) > 0).long()
@@ -103,6 +104,41 @@ def test_a_linear_schedule_falls_to_zero_over_the_run():
         optimizer.step()
         falling.step()
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), plain.parameters(), strict=True))
+
+
+def test_rates_rise_fall_and_shrink_with_age_as_the_rule_says():
+    rule = UpdateRule(warmup=4, decay_over=12, age_power=0.5)
+    assert [rule.rate(updates, 0) for updates in (0, 1, 3, 4, 8, 12, 20)] == [0.25, 0.5, 1.0, 1.0, 0.5, 0.0, 0.0]
+    assert rule.rate(4, 3) == 0.5
+    assert UpdateRule().rate(1000, 63) == 1.0
+
+
+def test_a_run_follows_its_rule():
+    ours, plain = classifier(), classifier()
+    rule = UpdateRule(warmup=5, decay_over=10)
+    run = fit(
+        ours, (X, Y), steps=10, batch_size=100, trainers=1, optimizer=sgd, warmup=5, clip_grad_norm=0.1,
+        schedule="linear",
+    )  # fmt: skip
+    run.wait()
+
+    optimizer = sgd(plain.parameters())
+    for step, (x, y) in zip(range(10), batches(X, Y, 100, torch.Generator().manual_seed(0)), strict=False):
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        optimizer.param_groups[0]["lr"] = 0.1 * rule.rate(step, 0)
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), plain.parameters(), strict=True))
+
+
+def test_a_compensated_gradient_is_near_to_the_one_of_now():
+    """Of log cosh, whose second derivative g² stands for as well as it does anywhere: 1 - g²."""
+    seen, now = torch.tensor([0.8]), torch.tensor([0.7])
+    stale, fresh = seen.tanh(), now.tanh()
+    compensated = stale.clone()
+    Compensation(1.0).apply([compensated], [now], [seen])
+    assert abs(compensated - fresh) < abs(stale - fresh)
 
 
 def test_trainers_share_the_threads_of_torch_and_leave_the_caller_its_own():
@@ -286,6 +322,11 @@ def test_batches_that_are_no_batches_end_the_run(data, said):
         ({"epochs": float("nan")}, "epochs=nan"),
         ({"steps": 1, "trainers": 0}, "trainers=0"),
         ({"steps": 1, "schedule": "cosine"}, "schedule='cosine'"),
+        ({"steps": 1, "warmup": -1}, "warmup=-1"),
+        ({"steps": 5, "warmup": 5, "schedule": "linear"}, "warmup=5"),
+        ({"steps": 1, "clip_grad_norm": 0}, "clip_grad_norm=0"),
+        ({"steps": 1, "age_power": -1}, "age_power=-1"),
+        ({"steps": 1, "compensation": float("nan")}, "compensation=nan"),
         ({"steps": 1, "learning_rate": 1}, "no option learning_rate; .* lr"),
     ],
 )

@@ -22,7 +22,7 @@ from labkit.errors import (
 )
 from labkit.wire.client import Client
 from labkit.wire.frames import FrameLimits
-from labkit.wire.rpc import BULK, Method, Reply, Request, RPCLimits
+from labkit.wire.rpc import BULK, Method, QuickMethod, Reply, Request, RPCLimits
 from labkit.wire.security import Admission, Identity
 from labkit.wire.simnet import open_simnet
 from labkit.wire.zeromq import open_network
@@ -104,6 +104,47 @@ async def test_the_caller_gets_the_error_that_the_server_raised(
         with pytest.raises(error):
             await client.call(server.contact, method, body, timeout=5)
         assert (await client.call(server.contact, "echo", "next", timeout=5)).body == "next"
+
+
+@pytest.mark.parametrize(
+    ("method", "body", "error"),
+    [("quick", "text", BadRequest), ("quick", 0, RemoteFailure), ("quick", -1, Overloaded)],
+)
+async def test_a_quick_method_is_answered_without_a_task_and_fails_as_others_do(
+    wire: Wire, method: str, body: object, error: type[Exception]
+) -> None:
+    tasks: set[trio.lowlevel.Task] = set()
+
+    def quick(request: Request) -> Reply:
+        tasks.add(trio.lowlevel.current_task())
+        if request.body < 0:
+            raise Overloaded("not now")
+        return Reply(10 // request.body, request.tensors)
+
+    async with server_and_client(wire, {"quick": QuickMethod(quick, int)}) as (server, client):
+        for number in range(1, 6):
+            reply = await client.call(server.contact, "quick", number, [torch.ones(number)], timeout=5)
+            assert reply.body == 10 // number and torch.equal(reply.tensors[0], torch.ones(number))
+        with pytest.raises(error):
+            await client.call(server.contact, method, body, timeout=5)
+        assert len(tasks) == 1
+
+
+async def test_the_answers_of_a_quick_method_wait_for_a_peer_that_does_not_read(wire: Wire) -> None:
+    """Many large answers at once: more than a connection holds."""
+    big = torch.zeros(300_000)
+
+    async with (
+        server_and_client(wire, {"big": QuickMethod(lambda request: Reply(None, [big]))}) as (server, client),
+        trio.open_nursery() as nursery,
+    ):
+
+        async def ask() -> None:
+            reply = await client.call(server.contact, "big", timeout=50, lane=BULK)
+            assert torch.equal(reply.tensors[0], big)
+
+        for _ in range(200):
+            nursery.start_soon(ask)
 
 
 async def test_an_answer_of_another_type_is_a_bad_reply(wire: Wire) -> None:

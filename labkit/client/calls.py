@@ -5,6 +5,7 @@ On a batch's way: `client/dispatch` decides who is asked for which rows; this as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -134,7 +135,7 @@ def checked(tensors: Sequence[Tensor], like: Sequence[Like | None], expert: Expe
         # Finite only after the cast: what is a number in float64 may be infinite in float32.
         cast = tensor if wanted is None else tensor.to(wanted[1])
         # A finite sum has finite terms, and is much faster to see; but finite terms may have an infinite sum.
-        if not tensor.is_floating_point() or not (bool(cast.sum().isfinite()) or bool(cast.isfinite().all())):
+        if not tensor.is_floating_point() or not (math.isfinite(cast.sum()) or bool(cast.isfinite().all())):
             raise BadReply(f"{expert.uid} answered with values that are not finite numbers")
         answer.append(cast)
     return answer

@@ -7,15 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from labkit.client.calls import ExpertClient
 from labkit.directory import Directory
 from labkit.errors import SwarmClosed
 from labkit.events import Emit
-from labkit.portal import Portal
 
 T = TypeVar("T")
+
+
+class Entrance(Protocol):
+    """How a synchronous thread enters the thread of trio: a `Portal`, or in a simulation `Lockstep`."""
+
+    def call(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
+        """Run an async function there and wait for what it returns or raises."""
+
+    def check_open(self) -> None:
+        """Raises `SwarmClosed` if calls are refused."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,7 @@ class Session:
     """The calls that layers make, and the way into the lab thread where they are made."""
 
     name: str
-    portal: Portal
+    portal: Entrance
     directory: Directory
     experts: ExpertClient
     emit: Emit

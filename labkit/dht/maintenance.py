@@ -45,7 +45,9 @@ class Maintenance:
             self.jitter = self._random.uniform(0.8, 1.2)
             self._node.storage.expire(now)
             self._node.peers.blacklist.forget(now)
-            if not len(self._node.routing):
+            if len(self._node.routing):
+                await self._look_for_lost()
+            else:
                 await self._find_back()
             await self._refresh(now)
             await self.republish()
@@ -93,6 +95,20 @@ class Maintenance:
     async def _find_back(self) -> None:
         """Nobody is left in the routing table: try those we lost and those we joined through, blacklisted or not."""
         await self._node.bootstrap([*self._bootstrap.values(), *self._node.peers.lost.values()])
+
+    async def _look_for_lost(self) -> None:
+        """Ping a few of those that we lost or joined through. If the network was parted and is one again, nobody who
+        is known on one side knows anybody on the other; the first who answers leads to all."""
+        node = self._node
+        lost = {**self._bootstrap, **node.peers.lost}
+        away = [contact for node_id, contact in lost.items() if node_id not in node.routing]
+        before = len(node.routing)
+        async with trio.open_nursery() as nursery:
+            for contact in self._random.sample(away, min(node.config.alpha, len(away))):
+                nursery.start_soon(node.peers.ping, contact)
+        if away and len(node.routing) > before:
+            await node.find_nodes([node.contact.node_id])
+            await self.fill_buckets()
 
     # ------------------------------------------------------------ records
 

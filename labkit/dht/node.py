@@ -14,7 +14,7 @@ a store counts it from its arrival, so every republishing adds one network delay
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import trio
@@ -30,7 +30,7 @@ from labkit.dht.service import Service
 from labkit.dht.signing import verify
 from labkit.dht.storage import Entry, Item, Storage, Value, key_id, supersedes
 from labkit.errors import BadReply
-from labkit.wire.rpc import Caller, Method
+from labkit.wire.rpc import Caller, Methods
 
 __all__ = ["DHTConfig", "DHTNode", "Entry", "Value"]
 
@@ -44,7 +44,7 @@ class DHTNode:
     A node that is `client_only` stores and finds, but holds nothing, answers nobody, and is not made known to others.
     """
 
-    methods: Mapping[str, Method]
+    methods: Methods
 
     def __init__(
         self, caller: Caller, contact: Contact, config: DHTConfig | None = None, *, client_only: bool = False

@@ -72,10 +72,10 @@ class Search:
 
     def next(self) -> list[Contact]:
         """Whom to ask now. They count as asked from here on."""
-        if self.done:
+        near, found = self._near(), self._found()
+        if self._is_done(near, found):
             return []
-        near = self._near()
-        free = self.k if self._stalled >= self.alpha and not self._found() else self.alpha
+        free = self.k if self._stalled >= self.alpha and not found else self.alpha
         free -= sum(candidate.state is _State.WAITING for candidate in near)
         chosen = [candidate for candidate in near if candidate.state is _State.NEW][: max(free, 0)]
         for candidate in chosen:
@@ -103,13 +103,13 @@ class Search:
 
     @property
     def done(self) -> bool:
-        if self.quorum:
-            found = self._found()
-            if len(found) >= self.quorum and any(
-                item.role is not Role.CACHED for answer in found for item in answer.items.values()
-            ):
-                return True
-        if any(candidate.state is not _State.ANSWERED for candidate in self._near()):
+        return self._is_done(self._near(), self._found())
+
+    def _is_done(self, near: Sequence[_Candidate], found: Sequence[Answer]) -> bool:
+        replica = any(item.role is not Role.CACHED for answer in found for item in answer.items.values())
+        if self.quorum and len(found) >= self.quorum and replica:
+            return True
+        if any(candidate.state is not _State.ANSWERED for candidate in near):
             return False
         states = {candidate.state for candidate in self._candidates.values()}
         return _State.ANSWERED in states or _State.SLOW not in states
@@ -203,9 +203,10 @@ async def look_up(
                 for search in dict.fromkeys(changed):
                     if search not in active:
                         continue
-                    for contact in search.next():
+                    chosen = search.next()
+                    for contact in chosen:
                         wanted.setdefault(contact.node_id, _Call(contact, [])).searches.append(search)
-                    if search.done:
+                    if not chosen and search.done:
                         active.remove(search)
                 changed.clear()
                 if not active:

@@ -14,7 +14,7 @@ from labkit.contact import Contact
 from labkit.dht.peers import DHTConfig, Peers
 from labkit.dht.protocol import Find, Ping, Pong, ReplyBuilder, Store, StoreReply, from_wire
 from labkit.dht.storage import Item, Role, Storage, key_id
-from labkit.wire.rpc import Method, Reply, Request
+from labkit.wire.rpc import Methods, QuickMethod, Reply, Request
 
 
 class Service:
@@ -30,20 +30,20 @@ class Service:
         self.served = 0
 
     @property
-    def methods(self) -> Mapping[str, Method]:
+    def methods(self) -> Methods:
         """By name, as `serve_rpc` takes them."""
         return {
-            "dht.ping": Method(self.rpc_ping, Ping),
-            "dht.find": Method(self.rpc_find, Find),
-            "dht.store": Method(self.rpc_store, Store),
+            "dht.ping": QuickMethod(self.rpc_ping, Ping),
+            "dht.find": QuickMethod(self.rpc_find, Find),
+            "dht.store": QuickMethod(self.rpc_store, Store),
         }
 
-    async def rpc_ping(self, request: Request) -> Reply:
+    def rpc_ping(self, request: Request) -> Reply:
         """Answer that we are there."""
         self._called(request, request.body.sender)
         return Reply(Pong(self._peers.contact.key))
 
-    async def rpc_find(self, request: Request) -> Reply:
+    def rpc_find(self, request: Request) -> Reply:
         """Answer with what we hold and whom we know near to each key or id."""
         body: Find = request.body
         self._called(request, body.sender)
@@ -63,7 +63,7 @@ class Service:
             reply.add(self._peers.routing.nearest(target, self._config.k, accept), items, now)
         return Reply(reply.build())
 
-    async def rpc_store(self, request: Request) -> Reply:
+    def rpc_store(self, request: Request) -> Reply:
         """Take items, or say for each why not."""
         body: Store = request.body
         self._called(request, body.sender)

@@ -29,10 +29,10 @@ from labkit.node import NodeConfig, open_node
 from labkit.server.backend import BackendConfig, ExpertBackend
 from labkit.server.checkpoints import keep_checkpoints, restore, save_all
 from labkit.server.layers import make_expert
-from labkit.server.runtime import Runtime
+from labkit.server.runtime import Executor, Runtime
+from labkit.wire.endpoint import Network
 from labkit.wire.rpc import Caller, Method, Reply, Request
 from labkit.wire.security import Admission, Identity
-from labkit.wire.zeromq import ZmqNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -138,11 +138,19 @@ class ServerConfig:
 class ExpertServer:
     """The experts of one server and the methods by which they are called."""
 
-    def __init__(self, config: ServerConfig, faults: Faults | None = None, emit: Emit = ignore) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        faults: Faults | None = None,
+        emit: Emit = ignore,
+        executor: Executor | None = None,
+    ) -> None:
         self.config = config
         self.faults = faults or Faults()
         backends = {uid: self._make_backend(uid) for uid in config.uids}
-        self.runtime = Runtime(backends, emit=emit, max_queue_rows=config.max_queue_rows, threads=config.threads)
+        self.runtime = Runtime(
+            backends, emit=emit, executor=executor, max_queue_rows=config.max_queue_rows, threads=config.threads
+        )
         self.methods: Mapping[str, Method] = {
             "expert.forward": Method(self.rpc_forward, ExpertCall),
             "expert.backward": Method(self.rpc_backward, ExpertCall),
@@ -203,7 +211,7 @@ class ExpertServer:
 
 
 async def serve_experts(
-    network: ZmqNetwork,
+    network: Network,
     identity: Identity,
     config: ServerConfig,
     node_config: NodeConfig | None = None,
@@ -213,14 +221,17 @@ async def serve_experts(
     faults: Faults | None = None,
     emit: Emit = ignore,
     stop: trio.Event | None = None,
+    executor: Executor | None = None,
     task_status: trio.TaskStatus[Contact] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Run an expert server until `stop` is set (a clean stop: every expert is saved) or until cancelled (a crash).
 
+    `executor`: where to compute, in a simulation `InlineCompute`, with which nothing leaves this thread.
+
     1. build the experts, or load them; 2. start the runtime; 3. join the swarm; 4. declare the experts: from then on
     they can be found, and only then the server counts as started; 5. declare again and save, until the stop.
     """
-    server = await _build(config, faults, emit)  # 1
+    server = await _build(config, faults, emit, executor)  # 1
     stop = trio.Event() if stop is None else stop
     async with trio.open_nursery() as nursery:
         await nursery.start(server.runtime.run)  # 2
@@ -244,11 +255,15 @@ async def serve_experts(
         await save_all(server.runtime, config.checkpoint_dir)
 
 
-async def _build(config: ServerConfig, faults: Faults | None, emit: Emit) -> ExpertServer:
-    """Build or load the experts in a thread, since that can take seconds, and the network goes on.
+async def _build(config: ServerConfig, faults: Faults | None, emit: Emit, executor: Executor | None) -> ExpertServer:
+    """Build or load the experts in a thread, since that can take seconds, and the network goes on. (Virtual time would
+    not stand still for a thread.)
 
     One server at a time: a seed is set for the whole process (`torch.manual_seed`).
     """
+    if executor is not None:
+        await trio.lowlevel.checkpoint()
+        return ExpertServer(config, faults, emit, executor)
     try:
         one = _one_at_a_time.get()
     except LookupError:

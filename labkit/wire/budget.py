@@ -5,8 +5,7 @@ ZeroMQ's own limits count messages; a message of ours is anything between 40 byt
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Hashable
-from contextlib import asynccontextmanager
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import trio
@@ -40,13 +39,8 @@ class ByteBudget:
             del self.by_peer[peer]
         self._waiting.unpark_all()
 
-    @asynccontextmanager
-    async def hold(self, peer: Hashable, size: int) -> AsyncIterator[None]:
-        """Wait until the bytes fit, and hold them for the length of the block."""
+    async def wait_and_take(self, peer: Hashable, size: int) -> None:
+        """Wait until the bytes fit, and count them in."""
         while not self.fits(peer, size):
             await self._waiting.park()
         self.take(peer, size)
-        try:
-            yield
-        finally:
-            self.give(peer, size)

@@ -137,20 +137,25 @@ class Client:
         pending = _Pending()
         connection = self._connection(contact, lane)  # 1
         connection.pending[id] = pending
-        sent = False
+        taken = sent = False
         try:
             with trio.move_on_at(deadline):
-                async with self._budget.hold((contact, lane), size):  # 2
-                    await connection.link.send(frames)  # 3
-                    sent = True
-                    await pending.arrived.wait()  # 4
+                await self._budget.wait_and_take((contact, lane), size)  # 2
+                taken = True
+                await connection.link.send(frames)  # 3
+                sent = True
+                await pending.arrived.wait()  # 4
         except LabkitError as error:
             pending.settle(error if isinstance(error, RPCError) else ConnectionLost(str(error)))
         finally:
+            if taken:
+                self._budget.give((contact, lane), size)
             del connection.pending[id]
             if sent and pending.outcome is None:  # timed out or cancelled: the server need not go on
                 self._tell_cancelled(connection, id)
         if pending.outcome is None:
+            if not sent and not connection.pending:
+                self._drop(contact, lane, connection)  # TCP tries ever more rarely; the next call begins anew
             what = "gave no answer to" if sent else "could not be reached for"
             raise DeadlineExceeded(f"{contact.endpoint} {what} {method} within {timeout:.3g} s")
         return self._reply(pending.outcome, contact, returns, size)
@@ -188,6 +193,11 @@ class Client:
             if idle is not None:
                 self._connections.pop(idle).link.close()
         return connection
+
+    def _drop(self, contact: Contact, lane: str, connection: _Connection) -> None:
+        if self._connections.get((contact, lane)) is connection:
+            del self._connections[contact, lane]
+            connection.link.close()
 
     def _tell_cancelled(self, connection: _Connection, id: int) -> None:
         try:

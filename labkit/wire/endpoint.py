@@ -57,8 +57,8 @@ class Endpoint(Protocol):
     async def send(self, peer: Peer, frames: Sequence[Frame]) -> None:
         """Answer a peer, waiting for room. Raises `ConnectionLost` if it is gone."""
 
-    def send_nowait(self, peer: Peer, frames: Sequence[Frame]) -> None:
-        """Answer a peer if that is possible at once; else do nothing."""
+    def send_nowait(self, peer: Peer, frames: Sequence[Frame]) -> bool:
+        """Answer a peer if that is possible at once. False if there is no room now; a peer that is gone needs none."""
 
     def unsent_bytes(self, peer: Peer) -> int:
         """Size of the answers that this peer has not taken yet."""

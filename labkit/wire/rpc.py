@@ -71,6 +71,7 @@ class Reply:
 
 
 Handler = Callable[[Request], Awaitable[Reply]]
+QuickHandler = Callable[[Request], Reply]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,17 @@ class Method:
 
     handler: Handler
     body: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class QuickMethod:
+    """A method whose handler waits for nothing, and so is answered without a task of its own."""
+
+    handler: QuickHandler
+    body: Any = None
+
+
+Methods = Mapping[str, Method | QuickMethod]
 
 
 class Caller(Protocol):
@@ -95,7 +107,7 @@ class Caller(Protocol):
 
 async def serve_rpc(
     endpoint: Endpoint,
-    methods: Mapping[str, Method],
+    methods: Methods,
     limits: RPCLimits | None = None,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
@@ -112,7 +124,7 @@ async def serve_rpc(
 class _Server:
     """The requests that are being answered."""
 
-    def __init__(self, endpoint: Endpoint, methods: Mapping[str, Method], limits: RPCLimits) -> None:
+    def __init__(self, endpoint: Endpoint, methods: Methods, limits: RPCLimits) -> None:
         self._endpoint = endpoint
         self._methods = methods
         self._limits = limits
@@ -140,9 +152,30 @@ class _Server:
             if not self._has_room(peer, size):
                 self._refuse(peer, message.id, Overloaded.code, "too much is under way; try again or ask another")
             elif (peer.route, message.id) not in self._running:
-                self._budget.take(peer.route, size)
-                scope = self._running[peer.route, message.id] = trio.CancelScope()
-                nursery.start_soon(self._answer, peer, message.id, message.header, message.payload, size, scope)
+                self._begin(peer, message.id, message.header, message.payload, size, nursery)
+
+    def _begin(
+        self,
+        peer: Peer,
+        id: int,
+        header: wire.RequestHeader,
+        payload: Sequence[wire.Frame],
+        size: int,
+        nursery: trio.Nursery,
+    ) -> None:
+        """Answer at once, if the method is quick and there is room for the answer; else in a task."""
+        deadline = trio.current_time() + header.timeout_ms / 1000
+        method, answer = self._methods.get(header.method), None
+        if isinstance(method, QuickMethod):
+            try:
+                answer = _encode(id, header, method.handler(_request(peer, header, payload, method, deadline)))
+            except Exception as error:
+                answer = _encode_failure(id, header, error)
+            if self._endpoint.send_nowait(peer, answer):
+                return
+        self._budget.take(peer.route, size)
+        scope = self._running[peer.route, id] = trio.CancelScope(deadline=deadline)
+        nursery.start_soon(self._answer, peer, id, header, payload, size, scope, answer)
 
     def _has_room(self, peer: Peer, size: int) -> bool:
         untaken = self._endpoint.unsent_bytes(peer)
@@ -163,11 +196,14 @@ class _Server:
         payload: Sequence[wire.Frame],
         size: int,
         scope: trio.CancelScope,
+        answer: Sequence[wire.Frame] | None,
     ) -> None:
-        scope.deadline = deadline = trio.current_time() + header.timeout_ms / 1000
+        """Send the answer, which is made here if it is not there yet."""
         try:
             with scope:
-                await self._endpoint.send(peer, await self._outcome(peer, id, header, payload, deadline))
+                if answer is None:
+                    answer = await self._outcome(peer, id, header, payload, scope.deadline)
+                await self._endpoint.send(peer, answer)
         except ConnectionLost:
             pass  # the caller is gone; its side knows
         finally:
@@ -180,17 +216,30 @@ class _Server:
         """The frames that answer a request: its result, or its failure as a code and a text."""
         try:
             method = self._methods.get(header.method)
-            if method is None:
+            if not isinstance(method, Method):
                 raise UnknownMethod(f"there is no method {header.method[:80]!r} here")
-            body = wire.decode_body(header.body, method.body)
-            tensors = wire.decode_tensors(header.tensors, payload)
-            reply = await method.handler(Request(header.method, body, tensors, peer, deadline))
-            codec = next((spec.codec for spec in header.tensors if spec.codec != "none"), "none")
-            return wire.encode_reply(id, reply.body, reply.tensors, codec)
-        except MalformedMessage as error:
-            return wire.encode_error(id, BadRequest.code, str(error))
-        except RPCError as error:
-            return wire.encode_error(id, error.code, str(error))
+            return _encode(id, header, await method.handler(_request(peer, header, payload, method, deadline)))
         except Exception as error:
-            logger.exception("the handler of %s failed", header.method)
-            return wire.encode_error(id, RemoteFailure.code, f"{type(error).__name__}: {error}")
+            return _encode_failure(id, header, error)
+
+
+def _request(
+    peer: Peer, header: wire.RequestHeader, payload: Sequence[wire.Frame], method: Method | QuickMethod, deadline: float
+) -> Request:
+    body = wire.decode_body(header.body, method.body)
+    return Request(header.method, body, wire.decode_tensors(header.tensors, payload), peer, deadline)
+
+
+def _encode(id: int, header: wire.RequestHeader, reply: Reply) -> list[wire.Frame]:
+    codec = next((spec.codec for spec in header.tensors if spec.codec != "none"), "none")
+    return wire.encode_reply(id, reply.body, reply.tensors, codec)
+
+
+def _encode_failure(id: int, header: wire.RequestHeader, error: Exception) -> list[wire.Frame]:
+    """A handler's failure, as a code and a text."""
+    if isinstance(error, MalformedMessage):
+        return wire.encode_error(id, BadRequest.code, str(error))
+    if isinstance(error, RPCError):
+        return wire.encode_error(id, error.code, str(error))
+    logger.error("the handler of %s failed", header.method, exc_info=error)
+    return wire.encode_error(id, RemoteFailure.code, f"{type(error).__name__}: {error}")

@@ -48,9 +48,11 @@ class _Inbox(Generic[T]):
 
     async def take(self) -> list[T]:
         """All of it, at least one; after the last, raises what it failed with."""
-        await trio.lowlevel.checkpoint()
+        if self._items:
+            await trio.lowlevel.checkpoint_if_cancelled()
         while not self._items:
             if self._error is not None:
+                await trio.lowlevel.checkpoint()
                 raise type(self._error)(*self._error.args)
             await self._readers.park()
         items, self._items = self._items, []
@@ -189,10 +191,11 @@ class SimEndpoint:
             raise ConnectionLost("the peer has gone")
         link.answer(frames)
 
-    def send_nowait(self, peer: Peer, frames: Sequence[Frame]) -> None:
+    def send_nowait(self, peer: Peer, frames: Sequence[Frame]) -> bool:
         link = self.peers.get(peer.route)
         if link is not None:
             link.answer(frames)
+        return True
 
     def unsent_bytes(self, peer: Peer) -> int:
         link, now = self.peers.get(peer.route), trio.current_time()

@@ -72,7 +72,7 @@ class SimNetwork:
         self._group: dict[Place, object] = {}  # who is not here belongs to the rest
         self._agenda: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []  # a heap
         self._entries = itertools.count()
-        self._earlier = trio.Event()
+        self._sleep = trio.CancelScope()  # until the next thing is to be done
 
     # ------------------------------------------------------------ nodes
 
@@ -196,15 +196,15 @@ class SimNetwork:
         earliest = not self._agenda or time < self._agenda[0][0]
         heapq.heappush(self._agenda, (time, next(self._entries), action, args))
         if earliest:
-            self._earlier.set()
+            self._sleep.deadline = time
 
     async def run(self) -> None:
         """Do what is to be done, when it is, until cancelled."""
         while True:
-            self._earlier = trio.Event()
-            with trio.move_on_at(self._agenda[0][0] if self._agenda else math.inf):
-                await self._earlier.wait()
-            while self._agenda and self._agenda[0][0] <= trio.current_time():
+            with trio.CancelScope(deadline=self._agenda[0][0] if self._agenda else math.inf) as self._sleep:
+                await trio.sleep_forever()
+            now = trio.current_time()
+            while self._agenda and self._agenda[0][0] <= now:
                 _, _, action, args = heapq.heappop(self._agenda)
                 action(*args)
 

@@ -135,11 +135,14 @@ class ZmqEndpoint:
     async def send(self, peer: Peer, frames: Sequence[Frame]) -> None:
         self._remember(peer, await self._socket.send([peer.route, *frames]))
 
-    def send_nowait(self, peer: Peer, frames: Sequence[Frame]) -> None:
+    def send_nowait(self, peer: Peer, frames: Sequence[Frame]) -> bool:
         try:
-            self._socket.send_nowait([peer.route, *frames])
+            unsent = self._socket.send_nowait([peer.route, *frames])
         except ConnectionLost:
-            pass  # nobody is left to hear it
+            return True  # nobody is left to hear it
+        if unsent is not None:
+            self._remember(peer, unsent)
+        return unsent is not None
 
     def unsent_bytes(self, peer: Peer) -> int:
         waiting = self._unsent.get(peer.route)

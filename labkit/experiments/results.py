@@ -1,0 +1,76 @@
+"""Histories of runs on disk: one parquet file a run, which a notebook redraws without running it again."""
+
+# The table is long: `series` names what a row is about, `x` and `y` are its numbers, `label` its name if it has one.
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+from labkit.experiments.convergence import ConvergenceConfig, History
+
+COUNTS = ("staleness", "expert_staleness")
+TALLIES = ("usage", "failures")
+
+
+def save(path: Path, config: ConvergenceConfig, history: History) -> None:
+    """Write a run in one step: the file is there whole, or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows: list[tuple[str, float, float, str]] = [("dropped", 0.0, float(history.dropped), "")]
+    for updates, seconds, accuracy, loss in history.points:
+        rows.append(("seconds", updates, seconds, ""))
+        rows.append(("accuracy", updates, accuracy, ""))
+        rows.append(("loss", updates, loss, ""))
+    for name in COUNTS:
+        rows += [(name, value, count, "") for value, count in sorted(getattr(history, name).items())]
+    for name in TALLIES:
+        rows += [(name, 0.0, count, label) for label, count in sorted(getattr(history, name).items())]
+    series, x, y, label = zip(*rows, strict=True)
+    table = pa.table({"series": series, "x": pa.array(x, pa.float64()), "y": pa.array(y, pa.float64()), "label": label})
+    table = table.replace_schema_metadata({"config": json.dumps(asdict(config))})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".new")
+    pq.write_table(table, unfinished, compression="zstd")
+    unfinished.replace(path)
+
+
+def load(path: Path) -> tuple[ConvergenceConfig, History]:
+    """A run as it was saved. Raises `ValueError` for another file."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    fields = json.loads((table.schema.metadata or {}).get(b"config", b"null"))
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is not a run of the convergence experiment")
+    config = ConvergenceConfig(**{**fields, "grid": tuple(fields["grid"])})
+    history, points = History(), dict[float, dict[str, float]]()
+    for row in table.to_pylist():
+        series, x, y = row["series"], row["x"], row["y"]
+        if series == "dropped":
+            history.dropped = int(y)
+        elif series in COUNTS:
+            getattr(history, series)[int(x)] = int(y)
+        elif series in TALLIES:
+            getattr(history, series)[row["label"]] = int(y)
+        else:
+            points.setdefault(x, {})[series] = y
+    for updates, point in points.items():
+        history.points.append((int(updates), point["seconds"], point["accuracy"], point["loss"]))
+    return config, history
+
+
+def by_name(folder: Path) -> dict[str, tuple[ConvergenceConfig, History]]:
+    """All runs in a folder, by the names of their files."""
+    return {path.stem: load(path) for path in sorted(folder.glob("*.parquet"))}
+
+
+def together(histories: list[History], series: str) -> Counter[int] | Counter[str]:
+    """One of the counts or tallies, added up."""
+    total: Counter[int] | Counter[str] = Counter()
+    for history in histories:
+        total.update(getattr(history, series))
+    return total

@@ -1,0 +1,165 @@
+"""Runs of the convergence experiment, as many at a time as there are cores: `python -m labkit.experiments.runner SIZE`.
+
+Each run is a child process that writes one file when it is done. What is there already is not run again, so a runner
+that was stopped goes on with the runs that it had not finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from labkit.data import load as load_data
+from labkit.experiments.convergence import ConvergenceConfig, run
+from labkit.experiments.results import load, save
+
+SEEDS = (1337, 1338, 1339)
+GRIDS = {16: (4, 4), 64: (8, 8)}
+QUICK = ConvergenceConfig(grid=GRIDS[16], batch_size=16, updates=6 * 1024, width=64, latency=1.0)
+AUTHORS = ConvergenceConfig(grid=GRIDS[64], batch_size=4, updates=20 * 1024, width=64, latency=1.0)
+PAPER = replace(AUTHORS, width=512)
+AWARE: dict[str, dict[str, Any]] = {
+    "decay": {"schedule": "linear"},
+    "warm-up": {"warmup": 512},
+    "clipping": {"clip_grad_norm": 1.0},
+    "age": {"age_power": 0.5},
+    "compensation": {"compensation": 0.1},
+    "best": {"schedule": "linear", "warmup": 512, "clip_grad_norm": 1.0},
+}  # against staleness, one by one
+
+
+def plan(size: str, seeds: Iterable[int] = SEEDS) -> dict[str, ConvergenceConfig]:
+    """The runs of a size, by name. Raises `ValueError`."""
+    runs: dict[str, ConvergenceConfig] = {}
+    if size not in ("quick", "authors", "paper", "aware"):
+        raise ValueError(f"size={size!r}: quick, authors, paper or aware")
+    base = {"quick": QUICK, "authors": AUTHORS, "paper": PAPER, "aware": QUICK}[size]
+    for seed in seeds:
+        one = replace(base, seed=seed)
+        if size == "aware":
+            failing = replace(one, loss=0.1)
+            runs[f"aware-none-{seed}"] = failing
+            runs |= {f"aware-{name}-{seed}": replace(failing, **options) for name, options in AWARE.items()}
+            continue
+        runs[f"{size}-failing-{seed}"] = replace(one, loss=0.1)
+        runs[f"{size}-delayed-{seed}"] = one
+        runs[f"{size}-fresh-{seed}"] = replace(one, latency=0.0, trainers=1)
+        runs[f"{size}-dense-{seed}"] = replace(one, model="dense")
+        if size != "quick":
+            runs[f"{size}-delayed-100ms-{seed}"] = replace(one, latency=0.1)
+            runs[f"{size}-failing-16-experts-{seed}"] = replace(one, loss=0.1, grid=GRIDS[16])
+    return runs
+
+
+def run_all(
+    runs: Mapping[str, ConvergenceConfig],
+    folder: Path,
+    *,
+    dataset: str = "mnist",
+    data_dir: Path | None = None,
+    processes: int | None = None,
+) -> None:
+    """Do the runs that are not in `folder` yet, with a progress bar. Raises `RuntimeError` if one fails."""
+    from tqdm.auto import tqdm
+
+    missing = {name: config for name, config in runs.items() if not is_done(folder / f"{name}.parquet", config)}
+    waiting: SimpleQueue[str] = SimpleQueue()
+    for name in missing:
+        waiting.put(name)
+    problems: list[str] = []
+    children: set[subprocess.Popen[str]] = set()
+    bar = tqdm(total=sum(config.updates for config in missing.values()), unit=" updates", smoothing=0.05)
+
+    def work() -> None:
+        while not problems:
+            try:
+                name = waiting.get_nowait()
+            except Empty:
+                return
+            order = [json.dumps(asdict(missing[name])), str(folder / f"{name}.parquet"), dataset, str(data_dir or "")]
+            with subprocess.Popen(
+                [sys.executable, "-m", "labkit.experiments.runner", "--one", *order], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, text=True,
+            ) as child:  # fmt: skip
+                children.add(child)
+                assert child.stdout is not None
+                for line in child.stdout:
+                    bar.update(int(line))
+            children.discard(child)
+            if child.returncode:
+                problems.append(f"the run {name} failed with exit code {child.returncode}")
+
+    workers = [threading.Thread(target=work, daemon=True) for _ in range(processes or os.cpu_count() or 1)]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        for child in list(children):
+            child.kill()
+        bar.close()
+    if problems:
+        raise RuntimeError("; ".join(problems))
+
+
+def is_done(path: Path, config: ConvergenceConfig) -> bool:
+    """Whether the file holds this run, and not one of another config."""
+    try:
+        return load(path)[0] == config
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+def run_one(fields: str, path: str, dataset: str, data_dir: str) -> None:
+    """The child's part: one run, whose progress it prints."""
+
+    def heed_the_parent() -> None:
+        sys.stdin.read()  # until its end
+        os._exit(1)
+
+    threading.Thread(target=heed_the_parent, daemon=True).start()
+    values = json.loads(fields)
+    config = ConvergenceConfig(**{**values, "grid": tuple(values["grid"])})
+    told = 0
+
+    def progress(updates: int) -> None:
+        nonlocal told
+        if updates - told >= STEP or updates == config.updates:
+            print(updates - told, flush=True)
+            told = updates
+
+    save(Path(path), config, run(config, load_data(dataset, data_dir or None), progress))
+
+
+STEP = 32  # updates between two words of progress
+
+
+def main() -> None:
+    """`python -m labkit.experiments.runner SIZE`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("size", choices=["quick", "authors", "paper", "aware"])
+    parser.add_argument("--out", type=Path, default=Path("notebooks/convergence"))
+    parser.add_argument("--dataset", default="mnist")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--only", default="", help="runs whose name has this in it")
+    options = parser.parse_args()
+    runs = {name: config for name, config in plan(options.size, options.seeds).items() if options.only in name}
+    run_all(runs, options.out, dataset=options.dataset, data_dir=options.data_dir)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        run_one(*sys.argv[2:])
+    else:
+        main()
