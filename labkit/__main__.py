@@ -86,6 +86,9 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     search.add_argument(
         "--dead", type=float, default=0.0, help="share of nodes that fail before the search (default: 0)"
     )
+    search.add_argument(
+        "--churn", type=float, default=0.0, help="mean life of a node in minutes; 0 for ever (default: 0)"
+    )
     search.add_argument("--searches", type=int, default=100, help="(default: 100)")
     search.add_argument("--seed", type=int, default=0, help="(default: 0)")
     search.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")

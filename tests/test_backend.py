@@ -159,6 +159,7 @@ def test_the_linear_schedule_warms_up_and_decays_to_zero():
     config = BackendConfig(lr=1.0, schedule="linear", warmup_steps=2, total_steps=6)
     assert [config.lr_at(step) for step in range(8)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
     assert BackendConfig(lr=0.5).lr_at(10**6) == 0.5
+    assert [BackendConfig(lr=0.5, age_power=0.5).lr_at(0, age) for age in (0, 3, 15)] == [0.5, 0.25, 0.125]
 
 
 def test_the_schedule_reaches_the_optimizer():

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from labkit.__main__ import main
-from labkit.bench.search import SearchConfig, measure
+from labkit.experiments.expert_search import SearchConfig, measure
 
 
 def test_a_search_among_simulated_nodes_takes_round_trips_when_cold_and_no_time_when_warm(capsys):
@@ -31,6 +31,12 @@ def test_a_seed_gives_the_same_searches_twice():
     assert of(1) == of(1) != of(2)
 
 
+@pytest.mark.parametrize("trouble", [{"dead": 0.2}, {"churn": 1.0}])
+def test_what_is_left_is_found_when_nodes_die_and_when_they_come_and_go(trouble):
+    result = measure(SearchConfig(nodes=12, grid=(4, 4), k_best=2, searches=4, **trouble))
+    assert result["recall"] == 1.0  # all nodes hold each record
+
+
 @pytest.mark.parametrize(
     ("option", "complaint"),
     [
@@ -39,6 +45,8 @@ def test_a_seed_gives_the_same_searches_twice():
         (["--grid", "2", "2", "--k-best", "5"], "k_best=5: the grid has 4 experts"),
         (["--rtt-ms", "-1"], "rtt_ms=-1"),
         (["--dead", "1"], "dead=1"),
+        (["--churn", "-1"], "churn=-1"),
+        (["--churn", "1", "--dead", "0.1"], "churn=1"),
         (["--nodes", "2", "--dead", "0.9"], "dead=0.9"),
     ],
 )

@@ -74,7 +74,7 @@ class Lab:
         self, contact: Contact, method: str, body: Any = None, tensors: Sequence[Tensor] = (), *,
         returns: Any = Any, timeout: float, lane: str = "", codec: str = "none",
     ) -> Reply:  # fmt: skip
-        direction, (uid,) = method.removeprefix("expert."), body
+        direction, (uid, _) = method.removeprefix("expert."), body
         self.asked.append((self.seconds, direction, uid))
         honest = [tensors[0 if direction == "forward" else 1] * number(uid)]
         with trio.move_on_after(timeout):

@@ -77,16 +77,15 @@ async def found_by_all(nodes: list[Node], keys: list[str]) -> bool:
 @settings(max_examples=5)
 @given(seed=st.integers(0, 2**32 - 1), data=st.data())
 def test_every_unexpired_record_is_kept_while_fewer_nodes_crash_than_hold_it(seed: int, data: st.DataObject) -> None:
-    waves = data.draw(st.lists(st.sets(st.integers(0, 15), min_size=1, max_size=REPLICAS - 1), min_size=1, max_size=3))
+    waves = data.draw(st.lists(st.sets(st.integers(0, 9), min_size=1, max_size=REPLICAS - 1), min_size=1, max_size=2))
 
     async def main() -> None:
-        async with crowd(16, seed) as swarm:
-            keys = [f"key{number}" for number in range(8)]
+        async with crowd(10, seed) as swarm:
+            keys = [f"key{number}" for number in range(4)]
             for number, key in enumerate(keys):
                 await swarm.nodes[number].dht.store(key, b"value", ttl=1000.0)
             gone: set[int] = set()
             for wave in waves:  # between two of them, what was lost of the replicas is made good
-                wave = {number for number in wave if len(gone) < 12}
                 gone |= wave
                 swarm.network.unplug(*(swarm.nodes[number].contact for number in wave))
                 assert await found_by_all(swarm.alive(gone), keys)
@@ -99,12 +98,12 @@ def test_every_unexpired_record_is_kept_while_fewer_nodes_crash_than_hold_it(see
 @settings(max_examples=5)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    side=st.sets(st.integers(0, 11), min_size=1, max_size=11),
+    side=st.sets(st.integers(0, 7), min_size=1, max_size=7),
     minutes=st.integers(1, 10),
 )
 def test_a_partition_heals(seed: int, side: set[int], minutes: int) -> None:
     async def main() -> None:
-        async with crowd(12, seed) as swarm:
+        async with crowd(8, seed) as swarm:
             here = [swarm.nodes[number] for number in sorted(side)]
             there = swarm.alive(side)
             await here[0].dht.store("before", b"value", ttl=10_000.0)

@@ -337,6 +337,24 @@ async def test_a_burst_of_requests_trains_as_if_they_came_in_turn():
     assert backend.rows_processed == 100 and backend.updates == runtime.statistics().batches < 100
 
 
+async def test_a_step_is_smaller_the_older_its_gradient_is_where_that_is_asked_for():
+    moved = []
+    for seen in (None, 10, 7, 20):  # an expert that has made ten steps; the last number is that of a liar
+        backend = ffn(optimizer="sgd", lr=1.0, age_power=0.5)
+        backend.updates = 10
+        before = [parameter.detach().clone() for parameter in backend.module.parameters()]
+        runtime = Runtime({"ffn.0": backend})
+        async with trio.open_nursery() as nursery:
+            await nursery.start(runtime.run)
+            await runtime.submit("ffn.0", "backward", [rows(1), rows(1, 1)], trio.current_time() + 20, seen)
+            nursery.cancel_scope.cancel()
+        moved.append(
+            sum(float((p.detach() - b).norm()) for p, b in zip(backend.module.parameters(), before, strict=True))
+        )
+    assert moved[1] == moved[3] == moved[0] > 0
+    assert moved[2] == pytest.approx(moved[0] / 2)  # (1 + 3)^-0.5
+
+
 async def test_a_compute_thread_hands_back_what_the_work_raises():
     async with ComputeThread() as thread:
         with pytest.raises(ZeroDivisionError):

@@ -85,7 +85,7 @@ class ExpertClient:
         try:
             with trio.CancelScope() if give_up is None else give_up as scope:
                 reply = await self._caller.call(
-                    expert.contact, f"expert.{direction}", [expert.uid], tensors, returns=Figures,
+                    expert.contact, f"expert.{direction}", [expert.uid, seen], tensors, returns=Figures,
                     timeout=timeout, lane=BULK, codec=codec,
                 )  # fmt: skip
                 answer = checked(reply.tensors, like, expert)

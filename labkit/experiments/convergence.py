@@ -48,8 +48,8 @@ class ConvergenceConfig:
 
     `model`: "dmoe", or "dense", whose trainers wait as long as those of a mixture would: once a layer and direction.
     `width`: of a row between layers; an expert is width -> 4 width -> 4 width -> width. A dense block is twice as wide.
-    `schedule`, `warmup` (in updates), `clip_grad_norm`: of the trunk, and of experts in proportion to their share of
-    the updates. `age_power`, `compensation`: of the trunk; see `UpdateRule`. Raises `ValueError`.
+    `schedule`, `warmup` (in updates), `clip_grad_norm`, `age_power`: of the trunk and of experts, which make their
+    share of the updates. `compensation`: of the trunk; see `UpdateRule`. Raises `ValueError`.
     """
 
     model: str = "dmoe"
@@ -98,6 +98,7 @@ class ConvergenceConfig:
         share = min(1.0, self.batch_size * self.k_best / math.prod(self.grid))
         return BackendConfig(
             lr=self.lr, amsgrad=True, clip_grad_norm=self.clip_grad_norm, schedule=self.schedule,
+            age_power=self.age_power,
             warmup_steps=round(self.warmup * share), total_steps=max(1, round(self.updates * share)),
         )  # fmt: skip
 

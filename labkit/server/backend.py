@@ -90,10 +90,13 @@ class ExpertBackend:
             raise BadRequest(f"{size} rows in one request; expert {self.uid} takes at most {limit} (max_batch_size)")
         return tensors[0].shape[0]
 
-    def compute(self, direction: Direction, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """`forward` or `backward` for tensors that went through `check` and `check_finite` already (the runtime's)."""
+    def compute(self, direction: Direction, tensors: Sequence[Tensor], seen: float | None = None) -> list[Tensor]:
+        """`forward` or `backward` for tensors that went through `check` and `check_finite` already (the runtime's).
+
+        `seen`: `updates` at the forward pass that a backward pass belongs to, if that is known.
+        """
         tensors = [t.to(self.config.device) for t in tensors]
-        results = [self._forward(tensors)] if direction == "forward" else self._backward(tensors)
+        results = [self._forward(tensors)] if direction == "forward" else self._backward(tensors, seen)
         self.rows_processed += tensors[0].shape[0]
         return [t.detach().cpu().contiguous() for t in results]
 
@@ -103,7 +106,7 @@ class ExpertBackend:
             check_finite([output], f"finite inputs gave expert {self.uid} an output")
         return output
 
-    def _backward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def _backward(self, tensors: Sequence[Tensor], seen: float | None) -> list[Tensor]:
         *inputs, grad_output = tensors
         leaves = [t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
@@ -126,11 +129,15 @@ class ExpertBackend:
             ]
             check_finite(input_grads, f"finite inputs gave expert {self.uid} an input gradient")
             # 3. The step.
-            self._step(dict(zip(self._parameters, grads[len(wanted) :], strict=True)))
+            age = 0.0 if seen is None else max(0.0, self.updates - seen)
+            self._step(dict(zip(self._parameters, grads[len(wanted) :], strict=True)), age)
         return input_grads
 
-    def _step(self, grads: dict[str, Tensor | None]) -> None:
-        """Add gradients to the pending ones and, when it is time, step. Raises `NonFiniteTensor` before any change."""
+    def _step(self, grads: dict[str, Tensor | None], age: float) -> None:
+        """Add gradients to the pending ones and, when it is time, step. Raises `NonFiniteTensor` before any change.
+
+        Of gradients that are accumulated the last one's age counts.
+        """
         total = dict(self._pending)
         for name, grad in grads.items():
             if grad is not None:
@@ -151,7 +158,7 @@ class ExpertBackend:
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), clip, torch.tensor(norm))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr_at(self.updates)
+            group["lr"] = self.config.lr_at(self.updates, age)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1

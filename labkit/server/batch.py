@@ -18,9 +18,13 @@ logger = logging.getLogger(__name__)
 
 
 def compute_batch(
-    backend: ExpertBackend, direction: Direction, requests: list[Sequence[Tensor]]
+    backend: ExpertBackend,
+    direction: Direction,
+    requests: list[Sequence[Tensor]],
+    seen: Sequence[int | None] | None = None,
 ) -> tuple[list[list[Tensor] | RPCError], int]:
     """Compute one batch. Returns each request's tensors or its own error, in order, and the expert's updates after it.
+    `seen`: for a backward pass, of each request, the expert's updates at its forward pass, where the caller said so.
 
     1. Refuse the requests with NaN or infinity, alone.
     2. Merge the others: one pass, and for a backward pass one optimizer step.
@@ -39,7 +43,7 @@ def compute_batch(
     if len(good) > 1:
         try:
             merged = [torch.cat(column) for column in zip(*(requests[i] for i in good), strict=True)]
-            results = backend.compute(direction, merged)
+            results = backend.compute(direction, merged, _mean_seen(requests, seen, good))
         except Exception as error:
             logger.debug("a merged batch of %s failed (%s); its requests run one by one", backend.uid, error)
         else:
@@ -50,10 +54,19 @@ def compute_batch(
     # 3. (Or there was only one, which is neither copied nor merged.)
     for i in good:
         try:
-            answers[i] = backend.compute(direction, requests[i])
+            answers[i] = backend.compute(direction, requests[i], _mean_seen(requests, seen, [i]))
         except Exception as error:
             answers[i] = _translate(error, backend, direction)
     return answers, backend.updates
+
+
+def _mean_seen(
+    requests: list[Sequence[Tensor]], seen: Sequence[int | None] | None, places: Sequence[int]
+) -> float | None:
+    """The mean over the rows of those requests that say it."""
+    rows = {place: len(requests[place][0]) for place in places}
+    said = [(value, rows[place]) for place in places if seen is not None and (value := seen[place]) is not None]
+    return sum(value * count for value, count in said) / sum(count for _, count in said) if said else None
 
 
 def _translate(error: Exception, backend: ExpertBackend, direction: str) -> RPCError:

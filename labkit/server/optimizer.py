@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
@@ -19,7 +20,9 @@ class BackendConfig:
 
     `accumulate`: backward passes (merged batches) whose gradients are summed into one optimizer step. `schedule`:
     "linear" warms the learning rate up over `warmup_steps` and then lowers it to 0 at `total_steps`; "constant" may
-    have a warm-up too. `clip_grad_norm`: bound on the norm of all parameter gradients of a step, or None.
+    have a warm-up too. `age_power`: p, where the learning rate of a step is multiplied by (1 + age)^-p; the age of its
+    gradient is how many steps the expert has made since the forward pass of the same rows, where the caller says so.
+    `clip_grad_norm`: bound on the norm of all parameter gradients of a step, or None.
     `max_batch_size`: rows. `train_mode`: whether the module runs in train mode; see `ExpertBackend`.
     """
 
@@ -34,6 +37,7 @@ class BackendConfig:
     schedule: str = "constant"  # "constant" | "linear"
     warmup_steps: int = 0
     total_steps: int = 0
+    age_power: float = 0.0
     max_batch_size: int = 4096
     device: str = "cpu"
     train_mode: bool = False
@@ -47,15 +51,17 @@ class BackendConfig:
             raise ValueError("a linear schedule needs total_steps, more than warmup_steps")
         if self.accumulate < 1 or self.max_batch_size < 1 or self.warmup_steps < 0:
             raise ValueError("accumulate and max_batch_size are at least 1, warmup_steps at least 0")
+        if not (math.isfinite(self.age_power) and self.age_power >= 0):
+            raise ValueError(f"age_power={self.age_power!r}: a finite number of at least 0")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise ValueError(f"clip_grad_norm={self.clip_grad_norm}: a positive number, or None for no clipping")
 
-    def lr_at(self, updates: int) -> float:
+    def lr_at(self, updates: int, age: float = 0.0) -> float:
         """Learning rate of the step that follows `updates` steps. A pure function, so the schedule has no state."""
         factor = min(1.0, (updates + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         if self.schedule == "linear" and updates >= self.warmup_steps:
             factor = max(0.0, (self.total_steps - updates) / (self.total_steps - self.warmup_steps))
-        return self.lr * factor
+        return self.lr * factor * math.pow(1.0 + age, -self.age_power)
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: BackendConfig) -> torch.optim.Optimizer | None:

@@ -118,10 +118,13 @@ class Runtime:
         self._experts = {uid: ExpertCounts() for uid in self.backends}
         self._total_times, self._queue_times, self._compute_times = Histogram(), Histogram(), Histogram()
 
-    async def submit(self, uid: str, direction: str, tensors: Sequence[Tensor], deadline: float) -> Result:
+    async def submit(
+        self, uid: str, direction: str, tensors: Sequence[Tensor], deadline: float, seen: int | None = None
+    ) -> Result:
         """Have one request computed: the inputs, and for a backward pass the output gradient behind them.
 
-        `deadline`: on trio's clock; a request that has not been started by then never is. If the caller is cancelled,
+        `deadline`: on trio's clock; a request that has not been started by then never is. `seen`: the expert's updates
+        when it answered the forward pass that a backward pass belongs to, if that is known. If the caller is cancelled,
         the request leaves its pool. Raises `UnknownExpert`, `BadRequest`, `Overloaded` (at once), `NonFiniteTensor`,
         `DeadlineExceeded`, or `RemoteFailure` when the expert's own code fails or the runtime stops.
         """
@@ -148,7 +151,7 @@ class Runtime:
             answered.set()
 
         key = PoolKey(uid, "forward" if direction == "forward" else "backward", schema_of(tensors))
-        task: Task[Result] = Task(key, tensors, rows, arrived=now, deadline=deadline, finish=finish)
+        task: Task[Result] = Task(key, tensors, rows, arrived=now, deadline=deadline, finish=finish, seen=seen)
         device.pools.add(task)
         device.wake.set()
         try:
@@ -205,7 +208,8 @@ class Runtime:
     async def _run_batch(self, batch: list[Task[Result]], executor: Executor) -> None:
         (uid, direction, _), backend = batch[0].key, self.backends[batch[0].key.uid]
         rows, started = sum(task.rows for task in batch), trio.current_time()
-        work = partial(compute_batch, backend, direction, [task.tensors for task in batch])
+        requests, seen = [task.tensors for task in batch], [task.seen for task in batch]
+        work = partial(compute_batch, backend, direction, requests, seen)
         answers: list[list[Tensor] | RPCError] = [RemoteFailure(STOPPED) for _ in batch]
         updates, seconds = 0, 0.0
         try:

@@ -37,10 +37,22 @@ from labkit.wire.security import Admission, Identity
 logger = logging.getLogger(__name__)
 
 
+# It comes from a stranger, so it is bounded; numbers that cannot be make it a `BadReply`. (NaN is not >= 0.)
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+Uid = Annotated[str, msgspec.Meta(max_length=160)]
+PerExpert = msgspec.Meta(max_length=20_000)
+Times = Annotated[list[Count], msgspec.Meta(max_length=BUCKETS)]
+
+
 class ExpertCall(msgspec.Struct, array_like=True):
-    """The body of a forward or backward call; the tensors are the inputs, then (backward) the output's gradient."""
+    """The body of a forward or backward call; the tensors are the inputs, then (backward) the output's gradient.
+
+    `seen`: for a backward call, the `updates` that the forward call of the same rows was answered with, if known.
+    """
 
     uid: str
+    seen: Count | None = None
 
 
 class ExpertAnswer(msgspec.Struct, array_like=True):
@@ -49,14 +61,6 @@ class ExpertAnswer(msgspec.Struct, array_like=True):
     queue: float
     compute: float
     updates: int
-
-
-# It comes from a stranger, so it is bounded; numbers that cannot be make it a `BadReply`. (NaN is not >= 0.)
-Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
-Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
-Uid = Annotated[str, msgspec.Meta(max_length=160)]
-PerExpert = msgspec.Meta(max_length=20_000)
-Times = Annotated[list[Count], msgspec.Meta(max_length=BUCKETS)]
 
 
 class ServerStatistics(msgspec.Struct):
@@ -179,7 +183,8 @@ class ExpertServer:
 
     async def _compute(self, direction: str, request: Request) -> Reply:
         await self.faults.apply()
-        result = await self.runtime.submit(request.body.uid, direction, request.tensors, request.deadline)
+        body: ExpertCall = request.body
+        result = await self.runtime.submit(body.uid, direction, request.tensors, request.deadline, body.seen)
         return Reply(ExpertAnswer(result.queue_seconds, result.compute_seconds, result.updates), result.tensors)
 
     async def rpc_statistics(self, request: Request) -> Reply:

@@ -28,7 +28,10 @@ class PoolKey(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Task(Generic[T]):
-    """One request in a pool. `arrived`, `deadline`: seconds on trio's clock. `finish` is told the result or error."""
+    """One request in a pool. `arrived`, `deadline`: seconds on trio's clock. `finish` is told the result or error.
+
+    `seen`: for a backward pass, the expert's updates at the forward pass, if the caller said so.
+    """
 
     key: PoolKey
     tensors: Sequence[Tensor]  # each [rows, ...]
@@ -36,6 +39,7 @@ class Task(Generic[T]):
     arrived: float
     deadline: float
     finish: Callable[[T | Exception], None]
+    seen: int | None = None
     number: int = field(default=-1)  # order of arrival, given by the pools
 
 
