@@ -25,7 +25,7 @@ from labkit.wire.zeromq import ZmqNetwork
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT = 90.0  # seconds; a first import of torch from a slow disk takes most of it
-STARTING = 16  # servers at the same time
+STARTING = 8  # servers at the same time
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,10 @@ run = lk.fit(model, data, steps=10_000_000, batch_size=64, trainers=4)
 """
 CROWD = """
 import sys, labkit as lk
-with lk.Swarm.join(sys.argv[1], name="crowd") as swarm:
+from labkit.directory import DirectoryConfig
+from labkit.node import NodeConfig
+node = NodeConfig(directory=DirectoryConfig(ttl=900.0))  # one thread declares what 200 machines would
+with lk.Swarm.join(sys.argv[1], name="crowd", node=node) as swarm:
     swarm.serve("nop", grid=(50, int(sys.argv[2])), servers=int(sys.argv[2]), isolation="task")
     print("ready", flush=True)
     sys.stdin.read()

@@ -42,6 +42,27 @@ async def test_fifty_nodes_find_from_anywhere_what_was_stored_from_anywhere(auto
     assert await nodes[3].get("nobody stored this") is None
 
 
+async def test_what_is_stored_again_is_looked_up_again_only_after_a_while_or_when_a_replica_is_gone(
+    autojump_clock: MockClock,
+) -> None:
+    network = FakeNetwork()
+    nodes = await network.nodes(40, SMALL)
+
+    async def look_ups() -> int:
+        before = network.calls["dht.find"]
+        assert await nodes[7].store("key", b"value", ttl=100.0) >= 3
+        return network.calls["dht.find"] - before
+
+    assert await look_ups() > 0
+    assert await look_ups() == 0
+    await trio.sleep(SMALL.republish_period + 1)
+    assert await look_ups() > 0
+    network.kill(next(node for node in holders(nodes, "key") if node is not nodes[7]))
+    assert await look_ups() == 0  # and now it is known that one is gone
+    assert await look_ups() > 0
+    assert await nodes[7].store("key", b"value", ttl=100.0) == 4
+
+
 async def test_records_are_stored_on_the_nodes_nearest_to_their_key(autojump_clock: MockClock) -> None:
     nodes = await FakeNetwork().nodes(40, SMALL)
     await nodes[7].store("key", b"value", ttl=100.0)

@@ -130,7 +130,7 @@ class Maintenance:
             if not due:
                 continue
             target = key_id(key)
-            contacts, here = node.replicas_among(target, node.peers.nearest(target, node.config.k))
+            contacts, here = node.replicas.among(target, node.peers.nearest(target, node.config.k))
             if not here:
                 contacts = contacts[: node.config.alpha]
             rows = [(key, to_wire(subkey, item, now)) for subkey, item in due if here or item.role is Role.REPLICA]

@@ -24,6 +24,7 @@ from labkit.dht import protocol
 from labkit.dht.maintenance import Maintenance
 from labkit.dht.peers import DHTConfig, Peers
 from labkit.dht.protocol import Find, FindReply, KeyItems, Store, StoreReply, WireItem
+from labkit.dht.replicas import Replicas
 from labkit.dht.routing import RoutingTable
 from labkit.dht.search import Answer, Search, look_up
 from labkit.dht.service import Service
@@ -54,6 +55,7 @@ class DHTNode:
         self.client_only = client_only
         self.storage = Storage(verify, self.config.limits)
         self.peers = Peers(caller, contact, self.config, client_only=client_only, on_new=self._on_new)
+        self.replicas = Replicas(self)
         self._maintenance = Maintenance(self)
         self._service = Service(self.storage, self.peers, self.config, self.republish_at)
         self.methods = {} if client_only else self._service.methods
@@ -105,7 +107,7 @@ class DHTNode:
                 raise ValueError(f"cannot store {entry.key!r}: {problem}")
             if not 0 <= entry.sequence < 2**63:
                 raise ValueError(f"cannot store {entry.key!r}: sequence={entry.sequence} is not between 0 and 2**63")
-        replicas = await self._replicas({entry.key for entry in entries})
+        replicas = await self.replicas.of({entry.key for entry in entries})
         now = trio.current_time()
         held = [0] * len(entries)
         outgoing: dict[Contact, list[tuple[int, str, WireItem]]] = {}
@@ -121,7 +123,11 @@ class DHTNode:
                 outgoing.setdefault(contact, []).append((index, entry.key, wire))
 
         async def store_at(contact: Contact, records: list[KeyItems], indices: list[int]) -> None:
-            for index, refusal in zip(indices, await self.call_store(contact, records) or (), strict=False):
+            refusals = await self.call_store(contact, records)
+            if refusals is None:
+                for record in records:
+                    self.replicas.forget(record.key)
+            for index, refusal in zip(indices, refusals or (), strict=False):
                 held[index] += not refusal
 
         async with trio.open_nursery() as nursery:
@@ -133,23 +139,6 @@ class DHTNode:
                     position += count
                     nursery.start_soon(store_at, contact, records, indices)
         return held
-
-    async def _replicas(self, keys: Iterable[str]) -> dict[str, tuple[list[Contact], bool]]:
-        """For each key the other nodes to store it on, and whether this node is one of the k nearest itself."""
-        ids = {key: key_id(key) for key in keys}
-        k = self.config.k
-        if len(self.routing) < k:  # then no bucket was ever full and we know everyone: no look-up is needed
-            nearest = {target: self.peers.nearest(target, k) for target in ids.values()}
-        else:
-            nearest = await self.find_nodes(list(ids.values()))
-        return {key: self.replicas_among(target, nearest[target]) for key, target in ids.items()}
-
-    def replicas_among(self, target: int, nearest: Sequence[Contact]) -> tuple[list[Contact], bool]:
-        """Of `nearest` (by distance to `target`) and this node the k nearest: the others, and whether this is one."""
-        k = self.config.k
-        distance = self.contact.node_id ^ target
-        here = not self.client_only and (len(nearest) < k or distance < nearest[k - 1].node_id ^ target)
-        return list(nearest[: k - here]), here
 
     # ------------------------------------------------------------ finding
 
