@@ -26,9 +26,12 @@ from labkit.server.server import ServerStatistics, call_statistics
 
 logger = logging.getLogger(__name__)
 
-FIND_PERIOD = 2.0  # seconds
+FIND_PERIOD = 2.0  # seconds, or longer, where there is more than this to look at:
+EXPERTS_PER_SECOND = 1000  # that are looked up
+ASKED_PER_SECOND = 25  # servers: each answer takes half a millisecond of the process that also trains
 STATISTICS_TIMEOUT = 1.0  # seconds
 LEAST_TIME = 0.25  # seconds: with less left of a round, a server is asked first in the next one
+REST = 5.0  # seconds by which the turn of a server comes later that failed twice
 AT_ONCE = 16  # servers that are asked at the same time
 AT_ONCE_FOR_ONE = 32  # the same, where somebody waits for the answers
 PREFIXES_AT_ONCE = 4  # few, so that no step holds the lab thread for long
@@ -125,7 +128,7 @@ class _Poll:
     # ------------------------------------------------------------ grids and experts
 
     async def keep_found(self) -> None:
-        """Look grids and experts up, through the directory's cache, every two seconds."""
+        """Look grids and experts up, through the directory's cache, every two seconds; rarely where there are many."""
         pause = 0.0  # the first time as fast as can be
         while True:
             began = trio.current_time()
@@ -139,15 +142,15 @@ class _Poll:
             except Exception:  # a mistake of ours here must not end the lab thread, and the training with it
                 logger.exception("looking the experts up failed")
             self.publish()
-            chunks = max(1, self._found.chunks)
-            pause = FIND_PERIOD / 2 / chunks if chunks > 1 else 0.0
-            await trio.sleep(max(FIND_PERIOD / 4, began + FIND_PERIOD - trio.current_time()))
+            chunks, period = max(1, self._found.chunks), max(FIND_PERIOD, len(self._found.experts) / EXPERTS_PER_SECOND)
+            pause = period / 2 / chunks if chunks > 1 else 0.0
+            await trio.sleep(max(FIND_PERIOD / 4, began + period - trio.current_time()))
 
     # ------------------------------------------------------------ statistics
 
     async def keep_asked(self, period: float) -> None:
-        """Ask every server how it is doing, every `period` seconds. Those that failed come last, then the turn counts:
-        where there are more than a round has time for, each has its turn."""
+        """Ask every server how it is doing, every `period` seconds. Where there are more than a round is to ask, each
+        has its turn; one that failed once is asked again at once, beside them."""
         while True:
             end = trio.current_time() + period
             contacts = contacts_of(self._servers, self._found)
@@ -155,12 +158,17 @@ class _Poll:
                 for address in table.keys() - contacts.keys():
                     del table[address]
 
-            def turn(address: str) -> tuple[bool, float]:
-                return self._failures.get(address, 0) > 0, self._asked_at.get(address, -math.inf)
+            def turn(address: str) -> float:
+                rest = REST if self._failures.get(address, 0) > 1 else 0.0
+                return self._asked_at.get(address, -math.inf) + rest
 
+            in_turn = sorted(contacts, key=turn)
+            chosen = in_turn[: math.ceil(ASKED_PER_SECOND * period)]
+            chosen += [a for a in in_turn[len(chosen) :] if self._failures.get(a) == 1][:AT_ONCE]
+            chosen.sort(key=lambda address: self._failures.get(address, 0) > 0)  # who is silent holds nobody up
             async with trio.open_nursery() as nursery:
-                waiting = iter(sorted(contacts, key=turn))
-                for _ in range(min(AT_ONCE, len(contacts))):
+                waiting = iter(chosen)
+                for _ in range(min(AT_ONCE, len(chosen))):
                     nursery.start_soon(self._ask_some, waiting, contacts, end)
             self.publish()
             await trio.sleep_until(end)

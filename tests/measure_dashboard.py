@@ -3,8 +3,11 @@
 A kernel trains over four server processes. Round after round it does so with no dashboard, with one that nobody looks
 at, and with one that a page looks at, in an order that changes; the page is played over the kernel's own sockets, and
 acknowledges each frame. Each round gives two ratios of samples/s. Printed are their means, of the middle four fifths
-since a busy machine gives wild ones, and the range that holds the true mean with 95 % probability. `--crowd`: so many
-further servers of 50 experts each, in processes of their own.
+since a busy machine gives wild ones, and the range that holds the true mean with 95 % probability.
+
+`--crowd N`: beside it N further servers of 50 experts each, as the dashboard sees them: nodes with keys and addresses
+of their own, declared in the DHT and asked for their statistics, which change. One process answers for all of them, and
+there are no experts behind it, since two cores could not compute for 10,000.
 """
 
 from __future__ import annotations
@@ -30,16 +33,6 @@ swarm.serve("ffn", hidden=64, grid=(4, 4), servers=4, isolation="process", threa
 data = lk.load("digits")
 model = nn.Sequential(nn.Linear(data.dim, 64), swarm.moe(64, k_best=4), nn.Linear(64, data.classes))
 run = lk.fit(model, data, steps=10_000_000, batch_size=64, trainers=4)
-"""
-CROWD = """
-import sys, labkit as lk
-from labkit.directory import DirectoryConfig
-from labkit.node import NodeConfig
-node = NodeConfig(directory=DirectoryConfig(ttl=900.0))  # one thread declares what 200 machines would
-with lk.Swarm.join(sys.argv[1], name="crowd", node=node) as swarm:
-    swarm.serve("nop", grid=(50, int(sys.argv[2])), servers=int(sys.argv[2]), isolation="task")
-    print("ready", flush=True)
-    sys.stdin.read()
 """
 KINDS = ("none", "closed", "open")
 
@@ -121,7 +114,7 @@ def main() -> None:
             if options.crowd:
                 invite = kernel.value("str(swarm.invite())")
                 crowd = subprocess.Popen(
-                    [sys.executable, "-c", CROWD, invite, str(options.crowd)],
+                    [sys.executable, "-m", "tests.crowd", invite, str(options.crowd)],
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                 )  # fmt: skip
                 assert crowd.stdout is not None and crowd.stdout.readline() == "ready\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
+
 import pytest
 import torch
 import trio
@@ -126,3 +128,13 @@ async def test_something_that_is_not_zeromq_at_the_address_is_a_failed_handshake
         with pytest.raises(HandshakeFailed), trio.fail_after(2):
             await client.call(Contact(b"k" * 32, "127.0.0.1", port, secure=False), "echo", timeout=60)
         nursery.cancel_scope.cancel()
+
+
+async def test_a_node_has_no_more_links_than_the_system_has_files_for(monkeypatch) -> None:
+    monkeypatch.setattr("labkit.wire.zeromq.open_files", lambda: 340)  # ten links, when all else has its own
+    async with open_network() as network, calling(network) as client, AsyncExitStack() as stack:
+        servers = [await stack.enter_async_context(serving(network)) for _ in range(14)]
+        for _ in range(2):
+            for server in servers:
+                assert (await client.call(server.contact, "echo", 1, timeout=5)).body == 1
+        assert client.links == 10

@@ -13,11 +13,12 @@ from collections.abc import Iterable, Mapping
 from itertools import chain
 
 import numpy as np
+import numpy.typing as npt
 
 from labkit.histogram import BUCKETS
 from labkit.polling import Inventory
 from labkit.server.server import ServerStatistics
-from labkit.view.lately import LastOnes, Rates, Values, longer
+from labkit.view.lately import NEGLIGIBLE, LastOnes, Values, longer
 from labkit.view.roster import Roster
 from labkit.view.scene import Ints
 
@@ -26,7 +27,7 @@ TIMES_TAU = 5.0  # seconds
 OVERDUE = 2.5  # seconds without a report, after which rates fall
 ROWS, REQUESTS, SECONDS = range(3)
 
-News = list[tuple[int, ServerStatistics]]  # rows of servers, and what they said
+News = list[tuple[int, ServerStatistics, float]]  # rows of servers, what they said, and seconds since the last time
 
 
 class Reported:
@@ -44,7 +45,8 @@ class Reported:
         self._grown: Values = np.zeros((0, 3))  # [N, 3], since they were first heard of
         self._time_counts: Values = np.zeros((0, 3 * BUCKETS))
         self._times_grown: Values = np.zeros((0, 3 * BUCKETS))
-        self._lately: Rates | None = None  # from the first report on
+        self._spacing: Values = np.zeros(0)  # [S], seconds between a server's last two reports
+        self._rated: npt.NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)  # [N], whether there is a rate
         self._taken_at = -math.inf
         self._last_expert = LastOnes(3, TIMES_TAU)
         self._last_times = LastOnes(3 * BUCKETS, TIMES_TAU)
@@ -57,14 +59,13 @@ class Reported:
         news = self._news(inventory, roster)
         rows = self._rows_at(news, roster)
         if news:
-            values = _flat(statistics.experts.values() for _, statistics in news)
+            values = _flat(statistics.experts.values() for _, statistics, _ in news)
             self.updates[rows[rows >= 0]] = values[rows >= 0]
         if counters and (news or now - self._taken_at > OVERDUE):
-            self._lately = self._lately or Rates(3, RATE_TAU, now)
+            self._fade(roster, now)
             self._count_experts(rows, news)
             self._count_times(news)
             self._taken_at = now
-            self.rates = self._lately.take(self._grown.copy(), now)
             self.last_ones = self._last_expert.take(self._grown.copy(), self._grown[:, REQUESTS].copy(), now)
             self.times = self._last_times.take(self._times_grown.copy(), self._times_grown.sum(axis=1), now)
 
@@ -78,7 +79,9 @@ class Reported:
             row = roster.known_address(address)
             if row < 0 or (address in before and before[address][1] == at):
                 continue
-            news.append((row, statistics))
+            passed = at - before[address][1] if address in before else 0.0
+            news.append((row, statistics, passed))
+            self._spacing[row] = passed
             self.heard_at[row] = at
             self.queue[row] = statistics.queued_requests
             self.injected[row] = statistics.latency, statistics.loss
@@ -87,7 +90,7 @@ class Reported:
     def _rows_at(self, news: News, roster: Roster) -> Ints:
         """The rows of all experts in the news; -1 for one that its server does not hold, as far as is known here."""
         rows: list[Ints] = []
-        for server, statistics in news:
+        for server, statistics, _ in news:
             uids = list(statistics.experts)
             known = self._rows.get(server)
             if known is None or known[0] != uids:
@@ -98,25 +101,43 @@ class Reported:
         if not rows or not len(roster.server):
             return np.full(sum(map(len, rows)), -1)
         at = np.concatenate(rows)
-        servers = np.repeat([server for server, _ in news], [len(theirs) for theirs in rows])
+        servers = np.repeat([server for server, _, _ in news], [len(theirs) for theirs in rows])
         return np.where((at >= 0) & (roster.server[at] == servers), at, -1)
 
     def _count_experts(self, at: Ints, news: News) -> None:
-        told = [_tells(statistics) for _, statistics in news]
+        told = [_tells(statistics) for _, statistics, _ in news]
         if not any(told):
             return
-        at = at[np.repeat(told, [len(statistics.experts) for _, statistics in news])]
+        sizes = [len(statistics.experts) for _, statistics, _ in news]
+        passed = np.repeat([seconds for _, _, seconds in news], sizes)[np.repeat(told, sizes)]
+        at = at[np.repeat(told, sizes)]
         columns = [
-            _flat(getattr(statistics, name) for told_it, (_, statistics) in zip(told, news, strict=True) if told_it)
+            _flat(getattr(statistics, name) for told_it, (_, statistics, _) in zip(told, news, strict=True) if told_it)
             for name in ("expert_rows", "expert_requests", "expert_seconds")
         ]
         values, shown = np.stack(columns, axis=1), at >= 0  # [n, 3]
-        at, values = at[shown], values[shown]
-        self._grown[at] += _growth(self.counts[at], values)
+        at, values, passed = at[shown], values[shown], passed[shown]
+        growth = _growth(self.counts[at], values)
+        self._grown[at] += growth
         self.counts[at] = values
+        timed = passed > 0  # a server that was heard of before
+        self._rate(at[timed], growth[timed], passed[timed, None])
+
+    def _rate(self, at: Ints, growth: Values, passed: Values) -> None:
+        """Rates since the last report [n, 3], into the running means; the first is taken as it is."""
+        weight = np.where(self._rated[at, None], 1 - np.exp(-passed / RATE_TAU), 1.0)
+        self.rates[at] += weight * (growth / passed - self.rates[at])
+        self._rated[at] = True
+
+    def _fade(self, roster: Roster, now: float) -> None:
+        """Rates fall where a server is overdue: it has not reported for much longer than between its last reports."""
+        overdue = now - self.heard_at > np.maximum(OVERDUE, 2 * self._spacing)
+        rows = np.append(overdue, False)[roster.server]
+        self.rates[: len(rows)][rows] *= math.exp(-(now - self._taken_at) / RATE_TAU)
+        self.rates[self.rates < NEGLIGIBLE] = 0.0
 
     def _count_times(self, news: News) -> None:
-        told = [(row, s) for row, s in news if s.total_times and s.queue_times and s.compute_times]
+        told = [(row, s) for row, s, _ in news if s.total_times and s.queue_times and s.compute_times]
         if not told:
             return
         at = np.array([row for row, _ in told])
@@ -128,11 +149,11 @@ class Reported:
     def _grow(self, servers: int, experts: int) -> None:
         for name in ("heard_at", "queue", "injected", "_time_counts"):
             setattr(self, name, longer(getattr(self, name), servers, np.nan))
-        for name in ("times", "_times_grown"):
+        for name in ("times", "_times_grown", "_spacing"):
             setattr(self, name, longer(getattr(self, name), servers))
         for name in ("updates", "counts"):
             setattr(self, name, longer(getattr(self, name), experts, np.nan))
-        for name in ("rates", "last_ones", "_grown"):
+        for name in ("rates", "last_ones", "_grown", "_rated"):
             setattr(self, name, longer(getattr(self, name), experts))
 
 

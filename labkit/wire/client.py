@@ -104,6 +104,11 @@ class Client:
         self._ids = itertools.count(1)
         self._nursery: trio.Nursery | None = None
 
+    @property
+    def links(self) -> int:
+        """How many links are open."""
+        return len(self._connections)
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Holds the tasks that read answers, until cancelled."""
         async with trio.open_nursery() as self._nursery:
@@ -188,7 +193,7 @@ class Client:
                 connection.link.close()
                 raise ConnectionLost(f"{contact.endpoint} was not called, as this node is closing") from None
         self._connections[key] = connection  # now the last to be closed
-        if len(self._connections) > self.limits.links:
+        if len(self._connections) > min(self.limits.links, self.endpoint.most_links):
             idle = next((k for k, c in self._connections.items() if not c.pending and c is not connection), None)
             if idle is not None:
                 self._connections.pop(idle).link.close()

@@ -47,6 +47,7 @@ class Endpoint(Protocol):
     """One node's place on the network."""
 
     contact: Contact
+    most_links: int  # that the system lets it have
 
     def connect(self, contact: Contact) -> Link:
         """A new link to a node; returns at once."""

@@ -158,6 +158,8 @@ class SimLink:
 class SimEndpoint:
     """An `Endpoint` in memory. Made by `SimNetwork.listen`."""
 
+    most_links = 1 << 30
+
     def __init__(self, network: SimNetwork, identity: Identity, contact: Contact, admission: Admission) -> None:
         self.identity = identity
         self.contact = contact

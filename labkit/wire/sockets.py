@@ -160,6 +160,16 @@ class Socket:
 # ---------------------------------------------------------------- making sockets
 
 
+def open_files() -> int:
+    """How many files and sockets this process may have open."""
+    try:
+        import resource
+    except ImportError:  # Windows, which sets no such limit
+        return 1 << 16
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 16 if soft == resource.RLIM_INFINITY else min(soft, 1 << 16)
+
+
 def make_context() -> Context:
     """A ZeroMQ context with one I/O thread."""
     context: Context = zmq.Context()

@@ -29,6 +29,7 @@ from labkit.wire.sockets import (
     make_dealer,
     make_router,
     make_zap,
+    open_files,
     read_monitor,
     user_id,
 )
@@ -36,6 +37,8 @@ from labkit.wire.sockets import (
 logger = logging.getLogger(__name__)
 
 TERM_TIMEOUT = 1.0  # seconds
+FILES_PER_LINK = 4  # a signal for each of its two sockets, the connection, and a peer's to us
+SPARE_FILES = 300  # for everything else in this process
 
 
 class ZmqLink:
@@ -114,6 +117,7 @@ class ZmqEndpoint:
     ) -> None:
         self.contact = contact
         self.identity = identity
+        self.most_links = max(8, (open_files() - SPARE_FILES) // FILES_PER_LINK)
         self._network = network
         self._socket = socket
         self._nursery = nursery
