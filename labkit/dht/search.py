@@ -36,11 +36,12 @@ class _State(Enum):
 
 
 class _Candidate:
-    __slots__ = ("answer", "contact", "state")
+    __slots__ = ("answer", "beside", "contact", "state")
 
     def __init__(self, contact: Contact) -> None:
         self.contact = contact
         self.state = _State.NEW
+        self.beside = False  # asked because it was called anyway: it holds no slot
         self.answer: Answer | None = None
 
 
@@ -76,11 +77,23 @@ class Search:
         if self._is_done(near, found):
             return []
         free = self.k if self._stalled >= self.alpha and not found else self.alpha
-        free -= sum(candidate.state is _State.WAITING for candidate in near)
+        free -= sum(candidate.state is _State.WAITING and not candidate.beside for candidate in near)
         chosen = [candidate for candidate in near if candidate.state is _State.NEW][: max(free, 0)]
         for candidate in chosen:
             candidate.state = _State.WAITING
         return [candidate.contact for candidate in chosen]
+
+    def ask_beside(self, contact: Contact) -> bool:
+        """Whether to ask a node that is being called for another search: if it may be among the k nearest. Then it
+        counts as asked."""
+        distance = contact.node_id ^ self.target
+        candidate = self._candidates.get(distance)
+        if candidate is None or candidate.state is not _State.NEW:
+            return False
+        if distance > self._order[min(self.k, len(self._order)) - 1]:
+            return False
+        candidate.state, candidate.beside = _State.WAITING, True
+        return True
 
     def answered(self, contact: Contact, answer: Answer) -> None:
         """A node answered."""
@@ -177,7 +190,7 @@ async def look_up(
     """
     calls: list[_Call] = []  # in flight
     changed = list(searches)
-    active = set(searches)
+    active = dict.fromkeys(searches)  # in their order, so that a simulation is the same twice
     wake = trio.Event()
     last = -math.inf  # when the latest of the calls that were answered had started
 
@@ -207,14 +220,16 @@ async def look_up(
                     for contact in chosen:
                         wanted.setdefault(contact.node_id, _Call(contact, [])).searches.append(search)
                     if not chosen and search.done:
-                        active.remove(search)
+                        del active[search]
                 changed.clear()
                 if not active:
                     nursery.cancel_scope.cancel()
                     break
-                # 2. Ask: one call a node, as far as its queries fit into one.
+                # 2. Ask: one call a node, as far as its queries fit into one. Whoever is called is asked by all.
                 now = trio.current_time()
                 for want in wanted.values():
+                    mine = set(want.searches)
+                    want.searches += [s for s in active if s not in mine and s.ask_beside(want.contact)]
                     for start in range(0, len(want.searches), max_queries):
                         call = _Call(want.contact, want.searches[start : start + max_queries], now)
                         calls.append(call)
