@@ -131,7 +131,7 @@ async def test_something_that_is_not_zeromq_at_the_address_is_a_failed_handshake
 
 
 async def test_a_node_has_no_more_links_than_the_system_has_files_for(monkeypatch) -> None:
-    monkeypatch.setattr("labkit.wire.zeromq.open_files", lambda: 340)  # ten links, when all else has its own
+    monkeypatch.setattr("labkit.wire.zeromq.open_files", lambda: 54)  # ten links, when all else has its own
     async with open_network() as network, calling(network) as client, AsyncExitStack() as stack:
         servers = [await stack.enter_async_context(serving(network)) for _ in range(14)]
         for _ in range(2):

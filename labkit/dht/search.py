@@ -48,7 +48,8 @@ class _Candidate:
 class Search:
     """One look-up. `query` is what is asked: a key (then values are wanted, `quorum` > 0) or an id.
 
-    1. Up to `alpha` of the nearest known nodes are asked at a time, and name nodes that are nearer.
+    1. Up to `alpha` of the nearest known nodes are asked at a time, beside those that another search calls anyway, and
+    name nodes that are nearer.
     2. When `alpha` answers in a row name nobody nearer than the nearest seen, the rest of the k nearest are asked at
        once (the paper's last round). A search for values that has found one goes on `alpha` at a time.
     3. It is over when the k nearest have answered. Nodes that failed do not count, nor slow ones, if anyone answered.

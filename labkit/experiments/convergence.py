@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +37,7 @@ from labkit.wire.simnet import open_simnet
 
 SWARM = "convergence"
 SERVERS = 4  # of each layer
-PATIENCE = 6  # mean delays that a pass waits for the last experts; of answered calls, 0.25 % are later
-TIMEOUT = 12  # mean delays that a pass takes at most
+TIMEOUT = 12  # mean delays that a pass takes at most; half of it for the last experts: 0.25 % of answers are later
 LEAST_TIMEOUT = 10.0  # seconds
 EVALUATION_BATCH = 1000
 
@@ -87,6 +87,11 @@ class ConvergenceConfig:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule={self.schedule!r}: one of {', '.join(SCHEDULES)}")
         self.update_rule()
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> ConvergenceConfig:
+        """From its fields as JSON has them."""
+        return cls(**{**fields, "grid": tuple(fields["grid"])})
 
     def update_rule(self) -> UpdateRule:
         """That of the trunk."""

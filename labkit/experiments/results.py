@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def load(path: Path) -> tuple[ConvergenceConfig, History]:
     fields = json.loads((table.schema.metadata or {}).get(b"config", b"null"))
     if not isinstance(fields, dict):
         raise ValueError(f"{path} is not a run of the convergence experiment")
-    config = ConvergenceConfig(**{**fields, "grid": tuple(fields["grid"])})
+    config = ConvergenceConfig.of(fields)
     history, points = History(), dict[float, dict[str, float]]()
     for row in table.to_pylist():
         series, x, y = row["series"], row["x"], row["y"]
@@ -61,16 +60,3 @@ def load(path: Path) -> tuple[ConvergenceConfig, History]:
     for updates, point in points.items():
         history.points.append((int(updates), point["seconds"], point["accuracy"], point["loss"]))
     return config, history
-
-
-def by_name(folder: Path) -> dict[str, tuple[ConvergenceConfig, History]]:
-    """All runs in a folder, by the names of their files."""
-    return {path.stem: load(path) for path in sorted(folder.glob("*.parquet"))}
-
-
-def together(histories: list[History], series: str) -> Counter[int] | Counter[str]:
-    """One of the counts or tallies, added up."""
-    total: Counter[int] | Counter[str] = Counter()
-    for history in histories:
-        total.update(getattr(history, series))
-    return total

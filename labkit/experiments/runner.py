@@ -33,8 +33,8 @@ AWARE: dict[str, dict[str, Any]] = {
     "clipping": {"clip_grad_norm": 1.0},
     "age": {"age_power": 0.5},
     "compensation": {"compensation": 0.1},
-    "best": {"schedule": "linear", "warmup": 512, "clip_grad_norm": 1.0},
-}  # against staleness, one by one
+    "combined": {"schedule": "linear", "warmup": 512, "clip_grad_norm": 1.0},
+}  # against staleness: one by one, and some together
 
 
 def plan(size: str, seeds: Iterable[int] = SEEDS) -> dict[str, ConvergenceConfig]:
@@ -128,8 +128,7 @@ def run_one(fields: str, path: str, dataset: str, data_dir: str) -> None:
         os._exit(1)
 
     threading.Thread(target=heed_the_parent, daemon=True).start()
-    values = json.loads(fields)
-    config = ConvergenceConfig(**{**values, "grid": tuple(values["grid"])})
+    config = ConvergenceConfig.of(json.loads(fields))
     told = 0
 
     def progress(updates: int) -> None:

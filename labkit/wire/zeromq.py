@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 TERM_TIMEOUT = 1.0  # seconds
 FILES_PER_LINK = 4  # a signal for each of its two sockets, the connection, and a peer's to us
-SPARE_FILES = 300  # for everything else in this process
 
 
 class ZmqLink:
@@ -117,7 +116,7 @@ class ZmqEndpoint:
     ) -> None:
         self.contact = contact
         self.identity = identity
-        self.most_links = max(8, (open_files() - SPARE_FILES) // FILES_PER_LINK)
+        self.most_links = max(8, open_files() * 3 // 4 // FILES_PER_LINK)  # a quarter for everything else
         self._network = network
         self._socket = socket
         self._nursery = nursery
