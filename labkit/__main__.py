@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from labkit import quick_imports
+from labkit.bench.commands import add_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_demo(commands.add_parser("demo", help="train on digits while a server is killed and brought back"))
     add_serve(commands.add_parser("serve", help="serve experts, in a new swarm or in one that is running"))
     add_watch(commands.add_parser("watch", help="show the dashboard of a running swarm as a web page"))
-    add_bench(commands.add_parser("bench", help="measure how fast it is"))
+    add_options(commands.add_parser("bench", help="measure how fast it is"))
     keygen = commands.add_parser("keygen", help="make a key file, and print its public key")
     keygen.add_argument("file", help="where to write it; an existing file is never overwritten")
     options = parser.parse_args(arguments)
@@ -73,25 +74,6 @@ def add_watch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=0, metavar="N", help="of the page, on 127.0.0.1 (default: any)")
     parser.add_argument("--no-browser", action="store_true", help="print the page's address, and open nothing")
     parser.add_argument("--key", metavar="FILE", help="for a private swarm: a key file made by labkit keygen")
-
-
-def add_bench(parser: argparse.ArgumentParser) -> None:
-    """The options of `labkit bench`."""
-    benches = parser.add_subparsers(dest="bench", required=True, metavar="WHAT")
-    search = benches.add_parser("search", help="the search for experts in a large swarm, simulated, in virtual time")
-    search.add_argument("--nodes", type=int, default=100, help="(default: 100)")
-    search.add_argument("--grid", type=int, nargs="+", default=[32, 32], metavar="SIZE", help="(default: 32 32)")
-    search.add_argument("--k-best", type=int, default=4, help="experts that are looked for (default: 4)")
-    search.add_argument("--rtt-ms", type=float, default=92.0, help="mean round trip, in milliseconds (default: 92)")
-    search.add_argument(
-        "--dead", type=float, default=0.0, help="share of nodes that fail before the search (default: 0)"
-    )
-    search.add_argument(
-        "--churn", type=float, default=0.0, help="mean life of a node in minutes; 0 for ever (default: 0)"
-    )
-    search.add_argument("--searches", type=int, default=100, help="(default: 100)")
-    search.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    search.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
 
 
 def run_demo(options: argparse.Namespace) -> int:
@@ -153,12 +135,12 @@ def run_watch(options: argparse.Namespace) -> int:
 def run_bench(options: argparse.Namespace) -> int:
     """`labkit bench`."""
     with quick_imports():
-        from labkit.bench.search import SearchConfig, bench_search
+        from labkit.bench.commands import bench
+        from labkit.errors import LabkitError
 
-    fields = {name: getattr(options, name) for name in SearchConfig.__dataclass_fields__}
     try:
-        bench_search(SearchConfig(**{**fields, "grid": tuple(options.grid)}), as_json=options.json)
-    except ValueError as error:
+        bench(options)
+    except (LabkitError, ValueError) as error:
         return _complain(error)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -11,7 +11,7 @@ import binascii
 import hashlib
 import ipaddress
 import re
-from functools import cached_property
+from functools import lru_cache
 
 import msgspec
 
@@ -20,6 +20,15 @@ from labkit.errors import InviteError
 ID_BITS = 160
 SCHEME = "labkit://"
 _HOST = re.compile(r"[^\s/@]{1,255}")
+
+
+class _NodeId:
+    """160-bit Kademlia id: the hash of the public key. Computed when it is first read, like a `cached_property`, but
+    without the lock of that, since there are many contacts."""
+
+    def __get__(self, contact: Contact, owner: type[Contact]) -> int:
+        value: int = contact.__dict__.setdefault("node_id", node_id_of(contact.key))
+        return value
 
 
 class Contact(msgspec.Struct, frozen=True, array_like=True, dict=True):
@@ -38,10 +47,7 @@ class Contact(msgspec.Struct, frozen=True, array_like=True, dict=True):
         if not _HOST.fullmatch(self.host):
             raise ValueError(f"not a host: {self.host[:80]!r}")
 
-    @cached_property
-    def node_id(self) -> int:
-        """160-bit Kademlia id: the hash of the public key."""
-        return node_id_of(self.key)
+    node_id = _NodeId()
 
     @property
     def endpoint(self) -> str:
@@ -79,6 +85,7 @@ class Contact(msgspec.Struct, frozen=True, array_like=True, dict=True):
         return contact
 
 
+@lru_cache(maxsize=1 << 14)  # others name the same nodes again and again
 def node_id_of(key: bytes) -> int:
     """The 160-bit node id of a public key."""
     return int.from_bytes(hashlib.blake2b(key, digest_size=ID_BITS // 8).digest(), "big")

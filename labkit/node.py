@@ -77,7 +77,6 @@ async def open_node(
         dht = DHTNode(client, endpoint.contact, config.dht)
         directory = Directory(dht, config.directory, emit)
         async with trio.open_nursery() as nursery:
-            await nursery.start(client.run)
             await nursery.start(serve_rpc, endpoint, {**dht.methods, **(methods or {})}, config.limits)
             await nursery.start(dht.run)
             await nursery.start(directory.run)

@@ -54,11 +54,8 @@ async def calling(
     network: Network, identity: Identity | None = None, limits: RPCLimits | None = None, address: str = LOOPBACK
 ) -> AsyncIterator[Client]:
     """A client with a key of its own."""
-    async with network.listen(identity or Identity.generate(), address) as endpoint, trio.open_nursery() as nursery:
-        client = Client(endpoint, limits)
-        await nursery.start(client.run)
-        yield client
-        nursery.cancel_scope.cancel()
+    async with network.listen(identity or Identity.generate(), address) as endpoint:
+        yield Client(endpoint, limits)
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,45 @@ def test_what_is_left_is_found_when_nodes_die_and_when_they_come_and_go(trouble)
     assert result["recall"] == 1.0  # all nodes hold each record
 
 
+def bench(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    assert main(["bench", *options, "--json"]) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return result
+
+
+def test_calls_are_measured_beside_a_bare_echo_of_the_same_messages(capsys, tmp_path):
+    peer = tmp_path / "peer.json"
+    peer.write_text('a line that is none\n{"calls_per_s": 10.0, "samples_per_s": 20.0}\n')
+    result = bench(capsys, "rpc", "--batch", "2", "--hidden", "8", "--calls", "20", "--peer-json", str(peer))
+    assert result["samples_per_s"] == pytest.approx(2 * result["calls_per_s"], rel=0.01)
+    assert result["of_limit"] == pytest.approx(result["calls_per_s"] / result["limit_per_s"], abs=0.01)
+    assert 0 < result["p50_ms"] <= result["p95_ms"] <= result["p99_ms"]
+    assert result["calls_per_s_to_peer"] == pytest.approx(result["calls_per_s"] / 10, abs=0.01)
+    assert result["server_rss_mb"] >= 0 and result["client_rss_mb"] >= 0
+
+
+def test_a_layer_is_measured_beside_the_same_arithmetic_without_a_network(capsys):
+    result = bench(capsys, "moe", "--batch", "8", "--hidden", "8", "--side", "2", "--k-best", "2", "--passes", "2")
+    seconds = result["forward_s"] + result["backward_s"]
+    assert result["of_limit"] == pytest.approx(result["limit_s"] / seconds, abs=0.01)
+    assert result["samples_per_s"] == pytest.approx(8 / seconds, rel=0.05)
+
+
+def test_records_are_measured_among_nodes_in_processes_of_their_own(capsys):
+    result = bench(capsys, "dht", "--peers", "3", "--rounds", "4")
+    assert result["found"] == 1.0
+    assert result["store_s"] > 0 and result["get_s"] > 0 and result["store_limit_s"] > 0
+
+
+def test_trainers_are_measured_beside_a_pipeline_over_the_same_slow_servers(capsys):
+    options = ["--blocks", "2", "--servers", "1", "--hidden", "8", "--trainers", "8", "--seconds", "0.5"]
+    result = bench(capsys, "latency", *options, "--delays-ms", "0", "50")
+    trainers, pipeline = result["samples_per_s"], result["pipeline_samples_per_s"]
+    assert len(trainers) == len(pipeline) == 2
+    assert result["pipeline_slowest_to_fastest"] < 0.5, "of which each pass takes four delays"
+    assert trainers[1] > pipeline[1], "eight are under way, and not two"
+
+
 @pytest.mark.parametrize(
     ("option", "complaint"),
     [
@@ -50,6 +90,23 @@ def test_what_is_left_is_found_when_nodes_die_and_when_they_come_and_go(trouble)
         (["--nodes", "2", "--dead", "0.9"], "dead=0.9"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_by_the_name_of_the_option(option, complaint, capsys):
+def test_what_cannot_be_searched_is_refused_by_the_name_of_the_option(option, complaint, capsys):
     assert main(["bench", "search", *option]) == 1
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["rpc", "--expert", "lstm"], "expert='lstm': nop or ffn"),
+        (["rpc", "--clients", "0"], "clients=0"),
+        (["rpc", "--codec", "zip"], "codec='zip': one of none"),
+        (["moe", "--side", "2", "--k-best", "5"], "k_best=5: the grid has 4 experts"),
+        (["dht", "--peers", "1"], "peers=1"),
+        (["latency", "--block", "lstm"], "block='lstm': ffn or transformer"),
+        (["latency", "--delays-ms", "10", "-1"], "delays_ms=(10.0, -1.0)"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_by_the_name_of_the_option(options, complaint, capsys):
+    assert main(["bench", *options]) == 1
     assert complaint in capsys.readouterr().err

@@ -15,7 +15,7 @@ from labkit.data import load as load_data
 from labkit.errors import SwarmClosed
 from labkit.experiments.convergence import ConvergenceConfig, History, run
 from labkit.experiments.lockstep import Lockstep
-from labkit.experiments.results import load, save
+from labkit.experiments.results import load, load_all, save
 from labkit.experiments.runner import plan, run_all
 
 SMALL = ConvergenceConfig(
@@ -138,9 +138,12 @@ def test_a_history_is_on_disk_what_it_was(tmp_path):
         failures=Counter(timeout=3),
         dropped=1,
     )
-    save(tmp_path / "run.parquet", SMALL, history)
-    assert load(tmp_path / "run.parquet") == (SMALL, history)
-    assert [path.name for path in tmp_path.iterdir()] == ["run.parquet"]
+    other = replace(SMALL, seed=SMALL.seed + 1)
+    for config in (SMALL, other):
+        save(tmp_path / f"run-{config.seed}.parquet", config, history)
+    assert load(tmp_path / f"run-{other.seed}.parquet") == (other, history)
+    assert load_all(tmp_path) == {"run": {SMALL.seed: (SMALL, history), other.seed: (other, history)}}
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".parquet"] * 2
 
 
 def test_a_runner_does_what_is_not_done_yet(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,7 +21,8 @@ from labkit.errors import InviteError, JoinError, LabkitError
 from labkit.node import NodeConfig, open_node
 from labkit.portal import unwrap
 from labkit.swarm import Swarm
-from labkit.wire.frames import Kind
+from labkit.wire.endpoint import Peer
+from labkit.wire.frames import Frame, Kind
 from labkit.wire.security import Identity, key_text
 from labkit.wire.zeromq import open_network
 
@@ -256,13 +257,10 @@ async def test_a_node_that_speaks_another_version():
     identity = Identity.generate()
     async with open_network() as network, network.listen(identity) as endpoint, trio.open_nursery() as nursery:
 
-        async def from_the_future() -> None:
-            while True:
-                for peer, frames in await endpoint.receive():
-                    id = bytes(frames[0])[4:12]
-                    await endpoint.send(peer, [b"LK" + bytes([9, Kind.VERSION]) + id])
+        def from_the_future(peer: Peer, frames: Sequence[Frame]) -> None:
+            endpoint.send_nowait(peer, [b"LK" + bytes([9, Kind.VERSION]) + bytes(frames[0])[4:12]])
 
-        nursery.start_soon(from_the_future)
+        nursery.start_soon(endpoint.serve, from_the_future)
         text = await trio.to_thread.run_sync(why_not, endpoint.contact.invitation())
         nursery.cancel_scope.cancel()
     assert "speaks version 9" in text

@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "labkit"
 
 FLOORS: list[set[str]] = [
-    {"errors", "events", "contact", "expert_uid", "histogram"},  # words: no I/O, no async
+    {"errors", "events", "contact", "expert_uid", "histogram", "resources"},  # words: no I/O, no async
     {"wire", "faults"},
     {"dht", "directory", "joining", "node"},  # node: an endpoint, a DHT node and a directory in one
     {"portal", "pulse"},  # below the wings, since the MoE layer's autograd function enters the lab thread through it
@@ -57,7 +57,7 @@ LEAVES = {
 
 # Who may import it: a module (`wire/sockets.py`), or a whole package (`view/`).
 ONLY = {
-    "zmq": {"wire/sockets.py", "wire/security.py"},
+    "zmq": {"wire/sockets.py", "wire/security.py", "bench/echo.py"},
     "ipywidgets": {"view/"},
     "anywidget": {"view/"},
     "IPython": {"view/"},
@@ -76,7 +76,8 @@ ONLY = {
         "view/rows.py",
         "child.py",
         "page_server.py",
-    },  # child, page_server: read their orders
+        "bench/worker.py",
+    },  # child, page_server, worker: read their orders
     "_thread": set[str](),
     "multiprocessing": set[str](),  # a server process is spawned as `python -m labkit serve`
     "asyncio": set[str](),

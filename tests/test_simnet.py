@@ -51,6 +51,14 @@ async def test_a_new_connection_costs_its_round_trips_once(autojump_clock) -> No
         assert await seconds_of(client, contact) == pytest.approx(0.1)
 
 
+async def test_calls_that_wait_for_one_connection_are_sent_together(autojump_clock) -> None:
+    async with pair(latency=0.05, handshake=2.0) as (_, contact, client), trio.open_nursery() as nursery:
+        for _ in range(2):
+            nursery.start_soon(seconds_of, client, contact)
+        await trio.sleep(0.31)
+        assert len(nursery.child_tasks) == 0 and client.links == 1
+
+
 async def test_latency_is_drawn_for_each_message_from_the_seed(autojump_clock) -> None:
     async def durations(seed: int) -> list[float]:
         async with pair(seed=seed, latency=exponential(0.1)) as (_, contact, client):

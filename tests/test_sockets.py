@@ -12,7 +12,7 @@ import zmq
 from labkit.errors import ConnectionLost
 from labkit.wire import zeromq
 from labkit.wire.security import Identity
-from labkit.wire.sockets import Socket, make_context, make_dealer, make_router
+from labkit.wire.sockets import Arrived, Socket, make_context, make_dealer, make_router
 
 
 @pytest.fixture
@@ -84,6 +84,42 @@ async def test_sending_and_receiving_at_once_misses_no_edge(pair: tuple[Socket, 
         nursery.start_soon(talk, dealer, [])
         for socket in (router, dealer):
             assert await texts(socket, 1000) == [b"%d" % number for number in range(1000)]
+
+
+async def test_who_hears_a_socket_misses_no_edge_either(pair: tuple[Socket, Socket]) -> None:
+    """Half of what is heard is answered in the same moment, and meanwhile others send, too."""
+    router, dealer = pair
+    heard: dict[Socket, list[bytes]] = {router: [], dealer: []}
+    enough = trio.Event()
+
+    def hear_request(message: Arrived) -> None:
+        heard[router].append(message[-1].bytes)
+        if len(heard[router]) % 2:
+            router.send_nowait([message[0].bytes, b"answer"])
+
+    def hear_answer(message: Arrived) -> None:
+        heard[dealer].append(message[-1].bytes)
+        if len(heard[dealer]) == 500:
+            enough.set()
+
+    router.hear, dealer.hear = hear_request, hear_answer
+    with trio.fail_after(20):
+        for number in range(1000):
+            await dealer.send([b"%d" % number])
+        await enough.wait()
+    assert heard == {router: [b"%d" % number for number in range(1000)], dealer: [b"answer"] * 500}
+
+
+async def test_what_had_arrived_when_a_socket_fails_is_still_heard(pair: tuple[Socket, Socket]) -> None:
+    router, dealer = pair
+    heard: list[bytes] = []
+    await dealer.send([b"last words"])
+    with trio.fail_after(5):
+        while not router._events & zmq.POLLIN:
+            await trio.lowlevel.checkpoint()
+    router.hear = lambda message: heard.append(message[-1].bytes)
+    router.fail(ConnectionLost("over"))
+    assert heard == [b"last words"]
 
 
 async def test_what_had_arrived_when_the_socket_fails_is_still_received(pair: tuple[Socket, Socket]) -> None:

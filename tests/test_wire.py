@@ -218,11 +218,9 @@ async def test_a_server_that_goes_away_fails_the_waiting_call_at_once(wire: Wire
 
 
 async def test_a_call_that_begins_while_its_node_closes_is_a_lost_connection(wire: Wire) -> None:
-    async with wire() as network, serving(network) as server, network.listen(Identity.generate()) as endpoint:
-        client = Client(endpoint)
-        async with trio.open_nursery() as nursery:
-            await nursery.start(client.run)
-            nursery.cancel_scope.cancel()
+    async with wire() as network, serving(network) as server:
+        async with network.listen(Identity.generate()) as endpoint:
+            client = Client(endpoint)
         with pytest.raises(ConnectionLost, match="this node is closing"):
             await client.call(server.contact, "echo", timeout=5)
 

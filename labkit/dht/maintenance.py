@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import trio
 
 from labkit.contact import Contact
-from labkit.dht.protocol import WireItem, batches, to_wire
+from labkit.dht.protocol import ID_BYTES, WireItem, batches, to_wire
+from labkit.dht.routing import KBucket
 from labkit.dht.storage import Role, key_id
 
 if TYPE_CHECKING:
@@ -70,20 +71,31 @@ class Maintenance:
         return answered
 
     async def fill_buckets(self) -> None:
-        """Look up an id in each bucket that has room and is farther away than the nearest neighbour, all in one go."""
+        """Get to know a few nodes in each bucket that is farther away than the nearest neighbour. Such a bucket only
+        leads on to where others know more, so a few do; and to look up an id in each would be most of joining."""
         node = self._node
         routing = node.routing
         nearest = routing.nearest(node.contact.node_id, 1)
         if len(routing) < routing.k or not nearest:
             return  # one bucket: looking up ourselves has filled it
-        far = [
-            bucket
-            for bucket in routing.buckets
-            if not bucket.covers(nearest[0].node_id) and not bucket.covers(node.contact.node_id)
-        ]
-        await node.find_nodes([b.random_id(self._random) for b in far if len(b.contacts) < routing.k])
-        for bucket in far:
-            bucket.looked_up_at = trio.current_time()
+        now = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for bucket in routing.buckets:
+                if not bucket.covers(nearest[0].node_id) and not bucket.covers(node.contact.node_id):
+                    bucket.looked_up_at = now
+                    if len(bucket.contacts) < node.config.alpha:
+                        nursery.start_soon(self._fill, bucket)
+
+    async def _fill(self, bucket: KBucket) -> None:
+        """1. Ask a node in it, or near to it, whom it knows there. 2. Ping as many as we lack."""
+        node, target = self._node, bucket.random_id(self._random)
+        for contact in node.peers.nearest(target, 1):
+            answers = await node.call_find(contact, [target.to_bytes(ID_BYTES, "big")])  # 1
+            named = answers[0].contacts if answers else ()
+            new = [other for other in named if bucket.covers(other.node_id) and other.node_id not in bucket.contacts]
+            async with trio.open_nursery() as nursery:
+                for other in new[: max(0, node.config.alpha - len(bucket.contacts))]:
+                    nursery.start_soon(node.peers.ping, other)  # 2
 
     async def _refresh(self, now: float) -> None:
         """Look up an id in each bucket where nothing was looked up for a while."""

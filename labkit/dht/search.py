@@ -57,7 +57,7 @@ class Search:
        a copy that was cached on the way can be stale, so it never has the word alone.
     """
 
-    __slots__ = ("_candidates", "_order", "_stalled", "alpha", "k", "query", "quorum", "target")
+    __slots__ = ("_candidates", "_given", "_order", "_replica", "_stalled", "alpha", "k", "query", "quorum", "target")
 
     def __init__(
         self, query: str | bytes, target: int, start: Iterable[Contact], *, k: int, alpha: int, quorum: int = 0
@@ -70,14 +70,16 @@ class Search:
         self._candidates: dict[int, _Candidate] = {}  # by distance to the target, which names a node
         self._order: list[int] = []  # distances, growing
         self._stalled = 0  # answers in a row that named nobody nearer
+        self._given = 0  # answers with values, if those are wanted
+        self._replica = False  # whether one of them was a replica's
         self._learn(start)
 
-    def next(self) -> list[Contact]:
-        """Whom to ask now. They count as asked from here on."""
-        near, found = self._near(), self._found()
-        if self._is_done(near, found):
-            return []
-        free = self.k if self._stalled >= self.alpha and not found else self.alpha
+    def next(self) -> list[Contact] | None:
+        """Whom to ask now; None when the search is over. They count as asked from here on."""
+        near = self._near()
+        if self._is_done(near):
+            return None
+        free = self.k if self._stalled >= self.alpha and not self._given else self.alpha
         free -= sum(candidate.state is _State.WAITING and not candidate.beside for candidate in near)
         chosen = [candidate for candidate in near if candidate.state is _State.NEW][: max(free, 0)]
         for candidate in chosen:
@@ -101,6 +103,9 @@ class Search:
         candidate = self._candidates[contact.node_id ^ self.target]
         candidate.state = _State.ANSWERED
         candidate.answer = answer
+        if self.quorum and answer.items:
+            self._given += 1
+            self._replica = self._replica or any(item.role is not Role.CACHED for item in answer.items.values())
         nearest = self._order[0]
         self._learn(answer.contacts)
         self._stalled = self._stalled + 1 if self._order[0] == nearest else 0
@@ -115,13 +120,8 @@ class Search:
         if candidate.state is _State.WAITING:
             candidate.state = _State.SLOW
 
-    @property
-    def done(self) -> bool:
-        return self._is_done(self._near(), self._found())
-
-    def _is_done(self, near: Sequence[_Candidate], found: Sequence[Answer]) -> bool:
-        replica = any(item.role is not Role.CACHED for answer in found for item in answer.items.values())
-        if self.quorum and len(found) >= self.quorum and replica:
+    def _is_done(self, near: Sequence[_Candidate]) -> bool:
+        if self.quorum and self._given >= self.quorum and self._replica:
             return True
         if any(candidate.state is not _State.ANSWERED for candidate in near):
             return False
@@ -165,9 +165,6 @@ class Search:
         candidates = (self._candidates[distance] for distance in self._order)
         return [candidate for candidate in candidates if candidate.state is _State.ANSWERED]
 
-    def _found(self) -> list[Answer]:
-        return [answer for answer in self.answers() if answer.items] if self.quorum else []
-
 
 Ask = Callable[[Contact, list[str | bytes]], Awaitable[list[Answer] | None]]
 
@@ -209,8 +206,23 @@ async def look_up(
         changed.extend(call.searches)
         wake.set()
 
+    async def watch() -> None:
+        """Note which calls have become slow."""
+        while True:
+            first = min((call.started_at for call in calls if not call.slow), default=trio.current_time())
+            await trio.sleep_until(first + slow_after)  # those that begin meanwhile become slow later
+            now = trio.current_time()
+            for call in calls:
+                if not call.slow and call.started_at + slow_after <= now:
+                    call.slow = True
+                    for search in call.searches:
+                        search.slow(call.contact)
+                    changed.extend(call.searches)
+            wake.set()
+
     with trio.move_on_after(timeout):
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
             while True:
                 # 1. What do the searches want that have news?
                 wanted: dict[int, _Call] = {}
@@ -218,10 +230,11 @@ async def look_up(
                     if search not in active:
                         continue
                     chosen = search.next()
+                    if chosen is None:
+                        del active[search]
+                        continue
                     for contact in chosen:
                         wanted.setdefault(contact.node_id, _Call(contact, [])).searches.append(search)
-                    if not chosen and search.done:
-                        del active[search]
                 changed.clear()
                 if not active:
                     nursery.cancel_scope.cancel()
@@ -237,13 +250,5 @@ async def look_up(
                         nursery.start_soon(query, call)
                 # 3. Wait for news: an answer, or that a call has become slow.
                 wake = trio.Event()
-                first = min((call.started_at for call in calls if not call.slow), default=math.inf)
-                with trio.move_on_at(first + slow_after):
-                    await wake.wait()
-                for call in calls:
-                    if not call.slow and call.started_at + slow_after <= trio.current_time():
-                        call.slow = True
-                        for search in call.searches:
-                            search.slow(call.contact)
-                        changed.extend(call.searches)
+                await wake.wait()
     return [call.contact for call in calls if call.slow or call.started_at < last]

@@ -6,23 +6,27 @@ is timed but the search: which calls it makes, one after the other, is what it c
 
 from __future__ import annotations
 
+import json
 import math
 import random
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
+from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 import trio
 from torch import Tensor
 
 from labkit.client.beam_search import Routing, beam_search
-from labkit.directory import Directory, DirectoryConfig
+from labkit.directory import Children, Directory, DirectoryConfig
 from labkit.errors import JoinError, LabkitError
 from labkit.expert_uid import check_grid, grid_uids, split_uid
 from labkit.node import Node, NodeConfig, open_node
+from labkit.resources import peak_rss_mb
 from labkit.wire.latency import gamma
 from labkit.wire.rpc import RPCLimits
 from labkit.wire.security import Identity
@@ -72,11 +76,30 @@ class SearchConfig:
 
 @dataclass
 class _Times:
-    """Of some searches: virtual milliseconds, calls made, and the share of the best experts that was found."""
+    """Of some searches: virtual milliseconds, and of those how many each level took; calls made, and the share of the
+    best experts that was found."""
 
     ms: list[float] = field(default_factory=list)
+    levels: list[list[float]] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)
     recall: list[float] = field(default_factory=list)
+
+
+class _Watched:
+    """A directory, and how long each look-up in it took, in virtual milliseconds."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+        self.took: list[float] = []
+
+    def cached(self, prefixes: Iterable[str]) -> dict[str, Children]:
+        return self._directory.cached(prefixes)
+
+    async def children(self, prefixes: Iterable[str]) -> dict[str, Children]:
+        began = trio.current_time()
+        found = await self._directory.children(prefixes)
+        self.took.append((trio.current_time() - began) * 1000)
+        return found
 
 
 def measure(config: SearchConfig) -> dict[str, object]:
@@ -89,12 +112,30 @@ def measure(config: SearchConfig) -> dict[str, object]:
         **asdict(config),
         "virtual_ms_cold": _summary(cold.ms),
         "virtual_ms_warm": _summary(warm.ms),
+        "virtual_ms_by_level": [round(fmean(level), 2) for level in zip_longest(*cold.levels, fillvalue=0.0)],
         "rpcs_per_search": round(fmean(cold.calls), 2),
         "recall": round(fmean(cold.recall + warm.recall), 4),  # of the best experts that were declared
         "build_s": round(built - started, 1),
         "wall_s": round(time.perf_counter() - started, 1),
-        "peak_rss_mb": _peak_rss_mb(),
+        "peak_rss_mb": peak_rss_mb(),
     }
+
+
+def measure_all(configs: Sequence[SearchConfig], path: Path) -> list[dict[str, Any]]:
+    """What `measure` returns for each. A line of the file `path` for each is what is there already and is not measured
+    again; it grows by the others."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    known = [json.loads(line) for line in lines]
+    results = []
+    for config in configs:
+        fields = json.loads(json.dumps(asdict(config)))
+        found = next((result for result in known if fields.items() <= result.items()), None)
+        if found is None:
+            found = measure(config)
+            with path.open("a") as file:
+                print(json.dumps(found), file=file)
+        results.append(found)
+    return results
 
 
 async def _measure(config: SearchConfig) -> tuple[float, _Times, _Times]:
@@ -126,19 +167,21 @@ async def _search(crowd: _Crowd, seeker: int, scores: Sequence[Tensor], times: t
     is followed by another, that begins anew."""
     while True:
         node = await crowd.node_at(seeker)
-        directory, found = Directory(node.dht), list[tuple[float, int, float]]()
+        directory, found = _Watched(Directory(node.dht)), list[tuple[float, list[float], int, float]]()
         for _ in times:
-            calls, began = node.dht.peers.calls, trio.current_time()
+            calls, began, directory.took = node.dht.peers.calls, trio.current_time(), []
             try:
                 routing = await beam_search(directory, NAME, scores, crowd.config.k_best)
             except LabkitError:
                 break
             recall = _recall(routing, scores, crowd.experts, crowd.config.k_best)
-            found.append(((trio.current_time() - began) * 1000, node.dht.peers.calls - calls, recall))
+            took = (trio.current_time() - began) * 1000
+            found.append((took, directory.took, node.dht.peers.calls - calls, recall))
         if len(found) == len(times) and crowd.nodes.get(seeker) is node:
             break
-    for kind, (ms, calls, recall) in zip(times, found, strict=True):
+    for kind, (ms, levels, calls, recall) in zip(times, found, strict=True):
         kind.ms.append(ms)
+        kind.levels.append(levels)
         kind.calls.append(calls)
         kind.recall.append(recall)
 
@@ -237,16 +280,6 @@ def _recall(routing: Routing, scores: Sequence[Tensor], experts: Sequence[str], 
 
     best = sorted(experts, key=score, reverse=True)[:k_best]
     return len({info.uid for info in routing.experts} & set(best)) / k_best
-
-
-def _peak_rss_mb() -> int:
-    """Of this process, since its start; 0 where the system does not say (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    scale = 1 << 20 if sys.platform == "darwin" else 1 << 10  # it is in bytes there
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // scale
 
 
 def _summary(values: Sequence[float]) -> dict[str, float]:

@@ -60,3 +60,12 @@ def load(path: Path) -> tuple[ConvergenceConfig, History]:
     for updates, point in points.items():
         history.points.append((int(updates), point["seconds"], point["accuracy"], point["loss"]))
     return config, history
+
+
+def load_all(folder: Path) -> dict[str, dict[int, tuple[ConvergenceConfig, History]]]:
+    """The runs in a folder: those that differ only by their seed under one name, by their seeds."""
+    runs: dict[str, dict[int, tuple[ConvergenceConfig, History]]] = {}
+    for path in sorted(folder.glob("*.parquet")):
+        config, history = load(path)
+        runs.setdefault(path.stem.removesuffix(f"-{config.seed}"), {})[config.seed] = config, history
+    return runs

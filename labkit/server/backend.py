@@ -50,6 +50,7 @@ class ExpertBackend:
         self._pending: dict[str, Tensor] = {}  # gradients of the passes since the last step, when accumulating
         self._pending_passes = 0
         self._seen: dict[Schema, None] = {}  # inputs that have worked, newest last
+        self._has_buffers = any(True for _ in module.buffers())
         self.optimizer = make_optimizer(list(self._parameters.values()), self.config)
 
     @property
@@ -184,12 +185,13 @@ class ExpertBackend:
             if len(self._seen) >= MAX_SCHEMAS:
                 del self._seen[next(iter(self._seen))]
             self._seen[schema] = None
+            self._has_buffers = any(True for _ in self.module.buffers())  # the pass may have made some
         return output
 
     @contextmanager
     def _buffers_restored(self, *, always: bool) -> Iterator[None]:
         """Put the module's buffers (running statistics) back after the block: always, or only when it fails."""
-        before = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+        before = [(buffer, buffer.clone()) for buffer in self.module.buffers()] if self._has_buffers else ()
         failed = True
         try:
             yield

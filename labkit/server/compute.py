@@ -38,7 +38,10 @@ class InlineCompute:
         self._duration = duration
 
     async def run(self, work: Callable[[], T], *, uid: str, direction: str, rows: int) -> tuple[T, float]:
-        seconds = self._duration(uid, direction, rows) if self._duration else 0.0
+        if self._duration is None:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            return work(), 0.0
+        seconds = self._duration(uid, direction, rows)
         await trio.sleep(seconds)
         return work(), seconds
 

@@ -28,7 +28,7 @@ from labkit.errors import (
 )
 from labkit.wire import frames as wire
 from labkit.wire.budget import ByteBudget
-from labkit.wire.endpoint import Endpoint, Link
+from labkit.wire.endpoint import Endpoint
 from labkit.wire.rpc import BULK, CONTROL, Reply, RPCLimits
 
 
@@ -47,29 +47,21 @@ class _Pending:
 
 
 class _Connection:
-    """A link and the calls that wait on it. One task reads the answers."""
+    """A link and the calls that wait on it."""
 
-    def __init__(self, link: Link, where: str, limits: wire.FrameLimits) -> None:
-        self.link = link
-        self.where = where
+    __slots__ = ("_limits", "link", "pending", "where")
+
+    def __init__(self, endpoint: Endpoint, contact: Contact, limits: wire.FrameLimits) -> None:
+        self.where = contact.endpoint
         self.pending: dict[int, _Pending] = {}
         self._limits = limits
+        self.link = endpoint.connect(contact, self._settle, self._end)
 
-    async def read_answers(self) -> None:
-        """Until the link is over; then every waiting call fails with the reason."""
-        failure: LabkitError = ConnectionLost(f"the connection to {self.where} was closed")
-        try:
-            while True:
-                for frames in await self.link.receive():
-                    self._settle(frames)
-        except LabkitError as error:
-            failure = error
-        finally:
-            if not isinstance(failure, RPCError):
-                failure = ConnectionLost(str(failure))
-            self.link.close()
-            for pending in self.pending.values():
-                pending.settle(failure)
+    def _end(self, error: LabkitError) -> None:
+        """The link is over: every waiting call fails with the reason."""
+        failure = error if isinstance(error, RPCError) else ConnectionLost(str(error))
+        for pending in self.pending.values():
+            pending.settle(failure)
 
     def _settle(self, frames: Sequence[wire.Frame]) -> None:
         try:
@@ -94,7 +86,7 @@ class _Connection:
 
 
 class Client:
-    """Calls to any node from one endpoint. `run` must be running while it is used."""
+    """Calls to any node from one endpoint."""
 
     def __init__(self, endpoint: Endpoint, limits: RPCLimits | None = None) -> None:
         self.endpoint = endpoint
@@ -102,18 +94,11 @@ class Client:
         self._budget = ByteBudget(self.limits.bytes_per_peer, self.limits.bytes_total)
         self._connections: dict[tuple[Contact, str], _Connection] = {}  # the longest unused first
         self._ids = itertools.count(1)
-        self._nursery: trio.Nursery | None = None
 
     @property
     def links(self) -> int:
         """How many links are open."""
         return len(self._connections)
-
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Holds the tasks that read answers, until cancelled."""
-        async with trio.open_nursery() as self._nursery:
-            task_status.started()
-            await trio.sleep_forever()
 
     async def call(
         self,
@@ -147,7 +132,8 @@ class Client:
             with trio.move_on_at(deadline):
                 await self._budget.wait_and_take((contact, lane), size)  # 2
                 taken = True
-                await connection.link.send(frames)  # 3
+                if not connection.link.send_nowait(frames):  # 3
+                    await connection.link.send(frames)
                 sent = True
                 await pending.arrived.wait()  # 4
         except LabkitError as error:
@@ -181,17 +167,10 @@ class Client:
         return Reply(body, wire.decode_tensors(header.tensors, outcome.payload), sent + received)
 
     def _connection(self, contact: Contact, lane: str) -> _Connection:
-        if self._nursery is None:
-            raise RuntimeError("the client is not running")
         key = (contact, lane)
         connection = self._connections.pop(key, None)
         if connection is None or connection.link.error is not None:
-            connection = _Connection(self.endpoint.connect(contact), contact.endpoint, self.limits.frames)
-            try:
-                self._nursery.start_soon(connection.read_answers)
-            except RuntimeError:  # `run` has ended
-                connection.link.close()
-                raise ConnectionLost(f"{contact.endpoint} was not called, as this node is closing") from None
+            connection = _Connection(self.endpoint, contact, self.limits.frames)
         self._connections[key] = connection  # now the last to be closed
         if len(self._connections) > min(self.limits.links, self.endpoint.most_links):
             idle = next((k for k, c in self._connections.items() if not c.pending and c is not connection), None)

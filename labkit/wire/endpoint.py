@@ -6,7 +6,7 @@ one in memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,19 +25,21 @@ class Peer:
     key: bytes | None = None
 
 
+Heard = Callable[[Sequence[Frame]], object]
+Ended = Callable[[LabkitError], object]
+Hear = Callable[[Peer, Sequence[Frame]], object]
+
+
 class Link(Protocol):
     """A connection to one node. It is made in the background and never made again: when it breaks it is over."""
 
     error: LabkitError | None  # why the link is over, None while it is not
 
+    def send_nowait(self, frames: Sequence[Frame]) -> bool:
+        """Send if that is possible at once. Raises `ConnectionLost` (or a kind of it)."""
+
     async def send(self, frames: Sequence[Frame]) -> None:
-        """Wait until the connection is there and has room. Raises `ConnectionLost` (or a kind of it)."""
-
-    def send_nowait(self, frames: Sequence[Frame]) -> None:
-        """Send if that is possible at once; else do nothing."""
-
-    async def receive(self) -> Sequence[Sequence[Frame]]:
-        """All messages that have arrived, at least one. Raises like `send`, after the last message."""
+        """Wait until the connection is there and has room. Raises like `send_nowait`."""
 
     def close(self) -> None:
         """End the connection."""
@@ -49,11 +51,12 @@ class Endpoint(Protocol):
     contact: Contact
     most_links: int  # that the system lets it have
 
-    def connect(self, contact: Contact) -> Link:
-        """A new link to a node; returns at once."""
+    def connect(self, contact: Contact, heard: Heard, ended: Ended) -> Link:
+        """A new link to a node; returns at once. `heard` is called with each message that arrives and, after the last
+        one, `ended` with the reason why the link is over. Raises `ConnectionLost` if this node is closing."""
 
-    async def receive(self) -> Sequence[tuple[Peer, Sequence[Frame]]]:
-        """All requests that have arrived, at least one."""
+    async def serve(self, hear: Hear) -> None:
+        """Call `hear` with each request that arrives, and who sent it, until cancelled."""
 
     async def send(self, peer: Peer, frames: Sequence[Frame]) -> None:
         """Answer a peer, waiting for room. Raises `ConnectionLost` if it is gone."""

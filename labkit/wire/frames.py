@@ -12,6 +12,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -97,6 +98,7 @@ _DTYPES = {
         torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
     )
 }  # fmt: skip
+_NUMPY_KNOWS = frozenset(_DTYPES.values()) - {torch.bfloat16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _encoder = msgspec.msgpack.Encoder()
 _decoders: dict[Kind, Any] = {
@@ -159,10 +161,16 @@ def _encode_tensors(tensors: Sequence[Tensor], codec: str) -> tuple[list[TensorS
         if tensor.ndim > MAX_NDIM:
             raise ValueError(f"a tensor of {tensor.ndim} dimensions cannot be sent; at most {MAX_NDIM}")
         name = codec if tensor.is_floating_point() else "none"
-        raw = CODECS[name].encode(tensor.detach().cpu())
-        buffers.append(memoryview(raw.contiguous().reshape(-1).view(torch.uint8).numpy().data))
+        buffers.append(_buffer(tensor.detach(), name))
         specs.append(TensorSpec(dtype, tuple(tensor.shape), name))
     return specs, buffers
+
+
+def _buffer(tensor: Tensor, codec: str) -> memoryview:
+    if codec == "none" and tensor.is_cpu and tensor.is_contiguous() and tensor.dtype in _NUMPY_KNOWS and tensor.numel():
+        return memoryview(tensor.numpy().data).cast("B")
+    raw = CODECS[codec].encode(tensor.cpu())
+    return memoryview(raw.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 # ---------------------------------------------------------------- decoding
@@ -215,9 +223,14 @@ def peek_id(frames: Sequence[Frame]) -> int | None:
 def decode_body(body: msgspec.Raw, type: Any) -> Any:
     """A body as `type`. Raises `MalformedMessage`."""
     try:
-        return msgspec.msgpack.decode(body, type=type)
+        return _body_decoder(type).decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise MalformedMessage(f"bad body: {error}") from None
+
+
+@lru_cache(maxsize=256)
+def _body_decoder(type: Any) -> msgspec.msgpack.Decoder[Any]:
+    return msgspec.msgpack.Decoder(type)
 
 
 def decode_tensors(specs: Sequence[TensorSpec], payload: Sequence[Frame]) -> list[Tensor]:
@@ -228,10 +241,12 @@ def decode_tensors(specs: Sequence[TensorSpec], payload: Sequence[Frame]) -> lis
         if len(frame) == 0:
             tensors.append(torch.empty(spec.shape, dtype=dtype))
             continue
-        raw = torch.frombuffer(bytearray(frame) if memoryview(frame).readonly else frame, dtype=torch.uint8)
+        plain = spec.codec == "none" and dtype != torch.bool  # any bytes are one, but for a bool
+        writable = bytearray(frame) if memoryview(frame).readonly else frame
+        raw = torch.frombuffer(writable, dtype=dtype if plain else torch.uint8)
         if raw.data_ptr() % 8:  # ZeroMQ keeps small messages inside a struct, anywhere
             raw = raw.clone()
-        tensors.append(CODECS[spec.codec].decode(raw, dtype, spec.shape))
+        tensors.append(raw.view(spec.shape) if plain else CODECS[spec.codec].decode(raw, dtype, spec.shape))
     return tensors
 
 

@@ -116,9 +116,7 @@ async def serve_rpc(
     server = _Server(endpoint, methods, limits or RPCLimits())
     async with trio.open_nursery() as nursery:
         task_status.started()
-        while True:
-            for peer, frames in await endpoint.receive():
-                server.accept(peer, frames, nursery)
+        await endpoint.serve(lambda peer, frames: server.accept(peer, frames, nursery))
 
 
 class _Server:
@@ -203,7 +201,8 @@ class _Server:
             with scope:
                 if answer is None:
                     answer = await self._outcome(peer, id, header, payload, scope.deadline)
-                await self._endpoint.send(peer, answer)
+                if not self._endpoint.send_nowait(peer, answer):
+                    await self._endpoint.send(peer, answer)
         except ConnectionLost:
             pass  # the caller is gone; its side knows
         finally:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 import trio
 
 from labkit.contact import Contact
 from labkit.errors import ConnectionLost, LabkitError, NotAdmitted, SecurityMismatch, WrongServerKey
-from labkit.wire.endpoint import Peer
+from labkit.wire.endpoint import Ended, Hear, Heard, Peer
 from labkit.wire.frames import Frame
 from labkit.wire.security import Admission, Identity
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 RETRY = 1.0  # seconds until a connection is tried again that nobody heard of, twice as many each time, as TCP does
 
-T = TypeVar("T")
 Place = tuple[str, int]  # host and port
 
 
@@ -29,62 +28,45 @@ def place_of(contact: Contact) -> Place:
     return contact.host, contact.port
 
 
-class _Inbox(Generic[T]):
-    """What has arrived and was not taken yet, until `fail`."""
-
-    def __init__(self) -> None:
-        self._items: list[T] = []
-        self._readers = trio.lowlevel.ParkingLot()
-        self._error: LabkitError | None = None
-
-    def put(self, item: T) -> None:
-        if self._error is None:
-            self._items.append(item)
-            self._readers.unpark_all()
-
-    def fail(self, error: LabkitError) -> None:
-        self._error = self._error or error
-        self._readers.unpark_all()
-
-    async def take(self) -> list[T]:
-        """All of it, at least one; after the last, raises what it failed with."""
-        if self._items:
-            await trio.lowlevel.checkpoint_if_cancelled()
-        while not self._items:
-            if self._error is not None:
-                await trio.lowlevel.checkpoint()
-                raise type(self._error)(*self._error.args)
-            await self._readers.park()
-        items, self._items = self._items, []
-        return items
-
-
 class Way:
     """One direction of a connection. Messages arrive in the order in which they left, as over TCP."""
 
-    __slots__ = ("arrival", "free_at", "source", "target", "unsent")
+    __slots__ = ("arrival", "free_at", "source", "target", "under_way", "unsent")
 
     def __init__(self, source: Place, target: Place) -> None:
         self.source, self.target = source, target
         self.free_at = -math.inf  # when the last message will have left, at the bandwidth there is
         self.arrival = -math.inf  # of the last one
-        self.unsent: deque[tuple[float, int]] = deque()  # what has not left: until when, and its bytes
+        self.under_way = 0  # messages
+        self.unsent: deque[tuple[float, int]] | None = None  # what has not left: until when, and its bytes
 
 
 class SimLink:
     """A `Link` in memory. The far end knows it as a `Peer`."""
 
-    def __init__(self, network: SimNetwork, home: SimEndpoint, contact: Contact, route: bytes) -> None:
+    __slots__ = (
+        "_ended", "_far", "_heard", "_home", "_network", "_open", "_opened", "back", "contact", "error", "out", "peer"
+    )  # fmt: skip
+
+    def __init__(
+        self, network: SimNetwork, home: SimEndpoint, contact: Contact, route: bytes, heard: Heard, ended: Ended
+    ) -> None:
         self.contact = contact
         self.error: LabkitError | None = None
         self._network = network
         self._home = home
+        self._heard = heard
+        self._ended = ended
         self._far: SimEndpoint | None = None
-        self._opened = trio.Event()
-        self._inbox: _Inbox[Sequence[Frame]] = _Inbox()
+        self._opened: trio.Event | None = None  # while somebody waits for it
+        self._open = False
         here, there = place_of(home.contact), place_of(contact)
         self.out, self.back = Way(here, there), Way(there, here)
         self.peer = Peer(route, home.identity.public_key if contact.secure else None)
+
+    def knock(self) -> None:
+        """Begin to connect."""
+        network = self._network
         there_and_back = network.handshake * (network.delay(self.out) + network.delay(self.back))
         network.after(there_and_back / 2, self._knock, there_and_back / 2)
 
@@ -111,27 +93,37 @@ class SimLink:
             return
         self._far = far
         far.peers[self.peer.route] = self
-        self._network.after(way_back, self._opened.set)
+        self._network.after(way_back, self._let_in)
 
-    async def send(self, frames: Sequence[Frame]) -> None:
-        await self._opened.wait()
+    def _let_in(self) -> None:
+        self._open = True
+        if self._opened is not None:
+            self._opened.set()
+
+    def send_nowait(self, frames: Sequence[Frame]) -> bool:
         if self.error is not None:
             raise self.error
-        self.send_nowait(frames)
+        if not self._open or self._far is None:
+            return False
+        self._network.transmit(self.out, frames, self._far.hear, self)
+        return True
 
-    def send_nowait(self, frames: Sequence[Frame]) -> None:
-        if self._opened.is_set() and self.error is None and self._far is not None:
-            self._network.transmit(self.out, frames, self._far.hear, self)
+    async def send(self, frames: Sequence[Frame]) -> None:
+        if self._open:
+            await trio.lowlevel.checkpoint()
+        else:
+            if self._opened is None:
+                self._opened = trio.Event()
+            await self._opened.wait()
+        self.send_nowait(frames)
 
     def answer(self, frames: Sequence[Frame]) -> None:
         """Send in the other direction."""
         self._network.transmit(self.back, frames, self._hear, self)
 
     def _hear(self, link: SimLink, frames: Sequence[Frame]) -> None:
-        self._inbox.put(frames)
-
-    async def receive(self) -> Sequence[Sequence[Frame]]:
-        return await self._inbox.take()
+        if self.error is None:
+            self._heard(frames)
 
     def close(self) -> None:
         if self.error is None:
@@ -143,9 +135,9 @@ class SimLink:
         """It is over, for whatever reason."""
         if self.error is None:
             self.error = error
-            self._opened.set()
-            self._inbox.fail(error)
+            self._let_in()  # to hear of the error
             self._home.links.pop(self.peer.route, None)
+            self._ended(error)
 
     def break_off(self) -> None:
         """The far end is gone, or takes it for gone: we hear of it after all that it sent."""
@@ -167,24 +159,40 @@ class SimEndpoint:
         self.links: dict[bytes, SimLink] = {}  # from here
         self.peers: dict[bytes, SimLink] = {}  # to here
         self._network = network
-        self._inbox: _Inbox[tuple[Peer, Sequence[Frame]]] = _Inbox()
+        self._hear: Hear | None = None
+        self._early: list[tuple[Peer, Sequence[Frame]]] = []  # what nobody heard yet
+        self._ended = False
 
-    def connect(self, contact: Contact) -> SimLink:
-        link = SimLink(self._network, self, contact, next(self._network.routes).to_bytes(8, "big"))
-        self.links[link.peer.route] = link
+    def connect(self, contact: Contact, heard: Heard, ended: Ended) -> SimLink:
+        if self._ended:
+            raise ConnectionLost(f"{contact.endpoint} was not called, as this node is closing")
+        route = next(self._network.routes).to_bytes(8, "big")
+        link = self.links[route] = SimLink(self._network, self, contact, route, heard, ended)
+        link.knock()
         return link
+
+    async def serve(self, hear: Hear) -> None:
+        self._hear = hear
+        try:
+            for peer, frames in self._early:
+                hear(peer, frames)
+            self._early.clear()
+            await trio.sleep_forever()
+        finally:
+            self._hear = None
 
     def hear(self, link: SimLink, frames: Sequence[Frame]) -> None:
         """A message has arrived here."""
-        if link.peer.route in self.peers:
-            self._inbox.put((link.peer, frames))
+        if link.peer.route not in self.peers:
+            return
+        if self._hear is None:
+            self._early.append((link.peer, frames))
+        else:
+            self._hear(link.peer, frames)
 
     def forget(self, link: SimLink) -> None:
         """A peer is gone."""
         self.peers.pop(link.peer.route, None)
-
-    async def receive(self) -> Sequence[tuple[Peer, Sequence[Frame]]]:
-        return await self._inbox.take()
 
     async def send(self, peer: Peer, frames: Sequence[Frame]) -> None:
         await trio.lowlevel.checkpoint()
@@ -206,10 +214,11 @@ class SimEndpoint:
         unsent = link.back.unsent
         while unsent and unsent[0][0] <= now:
             unsent.popleft()
-        return sum(size for _, size in unsent)
+        return sum(size for _, size in unsent or ())
 
     def end(self) -> None:
         """The node has ended; its process's connections break."""
+        self._ended = True
         for link in list(self.peers.values()):
             link.break_off()
         for link in list(self.links.values()):

@@ -11,6 +11,7 @@ import heapq
 import itertools
 import math
 import random
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from ipaddress import IPv4Address
@@ -150,11 +151,13 @@ class SimNetwork:
 
     def reaches(self, way: Way) -> bool:
         """Whether what one of its ends sends now is heard at the other."""
-        return self._group.get(way.source) == self._group.get(way.target)
+        return not self._group or self._group.get(way.source) == self._group.get(way.target)
 
     def delay(self, way: Way) -> float:
         """Seconds that a message of no size takes: drawn anew each time."""
         seconds = self.latency(self._random, way.source[0], way.target[0])
+        if not self._behind:
+            return seconds
         return seconds + self._behind.get(way.source, 0.0) + self._behind.get(way.target, 0.0)
 
     def soon(self, way: Way) -> float:
@@ -170,14 +173,23 @@ class SimNetwork:
         way.free_at = max(now, way.free_at) + size / self.bandwidth
         way.arrival = max(way.arrival, way.free_at + self.delay(way))
         if way.free_at > now:
+            way.unsent = way.unsent or deque()
             way.unsent.append((way.free_at, size))
-        lost = self._random.random() < self.loss  # drawn also if it is cut off, so that one does not shift the other
-        if not lost and self.reaches(way):
-            self.at(way.arrival, self._deliver, way, [bytes(frame) for frame in frames], hear, link)
+        # Drawn also if it is cut off, so that one does not shift the other.
+        lost = self.loss and self._random.random() < self.loss
+        if lost or not self.reaches(way):
+            return
+        way.under_way += 1
+        arguments = way, [bytes(frame) for frame in frames], hear, link
+        if way.arrival <= now and way.under_way == 1:
+            self._deliver(*arguments)
+        else:
+            self.at(way.arrival, self._deliver, *arguments)
 
     def _deliver(
         self, way: Way, frames: Sequence[bytes], hear: Callable[[SimLink, Sequence[Frame]], None], link: SimLink
     ) -> None:
+        way.under_way -= 1
         if not self.reaches(way):
             return
         if any(len(frame) > self.limits.message_bytes for frame in frames):
@@ -188,8 +200,11 @@ class SimNetwork:
     # ------------------------------------------------------------ time
 
     def after(self, seconds: float, action: Callable[..., object], *args: Any) -> None:
-        """Do something so many seconds from now."""
-        self.at(trio.current_time() + seconds, action, *args)
+        """Do something so many seconds from now; if none, at once."""
+        if seconds > 0:
+            self.at(trio.current_time() + seconds, action, *args)
+        else:
+            action(*args)
 
     def at(self, time: float, action: Callable[..., object], *args: Any) -> None:
         """Do something then. What is to be done at the same time is done in the order in which it was asked for."""

@@ -1,17 +1,17 @@
 """One ZeroMQ socket, awaitable under trio: the only module that imports zmq to move bytes.
 
 ZeroMQ tells that something happened by an edge-triggered file descriptor. One pump task a socket owns it: it reads
-`EVENTS`, wakes who waits, and only then waits for the descriptor. Any send or receive may swallow an edge that another
-task waits for, so `EVENTS` is read again after each; and who finds nothing looks at what was read then before it waits,
-since that reading may have swallowed its own edge. A receive takes a message off the socket only in the moment in
-which it returns it, so cancelling it loses nothing.
+`EVENTS`, hands over what has arrived or wakes who waits for it, and only then waits for the descriptor. Any send or
+receive may swallow an edge that another task waits for, so `EVENTS` is read again after each; and who finds nothing
+looks at what was read then before it waits, since that reading may have swallowed its own edge. A receive takes a
+message off the socket only in the moment in which it returns it, so cancelling it loses nothing.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import trio
@@ -26,6 +26,8 @@ from labkit.wire.security import Identity
 HEARTBEAT = 2.0  # seconds between ZMTP pings; a peer that is silent for three of them is gone
 HANDSHAKE_TIMEOUT = 5.0  # seconds
 QUEUE_LENGTH = 1000  # messages a connection and direction
+BURST = 64  # messages; then other tasks get a turn
+COPIED = 1 << 16  # bytes; ZeroMQ is given a copy of smaller frames, which then are nobody's any more
 FLUSH_TIME = 0.2  # seconds that closing a listener waits for its last replies to leave
 ZAP_ADDRESS = "inproc://zeromq.zap.01"
 MONITORED = (
@@ -50,11 +52,16 @@ class Unsent:
         return self._tracker is None or self._tracker.done
 
 
+SENT = Unsent(None, 0)
 Context = zmq.Context[Any]
+Arrived = list[zmq.Frame]  # a message
 
 
 class Socket:
-    """A ZeroMQ socket whose sends and receives are awaited. `run` must be running while it is used."""
+    """A ZeroMQ socket whose sends and receives are awaited. `run` must be running while it is used.
+
+    `hear`: if there is one, it gets each message in the moment in which that arrives, and `receive` gets none.
+    """
 
     def __init__(self, raw: zmq.Socket[bytes]) -> None:
         self._raw = raw
@@ -63,29 +70,49 @@ class Socket:
         self._events = 0  # as last read
         # A ROUTER always says that it can be written to, since that depends on the peer.
         self._tells_writable = raw.getsockopt(zmq.TYPE) != zmq.ROUTER
-        self._rest: list[list[zmq.Frame]] = []  # what had arrived when the socket failed
+        self._rest: list[Arrived] = []  # what had arrived when the socket failed
+        self._descriptor = int(raw.getsockopt(zmq.FD))
+        self._pump_waits = False
+        self.hear: Callable[[Arrived], object] | None = None
         self.error: LabkitError | None = None
 
     async def run(self) -> None:
         """The pump: until cancelled or until the socket fails."""
-        descriptor = int(self._raw.getsockopt(zmq.FD))
         while self.error is None:
-            self._wake()
-            await trio.lowlevel.wait_readable(descriptor)
+            self._look()
+            if self.hear is not None and self._events & zmq.POLLIN:
+                self._hand_over(BURST)
+                if self._events & zmq.POLLIN:
+                    await trio.lowlevel.checkpoint()
+                continue
+            self._pump_waits = True
+            try:
+                await trio.lowlevel.wait_readable(self._descriptor)
+            except trio.ClosedResourceError:
+                pass  # it is not closed: `_look` has something for us
+            finally:
+                self._pump_waits = False
+
+    async def run_until_over(self) -> None:
+        """Wait until the socket fails, while `run` hands over what arrives. Raises what it fails with."""
+        self._look()  # something may have arrived before anybody heard it
+        while self.error is None:
+            await self._readers.park()
+        raise self.error
 
     def fail(self, error: LabkitError) -> None:
         """From now on sends raise `error`, and receives do when everything that had arrived is taken."""
         if self.error is None:
+            if self.hear is not None:
+                self._hand_over(QUEUE_LENGTH)
             self._rest = self.receive_nowait(QUEUE_LENGTH)
-            self.error = self.error or error
-            self._readers.unpark_all()
-            self._writers.unpark_all()
+            self._set_error(error)
 
-    async def receive(self, limit: int = 64) -> list[list[zmq.Frame]]:
-        """Wait for messages and take all that are there, up to `limit`: one wake-up a burst."""
+    async def receive(self) -> list[Arrived]:
+        """Wait for messages and take all that are there, up to a burst."""
         await trio.lowlevel.checkpoint_if_cancelled()
         while True:
-            burst = self.receive_nowait(limit)
+            burst = self.receive_nowait()
             if burst:
                 await trio.lowlevel.cancel_shielded_checkpoint()
                 return burst
@@ -94,7 +121,7 @@ class Socket:
             if not self._events & zmq.POLLIN:
                 await self._readers.park()
 
-    def receive_nowait(self, limit: int = 64) -> list[list[zmq.Frame]]:
+    def receive_nowait(self, limit: int = BURST) -> list[Arrived]:
         """Take what is there."""
         if self.error is not None:
             burst, self._rest = self._rest[:limit], self._rest[limit:]
@@ -106,10 +133,8 @@ class Socket:
         except zmq.Again:
             pass
         except zmq.ZMQError as error:
-            self.error = ConnectionLost(f"the socket failed: {error}")
-            self._readers.unpark_all()
-            self._writers.unpark_all()
-        self._wake()
+            self._set_error(ConnectionLost(f"the socket failed: {error}"))
+        self._look()
         return burst
 
     async def send(self, frames: Sequence[Frame]) -> Unsent:
@@ -123,33 +148,50 @@ class Socket:
             if self._tells_writable and self._events & zmq.POLLOUT:
                 continue
             if not self._tells_writable:  # look once more when we are parked
-                trio.lowlevel.current_trio_token().run_sync_soon(self._wake, idempotent=True)
+                trio.lowlevel.current_trio_token().run_sync_soon(self._look, idempotent=True)
             await self._writers.park()
 
     def send_nowait(self, frames: Sequence[Frame]) -> Unsent | None:
         """Hand a message to ZeroMQ if there is room; None if not. Raises `ConnectionLost` if nobody is there."""
         if self.error is not None:
             raise self.error
-        size = sum(map(len, frames))
         try:
+            if max(map(len, frames)) < COPIED:
+                self._raw.send_multipart(frames, zmq.NOBLOCK)
+                return SENT
             tracker = self._raw.send_multipart(frames, zmq.NOBLOCK, copy=False, track=True)
         except zmq.Again:
             return None
         except zmq.ZMQError as error:
             raise ConnectionLost(f"the peer is gone ({error})") from None
         finally:
-            self._wake()
-        return Unsent(tracker, size)
+            self._look()
+        return Unsent(tracker, sum(map(len, frames)))
 
-    def _wake(self) -> None:
+    def _hand_over(self, limit: int) -> None:
+        """Give `hear` what is there."""
+        assert self.hear is not None
+        for message in self.receive_nowait(limit):
+            self.hear(message)
+
+    def _look(self) -> None:
+        """Read what happened, and wake who waits for it."""
         if self._raw.closed:
             return
         # Read even if nobody waits: only this clears the descriptor.
         self._events = int(self._raw.getsockopt(zmq.EVENTS))
         if self._events & zmq.POLLIN:
-            self._readers.unpark_all()
+            if self.hear is None:
+                self._readers.unpark_all()
+            elif self._pump_waits:
+                trio.lowlevel.notify_closing(self._descriptor)  # wakes the pump; the edge it waited for is read away
         if self._events & zmq.POLLOUT:
             self._writers.unpark_all()
+
+    def _set_error(self, error: LabkitError) -> None:
+        self.error = self.error or error
+        self._readers.unpark_all()
+        self._writers.unpark_all()
 
     def close(self, linger: float = 0.0) -> None:
         """Close at once; `linger`: seconds that ZeroMQ may go on sending in the background."""
@@ -158,16 +200,6 @@ class Socket:
 
 
 # ---------------------------------------------------------------- making sockets
-
-
-def open_files() -> int:
-    """How many files and sockets this process may have open."""
-    try:
-        import resource
-    except ImportError:  # Windows, which sets no such limit
-        return 1 << 16
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 1 << 16 if soft == resource.RLIM_INFINITY else min(soft, 1 << 16)
 
 
 def make_context() -> Context:

@@ -16,12 +16,14 @@ import trio
 
 from labkit.contact import Contact
 from labkit.errors import ConnectionLost, LabkitError
+from labkit.resources import open_files
 from labkit.wire.addresses import LOOPBACK, announced_address, resolve, split_address
-from labkit.wire.endpoint import Peer
+from labkit.wire.endpoint import Ended, Hear, Heard, Peer
 from labkit.wire.frames import Frame, FrameLimits
 from labkit.wire.security import Admission, Identity, answer_zap, must_encrypt
 from labkit.wire.sockets import (
     FLUSH_TIME,
+    Arrived,
     Context,
     Socket,
     Unsent,
@@ -29,7 +31,6 @@ from labkit.wire.sockets import (
     make_dealer,
     make_router,
     make_zap,
-    open_files,
     read_monitor,
     user_id,
 )
@@ -43,9 +44,11 @@ FILES_PER_LINK = 4  # a signal for each of its two sockets, the connection, and 
 class ZmqLink:
     """A `Link` over a DEALER."""
 
-    def __init__(self, contact: Contact) -> None:
+    def __init__(self, contact: Contact, heard: Heard, ended: Ended) -> None:
         self.contact = contact
         self.error: LabkitError | None = None
+        self._heard = heard
+        self._ended = ended
         self._socket: Socket | None = None
         self._scope = trio.CancelScope()
         self._opened = trio.Event()
@@ -58,51 +61,47 @@ class ZmqLink:
             with self._scope:
                 host = await resolve(self.contact.host)
                 server_key = self.contact.key if secure else None
-                self._socket, monitor = make_dealer(context, host, self.contact.port, identity, server_key, max_frame)
-                sockets += self._socket, monitor
+                sockets += make_dealer(context, host, self.contact.port, identity, server_key, max_frame)
+                socket, monitor = sockets
+                socket.hear, monitor.hear = self._hear, self._learn
+                self._socket = socket
                 self._opened.set()
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._socket.run)
                     nursery.start_soon(monitor.run)
-                    await self._watch(monitor)
+                    await socket.run()
+                    self.error = self.error or socket.error
                     nursery.cancel_scope.cancel()
         except LabkitError as error:
             self.error = error
         finally:
             self.error = self.error or ConnectionLost(f"the link to {where} is closed")
             if self._socket is not None:
-                self._socket.fail(self.error)  # after this a reader takes what has arrived, then gets the error
+                self._socket.fail(self.error)  # which hands over what has arrived
             self._opened.set()
             for socket in sockets:
                 socket.close()
+            self._ended(self.error)
 
-    async def _watch(self, monitor: Socket) -> None:
-        """Until ZeroMQ says that the connection failed or broke; `error` says how."""
-        while self.error is None:
-            try:
-                messages = await monitor.receive()
-            except LabkitError as error:
-                self.error = error
-                return
-            for message in messages:
-                outcome = read_monitor(message, self.contact.endpoint, self.contact.secure)
-                self.error = self.error or outcome
+    def _hear(self, message: Arrived) -> None:
+        self._heard([frame.buffer for frame in message])
+
+    def _learn(self, message: Arrived) -> None:
+        """ZeroMQ says how the connection is: if it failed or broke, it is over."""
+        outcome = read_monitor(message, self.contact.endpoint, self.contact.secure)
+        if outcome is not None:
+            self.error = self.error or outcome
+            self._scope.cancel()
+
+    def send_nowait(self, frames: Sequence[Frame]) -> bool:
+        if self.error is not None:
+            raise self.error
+        return self._socket is not None and self._socket.send_nowait(frames) is not None
 
     async def send(self, frames: Sequence[Frame]) -> None:
         await self._opened.wait()
         if self._socket is None:
             raise self.error or ConnectionLost("the link is closed")
         await self._socket.send(frames)
-
-    def send_nowait(self, frames: Sequence[Frame]) -> None:
-        if self._socket is not None and self.error is None:
-            self._socket.send_nowait(frames)
-
-    async def receive(self) -> Sequence[Sequence[Frame]]:
-        await self._opened.wait()
-        if self._socket is None:
-            raise self.error or ConnectionLost("the link is closed")
-        return [[frame.buffer for frame in message] for message in await self._socket.receive()]
 
     def close(self) -> None:
         self._scope.cancel()
@@ -122,18 +121,27 @@ class ZmqEndpoint:
         self._nursery = nursery
         self._unsent: dict[bytes, deque[Unsent]] = {}
 
-    def connect(self, contact: Contact) -> ZmqLink:
-        link = ZmqLink(contact)
-        self._nursery.start_soon(link.run, self._network.context, self.identity, self._network.limits.message_bytes)
+    def connect(self, contact: Contact, heard: Heard, ended: Ended) -> ZmqLink:
+        link, network = ZmqLink(contact, heard, ended), self._network
+        try:
+            self._nursery.start_soon(link.run, network.context, self.identity, network.limits.message_bytes)
+        except RuntimeError:  # the nursery has ended
+            raise ConnectionLost(f"{contact.endpoint} was not called, as this node is closing") from None
         return link
 
-    async def receive(self) -> Sequence[tuple[Peer, Sequence[Frame]]]:
-        burst = await self._socket.receive()
-        return [
-            (Peer(route.bytes, user_id(frames[0]) if self.contact.secure else None), [f.buffer for f in frames])
-            for route, *frames in burst
-            if frames
-        ]
+    async def serve(self, hear: Hear) -> None:
+        secure = self.contact.secure
+
+        def hear_message(message: Arrived) -> None:
+            route, *frames = message
+            if frames:
+                hear(Peer(route.bytes, user_id(frames[0]) if secure else None), [frame.buffer for frame in frames])
+
+        self._socket.hear = hear_message
+        try:
+            await self._socket.run_until_over()
+        finally:
+            self._socket.hear = None
 
     async def send(self, peer: Peer, frames: Sequence[Frame]) -> None:
         self._remember(peer, await self._socket.send([peer.route, *frames]))

@@ -1,0 +1,80 @@
+"""The processes of a benchmark: servers and clients of their own, that begin at the same time. See `worker`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+
+class Worker:
+    """One process. What it prints, `hear` returns, a value at a time."""
+
+    def __init__(self, role: str, order: object) -> None:
+        self.role = role
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "labkit.bench.worker", role], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        self.tell(order)
+
+    def tell(self, order: object = None) -> None:
+        """Give it its next order."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+
+    def hear(self) -> Any:
+        """Wait for its answer (a worker ends of itself when it takes too long). Raises `RuntimeError` if it failed."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a process of the benchmark ({self.role}) ended with exit code {self.process.wait()}")
+        return json.loads(line)
+
+    def ask(self, order: object = None) -> Any:
+        """`tell`, then `hear`."""
+        self.tell(order)
+        return self.hear()
+
+    def end(self) -> None:
+        """Kill it."""
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            stream.close()
+
+
+class Crew:
+    """Workers, which end with the block."""
+
+    def __init__(self) -> None:
+        self._workers: list[Worker] = []
+
+    def hire(self, role: str, *orders: object) -> list[Worker]:
+        """Start a worker of this role (`MODULE:FUNCTION`) for each order."""
+        workers = [Worker(role, order) for order in orders]
+        self._workers += workers
+        return workers
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for worker in self._workers:
+            worker.end()
+
+
+def all_at_once(workers: Sequence[Worker]) -> list[Any]:
+    """Wait until all are ready, let them begin together, and return what each has measured."""
+    for worker in workers:
+        worker.hear()
+    for worker in workers:
+        worker.tell()
+    return [worker.hear() for worker in workers]

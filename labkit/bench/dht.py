@@ -1,0 +1,90 @@
+"""`labkit bench dht`: stores and gets among DHT nodes that are processes of their own."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Generator
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import trio
+
+from labkit.bench.crew import Crew, Worker
+from labkit.bench.echo import fan_out_limit
+from labkit.bench.figures import check_at_least
+from labkit.contact import Contact
+from labkit.dht.node import DHTConfig, Value
+from labkit.node import Node, open_node
+from labkit.portal import Portal
+from labkit.wire.security import Identity
+from labkit.wire.zeromq import open_network
+
+TTL = 300.0  # seconds
+RECORD = 100  # bytes of a value and what is around it, about
+
+
+@dataclass(frozen=True)
+class DHTBenchConfig:
+    """Raises `ValueError`."""
+
+    peers: int = 8
+    rounds: int = 20
+
+    def __post_init__(self) -> None:
+        check_at_least(2, self, "peers")
+        check_at_least(1, self, "rounds")
+
+
+def measure(config: DHTBenchConfig) -> dict[str, Any]:
+    """What `--json` prints: stores and gets, then the limit, in one run. Seconds are medians."""
+    draw = random.Random(0)
+    store, get, found = list[float](), list[float](), 0
+    with Crew() as crew:
+        peers: list[Worker] = []
+        invitations: list[str] = []
+        for _ in range(config.peers):
+            peers += crew.hire("dht:live", draw.choice(invitations) if invitations else None)
+            invitations.append(peers[-1].hear())
+        for _ in range(config.rounds):
+            key, value = f"{draw.getrandbits(128):x}", f"{draw.getrandbits(128):x}"
+            writer, reader = draw.sample(peers, 2)
+            store.append(writer.ask({"key": key, "value": value})["seconds"])
+            answer = reader.ask({"key": key})
+            get.append(answer["seconds"])
+            found += answer["value"] == value
+    store_limit = fan_out_limit(config.peers - 1, RECORD, 10 * config.rounds)
+    get_limit = fan_out_limit(min(DHTConfig().quorum, config.peers - 1), RECORD, 10 * config.rounds)
+    return {
+        **asdict(config),
+        "store_s": round(median(store), 6),
+        "get_s": round(median(get), 6),
+        "found": found / config.rounds,
+        "store_limit_s": round(store_limit, 6),
+        "get_limit_s": round(get_limit, 6),
+        "store_of_limit": round(store_limit / median(store), 3),
+        "get_of_limit": round(get_limit / median(get), 3),
+    }
+
+
+def live(invitation: str | None) -> Generator[Any, Any, None]:
+    """A DHT node that stores and gets what it is told to, and says how long that took."""
+    portal = Portal("bench")
+    node: Node = portal.start(_live, () if invitation is None else (Contact.from_invitation(invitation),))
+    order = yield node.contact.invitation()
+    while True:
+        found = None
+        started = time.perf_counter()
+        if "value" in order:
+            portal.call(node.dht.store, order["key"], order["value"].encode(), TTL)
+        else:
+            found = portal.call(node.dht.get, order["key"])
+        seconds = time.perf_counter() - started
+        order = yield {"seconds": seconds, "value": found.data.decode() if isinstance(found, Value) else None}
+
+
+async def _live(join: tuple[Contact, ...], *, task_status: trio.TaskStatus[Node]) -> None:
+    async with open_network() as network, open_node(network, Identity.generate(), join=join) as node:
+        task_status.started(node)
+        await trio.sleep_forever()

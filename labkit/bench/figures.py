@@ -1,0 +1,55 @@
+"""What the benchmarks have in common: their figures, and how they are printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+BETTER_IF_LESS = ("store_s", "get_s")
+BETTER_IF_MORE = ("calls_per_s", "samples_per_s")
+
+
+def check_at_least(least: int, config: object, *names: str) -> None:
+    """Raises `ValueError` for a field below."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name}={getattr(config, name)}: at least {least}")
+
+
+def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
+    """Percentiles of some durations."""
+    ordered = sorted(seconds)
+    return {
+        f"p{percent}_ms": round(1000 * ordered[min(len(ordered) - 1, len(ordered) * percent // 100)], 3)
+        for percent in (50, 95, 99)
+    }
+
+
+def against_peer(result: Mapping[str, Any], path: str) -> dict[str, float]:
+    """How many times better than the last line of what a peer's script printed. Raises `ValueError`."""
+    try:
+        peer = json.loads(Path(path).read_text().strip().splitlines()[-1])
+        numbers = {name: float(peer[name]) for name in (*BETTER_IF_MORE, *BETTER_IF_LESS) if name in peer}
+    except (OSError, ValueError, IndexError, TypeError) as error:
+        raise ValueError(f"peer_json={path}: not the output of a peer's script ({error})") from None
+    ratios = {}
+    for name, theirs in numbers.items():
+        if name in result:
+            ratio = theirs / result[name] if name in BETTER_IF_LESS else result[name] / theirs
+            ratios[f"{name}_to_peer"] = round(ratio, 2)
+    if not ratios:
+        raise ValueError(f"peer_json={path}: it has none of {', '.join((*BETTER_IF_MORE, *BETTER_IF_LESS))}")
+    return ratios
+
+
+def show(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print it."""
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {number:g}" for key, number in value.items())
+        print(f"  {name:<24}{value}")

@@ -1,0 +1,110 @@
+"""`labkit bench rpc`: calls to the experts of one server, from clients that are processes of their own."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Generator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from labkit.bench.arithmetic import experts_limit
+from labkit.bench.crew import Crew, all_at_once
+from labkit.bench.echo import Exchange, echo_limit
+from labkit.bench.figures import check_at_least, milliseconds
+from labkit.resources import peak_rss_mb
+from labkit.swarm import Swarm
+from labkit.wire.compression import CODECS
+
+TIMEOUT = 300.0  # seconds of a call: nothing is to fail here
+PATIENCE = 100  # calls, by which a client warms up at most
+
+
+@dataclass(frozen=True)
+class RPCConfig:
+    """`batch`: rows of a call. `calls`: of each client; with `backward`, one is a forward and a backward pass. Raises
+    `ValueError`."""
+
+    expert: str = "nop"
+    experts: int = 4
+    hidden: int = 1024
+    batch: int = 1
+    clients: int = 2
+    calls: int = 500
+    backward: bool = False
+    secure: bool = False
+    codec: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.expert not in ("nop", "ffn"):
+            raise ValueError(f"expert={self.expert!r}: nop or ffn")
+        if self.codec not in CODECS:
+            raise ValueError(f"codec={self.codec!r}: one of {', '.join(CODECS)}")
+        check_at_least(1, self, "experts", "hidden", "batch", "clients", "calls")
+
+
+def measure(config: RPCConfig) -> dict[str, Any]:
+    """What `--json` prints: the calls, then the limit, in one run."""
+    with Crew() as crew, Swarm("bench", secure=config.secure or None) as swarm:
+        (server,) = swarm.serve(
+            config.expert, experts=config.experts, name="expert", hidden=config.hidden, isolation="process"
+        )
+        order = {**asdict(config), "invite": swarm.invite(), "uids": sorted(swarm.experts())}
+        results = all_at_once(crew.hire("rpc:call", *[{**order, "seed": n} for n in range(config.clients)]))
+        (statistics,) = swarm.statistics().values()
+        server_rss = peak_rss_mb(server.pid)
+    calls = config.clients * config.calls
+    per_s = calls / max(result["seconds"] for result in results)
+    limit = _limit(config, statistics.rows / statistics.batches)
+    return {
+        **asdict(config),
+        "calls_per_s": round(per_s, 1),
+        "samples_per_s": round(per_s * config.batch, 1),
+        **milliseconds([seconds for result in results for seconds in result["times"]]),
+        "limit_per_s": round(limit, 1),
+        "of_limit": round(per_s / limit, 3),
+        "fairness": round(max(r["seconds"] for r in results) / min(r["seconds"] for r in results), 2),
+        "server_rss_mb": server_rss,
+        "client_rss_mb": max(result["rss_mb"] for result in results),
+    }
+
+
+def _limit(config: RPCConfig, rows: float) -> float:
+    """Calls per second. `rows`: how large the server's batches were, on average."""
+    if config.expert == "nop":
+        size = 4 * config.batch * config.hidden
+        exchanges: list[Exchange] = [([size], 1)] + ([([size, size], 1)] if config.backward else [])
+        return echo_limit(exchanges, clients=config.clients, calls=config.calls, secure=config.secure)
+    threads = torch.get_num_threads()
+    calls = max(3, round(config.clients * config.calls * config.batch / rows))
+    per_s = experts_limit(
+        kind=config.expert, hidden=config.hidden, experts=config.experts, rows=round(rows), calls=min(calls, 50),
+        backward=config.backward, threads=threads,
+    )  # fmt: skip
+    return per_s / config.batch
+
+
+def call(order: dict[str, Any]) -> Generator[Any, Any, None]:
+    """A client: it calls one expert after the other, each chosen by chance."""
+    torch.set_num_threads(1)
+    draw = random.Random(order["seed"])
+    backward = order["backward"]
+    with Swarm.join(order["invite"], name="bench") as swarm:
+        experts = [swarm.expert(uid, timeout=TIMEOUT, codec=order["codec"]) for uid in order["uids"]]
+        x = torch.randn(order["batch"], order["hidden"], requires_grad=backward)
+
+        def once() -> float:
+            started = time.perf_counter()
+            y = draw.choice(experts)(x)
+            if backward:
+                y.sum().backward()
+            return time.perf_counter() - started
+
+        for _ in range(min(PATIENCE, order["calls"] // 10) + 2):
+            once()
+        yield None
+        started = time.perf_counter()
+        times = [once() for _ in range(order["calls"])]
+        yield {"seconds": time.perf_counter() - started, "times": times, "rss_mb": peak_rss_mb()}
