@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 from trio.testing import MockClock
@@ -348,6 +349,8 @@ GHOST = make_contact(999)
         [LIAR.key, [], [[[0], []]]],  # a contact that it does not list
         [LIAR.key, [], [[[-1], []]]],
         [LIAR.key, [[b"short key", "127.0.0.1", 1]], [[[0], []]]],
+        [LIAR.key, [7], [[[0], []]]],
+        [LIAR.key, [[GHOST.key, msgspec.Raw(b"\xa1\xff"), 1]], [[[0], []]]],  # a host that is no text
         [LIAR.key, [GHOST] * 21, [[list(range(21)), []]]],  # more than k
         [LIAR.key, [], [[[], [[b"value", -1.0]]]]],  # expired
         [LIAR.key, [], [[[], [[b"value", float("nan")]]]]],

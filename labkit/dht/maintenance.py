@@ -20,6 +20,7 @@ from labkit.dht.storage import Role, key_id
 if TYPE_CHECKING:
     from labkit.dht.node import DHTNode
 
+FEW = 2  # contacts of a bucket that a newcomer begins with; who calls it and whom it calls add to them
 _KEYS_AT_A_TIME = 256  # then other tasks get a turn
 
 
@@ -83,7 +84,7 @@ class Maintenance:
             for bucket in routing.buckets:
                 if not bucket.covers(nearest[0].node_id) and not bucket.covers(node.contact.node_id):
                     bucket.looked_up_at = now
-                    if len(bucket.contacts) < node.config.alpha:
+                    if len(bucket.contacts) < FEW:
                         nursery.start_soon(self._fill, bucket)
 
     async def _fill(self, bucket: KBucket) -> None:
@@ -94,7 +95,7 @@ class Maintenance:
             named = answers[0].contacts if answers else ()
             new = [other for other in named if bucket.covers(other.node_id) and other.node_id not in bucket.contacts]
             async with trio.open_nursery() as nursery:
-                for other in new[: max(0, node.config.alpha - len(bucket.contacts))]:
+                for other in new[: max(0, FEW - len(bucket.contacts))]:
                     nursery.start_soon(node.peers.ping, other)  # 2
 
     async def _refresh(self, now: float) -> None:

@@ -232,8 +232,7 @@ class DHTNode:
                 for query, (answer, again) in zip(missing, read, strict=True):
                     if again:
                         left_out.append(query)
-                    usable = [c for c in answer.contacts if self.peers.usable(c)]
-                    answers[query] = Answer(usable, answer.items)
+                    answers[query] = Answer(self.peers.usable_of(answer.contacts), answer.items)
                 if len(left_out) == len(missing):
                     raise BadReply("nothing but promises")
             except BadReply:

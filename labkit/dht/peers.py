@@ -6,7 +6,7 @@ contacts that third parties name do not, until they have answered themselves.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -98,6 +98,18 @@ class Peers:
             self.probe(contact)
             return self._background is None
         return False
+
+    def usable_of(self, contacts: Sequence[Contact]) -> list[Contact]:
+        """Those of them to call now."""
+        if not self.blacklist:
+            return [contact for contact in contacts if contact.node_id != self.contact.node_id]
+        return [contact for contact in contacts if self.usable(contact)]
+
+    def nearest_for(self, asker: Contact | None, target: int, count: int) -> list[Contact]:
+        """Up to `count` known and usable contacts other than the one who asks, by distance to `target`."""
+        key = None if asker is None else asker.key
+        found = self.routing.nearest(target, count + 1, self.usable if self.blacklist else None)
+        return [contact for contact in found if contact.key != key][:count]
 
     def nearest(self, target: int, count: int) -> list[Contact]:
         """Up to `count` known and usable contacts, by distance to `target`.

@@ -8,6 +8,7 @@ it; every reply carries the answering node's key, so that another process on a d
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Annotated
 
 import msgspec
@@ -23,6 +24,7 @@ MAX_ENTRIES = 1024  # items per store call
 MAX_STORE_BYTES = 1024 * 1024  # bytes of items per store call (one item always goes)
 
 ID_BYTES = ID_BITS // 8
+_encoder = msgspec.msgpack.Encoder()
 _Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 _Key = Annotated[str, Meta(max_length=1024)]
 _Id = Annotated[bytes, Meta(min_length=ID_BYTES, max_length=ID_BYTES)]
@@ -96,9 +98,10 @@ class Found(msgspec.Struct, array_like=True, frozen=True):
 
 
 class FindReply(Answered, frozen=True):
-    """One answer per query, in their order. Contacts are listed once, however many queries they are near to."""
+    """One answer per query, in their order. Contacts are listed once, however many queries they are near to; they are
+    left encoded until `read_reply`, since most of them have been read before."""
 
-    contacts: list[Contact]
+    contacts: list[msgspec.Raw]
     found: list[Found]
 
 
@@ -143,7 +146,18 @@ class ReplyBuilder:
         self._found.append(Found(indices, wire, not fits))
 
     def build(self) -> FindReply:
-        return FindReply(self._key, [contact for _, contact in self._contacts.values()], self._found)
+        contacts = [_write_contact(contact) for _, contact in self._contacts.values()]
+        return FindReply(self._key, contacts, self._found)
+
+
+@lru_cache(maxsize=1 << 14)  # the same nodes are named again and again
+def _write_contact(contact: Contact) -> msgspec.Raw:
+    return msgspec.Raw(_encoder.encode(contact))
+
+
+@lru_cache(maxsize=1 << 14)
+def _read_contact(encoded: bytes) -> Contact:
+    return msgspec.msgpack.decode(encoded, type=Contact)
 
 
 def read_reply(
@@ -152,6 +166,10 @@ def read_reply(
     """The answers of a find reply, each with whether it was left out. Raises `BadReply` if it makes no sense."""
     if len(reply.found) != len(queries):
         raise BadReply(f"{len(reply.found)} answers to {len(queries)} queries")
+    try:
+        contacts = [_read_contact(bytes(raw)) for raw in reply.contacts]
+    except (ValueError, RecursionError) as error:
+        raise BadReply(f"the answer names a contact that is none: {error}") from None
     answers = []
     for query, found in zip(queries, reply.found, strict=True):
         if len(found.nearest) > k or any(index >= len(reply.contacts) for index in found.nearest):
@@ -165,7 +183,7 @@ def read_reply(
                 if problem is not None:
                     raise BadReply(f"the answer has an item that cannot be stored: {problem}")
             items[wire.subkey] = from_wire(wire, at)
-        answers.append((Answer([reply.contacts[index] for index in found.nearest], items), found.left_out))
+        answers.append((Answer([contacts[index] for index in found.nearest], items), found.left_out))
     return answers
 
 

@@ -163,6 +163,9 @@ class Blacklist:
     def __contains__(self, node_id: int) -> bool:
         return node_id in self._entries
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     def failed(self, node_id: int, now: float) -> int:
         """Note a failure. Returns how many there were in a row.
 

@@ -47,11 +47,6 @@ class Service:
         """Answer with what we hold and whom we know near to each key or id."""
         body: Find = request.body
         self._called(request, body.sender)
-        asker = body.sender.node_id if body.sender is not None else None
-
-        def accept(contact: Contact) -> bool:
-            return contact.node_id != asker and self._peers.usable(contact)
-
         now = trio.current_time()
         reply = ReplyBuilder(self._peers.contact.key, self._config.limits.max_record)
         for query in body.queries():
@@ -60,7 +55,7 @@ class Service:
                 target, items = key_id(query), self._storage.get(query, now)
             else:
                 target = int.from_bytes(query, "big")
-            reply.add(self._peers.routing.nearest(target, self._config.k, accept), items, now)
+            reply.add(self._peers.nearest_for(body.sender, target, self._config.k), items, now)
         return Reply(reply.build())
 
     def rpc_store(self, request: Request) -> Reply:

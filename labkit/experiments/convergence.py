@@ -33,6 +33,7 @@ from labkit.server.server import ServerConfig
 from labkit.shared_model import SharedModel
 from labkit.trainer import SCHEDULES, evaluate, train_step
 from labkit.update_rule import UpdateRule
+from labkit.wire.simclock import run_in_virtual_time
 from labkit.wire.simnet import open_simnet
 
 SWARM = "convergence"
@@ -131,12 +132,10 @@ def run(
 ) -> History:
     """Train, as fast as the machine computes. `progress` is told how many updates there were. The same config and data
     give the same history."""
-    from trio.testing import MockClock
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a batch is small
     try:
-        return trio.run(_run, config, data, progress, clock=MockClock(autojump_threshold=0))
+        return run_in_virtual_time(_run, config, data, progress)
     finally:
         torch.set_num_threads(threads)
 

@@ -28,16 +28,16 @@ from labkit.expert_uid import check_grid, grid_uids, split_uid
 from labkit.node import Node, NodeConfig, open_node
 from labkit.resources import peak_rss_mb
 from labkit.wire.latency import gamma
-from labkit.wire.rpc import RPCLimits
 from labkit.wire.security import Identity
+from labkit.wire.simclock import run_in_virtual_time
 from labkit.wire.simnet import SimNetwork, open_simnet
 
 NAME = "ffn"
 SPREAD = 32 / 92  # standard deviation of a round trip by its mean: the paper's three regions
 JOINING = 4  # one node joins at the same time for so many that are there
 CHURNED = 60.0  # seconds over which searches are spread under churn
-# Declarations that are renewed every minute; a node keeps few connections open, and each would cost memory here.
-NODE = NodeConfig(directory=DirectoryConfig(ttl=180.0), limits=RPCLimits(links=32))
+# Declarations that are renewed every minute.
+NODE = NodeConfig(directory=DirectoryConfig(ttl=180.0))
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,8 @@ class _Watched:
 
 def measure(config: SearchConfig) -> dict[str, object]:
     """Build the swarm, search, and return what `--json` prints."""
-    from trio.testing import MockClock
-
     started = time.perf_counter()
-    built, cold, warm = trio.run(_measure, config, clock=MockClock(autojump_threshold=0))
+    built, cold, warm = run_in_virtual_time(_measure, config)
     return {
         **asdict(config),
         "virtual_ms_cold": _summary(cold.ms),
@@ -158,6 +156,7 @@ async def _measure(config: SearchConfig) -> tuple[float, _Times, _Times]:
                 searching.start_soon(_search, crowd, seeker, _scores(config.grid, draw), times)
                 if config.churn:
                     await trio.sleep(CHURNED / config.searches)
+        network.over = True
         nursery.cancel_scope.cancel()
     return built, *times
 
@@ -174,7 +173,7 @@ async def _search(crowd: _Crowd, seeker: int, scores: Sequence[Tensor], times: t
                 routing = await beam_search(directory, NAME, scores, crowd.config.k_best)
             except LabkitError:
                 break
-            recall = _recall(routing, scores, crowd.experts, crowd.config.k_best)
+            recall = _recall(routing, scores, crowd.experts, crowd.places, crowd.config.k_best)
             took = (trio.current_time() - began) * 1000
             found.append((took, directory.took, node.dht.peers.calls - calls, recall))
         if len(found) == len(times) and crowd.nodes.get(seeker) is node:
@@ -193,6 +192,7 @@ class _Crowd:
     def __init__(self, network: SimNetwork, config: SearchConfig, draw: random.Random) -> None:
         self.config = config
         self.experts = list(grid_uids(NAME, config.grid))
+        self.places = torch.tensor([split_uid(uid)[1] for uid in self.experts])
         self.nodes: dict[int, Node] = {}
         self.churning = trio.Event()
         self._declaring = trio.Event()
@@ -272,14 +272,11 @@ def _scores(grid: Sequence[int], draw: random.Random) -> list[Tensor]:
     return [torch.tensor([[draw.gauss(0, 1) for _ in range(size)]], dtype=torch.float64) for size in grid]
 
 
-def _recall(routing: Routing, scores: Sequence[Tensor], experts: Sequence[str], k_best: int) -> float:
-    """The share of the best of these experts that the search found."""
-
-    def score(uid: str) -> float:
-        return sum(float(row[0, c]) for row, c in zip(scores, split_uid(uid)[1], strict=True))
-
-    best = sorted(experts, key=score, reverse=True)[:k_best]
-    return len({info.uid for info in routing.experts} & set(best)) / k_best
+def _recall(routing: Routing, scores: Sequence[Tensor], experts: Sequence[str], places: Tensor, k_best: int) -> float:
+    """The share of the best of these experts that the search found. `places` [experts, dims]: their coordinates."""
+    totals = torch.stack([row[0, column] for row, column in zip(scores, places.T, strict=True)]).sum(0)
+    best = {experts[number] for number in totals.topk(k_best).indices.tolist()}
+    return len({info.uid for info in routing.experts} & best) / k_best
 
 
 def _summary(values: Sequence[float]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -80,8 +80,7 @@ class FrameLimits:
     tensors: int = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """A decoded prelude and header; tensor frames still raw. `header` is None for CANCEL and VERSION."""
 
     version: int

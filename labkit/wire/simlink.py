@@ -219,6 +219,8 @@ class SimEndpoint:
     def end(self) -> None:
         """The node has ended; its process's connections break."""
         self._ended = True
+        if self._network.over:
+            return
         for link in list(self.peers.values()):
             link.break_off()
         for link in list(self.links.values()):

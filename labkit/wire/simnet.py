@@ -26,6 +26,7 @@ from labkit.wire.addresses import LOOPBACK, split_address
 from labkit.wire.frames import Frame, FrameLimits
 from labkit.wire.latency import Latency, check_seconds, constant
 from labkit.wire.security import Admission, Identity, must_encrypt
+from labkit.wire.simclock import VirtualClock
 from labkit.wire.simlink import Place, SimEndpoint, SimLink, Way, place_of
 
 SILENCE = 6.0  # seconds after which a connection over which nothing comes is given up, as by ZeroMQ's heartbeats
@@ -67,12 +68,14 @@ class SimNetwork:
         self.nodes: dict[Place, SimEndpoint] = {}
         self.routes = itertools.count(1)
         self.messages = 0  # sent so far, the lost ones too
+        self.over = False  # then nobody hears any more that others end
         self._random = random.Random(seed)
         self._hosts, self._ports = itertools.count(int(IPv4Address("127.0.0.1"))), itertools.count(FIRST_PORT)
         self._behind: dict[Place, float] = {}
         self._group: dict[Place, object] = {}  # who is not here belongs to the rest
         self._agenda: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []  # a heap
         self._entries = itertools.count()
+        self._clock = trio.lowlevel.current_clock()
         self._sleep = trio.CancelScope()  # until the next thing is to be done
 
     # ------------------------------------------------------------ nodes
@@ -211,17 +214,27 @@ class SimNetwork:
         earliest = not self._agenda or time < self._agenda[0][0]
         heapq.heappush(self._agenda, (time, next(self._entries), action, args))
         if earliest:
+            self._wake_at(time)
+
+    def _wake_at(self, time: float) -> None:
+        if isinstance(self._clock, VirtualClock):
+            self._clock.alarm = time
+        else:
             self._sleep.deadline = time
 
     async def run(self) -> None:
         """Do what is to be done, when it is, until cancelled."""
         while True:
-            with trio.CancelScope(deadline=self._agenda[0][0] if self._agenda else math.inf) as self._sleep:
-                await trio.sleep_forever()
+            if isinstance(self._clock, VirtualClock):
+                await self._clock.wait_for_alarm()
+            else:
+                with trio.CancelScope(deadline=self._agenda[0][0] if self._agenda else math.inf) as self._sleep:
+                    await trio.sleep_forever()
             now = trio.current_time()
             while self._agenda and self._agenda[0][0] <= now:
                 _, _, action, args = heapq.heappop(self._agenda)
                 action(*args)
+            self._wake_at(self._agenda[0][0] if self._agenda else math.inf)
 
 
 @asynccontextmanager
