@@ -122,8 +122,22 @@ def check_two_notebooks_one_swarm(notebook: Any, full: bool) -> None:
     assert snapshots(notebook)
 
 
+def check_expert_search(notebook: Any, full: bool) -> None:
+    plain = texts(notebook)
+    assert "'recall': 1.0" in plain, "of the one that is measured here"
+    rows = re.findall(r"^ *(\d+) +(all alive|10% dead|churn) +([0-9. ]+)$", plain, re.MULTILINE)
+    assert {kind for _, kind, _ in rows} == {"all alive", "10% dead", "churn"}
+    for nodes, kind, cells in rows:
+        cold, p95, warm, _, recall, *_ = map(float, cells.split())
+        assert recall >= (1.0 if kind == "all alive" else 0.99)
+        assert warm <= 1.0 and cold <= p95
+        assert kind != "all alive" or cold <= {100: 320, 1_000: 530, 10_000: 760}[int(nodes)]
+    assert len(pictures(notebook)) == 2
+
+
 CHECKS: dict[str, Callable[[Any, bool], None]] = {
     "quickstart": check_quickstart,
+    "expert_search": check_expert_search,
     "01_first_swarm": check_first_swarm,
     "02_watch_it_fail": check_watch_it_fail,
     "03_your_own_expert": check_your_own_expert,

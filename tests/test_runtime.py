@@ -370,6 +370,13 @@ async def test_the_number_of_torch_threads_is_set_only_on_request():
         assert (await thread.run(torch.get_num_threads, uid="", direction="", rows=0))[0] == 1
 
 
+async def test_numbers_too_small_to_matter_are_nought_on_the_compute_thread_and_nowhere_else():
+    tiny = torch.full((64,), 1e-40)
+    async with ComputeThread() as thread:
+        assert (await thread.run(lambda: (tiny * 0.5).sum().item(), uid="", direction="", rows=0))[0] == 0.0
+    assert (tiny * 0.5).sum().item() > 0.0
+
+
 async def test_closing_does_not_wait_for_ever_for_a_computation(monkeypatch, caplog):
     monkeypatch.setattr(compute, "THREAD_END_TIMEOUT", 0.05)
     go_on = threading.Event()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import trio
+from trio.testing import MockClock
 
 from labkit.contact import Contact
 from labkit.errors import ConnectionLost, DeadlineExceeded, LabkitError, RPCError
@@ -17,6 +19,7 @@ from labkit.wire.frames import FrameLimits
 from labkit.wire.latency import exponential, regions
 from labkit.wire.rpc import Method, Reply, Request
 from labkit.wire.security import Identity
+from labkit.wire.simclock import run_in_virtual_time
 from labkit.wire.simnet import SILENCE, SimNetwork, open_simnet
 from tests.nodes import calling, serving
 
@@ -226,33 +229,54 @@ async def test_what_was_sent_does_not_change_when_the_sender_writes_over_it(auto
 # ---------------------------------------------------------------- the same run twice
 
 
+async def history() -> list[tuple[float, str]]:
+    """What becomes of a hundred calls, and when."""
+    events: list[tuple[float, str]] = []
+    started = trio.current_time()
+    async with pair(seed=7, latency=exponential(0.1), loss=0.1, bandwidth=1e6) as (network, contact, client):
+
+        async def ask(number: int) -> None:
+            for turn in range(5):
+                outcome = "answered"
+                try:
+                    await client.call(contact, "echo", number, [torch.zeros(number * 100)], timeout=0.5)
+                except RPCError as error:
+                    outcome = error.code
+                events.append((round(trio.current_time() - started, 9), f"{number}.{turn} {outcome}"))
+
+        async with trio.open_nursery() as nursery:
+            for number in range(20):
+                nursery.start_soon(ask, number)
+            await trio.sleep(1.0)
+            network.unplug(contact)
+            await trio.sleep(0.3)
+            network.heal()
+    return events
+
+
 async def test_a_seed_gives_the_same_run_twice_event_for_event(autojump_clock) -> None:
-    async def history() -> list[tuple[float, str]]:
-        events: list[tuple[float, str]] = []
-        started = trio.current_time()
-        async with pair(seed=7, latency=exponential(0.1), loss=0.1, bandwidth=1e6) as (network, contact, client):
-
-            async def ask(number: int) -> None:
-                for turn in range(5):
-                    outcome = "answered"
-                    try:
-                        await client.call(contact, "echo", number, [torch.zeros(number * 100)], timeout=0.5)
-                    except RPCError as error:
-                        outcome = error.code
-                    events.append((round(trio.current_time() - started, 9), f"{number}.{turn} {outcome}"))
-
-            async with trio.open_nursery() as nursery:
-                for number in range(20):
-                    nursery.start_soon(ask, number)
-                await trio.sleep(1.0)
-                network.unplug(contact)
-                await trio.sleep(0.3)
-                network.heal()
-        return events
-
     first, again = await history(), await history()
     assert len({outcome for _, outcome in first}) == 100
     assert first == again
+
+
+def test_the_virtual_clock_gives_the_same_run_as_the_one_of_trios_tests() -> None:
+    started = time.monotonic()
+    assert run_in_virtual_time(history) == trio.run(history, clock=MockClock(autojump_threshold=0))
+    assert time.monotonic() - started < 10
+
+
+def test_in_virtual_time_whatever_comes_next_is_at_once() -> None:
+    async def main() -> list[float]:
+        times = []
+        async with open_simnet() as network:
+            network.after(3600.0, lambda: times.append(trio.current_time()))
+            for seconds in (1800.0, 3600.0):
+                await trio.sleep(seconds)
+                times.append(trio.current_time())
+        return times
+
+    assert run_in_virtual_time(main) == [1800.0, 3600.0, 5400.0]
 
 
 # ---------------------------------------------------------------- mistakes

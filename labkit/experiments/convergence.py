@@ -134,10 +134,12 @@ def run(
     give the same history."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a batch is small
+    torch.set_flush_denormal(True)  # as compute threads do
     try:
         return run_in_virtual_time(_run, config, data, progress)
     finally:
         torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
 
 
 async def _run(config: ConvergenceConfig, data: ClassificationData, progress: Callable[[int], None]) -> History:

@@ -78,6 +78,7 @@ class _Thread(Generic[T]):
         local.thread = self
         torch.get_num_threads()  # or a thread's first operation in torch would set the number anew
         torch.set_num_threads(1)  # each thread would have helpers of its own otherwise, and there are many
+        torch.set_flush_denormal(True)
         self._its_turn.acquire()
         try:
             self.value = function(*args)

@@ -100,6 +100,7 @@ class ComputeThread:
         if self._threads is not None:
             torch.get_num_threads()  # or torch's first operation in this thread would set it once more
             torch.set_num_threads(self._threads)
+        torch.set_flush_denormal(True)  # the moments of units that died decay to such numbers, and are ten times slower
         while (job := self._jobs.get()) is not None:
             job()
             del job  # or it would keep a batch's tensors alive until the next
