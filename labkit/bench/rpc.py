@@ -19,7 +19,7 @@ from labkit.swarm import Swarm
 from labkit.wire.compression import CODECS
 
 TIMEOUT = 300.0  # seconds of a call: nothing is to fail here
-PATIENCE = 100  # calls, by which a client warms up at most
+WARM_UP = 100  # calls at most, before anything is counted
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def call(order: dict[str, Any]) -> Generator[Any, Any, None]:
                 y.sum().backward()
             return time.perf_counter() - started
 
-        for _ in range(min(PATIENCE, order["calls"] // 10) + 2):
+        for _ in range(min(WARM_UP, order["calls"] // 10) + 2):
             once()
         yield None
         started = time.perf_counter()

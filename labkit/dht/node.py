@@ -70,8 +70,8 @@ class DHTNode:
     async def bootstrap(self, contacts: Iterable[Contact]) -> int:
         """Join the network of `contacts`. Returns how many of them answered.
 
-        1. Ping them. 2. Look up our own id, which also makes us known to our neighbours. 3. Refresh the buckets farther
-        away than the nearest neighbour (section 2.3), as far as they have room.
+        1. Ping them. 2. Look up our own id, which also makes us known to our neighbours. 3. Get to know a few nodes in
+        each bucket that is farther away than the nearest neighbour (section 2.3).
         """
         contacts = [contact for contact in contacts if contact.node_id != self.contact.node_id]
         answered = await self._maintenance.ping_all(contacts)  # 1
