@@ -86,7 +86,8 @@ def test_latency_is_injected_with_a_slider_and_seen(view):
         view.page.keyboard.press("ArrowRight")
     expect(slider).to_have_attribute("aria-valuetext", "50 ms")
     network = view.root.get_by_role("table", name="Latency split of servers[1]").get_by_role("row", name="network")
-    expect(network.get_by_role("cell").first).to_have_text(re.compile(r"^([5-9]\d|\d{3,})"))
+    # Exponential delays with a mean of 50 ms: half of them are longer than 35 ms.
+    expect(network.get_by_role("cell").first).to_have_text(re.compile(r"^([3-9]\d|\d{3,})"))
     slider.focus()
     view.page.keyboard.press("Home")
     expect(slider).to_have_attribute("aria-valuetext", "none")
