@@ -50,7 +50,9 @@ class Run:
         self, model: nn.Module, data: Any, config: TrainConfig, loss_function: LossFunction | None = None,
         optimizer: OptimizerFactory | None = None, emit: Emit | None = None,
     ) -> None:  # fmt: skip
-        make_optimizer = optimizer or (lambda parameters: Adam(parameters, lr=config.lr))
+        make_optimizer = optimizer or (
+            lambda parameters: Adam(parameters, lr=config.lr, betas=(float(config.beta1), 0.999))
+        )
         self.model = model
         self.config = config
         self.history: deque[StepFinished] = deque(maxlen=100_000)

@@ -32,8 +32,9 @@ class TrainConfig:
 
     `trainers`: batches in flight at the same time. `balance`: weight of the layers' load-balancing losses.
     `max_failures`: this many failed batches in a row, over all trainers, end the run. `schedule`: of the learning rate
-    of the model's own parameters (experts have theirs in `BackendConfig`); "linear" falls to 0 over the run. `warmup`,
-    `clip_grad_norm`, `age_power`, `compensation`: against staleness; see `UpdateRule`.
+    of the model's own parameters (experts have theirs in `BackendConfig`); "linear" falls to 0 over the run. `beta1`:
+    momentum of the default optimizer, Adam. `warmup`, `clip_grad_norm`, `age_power`, `compensation`: against staleness;
+    see `UpdateRule`.
     """
 
     steps: int | None = None
@@ -45,6 +46,7 @@ class TrainConfig:
     seed: int = 0
     max_failures: int = 50
     schedule: str = "constant"
+    beta1: float = 0.9
     warmup: int = 0
     clip_grad_norm: float | None = None
     age_power: float = 0.0
@@ -59,6 +61,8 @@ class TrainConfig:
                 raise ValueError(f"{name}={value!r}: a whole number of at least 1")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule={self.schedule!r}: one of {', '.join(SCHEDULES)}")
+        if not 0 <= self.beta1 < 1:
+            raise ValueError(f"beta1={self.beta1!r}: at least 0 and below 1")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise ValueError(f"epochs={self.epochs!r}: a finite number above 0")
         self.update_rule(0)

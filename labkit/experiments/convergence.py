@@ -49,8 +49,9 @@ class ConvergenceConfig:
 
     `model`: "dmoe", or "dense", whose trainers wait as long as those of a mixture would: once a layer and direction.
     `width`: of a row between layers; an expert is width -> 4 width -> 4 width -> width. A dense block is twice as wide.
-    `schedule`, `warmup` (in updates), `clip_grad_norm`, `age_power`: of the trunk and of experts, which make their
-    share of the updates. `compensation`: of the trunk; see `UpdateRule`. Raises `ValueError`.
+    `lr`, `beta1`, `schedule`, `warmup` (in updates), `clip_grad_norm`, `age_power`: of the trunk and of experts, which
+    make their share of the updates. `compensation`: of the trunk; see `UpdateRule`. `accumulate`: calls after which an
+    expert updates. Raises `ValueError`.
     """
 
     model: str = "dmoe"
@@ -65,6 +66,8 @@ class ConvergenceConfig:
     latency: float = 1.0
     loss: float = 0.0
     lr: float = 1e-3
+    beta1: float = 0.9
+    accumulate: int = 1
     schedule: str = "constant"
     warmup: int = 0
     clip_grad_norm: float | None = None
@@ -88,6 +91,7 @@ class ConvergenceConfig:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule={self.schedule!r}: one of {', '.join(SCHEDULES)}")
         self.update_rule()
+        self.backend()
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> ConvergenceConfig:
@@ -101,10 +105,10 @@ class ConvergenceConfig:
 
     def backend(self) -> BackendConfig:
         """How experts are trained. One that is chosen as often as others makes `share` of the trunk's updates."""
-        share = min(1.0, self.batch_size * self.k_best / math.prod(self.grid))
+        share = min(1.0, self.batch_size * self.k_best / math.prod(self.grid)) / max(1, self.accumulate)
         return BackendConfig(
-            lr=self.lr, amsgrad=True, clip_grad_norm=self.clip_grad_norm, schedule=self.schedule,
-            age_power=self.age_power,
+            lr=self.lr, beta1=self.beta1, amsgrad=True, clip_grad_norm=self.clip_grad_norm, schedule=self.schedule,
+            accumulate=self.accumulate, age_power=self.age_power,
             warmup_steps=round(self.warmup * share), total_steps=max(1, round(self.updates * share)),
         )  # fmt: skip
 
@@ -206,7 +210,7 @@ class _Training:
         self._lockstep = lockstep
         self._swarm = swarm
         self._model = make_model(config, data.dim, data.classes)
-        optimizer = Adam(self._model.parameters(), lr=config.lr, amsgrad=True)
+        optimizer = Adam(self._model.parameters(), lr=config.lr, betas=(float(config.beta1), 0.999), amsgrad=True)
         self._shared = SharedModel(self._model, optimizer, config.update_rule())
         generator = torch.Generator().manual_seed(config.seed)
         self._batches = batches(data.train_x, data.train_y, config.batch_size, generator)

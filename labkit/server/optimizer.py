@@ -18,6 +18,8 @@ T = TypeVar("T", bound=torch.optim.Optimizer)
 class BackendConfig:
     """How an expert is trained and what it accepts. Plain values only: a config travels to child processes as JSON.
 
+    `beta1`: of Adam, its momentum. Where many trainers make gradients stale, 0 is better: asynchrony is a momentum of
+    its own (Mitliagkas et al. 2016).
     `accumulate`: backward passes (merged batches) whose gradients are summed into one optimizer step. `schedule`:
     "linear" warms the learning rate up over `warmup_steps` and then lowers it to 0 at `total_steps`; "constant" may
     have a warm-up too. `age_power`: p, where the learning rate of a step is multiplied by (1 + age)^-p; the age of its
@@ -30,6 +32,7 @@ class BackendConfig:
     lr: float = 1e-3
     weight_decay: float = 0.0
     amsgrad: bool = False  # adam, adamw
+    beta1: float = 0.9  # adam, adamw
     momentum: float = 0.0  # sgd
     fused: bool = True
     clip_grad_norm: float | None = None
@@ -51,6 +54,8 @@ class BackendConfig:
             raise ValueError("a linear schedule needs total_steps, more than warmup_steps")
         if self.accumulate < 1 or self.max_batch_size < 1 or self.warmup_steps < 0:
             raise ValueError("accumulate and max_batch_size are at least 1, warmup_steps at least 0")
+        if not 0 <= self.beta1 < 1:
+            raise ValueError(f"beta1={self.beta1!r}: at least 0 and below 1")
         if not (math.isfinite(self.age_power) and self.age_power >= 0):
             raise ValueError(f"age_power={self.age_power!r}: a finite number of at least 0")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
@@ -97,8 +102,16 @@ Adam = _uncompiled(torch.optim.Adam)
 AdamW = _uncompiled(torch.optim.AdamW)
 SGD = _uncompiled(torch.optim.SGD)
 
+
+def _adam(config: BackendConfig) -> dict[str, Any]:
+    return {
+        "lr": config.lr, "betas": (float(config.beta1), 0.999), "weight_decay": config.weight_decay,
+        "amsgrad": config.amsgrad, "fused": config.fused,
+    }  # fmt: skip
+
+
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], BackendConfig], torch.optim.Optimizer]] = {
-    "adam": lambda ps, c: Adam(ps, lr=c.lr, weight_decay=c.weight_decay, amsgrad=c.amsgrad, fused=c.fused),
-    "adamw": lambda ps, c: AdamW(ps, lr=c.lr, weight_decay=c.weight_decay, amsgrad=c.amsgrad, fused=c.fused),
+    "adam": lambda ps, c: Adam(ps, **_adam(c)),
+    "adamw": lambda ps, c: AdamW(ps, **_adam(c)),
     "sgd": lambda ps, c: SGD(ps, lr=c.lr, weight_decay=c.weight_decay, momentum=c.momentum, fused=c.fused),
 }
