@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 import random
 
-import trio
-
 
 class Faults:
     """Delays with a mean of `latency` seconds, and a share `loss` (0 to 1) of requests that are never answered.
@@ -39,13 +37,6 @@ class Faults:
         # Both numbers are drawn every time, so that one setting does not shift the other's sequence.
         wait, chance = self._random.expovariate(1.0), self._random.random()
         return wait * self.latency, chance < self.loss
-
-    async def apply(self) -> None:
-        """Wait as long as the next draw says. Never returns for a lost request: the caller's deadline must end it."""
-        delay, lost = self.draw()
-        await trio.sleep(delay)
-        if lost:
-            await trio.sleep_forever()
 
     def __repr__(self) -> str:
         return f"Faults(latency={self.latency:g}, loss={self.loss:g})"

@@ -13,7 +13,7 @@ from labkit.dht import DHTConfig, DHTNode, Entry, Signer, Value
 from labkit.dht.protocol import Ping
 from labkit.dht.storage import Role, key_id
 from labkit.wire.endpoint import Peer
-from labkit.wire.rpc import Request
+from labkit.wire.rpc import QuickMethod, Request
 from tests.fake_network import FakeNetwork, make_contact, running
 
 SMALL = DHTConfig(k=4, republish_period=20.0)  # few replicas, so that few nodes make a large network
@@ -397,7 +397,9 @@ async def test_a_sender_whose_key_the_connection_does_not_prove_is_ignored(autoj
     node = FakeNetwork().node(0)
     for proven in (make_contact(6).key, make_contact(7).key):
         request = Request("dht.ping", Ping(make_contact(7)), (), Peer(b"", proven), trio.current_time() + 1.0)
-        node.methods["dht.ping"].handler(request)
+        ping = node.methods["dht.ping"]
+        assert isinstance(ping, QuickMethod)
+        ping.handler(request)
         assert (make_contact(7).node_id in node.routing) == (proven == make_contact(7).key)
 
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 import pytest
+import torch
 import trio
 
+from labkit.errors import DeadlineExceeded
 from labkit.faults import Faults
+from labkit.server.compute import InlineCompute
+from labkit.server.server import ExpertCall, ExpertServer, ServerConfig
+from labkit.wire.agenda import Agenda
+from labkit.wire.endpoint import Peer
+from labkit.wire.rpc import Reply, Request
 
 
 def test_delays_are_exponential_with_the_mean_that_was_asked_for():
@@ -32,34 +41,61 @@ def test_the_same_seed_draws_the_same_faults_whatever_the_settings_were_before()
     assert [steady.draw() for _ in range(50)] == [changing.draw() for _ in range(50)]
 
 
+@asynccontextmanager
+async def serving(faults: Faults) -> AsyncIterator[Callable[..., Awaitable[Reply | Exception]]]:
+    """A function that asks an expert server with such faults, and returns the answer."""
+    agenda = Agenda()
+    server = ExpertServer(ServerConfig(("nop.0",), kind="nop"), faults, executor=InlineCompute(), agenda=agenda)
+
+    async def ask(within: float = 1000.0) -> Reply | Exception:
+        answers, answered = [], trio.Event()
+
+        def hear(answer: Reply | Exception) -> None:
+            answers.append(answer)
+            answered.set()
+
+        deadline = trio.current_time() + within
+        call = Request("expert.forward", ExpertCall("nop.0"), [torch.ones(1, 1)], Peer(b""), deadline)
+        server.rpc_forward(call, hear)
+        await answered.wait()
+        [answer] = answers
+        return answer
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(agenda.run)
+        await nursery.start(server.runtime.run)
+        yield ask
+        nursery.cancel_scope.cancel()
+
+
 async def test_latency_delays_by_exactly_what_was_drawn(autojump_clock):
-    faults, twin = Faults(latency=3, seed=1), Faults(latency=3, seed=1)
-    for _ in range(5):
-        began = trio.current_time()
-        await faults.apply()
-        assert trio.current_time() - began == pytest.approx(twin.draw()[0])
+    twin = Faults(latency=3, seed=1)
+    async with serving(Faults(latency=3, seed=1)) as ask:
+        for _ in range(5):
+            began = trio.current_time()
+            assert isinstance(await ask(), Reply)
+            assert trio.current_time() - began == pytest.approx(twin.draw()[0])
 
 
 async def test_without_faults_no_time_passes(autojump_clock):
-    began = trio.current_time()
-    await Faults().apply()
-    assert trio.current_time() == began
+    async with serving(Faults()) as ask:
+        assert isinstance(await ask(), Reply)
+    assert trio.current_time() == 0
 
 
 async def test_a_lost_request_is_ended_by_its_deadline_alone(autojump_clock):
-    with trio.move_on_after(1000) as deadline:
-        await Faults(loss=1.0).apply()
-    assert deadline.cancelled_caught
+    async with serving(Faults(loss=1.0)) as ask:
+        assert isinstance(await ask(within=70), DeadlineExceeded)
+    assert trio.current_time() == 70
 
 
 async def test_a_change_counts_from_the_next_request_on(autojump_clock):
-    faults = Faults()
-    await faults.apply()
-    faults.set(loss=1.0)
-    with pytest.raises(trio.TooSlowError), trio.fail_after(5):
-        await faults.apply()
-    faults.set(loss=0.0)
-    await faults.apply()
+    faults, kinds = Faults(), []
+    async with serving(faults) as ask:
+        for loss in (0.0, 1.0, 0.0):
+            faults.set(loss=loss)
+            kinds.append(type(await ask()))
+    assert kinds == [Reply, DeadlineExceeded, Reply]
 
 
 @pytest.mark.parametrize("bad", [{"latency": -1}, {"latency": math.inf}, {"latency": math.nan}, {"loss": 1.1},

@@ -355,25 +355,42 @@ async def test_a_step_is_smaller_the_older_its_gradient_is_where_that_is_asked_f
     assert moved[2] == pytest.approx(moved[0] / 2)  # (1 + 3)^-0.5
 
 
+async def computed(thread: ComputeThread, work):
+    """What a piece of work on the compute thread returns, or raises."""
+    outcomes, done = [], trio.Event()
+
+    def note(value, error, seconds) -> None:
+        outcomes.append((value, error))
+        done.set()
+
+    async with trio.open_nursery() as nursery:
+        thread.start(work, note, nursery, uid="", direction="", rows=0)
+        await done.wait()
+    [(value, error)] = outcomes
+    if error is not None:
+        raise error
+    return value
+
+
 async def test_a_compute_thread_hands_back_what_the_work_raises():
     async with ComputeThread() as thread:
         with pytest.raises(ZeroDivisionError):
-            await thread.run(lambda: 1 / 0, uid="", direction="", rows=0)
-        assert (await thread.run(lambda: 7, uid="", direction="", rows=0))[0] == 7
+            await computed(thread, lambda: 1 / 0)
+        assert await computed(thread, lambda: 7) == 7
 
 
 async def test_the_number_of_torch_threads_is_set_only_on_request():
     before = torch.get_num_threads()
     async with ComputeThread() as thread:
-        assert (await thread.run(torch.get_num_threads, uid="", direction="", rows=0))[0] == before
+        assert await computed(thread, torch.get_num_threads) == before
     async with ComputeThread(threads=1) as thread:
-        assert (await thread.run(torch.get_num_threads, uid="", direction="", rows=0))[0] == 1
+        assert await computed(thread, torch.get_num_threads) == 1
 
 
 async def test_numbers_too_small_to_matter_are_nought_on_the_compute_thread_and_nowhere_else():
     tiny = torch.full((64,), 1e-40)
     async with ComputeThread() as thread:
-        assert (await thread.run(lambda: (tiny * 0.5).sum().item(), uid="", direction="", rows=0))[0] == 0.0
+        assert await computed(thread, lambda: (tiny * 0.5).sum().item()) == 0.0
     assert (tiny * 0.5).sum().item() > 0.0
 
 
@@ -382,7 +399,7 @@ async def test_closing_does_not_wait_for_ever_for_a_computation(monkeypatch, cap
     go_on = threading.Event()
     async with trio.open_nursery() as nursery:
         async with ComputeThread() as thread:
-            nursery.start_soon(lambda: thread.run(go_on.wait, uid="", direction="", rows=0))
+            nursery.start_soon(computed, thread, go_on.wait)
             await trio.testing.wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
     assert "left behind" in caplog.text

@@ -270,7 +270,7 @@ def test_in_virtual_time_whatever_comes_next_is_at_once() -> None:
     async def main() -> list[float]:
         times = []
         async with open_simnet() as network:
-            network.after(3600.0, lambda: times.append(trio.current_time()))
+            network.agenda.after(3600.0, lambda: times.append(trio.current_time()))
             for seconds in (1800.0, 3600.0):
                 await trio.sleep(seconds)
                 times.append(trio.current_time())

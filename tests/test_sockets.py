@@ -9,10 +9,14 @@ import pytest
 import trio
 import zmq
 
-from labkit.errors import ConnectionLost
+from labkit.contact import Contact
+from labkit.errors import ConnectionLost, NotAdmitted
+from labkit.swarm import Swarm
 from labkit.wire import zeromq
 from labkit.wire.security import Identity
 from labkit.wire.sockets import Arrived, Socket, make_context, make_dealer, make_router
+from labkit.wire.zeromq import open_network
+from tests.nodes import calling, serving
 
 
 @pytest.fixture
@@ -169,6 +173,20 @@ def test_a_connection_is_watched_though_a_closed_one_had_the_same_file_descripto
         socket.close()
     being_closed.close()
     context.term()
+
+
+def test_connections_that_are_refused_hold_up_no_other():
+    with Swarm("private", members=[]) as private:  # in a thread of its own, or it would not refuse just as we close
+
+        async def knock(contact: Contact) -> None:
+            async with open_network() as network, serving(network) as server:
+                for number in range(50):
+                    async with calling(network) as client:
+                        with pytest.raises(NotAdmitted):
+                            await client.call(contact, "echo", timeout=5)
+                        assert (await client.call(server.contact, "echo", number, timeout=5)).body == number
+
+        trio.run(knock, Contact.from_invitation(private.invite()))
 
 
 @pytest.mark.parametrize("sockets_left", [0, 1])

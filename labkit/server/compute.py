@@ -1,6 +1,6 @@
-"""Where a runtime's batches are computed: the compute thread of a device, or, for simulations, the calling task.
+"""Where a runtime's batches are computed: the compute thread of a device, or, for simulations, the thread of trio.
 
-Between `Runtime.run`, which awaits `Executor.run` on the lab thread, and `server/backend`, which it calls.
+Between `server/runtime`, which calls `Executor.start` on the lab thread and is called back there, and `server/backend`.
 """
 
 from __future__ import annotations
@@ -10,25 +10,30 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 import trio
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 THREAD_END_TIMEOUT = 1.0  # seconds that closing waits for the batch being computed
 
+Done = Callable[[Any, BaseException | None, float], object]
+"""Told what came of a piece of work: its value or its error, and the seconds it took. In the thread of trio."""
+
 
 class Executor(Protocol):
-    """Runs one piece of work at a time, and says how many seconds it took."""
+    """Runs one piece of work at a time."""
 
-    async def run(self, work: Callable[[], T], *, uid: str, direction: str, rows: int) -> tuple[T, float]: ...
+    def start(
+        self, work: Callable[[], Any], done: Done, nursery: trio.Nursery, *, uid: str, direction: str, rows: int
+    ) -> None:
+        """Begin; `done` is called at the end, perhaps before this returns. `nursery`: for what has to wait."""
 
 
 class InlineCompute:
-    """Computes in the calling task, for tests and simulations.
+    """Computes in the thread of trio, for tests and simulations.
 
     Each piece of work takes `duration(uid, direction, rows)` seconds of trio's clock, so that with a mock clock a busy
     server costs no real time.
@@ -37,13 +42,25 @@ class InlineCompute:
     def __init__(self, duration: Callable[[str, str, int], float] | None = None) -> None:
         self._duration = duration
 
-    async def run(self, work: Callable[[], T], *, uid: str, direction: str, rows: int) -> tuple[T, float]:
+    def start(
+        self, work: Callable[[], Any], done: Done, nursery: trio.Nursery, *, uid: str, direction: str, rows: int
+    ) -> None:
         if self._duration is None:
-            await trio.lowlevel.checkpoint_if_cancelled()
-            return work(), 0.0
-        seconds = self._duration(uid, direction, rows)
+            self._compute(work, done, 0.0)
+        else:
+            nursery.start_soon(self._wait, work, done, self._duration(uid, direction, rows))
+
+    async def _wait(self, work: Callable[[], Any], done: Done, seconds: float) -> None:
         await trio.sleep(seconds)
-        return work(), seconds
+        self._compute(work, done, seconds)
+
+    def _compute(self, work: Callable[[], Any], done: Done, seconds: float) -> None:
+        value, error = None, None
+        try:
+            value = work()
+        except Exception as raised:
+            error = raised
+        done(value, error, seconds)
 
 
 class ComputeThread:
@@ -76,25 +93,18 @@ class ComputeThread:
         # Python cannot stop a thread; it is a daemon, and ends with its batch or with the process.
         logger.warning("%s is still computing after %s s; left behind", self._thread.name, THREAD_END_TIMEOUT)
 
-    async def run(self, work: Callable[[], T], *, uid: str, direction: str, rows: int) -> tuple[T, float]:
-        done = trio.Event()
-        outcome: list[tuple[T, float] | BaseException] = []
-
+    def start(
+        self, work: Callable[[], Any], done: Done, nursery: trio.Nursery, *, uid: str, direction: str, rows: int
+    ) -> None:
         def job() -> None:
-            started = time.perf_counter()
+            value, error, started = None, None, time.perf_counter()
             try:
-                outcome.append((work(), time.perf_counter() - started))
-            except BaseException as error:
-                outcome.append(error)
-            self._call_back(done.set)
+                value = work()
+            except BaseException as raised:
+                error = raised
+            self._call_back(done, value, error, time.perf_counter() - started)
 
         self._jobs.put(job)
-        await (
-            done.wait()
-        )  # no deadline: a computation cannot be stopped, and what waits for it has deadlines of its own
-        if isinstance(outcome[0], BaseException):
-            raise outcome[0]
-        return outcome[0]
 
     def _main(self) -> None:
         if self._threads is not None:
@@ -106,8 +116,8 @@ class ComputeThread:
             del job  # or it would keep a batch's tensors alive until the next
         self._call_back(self._ended.set)
 
-    def _call_back(self, function: Callable[[], object]) -> None:
+    def _call_back(self, function: Callable[..., object], *args: Any) -> None:
         try:
-            self._token.run_sync_soon(function)
+            self._token.run_sync_soon(function, *args)
         except trio.RunFinishedError:  # left behind, and then the lab thread ended
             logger.debug("%s finished after the lab thread", self._thread.name)

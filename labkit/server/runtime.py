@@ -1,7 +1,8 @@
 """The runtime of an expert server (paper, section 3.3): it gathers requests into batches and runs them, one at a time.
 
-On a batch's way between `server/server`, which calls `Runtime.submit` on the lab thread, and `server/backend`, which
-computes on the compute thread of its device (`server/compute`), one `server/batch` after the other.
+On a batch's way between `server/server`, which calls `Runtime.put` on the lab thread, and `server/backend`, which
+computes on the compute thread of its device (`server/compute`), one `server/batch` after the other. A request has no
+task here: its answer is handed to a callback.
 """
 
 from __future__ import annotations
@@ -12,19 +13,20 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import trio
 from torch import Tensor
 
 from labkit.errors import DeadlineExceeded, Overloaded, RemoteFailure, RPCError, UnknownExpert
 from labkit.events import BatchProcessed, Emit, ignore
-from labkit.histogram import Histogram
 from labkit.server.backend import ExpertBackend, schema_of
 from labkit.server.batch import compute_batch
-from labkit.server.compute import ComputeThread, Executor, InlineCompute
+from labkit.server.compute import ComputeThread, Done, Executor, InlineCompute
+from labkit.server.tally import RuntimeStatistics, Tally
 from labkit.server.task_pool import PoolKey, Task, TaskPools
 
-__all__ = ["ComputeThread", "Executor", "InlineCompute", "Result", "Runtime", "RuntimeStatistics"]
+__all__ = ["ComputeThread", "Executor", "Finish", "InlineCompute", "Queued", "Result", "Runtime", "RuntimeStatistics"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,48 +46,21 @@ class Result:
     updates: int
 
 
-@dataclass(slots=True)
-class ExpertCounts:
-    """Of one expert: its optimizer steps; rows and requests answered, and the seconds those took in queue and batch."""
-
-    updates: int = 0
-    rows: int = 0
-    requests: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class RuntimeStatistics:
-    """What a runtime has done and what waits. Plain values, for sending.
-
-    `batches`, `rows`, `busy_seconds`: computed. `overloaded`: requests turned away. `expired`: requests whose deadline
-    passed while they waited. `uptime`: seconds since it began to run. `…_times`: `labkit.histogram` counts of the
-    requests answered.
-    """
-
-    queued_requests: int
-    queued_rows: int
-    batches: int
-    rows: int
-    busy_seconds: float
-    overloaded: int
-    expired: int
-    uptime: float
-    experts: Mapping[str, ExpertCounts]  # by uid; these go on counting
-    total_times: list[int]  # queue and batch together
-    queue_times: list[int]
-    compute_times: list[int]
+Finish = Callable[[Result | Exception], None]
+Queued = Task[Result]
 
 
 @dataclass(slots=True)
 class _Device:
-    """What waits for one device: requests in pools, and snapshots to take between two batches."""
+    """What waits for one device, requests in pools and snapshots to take between two batches, and what is computed."""
 
+    executor: Executor | None = None  # while the runtime runs
     pools: TaskPools[Result] = field(default_factory=TaskPools)
     snapshots: deque[tuple[ExpertBackend, Callable[[dict[str, Tensor] | Exception], None]]] = field(
         default_factory=deque
     )
-    wake: trio.Event = field(default_factory=trio.Event)
+    give_up: Callable[[Exception], object] | None = None  # what is being computed: to fail it
+    starting: bool = False
 
 
 class Runtime:
@@ -112,21 +87,26 @@ class Runtime:
         self._devices = {backend.config.device: _Device() for backend in self.backends.values()}
         self._compute_threads: list[ComputeThread] = []
         self._running = self._stopped = False
-        self._batches = self._rows = self._overloaded = self._expired = 0
-        self._busy_seconds = 0.0
-        self._started_at: float | None = None
-        self._experts = {uid: ExpertCounts() for uid in self.backends}
-        self._total_times, self._queue_times, self._compute_times = Histogram(), Histogram(), Histogram()
+        self._broken = trio.Event()
+        self._error: BaseException | None = None
+        self._tally = Tally(self.backends)
 
-    async def submit(
-        self, uid: str, direction: str, tensors: Sequence[Tensor], deadline: float, seen: int | None = None
-    ) -> Result:
-        """Have one request computed: the inputs, and for a backward pass the output gradient behind them.
+    def put(
+        self,
+        uid: str,
+        direction: str,
+        tensors: Sequence[Tensor],
+        deadline: float,
+        finish: Finish,
+        seen: int | None = None,
+    ) -> Queued:
+        """Queue a request: the inputs, and for a backward pass the output gradient behind them. `finish` gets its
+        answer or its failure, perhaps before this returns; `discard` takes it out again.
 
         `deadline`: on trio's clock; a request that has not been started by then never is. `seen`: the expert's updates
-        when it answered the forward pass that a backward pass belongs to, if that is known. If the caller is cancelled,
-        the request leaves its pool. Raises `UnknownExpert`, `BadRequest`, `Overloaded` (at once), `NonFiniteTensor`,
-        `DeadlineExceeded`, or `RemoteFailure` when the expert's own code fails or the runtime stops.
+        when it answered the forward pass that a backward pass belongs to, if that is known. Failures that `finish`
+        gets: `NonFiniteTensor`, `DeadlineExceeded`, `BadRequest`, or `RemoteFailure` when the expert's own code fails
+        or the runtime stops. Raises `UnknownExpert`, `BadRequest`, `Overloaded`, `DeadlineExceeded`, `RemoteFailure`.
         """
         backend = self.backends.get(uid)
         if backend is None:
@@ -139,10 +119,23 @@ class Runtime:
             raise DeadlineExceeded("the deadline had passed when the request arrived; nothing was computed")
         queued = sum(device.pools.rows for device in self._devices.values())
         if queued and queued + rows > self.max_queue_rows:
-            self._overloaded += 1
+            self._tally.overloaded += 1
             raise Overloaded(f"{queued} rows wait here already, of at most {self.max_queue_rows}; nothing was computed")
-
         device = self._devices[backend.config.device]
+        key = PoolKey(uid, "forward" if direction == "forward" else "backward", schema_of(tensors))
+        task: Queued = Task(key, tensors, rows, arrived=now, deadline=deadline, finish=finish, seen=seen)
+        device.pools.add(task)
+        self._advance(device)
+        return task
+
+    def discard(self, task: Queued) -> bool:
+        """Take a request out that nobody waits for. Returns whether it was still queued."""
+        return self._devices[self.backends[task.key.uid].config.device].pools.discard(task)
+
+    async def submit(
+        self, uid: str, direction: str, tensors: Sequence[Tensor], deadline: float, seen: int | None = None
+    ) -> Result:
+        """`put`, and wait for the answer, at most until the deadline."""
         answers: list[Result | Exception] = []
         answered = trio.Event()
 
@@ -150,17 +143,14 @@ class Runtime:
             answers.append(answer)
             answered.set()
 
-        key = PoolKey(uid, "forward" if direction == "forward" else "backward", schema_of(tensors))
-        task: Task[Result] = Task(key, tensors, rows, arrived=now, deadline=deadline, finish=finish, seen=seen)
-        device.pools.add(task)
-        device.wake.set()
+        task = self.put(uid, direction, tensors, deadline, finish, seen)
         try:
             with trio.move_on_at(deadline):
                 await answered.wait()
         finally:
-            waiting = device.pools.discard(task)
+            waiting = self.discard(task)
         if not answers:
-            self._expired += waiting
+            self._tally.expired += waiting
             state = "still queued; nothing was computed" if waiting else "being computed; its answer is dropped"
             raise DeadlineExceeded(f"at its deadline the request was {state}")
         if isinstance(answers[0], Exception):
@@ -171,84 +161,113 @@ class Runtime:
         """Compute until cancelled. What waits then fails with `RemoteFailure`. A runtime runs once."""
         assert not self._running and not self._stopped, "a runtime runs once"
         self._running = True
-        self._started_at = trio.current_time()
-        try:
-            async with AsyncExitStack() as threads, trio.open_nursery() as nursery:
+        self._tally.started_at = trio.current_time()
+        async with AsyncExitStack() as threads, trio.open_nursery() as self._nursery:
+            try:
                 for name, device in self._devices.items():
-                    executor = self._executor
-                    if executor is None:
-                        executor = await threads.enter_async_context(ComputeThread(name, threads=self._threads))
-                        self._compute_threads.append(executor)
-                    nursery.start_soon(self._serve_device, device, executor)
+                    device.executor = self._executor
+                    if device.executor is None:
+                        thread = await threads.enter_async_context(ComputeThread(name, threads=self._threads))
+                        self._compute_threads.append(thread)
+                        device.executor = thread
+                for device in self._devices.values():
+                    self._advance(device)
                 task_status.started()
-                await trio.sleep_forever()
-        finally:
-            self._running, self._stopped = False, True
-            for device in self._devices.values():
-                for task in device.pools.clear():
-                    task.finish(RemoteFailure(STOPPED))
-                while device.snapshots:
-                    device.snapshots.popleft()[1](RemoteFailure(STOPPED))
+                await self._broken.wait()
+                assert self._error is not None
+                raise self._error
+            finally:
+                self._stop()
 
-    async def _serve_device(self, device: _Device, executor: Executor) -> None:
-        while True:
+    def _stop(self) -> None:
+        self._running, self._stopped = False, True
+        for device in self._devices.values():
+            if device.give_up is not None:
+                device.give_up(RemoteFailure(STOPPED))
+            for task in device.pools.clear():
+                task.finish(RemoteFailure(STOPPED))
             while device.snapshots:
-                backend, finish = device.snapshots.popleft()
-                await self._take_snapshot(backend, finish, executor)
-            batch, late = device.pools.next_batch(trio.current_time(), self._max_rows)
-            self._expired += len(late)
-            for task in late:
-                task.finish(DeadlineExceeded("the deadline passed in the queue; nothing was computed"))
-            if batch:
-                await self._run_batch(batch, executor)
-            elif not device.snapshots:
-                device.wake = trio.Event()
-                await device.wake.wait()  # no deadline: there is nothing to do until a request comes
+                device.snapshots.popleft()[1](RemoteFailure(STOPPED))
 
-    async def _run_batch(self, batch: list[Task[Result]], executor: Executor) -> None:
-        (uid, direction, _), backend = batch[0].key, self.backends[batch[0].key.uid]
-        rows, started = sum(task.rows for task in batch), trio.current_time()
+    def _advance(self, device: _Device) -> None:
+        """Start what is next, if nothing is being computed. (What is computed at once calls this while it starts.)"""
+        if device.starting:
+            return
+        device.starting = True
+        while self._running and device.give_up is None:
+            if device.snapshots:
+                self._take_snapshot(device, *device.snapshots.popleft())
+            elif not self._run_batch(device):
+                break
+        device.starting = False
+
+    def _start(
+        self, device: _Device, work: Callable[[], Any], done: Done, give_up: Callable[[Exception], object],
+        uid: str, direction: str, rows: int,
+    ) -> None:  # fmt: skip
+        """Compute one thing. `done` gets what comes of it, or `give_up` the error where the runtime ends first."""
+        assert device.executor is not None
+        device.give_up = give_up
+
+        def finished(value: Any, error: BaseException | None, seconds: float) -> None:
+            if not self._running:
+                return  # it was given up
+            device.give_up = None
+            if error is not None and not isinstance(error, Exception):
+                self._error = error  # not a failure of this batch: the whole server is to end
+                self._broken.set()
+            done(value, error, seconds)
+            self._advance(device)
+
+        device.executor.start(work, finished, self._nursery, uid=uid, direction=direction, rows=rows)
+
+    def _run_batch(self, device: _Device) -> bool:
+        """Start the next batch. Returns whether there was one."""
+        started = trio.current_time()
+        batch, late = device.pools.next_batch(started, self._max_rows)
+        self._tally.expired += len(late)
+        for task in late:
+            task.finish(DeadlineExceeded("the deadline passed in the queue; nothing was computed"))
+        if not batch:
+            return False
+        uid, direction, _ = batch[0].key
         requests, seen = [task.tensors for task in batch], [task.seen for task in batch]
-        work = partial(compute_batch, backend, direction, requests, seen)
-        answers: list[list[Tensor] | RPCError] = [RemoteFailure(STOPPED) for _ in batch]
-        updates, seconds = 0, 0.0
-        try:
-            (answers, updates), seconds = await executor.run(work, uid=uid, direction=direction, rows=rows)
-        finally:  # also when the runtime is cancelled meanwhile
+
+        def give_up(error: Exception) -> None:
+            for task in batch:
+                task.finish(error)
+
+        def done(value: Any, error: BaseException | None, seconds: float) -> None:
+            if error is not None:
+                give_up(RemoteFailure(f"the batch could not be computed: {error!r}"))
+                return
+            answers, updates = value
+            served = []
             for task, answer in zip(batch, answers, strict=True):
-                queued = started - task.arrived
-                task.finish(answer if isinstance(answer, RPCError) else Result(answer, queued, seconds, updates))
-        done = [task for task, answer in zip(batch, answers, strict=True) if not isinstance(answer, RPCError)]
-        self._busy_seconds += seconds
-        if done:
-            rows = self._count(uid, done, started, seconds)
-            self._emit(BatchProcessed(uid=uid, direction=direction, rows=rows, requests=len(done), seconds=seconds))
+                if isinstance(answer, RPCError):
+                    task.finish(answer)
+                else:
+                    served.append(task)
+                    task.finish(Result(answer, started - task.arrived, seconds, updates))
+            rows = self._tally.count(uid, served, started, seconds)
+            if served:
+                self._emit(
+                    BatchProcessed(uid=uid, direction=direction, rows=rows, requests=len(served), seconds=seconds)
+                )
 
-    def _count(self, uid: str, done: list[Task[Result]], started: float, seconds: float) -> int:
-        """Count a batch whose requests were answered. Returns its rows."""
-        expert, rows = self._experts[uid], sum(task.rows for task in done)
-        self._batches += 1
-        self._rows += rows
-        expert.rows += rows
-        expert.requests += len(done)
-        for task in done:
-            queued = started - task.arrived
-            expert.seconds += queued + seconds
-            self._total_times.add(queued + seconds)
-            self._queue_times.add(queued)
-            self._compute_times.add(seconds)
-        return rows
+        work = partial(compute_batch, self.backends[uid], direction, requests, seen)
+        self._start(device, work, done, give_up, uid, direction, sum(task.rows for task in batch))
+        return True
 
-    async def _take_snapshot(
-        self, backend: ExpertBackend, finish: Callable[[dict[str, Tensor] | Exception], None], executor: Executor
+    def _take_snapshot(
+        self, device: _Device, backend: ExpertBackend, finish: Callable[[dict[str, Tensor] | Exception], None]
     ) -> None:
-        answer: dict[str, Tensor] | Exception = RemoteFailure(STOPPED)
-        try:
-            answer, _ = await executor.run(backend.state, uid=backend.uid, direction="snapshot", rows=0)
-        except Exception as error:
-            answer = error
-        finally:
-            finish(answer)
+        def done(value: Any, error: BaseException | None, seconds: float) -> None:
+            if error is not None and not isinstance(error, Exception):
+                error = RemoteFailure(repr(error))
+            finish(value if error is None else error)
+
+        self._start(device, backend.state, done, finish, backend.uid, "snapshot", 0)
 
     def _max_rows(self, uid: str) -> int:
         return self.backends[uid].config.max_batch_size
@@ -266,7 +285,7 @@ class Runtime:
                 answered.set()
 
             device.snapshots.append((backend, finish))
-            device.wake.set()
+            self._advance(device)
             await answered.wait()  # no deadline: at most one batch, and the runtime answers when it ends
             if isinstance(answers[0], Exception):
                 raise answers[0]
@@ -277,19 +296,6 @@ class Runtime:
 
     def statistics(self) -> RuntimeStatistics:
         """Gauges and counters, now. In the lab thread."""
-        for uid, backend in self.backends.items():
-            self._experts[uid].updates = backend.updates
-        return RuntimeStatistics(
-            queued_requests=sum(len(device.pools) for device in self._devices.values()),
-            queued_rows=sum(device.pools.rows for device in self._devices.values()),
-            batches=self._batches,
-            rows=self._rows,
-            busy_seconds=self._busy_seconds,
-            overloaded=self._overloaded,
-            expired=self._expired,
-            uptime=0.0 if self._started_at is None else trio.current_time() - self._started_at,
-            experts=self._experts,
-            total_times=list(self._total_times.counts),
-            queue_times=list(self._queue_times.counts),
-            compute_times=list(self._compute_times.counts),
-        )
+        devices = self._devices.values()
+        requests, rows = sum(len(device.pools) for device in devices), sum(device.pools.rows for device in devices)
+        return self._tally.statistics(self.backends, requests, rows)

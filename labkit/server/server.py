@@ -1,6 +1,7 @@
 """An expert server: a node that holds experts, answers calls to them, declares them in the DHT and saves them.
 
-On a batch's way: `wire/rpc` hands a request to `rpc_forward` or `rpc_backward`, which queue it with the runtime.
+On a batch's way: `wire/rpc` hands a request to `rpc_forward` or `rpc_backward`, which queue it with the runtime and
+say later what came of it.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +22,7 @@ import trio
 
 from labkit.contact import Contact
 from labkit.directory.grids import GridInfo, keep_grid_declared
-from labkit.errors import LabkitError
+from labkit.errors import DeadlineExceeded, LabkitError, RPCError
 from labkit.events import Emit, ignore
 from labkit.expert_uid import check_inside, split_uid
 from labkit.faults import Faults
@@ -29,9 +31,10 @@ from labkit.node import NodeConfig, open_node
 from labkit.server.backend import BackendConfig, ExpertBackend
 from labkit.server.checkpoints import keep_checkpoints, restore, save_all
 from labkit.server.layers import make_expert
-from labkit.server.runtime import Executor, Runtime
+from labkit.server.runtime import Executor, Queued, Result, Runtime
+from labkit.wire.agenda import Agenda
 from labkit.wire.endpoint import Network
-from labkit.wire.rpc import Caller, Method, Reply, Request
+from labkit.wire.rpc import Answer, Caller, LaterMethod, Method, Methods, Reply, Request
 from labkit.wire.security import Admission, Identity
 
 logger = logging.getLogger(__name__)
@@ -148,16 +151,19 @@ class ExpertServer:
         faults: Faults | None = None,
         emit: Emit = ignore,
         executor: Executor | None = None,
+        *,
+        agenda: Agenda,
     ) -> None:
         self.config = config
+        self._agenda = agenda
         self.faults = faults or Faults()
         backends = {uid: self._make_backend(uid) for uid in config.uids}
         self.runtime = Runtime(
             backends, emit=emit, executor=executor, max_queue_rows=config.max_queue_rows, threads=config.threads
         )
-        self.methods: Mapping[str, Method] = {
-            "expert.forward": Method(self.rpc_forward, ExpertCall),
-            "expert.backward": Method(self.rpc_backward, ExpertCall),
+        self.methods: Methods = {
+            "expert.forward": LaterMethod(self.rpc_forward, ExpertCall),
+            "expert.backward": LaterMethod(self.rpc_backward, ExpertCall),
             "server.statistics": Method(self.rpc_statistics),
         }
 
@@ -173,19 +179,49 @@ class ExpertServer:
             restore(config.checkpoint_dir, backend)
         return backend
 
-    async def rpc_forward(self, request: Request) -> Reply:
+    def rpc_forward(self, request: Request, answer: Answer) -> Callable[[], object]:
         """Inputs [rows, ...] -> outputs [rows, ...]."""
-        return await self._compute("forward", request)
+        return self._compute("forward", request, answer)
 
-    async def rpc_backward(self, request: Request) -> Reply:
+    def rpc_backward(self, request: Request, answer: Answer) -> Callable[[], object]:
         """Inputs and output gradient -> input gradients; the expert takes an optimizer step."""
-        return await self._compute("backward", request)
+        return self._compute("backward", request, answer)
 
-    async def _compute(self, direction: str, request: Request) -> Reply:
-        await self.faults.apply()
+    def _compute(self, direction: str, request: Request, answer: Answer) -> Callable[[], object]:
+        """1. Wait, or lose it, as injected faults will have it; 2. queue it with the runtime, and answer."""
         body: ExpertCall = request.body
-        result = await self.runtime.submit(body.uid, direction, request.tensors, request.deadline, body.seen)
-        return Reply(ExpertAnswer(result.queue_seconds, result.compute_seconds, result.updates), result.tensors)
+        queued: list[Queued] = []
+        forgotten = False
+
+        def begin() -> None:  # 2
+            if forgotten:
+                return
+            try:
+                queued.append(
+                    self.runtime.put(body.uid, direction, request.tensors, request.deadline, finish, body.seen)
+                )
+            except RPCError as error:
+                answer(error)
+
+        def finish(result: Result | Exception) -> None:
+            if isinstance(result, Exception):
+                answer(result)
+            else:
+                body = ExpertAnswer(result.queue_seconds, result.compute_seconds, result.updates)
+                answer(Reply(body, result.tensors))
+
+        def forget() -> None:
+            nonlocal forgotten
+            forgotten = True
+            for task in queued:
+                self.runtime.discard(task)
+
+        delay, lost = self.faults.draw()  # 1
+        if lost:
+            self._agenda.at(request.deadline, answer, DeadlineExceeded("lost, as faults are injected here"))
+        else:
+            self._agenda.after(delay, begin)
+        return forget
 
     async def rpc_statistics(self, request: Request) -> Reply:
         """How the server is doing."""
@@ -236,7 +272,7 @@ async def serve_experts(
     1. build the experts, or load them; 2. start the runtime; 3. join the swarm; 4. declare the experts: from then on
     they can be found, and only then the server counts as started; 5. declare again and save, until the stop.
     """
-    server = await _build(config, faults, emit, executor)  # 1
+    server = await _build(partial(ExpertServer, config, faults, emit, executor, agenda=network.agenda), executor)  # 1
     stop = trio.Event() if stop is None else stop
     async with trio.open_nursery() as nursery:
         await nursery.start(server.runtime.run)  # 2
@@ -260,7 +296,7 @@ async def serve_experts(
         await save_all(server.runtime, config.checkpoint_dir)
 
 
-async def _build(config: ServerConfig, faults: Faults | None, emit: Emit, executor: Executor | None) -> ExpertServer:
+async def _build(make: Callable[[], ExpertServer], executor: Executor | None) -> ExpertServer:
     """Build or load the experts in a thread, since that can take seconds, and the network goes on. (Virtual time would
     not stand still for a thread.)
 
@@ -268,13 +304,13 @@ async def _build(config: ServerConfig, faults: Faults | None, emit: Emit, execut
     """
     if executor is not None:
         await trio.lowlevel.checkpoint()
-        return ExpertServer(config, faults, emit, executor)
+        return make()
     try:
         one = _one_at_a_time.get()
     except LookupError:
         one = trio.CapacityLimiter(1)
         _one_at_a_time.set(one)
-    return await trio.to_thread.run_sync(ExpertServer, config, faults, emit, limiter=one)
+    return await trio.to_thread.run_sync(make, limiter=one)
 
 
 _one_at_a_time: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("building experts")

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from labkit.contact import Contact
 from labkit.errors import LabkitError
+from labkit.wire.agenda import Agenda
 from labkit.wire.frames import Frame
 from labkit.wire.security import Admission, Identity
 
@@ -69,9 +70,10 @@ class Endpoint(Protocol):
 
 
 class Network(Protocol):
-    """Where nodes listen. `tcp`: whether any program can connect to their addresses."""
+    """Where nodes listen. `tcp`: whether any program can connect to their addresses. `agenda`: for what comes later."""
 
     tcp: bool
+    agenda: Agenda
 
     def listen(
         self, identity: Identity, address: str = ..., *, announce: str | None = None, secure: bool | None = None,

@@ -90,7 +90,21 @@ class QuickMethod:
     body: Any = None
 
 
-Methods = Mapping[str, Method | QuickMethod]
+Answer = Callable[[Reply | Exception], None]
+LaterHandler = Callable[[Request, Answer], Callable[[], object]]
+
+
+@dataclass(frozen=True, slots=True)
+class LaterMethod:
+    """A method that is answered later, without a task that waits: its handler is given what to call with the answer,
+    which it does once, at the latest soon after the deadline. It returns what is called if nobody wants one any more.
+    """
+
+    handler: LaterHandler
+    body: Any = None
+
+
+Methods = Mapping[str, Method | QuickMethod | LaterMethod]
 
 
 class Caller(Protocol):
@@ -127,7 +141,7 @@ class _Server:
         self._methods = methods
         self._limits = limits
         self._budget = ByteBudget(limits.bytes_per_peer, limits.bytes_total)
-        self._running: dict[tuple[bytes, int], trio.CancelScope] = {}
+        self._running: dict[tuple[bytes, int], trio.CancelScope | _Later] = {}
 
     def accept(self, peer: Peer, frames: Sequence[wire.Frame], nursery: trio.Nursery) -> None:
         """Start to answer a request, or refuse it, or drop what is none."""
@@ -161,7 +175,7 @@ class _Server:
         size: int,
         nursery: trio.Nursery,
     ) -> None:
-        """Answer at once, if the method is quick and there is room for the answer; else in a task."""
+        """Answer at once, if the method is quick and there is room for the answer; or later; or in a task."""
         deadline = trio.current_time() + header.timeout_ms / 1000
         method, answer = self._methods.get(header.method), None
         if isinstance(method, QuickMethod):
@@ -172,6 +186,14 @@ class _Server:
             if self._endpoint.send_nowait(peer, answer):
                 return
         self._budget.take(peer.route, size)
+        if isinstance(method, LaterMethod):
+            later = self._running[peer.route, id] = _Later(self, peer, id, header, size, deadline, nursery)
+            try:
+                request = _request(peer, header, payload, method, deadline)
+                later.forget = method.handler(request, later.answer)
+            except Exception as error:
+                later.answer(error)
+            return
         scope = self._running[peer.route, id] = trio.CancelScope(deadline=deadline)
         nursery.start_soon(self._answer, peer, id, header, payload, size, scope, answer)
 
@@ -185,6 +207,22 @@ class _Server:
 
     def _refuse(self, peer: Peer, id: int, code: str, text: str) -> None:
         self._endpoint.send_nowait(peer, wire.encode_error(id, code, text))
+
+    def end(self, peer: Peer, id: int, size: int) -> None:
+        """A request is over."""
+        del self._running[peer.route, id]
+        self._budget.give(peer.route, size)
+
+    def send(
+        self, peer: Peer, id: int, header: wire.RequestHeader, size: int, deadline: float,
+        answer: Sequence[wire.Frame], nursery: trio.Nursery,
+    ) -> None:  # fmt: skip
+        """Send the answer to a request that is running, in a task if there is no room."""
+        if self._endpoint.send_nowait(peer, answer):
+            self.end(peer, id, size)
+        else:
+            scope = self._running[peer.route, id] = trio.CancelScope(deadline=deadline)
+            nursery.start_soon(self._answer, peer, id, header, (), size, scope, answer)
 
     async def _answer(
         self,
@@ -206,8 +244,7 @@ class _Server:
         except ConnectionLost:
             pass  # the caller is gone; its side knows
         finally:
-            del self._running[peer.route, id]
-            self._budget.give(peer.route, size)
+            self.end(peer, id, size)
 
     async def _outcome(
         self, peer: Peer, id: int, header: wire.RequestHeader, payload: Sequence[wire.Frame], deadline: float
@@ -222,9 +259,53 @@ class _Server:
             return _encode_failure(id, header, error)
 
 
+class _Later:
+    """A request that is answered by a call of `answer`. `forget`: see `LaterMethod`."""
+
+    __slots__ = ("_arguments", "_nursery", "_over", "_server", "forget")
+
+    def __init__(
+        self, server: _Server, peer: Peer, id: int, header: wire.RequestHeader, size: int, deadline: float,
+        nursery: trio.Nursery,
+    ) -> None:  # fmt: skip
+        self._server = server
+        self._arguments = peer, id, header, size, deadline
+        self._nursery = nursery
+        self._over = False
+        self.forget: Callable[[], object] | None = None
+
+    def answer(self, outcome: Reply | Exception) -> None:
+        """Send it, unless nobody wants it any more."""
+        if self._over:
+            return
+        self._over, self.forget = True, None
+        peer, id, header, size, deadline = self._arguments
+        if trio.current_time() >= deadline or self._nursery.cancel_scope.cancel_called:
+            self._server.end(peer, id, size)
+            return
+        try:
+            if isinstance(outcome, Exception):
+                raise outcome
+            frames = _encode(id, header, outcome)
+        except Exception as error:
+            frames = _encode_failure(id, header, error)
+        self._server.send(*self._arguments, frames, self._nursery)
+
+    def cancel(self) -> None:
+        """Nobody waits for the answer any more."""
+        if not self._over:
+            self._over = True
+            peer, id, _, size, _ = self._arguments
+            self._server.end(peer, id, size)
+            if self.forget is not None:
+                self.forget()
+                self.forget = None  # with all that it holds
+
+
 def _request(
-    peer: Peer, header: wire.RequestHeader, payload: Sequence[wire.Frame], method: Method | QuickMethod, deadline: float
-) -> Request:
+    peer: Peer, header: wire.RequestHeader, payload: Sequence[wire.Frame], method: Method | QuickMethod | LaterMethod,
+    deadline: float,
+) -> Request:  # fmt: skip
     body = wire.decode_body(header.body, method.body)
     return Request(header.method, body, wire.decode_tensors(header.tensors, payload), peer, deadline)
 

@@ -68,14 +68,14 @@ class SimLink:
         """Begin to connect."""
         network = self._network
         there_and_back = network.handshake * (network.delay(self.out) + network.delay(self.back))
-        network.after(there_and_back / 2, self._knock, there_and_back / 2)
+        network.agenda.after(there_and_back / 2, self._knock, there_and_back / 2)
 
     def _knock(self, way_back: float, again: float = RETRY) -> None:
         """The far end hears of the connection; if nobody does, knock again later."""
         if self.error is not None:
             return
         if not self._network.reaches(self.out):
-            self._network.after(again, self._knock, way_back, 2 * again)
+            self._network.agenda.after(again, self._knock, way_back, 2 * again)
             return
         far, where = self._network.nodes.get(self.out.target), self.contact.endpoint
         refusal: LabkitError | None = None
@@ -89,11 +89,11 @@ class SimLink:
         elif not far.admission.admits(self._home.identity.public_key):
             refusal = NotAdmitted(f"{where} is a private swarm and does not admit our key")
         if refusal is not None or far is None:
-            self._network.after(way_back, self.end, refusal)
+            self._network.agenda.after(way_back, self.end, refusal)
             return
         self._far = far
         far.peers[self.peer.route] = self
-        self._network.after(way_back, self._let_in)
+        self._network.agenda.after(way_back, self._let_in)
 
     def _let_in(self) -> None:
         self._open = True
@@ -128,7 +128,7 @@ class SimLink:
     def close(self) -> None:
         if self.error is None:
             if self._far is not None:  # hears of it after all that was sent
-                self._network.at(max(self._network.soon(self.out), self.out.arrival), self._far.forget, self)
+                self._network.agenda.at(max(self._network.soon(self.out), self.out.arrival), self._far.forget, self)
             self.end(ConnectionLost(f"the link to {self.contact.endpoint} is closed"))
 
     def end(self, error: LabkitError) -> None:
@@ -144,7 +144,7 @@ class SimLink:
         if self._far is not None:
             self._far.forget(self)
         broken = ConnectionLost(f"the connection to {self.contact.endpoint} broke")
-        self._network.at(max(self._network.soon(self.back), self.back.arrival), self.end, broken)
+        self._network.agenda.at(max(self._network.soon(self.back), self.back.arrival), self.end, broken)
 
 
 class SimEndpoint:

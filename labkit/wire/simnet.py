@@ -7,7 +7,6 @@ nodes run in one thread, and nothing waits for real. Whatever is random is drawn
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
 import random
@@ -23,10 +22,10 @@ from trio._core import _run
 from labkit.contact import Contact
 from labkit.errors import ConnectionLost, LabkitError
 from labkit.wire.addresses import LOOPBACK, split_address
+from labkit.wire.agenda import Agenda
 from labkit.wire.frames import Frame, FrameLimits
 from labkit.wire.latency import Latency, check_seconds, constant
 from labkit.wire.security import Admission, Identity, must_encrypt
-from labkit.wire.simclock import VirtualClock
 from labkit.wire.simlink import Place, SimEndpoint, SimLink, Way, place_of
 
 SILENCE = 6.0  # seconds after which a connection over which nothing comes is given up, as by ZeroMQ's heartbeats
@@ -73,10 +72,7 @@ class SimNetwork:
         self._hosts, self._ports = itertools.count(int(IPv4Address("127.0.0.1"))), itertools.count(FIRST_PORT)
         self._behind: dict[Place, float] = {}
         self._group: dict[Place, object] = {}  # who is not here belongs to the rest
-        self._agenda: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []  # a heap
-        self._entries = itertools.count()
-        self._clock = trio.lowlevel.current_clock()
-        self._sleep = trio.CancelScope()  # until the next thing is to be done
+        self.agenda = Agenda()
 
     # ------------------------------------------------------------ nodes
 
@@ -141,7 +137,7 @@ class SimNetwork:
         for node in list(self.nodes.values()):
             for link in list(node.links.values()):
                 if not self.reaches(link.out):
-                    self.after(SILENCE, self._give_up, link)
+                    self.agenda.after(SILENCE, self._give_up, link)
 
     def _give_up(self, link: SimLink) -> None:
         if not self.reaches(link.out):
@@ -187,7 +183,7 @@ class SimNetwork:
         if way.arrival <= now and way.under_way == 1:
             self._deliver(*arguments)
         else:
-            self.at(way.arrival, self._deliver, *arguments)
+            self.agenda.at(way.arrival, self._deliver, *arguments)
 
     def _deliver(
         self, way: Way, frames: Sequence[bytes], hear: Callable[[SimLink, Sequence[Frame]], None], link: SimLink
@@ -200,42 +196,6 @@ class SimNetwork:
         else:
             hear(link, frames)
 
-    # ------------------------------------------------------------ time
-
-    def after(self, seconds: float, action: Callable[..., object], *args: Any) -> None:
-        """Do something so many seconds from now; if none, at once."""
-        if seconds > 0:
-            self.at(trio.current_time() + seconds, action, *args)
-        else:
-            action(*args)
-
-    def at(self, time: float, action: Callable[..., object], *args: Any) -> None:
-        """Do something then. What is to be done at the same time is done in the order in which it was asked for."""
-        earliest = not self._agenda or time < self._agenda[0][0]
-        heapq.heappush(self._agenda, (time, next(self._entries), action, args))
-        if earliest:
-            self._wake_at(time)
-
-    def _wake_at(self, time: float) -> None:
-        if isinstance(self._clock, VirtualClock):
-            self._clock.alarm = time
-        else:
-            self._sleep.deadline = time
-
-    async def run(self) -> None:
-        """Do what is to be done, when it is, until cancelled."""
-        while True:
-            if isinstance(self._clock, VirtualClock):
-                await self._clock.wait_for_alarm()
-            else:
-                with trio.CancelScope(deadline=self._agenda[0][0] if self._agenda else math.inf) as self._sleep:
-                    await trio.sleep_forever()
-            now = trio.current_time()
-            while self._agenda and self._agenda[0][0] <= now:
-                _, _, action, args = heapq.heappop(self._agenda)
-                action(*args)
-            self._wake_at(self._agenda[0][0] if self._agenda else math.inf)
-
 
 @asynccontextmanager
 async def open_simnet(seed: int = 0, **options: Any) -> AsyncIterator[SimNetwork]:
@@ -247,7 +207,7 @@ async def open_simnet(seed: int = 0, **options: Any) -> AsyncIterator[SimNetwork
     _run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]  # trio has no public way; its tests use this
     _run._r.seed(seed)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(network.run)
+        nursery.start_soon(network.agenda.run)
         try:
             yield network
         finally:

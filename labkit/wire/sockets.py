@@ -63,8 +63,9 @@ class Socket:
     `hear`: if there is one, it gets each message in the moment in which that arrives, and `receive` gets none.
     """
 
-    def __init__(self, raw: zmq.Socket[bytes]) -> None:
+    def __init__(self, raw: zmq.Socket[bytes], *, monitored: bool = False) -> None:
         self._raw = raw
+        self._monitored = monitored
         self._readers = trio.lowlevel.ParkingLot()
         self._writers = trio.lowlevel.ParkingLot()
         self._events = 0  # as last read
@@ -196,6 +197,10 @@ class Socket:
     def close(self, linger: float = 0.0) -> None:
         """Close at once; `linger`: seconds that ZeroMQ may go on sending in the background."""
         self.fail(ConnectionLost("the socket is closed"))
+        if self._monitored and not self._raw.closed:
+            # Or ZeroMQ's thread, which closes it later, would tell a monitor that is closed by then, and wait for ever
+            # for somebody to hear it: no connection of this context would get any further.
+            self._raw.disable_monitor()
         self._raw.close(math.ceil(linger * 1000))
 
 
@@ -259,7 +264,7 @@ def make_dealer(
         for socket in sockets:
             socket.close(0)
         raise ConnectionLost(f"no socket is left to connect to {host}:{port}: {error.strerror}") from None
-    return Socket(raw), Socket(monitor)
+    return Socket(raw, monitored=True), Socket(monitor)
 
 
 def make_zap(context: Context) -> Socket:

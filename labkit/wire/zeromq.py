@@ -18,6 +18,7 @@ from labkit.contact import Contact
 from labkit.errors import ConnectionLost, LabkitError
 from labkit.resources import open_files
 from labkit.wire.addresses import LOOPBACK, announced_address, resolve, split_address
+from labkit.wire.agenda import Agenda
 from labkit.wire.endpoint import Ended, Hear, Heard, Peer
 from labkit.wire.frames import Frame, FrameLimits
 from labkit.wire.security import Admission, Identity, answer_zap, must_encrypt
@@ -175,13 +176,14 @@ class ZmqEndpoint:
 
 
 class ZmqNetwork:
-    """A ZeroMQ context and the task that answers who may connect. One serves all nodes of a lab thread."""
+    """A ZeroMQ context and the tasks that all nodes of a lab thread share: one answers who may connect."""
 
     tcp = True
 
     def __init__(self, context: Context, limits: FrameLimits) -> None:
         self.context = context
         self.limits = limits
+        self.agenda = Agenda()
         self._admissions: dict[bytes, Admission] = {}
         self._domains = itertools.count()
 
@@ -239,6 +241,7 @@ async def open_network(limits: FrameLimits | None = None) -> AsyncIterator[ZmqNe
     zap = make_zap(context)
     try:
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(network.agenda.run)
             nursery.start_soon(zap.run)
             nursery.start_soon(network._answer_zap, zap)
             try:
@@ -253,8 +256,8 @@ async def open_network(limits: FrameLimits | None = None) -> AsyncIterator[ZmqNe
 async def _terminate(context: Context) -> None:
     """End ZeroMQ's own thread. Its sockets are closed, so it has nothing to wait for but the last replies to leave.
 
-    With a deadline nevertheless: on a busy machine libzmq 4.3.5 was seen not to come back from this, once in some ten
-    thousand times. Why is not known (https://github.com/zeromq/libzmq/issues/2330 tells of the like).
+    With a deadline nevertheless: if that thread ever waits for something, as it did before monitors were ended in time
+    (`Socket.close`), a notebook is not to wait with it.
     """
     with trio.CancelScope(shield=True, deadline=trio.current_time() + TERM_TIMEOUT) as scope:
         await trio.to_thread.run_sync(context.term, abandon_on_cancel=True)
