@@ -135,9 +135,23 @@ def check_expert_search(notebook: Any, full: bool) -> None:
     assert len(pictures(notebook)) == 2
 
 
+def check_convergence(notebook: Any, full: bool) -> None:
+    plain = texts(notebook)
+    measured = numbers(r"updates and \d+ virtual seconds: accuracy ([0-9.]+)", plain)
+    assert len(measured) == 2 and (not full or measured[-1] > 0.8)
+    assert re.search(r"calls without an answer: \{'timeout': \d+\}", plain)
+    # seeds, accuracy, worst, virtual hours, staleness, dropped batches
+    runs = {name: table(f"{name}{line}", 6)[0] for name, line in re.findall(r"^ *(quick-[\w-]+)( .+)$", plain, re.M)}
+    assert runs["quick-failing"][1] >= 0.92, "a tenth of the calls fails, and gradients are old"
+    assert runs["quick-failing"][1] > runs["quick-dense"][1]
+    assert 50 < runs["quick-failing"][4] < 70, "63 others"
+    assert len(pictures(notebook)) == 2
+
+
 CHECKS: dict[str, Callable[[Any, bool], None]] = {
     "quickstart": check_quickstart,
     "expert_search": check_expert_search,
+    "convergence": check_convergence,
     "01_first_swarm": check_first_swarm,
     "02_watch_it_fail": check_watch_it_fail,
     "03_your_own_expert": check_your_own_expert,
