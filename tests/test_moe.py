@@ -20,7 +20,7 @@ import labkit as lk
 from labkit.client.dispatch import DispatchConfig, Dispatched
 from labkit.client.moe import MixtureOfExperts, balance_loss
 from labkit.errors import NoExperts, RemoteFailure, SwarmClosed
-from labkit.events import CallFinished, Event, RoutingChosen
+from labkit.events import CallFailed, CallFinished, Event, RoutingChosen
 from labkit.server.layers import FeedForward
 from labkit.server.optimizer import BackendConfig
 from tests.local_moe import LocalMoE
@@ -103,6 +103,9 @@ class BrokenBackward(Small):
 class Echo(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x
+
+
+ASKING = (RoutingChosen, CallFinished, CallFailed)  # servers go on declaring their experts meanwhile
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +266,7 @@ def test_an_empty_batch_has_an_empty_output_and_gradients_of_zero(grids, events)
     (y.sum() + moe.balance_loss).backward()
     assert y.shape == (0, 7, DIM) and x.grad is not None
     assert moe.gate.weight.grad is not None and not moe.gate.weight.grad.any()
-    assert not events
+    assert not [event for event in events if isinstance(event, ASKING)]
 
 
 def test_an_input_that_is_not_contiguous_is_read_as_it_looks(grids):
@@ -489,7 +492,7 @@ def test_inputs_that_cannot_be_are_refused_before_anybody_is_asked(grids, events
         moe(torch.randn(3, DIM), torch.zeros(3, dtype=torch.complex64))
     with pytest.raises(ValueError, match=r"the gate of the grid 'line'.*NaN in 1 rows; is the input finite"):
         moe(torch.randn(3, DIM).index_fill(0, torch.tensor([1]), math.nan))
-    assert not events
+    assert not [event for event in events if isinstance(event, ASKING)]
 
 
 @pytest.mark.parametrize("name", ["line", "broken"])
