@@ -91,6 +91,11 @@ class Runtime:
         self._error: BaseException | None = None
         self._tally = Tally(self.backends)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether it has ended, and fails everything."""
+        return self._stopped
+
     def put(
         self,
         uid: str,
@@ -194,12 +199,14 @@ class Runtime:
         if device.starting:
             return
         device.starting = True
-        while self._running and device.give_up is None:
-            if device.snapshots:
-                self._take_snapshot(device, *device.snapshots.popleft())
-            elif not self._run_batch(device):
-                break
-        device.starting = False
+        try:
+            while self._running and device.give_up is None:
+                if device.snapshots:
+                    self._take_snapshot(device, *device.snapshots.popleft())
+                elif not self._run_batch(device):
+                    break
+        finally:
+            device.starting = False
 
     def _start(
         self, device: _Device, work: Callable[[], Any], done: Done, give_up: Callable[[Exception], object],

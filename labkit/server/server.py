@@ -204,6 +204,8 @@ class ExpertServer:
                 answer(error)
 
         def finish(result: Result | Exception) -> None:
+            if self.runtime.stopped:
+                return  # so is the whole server, and the caller learns it when the connection breaks
             if isinstance(result, Exception):
                 answer(result)
             else:

@@ -128,15 +128,19 @@ async def serve_rpc(
 ) -> None:
     """Answer calls until cancelled. Whatever arrives, this goes on."""
     server = _Server(endpoint, methods, limits or RPCLimits())
-    async with trio.open_nursery() as nursery:
-        task_status.started()
-        await endpoint.serve(lambda peer, frames: server.accept(peer, frames, nursery))
+    try:
+        async with trio.open_nursery() as nursery:
+            task_status.started()
+            await endpoint.serve(lambda peer, frames: server.accept(peer, frames, nursery))
+    finally:
+        server.over = True
 
 
 class _Server:
     """The requests that are being answered."""
 
     def __init__(self, endpoint: Endpoint, methods: Methods, limits: RPCLimits) -> None:
+        self.over = False  # then nobody is answered any more
         self._endpoint = endpoint
         self._methods = methods
         self._limits = limits
@@ -280,7 +284,7 @@ class _Later:
             return
         self._over, self.forget = True, None
         peer, id, header, size, deadline = self._arguments
-        if trio.current_time() >= deadline or self._nursery.cancel_scope.cancel_called:
+        if trio.current_time() >= deadline or self._server.over:
             self._server.end(peer, id, size)
             return
         try:
