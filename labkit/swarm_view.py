@@ -21,7 +21,7 @@ import trio
 from labkit.errors import SwarmClosed
 from labkit.events import Emit
 from labkit.handles import Lab
-from labkit.polling import Inventory, keep_polled
+from labkit.polling import Inventory, keep_polled, local_servers
 from labkit.pulse import Pulse
 from labkit.run import latest_run
 from labkit.view.orders import carry_out, check_order
@@ -68,7 +68,7 @@ class SwarmView:
         self._lab = lab
         self._inventory = Inventory()
         self._sampler = Sampler(
-            swarm.telemetry, lambda: self._inventory, in_flight, partial(latest_run, swarm.name), swarm.name
+            swarm.telemetry, self._inventory_now, in_flight, partial(latest_run, swarm.name), swarm.name
         )
         self._pulse = Pulse(f"labkit-view-{swarm.name}", self._step)
         self._recorder = _Output(self.recording.add, RECORDING_PERIOD, 0.0)
@@ -99,6 +99,11 @@ class SwarmView:
                 self._scene = self._sampler.scene(open=not self._over)
                 self._sampled = now
             return self._scene
+
+    def _inventory_now(self) -> Inventory:
+        """The last inventory, in which the servers started here are as they are now: a kill is seen at once."""
+        inventory, locals = self._inventory, local_servers(self._swarm.servers)
+        return inventory if locals == inventory.locals else replace(inventory, locals=locals)
 
     def _mark_changes(self, known: bool) -> None:
         """Mark which servers started here have ended, or are back, since the last look, if that was not long ago."""

@@ -27,7 +27,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = [*sorted((ROOT / "notebooks").glob("*.ipynb")), *sorted((ROOT / "tutorials").glob("*.ipynb"))]
 STEPS = 28  # of a run in a test
-SIDE_BY_SIDE = 3
+SIDE_BY_SIDE = 2
 PROBLEMS = "problems.json"  # what went wrong, by the name of the notebook
 SNAPSHOT = (1200, 800)  # pixels
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -23,6 +23,7 @@ from labkit.events import CallFinished
 from labkit.node import NodeConfig
 from labkit.server.checkpoints import load_expert
 from labkit.swarm import Swarm, close_all
+from labkit.view.scene import Scene
 from labkit.wire.security import Identity
 from tests.swarms import eventually, parameters
 
@@ -246,6 +247,17 @@ def test_a_server_that_is_killed_and_restarted_is_the_same_node_at_the_same_addr
     server.restart()
     assert (server.state, server.contact) == ("running", contact)
     assert swarm.expert("nop.0")(X).equal(X)  # at once, though it was known to be gone
+
+
+def test_what_was_killed_a_moment_ago_is_dead_in_the_next_scene(swarm):
+    servers = swarm.serve("nop", grid=(4,), servers=2, isolation="task")
+    scenes: list[Scene] = []
+    looked = threading.Event()
+    swarm.view.add(lambda scene: (scenes.append(scene), looked.set()), 60.0)
+    assert looked.wait(10)
+    servers[0].kill()
+    swarm.close()
+    assert [scene.headline.experts_alive for scene in scenes] == [4, 2]
 
 
 def test_a_server_restarts_from_its_checkpoints_exact_to_the_bit(swarm, tmp_path):
