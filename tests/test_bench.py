@@ -55,6 +55,12 @@ def test_calls_are_measured_beside_a_bare_echo_of_the_same_messages(capsys, tmp_
     assert result["server_rss_mb"] >= 0 and result["client_rss_mb"] >= 0
 
 
+def test_many_clients_share_processes_and_several_servers_the_experts(capsys):
+    options = ["--experts", "5", "--servers", "2", "--clients", "10", "--calls", "5", "--hidden", "8"]
+    result = bench(capsys, "rpc", *options)
+    assert result["calls_per_s"] > 0 and result["fairness"] >= 1
+
+
 def test_a_layer_is_measured_beside_the_same_arithmetic_without_a_network(capsys):
     result = bench(capsys, "moe", "--batch", "8", "--hidden", "8", "--side", "2", "--k-best", "2", "--passes", "2")
     seconds = result["forward_s"] + result["backward_s"]
@@ -101,6 +107,7 @@ def test_what_cannot_be_searched_is_refused_by_the_name_of_the_option(option, co
     [
         (["rpc", "--expert", "lstm"], "expert='lstm': nop or ffn"),
         (["rpc", "--clients", "0"], "clients=0"),
+        (["rpc", "--experts", "2", "--servers", "3"], "servers=3: there are 2 experts"),
         (["rpc", "--codec", "zip"], "codec='zip': one of none"),
         (["moe", "--side", "2", "--k-best", "5"], "k_best=5: the grid has 4 experts"),
         (["dht", "--peers", "1"], "peers=1"),

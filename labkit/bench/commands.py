@@ -13,9 +13,9 @@ from labkit.bench.figures import against_peer, show
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `labkit bench`."""
     benches = parser.add_subparsers(dest="bench", required=True, metavar="WHAT")
-    rpc = benches.add_parser("rpc", help="calls to the experts of one server, from several processes")
+    rpc = benches.add_parser("rpc", help="calls to experts, from several processes")
     rpc.add_argument("--expert", default="nop", metavar="KIND", help="nop or ffn (default: nop)")
-    _add_numbers(rpc, experts=4, hidden=1024, batch=1, clients=2)
+    _add_numbers(rpc, experts=4, servers=1, hidden=1024, batch=1, clients=2)
     rpc.add_argument("--calls", type=int, default=500, metavar="N", help="of each client (default: 500)")
     rpc.add_argument("--backward", action="store_true", help="a backward pass after each forward pass")
     rpc.add_argument("--secure", action="store_true", help="encrypt connections (CURVE)")

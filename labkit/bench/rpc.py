@@ -1,10 +1,12 @@
-"""`labkit bench rpc`: calls to the experts of one server, from clients that are processes of their own."""
+"""`labkit bench rpc`: calls to the experts of one server, or several, from clients in processes of their own."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,15 +22,18 @@ from labkit.wire.compression import CODECS
 
 TIMEOUT = 300.0  # seconds of a call: nothing is to fail here
 WARM_UP = 100  # calls at most, before anything is counted
+MOST_PROCESSES = 8  # of clients: what torch takes of memory is all that limits their number
 
 
 @dataclass(frozen=True)
 class RPCConfig:
-    """`batch`: rows of a call. `calls`: of each client; with `backward`, one is a forward and a backward pass. Raises
-    `ValueError`."""
+    """`experts`: in all, spread over the `servers`. `batch`: rows of a call. `calls`: of each client; with `backward`,
+    one is a forward and a backward pass. Up to eight clients have a process each, more share eight; each is a node with
+    connections of its own. Raises `ValueError`."""
 
     expert: str = "nop"
     experts: int = 4
+    servers: int = 1
     hidden: int = 1024
     batch: int = 1
     clients: int = 2
@@ -42,22 +47,28 @@ class RPCConfig:
             raise ValueError(f"expert={self.expert!r}: nop or ffn")
         if self.codec not in CODECS:
             raise ValueError(f"codec={self.codec!r}: one of {', '.join(CODECS)}")
-        check_at_least(1, self, "experts", "hidden", "batch", "clients", "calls")
+        check_at_least(1, self, "experts", "servers", "hidden", "batch", "clients", "calls")
+        if self.servers > self.experts:
+            raise ValueError(f"servers={self.servers}: there are {self.experts} experts to spread")
 
 
 def measure(config: RPCConfig) -> dict[str, Any]:
     """What `--json` prints: the calls, then the limit, in one run."""
     with Crew() as crew, Swarm("bench", secure=config.secure or None) as swarm:
-        (server,) = swarm.serve(
-            config.expert, experts=config.experts, name="expert", hidden=config.hidden, isolation="process"
-        )
+        servers = swarm.serve(
+            config.expert, experts=config.experts, servers=config.servers, name="expert", hidden=config.hidden,
+            isolation="process",
+        )  # fmt: skip
         order = {**asdict(config), "invite": swarm.invite(), "uids": sorted(swarm.experts())}
-        results = all_at_once(crew.hire("rpc:call", *[{**order, "seed": n} for n in range(config.clients)]))
-        (statistics,) = swarm.statistics().values()
-        server_rss = peak_rss_mb(server.pid)
+        processes = min(config.clients, MOST_PROCESSES)
+        seeds = [list(range(first, config.clients, processes)) for first in range(processes)]
+        told = all_at_once(crew.hire("rpc:call", *[{**order, "seeds": some} for some in seeds]))
+        statistics = swarm.statistics().values()
+        server_rss = max(peak_rss_mb(server.pid) for server in servers)
+    results = [result for process in told for result in process["clients"]]
     calls = config.clients * config.calls
     per_s = calls / max(result["seconds"] for result in results)
-    limit = _limit(config, statistics.rows / statistics.batches)
+    limit = _limit(config, sum(s.rows for s in statistics) / sum(s.batches for s in statistics))
     return {
         **asdict(config),
         "calls_per_s": round(per_s, 1),
@@ -67,7 +78,7 @@ def measure(config: RPCConfig) -> dict[str, Any]:
         "of_limit": round(per_s / limit, 3),
         "fairness": round(max(r["seconds"] for r in results) / min(r["seconds"] for r in results), 2),
         "server_rss_mb": server_rss,
-        "client_rss_mb": max(result["rss_mb"] for result in results),
+        "client_rss_mb": max(process["rss_mb"] for process in told),
     }
 
 
@@ -76,7 +87,8 @@ def _limit(config: RPCConfig, rows: float) -> float:
     if config.expert == "nop":
         size = 4 * config.batch * config.hidden
         exchanges: list[Exchange] = [([size], 1)] + ([([size, size], 1)] if config.backward else [])
-        return echo_limit(exchanges, clients=config.clients, calls=config.calls, secure=config.secure)
+        clients = min(config.clients, MOST_PROCESSES)
+        return echo_limit(exchanges, clients=clients, calls=config.calls, secure=config.secure)
     threads = torch.get_num_threads()
     calls = max(3, round(config.clients * config.calls * config.batch / rows))
     per_s = experts_limit(
@@ -87,24 +99,34 @@ def _limit(config: RPCConfig, rows: float) -> float:
 
 
 def call(order: dict[str, Any]) -> Generator[Any, Any, None]:
-    """A client: it calls one expert after the other, each chosen by chance."""
+    """A process of clients, one for each of its seeds. Each calls one expert after the other, chosen by chance."""
     torch.set_num_threads(1)
-    draw = random.Random(order["seed"])
-    backward = order["backward"]
-    with Swarm.join(order["invite"], name="bench") as swarm:
-        experts = [swarm.expert(uid, timeout=TIMEOUT, codec=order["codec"]) for uid in order["uids"]]
-        x = torch.randn(order["batch"], order["hidden"], requires_grad=backward)
-
-        def once() -> float:
-            started = time.perf_counter()
-            y = draw.choice(experts)(x)
-            if backward:
-                y.sum().backward()
-            return time.perf_counter() - started
-
-        for _ in range(min(WARM_UP, order["calls"] // 10) + 2):
-            once()
+    with ExitStack() as stack, ThreadPoolExecutor(len(order["seeds"])) as pool:
+        clients = [_client(order, seed, stack) for seed in order["seeds"]]
+        for client in clients:
+            client(min(WARM_UP, order["calls"] // 10) + 2)
         yield None
+        results = list(pool.map(lambda client: client(order["calls"]), clients))
+        yield {"clients": results, "rss_mb": peak_rss_mb()}
+
+
+def _client(order: dict[str, Any], seed: int, stack: ExitStack) -> Callable[[int], dict[str, Any]]:
+    """A node that has joined the swarm, as a function of how many calls it makes."""
+    draw, backward = random.Random(seed), order["backward"]
+    swarm = stack.enter_context(Swarm.join(order["invite"], name=f"bench {seed}"))
+    experts = [swarm.expert(uid, timeout=TIMEOUT, codec=order["codec"]) for uid in order["uids"]]
+    x = torch.randn(order["batch"], order["hidden"], requires_grad=backward)
+
+    def once() -> float:
         started = time.perf_counter()
-        times = [once() for _ in range(order["calls"])]
-        yield {"seconds": time.perf_counter() - started, "times": times, "rss_mb": peak_rss_mb()}
+        y = draw.choice(experts)(x)
+        if backward:
+            y.sum().backward()
+        return time.perf_counter() - started
+
+    def several(calls: int) -> dict[str, Any]:
+        started = time.perf_counter()
+        times = [once() for _ in range(calls)]
+        return {"seconds": time.perf_counter() - started, "times": times}
+
+    return several
