@@ -97,6 +97,15 @@ async def test_after_the_end_calls_are_refused(autojump_clock) -> None:
 # ---------------------------------------------------------------- convergence
 
 
+def test_a_run_may_be_judged_by_samples_that_are_held_out_of_its_training(digits):
+    held_out = digits.train_x[-100:], digits.train_y[-100:]
+    rest = replace(digits, train_x=digits.train_x[:-100], train_y=digits.train_y[:-100], test_x=held_out[0],
+                   test_y=held_out[1])  # fmt: skip
+    assert run(replace(SMALL, validation=100), digits) == run(SMALL, rest)
+    with pytest.raises(ValueError, match="validation=5000"):
+        run(replace(SMALL, validation=5000), digits)
+
+
 def test_a_mixture_of_experts_learns_through_delays_and_failures_and_a_seed_gives_the_same_history_twice(digits):
     told: list[int] = []
     first, again = run(SMALL, digits, told.append), run(SMALL, digits)

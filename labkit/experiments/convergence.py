@@ -51,7 +51,8 @@ class ConvergenceConfig:
     `width`: of a row between layers; an expert is width -> 4 width -> 4 width -> width. A dense block is twice as wide.
     `lr`, `beta1`, `schedule`, `warmup` (in updates), `clip_grad_norm`, `age_power`: of the trunk and of experts, which
     make their share of the updates. `compensation`: of the trunk; see `UpdateRule`. `accumulate`: calls after which an
-    expert updates. Raises `ValueError`.
+    expert updates. `validation`: training samples that are held out, by which the run is judged instead of the test
+    set, for the choice of settings. Raises `ValueError`.
     """
 
     model: str = "dmoe"
@@ -73,6 +74,7 @@ class ConvergenceConfig:
     clip_grad_norm: float | None = None
     age_power: float = 0.0
     compensation: float = 0.0
+    validation: int = 0
     seed: int = 1337
 
     def __post_init__(self) -> None:
@@ -88,6 +90,8 @@ class ConvergenceConfig:
             raise ValueError(f"latency={self.latency}: seconds, at least 0")
         if not 0 <= self.loss < 1:
             raise ValueError(f"loss={self.loss}: a share of at least 0 and below 1")
+        if self.validation < 0:
+            raise ValueError(f"validation={self.validation}: a number of samples, at least 0")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule={self.schedule!r}: one of {', '.join(SCHEDULES)}")
         self.update_rule()
@@ -115,8 +119,9 @@ class ConvergenceConfig:
 
 @dataclass
 class History:
-    """What came of a run. `points`: after so many updates and virtual seconds, the test accuracy and the mean training
-    loss since the point before. Staleness: how many updates were how many behind, of the trunk and of experts."""
+    """What came of a run. `points`: after so many updates and virtual seconds, the accuracy (on the test set, or what
+    was held out) and the mean training loss since the point before. Staleness: how many updates were how many behind,
+    of the trunk and of experts."""
 
     points: list[tuple[int, float, float, float]] = field(default_factory=list)
     staleness: Counter[int] = field(default_factory=Counter)
@@ -135,7 +140,9 @@ def run(
     config: ConvergenceConfig, data: ClassificationData, progress: Callable[[int], None] = lambda updates: None
 ) -> History:
     """Train, as fast as the machine computes. `progress` is told how many updates there were. The same config and data
-    give the same history."""
+    give the same history. Raises `ValueError` if more is held out than there is."""
+    if config.validation >= len(data.train_x):
+        raise ValueError(f"validation={config.validation}: there are {len(data.train_x)} training samples in all")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a batch is small
     torch.set_flush_denormal(True)  # as compute threads do
@@ -203,8 +210,11 @@ class _Training:
         self, config: ConvergenceConfig, data: ClassificationData, history: History, progress: Callable[[int], None],
         lockstep: Lockstep, swarm: SimulatedSwarm | None,
     ) -> None:  # fmt: skip
+        training = len(data.train_x) - config.validation
+        self._judges = (data.test_x, data.test_y)
+        if config.validation:
+            self._judges = (data.train_x[training:], data.train_y[training:])
         self._config = config
-        self._data = data
         self._history = history
         self._progress = progress
         self._lockstep = lockstep
@@ -213,7 +223,7 @@ class _Training:
         optimizer = Adam(self._model.parameters(), lr=config.lr, betas=(float(config.beta1), 0.999), amsgrad=True)
         self._shared = SharedModel(self._model, optimizer, config.update_rule())
         generator = torch.Generator().manual_seed(config.seed)
-        self._batches = batches(data.train_x, data.train_y, config.batch_size, generator)
+        self._batches = batches(data.train_x[:training], data.train_y[:training], config.batch_size, generator)
         self._draw = random.Random(config.seed)  # delays of the dense model
         self._claimed = 0
         self._losses: list[float] = []
@@ -255,7 +265,7 @@ class _Training:
         self._losses, self._evaluating = [], True
         if self._swarm is not None:
             self._swarm.set_faults(0.0, 0.0)
-        accuracy = evaluate(self._model, self._data.test_x, self._data.test_y, batch_size=EVALUATION_BATCH)
+        accuracy = evaluate(self._model, *self._judges, batch_size=EVALUATION_BATCH)
         if self._swarm is not None:
             self._swarm.set_faults(config.latency, config.loss)
         self._evaluating = False
