@@ -6,8 +6,9 @@ Bodies are encoded and decoded on the way, as on the real wire, so that a node s
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from labkit.contact import Contact
 from labkit.dht import DHTConfig, DHTNode
-from labkit.errors import BadReply, BadRequest, DeadlineExceeded
+from labkit.errors import BadReply, BadRequest, DeadlineExceeded, RPCError
 from labkit.wire.endpoint import Peer
 from labkit.wire.rpc import CONTROL, QuickMethod, Reply, Request
 
@@ -77,7 +78,32 @@ class FakeNetwork:
         self.methods[node.contact.key][method] = QuickMethod(lambda request: Reply(answer))
 
 
-class FakeCaller:
+class TaskCaller(ABC):
+    """A fake `Caller` that has only to say what a call comes to: what calls back is a task of its own."""
+
+    @abstractmethod
+    async def call(
+        self, contact: Contact, method: str, body: Any = None, tensors: Sequence[Tensor] = (), *,
+        returns: Any = Any, timeout: float, lane: str = CONTROL, codec: str = "none",
+    ) -> Reply: ...  # fmt: skip
+
+    def begin(self, *args: Any, done: Callable[[Reply | RPCError], object], **options: Any) -> trio.CancelScope:
+        scope = trio.CancelScope()
+
+        async def tell() -> None:
+            outcome: Reply | RPCError
+            with scope:
+                try:
+                    outcome = await self.call(*args, **options)
+                except RPCError as error:
+                    outcome = error
+                done(outcome)
+
+        trio.lowlevel.spawn_system_task(tell)
+        return scope
+
+
+class FakeCaller(TaskCaller):
     """The calls of one node."""
 
     def __init__(self, network: FakeNetwork, contact: Contact) -> None:

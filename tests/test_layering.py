@@ -57,7 +57,7 @@ LEAVES = {
 
 # Who may import it: a module (`wire/sockets.py`), or a whole package (`view/`).
 ONLY = {
-    "zmq": {"wire/sockets.py", "wire/security.py", "bench/echo.py"},
+    "zmq": {"wire/sockets.py", "wire/making.py", "wire/security.py", "bench/echo.py"},
     "ipywidgets": {"view/"},
     "anywidget": {"view/"},
     "IPython": {"view/"},

@@ -23,6 +23,7 @@ from labkit.events import CallFailed, CallFinished, Event, RowsUnanswered
 from labkit.expert_uid import grid_uids, split_uid
 from labkit.portal import Portal
 from labkit.wire.rpc import Reply
+from tests.fake_network import TaskCaller
 from tests.fake_records import FakeRecords, contact
 
 DIM = 2
@@ -48,7 +49,7 @@ def after(seconds: float, then: Exception | Callable[[Tensor], Tensor] | None = 
 NEVER = after(math.inf)
 
 
-class Lab:
+class Lab(TaskCaller):
     """A grid of experts, where the n-th multiplies by n + 1: `behave` says how each of them answers.
 
     `asked`: (seconds since the start, direction, uid), for each request.

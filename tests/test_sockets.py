@@ -13,8 +13,9 @@ from labkit.contact import Contact
 from labkit.errors import ConnectionLost, NotAdmitted
 from labkit.swarm import Swarm
 from labkit.wire import zeromq
+from labkit.wire.making import make_context, make_dealer, make_router
 from labkit.wire.security import Identity
-from labkit.wire.sockets import Arrived, Socket, make_context, make_dealer, make_router
+from labkit.wire.sockets import Arrived, Socket
 from labkit.wire.zeromq import open_network
 from tests.nodes import calling, serving
 
@@ -94,23 +95,26 @@ async def test_who_hears_a_socket_misses_no_edge_either(pair: tuple[Socket, Sock
     """Half of what is heard is answered in the same moment, and meanwhile others send, too."""
     router, dealer = pair
     heard: dict[Socket, list[bytes]] = {router: [], dealer: []}
-    enough = trio.Event()
+    answered, all_heard = trio.Event(), trio.Event()
 
     def hear_request(message: Arrived) -> None:
         heard[router].append(message[-1].bytes)
+        if len(heard[router]) == 1000:  # perhaps after the last answer has come, which is to the one before
+            all_heard.set()
         if len(heard[router]) % 2:
             router.send_nowait([message[0].bytes, b"answer"])
 
     def hear_answer(message: Arrived) -> None:
         heard[dealer].append(message[-1].bytes)
         if len(heard[dealer]) == 500:
-            enough.set()
+            answered.set()
 
     router.hear, dealer.hear = hear_request, hear_answer
     with trio.fail_after(20):
         for number in range(1000):
             await dealer.send([b"%d" % number])
-        await enough.wait()
+        await answered.wait()
+        await all_heard.wait()
     assert heard == {router: [b"%d" % number for number in range(1000)], dealer: [b"answer"] * 500}
 
 

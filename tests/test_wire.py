@@ -16,6 +16,7 @@ from labkit.errors import (
     NotAdmitted,
     Overloaded,
     RemoteFailure,
+    RPCError,
     SecurityMismatch,
     UnknownMethod,
     WrongServerKey,
@@ -326,6 +327,36 @@ async def test_bytes_over_the_budget_wait_their_turn(wire: Wire) -> None:
             assert answered == 0
             release.set()
     assert (most, answered) == (2, 8)
+
+
+async def test_a_call_without_a_task_tells_its_outcome_once_and_a_cancelled_one_tells_none(wire: Wire) -> None:
+    heard: list[Reply | RPCError] = []
+    cancelled = trio.Event()
+
+    async def echo_or_wait(request: Request) -> Reply:
+        if request.body == "wait":
+            try:
+                await trio.sleep_forever()
+            finally:
+                cancelled.set()
+        return Reply(request.body)
+
+    async with server_and_client(wire, {"m": Method(echo_or_wait, str)}) as (server, client):
+        await client.call(server.contact, "m", "connect", timeout=5)
+        client.begin(server.contact, "m", "a", done=heard.append, timeout=5)
+        client.begin(server.contact, "m", "b", done=heard.append, returns=int, timeout=5)
+        client.begin(server.contact, "m", "wait", done=heard.append, timeout=0.1)
+        waiting = client.begin(server.contact, "m", "wait", done=heard.append, timeout=60)
+        with trio.fail_after(5):
+            while len(heard) < 3:
+                await trio.lowlevel.checkpoint()
+            waiting.cancel()
+            waiting.cancel()
+            await cancelled.wait()
+        assert client.budget.taken == 0
+    assert len(heard) == 3
+    assert isinstance(heard[0], Reply) and heard[0].body == "a"
+    assert [type(outcome) for outcome in heard[1:]] == [BadReply, DeadlineExceeded]
 
 
 async def test_a_message_over_the_limit_is_refused_before_it_is_sent(wire: Wire) -> None:

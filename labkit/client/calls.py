@@ -1,12 +1,13 @@
 """Calling experts: one request to one expert, reported as an event, and to the directory, however it ends.
 
-On a batch's way: `client/dispatch` decides who is asked for which rows; this asks.
+On a batch's way: `client/dispatch` decides who is asked for which rows; this asks. No task waits for an answer: who
+wants it is called back.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ from labkit.directory import Directory
 from labkit.errors import BadReply, CallCancelled, DeadlineExceeded, RPCError
 from labkit.events import CallFailed, CallFinished, Emit, ignore
 from labkit.expert_uid import ExpertInfo
-from labkit.wire.rpc import BULK, Caller
+from labkit.wire.rpc import BULK, Caller, Reply
 
 Like = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of an answer
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # a server's word: one that cannot be is a `BadReply`
@@ -35,6 +36,10 @@ class Answer:
     updates: int
 
 
+Outcome = Answer | RPCError
+Done = Callable[[Outcome], object]
+
+
 class ExpertClient:
     """Calls experts. Failures are told to the directory, so that a lost server is not asked again.
 
@@ -43,85 +48,124 @@ class ExpertClient:
 
     def __init__(self, caller: Caller, directory: Directory, emit: Emit = ignore) -> None:
         self.in_flight = 0
-        self._caller = caller
-        self._directory = directory
-        self._emit = emit
+        self.caller = caller
+        self.directory = directory
+        self.emit = emit
 
-    async def forward(
-        self, expert: ExpertInfo, inputs: Sequence[Tensor], output_shape: tuple[int, ...] | None, **how: Any
-    ) -> Answer:
+    def forward(
+        self, expert: ExpertInfo, inputs: Sequence[Tensor], output_shape: tuple[int, ...] | None, done: Done, **how: Any
+    ) -> ExpertCall:
         """Inputs [rows, ...] -> one output [rows, *output_shape] of the first's dtype (None: of any shape and dtype).
 
-        `how`: see `_call`.
+        `done` is told the answer, or a kind of `RPCError`: `BadReply` for an answer of another shape, or with NaN or
+        infinity. Once, in the lab thread, perhaps before this returns. `how`: see `ExpertCall`.
         """
         like = None if output_shape is None else ((len(inputs[0]), *output_shape), inputs[0].dtype)
-        return await self._call("forward", expert, inputs, [like], **how)
+        return ExpertCall(self, "forward", expert, inputs, [like], done, **how)
 
-    async def backward(self, expert: ExpertInfo, inputs: Sequence[Tensor], grad_output: Tensor, **how: Any) -> Answer:
-        """Inputs and output gradient -> gradients of the floating-point inputs, in their order. `how`: see `_call`."""
+    def backward(
+        self, expert: ExpertInfo, inputs: Sequence[Tensor], grad_output: Tensor, done: Done, **how: Any
+    ) -> ExpertCall:
+        """Inputs and output gradient -> gradients of the floating-point inputs, in their order. Else as `forward`."""
         like = [(tuple(tensor.shape), tensor.dtype) for tensor in inputs if tensor.is_floating_point()]
-        return await self._call("backward", expert, [*inputs, grad_output], like, **how)
+        return ExpertCall(self, "backward", expert, [*inputs, grad_output], like, done, **how)
 
-    async def _call(
+
+class ExpertCall:
+    """One request to one expert, under way from the beginning, for at most `timeout` seconds.
+
+    `seen`: for a backward pass, the `updates` that the expert answered in the forward pass of these rows.
+    """
+
+    __slots__ = ("_call", "_client", "_direction", "_done", "_expert", "_like", "_over", "_rows", "_seen", "_started")
+
+    def __init__(
         self,
+        client: ExpertClient,
         direction: str,
         expert: ExpertInfo,
         tensors: Sequence[Tensor],
         like: Sequence[Like | None],
+        done: Done,
         *,
         timeout: float,
         codec: str = "none",
-        give_up: trio.CancelScope | None = None,
         seen: int | None = None,
-    ) -> Answer:
-        """Call for at most `timeout` seconds, or until `give_up` ends, which counts as a timeout of the expert.
-
-        `seen`: for a backward pass, the `updates` that the expert answered in the forward pass of these rows. Raises a
-        kind of `RPCError`; `BadReply` for an answer of other shapes than `like`, or with NaN or infinity.
-        """
-        started = trio.current_time()
-        rows = tensors[0].shape[0]
-        self.in_flight += 1
+    ) -> None:
+        self._client = client
+        self._direction = direction
+        self._expert = expert
+        self._rows = tensors[0].shape[0]
+        self._like = like
+        self._done = done
+        self._seen = seen
+        self._started = trio.current_time()
+        self._over = False
+        client.in_flight += 1
         try:
-            with trio.CancelScope() if give_up is None else give_up as scope:
-                reply = await self._caller.call(
-                    expert.contact, f"expert.{direction}", [expert.uid, seen], tensors, returns=Figures,
-                    timeout=timeout, lane=BULK, codec=codec,
-                )  # fmt: skip
-                answer = checked(reply.tensors, like, expert)
-            if scope.cancelled_caught:
-                waited = trio.current_time() - started
-                raise DeadlineExceeded(f"{expert.contact.endpoint} was not waited for any longer, after {waited:.3g} s")
+            self._call = client.caller.begin(
+                expert.contact, f"expert.{direction}", [expert.uid, seen], tensors, done=self._hear, returns=Figures,
+                timeout=timeout, lane=BULK, codec=codec,
+            )  # fmt: skip
+        except BaseException:
+            client.in_flight -= 1
+            raise
+
+    def give_up(self) -> None:
+        """Wait no longer, which counts as a timeout of the expert. Does nothing when it is over."""
+        if not self._over:
+            self._call.cancel()
+            waited = trio.current_time() - self._started
+            self._fail(
+                DeadlineExceeded(f"{self._expert.contact.endpoint} was not waited for any longer, after {waited:.3g} s")
+            )
+
+    def cancel(self) -> None:
+        """The answer is needed no more, and nobody is told of it. Does nothing when it is over."""
+        if not self._over:
+            self._call.cancel()
+            self._done = lambda outcome: None
+            self._fail(CallCancelled("the caller needed the answer no more"))
+
+    def _hear(self, reply: Reply | RPCError) -> None:
+        if isinstance(reply, RPCError):
+            self._fail(reply)
+            return
+        try:
+            answer = checked(reply.tensors, self._like, self._expert)
         except RPCError as error:
-            self._failed(direction, expert, rows, started, error)
-            raise
-        except trio.Cancelled:
-            self._failed(direction, expert, rows, started, CallCancelled("the caller needed the answer no more"))
-            raise
-        finally:
-            self.in_flight -= 1
-        self._directory.report_success(expert)
+            self._fail(error)
+            return
+        self._end()
+        client, expert, seen = self._client, self._expert, self._seen
+        client.directory.report_success(expert)
         queue, compute, updates = reply.body
         # One of the steps since then is ours; below 0 where it made none (it accumulates), or began anew.
         staleness = None if seen is None else max(0, updates - 1 - seen)
-        self._emit(
+        client.emit(
             CallFinished(
-                uid=expert.uid, address=expert.contact.endpoint, direction=direction, rows=rows,
-                seconds=trio.current_time() - started, queue=queue, compute=compute, bytes=reply.bytes,
+                uid=expert.uid, address=expert.contact.endpoint, direction=self._direction, rows=self._rows,
+                seconds=trio.current_time() - self._started, queue=queue, compute=compute, bytes=reply.bytes,
                 updates=updates, staleness=staleness,
             )
         )  # fmt: skip
-        return Answer(answer, updates)
+        self._done(Answer(answer, updates))
 
-    def _failed(self, direction: str, expert: ExpertInfo, rows: int, started: float, error: RPCError) -> None:
-        seconds = trio.current_time() - started
-        self._directory.report_failure(expert, error, sent=started)
-        self._emit(
+    def _fail(self, error: RPCError) -> None:
+        self._end()
+        client, expert = self._client, self._expert
+        client.directory.report_failure(expert, error, sent=self._started)
+        client.emit(
             CallFailed(
-                uid=expert.uid, address=expert.contact.endpoint, direction=direction, rows=rows, seconds=seconds,
-                cause=error.cause, detail=str(error),
+                uid=expert.uid, address=expert.contact.endpoint, direction=self._direction, rows=self._rows,
+                seconds=trio.current_time() - self._started, cause=error.cause, detail=str(error),
             )
         )  # fmt: skip
+        self._done(error.with_traceback(None))  # which would keep the batch alive
+
+    def _end(self) -> None:
+        self._over = True
+        self._client.in_flight -= 1
 
 
 def checked(tensors: Sequence[Tensor], like: Sequence[Like | None], expert: ExpertInfo) -> list[Tensor]:

@@ -18,6 +18,7 @@ import trio
 from torch import Tensor
 
 from labkit.client.beam_search import Routing, beam_search, nobody
+from labkit.client.calls import Answer, Done, ExpertCall
 from labkit.client.gather import Gathering, Request, requests_for
 from labkit.client.session import Session
 from labkit.directory import Children, Directory
@@ -96,11 +97,13 @@ async def dispatch_forward(
     sent = Dispatched(name, routing.experts, routing.choice, routing.coordinates, gathering.answered)
     outputs = torch.zeros((n, k, *output_shape), dtype=inputs[0].dtype)
 
-    async def ask(request: Request, give_up: trio.CancelScope) -> None:
-        answer = await session.experts.forward(
-            request.expert, [tensor.index_select(0, request.rows) for tensor in inputs], output_shape,
-            timeout=deadline - trio.current_time(), codec=config.codec, give_up=give_up,
+    def ask(request: Request, done: Done) -> ExpertCall:
+        return session.experts.forward(
+            request.expert, [tensor.index_select(0, request.rows) for tensor in inputs], output_shape, done,
+            timeout=deadline - trio.current_time(), codec=config.codec,
         )  # fmt: skip
+
+    def take(request: Request, answer: Answer) -> None:
         outputs[request.rows, request.slots] = answer.tensors[0]
         sent.updates.setdefault(request.expert.uid, answer.updates)  # of two answers the older
 
@@ -117,7 +120,7 @@ async def dispatch_forward(
             return requests(_refill(sent, found, short, free))
         return []
 
-    await gathering.run(requests(sent.choice), ask, config.timeout_after_k_min, replace)  # 2, 3
+    await gathering.run(requests(sent.choice), ask, take, config.timeout_after_k_min, replace)  # 2, 3
     short = _check(session, config, sent, "forward", gathering)
     gathering.answered[short] = False
     outputs[short] = 0
@@ -136,19 +139,20 @@ async def dispatch_backward(
     grads = [torch.zeros_like(tensor) if tensor.is_floating_point() else None for tensor in inputs]
     totals = [total for total in grads if total is not None]
 
-    async def ask(request: Request, give_up: trio.CancelScope) -> None:
-        answer = await session.experts.backward(
+    def ask(request: Request, done: Done) -> ExpertCall:
+        return session.experts.backward(
             request.expert, [tensor.index_select(0, request.rows) for tensor in inputs],
-            grad_outputs[request.rows, request.slots],
-            timeout=deadline - trio.current_time(), codec=config.codec, give_up=give_up,
-            seen=sent.updates.get(request.expert.uid),
+            grad_outputs[request.rows, request.slots], done, timeout=deadline - trio.current_time(),
+            codec=config.codec, seen=sent.updates.get(request.expert.uid),
         )  # fmt: skip
+
+    def take(request: Request, answer: Answer) -> None:
         for total, grad in zip(totals, answer.tensors, strict=True):
             total.index_add_(0, request.rows, grad)
 
     gathering = Gathering(sent.answered.sum(1).clamp(max=config.k_min), config.k_best)
     requests = requests_for(sent.experts, sent.choice.masked_fill(~sent.answered, -1))
-    await gathering.run(requests, ask, config.timeout_after_k_min)
+    await gathering.run(requests, ask, take, config.timeout_after_k_min)
     _check(session, config, sent, "backward", gathering)
     return grads
 

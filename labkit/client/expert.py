@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from labkit.client.calls import for_the_wire
+from labkit.client.calls import Done, ExpertCall, for_the_wire
 from labkit.client.session import Session, find_session
 from labkit.errors import NoExperts
 from labkit.expert_uid import parent, split_uid
+from labkit.wire.awaiting import outcome_of
 from labkit.wire.compression import CODECS
 
 
@@ -49,10 +50,14 @@ class RemoteExpert(nn.Module):
         info = (await session.directory.find([self.uid]))[self.uid]
         if info is None:
             raise NoExperts(f"nobody serves {self.uid}: {await session.directory.explain(parent(self.uid)[0])}")
-        if direction == "forward":
-            return (await session.experts.forward(info, tensors, None, timeout=self.timeout, codec=self.codec)).tensors
-        *inputs, grad = tensors
-        return (await session.experts.backward(info, inputs, grad, timeout=self.timeout, codec=self.codec)).tensors
+        how: dict[str, Any] = {"timeout": self.timeout, "codec": self.codec}
+
+        def begin(done: Done) -> ExpertCall:
+            if direction == "forward":
+                return session.experts.forward(info, tensors, None, done, **how)
+            return session.experts.backward(info, tensors[:-1], tensors[-1], done, **how)
+
+        return (await outcome_of(begin)).tensors
 
 
 class _CallExpert(torch.autograd.Function):

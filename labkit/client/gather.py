@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ import trio
 from torch import Tensor
 
 from labkit.client.beam_search import group_rows
+from labkit.client.calls import Answer, Done, ExpertCall, Outcome
 from labkit.errors import RPCError
 from labkit.expert_uid import ExpertInfo
 
@@ -34,7 +36,8 @@ def requests_for(experts: Sequence[ExpertInfo], choice: Tensor) -> list[Request]
     return [Request(experts[e], rows, slots) for e, rows, slots in group_rows(choice)]
 
 
-Ask = Callable[[Request, trio.CancelScope], Awaitable[None]]
+Ask = Callable[[Request, Done], ExpertCall]
+Take = Callable[[Request, Answer], None]
 Replace = Callable[[Tensor, Tensor], Awaitable[list[Request]]]
 
 
@@ -52,29 +55,32 @@ class Gathering:
         self._answered = self.answered.numpy()  # the same memory
         self._waiting = np.zeros_like(self._answered)  # slots that may still be answered
         self.failed: dict[str, RPCError] = {}
-        self._under_way: set[trio.CancelScope] = set()
+        self._under_way: dict[Request, ExpertCall | None] = {}
+        self._broken: Exception | None = None  # a mistake of ours
         self._changed = trio.Event()
 
-    async def run(self, requests: Sequence[Request], ask: Ask, patience: float, replace: Replace | None = None) -> None:
-        """Ask all at once, and return when none is under way.
+    async def run(
+        self, requests: Sequence[Request], ask: Ask, take: Take, patience: float, replace: Replace | None = None
+    ) -> None:
+        """Ask all at once, and return when none is under way. `take` gets each answer.
 
         1. Rows whose experts failed, so that they can't have enough answers, get others from `replace`: it is given
         these rows [short] and the free slots [n, k], and returns further requests, none when there is nobody left.
         2. As soon as every row has enough or can't have it, the requests still under way have `patience` seconds left.
-        `ask` has its own deadline; it ends early, with a kind of `RPCError` like any failure, when its scope does.
+        Each request has a deadline of its own, and ends with a kind of `RPCError` like any failure when it is given up.
         """
         needed = self.needed.numpy()
         lost = np.zeros(len(needed), dtype=np.bool_)  # rows that nobody is left for
-        async with trio.open_nursery() as nursery:
-            self._start(nursery, requests, ask)
-            while True:
+        try:
+            self._start(requests, ask, take)
+            while self._broken is None:
                 taken = self._answered | self._waiting
                 possible = taken.sum(1) >= needed
                 if replace is not None and not (possible | lost).all():  # 1
                     short = ~possible
                     rows = torch.from_numpy(short.nonzero()[0])
                     requests = await replace(rows, torch.from_numpy(~taken))
-                    self._start(nursery, requests, ask)
+                    self._start(requests, ask, take)
                     for request in requests:
                         short[request.rows.numpy()] = False
                     lost |= short
@@ -82,26 +88,43 @@ class Gathering:
                 enough = self._answered.sum(1) >= needed
                 if not self._under_way or not (possible & ~enough).any():
                     break
-                await self._changed.wait()
-                self._changed = trio.Event()
-            for scope in self._under_way:  # 2
-                scope.deadline = trio.current_time() + patience
+                await self._wait()
+            with trio.move_on_after(patience):  # 2
+                while self._under_way and self._broken is None:
+                    await self._wait()
+            if self._broken is not None:
+                raise self._broken
+            for call in list(self._under_way.values()):
+                if call is not None:
+                    call.give_up()
+        finally:
+            for call in self._under_way.values():
+                if call is not None:
+                    call.cancel()
 
-    def _start(self, nursery: trio.Nursery, requests: Sequence[Request], ask: Ask) -> None:
+    async def _wait(self) -> None:
+        """Until a call has ended."""
+        await self._changed.wait()
+        self._changed = trio.Event()
+
+    def _start(self, requests: Sequence[Request], ask: Ask, take: Take) -> None:
         for request in requests:
             self._waiting[request.rows.numpy(), request.slots.numpy()] = True
-            scope = trio.CancelScope()
-            self._under_way.add(scope)
-            nursery.start_soon(self._attempt, request, ask, scope)
+            self._under_way[request] = None
+            call = ask(request, partial(self._end, request, take))
+            if request in self._under_way:
+                self._under_way[request] = call
 
-    async def _attempt(self, request: Request, ask: Ask, scope: trio.CancelScope) -> None:
+    def _end(self, request: Request, take: Take, outcome: Outcome) -> None:
         places = request.rows.numpy(), request.slots.numpy()
-        try:
-            await ask(request, scope)
-            self._answered[places] = True
-        except RPCError as error:
-            self.failed[request.expert.uid] = error.with_traceback(None)  # which would keep the batch alive
-        finally:
-            self._waiting[places] = False
-            self._under_way.remove(scope)
-            self._changed.set()
+        self._waiting[places] = False
+        del self._under_way[request]
+        if isinstance(outcome, RPCError):
+            self.failed[request.expert.uid] = outcome
+        else:
+            try:
+                take(request, outcome)
+                self._answered[places] = True
+            except Exception as error:  # for the task of this pass, and not for who reads the answers of all
+                self._broken = error
+        self._changed.set()

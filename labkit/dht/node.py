@@ -26,11 +26,12 @@ from labkit.dht.peers import DHTConfig, Peers
 from labkit.dht.protocol import Find, FindReply, KeyItems, Store, StoreReply, WireItem
 from labkit.dht.replicas import Replicas
 from labkit.dht.routing import RoutingTable
-from labkit.dht.search import Answer, Search, look_up
+from labkit.dht.search import Answer, Search, Told, look_up
 from labkit.dht.service import Service
 from labkit.dht.signing import verify
 from labkit.dht.storage import Entry, Item, Storage, Value, key_id, supersedes
 from labkit.errors import BadReply
+from labkit.wire.awaiting import UnderWay, outcome_of
 from labkit.wire.rpc import Caller, Methods
 
 __all__ = ["DHTConfig", "DHTNode", "Entry", "Value"]
@@ -201,7 +202,7 @@ class DHTNode:
     async def _look_up(self, searches: Sequence[Search]) -> None:
         config = self.config
         late = await look_up(
-            searches, self.call_find, slow_after=self.peers.slow_after, timeout=config.lookup_timeout,
+            searches, self.begin_find, slow_after=self.peers.slow_after, timeout=config.lookup_timeout,
             max_queries=protocol.MAX_QUERIES,
         )  # fmt: skip
         for contact in late:  # the look-up did not wait for them; find out whether they are alive
@@ -213,33 +214,14 @@ class DHTNode:
     # ------------------------------------------------------------ asking
 
     async def call_find(self, contact: Contact, queries: list[str | bytes]) -> list[Answer] | None:
-        """Ask a node about keys and ids. Returns an answer to each, or None if it did not answer.
+        """Ask a node about keys and ids. Returns an answer to each, or None if it did not answer."""
+        return await outcome_of(partial(self.begin_find, contact, queries))
 
-        Records that had no room in the reply are asked for again until all have come.
-        """
-        answers: dict[str | bytes, Answer] = {}
-        missing = queries
-        while missing:
-            at = trio.current_time()
-            body = Find.of(self.peers.sender, missing)
-            missing = body.queries()
-            reply = await self.peers.call(contact, "dht.find", body, FindReply)
-            if reply is None:
-                return None
-            left_out = []
-            try:
-                read = protocol.read_reply(reply, missing, at, self.config.k, self.config.limits)
-                for query, (answer, again) in zip(missing, read, strict=True):
-                    if again:
-                        left_out.append(query)
-                    answers[query] = Answer(self.peers.usable_of(answer.contacts), answer.items)
-                if len(left_out) == len(missing):
-                    raise BadReply("nothing but promises")
-            except BadReply:
-                self.peers.failed(contact)
-                return None
-            missing = left_out
-        return [answers[query] for query in queries]
+    def begin_find(self, contact: Contact, queries: list[str | bytes], done: Told) -> UnderWay:
+        """The same without a task: `done` is told the answers."""
+        finding = _Finding(self, contact, queries, done)
+        finding.ask(queries)
+        return finding
 
     async def call_store(self, contact: Contact, records: list[KeyItems]) -> list[str] | None:
         """Give items to a node. Returns its refusals (empty texts for what it holds now), or None without an answer."""
@@ -274,3 +256,52 @@ class DHTNode:
             "calls_served": self._service.served,
             "round_trip": self.peers.round_trip,
         }
+
+
+class _Finding:
+    """One node being asked about keys and ids: records that had no room in its reply are asked for again until all have
+    come."""
+
+    __slots__ = ("_answers", "_call", "_contact", "_done", "_node", "_queries")
+
+    def __init__(self, node: DHTNode, contact: Contact, queries: list[str | bytes], done: Told) -> None:
+        self._node = node
+        self._contact = contact
+        self._queries = queries
+        self._done = done
+        self._answers: dict[str | bytes, Answer] = {}
+        self._call: UnderWay | None = None
+
+    def ask(self, missing: list[str | bytes]) -> None:
+        """Ask about these."""
+        peers = self._node.peers
+        body = Find.of(peers.sender, missing)
+        hear = partial(self._hear, body.queries(), trio.current_time())
+        self._call = peers.begin(self._contact, "dht.find", body, FindReply, hear)
+
+    def _hear(self, asked: list[str | bytes], at: float, reply: FindReply | None) -> None:
+        if reply is None:
+            self._done(None)
+            return
+        node, left_out = self._node, []
+        try:
+            read = protocol.read_reply(reply, asked, at, node.config.k, node.config.limits)
+            for query, (answer, again) in zip(asked, read, strict=True):
+                if again:
+                    left_out.append(query)
+                self._answers[query] = Answer(node.peers.usable_of(answer.contacts), answer.items)
+            if len(left_out) == len(asked):
+                raise BadReply("nothing but promises")
+        except BadReply:
+            node.peers.failed(self._contact)
+            self._done(None)
+            return
+        if left_out:
+            self.ask(left_out)
+        else:
+            self._done([self._answers[query] for query in self._queries])
+
+    def cancel(self) -> None:
+        """Nobody waits for the answers any more."""
+        if self._call is not None:
+            self._call.cancel()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import trio
@@ -17,7 +18,8 @@ from labkit.dht.protocol import Answered, Ping, Pong
 from labkit.dht.routing import Blacklist, RoutingTable
 from labkit.dht.storage import Limits
 from labkit.errors import RPCError
-from labkit.wire.rpc import Caller, Request
+from labkit.wire.awaiting import UnderWay, outcome_of
+from labkit.wire.rpc import Caller, Reply, Request
 
 R = TypeVar("R", bound=Answered)
 
@@ -121,21 +123,27 @@ class Peers:
 
     async def call(self, contact: Contact, method: str, body: object, returns: type[R]) -> R | None:
         """Call a node. Returns its reply, or None if there was none, whatever the reason."""
+        return await outcome_of(partial(self.begin, contact, method, body, returns))
+
+    def begin(
+        self, contact: Contact, method: str, body: object, returns: type[R], done: Callable[[R | None], object]
+    ) -> UnderWay:
+        """The same without a task: `done` is told the reply."""
         self.calls += 1
         start = _now()
-        try:
-            reply = await self._caller.call(contact, method, body, returns=returns, timeout=self._config.rpc_timeout)
-        except RPCError:
-            self.failed(contact)
-            return None
-        answered = reply.body
-        if not isinstance(answered, returns) or answered.key != contact.key:
-            self.failed(contact)
-            return None
-        self._timed(_now() - start)
-        self.blacklist.clear(contact.node_id)
-        self._seen(contact)
-        return answered
+
+        def hear(reply: Reply | RPCError) -> None:
+            answered = None if isinstance(reply, RPCError) else reply.body
+            if not isinstance(answered, returns) or answered.key != contact.key:
+                self.failed(contact)
+                done(None)
+                return
+            self._timed(_now() - start)
+            self.blacklist.clear(contact.node_id)
+            self._seen(contact)
+            done(answered)
+
+        return self._caller.begin(contact, method, body, done=hear, returns=returns, timeout=self._config.rpc_timeout)
 
     async def ping(self, contact: Contact) -> bool:
         """Whether a node answers."""

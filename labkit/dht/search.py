@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 from typing import NamedTuple
 
 import trio
 
 from labkit.contact import Contact
 from labkit.dht.storage import Item, Role
+from labkit.wire.awaiting import UnderWay
 
 
 class Answer(NamedTuple):
@@ -166,7 +168,8 @@ class Search:
         return [candidate for candidate in candidates if candidate.state is _State.ANSWERED]
 
 
-Ask = Callable[[Contact, list[str | bytes]], Awaitable[list[Answer] | None]]
+Told = Callable[[list[Answer] | None], object]
+Ask = Callable[[Contact, list[str | bytes], Told], UnderWay]
 
 
 @dataclass(slots=True, eq=False)
@@ -175,6 +178,7 @@ class _Call:
     searches: list[Search]
     started_at: float = 0.0
     slow: bool = False
+    under_way: UnderWay | None = None
 
 
 async def look_up(
@@ -183,18 +187,17 @@ async def look_up(
     """Run searches until all are done, or `timeout` seconds. Returns the nodes that still owed an answer and were late:
     slow, or overtaken by a node that was asked after them.
 
-    `ask(contact, queries)` puts up to `max_queries` queries to a node in one call and returns an answer to each, or
-    None if there was none. A call that takes more than `slow_after` seconds no longer holds a slot.
+    `ask(contact, queries, done)` puts up to `max_queries` queries to a node in one call; `done` is told an answer to
+    each, or None if there was none. A call that takes more than `slow_after` seconds no longer holds a slot.
     """
-    calls: list[_Call] = []  # in flight
+    calls: dict[_Call, None] = {}  # in flight, in their order
     changed = list(searches)
     active = dict.fromkeys(searches)  # in their order, so that a simulation is the same twice
     wake = trio.Event()
     last = -math.inf  # when the latest of the calls that were answered had started
 
-    async def query(call: _Call) -> None:
+    def hear(call: _Call, answers: list[Answer] | None) -> None:
         nonlocal last
-        answers = await ask(call.contact, [search.query for search in call.searches])
         for index, search in enumerate(call.searches):
             if answers is None:
                 search.failed(call.contact)
@@ -202,29 +205,15 @@ async def look_up(
                 search.answered(call.contact, answers[index])
         if answers is not None:
             last = max(last, call.started_at)
-        calls.remove(call)
+        del calls[call]
         changed.extend(call.searches)
         wake.set()
 
-    async def watch() -> None:
-        """Note which calls have become slow."""
-        while True:
-            first = min((call.started_at for call in calls if not call.slow), default=trio.current_time())
-            await trio.sleep_until(first + slow_after)  # those that begin meanwhile become slow later
-            now = trio.current_time()
-            for call in calls:
-                if not call.slow and call.started_at + slow_after <= now:
-                    call.slow = True
-                    for search in call.searches:
-                        search.slow(call.contact)
-                    changed.extend(call.searches)
-            wake.set()
-
-    with trio.move_on_after(timeout):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(watch)
+    try:
+        with trio.move_on_after(timeout):
             while True:
                 # 1. What do the searches want that have news?
+                wake = trio.Event()
                 wanted: dict[int, _Call] = {}
                 for search in dict.fromkeys(changed):
                     if search not in active:
@@ -237,7 +226,7 @@ async def look_up(
                         wanted.setdefault(contact.node_id, _Call(contact, [])).searches.append(search)
                 changed.clear()
                 if not active:
-                    nursery.cancel_scope.cancel()
+                    await trio.lowlevel.checkpoint()
                     break
                 # 2. Ask: one call a node, as far as its queries fit into one. Whoever is called is asked by all.
                 now = trio.current_time()
@@ -246,9 +235,23 @@ async def look_up(
                     want.searches += [s for s in active if s not in mine and s.ask_beside(want.contact)]
                     for start in range(0, len(want.searches), max_queries):
                         call = _Call(want.contact, want.searches[start : start + max_queries], now)
-                        calls.append(call)
-                        nursery.start_soon(query, call)
+                        calls[call] = None
+                        call.under_way = ask(
+                            call.contact, [search.query for search in call.searches], partial(hear, call)
+                        )
                 # 3. Wait for news: an answer, or that a call has become slow.
-                wake = trio.Event()
-                await wake.wait()
-    return [call.contact for call in calls if call.slow or call.started_at < last]
+                first = min((call.started_at for call in calls if not call.slow), default=math.inf)
+                with trio.move_on_at(first + slow_after):
+                    await wake.wait()
+                now = trio.current_time()
+                for call in calls:
+                    if not call.slow and call.started_at + slow_after <= now:
+                        call.slow = True
+                        for search in call.searches:
+                            search.slow(call.contact)
+                        changed.extend(call.searches)
+        return [call.contact for call in calls if call.slow or call.started_at < last]
+    finally:
+        for call in calls:
+            if call.under_way is not None:
+                call.under_way.cancel()

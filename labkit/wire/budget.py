@@ -5,10 +5,10 @@ ZeroMQ's own limits count messages; a message of ours is anything between 40 byt
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
-import trio
+Go = Callable[[], object]
 
 
 @dataclass
@@ -19,7 +19,7 @@ class ByteBudget:
     total: int
     taken: int = 0
     by_peer: dict[Hashable, int] = field(default_factory=dict)
-    _waiting: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
+    _waiting: dict[Go, tuple[Hashable, int]] = field(default_factory=dict)  # the longest first
 
     def fits(self, peer: Hashable, size: int) -> bool:
         """Whether `size` more bytes for this peer are within the budget."""
@@ -31,16 +31,25 @@ class ByteBudget:
         self.taken += size
         self.by_peer[peer] = self.by_peer.get(peer, 0) + size
 
+    def take_when_it_fits(self, peer: Hashable, size: int, go: Go) -> None:
+        """Count the bytes in and call `go`, now or when others have been given back, unless it is told to `forget`."""
+        if self.fits(peer, size):
+            self.take(peer, size)
+            go()
+        else:
+            self._waiting[go] = peer, size
+
+    def forget(self, go: Go) -> None:
+        """It waits no more."""
+        self._waiting.pop(go, None)
+
     def give(self, peer: Hashable, size: int) -> None:
         """Count bytes out."""
         self.taken -= size
         self.by_peer[peer] -= size
         if self.by_peer[peer] == 0:
             del self.by_peer[peer]
-        self._waiting.unpark_all()
-
-    async def wait_and_take(self, peer: Hashable, size: int) -> None:
-        """Wait until the bytes fit, and count them in."""
-        while not self.fits(peer, size):
-            await self._waiting.park()
-        self.take(peer, size)
+        for go in list(self._waiting):
+            if go in self._waiting and self.fits(*self._waiting[go]):
+                self.take(*self._waiting.pop(go))
+                go()

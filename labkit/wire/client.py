@@ -7,7 +7,7 @@ caller that gives up tells the server so. The other side is `wire/rpc.serve_rpc`
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import trio
@@ -27,23 +27,141 @@ from labkit.errors import (
     VersionMismatch,
 )
 from labkit.wire import frames as wire
+from labkit.wire.agenda import Entry
+from labkit.wire.awaiting import outcome_of
 from labkit.wire.budget import ByteBudget
 from labkit.wire.endpoint import Endpoint
 from labkit.wire.rpc import BULK, CONTROL, Reply, RPCLimits
 
+Done = Callable[[Reply | RPCError], object]
 
-class _Pending:
-    """A call that waits for its answer."""
 
-    __slots__ = ("arrived", "outcome")
+class Call:
+    """A call that is under way. It ends once: `done` is told the answer or the failure, or it is cancelled before."""
 
-    def __init__(self) -> None:
-        self.arrived = trio.Event()
-        self.outcome: wire.Message | RPCError | None = None
+    __slots__ = (
+        "_alarm", "_client", "_connection", "_contact", "_done", "_frames", "_id", "_key", "_method", "_returns",
+        "_sent", "_size", "_taken", "_timeout",
+    )  # fmt: skip
 
-    def settle(self, outcome: wire.Message | RPCError) -> None:
-        self.outcome = self.outcome or outcome
-        self.arrived.set()
+    def __init__(
+        self, client: Client, id: int, contact: Contact, lane: str, method: str, returns: Any, timeout: float,
+        done: Done,
+    ) -> None:  # fmt: skip
+        self._client = client
+        self._id = id
+        self._contact = contact
+        self._key = contact, lane
+        self._method = method
+        self._returns = returns
+        self._timeout = timeout
+        self._done: Done | None = done
+        self._connection: _Connection | None = None
+        self._frames: Sequence[wire.Frame] = ()
+        self._size = 0
+        self._taken = self._sent = False
+        self._alarm: Entry | None = None
+
+    def start(self, frames: Sequence[wire.Frame], size: int) -> None:
+        """See `Client.begin`, 1 to 3."""
+        client = self._client
+        self._frames, self._size = frames, size
+        try:
+            self._connection = client.connection(*self._key)  # 1
+        except RPCError as error:
+            self.settle(error)
+            return
+        self._connection.pending[self._id] = self
+        self._alarm = client.agenda.at(trio.current_time() + self._timeout, self._expire)
+        client.budget.take_when_it_fits(self._key, size, self._take)  # 2
+
+    def _take(self) -> None:
+        self._taken = True
+        self._send()
+
+    def _send(self) -> None:  # 3
+        if self._done is None:
+            return
+        assert self._connection is not None
+        link = self._connection.link
+        try:
+            self._sent = link.send_nowait(self._frames)
+        except LabkitError as error:
+            self.settle(error if isinstance(error, RPCError) else ConnectionLost(str(error)))
+            return
+        if self._sent:
+            self._frames = ()
+        else:
+            link.when_ready(self._send)
+
+    def hear(self, message: wire.Message) -> None:
+        """The answer has come."""
+        outcome: Reply | RPCError
+        try:
+            outcome = self._read(message)
+        except RPCError as error:
+            outcome = error
+        self.settle(outcome)
+
+    def _read(self, message: wire.Message) -> Reply:
+        header, where = message.header, self._contact.endpoint
+        if message.version != wire.VERSION or message.kind is wire.Kind.VERSION:
+            raise VersionMismatch(
+                f"{where} speaks version {message.version} of labkit's protocol, we speak {wire.VERSION}; "
+                "install the same labkit on both sides"
+            )
+        if isinstance(header, wire.ErrorHeader):
+            raise BY_CODE.get(header.code, RemoteFailure)(f"{where}: {header.text}")
+        if not isinstance(header, wire.ReplyHeader):
+            raise BadReply(f"{where} answered with a {message.kind.name.lower()}")
+        try:
+            body = wire.decode_body(header.body, self._returns)
+        except MalformedMessage as error:
+            raise BadReply(f"{where} answered with something else than was asked for: {error}") from None
+        received = len(header.body) + sum(map(len, message.payload))
+        return Reply(body, wire.decode_tensors(header.tensors, message.payload), self._size + received)
+
+    def settle(self, outcome: Reply | RPCError) -> None:
+        """It is over."""
+        done = self._end()
+        if done is not None:
+            done(outcome)
+
+    def cancel(self) -> None:
+        """Nobody waits for the answer any more; the server is told so. Does nothing when it is over."""
+        if self._end() is not None:
+            self._tell_cancelled()
+
+    def _expire(self) -> None:
+        done, connection = self._end(), self._connection
+        if done is None or connection is None:
+            return
+        self._tell_cancelled()
+        if not self._sent and not connection.pending:
+            self._client.drop(*self._key, connection)  # TCP tries ever more rarely; the next call begins anew
+        what = "gave no answer to" if self._sent else "could not be reached for"
+        done(DeadlineExceeded(f"{self._contact.endpoint} {what} {self._method} within {self._timeout:.3g} s"))
+
+    def _end(self) -> Done | None:
+        """Leave nothing behind. Returns whom to tell, if it is not over already."""
+        done, self._done = self._done, None
+        if done is not None and self._connection is not None:
+            self._frames = ()
+            self._connection.pending.pop(self._id, None)
+            if self._alarm is not None:
+                self._client.agenda.cancel(self._alarm)
+            if self._taken:
+                self._client.budget.give(self._key, self._size)
+            else:
+                self._client.budget.forget(self._take)
+        return done
+
+    def _tell_cancelled(self) -> None:
+        if self._sent and self._connection is not None:
+            try:
+                self._connection.link.send_nowait(wire.encode_cancel(self._id))
+            except LabkitError:
+                pass  # the server is gone, and the request with it
 
 
 class _Connection:
@@ -53,36 +171,27 @@ class _Connection:
 
     def __init__(self, endpoint: Endpoint, contact: Contact, limits: wire.FrameLimits) -> None:
         self.where = contact.endpoint
-        self.pending: dict[int, _Pending] = {}
+        self.pending: dict[int, Call] = {}
         self._limits = limits
-        self.link = endpoint.connect(contact, self._settle, self._end)
+        self.link = endpoint.connect(contact, self._hear, self._end)
 
     def _end(self, error: LabkitError) -> None:
         """The link is over: every waiting call fails with the reason."""
-        failure = error if isinstance(error, RPCError) else ConnectionLost(str(error))
-        for pending in self.pending.values():
-            pending.settle(failure)
+        kind = type(error) if isinstance(error, RPCError) else ConnectionLost
+        for call in list(self.pending.values()):
+            call.settle(kind(*error.args))  # each with an error of its own, since each may be raised
 
-    def _settle(self, frames: Sequence[wire.Frame]) -> None:
+    def _hear(self, frames: Sequence[wire.Frame]) -> None:
         try:
             message = wire.decode(frames, self._limits)
         except LabkitError as error:
-            id = wire.peek_id(frames)
-            if id in self.pending:
-                self.pending[id].settle(BadReply(f"{self.where} sent a reply that cannot be read: {error}"))
+            call = self.pending.get(wire.peek_id(frames) or 0)
+            if call is not None:
+                call.settle(BadReply(f"{self.where} sent a reply that cannot be read: {error}"))
             return
-        pending = self.pending.get(message.id)
-        if pending is None:
-            return  # too late: its caller has given up
-        if message.version != wire.VERSION or message.kind is wire.Kind.VERSION:
-            pending.settle(
-                VersionMismatch(
-                    f"{self.where} speaks version {message.version} of labkit's protocol, we speak {wire.VERSION}; "
-                    "install the same labkit on both sides"
-                )
-            )
-        else:
-            pending.settle(message)
+        call = self.pending.get(message.id)
+        if call is not None:  # or it comes too late: its caller has given up
+            call.hear(message)
 
 
 class Client:
@@ -90,8 +199,9 @@ class Client:
 
     def __init__(self, endpoint: Endpoint, limits: RPCLimits | None = None) -> None:
         self.endpoint = endpoint
+        self.agenda = endpoint.agenda
         self.limits = limits or RPCLimits()
-        self._budget = ByteBudget(self.limits.bytes_per_peer, self.limits.bytes_total)
+        self.budget = ByteBudget(self.limits.bytes_per_peer, self.limits.bytes_total)
         self._connections: dict[tuple[Contact, str], _Connection] = {}  # the longest unused first
         self._ids = itertools.count(1)
 
@@ -112,61 +222,51 @@ class Client:
         lane: str = CONTROL,
         codec: str = "none",
     ) -> Reply:
-        """Ask a node and wait for the answer, at most `timeout` seconds.
+        """`begin`, awaited: ask a node and wait for the answer, at most `timeout` seconds.
 
-        1. take a link to the node, or open one; 2. wait until the bytes fit into the budget; 3. send; 4. wait for the
-        answer. `returns`: the type of the answer's body. Raises a kind of `RPCError`: what the peer answered, or
-        `DeadlineExceeded`, `ConnectionLost`, `BadReply`, `MessageTooLarge`.
+        Raises a kind of `RPCError`.
         """
-        deadline = trio.current_time() + timeout
+
+        def begin(done: Done) -> Call:
+            return self.begin(
+                contact, method, body, tensors, done=done, returns=returns, timeout=timeout, lane=lane, codec=codec
+            )
+
+        return await outcome_of(begin)
+
+    def begin(
+        self,
+        contact: Contact,
+        method: str,
+        body: Any = None,
+        tensors: Sequence[Tensor] = (),
+        *,
+        done: Done,
+        returns: Any = Any,
+        timeout: float,
+        lane: str = CONTROL,
+        codec: str = "none",
+    ) -> Call:
+        """Ask a node, without a task that waits: `done` is told the answer, or the failure, within `timeout` seconds.
+
+        1. take a link to the node, or open one; 2. as soon as the bytes fit into the budget, and 3. the link has room,
+        send; 4. hear the answer. `returns`: the type of the answer's body. `done` is called once, in the thread of
+        trio, perhaps before this returns. Failures are what the peer answered, or `DeadlineExceeded`, `ConnectionLost`,
+        `BadReply`, `MessageTooLarge`. Raises `ValueError` for what cannot be sent at all.
+        """
         id = next(self._ids)
         frames = wire.encode_request(id, method, timeout, body, tensors, codec)
         size = sum(map(len, frames))
-        if size > self.limits.frames.message_bytes:
-            raise MessageTooLarge(f"{method} with {size} bytes is over the {self.limits.frames.message_bytes} allowed")
-        pending = _Pending()
-        connection = self._connection(contact, lane)  # 1
-        connection.pending[id] = pending
-        taken = sent = False
-        try:
-            with trio.move_on_at(deadline):
-                await self._budget.wait_and_take((contact, lane), size)  # 2
-                taken = True
-                if not connection.link.send_nowait(frames):  # 3
-                    await connection.link.send(frames)
-                sent = True
-                await pending.arrived.wait()  # 4
-        except LabkitError as error:
-            pending.settle(error if isinstance(error, RPCError) else ConnectionLost(str(error)))
-        finally:
-            if taken:
-                self._budget.give((contact, lane), size)
-            del connection.pending[id]
-            if sent and pending.outcome is None:  # timed out or cancelled: the server need not go on
-                self._tell_cancelled(connection, id)
-        if pending.outcome is None:
-            if not sent and not connection.pending:
-                self._drop(contact, lane, connection)  # TCP tries ever more rarely; the next call begins anew
-            what = "gave no answer to" if sent else "could not be reached for"
-            raise DeadlineExceeded(f"{contact.endpoint} {what} {method} within {timeout:.3g} s")
-        return self._reply(pending.outcome, contact, returns, size)
+        call = Call(self, id, contact, lane, method, returns, timeout, done)
+        limit = self.limits.frames.message_bytes
+        if size > limit:
+            call.settle(MessageTooLarge(f"{method} with {size} bytes is over the {limit} allowed"))
+        else:
+            call.start(frames, size)
+        return call
 
-    def _reply(self, outcome: wire.Message | RPCError, contact: Contact, returns: Any, sent: int) -> Reply:
-        if isinstance(outcome, RPCError):
-            raise type(outcome)(*outcome.args)  # a fresh one: several callers may raise the same failure
-        header = outcome.header
-        if isinstance(header, wire.ErrorHeader):
-            raise BY_CODE.get(header.code, RemoteFailure)(f"{contact.endpoint}: {header.text}")
-        if not isinstance(header, wire.ReplyHeader):
-            raise BadReply(f"{contact.endpoint} answered with a {outcome.kind.name.lower()}")
-        try:
-            body = wire.decode_body(header.body, returns)
-        except MalformedMessage as error:
-            raise BadReply(f"{contact.endpoint} answered with something else than was asked for: {error}") from None
-        received = len(header.body) + sum(map(len, outcome.payload))
-        return Reply(body, wire.decode_tensors(header.tensors, outcome.payload), sent + received)
-
-    def _connection(self, contact: Contact, lane: str) -> _Connection:
+    def connection(self, contact: Contact, lane: str) -> _Connection:
+        """An open link to a node, or a new one. Raises `ConnectionLost`."""
         key = (contact, lane)
         connection = self._connections.pop(key, None)
         if connection is None or connection.link.error is not None:
@@ -178,16 +278,11 @@ class Client:
                 self._connections.pop(idle).link.close()
         return connection
 
-    def _drop(self, contact: Contact, lane: str, connection: _Connection) -> None:
+    def drop(self, contact: Contact, lane: str, connection: _Connection) -> None:
+        """Close a link."""
         if self._connections.get((contact, lane)) is connection:
             del self._connections[contact, lane]
             connection.link.close()
-
-    def _tell_cancelled(self, connection: _Connection, id: int) -> None:
-        try:
-            connection.link.send_nowait(wire.encode_cancel(id))
-        except LabkitError:
-            pass  # the server is gone, and the request with it
 
     def forget(self, contact: Contact) -> None:
         """Close the links to a node; calls that wait on them fail."""

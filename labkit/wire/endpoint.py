@@ -39,8 +39,9 @@ class Link(Protocol):
     def send_nowait(self, frames: Sequence[Frame]) -> bool:
         """Send if that is possible at once. Raises `ConnectionLost` (or a kind of it)."""
 
-    async def send(self, frames: Sequence[Frame]) -> None:
-        """Wait until the connection is there and has room. Raises like `send_nowait`."""
+    def when_ready(self, action: Callable[[], object]) -> None:
+        """After a `send_nowait` for which it was too early: call `action`, once, when the connection is there and has
+        room. When the link is over instead, `ended` is called, and this is not."""
 
     def close(self) -> None:
         """End the connection."""
@@ -50,6 +51,7 @@ class Endpoint(Protocol):
     """One node's place on the network."""
 
     contact: Contact
+    agenda: Agenda  # the network's
     most_links: int  # that the system lets it have
 
     def connect(self, contact: Contact, heard: Heard, ended: Ended) -> Link:

@@ -27,6 +27,7 @@ from labkit.errors import (
     UnknownMethod,
 )
 from labkit.wire import frames as wire
+from labkit.wire.awaiting import UnderWay
 from labkit.wire.budget import ByteBudget
 from labkit.wire.endpoint import Endpoint, Peer
 
@@ -114,6 +115,12 @@ class Caller(Protocol):
         self, contact: Contact, method: str, body: Any = None, tensors: Sequence[Tensor] = (), *,
         returns: Any = Any, timeout: float, lane: str = CONTROL, codec: str = "none",
     ) -> Reply: ...  # fmt: skip
+
+    def begin(
+        self, contact: Contact, method: str, body: Any = None, tensors: Sequence[Tensor] = (), *,
+        done: Callable[[Reply | RPCError], object], returns: Any = Any, timeout: float, lane: str = CONTROL,
+        codec: str = "none",
+    ) -> UnderWay: ...  # fmt: skip
 
 
 # ---------------------------------------------------------------- answering

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import trio
@@ -45,7 +45,7 @@ class SimLink:
     """A `Link` in memory. The far end knows it as a `Peer`."""
 
     __slots__ = (
-        "_ended", "_far", "_heard", "_home", "_network", "_open", "_opened", "back", "contact", "error", "out", "peer"
+        "_ended", "_far", "_heard", "_home", "_network", "_open", "_waiting", "back", "contact", "error", "out", "peer"
     )  # fmt: skip
 
     def __init__(
@@ -58,7 +58,7 @@ class SimLink:
         self._heard = heard
         self._ended = ended
         self._far: SimEndpoint | None = None
-        self._opened: trio.Event | None = None  # while somebody waits for it
+        self._waiting: list[Callable[[], object]] = []  # what to do when it is open
         self._open = False
         here, there = place_of(home.contact), place_of(contact)
         self.out, self.back = Way(here, there), Way(there, here)
@@ -97,8 +97,9 @@ class SimLink:
 
     def _let_in(self) -> None:
         self._open = True
-        if self._opened is not None:
-            self._opened.set()
+        waiting, self._waiting = self._waiting, []
+        for action in waiting:
+            action()
 
     def send_nowait(self, frames: Sequence[Frame]) -> bool:
         if self.error is not None:
@@ -108,14 +109,8 @@ class SimLink:
         self._network.transmit(self.out, frames, self._far.hear, self)
         return True
 
-    async def send(self, frames: Sequence[Frame]) -> None:
-        if self._open:
-            await trio.lowlevel.checkpoint()
-        else:
-            if self._opened is None:
-                self._opened = trio.Event()
-            await self._opened.wait()
-        self.send_nowait(frames)
+    def when_ready(self, action: Callable[[], object]) -> None:
+        self._waiting.append(action)
 
     def answer(self, frames: Sequence[Frame]) -> None:
         """Send in the other direction."""
@@ -135,7 +130,7 @@ class SimLink:
         """It is over, for whatever reason."""
         if self.error is None:
             self.error = error
-            self._let_in()  # to hear of the error
+            self._waiting.clear()
             self._home.links.pop(self.peer.route, None)
             self._ended(error)
 
@@ -155,6 +150,7 @@ class SimEndpoint:
     def __init__(self, network: SimNetwork, identity: Identity, contact: Contact, admission: Admission) -> None:
         self.identity = identity
         self.contact = contact
+        self.agenda = network.agenda
         self.admission = admission
         self.links: dict[bytes, SimLink] = {}  # from here
         self.peers: dict[bytes, SimLink] = {}  # to here

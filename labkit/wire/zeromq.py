@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import trio
@@ -21,20 +21,9 @@ from labkit.wire.addresses import LOOPBACK, announced_address, resolve, split_ad
 from labkit.wire.agenda import Agenda
 from labkit.wire.endpoint import Ended, Hear, Heard, Peer
 from labkit.wire.frames import Frame, FrameLimits
+from labkit.wire.making import make_context, make_dealer, make_router, make_zap, read_monitor, user_id
 from labkit.wire.security import Admission, Identity, answer_zap, must_encrypt
-from labkit.wire.sockets import (
-    FLUSH_TIME,
-    Arrived,
-    Context,
-    Socket,
-    Unsent,
-    make_context,
-    make_dealer,
-    make_router,
-    make_zap,
-    read_monitor,
-    user_id,
-)
+from labkit.wire.sockets import FLUSH_TIME, Arrived, Context, Socket, Unsent
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +41,7 @@ class ZmqLink:
         self._ended = ended
         self._socket: Socket | None = None
         self._scope = trio.CancelScope()
-        self._opened = trio.Event()
+        self._waiting: list[Callable[[], object]] = []  # what to do when there is a socket that can be written to
 
     async def run(self, context: Context, identity: Identity, max_frame: int) -> None:
         """Resolve the name, connect, and watch the connection until it breaks or the link is closed."""
@@ -66,7 +55,8 @@ class ZmqLink:
                 socket, monitor = sockets
                 socket.hear, monitor.hear = self._hear, self._learn
                 self._socket = socket
-                self._opened.set()
+                for action in self._waiting:
+                    socket.when_writable(action)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(monitor.run)
                     await socket.run()
@@ -78,7 +68,7 @@ class ZmqLink:
             self.error = self.error or ConnectionLost(f"the link to {where} is closed")
             if self._socket is not None:
                 self._socket.fail(self.error)  # which hands over what has arrived
-            self._opened.set()
+            self._waiting.clear()
             for socket in sockets:
                 socket.close()
             self._ended(self.error)
@@ -98,11 +88,11 @@ class ZmqLink:
             raise self.error
         return self._socket is not None and self._socket.send_nowait(frames) is not None
 
-    async def send(self, frames: Sequence[Frame]) -> None:
-        await self._opened.wait()
+    def when_ready(self, action: Callable[[], object]) -> None:
         if self._socket is None:
-            raise self.error or ConnectionLost("the link is closed")
-        await self._socket.send(frames)
+            self._waiting.append(action)
+        else:
+            self._socket.when_writable(action)
 
     def close(self) -> None:
         self._scope.cancel()
@@ -116,6 +106,7 @@ class ZmqEndpoint:
     ) -> None:
         self.contact = contact
         self.identity = identity
+        self.agenda = network.agenda
         self.most_links = max(8, open_files() * 3 // 4 // FILES_PER_LINK)  # a quarter for everything else
         self._network = network
         self._socket = socket
