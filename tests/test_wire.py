@@ -359,6 +359,50 @@ async def test_a_call_without_a_task_tells_its_outcome_once_and_a_cancelled_one_
     assert [type(outcome) for outcome in heard[1:]] == [BadReply, DeadlineExceeded]
 
 
+async def test_thousands_of_calls_that_wait_for_each_others_bytes_all_get_their_turn(wire: Wire) -> None:
+    release = trio.Event()
+
+    async def wait(request: Request) -> Reply:
+        await release.wait()
+        return Reply(request.body)
+
+    # In memory an echo is back before it is known to be sent, and lets the next one go.
+    quick = QuickMethod(lambda request: Reply(request.body), object)
+    async with wire() as network, serving(network, {"echo": quick, "wait": Method(wait, object)}) as server:
+        async with calling(network, limits=RPCLimits(bytes_per_peer=1)) as client:
+            bodies: list[int] = []
+            all_there = trio.Event()
+
+            def hear(reply: Reply | RPCError) -> None:
+                bodies.append(reply.body if isinstance(reply, Reply) else -1)
+                if len(bodies) == 3000:
+                    all_there.set()
+
+            await client.call(server.contact, "echo", "connect", timeout=5)
+            client.begin(server.contact, "wait", 0, done=hear, timeout=30)
+            for number in range(1, 3000):
+                client.begin(server.contact, "echo", number, done=hear, timeout=30)
+            assert not bodies
+            release.set()
+            with trio.fail_after(30):
+                await all_there.wait()
+            assert sorted(bodies) == list(range(3000))
+
+
+async def test_an_answer_that_cannot_be_read_fails_its_call_and_no_other(wire: Wire, monkeypatch) -> None:
+    def trip(specs: object, payload: object) -> list[torch.Tensor]:
+        raise RuntimeError("an odd tensor")
+
+    async with server_and_client(wire) as (server, client):
+        assert (await client.call(server.contact, "echo", 1, timeout=5)).body == 1
+        with monkeypatch.context() as patch:
+            patch.setattr("labkit.wire.frames.decode_tensors", trip)
+            with pytest.raises((BadReply, RemoteFailure), match="an odd tensor"):
+                await client.call(server.contact, "echo", 2, timeout=5)
+        assert (await client.call(server.contact, "echo", 3, timeout=5)).body == 3
+        assert client.links == 1
+
+
 async def test_a_message_over_the_limit_is_refused_before_it_is_sent(wire: Wire) -> None:
     limits = RPCLimits(frames=FrameLimits(message_bytes=10_000))
     async with wire() as network, serving(network) as server, calling(network, limits=limits) as client:

@@ -136,6 +136,9 @@ class ExpertCall:
         except RPCError as error:
             self._fail(error)
             return
+        except Exception as error:  # as in `Call.hear`
+            self._fail(BadReply(f"{self._expert.uid} sent an answer that cannot be used: {error!r}"))
+            return
         self._end()
         client, expert, seen = self._client, self._expert, self._seen
         client.directory.report_success(expert)

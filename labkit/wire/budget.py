@@ -20,6 +20,7 @@ class ByteBudget:
     taken: int = 0
     by_peer: dict[Hashable, int] = field(default_factory=dict)
     _waiting: dict[Go, tuple[Hashable, int]] = field(default_factory=dict)  # the longest first
+    _letting_go: bool = False
 
     def fits(self, peer: Hashable, size: int) -> bool:
         """Whether `size` more bytes for this peer are within the budget."""
@@ -49,7 +50,14 @@ class ByteBudget:
         self.by_peer[peer] -= size
         if self.by_peer[peer] == 0:
             del self.by_peer[peer]
-        for go in list(self._waiting):
-            if go in self._waiting and self.fits(*self._waiting[go]):
-                self.take(*self._waiting.pop(go))
-                go()
+        if not self._letting_go:  # what goes may give back at once, and so let others go: in a loop, not ever deeper
+            self._letting_go = True
+            try:
+                while (go := self._next()) is not None:
+                    self.take(*self._waiting.pop(go))
+                    go()
+            finally:
+                self._letting_go = False
+
+    def _next(self) -> Go | None:
+        return next((go for go, wanted in self._waiting.items() if self.fits(*wanted)), None)

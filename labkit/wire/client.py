@@ -101,6 +101,8 @@ class Call:
             outcome = self._read(message)
         except RPCError as error:
             outcome = error
+        except Exception as error:  # it is the peer's doing, and must not end the link on which others wait, too
+            outcome = BadReply(f"{self._contact.endpoint} sent an answer that cannot be read: {error!r}")
         self.settle(outcome)
 
     def _read(self, message: wire.Message) -> Reply:
