@@ -354,9 +354,8 @@ async def test_a_call_without_a_task_tells_its_outcome_once_and_a_cancelled_one_
             waiting.cancel()
             await cancelled.wait()
         assert client.budget.taken == 0
-    assert len(heard) == 3
-    assert isinstance(heard[0], Reply) and heard[0].body == "a"
-    assert [type(outcome) for outcome in heard[1:]] == [BadReply, DeadlineExceeded]
+    assert [reply.body for reply in heard if isinstance(reply, Reply)] == ["a"]
+    assert {type(outcome) for outcome in heard} == {Reply, BadReply, DeadlineExceeded} and len(heard) == 3
 
 
 async def test_thousands_of_calls_that_wait_for_each_others_bytes_all_get_their_turn(wire: Wire) -> None:
