@@ -18,7 +18,7 @@ from labkit.faults import Faults
 from labkit.lives import Life, ProcessLife, ServerPlan, TaskLife
 from labkit.node import Node
 from labkit.portal import Portal, unwrap
-from labkit.server.server import ServerStatistics, call_statistics
+from labkit.server.statistics import ServerStatistics, call_statistics
 from labkit.wire.addresses import split_address
 from labkit.wire.zeromq import ZmqNetwork
 

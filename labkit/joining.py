@@ -28,7 +28,7 @@ from labkit.errors import (
     WrongServerKey,
 )
 from labkit.wire.addresses import resolve
-from labkit.wire.rpc import Caller
+from labkit.wire.methods import Caller
 from labkit.wire.security import Admission, key_text, parse_key, write_key_list
 
 JOIN_TIMEOUT = 8.0  # seconds for all four steps

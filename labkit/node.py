@@ -20,7 +20,8 @@ from labkit.joining import check_reachable
 from labkit.wire.addresses import LOOPBACK
 from labkit.wire.client import Client
 from labkit.wire.endpoint import Endpoint, Network
-from labkit.wire.rpc import Methods, RPCLimits, serve_rpc
+from labkit.wire.methods import Methods, RPCLimits
+from labkit.wire.rpc import serve_rpc
 from labkit.wire.security import Admission, Identity
 
 BOOTSTRAP_TRIES = 3  # a busy node may be late once

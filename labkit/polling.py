@@ -22,13 +22,14 @@ from labkit.errors import LabkitError, RPCError
 from labkit.expert_uid import ExpertInfo
 from labkit.handles import ServerHandle
 from labkit.node import Node
-from labkit.server.server import ServerStatistics, call_statistics
+from labkit.server.statistics import ServerStatistics, call_statistics
 
 logger = logging.getLogger(__name__)
 
 FIND_PERIOD = 2.0  # seconds, or longer, where there is more than this to look at:
-EXPERTS_PER_SECOND = 1000  # that are looked up
-ASKED_PER_SECOND = 25  # servers: each answer takes half a millisecond of the process that also trains
+EXPERTS_PER_SECOND = 500  # that are looked up: each takes ten microseconds of the process that also trains
+ASKED_PER_SECOND = 12  # servers: each answer takes a third of a millisecond of it
+UNSEEN = 1 / 3  # of these rates, while nobody looks and all of it is only recorded
 STATISTICS_TIMEOUT = 1.0  # seconds
 LEAST_TIME = 0.25  # seconds: with less left of a round, a server is asked first in the next one
 REST = 5.0  # seconds by which the turn of a server comes later that failed twice
@@ -86,14 +87,16 @@ async def keep_polled(
     publish: Callable[[Inventory], None],
     *,
     period: float = 1.0,
+    seen: Callable[[], bool] = lambda: True,
     task_status: trio.TaskStatus[trio.CancelScope] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Publish an inventory every `period` seconds and whenever experts were looked up, until cancelled.
 
-    `servers`: those started here, a list that may grow. Ready at once, with the scope that ends it. Nothing that a peer
-    does ends it.
+    `servers`: those started here, a list that may grow. `seen`: whether somebody looks at this moment; while nobody
+    does, large swarms are polled more rarely. Ready at once, with the scope that ends it. Nothing that a peer does ends
+    it.
     """
-    poll = _Poll(node, servers, publish)
+    poll = _Poll(node, servers, publish, seen)
     with trio.CancelScope() as scope:
         poll.publish()
         async with trio.open_nursery() as nursery:
@@ -105,10 +108,14 @@ async def keep_polled(
 class _Poll:
     """What is known, and the two tasks that keep it so."""
 
-    def __init__(self, node: Node, servers: Sequence[ServerHandle], publish: Callable[[Inventory], None]) -> None:
+    def __init__(
+        self, node: Node, servers: Sequence[ServerHandle], publish: Callable[[Inventory], None],
+        seen: Callable[[], bool],
+    ) -> None:  # fmt: skip
         self._node = node
         self._servers = servers
         self._publish = publish
+        self._seen = seen
         self._grids: Mapping[str, GridInfo] = {}
         self._found = Found()
         self._polled_at = -math.inf
@@ -129,22 +136,33 @@ class _Poll:
 
     async def keep_found(self) -> None:
         """Look grids and experts up, through the directory's cache, every two seconds; rarely where there are many."""
-        pause = 0.0  # the first time as fast as can be
         while True:
             began = trio.current_time()
             try:
                 grids = await find_grids(self._node.dht, self._node.directory.config.timeout)
                 self._grids = dict(islice(grids.items(), MAX_GRIDS)) or self._grids
-                self._found = await find_experts(self._node, self._grids, pause)
+                self._found = await find_experts(self._node, self._grids, self._pause)
                 self._polled_at = time.monotonic()
             except LabkitError as error:
                 logger.debug("the experts could not be looked up: %s", error)
             except Exception:  # a mistake of ours here must not end the lab thread, and the training with it
                 logger.exception("looking the experts up failed")
             self.publish()
-            chunks, period = max(1, self._found.chunks), max(FIND_PERIOD, len(self._found.experts) / EXPERTS_PER_SECOND)
-            pause = period / 2 / chunks if chunks > 1 else 0.0
-            await trio.sleep(max(FIND_PERIOD / 4, began + period - trio.current_time()))
+            while True:  # somebody may begin to look meanwhile
+                await trio.sleep(FIND_PERIOD / 4)
+                if trio.current_time() >= began + self._find_period() - FIND_PERIOD / 8:
+                    break
+
+    def _pace(self) -> float:
+        return 1.0 if self._seen() else UNSEEN
+
+    def _find_period(self) -> float:
+        return max(FIND_PERIOD, len(self._found.experts) / EXPERTS_PER_SECOND / self._pace())
+
+    def _pause(self) -> float:
+        """Seconds between two steps of a walk, so that half of the period is enough; none in the first walk."""
+        chunks = self._found.chunks
+        return self._find_period() / 2 / chunks if chunks > 1 else 0.0
 
     # ------------------------------------------------------------ statistics
 
@@ -163,7 +181,7 @@ class _Poll:
                 return self._asked_at.get(address, -math.inf) + rest
 
             in_turn = sorted(contacts, key=turn)
-            chosen = in_turn[: math.ceil(ASKED_PER_SECOND * period)]
+            chosen = in_turn[: math.ceil(ASKED_PER_SECOND * period * self._pace())]
             chosen += [a for a in in_turn[len(chosen) :] if self._failures.get(a) == 1][:AT_ONCE]
             chosen.sort(key=lambda address: self._failures.get(address, 0) > 0)  # who is silent holds nobody up
             async with trio.open_nursery() as nursery:
@@ -205,7 +223,9 @@ class Found:
     chunks: int = 0
 
 
-async def find_experts(node: Node, grids: Mapping[str, GridInfo], pause: float, *, anew: bool = False) -> Found:
+async def find_experts(
+    node: Node, grids: Mapping[str, GridInfo], pause: Callable[[], float] = lambda: 0.0, *, anew: bool = False
+) -> Found:
     """Walk the directory's index of these grids, a few prefixes at a time, with a `pause` in seconds between.
 
     So no step holds the lab thread for long, neither this walk nor the refreshing of what it used. At most 20,000
@@ -234,7 +254,7 @@ async def find_experts(node: Node, grids: Mapping[str, GridInfo], pause: float, 
             found.contacts.update((contact.endpoint, contact) for contact in servers)
             if len(found.experts) >= MAX_EXPERTS:
                 return found
-            await trio.sleep(pause)
+            await trio.sleep(pause())
     return found
 
 
@@ -272,7 +292,7 @@ async def ask_everybody(node: Node, servers: Sequence[ServerHandle], timeout: fl
     end, limiter = trio.current_time() + timeout, trio.CapacityLimiter(AT_ONCE_FOR_ONE)
     found = Found(contacts={info.contact.endpoint: info.contact for info in node.directory.known().values()})
     with trio.move_on_at(end - timeout / 2):
-        found = await find_experts(node, await find_grids(node.dht, timeout), 0.0, anew=True)
+        found = await find_experts(node, await find_grids(node.dht, timeout), anew=True)
     with trio.move_on_at(end):
         async with trio.open_nursery() as nursery:
             for address, contact in contacts_of(servers, found).items():

@@ -28,7 +28,7 @@ from labkit.view.sampler import Sampler
 from labkit.view.scene import MODES
 from labkit.view.telemetry import Telemetry
 from labkit.viewers import NO_SECRET, PART, PARTS, SCENE_PERIOD, ExportCall, ExportPart, FrameCall, OrderCall
-from labkit.wire.rpc import BULK, Reply
+from labkit.wire.methods import BULK, Reply
 
 if TYPE_CHECKING:
     from labkit.swarm import Swarm

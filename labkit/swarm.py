@@ -45,7 +45,8 @@ from labkit.polling import ask_everybody
 from labkit.portal import Portal
 from labkit.server.layers import Factory
 from labkit.server.optimizer import BackendConfig
-from labkit.server.server import ServerConfig, ServerStatistics, checkpoint_directory
+from labkit.server.server import ServerConfig, checkpoint_directory
+from labkit.server.statistics import ServerStatistics
 from labkit.swarm_view import SwarmView
 from labkit.view.summary import SwarmSummary
 from labkit.view.telemetry import Telemetry

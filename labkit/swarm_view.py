@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 RECORDING_PERIOD = 1.0  # seconds
 MARK_PATIENCE = 3.0  # seconds between two looks after which it is not known when something happened
 FRESH = 0.1  # seconds for which a scene is not made anew
+LOOK = 3.0  # seconds for which a page looks that was shown something
 POLL_PATIENCE = 2.0  # seconds that new outputs wait for the servers to report
 CLOSE_TIMEOUT = 1.0  # seconds that outputs have for the last scene
 
@@ -53,6 +54,7 @@ class _Output:
     function: Output
     period: float
     at: float  # when it is due, monotonic
+    looks: bool  # whether it is looked at, and not only waits for something
 
 
 class SwarmView:
@@ -71,7 +73,8 @@ class SwarmView:
             swarm.telemetry, self._inventory_now, in_flight, partial(latest_run, swarm.name), swarm.name
         )
         self._pulse = Pulse(f"labkit-view-{swarm.name}", self._step)
-        self._recorder = _Output(self.recording.add, RECORDING_PERIOD, 0.0)
+        self._recorder = _Output(self.recording.add, RECORDING_PERIOD, 0.0, False)
+        self._looked_at = -math.inf  # when a page was last shown something, monotonic
         self._outputs: tuple[_Output, ...] = ()
         self._polling: trio.CancelScope | None = None
         self._polling_since = 0.0
@@ -99,6 +102,11 @@ class SwarmView:
                 self._scene = self._sampler.scene(open=not self._over)
                 self._sampled = now
             return self._scene
+
+    def scene_for_a_page(self) -> Scene:
+        """The same, and somebody looks at it."""
+        self._looked_at = time.monotonic()
+        return self.scene()
 
     def _inventory_now(self) -> Inventory:
         """The last inventory, in which the servers started here are as they are now: a kill is seen at once."""
@@ -168,12 +176,13 @@ class SwarmView:
 
     # ------------------------------------------------------------ outputs
 
-    def add(self, output: Output, period: float) -> Callable[[], None]:
+    def add(self, output: Output, period: float, *, looks: bool = True) -> Callable[[], None]:
         """Give `output` a scene now and every `period` seconds, in the view's thread. Returns what ends that.
 
         One that raises is logged and removed. When the swarm is closed, it gets a last scene, which is not `open`.
+        `looks`: whether somebody is to see it; without any such, large swarms are polled more rarely.
         """
-        item = _Output(output, period, time.monotonic())
+        item = _Output(output, period, time.monotonic(), looks)
         with self._lock:
             if self._over:
                 return lambda: None
@@ -249,9 +258,12 @@ class SwarmView:
     async def _poll(self, scope: trio.CancelScope) -> None:
         try:
             with scope:
-                await keep_polled(self._lab.node, self._swarm.servers, self._publish)
+                await keep_polled(self._lab.node, self._swarm.servers, self._publish, seen=self._is_seen)
         except Exception:  # the view goes blind, but the swarm lives
             logger.exception("the swarm %r is not polled any more", self.name)
+
+    def _is_seen(self) -> bool:
+        return time.monotonic() < self._looked_at + LOOK or any(output.looks for output in self._outputs)
 
     def _publish(self, inventory: Inventory) -> None:
         first = not self._has_polled()

@@ -23,7 +23,7 @@ from torch import Tensor
 from labkit.errors import BadRequest, LabkitError, MessageTooLarge, Overloaded, RemoteFailure, RequestRefused, RPCError
 from labkit.swarm_view import SwarmView
 from labkit.view.local_source import LocalSource
-from labkit.wire.rpc import Method, Reply, Request
+from labkit.wire.methods import Method, Reply, Request
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -18,8 +18,9 @@ from labkit.directory.grids import GridInfo, keep_grid_declared
 from labkit.expert_uid import grid_uids, spread
 from labkit.histogram import BUCKETS
 from labkit.node import NodeConfig, open_node
-from labkit.server.server import ServerStatistics
-from labkit.wire.rpc import QuickMethod, Reply, Request, serve_rpc
+from labkit.server.statistics import ServerStatistics
+from labkit.wire.methods import QuickMethod, Reply, Request
+from labkit.wire.rpc import serve_rpc
 from labkit.wire.security import Identity
 from labkit.wire.zeromq import open_network
 

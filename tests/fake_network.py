@@ -20,7 +20,7 @@ from labkit.contact import Contact
 from labkit.dht import DHTConfig, DHTNode
 from labkit.errors import BadReply, BadRequest, DeadlineExceeded, RPCError
 from labkit.wire.endpoint import Peer
-from labkit.wire.rpc import CONTROL, QuickMethod, Reply, Request
+from labkit.wire.methods import CONTROL, QuickMethod, Reply, Request
 
 
 def make_contact(number: int) -> Contact:

@@ -2,8 +2,10 @@
 
 A kernel trains over four server processes. Round after round it does so with no dashboard, with one that nobody looks
 at, and with one that a page looks at, in an order that changes; the page is played over the kernel's own sockets, and
-acknowledges each frame. Each round gives two ratios of samples/s. Printed are their means, of the middle four fifths
-since a busy machine gives wild ones, and the range that holds the true mean with 95 % probability.
+acknowledges each frame. Each round gives two ratios of samples/s, and two of the CPU time of a step: that of the kernel
+and the four servers, without the page and the crowd. Printed are their means, of the middle four fifths since a busy
+machine gives wild ones, and the range that holds the true mean with 95 % probability. At last the training stops, and
+what each process computes then, as a share of one core, is what it computes for the dashboard.
 
 `--crowd N`: beside it N further servers of 50 experts each, as the dashboard sees them: nodes with keys and addresses
 of their own, declared in the DHT and asked for their statistics, which change. One process answers for all of them, and
@@ -20,10 +22,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
-from tests.front_end import WIDGET, FrontEnd, open_kernel
+import psutil
+
+from tests.front_end import WIDGET, FrontEnd, Page, open_kernel
 
 SWARM = """
 import time, torch, labkit as lk
@@ -35,57 +41,118 @@ model = nn.Sequential(nn.Linear(data.dim, 64), swarm.moe(64, k_best=4), nn.Linea
 run = lk.fit(model, data, steps=10_000_000, batch_size=64, trainers=4)
 """
 KINDS = ("none", "closed", "open")
+HERE = "(run.steps, time.monotonic())"
+SETTLE, REST = 6.0, 20.0  # seconds
 
 
-def speed(kernel: FrontEnd, seconds: float) -> tuple[float, float]:
-    """Steps per second of the next seconds, and how many those were."""
-    before, started = kernel.value("(run.steps, time.monotonic())")
+def cpu_seconds(process: psutil.Process) -> float:
+    """What this process and its children have computed."""
+    times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+    return float(sum(time.user + time.system for time in times))
+
+
+def speed(kernel: FrontEnd, process: psutil.Process, seconds: float) -> tuple[float, float, float]:
+    """Steps per second of the next seconds, how many seconds those were, and CPU seconds a step."""
+    computed = cpu_seconds(process)
+    before, started = kernel.value(HERE)
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         try:
             kernel.until(lambda: time.monotonic() >= deadline, left + 0.1)  # takes what the kernel sends meanwhile
         except AssertionError:
             break
-    after, ended = kernel.value("(run.steps, time.monotonic())")
-    return (after - before) / (ended - started), ended - started
+    computed = cpu_seconds(process) - computed
+    after, ended = kernel.value(HERE)
+    return (after - before) / (ended - started), ended - started, computed / (after - before)
 
 
-def measure(kernel: FrontEnd, rounds: int, seconds: float) -> dict[str, object]:
+@contextmanager
+def shown(kernel: FrontEnd, kind: str) -> Iterator[Page | None]:
+    """Nothing, or a dashboard, or one with a page that looks at it."""
+    page = None
+    if kind != "none":
+        comm = kernel.run("dashboard = swarm.dashboard()\ndashboard").bundle[WIDGET]["model_id"]
+        if kind == "open":
+            page = kernel.page(comm)
+            page.look(fresh=True)
+    try:
+        yield page
+    finally:
+        if page is not None:
+            page.look(False)
+        if kind != "none":
+            kernel.run("dashboard.close()")
+
+
+def measure(kernel: FrontEnd, process: psutil.Process, rounds: int, seconds: float) -> dict[str, object]:
     ratios: dict[str, list[float]] = {"closed": [], "open": []}
+    costs: dict[str, list[float]] = {"closed": [], "open": []}
     frames: list[float] = []
     sizes: list[int] = []
     for number in range(rounds):
-        found = {}
+        found, cost = {}, {}
         for kind in random.sample(KINDS, len(KINDS)):
-            page = None
-            if kind != "none":
-                comm = kernel.run("dashboard = swarm.dashboard()\ndashboard").bundle[WIDGET]["model_id"]
-                if kind == "open":
-                    page = kernel.page(comm)
-                    page.look(fresh=True)
-            speed(kernel, 0.5)  # settles
-            if page is not None:
-                page.look()
-            seen = len(page.frames) if page is not None else 0
-            found[kind], took = speed(kernel, seconds)
-            if page is not None:
-                frames.append((len(page.frames) - seen) / took)
-                sizes += [len(json.dumps(h)) + sum(map(len, b)) for _, h, b in page.frames[seen:]]
-                page.look(False)
-            if kind != "none":
-                kernel.run("dashboard.close()")
-        for kind, values in ratios.items():
-            values.append(found[kind] / found["none"])
-        print(f"round {number}: " + ", ".join(f"{k} {v:.1f}" for k, v in found.items()), file=sys.stderr, flush=True)
+            with shown(kernel, kind) as page:
+                speed(kernel, process, 0.5)  # settles
+                if page is not None:
+                    page.look()
+                seen = len(page.frames) if page is not None else 0
+                found[kind], took, cost[kind] = speed(kernel, process, seconds)
+                if page is not None:
+                    frames.append((len(page.frames) - seen) / took)
+                    sizes += [len(json.dumps(h)) + sum(map(len, b)) for _, h, b in page.frames[seen:]]
+        for kind in ratios:
+            ratios[kind].append(found[kind] / found["none"])
+            costs[kind].append(cost["none"] / cost[kind])
+        words = ", ".join(f"{k} {v:.1f}/s {1000 * cost[k]:.2f} ms" for k, v in found.items())
+        print(f"round {number}: {words}", file=sys.stderr, flush=True)
     result: dict[str, object] = {
         "rounds": rounds,
         "seconds": seconds,
         "frames_per_s": round(fmean(frames), 2),
         "largest_frame": max(sizes),
     }
-    for kind, values in ratios.items():
-        result[f"slower_{kind}"] = {"mean": slower(values), "between": interval(values)}
+    for kind in ratios:
+        result[f"slower_{kind}"] = {"mean": slower(ratios[kind]), "between": interval(ratios[kind])}
+        result[f"more_cpu_{kind}"] = {"mean": slower(costs[kind]), "between": interval(costs[kind])}
     return result
+
+
+def at_rest(
+    kernel: FrontEnd, process: psutil.Process, crowd: subprocess.Popen[str] | None
+) -> dict[str, dict[str, float]]:
+    """What each process computes while nothing is trained, as a share of one core."""
+    kernel.run("run.stop()")
+    processes = {"kernel": process, "page": psutil.Process()}
+    if crowd is not None:
+        processes["crowd"] = psutil.Process(crowd.pid)
+    shares = {}
+    for kind in KINDS:
+        with shown(kernel, kind) as page:
+            wait(kernel, page, SETTLE)
+            before = {name: own_seconds(process) for name, process in processes.items()}
+            wait(kernel, page, REST)
+            shares[kind] = {name: round((own_seconds(p) - before[name]) / REST, 4) for name, p in processes.items()}
+    return shares
+
+
+def wait(kernel: FrontEnd, page: Page | None, seconds: float) -> None:
+    """Take what the kernel sends meanwhile, and say now and then that the page is still looked at."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        if page is not None:
+            page.look()
+        until = time.monotonic() + min(left, 2.0)
+        try:
+            kernel.until(lambda until=until: time.monotonic() >= until, min(left, 2.0) + 0.1)  # type: ignore[misc]
+        except AssertionError:
+            continue
+
+
+def own_seconds(process: psutil.Process) -> float:
+    """What this process has computed, without its children."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def slower(ratios: list[float]) -> float:
@@ -119,7 +186,9 @@ def main() -> None:
                 )  # fmt: skip
                 assert crowd.stdout is not None and crowd.stdout.readline() == "ready\n"
                 print("the crowd is there", file=sys.stderr)
-            print(json.dumps(measure(kernel, options.rounds, options.seconds), indent=1))
+            process = psutil.Process(kernel.value("__import__('os').getpid()"))
+            result = measure(kernel, process, options.rounds, options.seconds)
+            print(json.dumps({**result, "cores_at_rest": at_rest(kernel, process, crowd)}, indent=1))
         finally:
             if crowd is not None:
                 crowd.kill()

@@ -11,7 +11,8 @@ from labkit.contact import Contact
 from labkit.wire.addresses import LOOPBACK
 from labkit.wire.client import Client
 from labkit.wire.endpoint import Endpoint, Network
-from labkit.wire.rpc import Method, Methods, Reply, Request, RPCLimits, serve_rpc
+from labkit.wire.methods import Method, Methods, Reply, Request, RPCLimits
+from labkit.wire.rpc import serve_rpc
 from labkit.wire.security import Admission, Identity
 from labkit.wire.zeromq import open_network
 

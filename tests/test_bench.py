@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 
 from labkit.__main__ import main
+from labkit.bench.suite import Row, SuiteConfig
+from labkit.bench.suite import measure as measure_all
+from labkit.errors import LabkitError
 from labkit.experiments.expert_search import SearchConfig, measure
 
 
@@ -58,7 +61,7 @@ def test_calls_are_measured_beside_a_bare_echo_of_the_same_messages(capsys, tmp_
 def test_many_clients_share_processes_and_several_servers_the_experts(capsys):
     options = ["--experts", "5", "--servers", "2", "--clients", "10", "--calls", "5", "--hidden", "8"]
     result = bench(capsys, "rpc", *options)
-    assert result["calls_per_s"] > 0 and result["fairness"] >= 1
+    assert result["calls_per_s"] > 0 and result["fairness"] >= 1 and result["lookup_us_per_expert"] > 0
 
 
 def test_a_layer_is_measured_beside_the_same_arithmetic_without_a_network(capsys):
@@ -72,6 +75,25 @@ def test_records_are_measured_among_nodes_in_processes_of_their_own(capsys):
     result = bench(capsys, "dht", "--peers", "3", "--rounds", "4")
     assert result["found"] == 1.0
     assert result["store_s"] > 0 and result["get_s"] > 0 and result["store_limit_s"] > 0
+
+
+def test_all_of_it_is_measured_beside_a_peer_into_a_file_that_is_not_begun_anew(tmp_path):
+    (tmp_path / "peer.py").write_text('print("a line"); print(\'{"work": {"calls": 9}, "calls_per_s": 10.0}\')')
+    options = "rpc --calls 5 --hidden 8 --clients 1 --experts 1"
+    rows = [Row("small", options, "peer.py --calls 9"), Row("other", options, "small")]
+    path = tmp_path / "results.jsonl"
+    for runs in (1, 2):
+        config = SuiteConfig(out=str(path), runs=runs, peer_scripts=str(tmp_path), only="small")
+        result = measure_all(config, rows)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["who"] for line in lines] == ["labkit", "peer", "labkit", "peer"]
+    rates = [line["calls_per_s"] for line in lines[::2]]
+    assert result["small"]["runs"] == 2 and result["small"]["calls_per_s"] == pytest.approx(sum(rates) / 2)
+    assert result["small"]["calls_per_s_to_peer"] == pytest.approx(sum(rates) / 20, abs=0.01)
+    assert "other" not in result, "it was not asked for"
+    (tmp_path / "peer.py").write_text('import sys; sys.exit("there is no such peer here")')
+    with pytest.raises(LabkitError, match=r"peer.py --calls 9 printed no result .*there is no such peer here"):
+        measure_all(SuiteConfig(out=str(path), runs=3, peer_scripts=str(tmp_path), only="small"), rows)
 
 
 def test_trainers_are_measured_beside_a_pipeline_over_the_same_slow_servers(capsys):
@@ -111,6 +133,8 @@ def test_what_cannot_be_searched_is_refused_by_the_name_of_the_option(option, co
         (["rpc", "--codec", "zip"], "codec='zip': one of none"),
         (["moe", "--side", "2", "--k-best", "5"], "k_best=5: the grid has 4 experts"),
         (["dht", "--peers", "1"], "peers=1"),
+        (["all", "--out", "none", "--runs", "0"], "runs=0"),
+        (["all", "--out", "none", "--peer-scripts", "nowhere"], "peer_scripts=nowhere: there is no such folder"),
         (["latency", "--block", "lstm"], "block='lstm': ffn or transformer"),
         (["latency", "--delays-ms", "10", "-1"], "delays_ms=(10.0, -1.0)"),
     ],

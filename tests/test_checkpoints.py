@@ -9,9 +9,10 @@ import trio
 
 from labkit.errors import CheckpointError
 from labkit.server import checkpoints
-from labkit.server.backend import BackendConfig, ExpertBackend
+from labkit.server.backend import ExpertBackend
 from labkit.server.checkpoints import keep_checkpoints, load_expert, restore, save_all, save_expert
 from labkit.server.layers import make_expert
+from labkit.server.optimizer import BackendConfig
 from labkit.server.runtime import InlineCompute, Runtime
 
 UID = "ffn.0.1"

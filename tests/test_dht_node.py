@@ -13,7 +13,7 @@ from labkit.dht import DHTConfig, DHTNode, Entry, Signer, Value
 from labkit.dht.protocol import Ping
 from labkit.dht.storage import Role, key_id
 from labkit.wire.endpoint import Peer
-from labkit.wire.rpc import QuickMethod, Request
+from labkit.wire.methods import QuickMethod, Request
 from tests.fake_network import FakeNetwork, make_contact, running
 
 SMALL = DHTConfig(k=4, republish_period=20.0)  # few replicas, so that few nodes make a large network

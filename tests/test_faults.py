@@ -16,7 +16,7 @@ from labkit.server.compute import InlineCompute
 from labkit.server.server import ExpertCall, ExpertServer, ServerConfig
 from labkit.wire.agenda import Agenda
 from labkit.wire.endpoint import Peer
-from labkit.wire.rpc import Reply, Request
+from labkit.wire.methods import Reply, Request
 
 
 def test_delays_are_exponential_with_the_mean_that_was_asked_for():

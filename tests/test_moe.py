@@ -23,6 +23,8 @@ from labkit.errors import NoExperts, RemoteFailure, SwarmClosed
 from labkit.events import CallFailed, CallFinished, Event, RoutingChosen
 from labkit.server.layers import FeedForward
 from labkit.server.optimizer import BackendConfig
+from labkit.trainer import evaluate
+from labkit.wire.compression import CODECS
 from tests.local_moe import LocalMoE
 
 DIM = 6
@@ -320,6 +322,19 @@ def test_a_codec_costs_what_it_says_and_no_more(grids, codec, error):
     for got, exact in ((y.detach(), x.detach()), (x.grad, target)):
         assert ((got - exact).abs() <= error(exact) * 1.001 + 1e-6).all()
         assert not torch.equal(got, exact)  # it was used
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_training_converges_with_every_codec(swarm, codec):
+    name, digits = f"digits_{codec}", lk.load("digits")
+    backend = BackendConfig(lr=3e-3)
+    (server,) = swarm.serve("ffn", hidden=32, grid=(2, 2), name=name, isolation="task", backend=backend, seed=0)
+    model = nn.Sequential(
+        nn.Linear(digits.dim, 32), swarm.moe(32, name=name, k_best=2, codec=codec), nn.Linear(32, digits.classes)
+    )
+    lk.fit(model, digits, steps=150, batch_size=64, trainers=2, lr=3e-3).wait()
+    assert evaluate(model, digits.test_x, digits.test_y) > 0.9
+    server.stop()
 
 
 def test_several_threads_may_train_replicas_at_once(grids):

@@ -22,7 +22,7 @@ from labkit.errors import ConnectionLost, DeadlineExceeded, NoExperts, NotEnough
 from labkit.events import CallFailed, CallFinished, Event, RowsUnanswered
 from labkit.expert_uid import grid_uids, split_uid
 from labkit.portal import Portal
-from labkit.wire.rpc import Reply
+from labkit.wire.methods import Reply
 from tests.fake_network import TaskCaller
 from tests.fake_records import FakeRecords, contact
 

@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 
 from labkit.view.orders import check_order
-from labkit.view.pages import CHUNK, FRAME_PERIOD, LAST_FRAMES, PAGES, PATIENCE, WINDOW, Chunk, FrameDue, Pages
+from labkit.view.pages import (
+    CHUNK,
+    FRAME_PERIOD,
+    LAST_FRAMES,
+    LONGEST_PERIOD,
+    PAGES,
+    PATIENCE,
+    WINDOW,
+    Chunk,
+    FrameDue,
+    Pages,
+)
 
 TICK = 0.01
 
@@ -73,6 +84,16 @@ def test_a_page_that_looks_gets_four_frames_a_second(kernel):
     times = [at for at, _ in kernel.run(10)]
     assert 39 <= len(times) <= 40
     assert min(b - a for a, b in pairwise(times)) >= FRAME_PERIOD - 1e-9
+
+
+@pytest.mark.parametrize(("took", "period"), [(0.001, FRAME_PERIOD), (0.0024, 0.4), (0.1, LONGEST_PERIOD)])
+def test_frames_that_take_long_to_make_are_rarer(took, period):
+    pages = Pages(lambda page: None)
+    pages.hear(look(fresh=True), 0.0)
+    due = pages.turn(0.0)
+    assert isinstance(due, FrameDue)
+    pages.sent(due, {}, took)
+    assert pages.wait(0.0) == pytest.approx(period)
 
 
 def test_several_pages_share_them(kernel):

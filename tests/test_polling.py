@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -23,9 +24,9 @@ from labkit.expert_uid import grid_uids
 from labkit.faults import Faults
 from labkit.histogram import BUCKETS
 from labkit.node import Node
-from labkit.polling import ASKED_PER_SECOND, Inventory, ask_everybody, keep_polled
-from labkit.server.server import ServerStatistics
-from labkit.wire.rpc import CONTROL, Reply
+from labkit.polling import ASKED_PER_SECOND, UNSEEN, Inventory, ask_everybody, keep_polled
+from labkit.server.statistics import ServerStatistics
+from labkit.wire.methods import CONTROL, Reply
 from tests.fake_network import make_contact
 from tests.fake_records import FakeRecords
 
@@ -97,9 +98,12 @@ class Lab:
             self.under_way -= 1
 
     @asynccontextmanager
-    async def polled(self, *handles: Handle) -> AsyncIterator[trio.CancelScope]:
+    async def polled(
+        self, *handles: Handle, seen: Callable[[], bool] = lambda: True
+    ) -> AsyncIterator[trio.CancelScope]:
         async with trio.open_nursery() as nursery:
-            yield await nursery.start(keep_polled, self.node, handles, self.inventories.append)
+            poll = partial(keep_polled, self.node, cast(Any, handles), self.inventories.append, seen=seen)
+            yield await nursery.start(poll)
             nursery.cancel_scope.cancel()
 
     @property
@@ -148,7 +152,7 @@ async def test_failures_in_a_row_are_counted_and_forgotten_when_it_answers(autoj
 
 
 async def test_servers_are_asked_in_turn_where_there_are_many_and_the_silent_ones_too(autojump_clock):
-    lab = Lab(servers=100)
+    lab = Lab(servers=50)
     await lab.declare(list(grid_uids("ffn", (10, 20))), (10, 20))
     lab.answers |= {contact.endpoint: None for contact in lab.contacts[:10]}
     async with lab.polled():
@@ -157,10 +161,34 @@ async def test_servers_are_asked_in_turn_where_there_are_many_and_the_silent_one
         await trio.sleep(10)
         asked = Counter(address for _, address in lab.asked[before:])
         assert set(asked) == {contact.endpoint for contact in lab.contacts}
-        assert sum(asked.values()) <= 10 * ASKED_PER_SECOND
+        assert sum(asked.values()) <= 10 * ASKED_PER_SECOND + 10, "the silent ones twice in a row"
         lab.answers.clear()
         await trio.sleep(11)
-        assert len(lab.last.statistics) == 100 and not lab.last.failures
+        assert len(lab.last.statistics) == 50 and not lab.last.failures
+
+
+async def test_while_nobody_looks_a_large_swarm_is_polled_more_rarely_and_a_small_one_is_not(
+    autojump_clock,
+):
+    looks = False
+    large, small = Lab(servers=100), Lab()
+    uids = list(grid_uids("ffn", (50, 40)))
+    await large.declare(uids, (50, 40))
+    await small.declare()
+    async with large.polled(seen=lambda: looks), small.polled(seen=lambda: looks):
+        await trio.sleep(10)
+        assert sorted(large.last.experts) == sorted(uids), "once, to begin with"
+        before, looked_up = len(large.asked), large.directory.statistics()["keys_read"]
+        await trio.sleep(10)
+        assert len(large.asked) - before <= 10 * UNSEEN * ASKED_PER_SECOND + 1
+        assert len(small.asked) == 19 * len(small.contacts), "each second, since they were found"
+        rarely = large.directory.statistics()["keys_read"] - looked_up
+        looks = True
+        await trio.sleep(2)
+        before, looked_up = len(large.asked), large.directory.statistics()["keys_read"]
+        await trio.sleep(10)
+        assert len(large.asked) - before > 9 * ASKED_PER_SECOND
+        assert large.directory.statistics()["keys_read"] - looked_up > 2 * rarely
 
 
 async def test_at_most_sixteen_are_asked_at_once_and_the_silent_do_not_hold_the_others_up(autojump_clock):
@@ -171,12 +199,12 @@ async def test_at_most_sixteen_are_asked_at_once_and_the_silent_do_not_hold_the_
     async with lab.polled():
         await trio.sleep(20)
         before = len(lab.asked)
-        await trio.sleep(5)
+        await trio.sleep(10)
         assert lab.most_at_once == 16
         asked = [address for _, address in lab.asked[before:]]
         answering = [contact.endpoint for contact in lab.contacts[1::2]]
         assert all(asked.count(address) >= 1 for address in answering)
-        assert len(asked) <= 5 * (ASKED_PER_SECOND + 16)
+        assert len(asked) <= 10 * (ASKED_PER_SECOND + 16)
         assert all(lab.last.failures[contact.endpoint] >= 2 for contact in lab.contacts[::2])
 
 
@@ -269,7 +297,7 @@ async def test_ten_thousand_experts_are_looked_up_in_small_steps(autojump_clock)
     uids = list(grid_uids("ffn", (100, 100)))
     await lab.declare(uids, (100, 100))
     async with lab.polled():
-        await trio.sleep(10)
+        await trio.sleep(20)
         assert len(lab.last.experts) == 10_000 and len(lab.last.statistics) == 200
         gc.disable()  # the garbage collector has all of pytest to go through
         steps = Steps()

@@ -18,7 +18,7 @@ from labkit.errors import ConnectionLost, DeadlineExceeded, UnknownMethod
 from labkit.node import Node, NodeConfig, open_node
 from labkit.wire.client import Client
 from labkit.wire.latency import exponential
-from labkit.wire.rpc import Method, Reply, Request
+from labkit.wire.methods import Method, Reply, Request
 from labkit.wire.security import Identity
 from labkit.wire.simnet import SimNetwork, open_simnet
 from tests.nodes import calling, serving

@@ -19,7 +19,7 @@ from labkit.swarm import Swarm
 from labkit.view.local_source import LocalSource
 from labkit.view.scene import Scene
 from labkit.viewers import ExportCall, FrameCall, OrderCall
-from labkit.wire.rpc import Reply
+from labkit.wire.methods import Reply
 from tests.scenes import make_scene
 from tests.swarms import eventually
 

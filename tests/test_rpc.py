@@ -12,7 +12,7 @@ import zmq
 from labkit.contact import Contact
 from labkit.errors import BadReply, ConnectionLost, HandshakeFailed, RemoteFailure, VersionMismatch
 from labkit.wire import frames as wire
-from labkit.wire.rpc import RPCLimits
+from labkit.wire.methods import RPCLimits
 from labkit.wire.zeromq import open_network
 from tests.nodes import calling, changed, server_and_client, serving
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from labkit.errors import BadRequest, DeadlineExceeded, NonFiniteTensor, Overloaded, RemoteFailure, UnknownExpert
 from labkit.events import BatchProcessed
 from labkit.server import compute
-from labkit.server.backend import BackendConfig, ExpertBackend
+from labkit.server.backend import ExpertBackend
 from labkit.server.layers import make_expert
+from labkit.server.optimizer import BackendConfig
 from labkit.server.runtime import ComputeThread, InlineCompute, Result, Runtime
 
 HIDDEN = 4

@@ -15,7 +15,7 @@ from labkit.events import CallFailed, CallFinished, RowsUnanswered, ServerLost, 
 from labkit.expert_uid import ExpertInfo, grid_uids
 from labkit.histogram import BUCKETS, RELATIVE_ERROR, Histogram
 from labkit.polling import Inventory, LocalServer
-from labkit.server.server import ServerStatistics
+from labkit.server.statistics import ServerStatistics
 from labkit.view import roster
 from labkit.view.sampler import Sampler
 from labkit.view.scene import SERIES, Layer, Scene, State

@@ -20,10 +20,11 @@ from labkit.faults import Faults
 from labkit.histogram import BUCKETS
 from labkit.node import Node, open_node
 from labkit.portal import unwrap
-from labkit.server.backend import BackendConfig
 from labkit.server.checkpoints import load_expert
-from labkit.server.server import ServerConfig, ServerStatistics, checkpoint_directory, serve_experts
-from labkit.wire.rpc import BULK
+from labkit.server.optimizer import BackendConfig
+from labkit.server.server import ServerConfig, checkpoint_directory, serve_experts
+from labkit.server.statistics import ServerStatistics
+from labkit.wire.methods import BULK
 from labkit.wire.security import Identity
 from labkit.wire.zeromq import open_network
 from tests.swarms import soon

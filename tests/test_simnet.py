@@ -17,7 +17,7 @@ from labkit.errors import ConnectionLost, DeadlineExceeded, LabkitError, RPCErro
 from labkit.wire.client import Client
 from labkit.wire.frames import FrameLimits
 from labkit.wire.latency import exponential, regions
-from labkit.wire.rpc import Method, Reply, Request
+from labkit.wire.methods import Method, Reply, Request
 from labkit.wire.security import Identity
 from labkit.wire.simclock import run_in_virtual_time
 from labkit.wire.simnet import SILENCE, SimNetwork, open_simnet

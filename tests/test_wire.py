@@ -23,7 +23,7 @@ from labkit.errors import (
 )
 from labkit.wire.client import Client
 from labkit.wire.frames import FrameLimits
-from labkit.wire.rpc import BULK, Method, QuickMethod, Reply, Request, RPCLimits
+from labkit.wire.methods import BULK, Method, QuickMethod, Reply, Request, RPCLimits
 from labkit.wire.security import Admission, Identity
 from labkit.wire.simnet import open_simnet
 from labkit.wire.zeromq import open_network

@@ -48,7 +48,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--churn", type=float, default=0.0, help="mean life of a node in minutes; 0 for ever (default: 0)"
     )
     _add_numbers(search, searches=100, seed=0)
-    for bench in (rpc, moe, dht, latency, search):
+    suite = benches.add_parser("all", help="rpc, moe and dht in all sizes that count, several times over, into a file")
+    suite.add_argument("--out", required=True, metavar="FILE", help="gets a line for each measurement that it lacks")
+    suite.add_argument("--runs", type=int, default=5, metavar="N", help="of each (default: 5)")
+    suite.add_argument("--only", default="", metavar="TEXT", help="rows with this in their name")
+    suite.add_argument("--peer-scripts", metavar="FOLDER", help="with a peer's scripts, which are run beside")
+    suite.add_argument("--peer-python", default=sys.executable, metavar="PYTHON", help="that has the peer installed")
+    for bench in (rpc, moe, dht, latency, search, suite):
         bench.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
 
 
@@ -88,6 +94,10 @@ def _find(name: str) -> tuple[Any, Callable[[Any], dict[str, Any]]]:
         from labkit.bench import latency
 
         return latency.LatencyConfig, latency.measure
+    if name == "all":
+        from labkit.bench import suite
+
+        return suite.SuiteConfig, suite.measure
     from labkit.experiments import expert_search
 
     return expert_search.SearchConfig, expert_search.measure

@@ -27,6 +27,16 @@ def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
     }
 
 
+def ratios_to(result: Mapping[str, Any], peer: Mapping[str, float]) -> dict[str, float]:
+    """How many times better each figure is than the peer's of the same name."""
+    ratios = {}
+    for name in (*BETTER_IF_MORE, *BETTER_IF_LESS):
+        if name in result and name in peer:
+            ratio = peer[name] / result[name] if name in BETTER_IF_LESS else result[name] / peer[name]
+            ratios[f"{name}_to_peer"] = round(ratio, 2)
+    return ratios
+
+
 def against_peer(result: Mapping[str, Any], path: str) -> dict[str, float]:
     """How many times better than the last line of what a peer's script printed. Raises `ValueError`."""
     try:
@@ -34,11 +44,7 @@ def against_peer(result: Mapping[str, Any], path: str) -> dict[str, float]:
         numbers = {name: float(peer[name]) for name in (*BETTER_IF_MORE, *BETTER_IF_LESS) if name in peer}
     except (OSError, ValueError, IndexError, TypeError) as error:
         raise ValueError(f"peer_json={path}: not the output of a peer's script ({error})") from None
-    ratios = {}
-    for name, theirs in numbers.items():
-        if name in result:
-            ratio = theirs / result[name] if name in BETTER_IF_LESS else result[name] / theirs
-            ratios[f"{name}_to_peer"] = round(ratio, 2)
+    ratios = ratios_to(result, numbers)
     if not ratios:
         raise ValueError(f"peer_json={path}: it has none of {', '.join((*BETTER_IF_MORE, *BETTER_IF_LESS))}")
     return ratios

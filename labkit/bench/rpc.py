@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -53,7 +54,11 @@ class RPCConfig:
 
 
 def measure(config: RPCConfig) -> dict[str, Any]:
-    """What `--json` prints: the calls, then the limit, in one run."""
+    """What `--json` prints: the calls, then the limit, in one run.
+
+    `lookup_us_per_expert`: of looking all experts up with an empty cache, by a client that has just joined. `fairness`:
+    the slowest client's time divided by the quickest one's.
+    """
     with Crew() as crew, Swarm("bench", secure=config.secure or None) as swarm:
         servers = swarm.serve(
             config.expert, experts=config.experts, servers=config.servers, name="expert", hidden=config.hidden,
@@ -76,6 +81,7 @@ def measure(config: RPCConfig) -> dict[str, Any]:
         **milliseconds([seconds for result in results for seconds in result["times"]]),
         "limit_per_s": round(limit, 1),
         "of_limit": round(per_s / limit, 3),
+        "lookup_us_per_expert": round(1e6 * median(result["lookup_s"] for result in results) / config.experts, 1),
         "fairness": round(max(r["seconds"] for r in results) / min(r["seconds"] for r in results), 2),
         "server_rss_mb": server_rss,
         "client_rss_mb": max(process["rss_mb"] for process in told),
@@ -114,6 +120,10 @@ def _client(order: dict[str, Any], seed: int, stack: ExitStack) -> Callable[[int
     """A node that has joined the swarm, as a function of how many calls it makes."""
     draw, backward = random.Random(seed), order["backward"]
     swarm = stack.enter_context(Swarm.join(order["invite"], name=f"bench {seed}"))
+    joined = time.perf_counter()
+    found = swarm.experts()
+    lookup = time.perf_counter() - joined
+    assert len(found) == len(order["uids"])
     experts = [swarm.expert(uid, timeout=TIMEOUT, codec=order["codec"]) for uid in order["uids"]]
     x = torch.randn(order["batch"], order["hidden"], requires_grad=backward)
 
@@ -127,6 +137,6 @@ def _client(order: dict[str, Any], seed: int, stack: ExitStack) -> Callable[[int
     def several(calls: int) -> dict[str, Any]:
         started = time.perf_counter()
         times = [once() for _ in range(calls)]
-        return {"seconds": time.perf_counter() - started, "times": times}
+        return {"seconds": time.perf_counter() - started, "times": times, "lookup_s": lookup}
 
     return several

@@ -20,7 +20,7 @@ from labkit.directory import Directory
 from labkit.errors import BadReply, CallCancelled, DeadlineExceeded, RPCError
 from labkit.events import CallFailed, CallFinished, Emit, ignore
 from labkit.expert_uid import ExpertInfo
-from labkit.wire.rpc import BULK, Caller, Reply
+from labkit.wire.methods import BULK, Caller, Reply
 
 Like = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of an answer
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # a server's word: one that cannot be is a `BadReply`

@@ -21,18 +21,19 @@ import trio
 
 from labkit.contact import Contact
 from labkit.dht import protocol
+from labkit.dht.finding import Finding
 from labkit.dht.maintenance import Maintenance
+from labkit.dht.merging import merge
 from labkit.dht.peers import DHTConfig, Peers
-from labkit.dht.protocol import Find, FindReply, KeyItems, Store, StoreReply, WireItem
+from labkit.dht.protocol import KeyItems, Store, StoreReply, WireItem
 from labkit.dht.replicas import Replicas
 from labkit.dht.routing import RoutingTable
 from labkit.dht.search import Answer, Search, Told, look_up
 from labkit.dht.service import Service
 from labkit.dht.signing import verify
-from labkit.dht.storage import Entry, Item, Storage, Value, key_id, supersedes
-from labkit.errors import BadReply
+from labkit.dht.storage import Entry, Item, Role, Storage, Value, key_id
 from labkit.wire.awaiting import UnderWay, outcome_of
-from labkit.wire.rpc import Caller, Methods
+from labkit.wire.methods import Caller, Methods
 
 __all__ = ["DHTConfig", "DHTNode", "Entry", "Value"]
 
@@ -150,13 +151,18 @@ class DHTNode:
     async def get_many(self, keys: Sequence[str]) -> dict[str, Found]:
         """What `get` returns, for each of several keys. One call to a node carries all that it is asked about."""
         ids = {key: key_id(key) for key in keys}
-        searches = {key: self._search(key, target, quorum=self.config.quorum) for key, target in ids.items()}
+        now = trio.current_time()
+        searches = {}
+        for key, target in ids.items():
+            holds = any(item.role is Role.REPLICA for item in self.storage.get(key, now).values())
+            reach = self.contact.node_id ^ target if holds else -1
+            searches[key] = self._search(key, target, quorum=self.config.quorum, reach=reach)
         await self._look_up(list(searches.values()))
         now = trio.current_time()
         found: dict[str, Found] = {}
         to_cache: dict[Contact, list[tuple[str, WireItem]]] = {}
         for key, search in searches.items():
-            items = self._merge(key, search.answers(), now)
+            items = merge(key, self.storage.get(key, now), [(a.at, a.items) for a in search.answers()], now)
             plain = items.pop(None, None)
             if items:
                 found[key] = {subkey: Value(i.value, i.expires_at) for subkey, i in items.items() if subkey is not None}
@@ -173,31 +179,16 @@ class DHTNode:
             self.send_in_background(contact, rows)
         return found
 
-    def _merge(self, key: str, answers: Sequence[Answer], now: float) -> dict[str | None, Item]:
-        """What we hold and what others answered, as one record."""
-        merged = dict(self.storage.get(key, now))
-        for answer in answers:
-            for subkey, item in answer.items.items():
-                held = merged.get(subkey)
-                if item.expires_at <= now or (held is not None and not supersedes(item, held)):
-                    continue
-                if item.owner is not None or item.signature is not None:
-                    copy = held is not None and held.same_payload(item) and held.signature == item.signature
-                    if not copy and not verify(key, subkey, item):
-                        continue
-                merged[subkey] = item
-        return merged
-
     async def find_nodes(self, targets: Sequence[int]) -> dict[int, list[Contact]]:
         """For each 160-bit id the k nearest nodes that answered, by distance."""
         searches = {target: self._search(target.to_bytes(protocol.ID_BYTES, "big"), target) for target in targets}
         await self._look_up(list(searches.values()))
         return {target: search.nearest(self.config.k) for target, search in searches.items()}
 
-    def _search(self, query: str | bytes, target: int, quorum: int = 0) -> Search:
+    def _search(self, query: str | bytes, target: int, quorum: int = 0, reach: int = -1) -> Search:
         config = self.config
         start = self.peers.nearest(target, config.k)
-        return Search(query, target, start, k=config.k, alpha=config.alpha, quorum=quorum)
+        return Search(query, target, start, k=config.k, alpha=config.alpha, quorum=quorum, reach=reach)
 
     async def _look_up(self, searches: Sequence[Search]) -> None:
         config = self.config
@@ -219,9 +210,7 @@ class DHTNode:
 
     def begin_find(self, contact: Contact, queries: list[str | bytes], done: Told) -> UnderWay:
         """The same without a task: `done` is told the answers."""
-        finding = _Finding(self, contact, queries, done)
-        finding.ask(queries)
-        return finding
+        return Finding(self.peers, contact, queries, done)
 
     async def call_store(self, contact: Contact, records: list[KeyItems]) -> list[str] | None:
         """Give items to a node. Returns its refusals (empty texts for what it holds now), or None without an answer."""
@@ -256,52 +245,3 @@ class DHTNode:
             "calls_served": self._service.served,
             "round_trip": self.peers.round_trip,
         }
-
-
-class _Finding:
-    """One node being asked about keys and ids: records that had no room in its reply are asked for again until all have
-    come."""
-
-    __slots__ = ("_answers", "_call", "_contact", "_done", "_node", "_queries")
-
-    def __init__(self, node: DHTNode, contact: Contact, queries: list[str | bytes], done: Told) -> None:
-        self._node = node
-        self._contact = contact
-        self._queries = queries
-        self._done = done
-        self._answers: dict[str | bytes, Answer] = {}
-        self._call: UnderWay | None = None
-
-    def ask(self, missing: list[str | bytes]) -> None:
-        """Ask about these."""
-        peers = self._node.peers
-        body = Find.of(peers.sender, missing)
-        hear = partial(self._hear, body.queries(), trio.current_time())
-        self._call = peers.begin(self._contact, "dht.find", body, FindReply, hear)
-
-    def _hear(self, asked: list[str | bytes], at: float, reply: FindReply | None) -> None:
-        if reply is None:
-            self._done(None)
-            return
-        node, left_out = self._node, []
-        try:
-            read = protocol.read_reply(reply, asked, at, node.config.k, node.config.limits)
-            for query, (answer, again) in zip(asked, read, strict=True):
-                if again:
-                    left_out.append(query)
-                self._answers[query] = Answer(node.peers.usable_of(answer.contacts), answer.items)
-            if len(left_out) == len(asked):
-                raise BadReply("nothing but promises")
-        except BadReply:
-            node.peers.failed(self._contact)
-            self._done(None)
-            return
-        if left_out:
-            self.ask(left_out)
-        else:
-            self._done([self._answers[query] for query in self._queries])
-
-    def cancel(self) -> None:
-        """Nobody waits for the answers any more."""
-        if self._call is not None:
-            self._call.cancel()

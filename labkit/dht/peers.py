@@ -19,7 +19,7 @@ from labkit.dht.routing import Blacklist, RoutingTable
 from labkit.dht.storage import Limits
 from labkit.errors import RPCError
 from labkit.wire.awaiting import UnderWay, outcome_of
-from labkit.wire.rpc import Caller, Reply, Request
+from labkit.wire.methods import Caller, Reply, Request
 
 R = TypeVar("R", bound=Answered)
 
@@ -56,8 +56,8 @@ class Peers:
     """The other nodes, as one node sees them. `on_new(contact)` is called for each that enters the routing table."""
 
     __slots__ = (
-        "_background", "_caller", "_config", "_deviation", "_on_new", "_probing", "_round_trip", "blacklist", "calls",
-        "calls_failed", "contact", "lost", "routing", "sender",
+        "_background", "_caller", "_deviation", "_on_new", "_probing", "_round_trip", "blacklist", "calls",
+        "calls_failed", "config", "contact", "lost", "routing", "sender",
     )  # fmt: skip
 
     def __init__(
@@ -71,7 +71,7 @@ class Peers:
         self.calls = 0
         self.calls_failed = 0
         self._caller = caller
-        self._config = config
+        self.config = config
         self._on_new = on_new
         self._background: trio.Nursery | None = None
         self._probing: set[int] = set()
@@ -81,7 +81,7 @@ class Peers:
     @property
     def slow_after(self) -> float:
         """Seconds after which a look-up goes on without an answer, by the round trips seen (as TCP's RFC 6298 does)."""
-        return min(self._config.rpc_timeout, max(self._config.slow_after, self._round_trip + 4 * self._deviation))
+        return min(self.config.rpc_timeout, max(self.config.slow_after, self._round_trip + 4 * self._deviation))
 
     @property
     def round_trip(self) -> float:
@@ -143,7 +143,7 @@ class Peers:
             self._seen(contact)
             done(answered)
 
-        return self._caller.begin(contact, method, body, done=hear, returns=returns, timeout=self._config.rpc_timeout)
+        return self._caller.begin(contact, method, body, done=hear, returns=returns, timeout=self.config.rpc_timeout)
 
     async def ping(self, contact: Contact) -> bool:
         """Whether a node answers."""
@@ -170,11 +170,11 @@ class Peers:
         node_id = contact.node_id
         failures = self.blacklist.failed(node_id, _now())
         self.routing.failed(node_id)
-        if failures >= self._config.max_failures:
+        if failures >= self.config.max_failures:
             forgotten = self.routing.remove(node_id)
             if forgotten is not None:
                 self.lost[node_id] = forgotten
-                if len(self.lost) > self._config.k:
+                if len(self.lost) > self.config.k:
                     del self.lost[next(iter(self.lost))]
 
     def probe(self, contact: Contact) -> None:

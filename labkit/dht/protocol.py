@@ -176,14 +176,11 @@ def read_reply(
             raise BadReply("the answer names contacts that it does not list, or too many")
         if len(found.items) > limits.max_subkeys or (found.items and isinstance(query, bytes)):
             raise BadReply("the answer has items that were not asked for, or too many")
-        items: dict[str | None, Item] = {}
         for wire in found.items:
-            if isinstance(query, str):
-                problem = limits.problem(query, wire.subkey, wire.value, wire.ttl)
-                if problem is not None:
-                    raise BadReply(f"the answer has an item that cannot be stored: {problem}")
-            items[wire.subkey] = from_wire(wire, at)
-        answers.append((Answer([contacts[index] for index in found.nearest], items), found.left_out))
+            problem = limits.problem_of_item(wire.subkey, wire.value, wire.ttl)
+            if problem is not None:
+                raise BadReply(f"the answer has an item that cannot be stored: {problem}")
+        answers.append((Answer([contacts[index] for index in found.nearest], found.items, at), found.left_out))
     return answers
 
 

@@ -14,7 +14,7 @@ from labkit.contact import Contact
 from labkit.dht.peers import DHTConfig, Peers
 from labkit.dht.protocol import Find, Ping, Pong, ReplyBuilder, Store, StoreReply, from_wire
 from labkit.dht.storage import Item, Role, Storage, key_id
-from labkit.wire.rpc import Methods, QuickMethod, Reply, Request
+from labkit.wire.methods import Methods, QuickMethod, Reply, Request
 
 
 class Service:

@@ -108,6 +108,10 @@ class Limits:
         """Why such an entry cannot be stored, or None."""
         if not 0 < _utf8(key) <= self.max_key:
             return f"a key has 1 to {self.max_key} bytes of UTF-8"
+        return self.problem_of_item(subkey, value, ttl)
+
+    def problem_of_item(self, subkey: str | None, value: bytes, ttl: float) -> str | None:
+        """The same for an item of a key that is known to be in order."""
         if subkey is not None and not 0 <= _utf8(subkey) <= self.max_subkey:
             return f"a subkey has at most {self.max_subkey} bytes of UTF-8"
         if len(value) > self.max_value:
@@ -119,6 +123,8 @@ class Limits:
 
 def _utf8(text: str) -> int:
     """Length in bytes, or -1 for text that UTF-8 cannot carry (lone surrogates)."""
+    if text.isascii():
+        return len(text)
     try:
         return len(text.encode())
     except UnicodeEncodeError:

@@ -44,7 +44,10 @@ AWARE: dict[str, dict[str, Any]] = {
     "no-momentum": {"beta1": 0.0},
     "decay": {"schedule": "linear"},
     "accumulation": {"accumulate": 4},
-    "recommended": {"beta1": 0.0, "schedule": "linear", "accumulate": 4},
+}
+# The last three together, with steps of several sizes.
+AWARE |= {
+    f"together-{lr:g}": {"lr": lr, "beta1": 0.0, "schedule": "linear", "accumulate": 4} for lr in (1e-4, 2e-4, 4e-4)
 }
 # The same choice for the dense network.
 AWARE |= {

@@ -11,18 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from labkit.errors import BadRequest, CheckpointError, NonFiniteTensor
+from labkit.server.checks import Direction, Schema, check_finite, checked_rows, describe, schema_of
 from labkit.server.optimizer import BackendConfig, make_optimizer, optimizer_slots
-
-__all__ = ["BackendConfig", "Direction", "ExpertBackend", "Schema", "check_finite", "schema_of"]
-
-Direction = Literal["forward", "backward"]
-Schema = tuple[tuple[torch.dtype, tuple[int, ...]], ...]  # per tensor: dtype and the shape without its rows
 
 MAX_SCHEMAS = 64  # callers choose schemas, so we remember few
 
@@ -77,19 +73,7 @@ class ExpertBackend:
 
     def check(self, direction: str, tensors: Sequence[Tensor]) -> int:
         """The number of rows, if the tensors' shapes can be a request at all. Cheap. Raises `BadRequest`."""
-        least = {"forward": 1, "backward": 2}.get(direction)
-        if least is None:
-            raise BadRequest(f"direction {direction!r}: forward or backward")
-        if len(tensors) < least:
-            raise BadRequest(f"a {direction} pass takes at least {least} tensors, not {len(tensors)}")
-        rows = {t.shape[0] if t.ndim else 0 for t in tensors}
-        if len(rows) > 1 or 0 in rows:
-            shapes = ", ".join(str(list(t.shape)) for t in tensors)
-            raise BadRequest(f"all tensors of a request have the same number of rows, at least one; got {shapes}")
-        if tensors[0].shape[0] > self.config.max_batch_size:
-            size, limit = tensors[0].shape[0], self.config.max_batch_size
-            raise BadRequest(f"{size} rows in one request; expert {self.uid} takes at most {limit} (max_batch_size)")
-        return tensors[0].shape[0]
+        return checked_rows(self.uid, direction, tensors, self.config.max_batch_size)
 
     def compute(self, direction: Direction, tensors: Sequence[Tensor], seen: float | None = None) -> list[Tensor]:
         """`forward` or `backward` for tensors that went through `check` and `check_finite` already (the runtime's).
@@ -115,7 +99,7 @@ class ExpertBackend:
             # 1. The forward pass again, this time with a graph.
             output = self._call(leaves)
             if output.shape != grad_output.shape or not grad_output.is_floating_point():
-                there, here = _describe(schema_of([output])), _describe(schema_of([grad_output]))
+                there, here = describe(schema_of([output])), describe(schema_of([grad_output]))
                 raise BadRequest(
                     f"expert {self.uid} has output {there} for these inputs; the output gradient is {here}"
                 )
@@ -175,9 +159,9 @@ class ExpertBackend:
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             if schema in self._seen:
                 raise
-            takes = self.takes or (_describe(next(iter(self._seen))) if self._seen else "something else")
+            takes = self.takes or (describe(next(iter(self._seen))) if self._seen else "something else")
             said = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise BadRequest(f"expert {self.uid} takes {takes}; got {_describe(schema)} ({said})") from error
+            raise BadRequest(f"expert {self.uid} takes {takes}; got {describe(schema)} ({said})") from error
         if not isinstance(output, Tensor) or output.ndim < 1 or output.shape[0] != inputs[0].shape[0]:
             got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise TypeError(f"an expert's module returns one tensor with a row per input row; this one returned {got}")
@@ -301,31 +285,3 @@ class _Weighed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
         return ctx.grad_output, None
-
-
-def check_finite(tensors: Sequence[Tensor], what: str = "the request has a tensor") -> None:
-    """Raise `NonFiniteTensor` if a floating-point tensor holds NaN or infinity."""
-    for tensor in tensors:
-        # A sum is finite only if all its terms are, and is thirty times faster than looking at each; a sum of finite
-        # terms may overflow, though, so it is not the last word.
-        if (
-            (tensor.is_floating_point() or tensor.is_complex())
-            and not _is_finite(tensor.detach().sum())
-            and not bool(torch.isfinite(tensor).all())
-        ):
-            raise NonFiniteTensor(f"{what} with NaN or infinity (shape {list(tensor.shape)}); nothing was changed")
-
-
-def _is_finite(scalar: Tensor) -> bool:
-    value = scalar.item()
-    return math.isfinite(value.real) and math.isfinite(value.imag)
-
-
-def schema_of(tensors: Sequence[Tensor]) -> Schema:
-    """Dtype and trailing shape of each tensor. Requests of equal schema can be merged along their rows."""
-    return tuple((t.dtype, tuple(t.shape[1:])) for t in tensors)
-
-
-def _describe(schema: Schema) -> str:
-    shapes = (f"{str(dtype).removeprefix('torch.')} [{', '.join(('rows', *map(str, s)))}]" for dtype, s in schema)
-    return " and ".join(shapes)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from labkit.errors import RemoteFailure, RPCError
-from labkit.server.backend import Direction, ExpertBackend, check_finite
+from labkit.server.backend import ExpertBackend
+from labkit.server.checks import Direction, check_finite
 
 logger = logging.getLogger(__name__)
 

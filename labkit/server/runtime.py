@@ -20,8 +20,9 @@ from torch import Tensor
 
 from labkit.errors import DeadlineExceeded, Overloaded, RemoteFailure, RPCError, UnknownExpert
 from labkit.events import BatchProcessed, Emit, ignore
-from labkit.server.backend import ExpertBackend, schema_of
+from labkit.server.backend import ExpertBackend
 from labkit.server.batch import compute_batch
+from labkit.server.checks import schema_of
 from labkit.server.compute import ComputeThread, Done, Executor, InlineCompute
 from labkit.server.tally import RuntimeStatistics, Tally
 from labkit.server.task_pool import PoolKey, Task, TaskPools

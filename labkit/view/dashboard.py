@@ -67,7 +67,7 @@ class Dashboard(anywidget.AnyWidget):
         self.on_msg(self._put_away)
         self.comm.on_close(lambda message: self.close())
         _let_pages_choose_their_subshell(self.comm)
-        self._unwatch = view.add(self._watch, WATCH_PERIOD) if view is not None else lambda: None
+        self._unwatch = view.add(self._watch, WATCH_PERIOD, looks=False) if view is not None else lambda: None
 
     def __repr__(self) -> str:
         return f"<dashboard of swarm {self._source.name!r}{', closed' if self._ended else ''}>"
@@ -109,6 +109,7 @@ class Dashboard(anywidget.AnyWidget):
         return self._pages.wait(time.monotonic(), over)
 
     def _send_frame(self, due: FrameDue) -> None:
+        began = time.thread_time()
         try:
             header, buffers = self._source.frame(due.page, layer=due.layer, mode=due.mode, fresh=due.fresh)
         except Exception:
@@ -118,7 +119,7 @@ class Dashboard(anywidget.AnyWidget):
             self._broken = True
             return
         self._broken = False
-        self.send(self._pages.sent(due, header), buffers)
+        self.send(self._pages.sent(due, header, time.thread_time() - began), buffers)
 
     def _send_chunk(self, chunk: Chunk) -> None:
         self.send(chunk.header, [chunk.data])

@@ -32,7 +32,7 @@ class LocalSource:
         """The next frame for a page."""
         if fresh or page not in self._writers:
             self._writers[page] = FrameWriter()
-        scene = self._view.scene()
+        scene = self._view.scene_for_a_page()
         layer = min(layer, max(0, len(scene.layers) - 1))
         return self._writers[page].frame(scene, layer=layer, mode=mode, control=scene.open)
 

@@ -18,7 +18,9 @@ from labkit.view.scene import MODES
 
 PAGES = 16  # known at a time; one more takes the place of the one that has been silent longest
 PATIENCE = 12.0  # seconds after its last word that a page is forgotten; one that looks says so every 5
-FRAME_PERIOD = 0.25  # seconds between two frames, to whomever
+FRAME_PERIOD = 0.25  # seconds between two frames, to whomever; more, where it takes long to make one:
+LONGEST_PERIOD = 0.5
+SHARE = 0.006  # of a core, that making frames takes at most, if that is enough
 WINDOW = 2  # frames and chunks that a page has not acknowledged
 CHUNK = 48_000  # bytes of an export in one message
 CHUNK_PERIOD = 0.02  # seconds between two chunks
@@ -207,14 +209,15 @@ class Pages:
             return self._cut(takers[0])
         return None
 
-    def sent(self, due: FrameDue, header: Header) -> Header:
-        """The header of the frame that goes out, with the page that it is for and its number.
+    def sent(self, due: FrameDue, header: Header, took: float = 0.0) -> Header:
+        """The header of the frame that goes out, with the page that it is for and its number. `took`: seconds to make.
 
         `ack`: whether the page is to acknowledge it, and those before it. Not each: what a kernel does for a message
         that it gets costs more than the frame.
         """
         page = self._pages[due.page]
         page.fresh = False
+        self._frame_at = max(self._frame_at, page.sent + min(took / SHARE, LONGEST_PERIOD))
         seq = page.number()
         return {**header, "type": "frame", "page": page.id, "seq": seq, "ack": len(page.open) >= WINDOW}
 

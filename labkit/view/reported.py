@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from labkit.histogram import BUCKETS
 from labkit.polling import Inventory
-from labkit.server.server import ServerStatistics
+from labkit.server.statistics import ServerStatistics
 from labkit.view.lately import NEGLIGIBLE, LastOnes, Values, longer
 from labkit.view.roster import Roster
 from labkit.view.scene import Ints

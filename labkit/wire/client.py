@@ -31,7 +31,7 @@ from labkit.wire.agenda import Entry
 from labkit.wire.awaiting import outcome_of
 from labkit.wire.budget import ByteBudget
 from labkit.wire.endpoint import Endpoint
-from labkit.wire.rpc import BULK, CONTROL, Reply, RPCLimits
+from labkit.wire.methods import BULK, CONTROL, Reply, RPCLimits
 
 Done = Callable[[Reply | RPCError], object]
 

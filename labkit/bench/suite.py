@@ -1,0 +1,136 @@
+"""`labkit bench all`: every benchmark several times over, each beside the limit, and beside a peer, in one run.
+
+One line of a file for each measurement, so that a run that was stopped goes on, and a notebook redraws what was
+measured (`medians`). A peer's scripts print their result as JSON on the last line; they run with a Python of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from labkit.bench.figures import check_at_least, ratios_to
+from labkit.errors import LabkitError
+
+TIMEOUT = 600.0  # seconds of one measurement
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. `options`: of `labkit bench`. `peer`: a script of the peer's and its options; or, of a row
+    that compares itself with what that row's script printed, its name."""
+
+    name: str
+    options: str
+    peer: str = ""
+
+
+ROWS = (
+    Row("rpc nop, batch 1", "rpc", "hivemind_rpc.py --expert nop --batch 1 --clients 2 --calls 500"),
+    Row(
+        "rpc nop, batch 512", "rpc --batch 512 --calls 200",
+        "hivemind_rpc.py --expert nop --batch 512 --clients 2 --calls 50",
+    ),
+    Row("rpc nop, batch 512, secure", "rpc --batch 512 --calls 100 --secure", "rpc nop, batch 512"),
+    Row(
+        "rpc ffn, batch 256, forward", "rpc --expert ffn --batch 256 --calls 32",
+        "hivemind_rpc.py --expert ffn --batch 256 --clients 2 --calls 32",
+    ),
+    Row(
+        "rpc ffn, batch 256, forward and backward", "rpc --expert ffn --batch 256 --calls 32 --backward",
+        "hivemind_rpc.py --expert ffn --batch 256 --clients 2 --calls 32 --backward",
+    ),
+    Row("moe, batch 64", "moe --batch 64", "hivemind_moe.py --batch 64 --hidden 256"),
+    Row("moe, batch 512", "moe --batch 512", "hivemind_moe.py --batch 512 --hidden 256 --passes 1"),
+    Row("dht, 8 peers", "dht", "hivemind_dht.py --peers 8 --rounds 20"),
+    Row("rpc nop, 128 clients", "rpc --clients 128 --calls 20"),
+    *(Row(f"rpc nop, {n} servers", f"rpc --servers {n} --experts 8") for n in (1, 2, 4, 8)),
+    *(Row(f"rpc nop, {n:,} experts", f"rpc --experts {n}") for n in (16, 256, 4096)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SuiteConfig:
+    """`out`: the file that grows. `peer_scripts`, `peer_python`: a folder, and a Python in whose environment the peer
+    is. `only`: rows with this in their name. Raises `ValueError`."""
+
+    out: str
+    runs: int = 5
+    peer_scripts: str | None = None
+    peer_python: str = sys.executable
+    only: str = ""
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "runs")
+        if self.peer_scripts is not None and not Path(self.peer_scripts).is_dir():
+            raise ValueError(f"peer_scripts={self.peer_scripts}: there is no such folder")
+
+
+def measure(config: SuiteConfig, rows: Sequence[Row] = ROWS) -> dict[str, Any]:
+    """Measure what the file does not have yet. Returns its medians. Raises `LabkitError` if one fails."""
+    path = Path(config.out)
+    wanted = [row for row in rows if config.only in row.name]
+    for run in range(config.runs):
+        for row in wanted:
+            for who, command in _commands(row, config):
+                done = sum(line["row"] == row.name and line["who"] == who for line in _lines(path))
+                if done > run:
+                    continue
+                print(f"run {run + 1} of {config.runs}: {row.name}, {who}", file=sys.stderr, flush=True)
+                result = _result(command)
+                with path.open("a") as file:
+                    print(json.dumps({"row": row.name, "who": who, **result}), file=file)
+    return {line["row"]: {k: v for k, v in line.items() if k != "row"} for line in medians(path, rows)}
+
+
+def _commands(row: Row, config: SuiteConfig) -> Iterator[tuple[str, list[str]]]:
+    yield "labkit", [sys.executable, "-m", "labkit", "bench", *row.options.split(), "--json"]
+    if config.peer_scripts is not None and ".py" in row.peer:
+        script, *options = row.peer.split()
+        yield "peer", [config.peer_python, str(Path(config.peer_scripts) / script), *options]
+
+
+def _result(command: Sequence[str]) -> dict[str, Any]:
+    """What a command prints on its last line."""
+    said = ""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL)
+        said = (done.stderr.strip().splitlines() or [""])[-1]
+        result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
+        raise LabkitError(f"{' '.join(command)} printed no result as its last line ({said or error})") from error
+    return result
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def medians(path: Path, rows: Sequence[Row] = ROWS) -> list[dict[str, Any]]:
+    """A line for each row that was measured: medians of its figures, how many runs, and how many times better each rate
+    or time is than the peer's (`…_to_peer`)."""
+    lines, table = _lines(path), list[dict[str, Any]]()
+    for row in rows:
+        ours, peers = (_median(lines, name, who) for name, who in ((row.name, "labkit"), (_peer_row(row), "peer")))
+        if not ours:
+            continue
+        table.append({"row": row.name, **ours, **ratios_to(ours, peers)})
+    return table
+
+
+def _peer_row(row: Row) -> str:
+    return row.name if ".py" in row.peer else row.peer
+
+
+def _median(lines: Sequence[dict[str, Any]], name: str, who: str) -> dict[str, Any]:
+    some = [line for line in lines if line["row"] == name and line["who"] == who]
+    if not some:
+        return {}
+    numbers = (key for key, value in some[0].items() if type(value) in (int, float))
+    return {"runs": len(some), **{key: median(line[key] for line in some) for key in numbers}}

@@ -1,0 +1,64 @@
+"""What can be a request to an expert: shapes, numbers of rows, finite numbers. Plain functions of tensors.
+
+Used on both threads: the runtime checks shapes before a request is queued, the batch looks at the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from labkit.errors import BadRequest, NonFiniteTensor
+
+Direction = Literal["forward", "backward"]
+Schema = tuple[tuple[torch.dtype, tuple[int, ...]], ...]  # per tensor: dtype and the shape without its rows
+
+
+def checked_rows(uid: str, direction: str, tensors: Sequence[Tensor], most: int) -> int:
+    """The number of rows, `most` at most, if tensors of these shapes can be a request at all. Raises `BadRequest`."""
+    least = {"forward": 1, "backward": 2}.get(direction)
+    if least is None:
+        raise BadRequest(f"direction {direction!r}: forward or backward")
+    if len(tensors) < least:
+        raise BadRequest(f"a {direction} pass takes at least {least} tensors, not {len(tensors)}")
+    rows = {t.shape[0] if t.ndim else 0 for t in tensors}
+    if len(rows) > 1 or 0 in rows:
+        shapes = ", ".join(str(list(t.shape)) for t in tensors)
+        raise BadRequest(f"all tensors of a request have the same number of rows, at least one; got {shapes}")
+    size = tensors[0].shape[0]
+    if size > most:
+        raise BadRequest(f"{size} rows in one request; expert {uid} takes at most {most} (max_batch_size)")
+    return size
+
+
+def check_finite(tensors: Sequence[Tensor], what: str = "the request has a tensor") -> None:
+    """Raise `NonFiniteTensor` if a floating-point tensor holds NaN or infinity."""
+    for tensor in tensors:
+        # A sum is finite only if all its terms are, and is thirty times faster than looking at each; a sum of finite
+        # terms may overflow, though, so it is not the last word.
+        if (
+            (tensor.is_floating_point() or tensor.is_complex())
+            and not _is_finite(tensor.detach().sum())
+            and not bool(torch.isfinite(tensor).all())
+        ):
+            raise NonFiniteTensor(f"{what} with NaN or infinity (shape {list(tensor.shape)}); nothing was changed")
+
+
+def _is_finite(scalar: Tensor) -> bool:
+    value = scalar.item()
+    return math.isfinite(value.real) and math.isfinite(value.imag)
+
+
+def schema_of(tensors: Sequence[Tensor]) -> Schema:
+    """Dtype and trailing shape of each tensor. Requests of equal schema can be merged along their rows."""
+    return tuple((t.dtype, tuple(t.shape[1:])) for t in tensors)
+
+
+def describe(schema: Schema) -> str:
+    """A schema in words, for errors."""
+    shapes = (f"{str(dtype).removeprefix('torch.')} [{', '.join(('rows', *map(str, s)))}]" for dtype, s in schema)
+    return " and ".join(shapes)
