@@ -27,7 +27,7 @@ from labkit.server.statistics import ServerStatistics, call_statistics
 logger = logging.getLogger(__name__)
 
 FIND_PERIOD = 2.0  # seconds, or longer, where there is more than this to look at:
-EXPERTS_PER_SECOND = 500  # that are looked up: each takes ten microseconds of the process that also trains
+EXPERTS_PER_SECOND = 300  # that are looked up: each takes ten microseconds of the process that also trains
 ASKED_PER_SECOND = 12  # servers: each answer takes a third of a millisecond of it
 UNSEEN = 1 / 3  # of these rates, while nobody looks and all of it is only recorded
 STATISTICS_TIMEOUT = 1.0  # seconds
