@@ -145,7 +145,7 @@ def check_convergence(notebook: Any, full: bool) -> None:
     assert runs["quick-failing"][1] >= 0.92, "a tenth of the calls fails, and gradients are old"
     assert runs["quick-failing"][1] > runs["quick-dense"][1]
     assert 50 < runs["quick-failing"][4] < 70, "63 others"
-    assert len(pictures(notebook)) == 2
+    assert len(pictures(notebook)) == 3
 
 
 CHECKS: dict[str, Callable[[Any, bool], None]] = {
