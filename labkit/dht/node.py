@@ -31,7 +31,7 @@ from labkit.dht.routing import RoutingTable
 from labkit.dht.search import Answer, Search, Told, look_up
 from labkit.dht.service import Service
 from labkit.dht.signing import verify
-from labkit.dht.storage import Entry, Item, Role, Storage, Value, key_id
+from labkit.dht.storage import Entry, Item, Storage, Value, key_id
 from labkit.wire.awaiting import UnderWay, outcome_of
 from labkit.wire.methods import Caller, Methods
 
@@ -151,12 +151,7 @@ class DHTNode:
     async def get_many(self, keys: Sequence[str]) -> dict[str, Found]:
         """What `get` returns, for each of several keys. One call to a node carries all that it is asked about."""
         ids = {key: key_id(key) for key in keys}
-        now = trio.current_time()
-        searches = {}
-        for key, target in ids.items():
-            holds = any(item.role is Role.REPLICA for item in self.storage.get(key, now).values())
-            reach = self.contact.node_id ^ target if holds else -1
-            searches[key] = self._search(key, target, quorum=self.config.quorum, reach=reach)
+        searches = {key: self._search(key, target, quorum=self.config.quorum) for key, target in ids.items()}
         await self._look_up(list(searches.values()))
         now = trio.current_time()
         found: dict[str, Found] = {}
@@ -185,10 +180,10 @@ class DHTNode:
         await self._look_up(list(searches.values()))
         return {target: search.nearest(self.config.k) for target, search in searches.items()}
 
-    def _search(self, query: str | bytes, target: int, quorum: int = 0, reach: int = -1) -> Search:
+    def _search(self, query: str | bytes, target: int, quorum: int = 0) -> Search:
         config = self.config
         start = self.peers.nearest(target, config.k)
-        return Search(query, target, start, k=config.k, alpha=config.alpha, quorum=quorum, reach=reach)
+        return Search(query, target, start, k=config.k, alpha=config.alpha, quorum=quorum)
 
     async def _look_up(self, searches: Sequence[Search]) -> None:
         config = self.config

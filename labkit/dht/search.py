@@ -59,23 +59,19 @@ class Search:
     1. Up to `alpha` of the nearest known nodes are asked at a time, beside those that another search calls anyway, and
     name nodes that are nearer.
     2. When `alpha` answers in a row name nobody nearer than the nearest seen, the rest of the k nearest are asked at
-       once (the paper's last round). A search for values that has found one goes on `alpha` at a time, and asks nobody
-       while enough of those it has asked should have the value: who is nearer than a replica is one, too.
+       once (the paper's last round). A search for values that has found one goes on `alpha` at a time.
     3. It is over when the k nearest have answered. Nodes that failed do not count, nor slow ones, if anyone answered.
     4. A search for values is over sooner, when `quorum` nodes have given one and at least one of them is a replica:
        a copy that was cached on the way can be stale, so it never has the word alone.
-
-    `reach`: the distance of a replica that is known beforehand, such as this node; -1 if none is.
     """
 
     __slots__ = (
-        "_candidates", "_given", "_order", "_reach", "_replica", "_stalled", "alpha", "k", "query", "quorum", "target",
+        "_candidates", "_given", "_order", "_replica", "_stalled", "alpha", "k", "query", "quorum", "target",
     )  # fmt: skip
 
     def __init__(
-        self, query: str | bytes, target: int, start: Iterable[Contact], *, k: int, alpha: int, quorum: int = 0,
-        reach: int = -1,
-    ) -> None:  # fmt: skip
+        self, query: str | bytes, target: int, start: Iterable[Contact], *, k: int, alpha: int, quorum: int = 0
+    ) -> None:
         self.query = query
         self.target = target
         self.k = k
@@ -86,7 +82,6 @@ class Search:
         self._stalled = 0  # answers in a row that named nobody nearer
         self._given = 0  # answers with values, if those are wanted
         self._replica = False  # whether one of them was a replica's
-        self._reach = reach  # distance of the farthest replica that is known
         self._learn(start)
 
     def next(self) -> list[Contact] | None:
@@ -96,8 +91,6 @@ class Search:
             return None
         free = self.k if self._stalled >= self.alpha and not self._given else self.alpha
         free -= sum(candidate.state is _State.WAITING and not candidate.beside for candidate in near)
-        if self._given < self.quorum and self._reach >= 0:
-            free = min(free, self.quorum - self._given - self._expected())
         chosen = [candidate for candidate in near if candidate.state is _State.NEW][: max(free, 0)]
         for candidate in chosen:
             candidate.state = _State.WAITING
@@ -122,9 +115,7 @@ class Search:
         candidate.answer = answer
         if self.quorum and answer.items:
             self._given += 1
-            if not all(item.cached for item in answer.items):
-                self._replica = True
-                self._reach = max(self._reach, contact.node_id ^ self.target)
+            self._replica = self._replica or not all(item.cached for item in answer.items)
         nearest = self._order[0]
         self._learn(answer.contacts)
         self._stalled = self._stalled + 1 if self._order[0] == nearest else 0
@@ -161,15 +152,6 @@ class Search:
             if candidate.answer is not None and not candidate.answer.items:
                 return candidate.contact
         return None
-
-    def _expected(self) -> int:
-        """How many of those who were asked should have the value."""
-        expected = 0
-        for distance in self._order:
-            if distance > self._reach:
-                break
-            expected += self._candidates[distance].state is _State.WAITING
-        return expected
 
     def _learn(self, contacts: Iterable[Contact]) -> None:
         for contact in contacts:
