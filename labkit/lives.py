@@ -179,8 +179,8 @@ class ProcessLife:
 def environment() -> dict[str, str]:
     """Of a server process: torch's threads sleep while there is nothing to do, unless the user says otherwise.
 
-    By default they spin for milliseconds after each operation, on cores that callers need. Without it, two clients of
-    one server made half as many calls of 2 MB again, on two cores, and the longest took a third of the time.
+    By default they spin for milliseconds after each operation, on cores that callers need. Asleep, they let two
+    clients of one server make half as many calls of 2 MB again, on two cores, and the longest took a third of the time.
     """
     return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
 

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from labkit.dht.protocol import WireItem
 from labkit.dht.signing import verify
-from labkit.dht.storage import Item
+from labkit.dht.storage import Item, supersedes
 
 
 class Version(NamedTuple):
-    """One value of a record, of one store. Of two with one owner the greater counts, by the first three fields."""
+    """One value of a record, of one store."""
 
     sequence: int
     expires_at: float  # on the local clock
@@ -29,7 +29,7 @@ def merge(
 ) -> dict[str | None, Version]:
     """What is `held` here and what others answered, by subkey, without what has expired or is not signed as it says.
 
-    `answers`: each with the time from which its items' time to live counts. See `storage.supersedes`.
+    `answers`: each with the time from which its items' times to live count.
     """
     merged = {
         subkey: Version(item.sequence, item.expires_at, item.value, item.owner, item.signature)
@@ -41,7 +41,7 @@ def merge(
             if new.expires_at <= now:
                 continue
             old = merged.get(wire.subkey)
-            if old is not None and (old.owner is not None if new.owner != old.owner else new[:3] <= old[:3]):
+            if old is not None and not supersedes(new, old):
                 continue
             if new.owner is not None or new.signature is not None:
                 known = old is not None and (new.sequence, *new[2:]) == (old.sequence, *old[2:])

@@ -65,9 +65,7 @@ class Search:
        a copy that was cached on the way can be stale, so it never has the word alone.
     """
 
-    __slots__ = (
-        "_candidates", "_given", "_order", "_replica", "_stalled", "alpha", "k", "query", "quorum", "target",
-    )  # fmt: skip
+    __slots__ = ("_candidates", "_given", "_order", "_replica", "_stalled", "alpha", "k", "query", "quorum", "target")
 
     def __init__(
         self, query: str | bytes, target: int, start: Iterable[Contact], *, k: int, alpha: int, quorum: int = 0

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Protocol
 
 from labkit.contact import ID_BITS
 
@@ -78,7 +79,20 @@ class Item:
         return self.value == other.value and self.sequence == other.sequence and self.owner == other.owner
 
 
-def supersedes(new: Item, old: Item) -> bool:
+class Comparable(Protocol):
+    """What decides between two values of one key and subkey."""
+
+    @property
+    def sequence(self) -> int: ...
+    @property
+    def expires_at(self) -> float: ...
+    @property
+    def value(self) -> bytes: ...
+    @property
+    def owner(self) -> bytes | None: ...
+
+
+def supersedes(new: Comparable, old: Comparable) -> bool:
     """Whether `new` takes the place of `old`. Nodes that see the same items in another order end up with the same one.
 
     (Except for two owners of one key: there, who came first stays.)
