@@ -2,10 +2,11 @@
 
 A kernel trains over four server processes. Round after round it does so with no dashboard, with one that nobody looks
 at, and with one that a page looks at, in an order that changes; the page is played over the kernel's own sockets, and
-acknowledges each frame. Each round gives two ratios of samples/s, and two of the CPU time of a step: that of the kernel
-and the four servers, without the page and the crowd. Printed are their means, of the middle four fifths since a busy
-machine gives wild ones, and the range that holds the true mean with 95 % probability. At last the training stops, and
-what each process computes then, as a share of one core, is what it computes for the dashboard.
+acknowledges each frame. `--settle` seconds lie between opening a dashboard, which asks all servers once, and measuring
+what it costs from then on. Each round gives two ratios of samples/s, and two of the CPU time of a step: that of the
+kernel and the four servers, without the page and the crowd. Printed are their means, of the middle four fifths since a
+busy machine gives wild ones, and the range that holds the true mean with 95 % probability. At last the training stops,
+and what each process computes then, as a share of one core, is what it computes for the dashboard.
 
 `--crowd N`: beside it N further servers of 50 experts each, as the dashboard sees them: nodes with keys and addresses
 of their own, declared in the DHT and asked for their statistics, which change. One process answers for all of them, and
@@ -84,7 +85,7 @@ def shown(kernel: FrontEnd, kind: str) -> Iterator[Page | None]:
             kernel.run("dashboard.close()")
 
 
-def measure(kernel: FrontEnd, process: psutil.Process, rounds: int, seconds: float) -> dict[str, object]:
+def measure(kernel: FrontEnd, process: psutil.Process, rounds: int, seconds: float, settle: float) -> dict[str, object]:
     ratios: dict[str, list[float]] = {"closed": [], "open": []}
     costs: dict[str, list[float]] = {"closed": [], "open": []}
     frames: list[float] = []
@@ -93,9 +94,7 @@ def measure(kernel: FrontEnd, process: psutil.Process, rounds: int, seconds: flo
         found, cost = {}, {}
         for kind in random.sample(KINDS, len(KINDS)):
             with shown(kernel, kind) as page:
-                speed(kernel, process, 0.5)  # settles
-                if page is not None:
-                    page.look()
+                wait(kernel, page, settle)
                 seen = len(page.frames) if page is not None else 0
                 found[kind], took, cost[kind] = speed(kernel, process, seconds)
                 if page is not None:
@@ -109,6 +108,7 @@ def measure(kernel: FrontEnd, process: psutil.Process, rounds: int, seconds: flo
     result: dict[str, object] = {
         "rounds": rounds,
         "seconds": seconds,
+        "settle": settle,
         "frames_per_s": round(fmean(frames), 2),
         "largest_frame": max(sizes),
     }
@@ -172,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--settle", type=float, default=0.5, help="seconds between opening and measuring")
     parser.add_argument("--crowd", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, open_kernel(Path(folder)) as kernel:
@@ -187,7 +188,7 @@ def main() -> None:
                 assert crowd.stdout is not None and crowd.stdout.readline() == "ready\n"
                 print("the crowd is there", file=sys.stderr)
             process = psutil.Process(kernel.value("__import__('os').getpid()"))
-            result = measure(kernel, process, options.rounds, options.seconds)
+            result = measure(kernel, process, options.rounds, options.seconds, options.settle)
             print(json.dumps({**result, "cores_at_rest": at_rest(kernel, process, crowd)}, indent=1))
         finally:
             if crowd is not None:
