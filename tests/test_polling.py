@@ -152,19 +152,19 @@ async def test_failures_in_a_row_are_counted_and_forgotten_when_it_answers(autoj
 
 
 async def test_servers_are_asked_in_turn_where_there_are_many_and_the_silent_ones_too(autojump_clock):
-    lab = Lab(servers=50)
+    lab = Lab(servers=40)
     await lab.declare(list(grid_uids("ffn", (10, 20))), (10, 20))
-    lab.answers |= {contact.endpoint: None for contact in lab.contacts[:10]}
+    lab.answers |= {contact.endpoint: None for contact in lab.contacts[:5]}
     async with lab.polled():
         await trio.sleep(6)
         before = len(lab.asked)
         await trio.sleep(10)
         asked = Counter(address for _, address in lab.asked[before:])
         assert set(asked) == {contact.endpoint for contact in lab.contacts}
-        assert sum(asked.values()) <= 10 * ASKED_PER_SECOND + 10, "the silent ones twice in a row"
+        assert sum(asked.values()) <= 10 * ASKED_PER_SECOND + 5, "the silent ones twice in a row"
         lab.answers.clear()
         await trio.sleep(11)
-        assert len(lab.last.statistics) == 50 and not lab.last.failures
+        assert len(lab.last.statistics) == 40 and not lab.last.failures
 
 
 async def test_while_nobody_looks_a_large_swarm_is_polled_more_rarely_and_a_small_one_is_not(
@@ -197,14 +197,14 @@ async def test_at_most_sixteen_are_asked_at_once_and_the_silent_do_not_hold_the_
     await lab.declare(uids, (10, 20))
     lab.answers |= {contact.endpoint: None for contact in lab.contacts[::2]}
     async with lab.polled():
-        await trio.sleep(20)
+        await trio.sleep(15)
         before = len(lab.asked)
-        await trio.sleep(10)
-        assert lab.most_at_once == 16
+        await trio.sleep(13)
+        assert ASKED_PER_SECOND < lab.most_at_once <= 16
         asked = [address for _, address in lab.asked[before:]]
         answering = [contact.endpoint for contact in lab.contacts[1::2]]
         assert all(asked.count(address) >= 1 for address in answering)
-        assert len(asked) <= 10 * (ASKED_PER_SECOND + 16)
+        assert len(asked) <= 13 * (ASKED_PER_SECOND + 16)
         assert all(lab.last.failures[contact.endpoint] >= 2 for contact in lab.contacts[::2])
 
 
@@ -297,7 +297,7 @@ async def test_ten_thousand_experts_are_looked_up_in_small_steps(autojump_clock)
     uids = list(grid_uids("ffn", (100, 100)))
     await lab.declare(uids, (100, 100))
     async with lab.polled():
-        await trio.sleep(20)
+        await trio.sleep(30)
         assert len(lab.last.experts) == 10_000 and len(lab.last.statistics) == 200
         gc.disable()  # the garbage collector has all of pytest to go through
         steps = Steps()

@@ -19,7 +19,7 @@ from labkit.view.scene import MODES
 PAGES = 16  # known at a time; one more takes the place of the one that has been silent longest
 PATIENCE = 12.0  # seconds after its last word that a page is forgotten; one that looks says so every 5
 FRAME_PERIOD = 0.25  # seconds between two frames, to whomever; more, where it takes long to make one:
-LONGEST_PERIOD = 0.5
+LONGEST_PERIOD = 0.75
 SHARE = 0.006  # of a core, that making frames takes at most, if that is enough
 WINDOW = 2  # frames and chunks that a page has not acknowledged
 CHUNK = 48_000  # bytes of an export in one message
