@@ -11,6 +11,7 @@ import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 from labkit.contact import Contact
@@ -42,6 +43,7 @@ def make_uid(name: str, coordinates: Sequence[int]) -> str:
     return ".".join((name, *map(str, coordinates)))
 
 
+@lru_cache(maxsize=1 << 14)  # callers name the same experts again and again
 def split_uid(uid: str) -> tuple[str, tuple[int, ...]]:
     """`split_uid("ffn.3.17") == ("ffn", (3, 17))`. Raises `ValueError` for anything that is not a uid."""
     match = _UID.fullmatch(uid)

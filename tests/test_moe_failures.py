@@ -80,7 +80,7 @@ class Lab(TaskCaller):
         honest = [tensors[0 if direction == "forward" else 1] * number(uid)]
         with trio.move_on_after(timeout):
             answer = await self.behaviour.get((direction, uid), after(0.1))(honest)
-            return Reply((0.0, 0.0, self.updates.get(uid, 1)), answer)
+            return Reply(Figures(0.0, 0.0, self.updates.get(uid, 1)), answer)
         raise DeadlineExceeded("no answer")
 
     @property
@@ -144,7 +144,7 @@ async def test_staleness_is_what_others_updated_between_the_two_passes_of_a_row(
 def test_times_and_counts_that_cannot_be_are_no_answer(lie):
     with pytest.raises(msgspec.ValidationError):  # which the wire turns into a `BadReply`
         msgspec.msgpack.decode(msgspec.msgpack.encode(lie), type=Figures)
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode((0.5, 0.25, 3)), type=Figures) == (0.5, 0.25, 3)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode((0.5, 0.25, 3)), type=Figures) == Figures(0.5, 0.25, 3)
 
 
 async def test_calls_in_flight_are_counted_however_they_end(autojump_clock):

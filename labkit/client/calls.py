@@ -25,7 +25,14 @@ from labkit.wire.methods import BULK, Caller, Reply
 Like = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of an answer
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # a server's word: one that cannot be is a `BadReply`
 Updates = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
-Figures = tuple[Seconds, Seconds, Updates]
+
+
+class Figures(msgspec.Struct, array_like=True):
+    """What a server says beside the tensors: seconds in its queue and in the batch, optimizer steps it has made."""
+
+    queue: Seconds
+    compute: Seconds
+    updates: Updates
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,17 +149,17 @@ class ExpertCall:
         self._end()
         client, expert, seen = self._client, self._expert, self._seen
         client.directory.report_success(expert)
-        queue, compute, updates = reply.body
+        figures = reply.body
         # One of the steps since then is ours; below 0 where it made none (it accumulates), or began anew.
-        staleness = None if seen is None else max(0, updates - 1 - seen)
+        staleness = None if seen is None else max(0, figures.updates - 1 - seen)
         client.emit(
             CallFinished(
                 uid=expert.uid, address=expert.contact.endpoint, direction=self._direction, rows=self._rows,
-                seconds=trio.current_time() - self._started, queue=queue, compute=compute, bytes=reply.bytes,
-                updates=updates, staleness=staleness,
+                seconds=trio.current_time() - self._started, queue=figures.queue, compute=figures.compute,
+                bytes=reply.bytes, updates=figures.updates, staleness=staleness,
             )
         )  # fmt: skip
-        self._done(Answer(answer, updates))
+        self._done(Answer(answer, figures.updates))
 
     def _fail(self, error: RPCError) -> None:
         self._end()

@@ -118,8 +118,8 @@ class Directory:
         """
         places: dict[str, tuple[str, int]] = {}
         for uid in uids:
-            name, coordinates = split_uid(uid)
-            places[uid] = (".".join((name, *map(str, coordinates[:-1]))), coordinates[-1])
+            _, coordinates = split_uid(uid)
+            places[uid] = uid[: uid.rindex(".")], coordinates[-1]
         views = self.cached({prefix for prefix, _ in places.values()})
         ask = {
             prefix

@@ -23,7 +23,8 @@ async def outcome_of(begin: Callable[[Callable[[T | Exception], None]], UnderWay
     `begin` is given what to call with the outcome: once, in this thread, perhaps before it returns.
     """
     await trio.lowlevel.checkpoint_if_cancelled()
-    task, outcome, waits = trio.lowlevel.current_task(), list[T | Exception](), False
+    task, waits = trio.lowlevel.current_task(), False
+    outcome: list[T | Exception] = []
 
     def done(what: T | Exception) -> None:
         outcome.append(what)
