@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from labkit.polling import Inventory, keep_polled, local_servers
 from labkit.pulse import Pulse
 from labkit.run import latest_run
 from labkit.view.orders import carry_out, check_order
+from labkit.view.outputs import Output, Outputs, Show
 from labkit.view.recording import Recording
 from labkit.view.sampler import Sampler
 from labkit.view.scene import Scene
@@ -45,16 +46,7 @@ LOOK = 3.0  # seconds for which a page looks that was shown something
 POLL_PATIENCE = 2.0  # seconds that new outputs wait for the servers to report
 CLOSE_TIMEOUT = 1.0  # seconds that outputs have for the last scene
 
-Output = Callable[[Scene], None]
 _dashboards: dict[str, Dashboard] = {}  # by the name of their swarm
-
-
-@dataclass(eq=False, slots=True)
-class _Output:
-    function: Output
-    period: float
-    at: float  # when it is due, monotonic
-    looks: bool  # whether it is looked at, and not only waits for something
 
 
 class SwarmView:
@@ -73,16 +65,14 @@ class SwarmView:
             swarm.telemetry, self._inventory_now, in_flight, partial(latest_run, swarm.name), swarm.name
         )
         self._pulse = Pulse(f"labkit-view-{swarm.name}", self._step)
-        self._recorder = _Output(self.recording.add, RECORDING_PERIOD, 0.0, False)
+        self._outputs = Outputs(Output(self.recording.add, RECORDING_PERIOD, -math.inf), swarm.name)
         self._looked_at = -math.inf  # when a page was last shown something, monotonic
-        self._outputs: tuple[_Output, ...] = ()
         self._polling: trio.CancelScope | None = None
         self._polling_since = 0.0
         self._scene: Scene | None = None
         self._sampled = -math.inf  # when, monotonic
         self._states: dict[int, str] = {}  # of the servers started here, when they were last looked at
         self._over = False
-        self._lock = threading.Lock()  # of the outputs
         self._sampling = threading.Lock()  # of the sampler and the last scene
         self._ordering = threading.Lock()  # orders are carried out one at a time
 
@@ -176,31 +166,26 @@ class SwarmView:
 
     # ------------------------------------------------------------ outputs
 
-    def add(self, output: Output, period: float, *, looks: bool = True) -> Callable[[], None]:
-        """Give `output` a scene now and every `period` seconds, in the view's thread. Returns what ends that.
+    def add(self, show: Show, period: float, *, looks: bool = True) -> Callable[[], None]:
+        """Give `show` a scene now and every `period` seconds, in the view's thread. Returns what ends that.
 
         One that raises is logged and removed. When the swarm is closed, it gets a last scene, which is not `open`.
         `looks`: whether somebody is to see it; without any such, large swarms are polled more rarely.
         """
-        item = _Output(output, period, time.monotonic(), looks)
-        with self._lock:
-            if self._over:
-                return lambda: None
-            self._outputs = (*self._outputs, item)
+        output = Output(show, period, time.monotonic(), looks)
+        if not self._outputs.add(output):
+            return lambda: None
         self._pulse.wake()
-        return lambda: self._remove(item)
+        return lambda: self._remove(output)
 
-    def _remove(self, item: _Output) -> None:
-        with self._lock:
-            known = item in self._outputs
-            self._outputs = tuple(other for other in self._outputs if other is not item)
-        if known:
+    def _remove(self, output: Output) -> None:
+        if self._outputs.remove(output):
             self._pulse.wake()  # for its thread to end, if that was the last one
 
     def _step(self) -> float | None:
         """One turn of the view's thread: a scene for those whose time has come."""
         if self._over:
-            self._say_goodbye()
+            self._outputs.show_last(self.scene)
             return None
         if not self._outputs:
             self._stop_polling()
@@ -209,27 +194,7 @@ class SwarmView:
             self._start_polling()
         if not self._has_polled():
             return POLL_PATIENCE
-        outputs = (self._recorder, *self._outputs)
-        due = [output for output in outputs if output.at <= time.monotonic()]
-        for output in due:
-            self._show(output, self.scene())
-        now = time.monotonic()
-        for output in due:
-            output.at = max(output.at + output.period, now)  # one that was late is not called twice for it
-        return max(0.0, min(output.at for output in outputs) - now)
-
-    def _show(self, output: _Output, scene: Scene) -> None:
-        try:
-            output.function(scene)
-        except Exception:
-            logger.exception("%r failed to show the swarm %r and was removed", output.function, self.name)
-            self._remove(output)
-
-    def _say_goodbye(self) -> None:
-        with self._lock:
-            outputs, self._outputs = self._outputs, ()
-        for output in (self._recorder, *outputs) if outputs else ():
-            self._show(output, self.scene())
+        return self._outputs.show(self.scene, time.monotonic)
 
     # ------------------------------------------------------------ polling
 
@@ -263,7 +228,7 @@ class SwarmView:
             logger.exception("the swarm %r is not polled any more", self.name)
 
     def _is_seen(self) -> bool:
-        return time.monotonic() < self._looked_at + LOOK or any(output.looks for output in self._outputs)
+        return time.monotonic() < self._looked_at + LOOK or self._outputs.seen
 
     def _publish(self, inventory: Inventory) -> None:
         first = not self._has_polled()
@@ -292,10 +257,9 @@ class SwarmView:
 
     def end(self) -> None:
         """Make the last scene, from the swarm as it is, and begin to hand it out. Does not wait."""
-        with self._lock:
-            if self._over:
-                return
-            self._over = True
+        if not self._outputs.end():
+            return
+        self._over = True
         with self._sampling:
             try:
                 self._scene = self._sampler.scene(open=False)

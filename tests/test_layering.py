@@ -73,6 +73,7 @@ ONLY = {
         "pulse.py",
         "view/figures.py",
         "view/loggers.py",
+        "view/outputs.py",
         "view/rows.py",
         "child.py",
         "page_server.py",

@@ -1,0 +1,92 @@
+"""Who is given scenes of a swarm, and when. No thread and no clock of its own: the time is passed in.
+
+`labkit.swarm_view` asks, in the thread that it has while there is an output.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from labkit.view.scene import Scene
+
+logger = logging.getLogger(__name__)
+
+Show = Callable[[Scene], None]
+
+
+@dataclass(eq=False, slots=True)
+class Output:
+    """`show` is given a scene every `period` seconds, next `at`. `looks`: whether somebody is to see it."""
+
+    show: Show
+    period: float
+    at: float
+    looks: bool = True
+
+
+class Outputs:
+    """The outputs of one swarm, and one more, `beside` them: it is given scenes as long as there is any other. `name`:
+    of the swarm. Times: seconds, monotonic."""
+
+    def __init__(self, beside: Output, name: str) -> None:
+        self._beside = beside
+        self._name = name
+        self._all: tuple[Output, ...] = ()
+        self._over = False
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @property
+    def seen(self) -> bool:
+        """Whether one of them is there for somebody to see."""
+        return any(output.looks for output in self._all)
+
+    def add(self, output: Output) -> bool:
+        """One more. False if it is all over."""
+        with self._lock:
+            if not self._over:
+                self._all = (*self._all, output)
+            return not self._over
+
+    def remove(self, output: Output) -> bool:
+        """Give it no more. Returns whether it was there."""
+        with self._lock:
+            known = output in self._all
+            self._all = tuple(other for other in self._all if other is not output)
+        return known
+
+    def end(self) -> bool:
+        """Take no more. Returns whether that is news."""
+        with self._lock:
+            news, self._over = not self._over, True
+        return news
+
+    def show(self, scene: Callable[[], Scene], clock: Callable[[], float]) -> float:
+        """Give a scene to those whose time has come. Returns the seconds until the next one's has."""
+        outputs, now = (self._beside, *self._all), clock()
+        due = [output for output in outputs if output.at <= now]
+        for output in due:
+            self._show(output, scene())
+        now = clock()
+        for output in due:
+            output.at = max(output.at + output.period, now)  # one that was late is not called twice for it
+        return max(0.0, min(output.at for output in outputs) - now)
+
+    def show_last(self, scene: Callable[[], Scene]) -> None:
+        """Give the last scene to all, and then forget them."""
+        with self._lock:
+            outputs, self._all = self._all, ()
+        for output in (self._beside, *outputs) if outputs else ():
+            self._show(output, scene())
+
+    def _show(self, output: Output, scene: Scene) -> None:
+        try:
+            output.show(scene)
+        except Exception:
+            logger.exception("%r failed to show the swarm %r and was removed", output.show, self._name)
+            self.remove(output)
