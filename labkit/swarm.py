@@ -57,7 +57,7 @@ from labkit.wire.zeromq import open_network
 
 if TYPE_CHECKING:
     from labkit.view.dashboard import Dashboard
-    from labkit.view.loggers import Logging
+    from labkit.view.log_to import Logging
     from labkit.view.snapshot import Picture
 
 logger = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ from labkit.view.summary import SwarmSummary
 if TYPE_CHECKING:
     from labkit.swarm import Swarm
     from labkit.view.dashboard import Dashboard
-    from labkit.view.loggers import Logging
+    from labkit.view.log_to import Logging
     from labkit.view.snapshot import Picture
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ class SwarmView:
 
     def log_to(self, logger: Any, period: float) -> Logging:
         """See `Swarm.log_to`."""
-        from labkit.view.loggers import Logging
+        from labkit.view.log_to import Logging
 
         return Logging(self, logger, period)
 

@@ -72,7 +72,7 @@ ONLY = {
         "swarm_view.py",
         "pulse.py",
         "view/figures.py",
-        "view/loggers.py",
+        "view/log_to.py",
         "view/outputs.py",
         "view/rows.py",
         "child.py",

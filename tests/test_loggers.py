@@ -20,8 +20,9 @@ from torch import nn
 import labkit as lk
 from labkit.errors import CAUSES
 from labkit.events import Listeners, StepFailed, StepFinished
-from labkit.view import loggers
-from labkit.view.loggers import JsonlLogger, Logging, WandbLogger
+from labkit.view import log_to
+from labkit.view.log_to import Logging
+from labkit.view.loggers import JsonlLogger, WandbLogger
 from labkit.view.rows import Histogram, StepQueue, Table, overall_latency, routing_entropy, server_table, swarm_row
 from labkit.view.scene import Scene, State
 from tests.scenes import make_scene, play
@@ -280,7 +281,7 @@ def test_a_logger_that_raises_is_let_go_with_one_line_and_the_others_go_on(view,
 
 
 def test_stop_does_not_wait_for_ever_for_a_logger_that_hangs(view, monkeypatch, caplog):
-    monkeypatch.setattr(loggers, "PATIENCE", 0.05)
+    monkeypatch.setattr(log_to, "PATIENCE", 0.05)
     begun, go_on = threading.Event(), threading.Event()
 
     class Slow(Plain):
