@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -193,3 +196,19 @@ def test_the_plans_hold_what_is_compared():
 def test_what_cannot_be_run_is_refused_by_the_name_of_the_argument(options, argument):
     with pytest.raises(ValueError, match=argument):
         replace(SMALL, **options)
+
+
+def test_a_search_is_the_same_in_another_process_whose_hashes_differ():
+    script = (
+        "from labkit.experiments.expert_search import SearchConfig, measure\n"
+        "found = measure(SearchConfig(nodes=30, grid=(8, 8), searches=2))\n"
+        "print(found['virtual_ms_cold'], found['rpcs_per_search'])"
+    )
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], env=os.environ | {"PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, text=True
+        )
+        for seed in "12"
+    ]
+    first, second = (run.communicate(timeout=60)[0] for run in runs)
+    assert first and first == second

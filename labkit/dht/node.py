@@ -109,7 +109,7 @@ class DHTNode:
                 raise ValueError(f"cannot store {entry.key!r}: {problem}")
             if not 0 <= entry.sequence < 2**63:
                 raise ValueError(f"cannot store {entry.key!r}: sequence={entry.sequence} is not between 0 and 2**63")
-        replicas = await self.replicas.of({entry.key for entry in entries})
+        replicas = await self.replicas.of(list(dict.fromkeys(entry.key for entry in entries)))
         now = trio.current_time()
         held = [0] * len(entries)
         outgoing: dict[Contact, list[tuple[int, str, WireItem]]] = {}

@@ -120,7 +120,7 @@ class Directory:
         for uid in uids:
             _, coordinates = split_uid(uid)
             places[uid] = uid[: uid.rindex(".")], coordinates[-1]
-        views = self.cached({prefix for prefix, _ in places.values()})
+        views = self.cached(dict.fromkeys(prefix for prefix, _ in places.values()))
         ask = {
             prefix
             for prefix, coordinate in places.values()
@@ -233,7 +233,7 @@ class Directory:
         ]
         uids = tuple(sorted({info.uid, *(other.uid for other in others)}))
         first = self._suspicions.lose_server(info, max((other.stamp for other in others), default=info.stamp))
-        for prefix in {parent(uid)[0] for uid in uids}:
+        for prefix in dict.fromkeys(parent(uid)[0] for uid in uids):
             self._cache.doubt(prefix)
         if first:
             self._emit(ServerLost(address=info.contact.endpoint, uids=uids, detail=detail))
