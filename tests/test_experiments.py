@@ -204,11 +204,11 @@ def test_a_search_is_the_same_in_another_process_whose_hashes_differ():
         "found = measure(SearchConfig(nodes=30, grid=(8, 8), searches=2))\n"
         "print(found['virtual_ms_cold'], found['rpcs_per_search'])"
     )
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", script], env=os.environ | {"PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, text=True
-        )
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True,
+            check=True, timeout=60,
+        ).stdout
         for seed in "12"
-    ]
-    first, second = (run.communicate(timeout=60)[0] for run in runs)
+    )  # fmt: skip
     assert first and first == second
