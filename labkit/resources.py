@@ -18,13 +18,13 @@ def open_files() -> int:
 
 def peak_rss_mb(pid: int | None = None) -> int:
     """The most memory that a process, this one by default, had at a time, in MB; 0 where the system does not say."""
-    if pid is not None:
-        try:
-            status = Path(f"/proc/{pid}/status").read_text()
-        except OSError:
-            return 0
-        line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    # What `getrusage` says on Linux is, at the least, what the parent had when it started this process.
+    status = Path(f"/proc/{pid or 'self'}/status")
+    if status.exists():
+        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM")), "VmHWM: 0 kB")
         return int(line.split()[1]) >> 10
+    if pid is not None:
+        return 0
     try:
         import resource
     except ImportError:

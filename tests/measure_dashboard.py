@@ -8,6 +8,9 @@ kernel and the four servers, without the page and the crowd. Printed are their m
 busy machine gives wild ones, and the range that holds the true mean with 95 % probability. At last the training stops,
 and what each process computes then, as a share of one core, is what it computes for the dashboard.
 
+`--times N`: all that a dashboard does again and again is done N times as often, and what it costs is divided by N. On a
+machine whose speed changes by a tenth from one moment to the next, a cost of one per cent cannot be seen otherwise.
+
 `--crowd N`: beside it N further servers of 50 experts each, as the dashboard sees them: nodes with keys and addresses
 of their own, declared in the DHT and asked for their statistics, which change. One process answers for all of them, and
 there are no experts behind it, since two cores could not compute for 10,000.
@@ -40,6 +43,20 @@ swarm.serve("ffn", hidden=64, grid=(4, 4), servers=4, isolation="process", threa
 data = lk.load("digits")
 model = nn.Sequential(nn.Linear(data.dim, 64), swarm.moe(64, k_best=4), nn.Linear(64, data.classes))
 run = lk.fit(model, data, steps=10_000_000, batch_size=64, trainers=4)
+"""
+FASTER = """
+from labkit import polling, swarm_view
+from labkit.view import pages, recording, sampler
+for module, names in (
+    (pages, "FRAME_PERIOD LONGEST_PERIOD"), (polling, "FIND_PERIOD"), (recording, "SPACING"), (sampler, "TIMES_PERIOD"),
+    (swarm_view, "RECORDING_PERIOD FRESH"),
+):
+    for name in names.split():
+        setattr(module, name, getattr(module, name) / TIMES)
+polling.keep_polled.__kwdefaults__["period"] /= TIMES
+pages.SHARE *= TIMES
+polling.ASKED_PER_SECOND *= TIMES
+polling.EXPERTS_PER_SECOND *= TIMES
 """
 KINDS = ("none", "closed", "open")
 HERE = "(run.steps, time.monotonic())"
@@ -85,36 +102,41 @@ def shown(kernel: FrontEnd, kind: str) -> Iterator[Page | None]:
             kernel.run("dashboard.close()")
 
 
-def measure(kernel: FrontEnd, process: psutil.Process, rounds: int, seconds: float, settle: float) -> dict[str, object]:
+def measure(
+    kernel: FrontEnd, process: psutil.Process, rounds: int, seconds: float, settle: float, times: float
+) -> dict[str, object]:
     ratios: dict[str, list[float]] = {"closed": [], "open": []}
     costs: dict[str, list[float]] = {"closed": [], "open": []}
     frames: list[float] = []
     sizes: list[int] = []
     for number in range(rounds):
-        found, cost = {}, {}
+        speeds, cost = {}, {}
         for kind in random.sample(KINDS, len(KINDS)):
             with shown(kernel, kind) as page:
                 wait(kernel, page, settle)
                 seen = len(page.frames) if page is not None else 0
-                found[kind], took, cost[kind] = speed(kernel, process, seconds)
+                speeds[kind], took, cost[kind] = speed(kernel, process, seconds)
                 if page is not None:
                     frames.append((len(page.frames) - seen) / took)
                     sizes += [len(json.dumps(h)) + sum(map(len, b)) for _, h, b in page.frames[seen:]]
         for kind in ratios:
-            ratios[kind].append(found[kind] / found["none"])
+            ratios[kind].append(speeds[kind] / speeds["none"])
             costs[kind].append(cost["none"] / cost[kind])
-        words = ", ".join(f"{k} {v:.1f}/s {1000 * cost[k]:.2f} ms" for k, v in found.items())
+        words = ", ".join(f"{k} {v:.1f}/s {1000 * cost[k]:.2f} ms" for k, v in speeds.items())
         print(f"round {number}: {words}", file=sys.stderr, flush=True)
     result: dict[str, object] = {
         "rounds": rounds,
         "seconds": seconds,
         "settle": settle,
+        "times": times,
         "frames_per_s": round(fmean(frames), 2),
         "largest_frame": max(sizes),
     }
     for kind in ratios:
-        result[f"slower_{kind}"] = {"mean": slower(ratios[kind]), "between": interval(ratios[kind])}
-        result[f"more_cpu_{kind}"] = {"mean": slower(costs[kind]), "between": interval(costs[kind])}
+        for name, found in (f"slower_{kind}", ratios[kind]), (f"more_cpu_{kind}", costs[kind]):
+            shares = slower(found), *interval(found)
+            mean, *between = (round(share / times, 5) for share in shares)
+            result[name] = {"mean": mean, "between": between}
     return result
 
 
@@ -173,10 +195,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--settle", type=float, default=0.5, help="seconds between opening and measuring")
+    parser.add_argument("--times", type=float, default=1.0, help="as often as it is otherwise")
     parser.add_argument("--crowd", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, open_kernel(Path(folder)) as kernel:
-        kernel.run(SWARM)
+        kernel.run(f"TIMES = {options.times}" + FASTER + SWARM)
         crowd = None
         try:
             if options.crowd:
@@ -188,7 +211,7 @@ def main() -> None:
                 assert crowd.stdout is not None and crowd.stdout.readline() == "ready\n"
                 print("the crowd is there", file=sys.stderr)
             process = psutil.Process(kernel.value("__import__('os').getpid()"))
-            result = measure(kernel, process, options.rounds, options.seconds, options.settle)
+            result = measure(kernel, process, options.rounds, options.seconds, options.settle, options.times)
             print(json.dumps({**result, "cores_at_rest": at_rest(kernel, process, crowd)}, indent=1))
         finally:
             if crowd is not None:

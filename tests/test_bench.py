@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from labkit.__main__ import main
+from labkit.bench.figures import ratios_to
 from labkit.bench.suite import Row, SuiteConfig
 from labkit.bench.suite import measure as measure_all
 from labkit.errors import LabkitError
 from labkit.experiments.expert_search import SearchConfig, measure
+from labkit.experiments.search_results import measure_all as measure_searches
 
 
 def test_a_search_among_simulated_nodes_takes_round_trips_when_cold_and_no_time_when_warm(capsys):
@@ -25,6 +27,15 @@ def test_a_search_among_simulated_nodes_takes_round_trips_when_cold_and_no_time_
     assert result["virtual_ms_warm"]["mean"] <= 1.0
     assert result["recall"] == 1.0
     assert result["rpcs_per_search"] >= 2
+
+
+def test_searches_are_measured_once_each_in_a_process_of_its_own(tmp_path):
+    path = tmp_path / "results.jsonl"
+    configs = [SearchConfig(nodes=nodes, grid=(4, 4), searches=4) for nodes in (12, 8)]
+    found = measure_searches(configs, path)
+    assert [result["nodes"] for result in found] == [12, 8] and all(result["recall"] == 1.0 for result in found)
+    assert found[0]["virtual_ms_cold"] == measure(configs[0])["virtual_ms_cold"]
+    assert measure_searches(configs[::-1], path) == found[::-1] and len(path.read_text().splitlines()) == 2
 
 
 def test_a_seed_gives_the_same_searches_twice():
@@ -74,7 +85,9 @@ def test_a_layer_is_measured_beside_the_same_arithmetic_without_a_network(capsys
 def test_records_are_measured_among_nodes_in_processes_of_their_own(capsys):
     result = bench(capsys, "dht", "--peers", "3", "--rounds", "4")
     assert result["found"] == 1.0
-    assert result["store_s"] > 0 and result["get_s"] > 0 and result["store_limit_s"] > 0
+    assert all(result[name] > 0 for name in ("store_s", "get_s", "get_any_s", "store_limit_s"))
+    ratios = ratios_to({"calls_per_s": 20.0, "get_s": 0.2, "get_any_s": 0.05}, {"calls_per_s": 10.0, "get_s": 0.1})
+    assert ratios == {"calls_per_s_to_peer": 2.0, "get_s_to_peer": 0.5, "get_any_s_to_peer": 2.0}
 
 
 def test_all_of_it_is_measured_beside_a_peer_into_a_file_that_is_not_begun_anew(tmp_path):

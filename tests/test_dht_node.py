@@ -123,6 +123,21 @@ async def test_a_get_merges_replicas_that_hold_different_parts(autojump_clock: M
         assert data(await node.get("ffn")) == {"0": b"a", "1": b"b"}
 
 
+async def test_a_get_of_any_copy_asks_nobody_where_one_is_held_and_else_one_replica(autojump_clock: MockClock) -> None:
+    network = FakeNetwork()
+    nodes = await network.nodes(25, SMALL)
+    await nodes[1].store("plain", b"value", ttl=100.0)
+    await nodes[1].store("ffn", b"value", ttl=100.0, subkey="0")
+    held = holders(nodes, "plain")
+    for node in nodes:
+        network.calls.clear()
+        assert data(await node.get("plain", latest=False)) == b"value"
+        assert not network.calls["dht.find"] if node in held else 1 <= network.calls["dht.find"] <= 6
+    assert data((await nodes[7].get_many(["ffn", "nothing"], latest=False))["ffn"]) == {"0": b"value"}
+    await trio.sleep(100.0)
+    assert await held[0].get("plain", latest=False) is None
+
+
 async def test_expired_records_vanish_everywhere(autojump_clock: MockClock) -> None:
     nodes = await FakeNetwork().nodes(20, SMALL)
     async with running(nodes):

@@ -170,7 +170,7 @@ def test_a_runner_does_what_is_not_done_yet(tmp_path):
 
 def test_the_plans_hold_what_is_compared():
     assert {name.rsplit("-", 1)[0] for name in plan("quick")} == {
-        "quick-failing", "quick-fresh", "quick-dense",
+        "quick-failing", "quick-fresh", "quick-dense", "quick-delayed-100ms",
     }  # fmt: skip
     authors = plan("authors", [1])
     assert authors["authors-delayed-1"].updates == 20 * 1024 and authors["authors-delayed-1"].grid == (8, 8)

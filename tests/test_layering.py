@@ -66,6 +66,7 @@ ONLY = {
         "portal.py",
         "server/compute.py",
         "experiments/lockstep.py",
+        "experiments/parent.py",
         "experiments/runner.py",
         "run.py",
         "shared_model.py",

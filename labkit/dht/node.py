@@ -4,9 +4,10 @@ A batch comes by here when beam search misses its cache (`directory` calls `get_
 their server announces them (`store_many`). Source: Kademlia, sections 2.3 (protocol) and 2.5 (republishing).
 
 What a get promises: it merges what this node holds with what the nearest other replicas say, `quorum` of them if there
-are as many. For each subkey the higher sequence number wins, then the later expiration. Copies that look-ups cache on
-their way are made of plain values only, live `cache_ttl` seconds at most and never end a look-up without a replica's
-word. If a key was stored both plain and as a dictionary (nodes refuse to mix them), the dictionary is returned.
+are as many. (One that asks for any copy takes what this node holds, or else one replica's word.) For each subkey the
+higher sequence number wins, then the later expiration. Copies that look-ups cache on their way are made of plain values
+only, live `cache_ttl` seconds at most and never end a look-up without a replica's word. If a key was stored both plain
+and as a dictionary (nodes refuse to mix them), the dictionary is returned.
 
 An expiration travels as time left. A get counts it from when it asked, so it never comes out later than the replica's;
 a store counts it from its arrival, so every republishing adds one network delay to a record's life.
@@ -144,26 +145,35 @@ class DHTNode:
 
     # ------------------------------------------------------------ finding
 
-    async def get(self, key: str) -> Found:
-        """The value stored under `key`, or its dictionary by subkey, or None if there is nothing unexpired."""
-        return (await self.get_many([key]))[key]
+    async def get(self, key: str, *, latest: bool = True) -> Found:
+        """The value stored under `key`, or its dictionary by subkey, or None if there is nothing unexpired.
 
-    async def get_many(self, keys: Sequence[str]) -> dict[str, Found]:
+        `latest`: ask other replicas too, for what was stored last. False: the first copy will do, which is much faster
+        where this node holds one, and may miss what others have stored since.
+        """
+        return (await self.get_many([key], latest=latest))[key]
+
+    async def get_many(self, keys: Sequence[str], *, latest: bool = True) -> dict[str, Found]:
         """What `get` returns, for each of several keys. One call to a node carries all that it is asked about."""
-        ids = {key: key_id(key) for key in keys}
-        searches = {key: self._search(key, target, quorum=self.config.quorum) for key, target in ids.items()}
+        now = trio.current_time()
+        quorum = self.config.quorum if latest else 1
+        searches = {
+            key: self._search(key, key_id(key), quorum) for key in keys if latest or not self.storage.get(key, now)
+        }
         await self._look_up(list(searches.values()))
         now = trio.current_time()
         found: dict[str, Found] = {}
         to_cache: dict[Contact, list[tuple[str, WireItem]]] = {}
-        for key, search in searches.items():
-            items = merge(key, self.storage.get(key, now), [(a.at, a.items) for a in search.answers()], now)
+        for key in dict.fromkeys(keys):
+            search = searches.get(key)
+            answers = [] if search is None else [(answer.at, answer.items) for answer in search.answers()]
+            items = merge(key, self.storage.get(key, now), answers, now)
             plain = items.pop(None, None)
             if items:
                 found[key] = {subkey: Value(i.value, i.expires_at) for subkey, i in items.items() if subkey is not None}
             elif plain is not None:
                 found[key] = Value(plain.value, plain.expires_at)
-                lacking = search.nearest_without()
+                lacking = None if search is None else search.nearest_without()
                 if lacking is not None:
                     until = min(plain.expires_at, now + self.config.cache_ttl)
                     wire = WireItem(plain.value, until - now, None, plain.sequence, True, plain.owner, plain.signature)

@@ -6,16 +6,13 @@ is timed but the search: which calls it makes, one after the other, is what it c
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
-from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 import trio
@@ -117,23 +114,6 @@ def measure(config: SearchConfig) -> dict[str, object]:
         "wall_s": round(time.perf_counter() - started, 1),
         "peak_rss_mb": peak_rss_mb(),
     }
-
-
-def measure_all(configs: Sequence[SearchConfig], path: Path) -> list[dict[str, Any]]:
-    """What `measure` returns for each. A line of the file `path` for each is what is there already and is not measured
-    again; it grows by the others."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    known = [json.loads(line) for line in lines]
-    results = []
-    for config in configs:
-        fields = json.loads(json.dumps(asdict(config)))
-        found = next((result for result in known if fields.items() <= result.items()), None)
-        if found is None:
-            found = measure(config)
-            with path.open("a") as file:
-                print(json.dumps(found), file=file)
-        results.append(found)
-    return results
 
 
 async def _measure(config: SearchConfig) -> tuple[float, _Times, _Times]:

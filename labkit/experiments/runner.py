@@ -20,6 +20,7 @@ from typing import Any
 
 from labkit.data import load as load_data
 from labkit.experiments.convergence import ConvergenceConfig, run
+from labkit.experiments.parent import end_with_parent
 from labkit.experiments.results import load, save
 
 SEEDS = (1337, 1338, 1339)
@@ -71,9 +72,9 @@ def plan(size: str, seeds: Iterable[int] = SEEDS) -> dict[str, ConvergenceConfig
         runs[f"{size}-failing-{seed}"] = replace(one, loss=0.1)
         runs[f"{size}-fresh-{seed}"] = replace(one, latency=0.0, trainers=1)
         runs[f"{size}-dense-{seed}"] = replace(one, model="dense")
+        runs[f"{size}-delayed-100ms-{seed}"] = replace(one, latency=0.1)
         if size != "quick":
             runs[f"{size}-delayed-{seed}"] = one
-            runs[f"{size}-delayed-100ms-{seed}"] = replace(one, latency=0.1)
             runs[f"{size}-failing-16-experts-{seed}"] = replace(one, loss=0.1, grid=GRIDS[16])
     return runs
 
@@ -140,12 +141,7 @@ def is_done(path: Path, config: ConvergenceConfig) -> bool:
 
 def run_one(fields: str, path: str, dataset: str, data_dir: str) -> None:
     """The child's part: one run, whose progress it prints."""
-
-    def heed_the_parent() -> None:
-        sys.stdin.read()  # until its end
-        os._exit(1)
-
-    threading.Thread(target=heed_the_parent, daemon=True).start()
+    end_with_parent()
     config = ConvergenceConfig.of(json.loads(fields))
     told = 0
 
