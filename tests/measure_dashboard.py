@@ -53,7 +53,6 @@ for module, names in (
 ):
     for name in names.split():
         setattr(module, name, getattr(module, name) / TIMES)
-polling.keep_polled.__kwdefaults__["period"] /= TIMES
 pages.SHARE *= TIMES
 polling.ASKED_PER_SECOND *= TIMES
 polling.EXPERTS_PER_SECOND *= TIMES
