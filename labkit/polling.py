@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 FIND_PERIOD = 2.0  # seconds, or longer, where there is more than this to look at:
 EXPERTS_PER_SECOND = 200  # that are looked up: each takes ten microseconds of the process that also trains
 ASKED_PER_SECOND = 8  # servers: each answer takes a third of a millisecond of it
-UNSEEN = 1 / 2  # of these rates, while nobody looks and all of it is only recorded
+UNSEEN = 1 / 4  # of these rates, while nobody looks and all of it is only recorded
 STATISTICS_TIMEOUT = 1.0  # seconds
 LEAST_TIME = 0.25  # seconds: with less left of a round, a server is asked first in the next one
 REST = 5.0  # seconds by which the turn of a server comes later that failed twice
@@ -93,8 +93,8 @@ async def keep_polled(
     """Publish an inventory every `period` seconds and whenever experts were looked up, until cancelled.
 
     `servers`: those started here, a list that may grow. `seen`: whether somebody looks at this moment; while nobody
-    does, large swarms are polled more rarely. Ready at once, with the scope that ends it. Nothing that a peer does ends
-    it.
+    does, more than two servers are polled more rarely. Ready at once, with the scope that ends it. Nothing that a peer
+    does ends it.
     """
     poll = _Poll(node, servers, publish, seen)
     with trio.CancelScope() as scope:

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECORDING_PERIOD = 1.0  # seconds
+RECORDING_PERIOD = 1.0  # seconds, or longer where it takes long, as long as marks and calls in flight are not missed:
+LONGEST_RECORDING_PERIOD = 2.4
 MARK_PATIENCE = 3.0  # seconds between two looks after which it is not known when something happened
 FRESH = 0.1  # seconds for which a scene is not made anew
 LOOK = 3.0  # seconds for which a page looks that was shown something
@@ -65,7 +66,8 @@ class SwarmView:
             swarm.telemetry, self._inventory_now, in_flight, partial(latest_run, swarm.name), swarm.name
         )
         self._pulse = Pulse(f"labkit-view-{swarm.name}", self._step)
-        self._outputs = Outputs(Output(self.recording.add, RECORDING_PERIOD, -math.inf), swarm.name)
+        recording = Output(self.recording.add, RECORDING_PERIOD, -math.inf, longest=LONGEST_RECORDING_PERIOD)
+        self._outputs = Outputs(recording, swarm.name)
         self._looked_at = -math.inf  # when a page was last shown something, monotonic
         self._polling: trio.CancelScope | None = None
         self._polling_since = 0.0
@@ -170,7 +172,7 @@ class SwarmView:
         """Give `show` a scene now and every `period` seconds, in the view's thread. Returns what ends that.
 
         One that raises is logged and removed. When the swarm is closed, it gets a last scene, which is not `open`.
-        `looks`: whether somebody is to see it; without any such, large swarms are polled more rarely.
+        `looks`: whether somebody is to see it; without any such, more than two servers are polled more rarely.
         """
         output = Output(show, period, time.monotonic(), looks)
         if not self._outputs.add(output):

@@ -46,14 +46,15 @@ run = lk.fit(model, data, steps=10_000_000, batch_size=64, trainers=4)
 """
 FASTER = """
 from labkit import polling, swarm_view
-from labkit.view import pages, recording, sampler
+from labkit.view import outputs, pages, recording, sampler
 for module, names in (
     (pages, "FRAME_PERIOD LONGEST_PERIOD"), (polling, "FIND_PERIOD"), (recording, "SPACING"), (sampler, "TIMES_PERIOD"),
-    (swarm_view, "RECORDING_PERIOD FRESH"),
+    (swarm_view, "RECORDING_PERIOD LONGEST_RECORDING_PERIOD FRESH"),
 ):
     for name in names.split():
         setattr(module, name, getattr(module, name) / TIMES)
 pages.SHARE *= TIMES
+outputs.SHARE *= TIMES
 polling.ASKED_PER_SECOND *= TIMES
 polling.EXPERTS_PER_SECOND *= TIMES
 """

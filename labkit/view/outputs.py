@@ -1,4 +1,4 @@
-"""Who is given scenes of a swarm, and when. No thread and no clock of its own: the time is passed in.
+"""Who is given scenes of a swarm, and when. No thread of its own, and the time is passed in.
 
 `labkit.swarm_view` asks, in the thread that it has while there is an output.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,17 +15,28 @@ from labkit.view.scene import Scene
 
 logger = logging.getLogger(__name__)
 
+SMALL = 0.001  # seconds of a core that a scene may take; what it takes beyond that is, on average,
+SHARE = 0.001  # of a core, where the output's period may grow
+
 Show = Callable[[Scene], None]
 
 
 @dataclass(eq=False, slots=True)
 class Output:
-    """`show` is given a scene every `period` seconds, next `at`. `looks`: whether somebody is to see it."""
+    """`show` is given a scene every `period` seconds, next `at`. `looks`: whether somebody is to see it.
+
+    `longest`: what the period may grow to in a large swarm, where a scene takes long to make and to show.
+    """
 
     show: Show
     period: float
     at: float
     looks: bool = True
+    longest: float = 0.0
+
+    def next_after(self, took: float) -> float:
+        """Seconds until its next scene, after one that took so many of a core."""
+        return max(self.period, min((took - SMALL) / SHARE, self.longest))
 
 
 class Outputs:
@@ -66,15 +78,19 @@ class Outputs:
             news, self._over = not self._over, True
         return news
 
-    def show(self, scene: Callable[[], Scene], clock: Callable[[], float]) -> float:
+    def show(
+        self, scene: Callable[[], Scene], clock: Callable[[], float], cpu_clock: Callable[[], float] = time.thread_time
+    ) -> float:
         """Give a scene to those whose time has come. Returns the seconds until the next one's has."""
         outputs, now = (self._beside, *self._all), clock()
         due = [output for output in outputs if output.at <= now]
         for output in due:
+            began = cpu_clock()
             self._show(output, scene())
+            output.at += output.next_after(cpu_clock() - began)
         now = clock()
         for output in due:
-            output.at = max(output.at + output.period, now)  # one that was late is not called twice for it
+            output.at = max(output.at, now)  # one that was late is not called twice for it
         return max(0.0, min(output.at for output in outputs) - now)
 
     def show_last(self, scene: Callable[[], Scene]) -> None:
