@@ -32,6 +32,7 @@ from labkit.wire.simnet import SimNetwork, open_simnet
 NAME = "ffn"
 SPREAD = 32 / 92  # standard deviation of a round trip by its mean: the paper's three regions
 JOINING = 4  # one node joins at the same time for so many that are there
+COLLECT_AFTER = (1_000_000, 10, 1000)  # as `gc.set_threshold`: there are no tensors to hold on to for long
 CHURNED = 60.0  # seconds over which searches are spread under churn
 # Declarations that are renewed every minute.
 NODE = NodeConfig(directory=DirectoryConfig(ttl=180.0))
@@ -102,7 +103,7 @@ class _Watched:
 def measure(config: SearchConfig) -> dict[str, object]:
     """Build the swarm, search, and return what `--json` prints."""
     started = time.perf_counter()
-    built, cold, warm = run_in_virtual_time(_measure, config)
+    built, cold, warm = run_in_virtual_time(_measure, config, collect_after=COLLECT_AFTER)
     return {
         **asdict(config),
         "virtual_ms_cold": _summary(cold.ms),

@@ -58,10 +58,12 @@ class VirtualClock(trio.abc.Clock):
         await trio.lowlevel.wait_task_rescheduled(abort)
 
 
-def run_in_virtual_time(function: Callable[..., Awaitable[T]], *args: Any) -> T:
-    """`trio.run`, in virtual time."""
+def run_in_virtual_time(
+    function: Callable[..., Awaitable[T]], *args: Any, collect_after: tuple[int, int, int] = COLLECT_AFTER
+) -> T:
+    """`trio.run`, in virtual time. `collect_after`: as `gc.set_threshold`, meanwhile."""
     before = gc.get_threshold()
-    gc.set_threshold(*COLLECT_AFTER)
+    gc.set_threshold(*collect_after)
     try:
         return trio.run(function, *args, clock=VirtualClock())
     finally:
