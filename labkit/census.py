@@ -63,7 +63,8 @@ def summarize(
     rows = []
     for number, server in enumerate(servers):
         address = server.contact.endpoint if server.contact is not None else ""
-        offered = len(by_address.pop(address, ())) if server.alive else 0
+        declared = by_address.pop(address, [])  # for a while longer than it lives
+        offered = len(declared) if server.alive else 0
         rows.append(_row(telemetry, f"servers[{number}]", server.state, address, len(server.uids), offered))
     for address, uids in sorted(by_address.items()):
         rows.append(_row(telemetry, "elsewhere", "remote", address, len(uids), len(uids)))

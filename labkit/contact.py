@@ -19,7 +19,7 @@ from labkit.errors import InviteError
 
 ID_BITS = 160
 SCHEME = "labkit://"
-_HOST = re.compile(r"[^\s/@]{1,255}")
+_HOST = re.compile(r"[\w.:%-]{1,255}")  # nothing that a terminal would obey
 
 
 class _NodeId:
@@ -59,6 +59,11 @@ class Contact(msgspec.Struct, frozen=True, array_like=True, dict=True):
         """Whether only processes of the same machine can reach it."""
         return is_loopback(self.host)
 
+    @property
+    def is_safe(self) -> bool:
+        """Whether it may be called: encrypted, or without leaving this machine."""
+        return self.secure or self.is_loopback
+
     def invitation(self) -> str:
         """The contact as text: `labkit://<public key>@host:port`, with `?plain` where it does not encrypt."""
         key = base64.urlsafe_b64encode(self.key).decode().rstrip("=")
@@ -80,7 +85,7 @@ class Contact(msgspec.Struct, frozen=True, array_like=True, dict=True):
             contact = cls(key, host.removeprefix("[").removesuffix("]"), int(port), secure=query != "plain")
         except (ValueError, binascii.Error) as error:
             raise InviteError(f"the invitation {text!r} is damaged ({error}); copy it whole") from None
-        if not contact.secure and not contact.is_loopback:
+        if not contact.is_safe:
             raise InviteError(f"the invitation {text!r} asks for an unencrypted connection to another machine; refused")
         return contact
 

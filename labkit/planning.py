@@ -26,11 +26,13 @@ from labkit.lives import ServerPlan
 from labkit.node import Node, NodeConfig
 from labkit.server.layers import BUILTIN_KINDS, Factory, expert_reference, make_expert
 from labkit.server.server import ServerConfig
+from labkit.wire.addresses import LOOPBACK, announced_address
 from labkit.wire.security import Identity
 
 DEFAULT_EXPERTS = 16
 PING_TIMEOUT = 1.0  # seconds
 MAX_STRANGE_BYTES = 1 << 30  # of one expert whose options somebody else in the swarm chose
+MAX_STRANGE_TOTAL = 4 << 30  # of all that are taken if nobody says how many
 MAX_PLACES = 1 << 20  # of a grid whose free places are looked for
 
 
@@ -69,15 +71,31 @@ def fit_options(kind: str | Factory, options: dict[str, Any], name: str, known: 
     try:
         with torch.device("meta"):  # costs nothing, and tells what is wrong before a process is started
             expert = make_expert(kind, **chosen)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ArithmeticError) as error:
         raise ValueError(f"no {kind} expert can be made with {chosen}: {str(error).splitlines()[0]}") from None
-    size = sum(tensor.nbytes for tensor in (*expert.parameters(), *expert.buffers()))
+    size = _bytes_of(expert)
     if size > MAX_STRANGE_BYTES and chosen != options:
         raise ValueError(
             f"this swarm says that an expert of the grid {name!r} takes {size / 2**30:.1f} GiB ({chosen}); if that is "
             "what you want, give these options yourself"
         )
     return chosen
+
+
+def check_all_places(kind: str | Factory, options: dict[str, Any], name: str, places: int) -> None:
+    """Whether so many experts may be served though nobody said how many, and these `options` are somebody else's.
+    Raises `ValueError`."""
+    with torch.device("meta"):
+        size = places * _bytes_of(make_expert(kind, **options))
+    if size > MAX_STRANGE_TOTAL:
+        raise ValueError(
+            f"the {places} free places of the grid {name!r} take {size / 2**30:.1f} GiB, without the optimizer, as "
+            f"this swarm describes its experts ({options}); say how many to serve: experts=…"
+        )
+
+
+def _bytes_of(expert: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*expert.parameters(), *expert.buffers()))
 
 
 def isolate(isolation: str | None, kind: str | Factory, options: dict[str, Any]) -> tuple[str, str | Factory]:
@@ -142,7 +160,7 @@ async def choose_places(
     places = math.prod(sizes)
     if places > MAX_PLACES:
         raise ValueError(f"a grid of {places} places is too large to look for free ones; say which with uids=…")
-    free = [uid for uid in grid_uids(name, sizes) if uid not in taken]
+    free = await trio.to_thread.run_sync(_free_places, name, sizes, taken)  # which may take seconds
     wanted = len(free) if experts is None else experts
     if not 1 <= wanted <= len(free):
         misfit = f"so {experts} more experts do not fit" if experts else "so there is none to take"
@@ -150,9 +168,17 @@ async def choose_places(
             f"the grid {name!r} {sizes} has {len(free)} free places of {places}, {misfit}; start the swarm with a "
             "larger grid, or serve another one with name=…"
         )
-    # Along the diagonals, so that a part of a grid has something in every row.
-    free.sort(key=lambda uid: (split_uid(uid)[1][-1] - sum(split_uid(uid)[1][:-1])) % sizes[-1])
     return sizes, free[:wanted]
+
+
+def _free_places(name: str, sizes: tuple[int, ...], taken: set[str]) -> list[str]:
+    """Along the diagonals, so that a part of a grid has something in every row."""
+
+    def diagonal(uid: str) -> int:
+        *before, last = split_uid(uid)[1]
+        return (last - sum(before)) % sizes[-1]
+
+    return sorted((uid for uid in grid_uids(name, sizes) if uid not in taken), key=diagonal)
 
 
 async def _taken(node: Node, name: str, dimensions: int) -> set[str]:
@@ -206,7 +232,7 @@ def plan_servers(
         # With more threads than cores each operation waits until all of its threads have had their turn, and those that
         # wait spin: a first batch took four times as long with four servers on two cores.
         config = replace(config, threads=max(1, torch.get_num_threads() // (len(parts) + beside)))
-    announce = node.announce and (node.announce.rpartition(":")[0] or node.announce)
+    announce = node.announce and announced_address(node.announce, LOOPBACK, 0)[0]
     listen = f"{node.listen.rpartition(':')[0]}:*"
     node = replace(node, listen=listen, announce=announce, secure=join.secure or None)
     return [

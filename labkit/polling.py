@@ -22,7 +22,7 @@ from labkit.errors import LabkitError, RPCError
 from labkit.expert_uid import ExpertInfo
 from labkit.handles import ServerHandle
 from labkit.node import Node
-from labkit.server.statistics import ServerStatistics, call_statistics
+from labkit.server.statistics import ServerStatistics, call_statistics, without_experts
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ AT_ONCE_FOR_ONE = 32  # the same, where somebody waits for the answers
 PREFIXES_AT_ONCE = 4  # few, so that no step holds the lab thread for long
 MAX_GRIDS = 100
 MAX_EXPERTS = 20_000
+MAX_EXPERTS_SAID = 2 * MAX_EXPERTS  # by all servers together
 MAX_SERVERS = 1_000
 
 
@@ -206,7 +207,8 @@ class _Poll:
                 self._failures[address] = self._failures.get(address, 0) + 1
                 logger.exception("asking %s for its statistics failed", address)
             else:
-                self._statistics[address] = (statistics, time.monotonic())
+                others = sum(len(s.experts) for a, (s, _) in self._statistics.items() if a != address)
+                self._statistics[address] = (bounded(statistics, others), time.monotonic())
                 self._failures.pop(address, None)
 
 
@@ -277,6 +279,11 @@ def contacts_of(servers: Sequence[ServerHandle], found: Found) -> dict[str, Cont
     return contacts
 
 
+def bounded(statistics: ServerStatistics, others: int) -> ServerStatistics:
+    """What a server says, without its experts where it and the others, who have so many, speak of too many in all."""
+    return without_experts(statistics) if others + len(statistics.experts) > MAX_EXPERTS_SAID else statistics
+
+
 async def ask_everybody(node: Node, servers: Sequence[ServerHandle], timeout: float) -> dict[str, ServerStatistics]:
     """The statistics of the servers started here and of all that the DHT knows now, by address, at most 32 asked at a
     time. Those that do not answer within `timeout` seconds are missing."""
@@ -285,9 +292,11 @@ async def ask_everybody(node: Node, servers: Sequence[ServerHandle], timeout: fl
     async def ask(address: str, contact: Contact) -> None:
         async with limiter:
             try:
-                answers[address] = await call_statistics(node.client, contact, max(0.0, end - trio.current_time()))
+                said = await call_statistics(node.client, contact, max(0.0, end - trio.current_time()))
             except RPCError as error:
                 logger.debug("%s gave no statistics: %s", address, error)
+            else:
+                answers[address] = bounded(said, sum(len(answer.experts) for answer in answers.values()))
 
     end, limiter = trio.current_time() + timeout, trio.CapacityLimiter(AT_ONCE_FOR_ONE)
     found = Found(contacts={info.contact.endpoint: info.contact for info in node.directory.known().values()})

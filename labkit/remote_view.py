@@ -141,7 +141,7 @@ class RemoteSource:
             data += _bytes(reply.tensors, 1, PART)[0]
             if part + 1 >= parts:
                 break
-        if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+        if not re.fullmatch(rf"\w[\w.-]{{0,93}}\.{format}", name):
             name = f"labkit.{format}"
         return name, MIMES[format], bytes(data)
 

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 from labkit.errors import ServerFailed
+from labkit.planning import grid_name
 from labkit.server.layers import BUILTIN_KINDS
 from labkit.server.optimizer import BackendConfig
 from labkit.swarm import Swarm
@@ -80,7 +81,7 @@ def _what(options: argparse.Namespace, swarm: Swarm) -> dict[str, Any]:
         "checkpoint_period": options.checkpoint_period,
         "backend": BackendConfig(lr=options.lr, device=options.device),
     }
-    new = (options.name or options.expert) not in swarm.grids()
+    new = grid_name(options.expert, options.name, None) not in swarm.grids()
     if new and options.experts is None and options.grid is None:
         what["experts"] = DEFAULT_EXPERTS
     if options.hidden is not None:

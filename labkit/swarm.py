@@ -33,6 +33,7 @@ from labkit.handles import Lab, ServerHandle, begin_all, end_all
 from labkit.joining import Invitation, Members
 from labkit.node import NodeConfig, open_node
 from labkit.planning import (
+    check_all_places,
     choose_places,
     dispatch_config,
     fit_options,
@@ -177,9 +178,11 @@ class Swarm:
         """
         name = grid_name(kind, name, uids)
         known = self.grids().get(name)
-        options = fit_options(kind, options, name, known)
+        given, options = options, fit_options(kind, options, name, known)
         isolation, kind = isolate(isolation, kind, options)
         sizes, chosen = self._portal.call(choose_places, self._node, name, known, grid, experts, uids)
+        if options != given and experts is None and uids is None:
+            check_all_places(kind, options, name, len(chosen))
         directory = checkpoint_directory(checkpoint_dir or Path(self._folder.name) / "checkpoints")
         config = ServerConfig(
             uids=tuple(chosen), grid=sizes, kind=kind, options=options, backend=backend or BackendConfig(),

@@ -31,6 +31,7 @@ T = TypeVar("T")
 PAGES = 8  # elsewhere, that one node makes frames for
 PATIENCE = 12.0  # seconds after its last call that a page is forgotten
 FRAME_PERIOD = 0.1  # seconds between two frames for one page, however often it asks
+FRAMERS = 2  # threads that make frames
 WAITING = 2  # calls for one page, or orders, that may wait for the one before
 PART = 1 << 20  # bytes of an export in one answer
 PARTS = 128
@@ -108,6 +109,8 @@ class Viewers:
         self._attended = False
         self._ordering = trio.Lock()
         self._exporting = trio.Lock()
+        # A thread whose call was cancelled works on, and holds its place as long.
+        self._framers, self._exporters, self._orderers = (trio.CapacityLimiter(n) for n in (FRAMERS, 1, 1))
 
     async def rpc_frame(self, request: Request) -> Reply:
         """The next frame for a page."""
@@ -117,7 +120,7 @@ class Viewers:
             await trio.sleep_until(page.ready)
             page.ready = trio.current_time() + FRAME_PERIOD
             try:
-                return await _in_thread(_frame, page.source, call)
+                return await _in_thread(self._framers, _frame, page.source, call)
             except trio.Cancelled:  # the frame is lost, and its writer perhaps still at work
                 self._pages.pop(call.page, None)
                 raise
@@ -129,7 +132,7 @@ class Viewers:
             raise RequestRefused(NO_SECRET)
         view = self._known_view()
         async with _turn(self._ordering):
-            return Reply(await _in_thread(view.order, call.order))
+            return Reply(await _in_thread(self._orderers, view.order, call.order))
 
     async def rpc_export(self, request: Request) -> Reply:
         """A part of the dashboard as a file."""
@@ -138,7 +141,7 @@ class Viewers:
         if call.part == 0:
             page.export = None
             async with _turn(self._exporting):
-                name, _, data = await _in_thread(page.source.export, call.format)
+                name, _, data = await _in_thread(self._exporters, page.source.export, call.format)
             if len(data) > PARTS * PART:
                 raise MessageTooLarge(f"the file has {len(data):,} bytes, and {PARTS * PART:,} are sent at most")
             page.export = call.format, name, data
@@ -202,10 +205,10 @@ async def _turn(lock: trio.Lock) -> AsyncIterator[None]:
         yield
 
 
-async def _in_thread(function: Callable[..., T], *args: Any) -> T:
+async def _in_thread(threads: trio.CapacityLimiter, function: Callable[..., T], *args: Any) -> T:
     """What it returns; what it raises becomes a failure that crosses the wire. The lab thread goes on meanwhile."""
     try:
-        return await trio.to_thread.run_sync(function, *args, abandon_on_cancel=True)
+        return await trio.to_thread.run_sync(function, *args, abandon_on_cancel=True, limiter=threads)
     except RPCError:
         raise
     except LabkitError as error:

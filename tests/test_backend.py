@@ -145,6 +145,29 @@ def test_clipping_bounds_the_step():
     torch.testing.assert_close(moved.norm(), torch.tensor(0.5), rtol=1e-3, atol=0)
 
 
+class Shared(nn.Module):
+    """One gradient is that of two parameters and of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.zeros(1, HIDDEN)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (self.a + self.b)
+
+
+def test_clipping_changes_no_other_gradient_that_is_the_same_tensor():
+    config = BackendConfig(optimizer="sgd", lr=1.0, clip_grad_norm=0.5)
+    backend, local = ExpertBackend("shared.0", Shared(), config), Shared()
+    x, grad = (tensor.requires_grad_() for tensor in batch(1))
+    local(x).backward(grad)
+    nn.utils.clip_grad_norm_(local.parameters(), 0.5)
+    assert torch.equal(backend.backward(x.detach(), grad.detach())[0], grad)
+    for parameter, expected in zip(backend.module.parameters(), local.parameters(), strict=True):
+        assert expected.grad is not None
+        torch.testing.assert_close(parameter.detach(), -expected.grad)
+
+
 def test_accumulation_sums_the_gradients_of_several_passes_into_one_step():
     accumulating, at_once = ffn(optimizer="sgd", accumulate=2), ffn(optimizer="sgd")
     x, grad = batch(8)

@@ -29,6 +29,11 @@ def test_a_search_among_simulated_nodes_takes_round_trips_when_cold_and_no_time_
     assert result["rpcs_per_search"] >= 2
 
 
+def test_searches_from_one_place_are_counted_one_by_one():
+    few, many = (measure(SearchConfig(nodes=8, grid=(4, 4), k_best=2, searches=n))["rpcs_per_search"] for n in (8, 80))
+    assert many == pytest.approx(few, rel=0.2)
+
+
 def test_searches_are_measured_once_each_in_a_process_of_its_own(tmp_path):
     path = tmp_path / "results.jsonl"
     configs = [SearchConfig(nodes=nodes, grid=(4, 4), searches=4) for nodes in (12, 8)]

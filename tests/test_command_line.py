@@ -196,6 +196,23 @@ def test_a_joined_server_listens_as_wide_as_the_swarm(capsys):
         assert heard == [wide._node.contact.host]
 
 
+def test_a_joined_server_takes_all_free_places_of_a_grid_that_is_named_after_its_factory(capsys):
+    with Swarm("growing") as growing:
+        growing.serve("labkit.server.layers:Nop", grid=(3, 4), experts=2, isolation="task")
+        taken: list[int] = []
+
+        def look() -> None:
+            eventually(serving)
+            taken.append(len(_open["serve"].servers[0].uids))
+            _open["serve"].servers[0].kill()
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        main(["serve", "--join", growing.invite(), "--expert", "labkit.server.layers:Nop"])
+        thread.join()
+        assert taken == [10]
+
+
 def test_keygen_makes_a_file_for_its_owner_alone_and_prints_the_public_key(tmp_path, capsys):
     path = tmp_path / "keys" / "mine"
     assert main(["keygen", str(path)]) == 0

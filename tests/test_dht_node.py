@@ -10,11 +10,13 @@ import trio
 from trio.testing import MockClock
 
 from labkit.dht import DHTConfig, DHTNode, Entry, Signer, Value
-from labkit.dht.protocol import Ping
+from labkit.dht.protocol import KeyItems, Ping, Store, WireItem
 from labkit.dht.storage import Role, key_id
+from labkit.errors import BadRequest
 from labkit.wire.endpoint import Peer
 from labkit.wire.methods import QuickMethod, Request
 from tests.fake_network import FakeNetwork, make_contact, running
+from tests.nodes import changed
 
 SMALL = DHTConfig(k=4, republish_period=20.0)  # few replicas, so that few nodes make a large network
 
@@ -367,6 +369,9 @@ GHOST = make_contact(999)
         [LIAR.key, [7], [[[0], []]]],
         [LIAR.key, [[GHOST.key, msgspec.Raw(b"\xa1\xff"), 1]], [[[0], []]]],  # a host that is no text
         [LIAR.key, [GHOST] * 21, [[list(range(21)), []]]],  # more than k
+        [LIAR.key, [GHOST] * 21, [[[0], []]]],
+        [LIAR.key, [[GHOST.key, "127.0.0.1", 1, True, b"x" * 3000]], [[[0], []]]],  # one that would fill a cache
+        [LIAR.key, [[GHOST.key, "192.0.2.1", 1, False]], [[[0], []]]],  # one that we would call unencrypted
         [LIAR.key, [], [[[], [[b"value", -1.0]]]]],  # expired
         [LIAR.key, [], [[[], [[b"value", float("nan")]]]]],
         [LIAR.key, [], [[[], [[b"x" * 70_000, 1.0]]]]],
@@ -416,6 +421,26 @@ async def test_a_sender_whose_key_the_connection_does_not_prove_is_ignored(autoj
         assert isinstance(ping, QuickMethod)
         ping.handler(request)
         assert (make_contact(7).node_id in node.routing) == (proven == make_contact(7).key)
+
+
+async def test_a_sender_that_we_would_have_to_call_unencrypted_is_ignored(autojump_clock: MockClock) -> None:
+    node = FakeNetwork().node(0)
+    for host in ("192.0.2.1", "127.0.0.1"):
+        sender = changed(make_contact(7), host=host, secure=False)
+        ping = node.methods["dht.ping"]
+        assert isinstance(ping, QuickMethod)
+        ping.handler(Request("dht.ping", Ping(sender), (), Peer(b"", None), trio.current_time() + 1.0))
+        assert (sender.node_id in node.routing) == (host == "127.0.0.1")
+
+
+async def test_a_call_with_too_many_items_is_refused_before_any_is_looked_at(autojump_clock: MockClock) -> None:
+    node = FakeNetwork().node(0)
+    records = [KeyItems(f"key{number}", [WireItem(b"", 10.0)] * 600) for number in range(2)]
+    store = node.methods["dht.store"]
+    assert isinstance(store, QuickMethod)
+    with pytest.raises(BadRequest, match="over 1024 items"):
+        store.handler(Request("dht.store", Store(None, records), (), Peer(b"", None), trio.current_time() + 1.0))
+    assert len(node.storage) == 0
 
 
 # ---------------------------------------------------------------- caching along the path

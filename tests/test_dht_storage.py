@@ -155,6 +155,21 @@ def test_a_full_node_refuses_and_has_room_again_when_records_have_expired() -> N
         assert put(storage, Entry("c", b"", 10.0), now=10.0) is None
 
 
+def test_a_full_node_does_not_look_at_all_that_it_holds_for_each_item_that_it_refuses() -> None:
+    class Watched(Storage):
+        looks = 0
+
+        def expire(self, now: float) -> None:
+            self.looks += 1
+            super().expire(now)
+
+    storage = Watched(verify, Limits(max_keys=1))
+    put(storage, Entry("a", b"", 10.0))
+    for number in range(100):
+        assert "the node is full" in (put(storage, Entry(f"b{number}", b"", 10.0), now=number / 100) or "")
+    assert storage.looks == 1
+
+
 def test_a_record_is_bounded_in_bytes() -> None:
     storage = Storage(verify, Limits(max_record=1000))
     assert put(storage, Entry("key", b"x" * 600, 10.0, subkey="a")) is None

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from labkit.server import layers
-from labkit.server.layers import FeedForward, expert_reference, make_expert, register_expert
+from labkit.server.layers import FeedForward, expert_reference, kind_name, make_expert, register_expert
 
 
 class Doubling(nn.Module):
@@ -104,6 +104,12 @@ def test_names_become_text_that_a_fresh_process_understands():
     assert expert_reference("ffn") == "ffn"
     assert expert_reference(FeedForward) == "labkit.server.layers:FeedForward"
     assert expert_reference("mine") == f"{__name__}:Doubling"
+
+
+def test_a_kind_has_one_name_whoever_builds_it():
+    assert kind_name("ffn") == "ffn" and kind_name("labkit.server.layers:FeedForward") == kind_name(FeedForward)
+    assert kind_name(partial(FeedForward, 8)) == "partial"
+    assert kind_name(lambda: FeedForward(8)) == "<lambda>"
 
 
 def test_what_a_fresh_process_cannot_import_is_refused_with_a_way_out():

@@ -236,6 +236,24 @@ def test_experts_are_trained_where_the_layer_is_the_first_and_its_input_needs_no
     grids["line"].assert_stepped_by(local)
 
 
+class Wide(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.double()
+
+
+def test_a_backward_pass_waits_for_an_expert_in_the_thread_that_asks_for_it(swarm):
+    """Autograd runs a function in the thread of the device where its outputs are: on a GPU, that would be the only one.
+    So they stay as they came, here in the expert's type, and are moved and converted behind it."""
+    server = swarm.serve(Wide, grid=(1,), isolation="task")[0]
+    y = swarm.expert("wide.0")(torch.randn(3, DIM))
+    assert y.dtype == torch.float32
+    ((waits, _),) = y.grad_fn.next_functions
+    assert waits.name() == "_CallExpertBackward"
+    assert [(one.dtype, one.device.type) for one in waits._input_metadata] == [(torch.float64, "cpu")]
+    y.sum().backward()
+    server.stop()
+
+
 def test_so_they_are_by_autograd_grad(grids):
     model = nn.Sequential(grids["line"].moe(k_best=2), nn.Linear(DIM, 1))
     local = grids["line"].local(model[0])

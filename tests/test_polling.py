@@ -15,6 +15,7 @@ import msgspec
 import pytest
 import trio
 
+from labkit import polling
 from labkit.contact import Contact
 from labkit.dht.node import Entry
 from labkit.directory import Directory
@@ -232,6 +233,25 @@ async def test_statistics_that_cannot_be_are_a_failure_of_that_server_alone(auto
         await trio.sleep(2.5)
         assert set(lab.last.failures) == {lab.contacts[0].endpoint}
         assert len(lab.last.statistics) == 3
+
+
+async def test_servers_that_speak_of_too_many_experts_are_heard_without_them(autojump_clock, monkeypatch):
+    monkeypatch.setattr(polling, "MAX_EXPERTS_SAID", 10)
+    lab = Lab()
+    await lab.declare()
+    for contact in lab.contacts:
+        many = {f"ffn.{n}": 1 for n in range(4)}
+        lab.answers[contact.endpoint] = SAID | {"experts": many} | {
+            name: [1] * 4 for name in ("expert_rows", "expert_requests", "expert_seconds")
+        }  # fmt: skip
+    async with lab.polled():
+        await trio.sleep(5.5)
+        said = [statistics for statistics, _ in lab.last.statistics.values()]
+        assert sorted(len(statistics.experts) for statistics in said) == [0, 0, 4, 4] and not lab.last.failures
+        assert all(len(statistics.expert_rows) == len(statistics.experts) for statistics in said)
+        assert all(statistics.rows == SAID["rows"] for statistics in said)
+    everybody = await ask_everybody(lab.node, [], 5.0)
+    assert sorted(len(statistics.experts) for statistics in everybody.values()) == [0, 0, 4, 4]
 
 
 async def test_an_older_server_that_tells_less_is_understood(autojump_clock):

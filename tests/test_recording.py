@@ -71,6 +71,14 @@ def test_a_keyframe_holds_every_expert_and_every_server_of_its_moment():
         assert [word for _, _, word in store.text] == list(scene.servers.words)
 
 
+def test_a_quiet_hour_is_kept_though_much_happened_in_the_hour_before():
+    busy = (make_scene(4, 2, at=float(at), outages=[(0, at - 1.0, at)] * (at % 2)) for at in range(1, 3600, 1))
+    quiet = (make_scene(4, 2, at=3600.0 + at, outages=[]) for at in range(3600))
+    kept, _ = record([*busy, *quiet], max_keyframes=60)
+    assert len(kept.keyframes) <= 60
+    assert sum(at > 3600 for at in times(kept)) > 10
+
+
 def test_a_long_run_has_wider_spacing_and_keeps_its_first_and_last_moment():
     kept, _ = record((make_scene(at=float(at), outages=[]) for at in range(1, 1001)), max_keyframes=100)
     assert 40 < len(kept.keyframes) <= 100

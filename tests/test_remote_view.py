@@ -45,11 +45,11 @@ def source_of(watcher: Swarm, swarm: Swarm, *, secret: bool = False) -> RemoteSo
     return RemoteSource(watcher, swarm._node.contact, swarm.viewers.secret if secret else None)
 
 
-def ask(watcher: Swarm, swarm: Swarm, method: str, body: object) -> Reply:
+def ask(watcher: Swarm, swarm: Swarm, method: str, body: object, timeout: float = 10.0) -> Reply:
     """A call that a node makes which keeps to no rules."""
 
     async def call() -> Reply:
-        reply: Reply = await watcher._node.client.call(swarm._node.contact, method, body, timeout=10.0)
+        reply: Reply = await watcher._node.client.call(swarm._node.contact, method, body, timeout=timeout)
         return reply
 
     answer: Reply = watcher._portal.call(call)
@@ -230,8 +230,30 @@ def test_an_export_that_is_too_large_is_refused(swarm, watcher, monkeypatch):
         source_of(watcher, swarm).export("json")
 
 
-def test_a_file_name_that_would_lead_elsewhere_is_not_used(swarm, watcher, monkeypatch):
-    monkeypatch.setattr(LocalSource, "export", lambda *_: ("../../.bashrc", "text/x", b"data"))
+def test_exports_that_nobody_waits_for_any_more_do_not_pile_up(swarm, watcher, monkeypatch):
+    at_once, most, go = 0, 0, threading.Event()
+
+    def export(*_: object) -> tuple[str, str, bytes]:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        go.wait(20)
+        at_once -= 1
+        return "file.json", "application/json", b"data"
+
+    monkeypatch.setattr(LocalSource, "export", export)
+    for _ in range(5):
+        with pytest.raises(RPCError):
+            ask(watcher, swarm, "view.export", ExportCall("page", "json", 0), timeout=0.1)
+    assert source_of(watcher, swarm).frame("page", **LOOK, fresh=True)[0]["open"]
+    go.set()
+    assert ask(watcher, swarm, "view.export", ExportCall("page", "json", 0)).tensors[0].numpy().tobytes() == b"data"
+    assert most == 1
+
+
+@pytest.mark.parametrize("name", ["../../.bashrc", "dashboard.exe"])
+def test_a_file_name_that_would_lead_elsewhere_is_not_used(swarm, watcher, monkeypatch, name):
+    monkeypatch.setattr(LocalSource, "export", lambda *_: (name, "text/x", b"data"))
     assert source_of(watcher, swarm).export("json") == ("labkit.json", "application/json", b"data")
 
 

@@ -13,6 +13,7 @@ from labkit.contact import Contact
 from labkit.errors import BadReply, ConnectionLost, HandshakeFailed, RemoteFailure, VersionMismatch
 from labkit.wire import frames as wire
 from labkit.wire.methods import RPCLimits
+from labkit.wire.security import Identity
 from labkit.wire.zeromq import open_network
 from tests.nodes import calling, changed, server_and_client, serving
 
@@ -21,6 +22,21 @@ async def test_a_name_that_does_not_resolve_says_so() -> None:
     async with server_and_client() as (server, client):
         with pytest.raises(ConnectionLost, match="does not resolve"):
             await client.call(changed(server.contact, host="no-such-host.invalid"), "echo", timeout=10)
+
+
+async def test_a_node_that_is_announced_beyond_loopback_encrypts_wherever_it_listens() -> None:
+    async with open_network() as network, network.listen(Identity.generate(), announce="tunnel.example:4242") as far:
+        assert (far.contact.endpoint, far.contact.secure) == ("tunnel.example:4242", True)
+        with pytest.raises(ValueError, match="secure=False"):
+            async with network.listen(Identity.generate(), announce="tunnel.example", secure=False):
+                pass
+
+
+@pytest.mark.parametrize("address", ["tcp://[::1]:*", "tcp://[::]:*"])
+async def test_a_node_may_listen_on_ipv6(address: str) -> None:
+    async with open_network() as network, serving(network, address=address) as server, calling(network) as client:
+        reply = await client.call(changed(server.contact, host="::1"), "echo", "body", timeout=5)
+        assert reply.body == "body"
 
 
 def prelude(version: int = wire.VERSION, kind: int = 1, id: int = 7) -> bytes:

@@ -273,6 +273,20 @@ async def test_ending_the_runtime_fails_what_waits_and_what_comes(autojump_clock
         await bench.runtime.submit("nop.0", "forward", [rows(1)], math.inf)
 
 
+async def test_a_runtime_that_settles_ends_what_it_computes_and_begins_nothing_else(autojump_clock):
+    bench = Bench(nop())
+    async with bench.serving(at_once=True) as serving:
+        await bench.queue("computing", "nop.0", rows(1))
+        await bench.queue("queued", "nop.0", rows(1))
+        began = trio.current_time()
+        await bench.runtime.settle()
+        assert trio.current_time() == began + 1.0
+        bench.asked.cancel_scope.shield = True
+        serving.cancel_scope.cancel()
+    assert bench.tensors("computing") and isinstance(bench.answers["queued"], RemoteFailure)
+    assert len(bench.batches) == 1
+
+
 # ---------------------------------------------------------------- snapshots
 
 

@@ -295,6 +295,9 @@ def test_who_makes_no_calls_sees_what_the_servers_report():
     assert scene.experts.latency.tolist() == pytest.approx([200] * 4)
     assert scene.experts.calls.tolist() == [1040] * 4 and scene.experts.updates.tolist() == [7] * 4
     assert scene.servers.calls[0] == scene.headline.calls == pytest.approx(40)
+    unknown = [SERIES.index(name) for name in ("samples", "calls", "bytes", *CAUSES)]
+    assert len(scene.series.values) and np.isnan(scene.series.values[:, unknown]).all()
+    assert np.isfinite(scene.series.values[:, SERIES.index("in_flight")]).all()
     assert scene.servers.queue[0] == 5 and scene.servers.heard[0] == pytest.approx(1)
     assert scene.servers.injected[0].tolist() == [0.25, 0.5]
     assert np.isfinite(scene.servers.latency[0, :3]).all() and np.isnan(scene.servers.latency[0, 3]).all()

@@ -22,6 +22,7 @@ from labkit.node import Node, open_node
 from labkit.portal import unwrap
 from labkit.server.checkpoints import load_expert
 from labkit.server.optimizer import BackendConfig
+from labkit.server.runtime import Runtime
 from labkit.server.server import ServerConfig, checkpoint_directory, serve_experts
 from labkit.server.statistics import ServerStatistics
 from labkit.wire.methods import BULK
@@ -182,6 +183,37 @@ async def test_a_clean_stop_saves_every_expert_and_the_next_server_carries_on(tm
         for uid, output in zip(UIDS, before, strict=True):
             assert (await here.call("forward", [X], uid=uid)).equal(output)
         assert (await here.statistics()).experts == {UIDS[0]: 1, UIDS[1]: 0}
+
+
+class Slow(nn.Module):
+    """Computes until it is told to end."""
+
+    begun, go = threading.Event(), threading.Event()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.begun.set()
+        assert self.go.wait(20)
+        return x
+
+
+async def test_a_clean_stop_waits_for_the_batch_that_is_being_computed(tmp_path, monkeypatch):
+    settle = Runtime.settle
+
+    async def let_it_end(runtime: Runtime) -> None:
+        Slow.go.set()
+        await settle(runtime)
+
+    monkeypatch.setattr(Runtime, "settle", let_it_end)
+    async with trio.open_nursery() as nursery:
+        async with lab(config(checkpoint_dir=str(tmp_path), kind=Slow, options={})) as here:
+
+            async def ask() -> None:
+                with pytest.raises(LabkitError):  # the server is gone before it answers
+                    await here.call("forward", [X])
+
+            nursery.start_soon(ask)
+            assert await trio.to_thread.run_sync(Slow.begun.wait, 5.0)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{uid}.safetensors" for uid in UIDS}
 
 
 async def test_experts_are_saved_every_so_many_seconds_if_they_have_changed(tmp_path):

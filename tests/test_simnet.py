@@ -114,6 +114,17 @@ async def test_a_node_that_runs_behind_hears_and_answers_later(autojump_clock) -
         assert await seconds_of(client, contact) == pytest.approx(0.02)
 
 
+async def test_a_request_that_nobody_waits_for_any_more_holds_its_bytes_until_it_has_left(autojump_clock) -> None:
+    async with pair(bandwidth=1e6) as (_, contact, client):
+        await seconds_of(client, contact)
+        with pytest.raises(DeadlineExceeded):
+            await seconds_of(client, contact, 3_000_000, timeout=0.5)
+        await trio.sleep(1.5)
+        assert client.budget.taken > 3_000_000  # what is sent now would only come after it
+        await trio.sleep(1.2)
+        assert client.budget.taken == 0
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 

@@ -103,6 +103,7 @@ def test_a_swarm_of_which_nothing_is_known_says_so(texts):
 def test_a_closed_swarm_and_one_whose_servers_report_say_so(texts):
     assert "closed" in texts(SCENES["closed"])
     seen = texts(make_scene(source="servers"))
+    assert not any("0 failed" in text or text == "no call has failed" for text in seen)
     assert "training" in seen and any("as the servers report" in text for text in seen)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 import trio
@@ -13,9 +13,10 @@ from labkit.contact import Contact
 from labkit.errors import ConnectionLost, NotAdmitted
 from labkit.swarm import Swarm
 from labkit.wire import zeromq
+from labkit.wire.frames import Frame
 from labkit.wire.making import make_context, make_dealer, make_router
 from labkit.wire.security import Identity
-from labkit.wire.sockets import Arrived, Socket
+from labkit.wire.sockets import Arrived, Socket, Unsent
 from labkit.wire.zeromq import open_network
 from tests.nodes import calling, serving
 
@@ -158,14 +159,48 @@ async def test_failing_wakes_who_waits(pair: tuple[Socket, Socket]) -> None:
             router.fail(ConnectionLost("over"))
 
 
-async def test_large_frames_are_tracked_until_the_peer_has_them(pair: tuple[Socket, Socket]) -> None:
+@pytest.mark.parametrize("rest", [[], [b"a small one"]])
+async def test_large_frames_are_tracked_until_the_peer_has_them(pair: tuple[Socket, Socket], rest: list[bytes]) -> None:
     router, dealer = pair
-    unsent = await dealer.send([bytes(10_000_000)])
-    assert unsent.bytes == 10_000_000
-    assert len((await texts(router, 1))[0]) == 10_000_000
+    for _ in range(2):  # more than the system takes before somebody reads
+        unsent = await dealer.send([bytes(30_000_000), *rest])
+    assert unsent.bytes == 30_000_000 + sum(map(len, rest)) and not unsent.done
+    assert len((await texts(router, 2))[1]) == len([bytes(30_000_000), *rest][-1])
     with trio.fail_after(5):
         while not unsent.done:
             await trio.lowlevel.checkpoint()
+
+
+async def test_who_waits_for_a_peer_that_does_not_read_lets_others_have_their_turn(
+    pair: tuple[Socket, Socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router, dealer = pair
+    await dealer.send([b"hello"])
+    [[route, _]] = await router.receive()
+    full_since = trio.current_time()
+    while trio.current_time() < full_since + 0.2:  # until there is no room, and none is made
+        if router.send_nowait([route.bytes, bytes(50_000)]) is not None:
+            full_since = trio.current_time()
+        await trio.lowlevel.checkpoint()
+    attempts = 0
+    send_nowait = router.send_nowait
+
+    def counted(frames: Sequence[Frame]) -> Unsent | None:
+        nonlocal attempts
+        attempts += 1
+        return send_nowait(frames)
+
+    monkeypatch.setattr(router, "send_nowait", counted)
+    with trio.move_on_after(0.5) as scope:
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(router.send, [route.bytes, bytes(50_000)])
+    assert scope.cancelled_caught and 20 < attempts < 20 * 30
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(router.send, [route.bytes, b"the last"])
+            while (await texts(dealer, 1))[-1] != b"the last":
+                pass
 
 
 def test_a_connection_is_watched_though_a_closed_one_had_the_same_file_descriptor():

@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from labkit.errors import NonFiniteTensor, ServerFailed, SwarmClosed
 from labkit.events import CallFinished
 from labkit.node import NodeConfig
 from labkit.server.checkpoints import load_expert
+from labkit.server.layers import FeedForward
 from labkit.swarm import Swarm, close_all
 from labkit.view.scene import Scene
 from labkit.wire.security import Identity
@@ -284,6 +286,17 @@ def test_a_later_swarm_carries_on_from_the_checkpoints_of_an_earlier_one(tmp_pat
         assert later.expert("ffn.0")(X).equal(before)
 
 
+def test_a_task_carries_on_from_the_checkpoints_of_a_process_and_a_partial_is_served(swarm, tmp_path):
+    swarm.serve(FeedForward, hidden=4, grid=(1,), name="a", isolation="process", checkpoint_dir=tmp_path, backend=SGD)
+    swarm.expert("a.0")(X).sum().backward()
+    before = swarm.expert("a.0")(X)
+    swarm.servers[0].stop()
+    swarm.serve(FeedForward, hidden=4, grid=(1,), name="a", isolation="task", checkpoint_dir=tmp_path, backend=SGD)
+    assert swarm.expert("a.0")(X).equal(before)
+    swarm.serve(partial(FeedForward, 4), grid=(1,), name="b", backend=SGD)
+    assert swarm.expert("b.0")(X).shape == X.shape
+
+
 def test_experts_are_saved_every_so_many_seconds(swarm, tmp_path):
     swarm.serve(
         "ffn", hidden=4, grid=(1,), isolation="task", backend=SGD, checkpoint_dir=tmp_path, checkpoint_period=0.05
@@ -420,6 +433,14 @@ def test_what_is_not_finite_is_refused_and_changes_nothing(still):
     with pytest.raises(NonFiniteTensor):
         still.expert(uid)(x).backward(X / 0)
     assert still.servers[0].statistics().experts[uid] == 0
+
+
+def test_a_server_that_was_killed_a_moment_ago_is_shown_once(swarm):
+    swarm.serve("nop", grid=(2,), servers=2, isolation="task")
+    swarm.servers[1].kill()
+    text = repr(swarm)
+    assert "servers[1]  killed" in text and "elsewhere" not in text
+    assert "0 of 1" in text
 
 
 def test_the_swarm_shows_its_servers_and_those_elsewhere(still):

@@ -23,7 +23,7 @@ from labkit.errors import (
 )
 from labkit.wire.client import Client
 from labkit.wire.frames import FrameLimits
-from labkit.wire.methods import BULK, Method, QuickMethod, Reply, Request, RPCLimits
+from labkit.wire.methods import BULK, Method, Methods, QuickMethod, Reply, Request, RPCLimits
 from labkit.wire.security import Admission, Identity
 from labkit.wire.simnet import open_simnet
 from labkit.wire.zeromq import open_network
@@ -293,6 +293,38 @@ async def test_a_full_server_refuses_at_once_and_serves_again(wire: Wire) -> Non
                     break
                 except Overloaded:
                     await trio.lowlevel.checkpoint()
+
+
+async def test_one_peer_cannot_have_all_places_and_quick_methods_need_none(wire: Wire) -> None:
+    async def hold(request: Request) -> Reply:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    methods: Methods = {"m": Method(hold), "quick": QuickMethod(lambda request: Reply("at once"))}
+    async with (
+        wire() as network,
+        serving(network, methods, limits=RPCLimits(requests=4)) as server,
+        calling(network) as greedy,
+        calling(network) as other,
+        trio.open_nursery() as nursery,
+    ):
+        refused: list[Client] = []
+
+        async def ask(client: Client) -> None:
+            try:
+                await client.call(server.contact, "m", timeout=60)
+            except Overloaded:
+                refused.append(client)
+
+        for client in (greedy, greedy, greedy, other, other):
+            nursery.start_soon(ask, client)
+            assert (await client.call(server.contact, "quick", timeout=5)).body == "at once"
+        with trio.fail_after(5):
+            while not refused:
+                await trio.lowlevel.checkpoint()
+        assert (await other.call(server.contact, "quick", timeout=5)).body == "at once"
+        assert refused == [greedy]
+        nursery.cancel_scope.cancel()
 
 
 async def test_bytes_over_the_budget_wait_their_turn(wire: Wire) -> None:

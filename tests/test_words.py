@@ -41,6 +41,13 @@ def test_a_plain_contact_says_so_in_its_invitation_and_only_works_on_loopback():
         Contact.from_invitation(Contact(KEY, "10.0.0.7", 4000, secure=False).invitation())
 
 
+@pytest.mark.parametrize("host", ["\x1b]0;owned\x07", "a\u202eb", "a b", "", "a/b", "x" * 256])
+def test_a_host_has_nothing_in_it_that_a_terminal_would_obey(host):
+    with pytest.raises(ValueError, match="not a host"):
+        Contact(KEY, host, 4000)
+    assert Contact(KEY, "münchen.example", 4000).host == "münchen.example"
+
+
 def test_an_ipv6_host_stands_in_brackets():
     assert Contact(KEY, "2001:db8::5", 4000).endpoint == "[2001:db8::5]:4000"
 

@@ -40,7 +40,8 @@ class RemoteExpert(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         # The empty tensor makes autograd ask for the backward pass even where no input needs a gradient: it trains.
         output: Tensor = _CallExpert.apply(self, torch.zeros(0, requires_grad=True), *inputs)  # type: ignore[no-untyped-call]
-        return output
+        x = inputs[0]
+        return output.to(x.device, x.dtype if x.is_floating_point() else output.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.uid}, swarm={self.swarm!r}"
@@ -61,13 +62,14 @@ class RemoteExpert(nn.Module):
 
 
 class _CallExpert(torch.autograd.Function):
+    """Its output is on the CPU: see `MixtureOfExperts._ask`."""
+
     @staticmethod
     def forward(ctx: Any, expert: RemoteExpert, anchor: Tensor, *inputs: Tensor) -> Tensor:
         ctx.expert, ctx.session = expert, find_session(expert.swarm)
         ctx.save_for_backward(*inputs)
         (output,) = ctx.session.run(expert.call, ctx.session, "forward", [for_the_wire(x) for x in inputs])
-        x = inputs[0]
-        return output.to(x.device, x.dtype if x.is_floating_point() else output.dtype)  # type: ignore[no-any-return]
+        return output  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable

@@ -101,8 +101,10 @@ class MixtureOfExperts(nn.Module):
         sent, outputs = session.run(dispatch_forward, session, self.dispatch, self.name, local, searched, (self.dim,))
         # The scores go in so that autograd asks for the backward pass even where no input needs a gradient.
         anchor = scores[0] if scores[0].requires_grad else torch.zeros(0, requires_grad=True)
-        outputs = outputs.to(inputs[0].device, inputs[0].dtype)  # [n, k, dim]
-        return sent, _ExpertOutputs.apply(session, self.dispatch, sent, outputs, anchor, *inputs)  # type: ignore[no-untyped-call]
+        # What the function gives is on the CPU, so that its backward pass runs in the thread that calls it. A GPU has
+        # one autograd thread for the whole process, which must not wait for the network.
+        outputs = _ExpertOutputs.apply(session, self.dispatch, sent, outputs, anchor, *inputs)  # type: ignore[no-untyped-call]
+        return sent, outputs.to(inputs[0].device, inputs[0].dtype)  # [n, k, dim]
 
     def weights(self, scores: Sequence[Tensor], sent: Dispatched) -> Tensor:
         """[n, k]: each row's weights of the experts that answered it; zeros where none did. Differentiable."""

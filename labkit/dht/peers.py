@@ -150,12 +150,13 @@ class Peers:
         return await self.call(contact, "dht.ping", Ping(self.sender), Pong) is not None
 
     def called_by(self, request: Request, sender: Contact | None) -> None:
-        """A node called us and named itself. Ignored if the connection was proven to be someone else's.
+        """A node called us and named itself. Ignored if the connection was proven to be someone else's, and if calling
+        it back would not be safe.
 
         A node that we had given up is pinged at once, and is back when it answers: it may be one that can call but
         cannot be called. New callers are taken at their word.
         """
-        if sender is None or request.peer.key not in (None, sender.key):
+        if sender is None or request.peer.key not in (None, sender.key) or not sender.is_safe:
             return
         if sender.node_id in self.blacklist:
             if self._background is not None:

@@ -22,6 +22,7 @@ from labkit.errors import BadReply
 MAX_QUERIES = 256  # keys and ids per find call
 MAX_ENTRIES = 1024  # items per store call
 MAX_STORE_BYTES = 1024 * 1024  # bytes of items per store call (one item always goes)
+MAX_CONTACT_BYTES = 2048  # as it is encoded; what was read before is remembered
 
 ID_BYTES = ID_BITS // 8
 _encoder = msgspec.msgpack.Encoder()
@@ -157,15 +158,20 @@ def _write_contact(contact: Contact) -> msgspec.Raw:
 
 @lru_cache(maxsize=1 << 14)
 def _read_contact(encoded: bytes) -> Contact:
-    return msgspec.msgpack.decode(encoded, type=Contact)
+    if len(encoded) > MAX_CONTACT_BYTES:
+        raise ValueError(f"a contact of {len(encoded):,} bytes")
+    contact = msgspec.msgpack.decode(encoded, type=Contact)
+    if not contact.is_safe:
+        raise ValueError(f"{contact.endpoint} would be called without encryption")
+    return contact
 
 
 def read_reply(
     reply: FindReply, queries: Sequence[str | bytes], at: float, k: int, limits: Limits
 ) -> list[tuple[Answer, bool]]:
     """The answers of a find reply, each with whether it was left out. Raises `BadReply` if it makes no sense."""
-    if len(reply.found) != len(queries):
-        raise BadReply(f"{len(reply.found)} answers to {len(queries)} queries")
+    if len(reply.found) != len(queries) or len(reply.contacts) > k * len(queries):
+        raise BadReply(f"{len(reply.found)} answers and {len(reply.contacts)} contacts to {len(queries)} queries")
     try:
         contacts = [_read_contact(bytes(raw)) for raw in reply.contacts]
     except (ValueError, RecursionError) as error:

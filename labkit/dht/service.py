@@ -12,8 +12,9 @@ import trio
 
 from labkit.contact import Contact
 from labkit.dht.peers import DHTConfig, Peers
-from labkit.dht.protocol import Find, Ping, Pong, ReplyBuilder, Store, StoreReply, from_wire
+from labkit.dht.protocol import MAX_ENTRIES, Find, Ping, Pong, ReplyBuilder, Store, StoreReply, from_wire
 from labkit.dht.storage import Item, Role, Storage, key_id
+from labkit.errors import BadRequest
 from labkit.wire.methods import Methods, QuickMethod, Reply, Request
 
 
@@ -62,6 +63,8 @@ class Service:
         """Take items, or say for each why not."""
         body: Store = request.body
         self._called(request, body.sender)
+        if sum(len(record.items) for record in body.records) > MAX_ENTRIES:
+            raise BadRequest(f"over {MAX_ENTRIES} items in one call")
         now = trio.current_time()
         refusals = []
         for record in body.records:

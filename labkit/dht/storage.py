@@ -15,6 +15,7 @@ from typing import Protocol
 
 from labkit.contact import ID_BITS
 
+SCAN_PERIOD = 1.0  # seconds between two looks, at all that is held, for what has expired; where there is no room
 OVERHEAD = 200  # bytes that an item costs us beside its own; counted, so that empty values are not free
 
 
@@ -157,13 +158,14 @@ class _Record:
 class Storage:
     """The records of one node. `verify` checks the signature of an item that has an owner."""
 
-    __slots__ = ("_records", "limits", "size", "verify")
+    __slots__ = ("_records", "_scanned_at", "limits", "size", "verify")
 
     def __init__(self, verify: Verify, limits: Limits | None = None) -> None:
         self.verify = verify
         self.limits = limits or Limits()
         self.size = 0  # bytes, as `Item.size` counts them
         self._records: dict[str, _Record] = {}
+        self._scanned_at = float("-inf")
 
     def __len__(self) -> int:
         """How many keys are held."""
@@ -210,7 +212,9 @@ class Storage:
         if record is not None and record.size + growth > limits.max_record:
             return f"the record is full ({limits.max_record} bytes)"
         if (record is None and len(self._records) >= limits.max_keys) or self.size + growth > limits.max_bytes:
-            self.expire(now)
+            if now >= self._scanned_at + SCAN_PERIOD:  # or each item that is refused would cost a look at everything
+                self._scanned_at = now
+                self.expire(now)
             if record is None and len(self._records) >= limits.max_keys:
                 return f"the node is full ({limits.max_keys} keys)"
             if self.size + growth > limits.max_bytes:

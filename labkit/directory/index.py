@@ -71,7 +71,7 @@ def decode(data: bytes) -> Leaf | Marker | None:
     except (msgspec.MsgspecError, RecursionError):
         return None
     # As with invitations: tensors do not cross a network in the clear because a record says so.
-    if isinstance(entry, Leaf) and not entry.contact.secure and not entry.contact.is_loopback:
+    if isinstance(entry, Leaf) and not entry.contact.is_safe:
         return None
     return entry
 

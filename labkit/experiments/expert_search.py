@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
@@ -133,8 +134,11 @@ async def _measure(config: SearchConfig) -> tuple[float, _Times, _Times]:
             await crowd.lose_power(config.dead_nodes)
         built, times = time.perf_counter(), (_Times(), _Times())
         async with trio.open_nursery() as searching:  # soon, before declarations run out
+            turns = defaultdict[int, trio.Lock](
+                trio.Lock
+            )  # by place: its node counts the calls of one search at a time
             for seeker in crowd.seekers(config.searches):
-                searching.start_soon(_search, crowd, seeker, _scores(config.grid, draw), times)
+                searching.start_soon(_search, turns[seeker], crowd, seeker, _scores(config.grid, draw), times)
                 if config.churn:
                     await trio.sleep(CHURNED / config.searches)
         network.over = True
@@ -142,13 +146,28 @@ async def _measure(config: SearchConfig) -> tuple[float, _Times, _Times]:
     return built, *times
 
 
-async def _search(crowd: _Crowd, seeker: int, scores: Sequence[Tensor], times: tuple[_Times, _Times]) -> None:
+async def _search(
+    turn: trio.Lock, crowd: _Crowd, seeker: int, scores: Sequence[Tensor], times: tuple[_Times, _Times]
+) -> None:
     """Search twice from one place, with an empty cache and then with a warm one. A node that leaves while it searches
     is followed by another, that begins anew."""
+    async with turn:
+        found = await _found_from(crowd, seeker, scores, len(times))
+    for kind, (ms, levels, calls, recall) in zip(times, found, strict=True):
+        kind.ms.append(ms)
+        kind.levels.append(levels)
+        kind.calls.append(calls)
+        kind.recall.append(recall)
+
+
+async def _found_from(
+    crowd: _Crowd, seeker: int, scores: Sequence[Tensor], count: int
+) -> list[tuple[float, list[float], int, float]]:
+    """Milliseconds, those of each level, calls and recall of so many searches, one after the other."""
     while True:
         node = await crowd.node_at(seeker)
         directory, found = _Watched(Directory(node.dht)), list[tuple[float, list[float], int, float]]()
-        for _ in times:
+        for _ in range(count):
             calls, began, directory.took = node.dht.peers.calls, trio.current_time(), []
             try:
                 routing = await beam_search(directory, NAME, scores, crowd.config.k_best)
@@ -157,13 +176,8 @@ async def _search(crowd: _Crowd, seeker: int, scores: Sequence[Tensor], times: t
             recall = _recall(routing, scores, crowd.experts, crowd.places, crowd.config.k_best)
             took = (trio.current_time() - began) * 1000
             found.append((took, directory.took, node.dht.peers.calls - calls, recall))
-        if len(found) == len(times) and crowd.nodes.get(seeker) is node:
-            break
-    for kind, (ms, levels, calls, recall) in zip(times, found, strict=True):
-        kind.ms.append(ms)
-        kind.levels.append(levels)
-        kind.calls.append(calls)
-        kind.recall.append(recall)
+        if len(found) == count and crowd.nodes.get(seeker) is node:
+            return found
 
 
 class _Crowd:

@@ -137,11 +137,12 @@ class ExpertBackend:
         if self._pending_passes < self.config.accumulate:
             self._pending = total
             return
-        for name, parameter in self._parameters.items():
-            parameter.grad = total.get(name)
         clip = self.config.clip_grad_norm
-        if clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), clip, torch.tensor(norm))
+        factor = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))  # as `torch.nn.utils.clip_grad_norm_`
+        for name, parameter in self._parameters.items():
+            grad = total.get(name)
+            # Not changed in place: autograd may give one tensor for several parameters, and for an input.
+            parameter.grad = grad if grad is None or factor == 1.0 else grad * factor
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.updates, age)
         self.optimizer.step()

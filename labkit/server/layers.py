@@ -89,6 +89,14 @@ def expert_reference(kind: str | Factory) -> str:
     return reference
 
 
+def kind_name(kind: str | Factory) -> str:
+    """What a checkpoint says of its expert: the same, whether a process or a task serves it."""
+    try:
+        return expert_reference(kind)
+    except ValueError:
+        return kind if isinstance(kind, str) else getattr(kind, "__name__", type(kind).__name__)
+
+
 def _find_factory(kind: str) -> Factory:
     if ":" in kind:
         return _import_factory(kind)

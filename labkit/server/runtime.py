@@ -87,7 +87,8 @@ class Runtime:
         self._threads = threads
         self._devices = {backend.config.device: _Device() for backend in self.backends.values()}
         self._compute_threads: list[ComputeThread] = []
-        self._running = self._stopped = False
+        self._running = self._stopped = self._settling = False
+        self._settled = trio.Event()  # that something has ended, while it settles
         self._broken = trio.Event()
         self._error: BaseException | None = None
         self._tally = Tally(self.backends)
@@ -185,6 +186,13 @@ class Runtime:
             finally:
                 self._stop()
 
+    async def settle(self) -> None:
+        """Begin no further batch, and wait until those that are being computed have ended: as long as that takes."""
+        self._settling = True
+        while any(device.give_up is not None for device in self._devices.values()):
+            self._settled = trio.Event()
+            await self._settled.wait()
+
     def _stop(self) -> None:
         self._running, self._stopped = False, True
         for device in self._devices.values():
@@ -204,7 +212,7 @@ class Runtime:
             while self._running and device.give_up is None:
                 if device.snapshots:
                     self._take_snapshot(device, *device.snapshots.popleft())
-                elif not self._run_batch(device):
+                elif self._settling or not self._run_batch(device):
                     break
         finally:
             device.starting = False
@@ -221,6 +229,7 @@ class Runtime:
             if not self._running:
                 return  # it was given up
             device.give_up = None
+            self._settled.set()
             if error is not None and not isinstance(error, Exception):
                 self._error = error  # not a failure of this batch: the whole server is to end
                 self._broken.set()
@@ -299,7 +308,7 @@ class Runtime:
                 raise answers[0]
             return answers[0]
         if any(thread.alive for thread in self._compute_threads):
-            raise RemoteFailure(f"expert {uid} cannot be saved: a batch that never ended may still be changing it")
+            raise RemoteFailure(f"expert {uid} cannot be saved: a batch that has not ended may still be changing it")
         return backend.state()
 
     def statistics(self) -> RuntimeStatistics:

@@ -29,7 +29,7 @@ from labkit.faults import Faults
 from labkit.node import NodeConfig, open_node
 from labkit.server.backend import ExpertBackend
 from labkit.server.checkpoints import keep_checkpoints, restore, save_all
-from labkit.server.layers import make_expert
+from labkit.server.layers import kind_name, make_expert
 from labkit.server.optimizer import BackendConfig
 from labkit.server.runtime import Executor, Queued, Result, Runtime
 from labkit.server.statistics import Count, ServerStatistics, statistics_of
@@ -39,6 +39,8 @@ from labkit.wire.methods import Answer, LaterMethod, Method, Methods, Reply, Req
 from labkit.wire.security import Admission, Identity
 
 logger = logging.getLogger(__name__)
+
+SETTLE_TIMEOUT = 20.0  # seconds that a clean stop waits for the batch that is being computed
 
 
 class ExpertCall(msgspec.Struct, array_like=True):
@@ -124,8 +126,7 @@ class ExpertServer:
             if config.seed is not None:
                 torch.manual_seed(zlib.crc32(f"{config.seed} {uid}".encode()))
             module = make_expert(config.kind, **config.options)
-        kind = config.kind if isinstance(config.kind, str) else config.kind.__name__
-        backend = ExpertBackend(uid, module, config.backend, kind=kind)
+        backend = ExpertBackend(uid, module, config.backend, kind=kind_name(config.kind))
         if config.checkpoint_dir is not None:
             restore(config.checkpoint_dir, backend)
         return backend
@@ -225,6 +226,8 @@ async def serve_experts(
             task_status.started(node.contact)
             await stop.wait()  # 5
             keepers.cancel_scope.cancel()
+        with trio.move_on_after(SETTLE_TIMEOUT):  # or a batch that takes long would keep all experts from being saved
+            await server.runtime.settle()
         nursery.cancel_scope.cancel()
     if config.checkpoint_dir is not None:
         await save_all(server.runtime, config.checkpoint_dir)

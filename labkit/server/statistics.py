@@ -55,6 +55,11 @@ class ServerStatistics(msgspec.Struct):
                 raise ValueError(f"{len(times)} buckets instead of {BUCKETS}")
 
 
+def without_experts(statistics: ServerStatistics) -> ServerStatistics:
+    """The same, and nothing of single experts."""
+    return msgspec.structs.replace(statistics, experts={}, expert_rows=[], expert_requests=[], expert_seconds=[])
+
+
 async def call_statistics(caller: Caller, contact: Contact, timeout: float) -> ServerStatistics:
     """Ask a server how it is doing. Raises a kind of `RPCError`: `BadReply` for numbers that cannot be."""
     reply = await caller.call(contact, "server.statistics", returns=ServerStatistics, timeout=timeout)

@@ -20,6 +20,7 @@ MAX_KEYFRAMES = 240
 MAX_BYTES = 32_000_000  # compressed, in memory
 MAX_REPLAY_BYTES = 16_000_000  # of the keyframes of one replay, not compressed
 SPACING = 1.0  # seconds between keyframes, at first
+RAREST = 4.0  # the spacing in quiet times, by the average one, where much has happened before
 EVENTFUL = 50  # keyframes after a mark, or a server's death or return, that thinning leaves alone
 
 
@@ -80,7 +81,8 @@ class Recording:
         kept = (*self._keyframes, take(scene, self._eventful))
         self._eventful = False
         self._keyframes, thinnings = _fit(kept, self._max_keyframes, self._max_bytes, lambda key: len(key.packed))
-        self._spacing *= 2**thinnings
+        average = scene.at / len(self._keyframes)  # thinned for what happened, too
+        self._spacing = min(self._spacing * 2**thinnings, max(SPACING, RAREST * average))
 
     def to_json(self, scene: Scene) -> bytes:
         """The numbers of `scene`, the last one, and its whole series, for pandas: see `export.to_json`."""

@@ -77,7 +77,8 @@ def swarm_row(scene: Scene) -> Row:
         "swarm/unanswered_rows": head.unanswered_rows,
         "swarm/routing_entropy": routing_entropy(scene.experts),
     }
-    row |= {f"swarm/failures/{cause}": head.failed.get(cause, 0) for cause in CAUSES}
+    if scene.source == "calls":  # who makes no calls knows of no failures
+        row |= {f"swarm/failures/{cause}": head.failed.get(cause, 0) for cause in CAUSES}
     for part, values in zip(SPLIT, overall_latency(scene.servers), strict=True):
         place = "swarm/latency_ms" if part == "total" else f"swarm/latency_ms/{part}"
         row |= {f"{place}/p{q}": float(value) for q, value in zip(PERCENTILES, values, strict=True)}

@@ -22,7 +22,7 @@ from labkit.view import series, telemetry
 from labkit.view.lately import LastOnes, Rates, Values, longer, ratio
 from labkit.view.reported import RATE_TAU, REQUESTS, ROWS, SECONDS, TIMES_TAU, Reported
 from labkit.view.roster import Roster
-from labkit.view.scene import PERCENTILES, SPLIT, Experts, Headline, Ints, Scene, Servers, State
+from labkit.view.scene import PERCENTILES, SERIES, SPLIT, Experts, Headline, Ints, Scene, Series, Servers, State
 from labkit.view.series import Bins, series_of
 from labkit.view.telemetry import Telemetry
 
@@ -102,7 +102,7 @@ class Sampler:
             layers=tuple(roster.layers),
             experts=experts,
             servers=servers,
-            series=series_of(self._telemetry.bins, self._steps, now),  # 3
+            series=self._series(own, now),  # 3
             marks=tuple(self._telemetry.marks),
         )
 
@@ -251,6 +251,13 @@ class Sampler:
         server, rates = self._roster.server, self._reported.rates[:, REQUESTS]
         calls = np.bincount(server[server >= 0], weights=rates[server >= 0], minlength=count)
         return np.where(np.isnan(longer(self._reported.heard_at, count, np.nan)), np.nan, calls)
+
+    def _series(self, own: bool, now: float) -> Series:
+        found = series_of(self._telemetry.bins, self._steps, now)
+        if not own:  # who makes no calls knows of none
+            unknown = ("calls", "bytes", *CAUSES, *(() if self._samples else ("samples",)))
+            found.values[:, [SERIES.index(name) for name in unknown]] = np.nan
+        return found
 
     # ------------------------------------------------------------ the numbers in sight
 

@@ -99,7 +99,7 @@ class Headline:
     servers: int
     servers_alive: int
     answered: int  # calls, since the start
-    failed: dict[str, int]  # cause -> calls, since the start; causes with none are left out
+    failed: dict[str, int]  # cause -> own calls, since the start; causes with none are left out
     unanswered_rows: int  # in forward passes, since the start
 
 
@@ -109,7 +109,7 @@ class Series:
 
     width: float  # seconds
     first: int  # number of the first bin here; bin n covers [n × width, (n + 1) × width) seconds since the start
-    values: Floats  # [B, len(SERIES)]: loss and staleness are means, in_flight a mean, causes counts, others rates
+    values: Floats  # [B, len(SERIES)]: loss, staleness, in_flight are means, causes counts, others rates; NaN: unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class Scene:
     wall: float  # Unix time, for labels only
     swarm: str
     open: bool
-    source: str  # "calls": counted from this process's own calls; "servers": from what the servers report
+    source: str  # "calls": counted from this process's own calls; "servers": it made none; from what servers report
     headline: Headline
     layers: Sequence[Layer]
     experts: Experts

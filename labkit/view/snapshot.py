@@ -16,7 +16,7 @@ import numpy.typing as npt
 from labkit.errors import CAUSES
 from labkit.view.figures import DIM, FAINT, INK, Align, Picture, Sheet, clip, shorten, text_width
 from labkit.view.heat_map import draw_layers
-from labkit.view.numbers import CAUSE_WORDS, age, amount, clock, failures, figures, rate, whole
+from labkit.view.numbers import CAUSE_WORDS, NOTHING, age, amount, clock, failures, figures, rate, whole
 from labkit.view.rows import worst_first
 from labkit.view.scene import PERCENTILES, SERIES, SPLIT, Scene, Servers, State
 
@@ -80,6 +80,9 @@ def _draw_numbers(sheet: Sheet, scene: Scene, y: float) -> None:
     head = scene.headline
     traffic, unit = amount(head.bytes)
     failed = sum(head.failed.values())
+    failing = (whole(failed), f"failed, of {whole(head.answered + failed)} calls", failed > 0)
+    if scene.source == "servers":  # it made no calls, and knows of no failures
+        failing = (NOTHING, f"failed; {whole(head.answered)} answered", False)
     tiles: Sequence[tuple[str, str, bool]] = (
         (f"{whole(head.experts_alive)} of {whole(head.experts)}", "experts", head.experts_alive < head.experts),
         (f"{whole(head.servers_alive)} of {whole(head.servers)}", "servers", head.servers_alive < head.servers),
@@ -90,7 +93,7 @@ def _draw_numbers(sheet: Sheet, scene: Scene, y: float) -> None:
         (traffic, f"{unit}/s", False),
         (whole(head.in_flight), "in flight", False),
         (rate(head.staleness), "staleness", False),
-        (whole(failed), f"failed, of {whole(head.answered + failed)} calls", failed > 0),
+        failing,
     )
     x = float(MARGIN)
     for (value, label, bad), width in zip(tiles, (160, 130, *(97,) * 7, 190), strict=True):
@@ -241,7 +244,8 @@ def _draw_failures(
                 up = plot[1] + height - stack[some, number]
                 sheet.boxes(np.stack([px[some], up, wide, high], 1), COLORS[cause])
     elif not scene.headline.failed:
-        sheet.text(x + width / 2, plot[1] + height / 2, "no call has failed", color=DIM, align="center")
+        nothing = "no call has failed" if scene.source == "calls" else "no call was made from here"
+        sheet.text(x + width / 2, plot[1] + height / 2, nothing, color=DIM, align="center")
     _draw_marks(sheet, scene, span, plot)
 
 

@@ -42,7 +42,7 @@ def announced_address(announce: str | None, host: str, port: int) -> tuple[str, 
     if announce is None:
         return (_own_address() if ipaddress.ip_address(host).is_unspecified else host), port
     name, colon, announced_port = announce.rpartition(":")
-    if not colon or (":" in name and "[" not in name):  # no port, or an IPv6 address
+    if not colon or announce.endswith("]") or (":" in name and "[" not in name):  # no port, or an IPv6 address
         return announce.strip("[]"), port
     if not announced_port.isdigit():
         raise ValueError(f"announce={announce!r} is not an address; write HOST or HOST:PORT")

@@ -30,8 +30,10 @@ from labkit.wire import frames as wire
 from labkit.wire.agenda import Entry
 from labkit.wire.awaiting import outcome_of
 from labkit.wire.budget import ByteBudget
-from labkit.wire.endpoint import Endpoint
+from labkit.wire.endpoint import Endpoint, Unsent
 from labkit.wire.methods import BULK, CONTROL, Reply, RPCLimits
+
+LEAVING_PERIOD = 0.1  # seconds between two looks at whether a request that nobody waits for any more has left
 
 Done = Callable[[Reply | RPCError], object]
 
@@ -41,7 +43,7 @@ class Call:
 
     __slots__ = (
         "_alarm", "_client", "_connection", "_contact", "_done", "_frames", "_id", "_key", "_method", "_returns",
-        "_sent", "_size", "_taken", "_timeout",
+        "_sent", "_size", "_taken", "_timeout", "_unsent",
     )  # fmt: skip
 
     def __init__(
@@ -60,6 +62,7 @@ class Call:
         self._frames: Sequence[wire.Frame] = ()
         self._size = 0
         self._taken = self._sent = False
+        self._unsent: Unsent | None = None
         self._alarm: Entry | None = None
 
     def start(self, frames: Sequence[wire.Frame], size: int) -> None:
@@ -85,10 +88,11 @@ class Call:
         assert self._connection is not None
         link = self._connection.link
         try:
-            self._sent = link.send_nowait(self._frames)
+            self._unsent = link.send_nowait(self._frames)
         except LabkitError as error:
             self.settle(error if isinstance(error, RPCError) else ConnectionLost(str(error)))
             return
+        self._sent = self._unsent is not None
         if self._sent:
             self._frames = ()
         else:
@@ -153,10 +157,18 @@ class Call:
             if self._alarm is not None:
                 self._client.agenda.cancel(self._alarm)
             if self._taken:
-                self._client.budget.give(self._key, self._size)
+                self._give_back()
             else:
                 self._client.budget.forget(self._take)
         return done
+
+    def _give_back(self) -> None:
+        """Others may have its bytes of the budget, when its frames have left; until then they are in the way."""
+        assert self._connection is not None
+        if self._unsent is None or self._unsent.done or self._connection.link.error is not None:
+            self._client.budget.give(self._key, self._size)
+        else:
+            self._client.agenda.at(trio.current_time() + LEAVING_PERIOD, self._give_back)
 
     def _tell_cancelled(self) -> None:
         if self._sent and self._connection is not None:

@@ -31,13 +31,20 @@ Ended = Callable[[LabkitError], object]
 Hear = Callable[[Peer, Sequence[Frame]], object]
 
 
+class Unsent(Protocol):
+    """A message that was sent. `done`: whether it has left this process."""
+
+    @property
+    def done(self) -> bool: ...
+
+
 class Link(Protocol):
     """A connection to one node. It is made in the background and never made again: when it breaks it is over."""
 
     error: LabkitError | None  # why the link is over, None while it is not
 
-    def send_nowait(self, frames: Sequence[Frame]) -> bool:
-        """Send if that is possible at once. Raises `ConnectionLost` (or a kind of it)."""
+    def send_nowait(self, frames: Sequence[Frame]) -> Unsent | None:
+        """Send if that is possible at once; None if not. Raises `ConnectionLost` (or a kind of it)."""
 
     def when_ready(self, action: Callable[[], object]) -> None:
         """After a `send_nowait` for which it was too early: call `action`, once, when the connection is there and has
@@ -69,6 +76,9 @@ class Endpoint(Protocol):
 
     def unsent_bytes(self, peer: Peer) -> int:
         """Size of the answers that this peer has not taken yet."""
+
+    def unsent_total(self) -> int:
+        """The same of all peers together."""
 
 
 class Network(Protocol):

@@ -75,9 +75,13 @@ class ErrorHeader(msgspec.Struct, array_like=True):
 
 @dataclass(frozen=True, slots=True)
 class FrameLimits:
-    """Bounds on what a peer may send."""
+    """Bounds on what a peer may send.
 
-    message_bytes: int = 256 << 20  # all frames together; also one frame, by ZMQ_MAXMSGSIZE
+    `message_bytes`: all frames together. ZeroMQ itself bounds each frame by it, and not how many come before the last
+    one, without which a message does not arrive: who never ends a message is not stopped here.
+    """
+
+    message_bytes: int = 256 << 20
     header_bytes: int = 8 << 20
     tensors: int = 64
 

@@ -7,6 +7,7 @@ here ends in a typed error at the caller. Both sides run over any `Endpoint`.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import trio
@@ -28,6 +29,8 @@ from labkit.wire.endpoint import Endpoint, Peer
 from labkit.wire.methods import LaterMethod, Method, Methods, QuickMethod, Reply, Request, RPCLimits
 
 logger = logging.getLogger(__name__)
+
+SEND_TIMEOUT = 10.0  # seconds that an answer waits for room: a peer that takes none for so long gets none
 
 
 async def serve_rpc(
@@ -57,6 +60,7 @@ class _Server:
         self._limits = limits
         self._budget = ByteBudget(limits.bytes_per_peer, limits.bytes_total)
         self._running: dict[tuple[bytes, int], trio.CancelScope | _Later] = {}
+        self._running_of = Counter[bytes]()  # by the route of the peer
 
     def accept(self, peer: Peer, frames: Sequence[wire.Frame], nursery: trio.Nursery) -> None:
         """Start to answer a request, or refuse it, or drop what is none."""
@@ -74,12 +78,8 @@ class _Server:
             scope = self._running.get((peer.route, message.id))
             if scope is not None:
                 scope.cancel()
-        elif isinstance(message.header, wire.RequestHeader):
-            size = sum(map(len, frames))
-            if not self._has_room(peer, size):
-                self._refuse(peer, message.id, Overloaded.code, "too much is under way; try again or ask another")
-            elif (peer.route, message.id) not in self._running:
-                self._begin(peer, message.id, message.header, message.payload, size, nursery)
+        elif isinstance(message.header, wire.RequestHeader) and (peer.route, message.id) not in self._running:
+            self._begin(peer, message.id, message.header, message.payload, sum(map(len, frames)), nursery)
 
     def _begin(
         self,
@@ -90,17 +90,21 @@ class _Server:
         size: int,
         nursery: trio.Nursery,
     ) -> None:
-        """Answer at once, if the method is quick and there is room for the answer; or later; or in a task."""
+        """Answer at once, if the method is quick and there is room for it; or later; or in a task; or refuse."""
         deadline = trio.current_time() + header.timeout_ms / 1000
         method, answer = self._methods.get(header.method), None
-        if isinstance(method, QuickMethod):
+        if isinstance(method, QuickMethod) and self._takes_answers(peer, size):
             try:
                 answer = _encode(id, header, method.handler(_request(peer, header, payload, method, deadline)))
             except Exception as error:
                 answer = _encode_failure(id, header, error)
             if self._endpoint.send_nowait(peer, answer):
-                return
+                return  # however much else is under way
+        if not self._has_room(peer, size):
+            self._refuse(peer, id, Overloaded.code, "too much is under way; try again or ask another")
+            return
         self._budget.take(peer.route, size)
+        self._running_of[peer.route] += 1
         if isinstance(method, LaterMethod):
             later = self._running[peer.route, id] = _Later(self, peer, id, header, size, deadline, nursery)
             try:
@@ -113,12 +117,20 @@ class _Server:
         nursery.start_soon(self._answer, peer, id, header, payload, size, scope, answer)
 
     def _has_room(self, peer: Peer, size: int) -> bool:
-        untaken = self._endpoint.unsent_bytes(peer)
+        most = self._limits.requests
         return (
-            len(self._running) < self._limits.requests
+            len(self._running) < most
+            and self._running_of[peer.route] < max(1, most // 2)  # or one that takes no answers could have all
             and self._budget.fits(peer.route, size)
-            and (untaken == 0 or untaken + size <= self._limits.bytes_per_peer)
+            and self._takes_answers(peer, size)
         )
+
+    def _takes_answers(self, peer: Peer, size: int) -> bool:
+        """Whether not too many bytes of answers wait to be taken, by this peer and by all."""
+        untaken, limits = self._endpoint.unsent_bytes(peer), self._limits
+        return (
+            untaken == 0 or untaken + size <= limits.bytes_per_peer
+        ) and self._endpoint.unsent_total() + size <= limits.bytes_total
 
     def _refuse(self, peer: Peer, id: int, code: str, text: str) -> None:
         self._endpoint.send_nowait(peer, wire.encode_error(id, code, text))
@@ -126,6 +138,9 @@ class _Server:
     def end(self, peer: Peer, id: int, size: int) -> None:
         """A request is over."""
         del self._running[peer.route, id]
+        self._running_of[peer.route] -= 1
+        if not self._running_of[peer.route]:
+            del self._running_of[peer.route]
         self._budget.give(peer.route, size)
 
     def send(
@@ -155,6 +170,7 @@ class _Server:
                 if answer is None:
                     answer = await self._outcome(peer, id, header, payload, scope.deadline)
                 if not self._endpoint.send_nowait(peer, answer):
+                    scope.deadline = min(scope.deadline, trio.current_time() + SEND_TIMEOUT)
                     await self._endpoint.send(peer, answer)
         except ConnectionLost:
             pass  # the caller is gone; its side knows

@@ -31,14 +31,45 @@ def place_of(contact: Contact) -> Place:
 class Way:
     """One direction of a connection. Messages arrive in the order in which they left, as over TCP."""
 
-    __slots__ = ("arrival", "free_at", "source", "target", "under_way", "unsent")
+    __slots__ = ("_unsent", "arrival", "free_at", "source", "target", "under_way")
 
     def __init__(self, source: Place, target: Place) -> None:
         self.source, self.target = source, target
         self.free_at = -math.inf  # when the last message will have left, at the bandwidth there is
         self.arrival = -math.inf  # of the last one
         self.under_way = 0  # messages
-        self.unsent: deque[tuple[float, int]] | None = None  # what has not left: until when, and its bytes
+        self._unsent: deque[tuple[float, int]] | None = None  # what may not have left: until when, and its bytes
+
+    def still_unsent(self, now: float) -> Sequence[tuple[float, int]]:
+        """What has not left: until when, and its bytes."""
+        unsent = self._unsent
+        if unsent is None:
+            return ()
+        while unsent and unsent[0][0] <= now:
+            unsent.popleft()
+        return unsent
+
+    def leaves(self, now: float, size: int) -> None:
+        """A message leaves, by `free_at`."""
+        self.still_unsent(now)
+        self._unsent = self._unsent or deque()
+        self._unsent.append((self.free_at, size))
+
+
+class Leaving:
+    """An `Unsent`: a message that leaves by some time."""
+
+    __slots__ = ("_by",)
+
+    def __init__(self, by: float) -> None:
+        self._by = by
+
+    @property
+    def done(self) -> bool:
+        return trio.current_time() >= self._by
+
+
+GONE = Leaving(-math.inf)
 
 
 class SimLink:
@@ -101,13 +132,13 @@ class SimLink:
         for action in waiting:
             action()
 
-    def send_nowait(self, frames: Sequence[Frame]) -> bool:
+    def send_nowait(self, frames: Sequence[Frame]) -> Leaving | None:
         if self.error is not None:
             raise self.error
         if not self._open or self._far is None:
-            return False
+            return None
         self._network.transmit(self.out, frames, self._far.hear, self)
-        return True
+        return GONE if self._network.bandwidth == math.inf else Leaving(self.out.free_at)
 
     def when_ready(self, action: Callable[[], object]) -> None:
         self._waiting.append(action)
@@ -207,10 +238,12 @@ class SimEndpoint:
         link, now = self.peers.get(peer.route), trio.current_time()
         if link is None:
             return 0
-        unsent = link.back.unsent
-        while unsent and unsent[0][0] <= now:
-            unsent.popleft()
-        return sum(size for _, size in unsent or ())
+        return sum(size for _, size in link.back.still_unsent(now))
+
+    def unsent_total(self) -> int:
+        if self._network.bandwidth == math.inf:
+            return 0
+        return sum(self.unsent_bytes(link.peer) for link in self.peers.values())
 
     def end(self) -> None:
         """The node has ended; its process's connections break."""

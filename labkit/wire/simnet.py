@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from ipaddress import IPv4Address
@@ -172,8 +171,7 @@ class SimNetwork:
         way.free_at = max(now, way.free_at) + size / self.bandwidth
         way.arrival = max(way.arrival, way.free_at + self.delay(way))
         if way.free_at > now:
-            way.unsent = way.unsent or deque()
-            way.unsent.append((way.free_at, size))
+            way.leaves(now, size)
         # Drawn also if it is cut off, so that one does not shift the other.
         lost = self.loss and self._random.random() < self.loss
         if lost or not self.reaches(way):

@@ -22,6 +22,7 @@ from labkit.wire.frames import Frame
 QUEUE_LENGTH = 1000  # messages a connection and direction
 BURST = 64  # messages; then other tasks get a turn
 COPIED = 1 << 16  # bytes; ZeroMQ is given a copy of smaller frames, which then are nobody's any more
+PAUSE, LONGEST_PAUSE = 0.001, 0.05  # seconds between two attempts to send to a ROUTER's peer that has no room
 FLUSH_TIME = 0.2  # seconds that closing a listener waits for its last replies to leave
 # As plain numbers: what pyzmq has are flags of `enum`, which take a microsecond for each `&` and `|`.
 NOBLOCK, NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK) | int(zmq.SNDMORE)
@@ -31,18 +32,18 @@ POLLIN, POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
 class Unsent:
     """Frames that ZeroMQ has not let go of yet. `bytes`: their size while `done` is False."""
 
-    __slots__ = ("_tracker", "bytes")
+    __slots__ = ("_trackers", "bytes")
 
-    def __init__(self, tracker: zmq.MessageTracker | None, size: int) -> None:
-        self._tracker = tracker
+    def __init__(self, trackers: Sequence[zmq.MessageTracker | None], size: int) -> None:
+        self._trackers = trackers
         self.bytes = size
 
     @property
     def done(self) -> bool:
-        return self._tracker is None or self._tracker.done
+        return all(tracker is None or tracker.done for tracker in self._trackers)  # those of small frames are
 
 
-SENT = Unsent(None, 0)
+SENT = Unsent((), 0)
 Context = zmq.Context[Any]
 Arrived = list[zmq.Frame]  # a message
 
@@ -147,16 +148,17 @@ class Socket:
     async def send(self, frames: Sequence[Frame]) -> Unsent:
         """Hand a message to ZeroMQ, waiting for room. Large frames are not copied: leave them unchanged."""
         await trio.lowlevel.checkpoint_if_cancelled()
+        pause = PAUSE
         while True:
             unsent = self.send_nowait(frames)
             if unsent is not None:
                 await trio.lowlevel.cancel_shielded_checkpoint()
                 return unsent
-            if self._tells_writable and self._events & POLLOUT:
-                continue
-            if not self._tells_writable:  # look once more when we are parked
-                trio.lowlevel.current_trio_token().run_sync_soon(self._look, idempotent=True)
-            await self._writers.park()
+            if not self._tells_writable:  # nothing tells when this peer has room
+                await trio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+            elif not self._events & POLLOUT:
+                await self._writers.park()
 
     def send_nowait(self, frames: Sequence[Frame]) -> Unsent | None:
         """Hand a message to ZeroMQ if there is room; None if not. Raises `ConnectionLost` if nobody is there."""
@@ -164,16 +166,20 @@ class Socket:
             raise self.error
         copy = max(map(len, frames)) < COPIED
         try:
-            for frame in frames[:-1]:
-                self._raw.send(frame, NOBLOCK_MORE, copy, not copy)
-            tracker = self._raw.send(frames[-1], NOBLOCK, copy, not copy)
+            if copy:
+                for frame in frames[:-1]:
+                    self._raw.send(frame, NOBLOCK_MORE, copy, not copy)
+                self._raw.send(frames[-1], NOBLOCK, copy, not copy)
+            else:
+                trackers = [self._raw.send(frame, NOBLOCK_MORE, copy, not copy) for frame in frames[:-1]]
+                trackers.append(self._raw.send(frames[-1], NOBLOCK, copy, not copy))
         except zmq.Again:
             return None
         except zmq.ZMQError as error:
             raise ConnectionLost(f"the peer is gone ({error})") from None
         finally:
             self._look()
-        return SENT if copy else Unsent(tracker, sum(map(len, frames)))
+        return SENT if copy else Unsent(trackers, sum(map(len, frames)))
 
     def when_writable(self, action: Callable[[], object]) -> None:
         """After a `send_nowait` for which there was no room: call `action`, once, when there is; never, if the socket

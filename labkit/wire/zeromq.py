@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from labkit.contact import Contact
+from labkit.contact import Contact, is_loopback
 from labkit.errors import ConnectionLost, LabkitError
 from labkit.resources import open_files
 from labkit.wire.addresses import LOOPBACK, announced_address, resolve, split_address
@@ -83,10 +83,10 @@ class ZmqLink:
             self.error = self.error or outcome
             self._scope.cancel()
 
-    def send_nowait(self, frames: Sequence[Frame]) -> bool:
+    def send_nowait(self, frames: Sequence[Frame]) -> Unsent | None:
         if self.error is not None:
             raise self.error
-        return self._socket is not None and self._socket.send_nowait(frames) is not None
+        return self._socket.send_nowait(frames) if self._socket is not None else None
 
     def when_ready(self, action: Callable[[], object]) -> None:
         if self._socket is None:
@@ -157,13 +157,15 @@ class ZmqEndpoint:
             del self._unsent[peer.route]
         return sum(unsent.bytes for unsent in waiting)
 
+    def unsent_total(self) -> int:
+        return sum(self.unsent_bytes(Peer(route)) for route in list(self._unsent))
+
     def _remember(self, peer: Peer, unsent: Unsent) -> None:
         if unsent.done:
             return
         self._unsent.setdefault(peer.route, deque()).append(unsent)
         if len(self._unsent) > 256:  # peers that left without taking their answers
-            for route in list(self._unsent):
-                self.unsent_bytes(Peer(route))
+            self.unsent_total()  # which forgets them
 
 
 class ZmqNetwork:
@@ -191,15 +193,18 @@ class ZmqNetwork:
         """Bind a node to `address` (`tcp://host:port`, port `*` for any).
 
         `announce`: the `host` or `host:port` that others should use, where that differs from what is bound (needed
-        behind a router; guessed for 0.0.0.0). `secure`: CURVE; on by default beyond loopback and for private swarms.
+        behind a router; guessed for 0.0.0.0). `secure`: CURVE; on by default for private swarms and beyond loopback,
+        where `announce` counts, too.
         Raises `ValueError` for arguments that do not go together, `LabkitError` if the address cannot be had.
         """
         bind_host, bind_port = split_address(address)
         admission = admission or Admission()
-        secure = must_encrypt(secure, bind_host, admission)
+        public = bind_host if announce is None else announced_address(announce, bind_host, 0)[0]
+        secure = must_encrypt(secure, bind_host if is_loopback(public) else public, admission)
         domain = f"node-{next(self._domains)}".encode()
         self._admissions[domain] = admission
-        bound = f"tcp://{await resolve(bind_host)}:{bind_port}"
+        ip = await resolve(bind_host)
+        bound = f"tcp://[{ip}]:{bind_port}" if ":" in ip else f"tcp://{ip}:{bind_port}"
         socket, host, port = make_router(
             self.context, bound, identity, secure=secure, domain=domain, max_frame=self.limits.message_bytes
         )

@@ -71,16 +71,17 @@ export function failuresPanel(store: Store, ctx: Context): Panel {
   };
 
   const update = () => {
-    const failed = store.frame?.headline.failed ?? {};
-    for (const one of toggles) text(one.count, whole(failed[one.cause] ?? 0));
-    for (const one of counts) text(one.cell, whole(failed[one.cause] ?? 0));
+    const failed = store.frame?.headline.failed ?? {}, known = store.frame?.source !== "servers"; // who makes no calls knows of none
+    const count = (cause: Cause) => (known ? failed[cause] ?? 0 : NaN);
+    for (const one of toggles) text(one.count, whole(count(one.cause)));
+    for (const one of counts) text(one.cell, whole(count(one.cause)));
     const revision = store.revision("series", "marks");
     if (revision === drawn) return;
     drawn = revision;
     rows = stack(store.series.values, shown);
     chart.set(times(store.series), rows, ctx.duration);
-    const total = CAUSES.reduce((sum, cause) => sum + (failed[cause] ?? 0), 0);
-    attribute(chart.el, "aria-label", `Failed calls by cause over time, ${whole(total)} in all; the last things that happened: `
+    const total = CAUSES.reduce((sum, cause) => sum + count(cause), 0);
+    attribute(chart.el, "aria-label", `Failed calls by cause over time, ${known ? `${whole(total)} in all` : "not known here, where no call was made"}; the last things that happened: `
       + (store.marks.slice(-3).map(([at, what]) => `${clock(at)} ${what}`).join(", ") || "nothing"));
     const listed = store.marks.slice(-LISTED);
     if (happened.childElementCount !== listed.length || happened.lastElementChild?.textContent !== markText(listed.at(-1))) {

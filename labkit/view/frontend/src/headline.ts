@@ -38,7 +38,7 @@ export function headlinePanel(store: Store, ctx: Context): Panel & { tick(now: n
     text(traffic.value, amount);
     text(traffic.label, `${unit ?? "B"}/s`);
     text(flight.value, whole(n.in_flight));
-    const failures = Object.values(n.failed).reduce((sum, count) => sum + (count ?? 0), 0);
+    const failures = frame.source === "calls" ? Object.values(n.failed).reduce((sum, count) => sum + (count ?? 0), 0) : NaN;
     text(failed.value, whole(failures));
     failed.el.classList.toggle("lk-bad", failures > 0);
     attribute(failed.el, "title", failedTitle(frame));
@@ -63,5 +63,6 @@ export function headlinePanel(store: Store, ctx: Context): Panel & { tick(now: n
 
 function failedTitle(frame: Frame): string {
   const rows = frame.headline.unanswered_rows;
+  if (frame.source === "servers") return `no call was made from here, so it is not known how many failed; ${whole(frame.headline.answered)} were answered`;
   return `calls that failed since the start, of ${whole(frame.headline.answered)} answered${rows ? `; ${whole(rows)} rows of a batch were left without an answer` : ""}`;
 }
