@@ -34,12 +34,15 @@ _HOME = {
     "MixtureOfExperts": "client.moe",
     "RemoteExpert": "client.expert",
     "LabkitError": "errors",
+    "DataNotFound": "errors",
     "JoinError": "errors",
     "InviteError": "errors",
     "NoExperts": "errors",
     "NotEnoughExperts": "errors",
+    "RPCError": "errors",
     "ServerFailed": "errors",
     "SwarmClosed": "errors",
+    "TrainingFailed": "errors",
 }
 __all__ = ["__version__", *_HOME]
 
@@ -48,13 +51,16 @@ if TYPE_CHECKING:
     from labkit.client.expert import RemoteExpert as RemoteExpert
     from labkit.client.moe import MixtureOfExperts as MixtureOfExperts
     from labkit.data import load as load
+    from labkit.errors import DataNotFound as DataNotFound
     from labkit.errors import InviteError as InviteError
     from labkit.errors import JoinError as JoinError
     from labkit.errors import LabkitError as LabkitError
     from labkit.errors import NoExperts as NoExperts
     from labkit.errors import NotEnoughExperts as NotEnoughExperts
+    from labkit.errors import RPCError as RPCError
     from labkit.errors import ServerFailed as ServerFailed
     from labkit.errors import SwarmClosed as SwarmClosed
+    from labkit.errors import TrainingFailed as TrainingFailed
     from labkit.run import fit as fit
     from labkit.server.layers import register_expert as register_expert
     from labkit.server.optimizer import BackendConfig as BackendConfig

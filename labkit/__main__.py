@@ -49,7 +49,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 def add_serve(parser: argparse.ArgumentParser) -> None:
     """The options of `labkit serve`."""
     parser.add_argument("--join", metavar="INVITE", help="the invitation of a running swarm (default: start a new one)")
-    parser.add_argument("--experts", type=int, help="how many experts (default: the grid's free places)")
+    parser.add_argument("--experts", type=int, help="how many experts (default: the free places; in a new swarm 8)")
     parser.add_argument("--grid", type=int, nargs="+", metavar="SIZE", help="sizes of the expert grid")
     parser.add_argument(
         "--expert", default="ffn", metavar="KIND", help="ffn, transformer, nop or package.module:factory"

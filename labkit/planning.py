@@ -247,8 +247,12 @@ def plan_servers(
 def known_sizes(grids: Mapping[str, GridInfo], name: str) -> tuple[int, ...]:
     """The sizes of a grid that is served. Raises `ValueError`."""
     if name not in grids:
-        others = f"those served are {', '.join(sorted(grids))}" if grids else "no grid is served at all"
-        raise ValueError(f"nobody serves a grid {name!r} in this swarm ({others}); give its sizes: grid=…")
+        if not grids:
+            raise ValueError(f"no grid is served in this swarm; serve {name!r} first, or give its sizes: grid=…")
+        raise ValueError(
+            f"nobody serves a grid {name!r} in this swarm, but {', '.join(sorted(grids))}; say which is meant with "
+            "name=…, or, if it is still to be served, give its sizes: grid=…"
+        )
     return grids[name].sizes
 
 

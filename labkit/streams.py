@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,11 @@ def stream(data: Any, batch_size: int, seed: int) -> tuple[int | None, Generator
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         x, y = data
         return math.ceil(len(x) / batch_size), _pairs(batches(x, y, batch_size, generator))
+    if _is_misfit(data):
+        raise ValueError(
+            f"data={type(data).__name__}: (x, y) as two torch tensors (torch.from_numpy makes one of an array), what "
+            "lk.load(name) returns, a Dataset, or an iterable of batches"
+        )
     if isinstance(data, Dataset):
         data = DataLoader(data, batch_size, shuffle=not isinstance(data, IterableDataset), generator=generator)
     if not isinstance(data, Iterable):
@@ -39,6 +44,13 @@ def stream(data: Any, batch_size: int, seed: int) -> tuple[int | None, Generator
     if length == 0:
         raise ValueError("data: there are no batches in it")
     return length, _pairs(_repeat(data))
+
+
+def _is_misfit(data: Any) -> bool:
+    """What could be iterated over, but surely is no data: a name, one tensor, a pair of arrays."""
+    if isinstance(data, (tuple, list)):
+        return len(data) == 2 and not any(isinstance(part, (Tensor, tuple, list)) for part in data)
+    return isinstance(data, (str, bytes, Mapping, Tensor))
 
 
 def _repeat(data: Iterable[Any]) -> Iterator[Any]:

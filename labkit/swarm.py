@@ -27,7 +27,7 @@ from labkit.contact import Contact
 from labkit.directory.grids import GridInfo
 from labkit.errors import RPCError, SwarmClosed
 from labkit.events import Emit, Listeners
-from labkit.expert_uid import ExpertInfo, check_grid
+from labkit.expert_uid import ExpertInfo, check_grid, split_uid
 from labkit.faults import Faults
 from labkit.handles import Lab, ServerHandle, begin_all, end_all
 from labkit.joining import Invitation, Members
@@ -171,11 +171,14 @@ class Swarm:
         `kind`: "ffn", "transformer", "nop", a name given to `register_expert`, or any factory of an `nn.Module`, with
         its `options` (`hidden=256`). `grid`: the grid to serve in (by default that of the running swarm, or one of
         `experts`); `experts`: how many of its free places to take, all by default, or `uids`: which. `isolation`:
-        "process", or "task" for one in this process; by default a process wherever a process can import the kind.
-        `checkpoint_dir`: where experts are loaded from and saved to; by default a folder that goes with the swarm.
+        "process", or "task" for one in this process; by default a process wherever a process can import the kind, else
+        a task; a name that only this process knows needs "task". `checkpoint_dir`: where experts are loaded from and,
+        every `checkpoint_period` seconds, saved to; by default a folder that goes with the swarm.
         `backend`: optimizer and limits. `threads`: torch's, in each server; by default the servers here share this
         process's number. Raises `ValueError`, `ServerFailed`.
         """
+        if backend is not None and not isinstance(backend, BackendConfig):
+            raise ValueError(f"backend={backend!r}: a BackendConfig, such as lk.BackendConfig(lr=1e-3)")
         name = grid_name(kind, name, uids)
         known = self.grids().get(name)
         given, options = options, fit_options(kind, options, name, known)
@@ -240,7 +243,10 @@ class Swarm:
         `grid`: its sizes, by default those that its servers declare. `dispatch`: `k_best`, `k_min`, timeouts, and what
         else `DispatchConfig` has. Raises `ValueError`.
         """
-        sizes = check_grid(grid) if grid is not None else known_sizes(self.grids(), name)
+        grids = self.grids()
+        sizes = check_grid(grid) if grid is not None else known_sizes(grids, name)
+        if name in grids and grids[name].sizes != sizes and any(split_uid(uid)[0] == name for uid in self.experts()):
+            raise ValueError(f"grid={sizes}: the grid {name!r} has the sizes {grids[name].sizes}; leave grid=… out")
         return MixtureOfExperts(
             dim, sizes, name, swarm=self.name, routing=routing, jitter=jitter, grid_dropout=grid_dropout,
             dispatch=dispatch_config(sizes, dispatch),

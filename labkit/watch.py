@@ -77,7 +77,10 @@ def open_page(invite: str, secret: str | None = None, port: int = 0, key: str | 
 def check_installed() -> None:
     """Raises `LabkitError` if labkit was installed without what the page needs."""
     if importlib.util.find_spec("voila") is None:
-        raise LabkitError('the page needs Voilà, which is not installed: pip install "labkit[watch]"')
+        raise LabkitError(
+            f'the page needs Voilà, which is not installed: {sys.executable} -m pip install "labkit[watch]", or in a '
+            'checkout -e ".[watch]"'
+        )
 
 
 def _join(invite: str, key: str | None, name: str) -> Swarm:

@@ -195,7 +195,17 @@ def test_the_schedule_reaches_the_optimizer():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"optimizer": "adamm"}, {"schedule": "linear"}, {"accumulate": 0}, {"clip_grad_norm": 0.0}]
+    "wrong",
+    [
+        {"optimizer": "adamm"},
+        {"schedule": "linear"},
+        {"accumulate": 0},
+        {"clip_grad_norm": 0.0},
+        {"lr": -1},
+        {"lr": "1e-3"},
+        {"weight_decay": float("nan")},
+        {"momentum": -0.1},
+    ],  # fmt: skip
 )
 def test_a_config_that_makes_no_sense_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

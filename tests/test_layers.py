@@ -87,6 +87,13 @@ def test_an_option_that_the_factory_does_not_take_is_named():
         make_expert("ffn")
 
 
+def test_a_module_is_no_kind_and_a_kind_has_a_name():
+    with pytest.raises(ValueError, match="give the class Doubling"):
+        make_expert(Doubling())
+    with pytest.raises(ValueError, match=r'needs a name: @register_expert\("mine"\)'):
+        register_expert(Doubling)  # type: ignore[call-overload]
+
+
 def test_a_factory_has_to_make_a_module():
     with pytest.raises(ValueError, match="made a dict"):
         make_expert(dict)  # type: ignore[arg-type]

@@ -429,7 +429,7 @@ def test_switch_routing_weighs_the_one_expert_by_its_probability_so_the_gate_lea
 
 @pytest.mark.parametrize("routing", ["softmax", "switch"])
 def test_who_did_not_answer_has_no_weight(swarm, routing):
-    moe = swarm.moe(DIM, (4,), "line", routing=routing)
+    moe = swarm.moe(DIM, (4,), "nobody", routing=routing)
     weights = moe.weights([torch.tensor([[3.0, 2, 1, 0]] * 2)], dispatched((0, 1), (-1, -1)))
     assert (weights[0] > 0).all() and weights[1].tolist() == [0, 0]
 

@@ -407,7 +407,10 @@ def test_faults_that_cannot_be_are_refused_by_name(still, wrong):
 def test_a_layer_takes_the_sizes_of_its_grid_from_the_swarm(still):
     layer = still.moe(4)
     assert layer.grid == (2, 3)
-    with pytest.raises(ValueError, match=r"nobody serves a grid 'cnn' in this swarm .*ffn.* grid=…"):
+    assert still.moe(4, (2, 3)).grid == (2, 3)
+    with pytest.raises(ValueError, match=r"grid=\(3, 3\): the grid 'ffn' has the sizes \(2, 3\)"):
+        still.moe(4, (3, 3))
+    with pytest.raises(ValueError, match=r"nobody serves a grid 'cnn' in this swarm, but ffn; .*name=….*grid=…"):
         still.moe(4, name="cnn")
     with pytest.raises(ValueError, match=r"moe has no option k_bets; besides its own it has k_best"):
         still.moe(4, k_bets=2)

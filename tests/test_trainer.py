@@ -291,6 +291,9 @@ def test_the_same_seed_gives_the_same_batches_and_another_others(data):
     [
         (None, "a Dataset, or an iterable of batches, not NoneType"),
         ([], "there are no batches in it"),
+        ("digits", "data=str: .* what lk.load.name. returns"),
+        ((ROWS.numpy(), LABELS.numpy()), "two torch tensors .torch.from_numpy"),
+        (ROWS, "data=Tensor"),
         ((ROWS, LABELS[:3]), "10 rows and y has 3"),
     ],
 )

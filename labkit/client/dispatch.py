@@ -49,12 +49,16 @@ class DispatchConfig:
     codec: str = "none"
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.k_min, int) and isinstance(self.k_best, int)):
+            raise ValueError(f"k_min={self.k_min!r}, k_best={self.k_best!r}: whole numbers")
         if not 1 <= self.k_min <= self.k_best:
             raise ValueError(f"k_min={self.k_min}, k_best={self.k_best}: needs 1 <= k_min <= k_best")
         for name in ("forward_timeout", "backward_timeout", "timeout_after_k_min"):
             seconds = getattr(self, name)
-            if not (math.isfinite(seconds) and (seconds > 0 or (seconds == 0 and name == "timeout_after_k_min"))):
-                raise ValueError(f"{name}={seconds!r}: a finite number of seconds above 0")
+            may_be_none = name == "timeout_after_k_min"
+            if not (math.isfinite(seconds) and (seconds > 0 or (seconds == 0 and may_be_none))):
+                least = "of at least 0" if may_be_none else "above 0"
+                raise ValueError(f"{name}={seconds!r}: a finite number of seconds {least}")
         if self.codec not in CODECS:
             raise ValueError(f"codec={self.codec!r}: one of {', '.join(CODECS)}")
 

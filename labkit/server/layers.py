@@ -36,6 +36,8 @@ def register_expert(name: str, factory: F_co | None = None) -> F_co | Callable[[
     Registering a name again replaces it (a cell may run twice); labkit's own kinds can't be replaced. Raises
     `ValueError`.
     """
+    if not isinstance(name, str):
+        raise ValueError('register_expert needs a name: @register_expert("mine")')
     if factory is None:
         return lambda decorated: register_expert(name, decorated)
     if not name.isidentifier():
@@ -54,6 +56,11 @@ def make_expert(kind: str | Factory, **options: Any) -> nn.Module:
     """
     factory = _find_factory(kind) if isinstance(kind, str) else kind
     label = kind if isinstance(kind, str) else getattr(kind, "__name__", repr(kind))
+    if isinstance(factory, nn.Module):
+        raise ValueError(
+            f"an expert kind is what makes a module, not a module: give the class {type(factory).__name__} and its "
+            "options, or a function that returns a new one"
+        )
     if not callable(factory):
         raise ValueError(f"an expert kind is a name or a callable that returns a module, not {factory!r}")
     _check_options(label, factory, options)
@@ -127,8 +134,10 @@ def _check_options(label: str, factory: Factory, options: dict[str, Any]) -> Non
         takes = [p for p in signature.parameters.values() if p.kind not in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)]
         names = ", ".join(f"{p.name} (required)" if p.default is p.empty else p.name for p in takes) or "nothing"
         unknown = ", ".join(sorted(set(options) - {p.name for p in takes}))
-        wrong = f"no option {unknown}" if unknown else f"other options ({error})"
-        raise ValueError(f"expert kind {label!r} takes {wrong}; it takes {names}") from None
+        wrong = f"takes no option {unknown}" if unknown else f"cannot be made with these options ({error})"
+        raise ValueError(
+            f"expert kind {label!r} {wrong}; it takes {names}. How it is trained is said in backend=BackendConfig(…)"
+        ) from None
 
 
 # ---------------------------------------------------------------- the kinds that come with labkit

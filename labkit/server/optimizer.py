@@ -54,6 +54,10 @@ class BackendConfig:
             raise ValueError("a linear schedule needs total_steps, more than warmup_steps")
         if self.accumulate < 1 or self.max_batch_size < 1 or self.warmup_steps < 0:
             raise ValueError("accumulate and max_batch_size are at least 1, warmup_steps at least 0")
+        for name in ("lr", "weight_decay", "momentum"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value!r}: a finite number of at least 0")
         if not 0 <= self.beta1 < 1:
             raise ValueError(f"beta1={self.beta1!r}: at least 0 and below 1")
         if not (math.isfinite(self.age_power) and self.age_power >= 0):

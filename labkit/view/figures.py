@@ -54,7 +54,7 @@ class Sheet:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError("pictures are drawn by matplotlib: pip install labkit[notebooks]") from error
+            raise ImportError("pictures are drawn by matplotlib: pip install matplotlib") from error
         self.width, self.height = width, height
         self._figure: Any  # matplotlib is only partly typed
         with _lock:

@@ -125,7 +125,7 @@ class Logging:
             row["swarm/heat_map"] = Picture(draw_heat_map(scene))
         except ImportError:
             if first:
-                logger.warning("no heat map is logged: matplotlib is not installed (pip install labkit[notebooks])")
+                logger.warning("no heat map is logged: matplotlib is not installed (pip install matplotlib)")
         return row
 
     def _finish(self) -> None:

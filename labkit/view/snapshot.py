@@ -42,7 +42,7 @@ Doubles = npt.NDArray[np.float64]
 def draw(scene: Scene) -> bytes:
     """A PNG of 1200 × 800 pixels, light, in colours that the colour-blind can tell apart.
 
-    Needs matplotlib (the extra `notebooks`); raises `ImportError` without it.
+    Needs matplotlib; raises `ImportError` without it.
     """
     sheet = Sheet(WIDTH, HEIGHT)
     _draw_title(sheet, scene)
