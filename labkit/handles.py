@@ -55,6 +55,7 @@ class ServerHandle:
         self._lab = lab
         self._faults = Faults(lab.faults.latency, lab.faults.loss)
         self._life: Life | None = None
+        self._stopping: Life | None = None  # what is to save its experts before it ends
 
     @property
     def uids(self) -> tuple[str, ...]:
@@ -230,14 +231,22 @@ class ServerHandle:
         """
         life, self._life = self._life, None
         if life is None:
+            if self._stopping is not None and not save:  # that takes too long for somebody
+                self.state = state
+                self._stopping.kill()
+                await self._stopping.wait()
             return ""
         failure, was_running, self.state = "", self.state == "running", state
         if save and was_running:
             failure = f"it had not saved its experts after {timeout:g} s, and was killed"
+            self._stopping = life
             life.stop()
-            with trio.move_on_after(timeout):
-                failure = await life.wait()
-            if failure:
+            try:
+                with trio.move_on_after(timeout):
+                    failure = await life.wait()
+            finally:
+                self._stopping = None
+            if failure and self.state == state:
                 self.state, self.failure = "failed", failure
         life.kill()
         await life.wait()

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, starmap
 from typing import NamedTuple
 
 import trio
@@ -38,7 +39,7 @@ AT_ONCE_FOR_ONE = 32  # the same, where somebody waits for the answers
 PREFIXES_AT_ONCE = 4  # few, so that no step holds the lab thread for long
 MAX_GRIDS = 100
 MAX_EXPERTS = 20_000
-MAX_EXPERTS_SAID = 2 * MAX_EXPERTS  # by all servers together
+MAX_STRANGE = 20_000  # of which servers speak, all together, and of which the directory knows nothing
 MAX_SERVERS = 1_000
 
 
@@ -207,8 +208,8 @@ class _Poll:
                 self._failures[address] = self._failures.get(address, 0) + 1
                 logger.exception("asking %s for its statistics failed", address)
             else:
-                others = sum(len(s.experts) for a, (s, _) in self._statistics.items() if a != address)
-                self._statistics[address] = (bounded(statistics, others), time.monotonic())
+                strange = sum(self._found.strange(a, s) for a, (s, _) in self._statistics.items() if a != address)
+                self._statistics[address] = (self._found.bounded(address, statistics, strange), time.monotonic())
                 self._failures.pop(address, None)
 
 
@@ -217,12 +218,23 @@ class _Poll:
 
 @dataclass(slots=True)
 class Found:
-    """All experts of the grids that were walked. `contacts`: their servers, by address. `chunks`: steps it took."""
+    """All experts of the grids that were walked. `contacts`: their servers, by address; `held`: how many experts each
+    of those is said to hold. `chunks`: steps it took."""
 
     experts: dict[str, ExpertInfo] = field(default_factory=dict)
     suspects: dict[str, ExpertInfo] = field(default_factory=dict)
     contacts: dict[str, Contact] = field(default_factory=dict)
+    held: Counter[str] = field(default_factory=Counter)
     chunks: int = 0
+
+    def strange(self, address: str, statistics: ServerStatistics) -> int:
+        """Of how many experts a server speaks beyond those that the directory gives it."""
+        return max(0, len(statistics.experts) - self.held[address])
+
+    def bounded(self, address: str, statistics: ServerStatistics, others: int) -> ServerStatistics:
+        """What a server says; without its experts, where with the `others` too many are strange."""
+        strange = self.strange(address, statistics)
+        return without_experts(statistics) if strange and others + strange > MAX_STRANGE else statistics
 
 
 async def find_experts(
@@ -251,9 +263,11 @@ async def find_experts(
                 found.experts.update((info.uid, info) for _, info in sorted(views[prefix].experts.items()))
             hidden = directory.hidden(some)
             found.suspects |= hidden
-            servers = {info.contact for prefix in some for info in views[prefix].experts.values()}
+            servers = Counter(info.contact for prefix in some for info in views[prefix].experts.values())
             servers.update(info.contact for info in hidden.values())
-            found.contacts.update((contact.endpoint, contact) for contact in servers)
+            for contact, count in servers.items():
+                found.contacts[contact.endpoint] = contact
+                found.held[contact.endpoint] += count
             if len(found.experts) >= MAX_EXPERTS:
                 return found
             await trio.sleep(pause())
@@ -279,11 +293,6 @@ def contacts_of(servers: Sequence[ServerHandle], found: Found) -> dict[str, Cont
     return contacts
 
 
-def bounded(statistics: ServerStatistics, others: int) -> ServerStatistics:
-    """What a server says, without its experts where it and the others, who have so many, speak of too many in all."""
-    return without_experts(statistics) if others + len(statistics.experts) > MAX_EXPERTS_SAID else statistics
-
-
 async def ask_everybody(node: Node, servers: Sequence[ServerHandle], timeout: float) -> dict[str, ServerStatistics]:
     """The statistics of the servers started here and of all that the DHT knows now, by address, at most 32 asked at a
     time. Those that do not answer within `timeout` seconds are missing."""
@@ -296,7 +305,8 @@ async def ask_everybody(node: Node, servers: Sequence[ServerHandle], timeout: fl
             except RPCError as error:
                 logger.debug("%s gave no statistics: %s", address, error)
             else:
-                answers[address] = bounded(said, sum(len(answer.experts) for answer in answers.values()))
+                strange = sum(starmap(found.strange, answers.items()))
+                answers[address] = found.bounded(address, said, strange)
 
     end, limiter = trio.current_time() + timeout, trio.CapacityLimiter(AT_ONCE_FOR_ONE)
     found = Found(contacts={info.contact.endpoint: info.contact for info in node.directory.known().values()})

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 FRAME_BYTES = 1 << 17  # that we take for a frame; a `FrameWriter` stays below half of it
 FRAME_TIMEOUT = 2.0  # seconds
-ORDER_TIMEOUT = 20.0  # seconds: a run that is stopped waits for its last batches
+ORDER_TIMEOUT = 35.0  # seconds: a server that is stopped saves its experts
 EXPORT_TIMEOUT = 30.0  # seconds, for the first part, which waits until it is drawn
 RETRY = 1.0  # seconds after a failed call for which no page asks again
 KEYS = {

@@ -205,7 +205,7 @@ def test_the_schedule_reaches_the_optimizer():
         {"lr": "1e-3"},
         {"weight_decay": float("nan")},
         {"momentum": -0.1},
-    ],  # fmt: skip
+    ],
 )
 def test_a_config_that_makes_no_sense_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

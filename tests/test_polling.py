@@ -236,13 +236,13 @@ async def test_statistics_that_cannot_be_are_a_failure_of_that_server_alone(auto
 
 
 async def test_servers_that_speak_of_too_many_experts_are_heard_without_them(autojump_clock, monkeypatch):
-    monkeypatch.setattr(polling, "MAX_EXPERTS_SAID", 10)
+    monkeypatch.setattr(polling, "MAX_STRANGE", 10)
     lab = Lab()
-    await lab.declare()
-    for contact in lab.contacts:
-        many = {f"ffn.{n}": 1 for n in range(4)}
+    await lab.declare()  # four each
+    for contact, count in zip(lab.contacts, (4, 4, 20, 20), strict=True):
+        many = {f"ffn.{n}": 1 for n in range(count)}
         lab.answers[contact.endpoint] = SAID | {"experts": many} | {
-            name: [1] * 4 for name in ("expert_rows", "expert_requests", "expert_seconds")
+            name: [1] * count for name in ("expert_rows", "expert_requests", "expert_seconds")
         }  # fmt: skip
     async with lab.polled():
         await trio.sleep(5.5)

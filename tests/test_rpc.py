@@ -10,7 +10,8 @@ import trio
 import zmq
 
 from labkit.contact import Contact
-from labkit.errors import BadReply, ConnectionLost, HandshakeFailed, RemoteFailure, VersionMismatch
+from labkit.errors import BadReply, ConnectionLost, DeadlineExceeded, HandshakeFailed, RemoteFailure, VersionMismatch
+from labkit.wire import client as client_module
 from labkit.wire import frames as wire
 from labkit.wire.methods import RPCLimits
 from labkit.wire.security import Identity
@@ -37,6 +38,24 @@ async def test_a_node_may_listen_on_ipv6(address: str) -> None:
     async with open_network() as network, serving(network, address=address) as server, calling(network) as client:
         reply = await client.call(changed(server.contact, host="::1"), "echo", "body", timeout=5)
         assert reply.body == "body"
+
+
+async def test_what_a_peer_never_takes_is_given_up_and_the_link_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "LEAVING_TIMEOUT", 0.5)
+    context = zmq.Context()
+    frozen = context.socket(zmq.ROUTER)
+    frozen.setsockopt(zmq.RCVHWM, 1)
+    port = frozen.bind_to_random_port("tcp://127.0.0.1")
+    async with open_network() as network, calling(network) as client:
+        contact = Contact(Identity.generate().public_key, "127.0.0.1", port, secure=False)
+        for _ in range(4):
+            with pytest.raises(DeadlineExceeded):
+                await client.call(contact, "echo", None, [torch.zeros(5_000_000)], timeout=0.2)
+        assert client.budget.taken >= 20_000_000 and client.links == 1
+        with trio.fail_after(5):
+            while client.budget.taken or client.links:
+                await trio.lowlevel.checkpoint()
+    context.destroy(0)
 
 
 def prelude(version: int = wire.VERSION, kind: int = 1, id: int = 7) -> bytes:

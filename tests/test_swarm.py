@@ -338,6 +338,36 @@ def test_a_stop_that_cannot_save_says_so(swarm, tmp_path):
     assert server.alive
 
 
+class Endless(nn.Module):
+    """Computes until the test is over."""
+
+    begun, go = threading.Event(), threading.Event()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.begun.set()
+        self.go.wait(20)
+        return x
+
+
+def test_a_server_that_takes_long_to_stop_can_be_killed_meanwhile(swarm):
+    server = swarm.serve(Endless, grid=(1,), isolation="task")[0]
+
+    def ask() -> None:
+        with pytest.raises(lk.LabkitError):
+            swarm.expert("endless.0")(X)
+
+    asking, stopping = threading.Thread(target=ask), threading.Thread(target=server.stop)
+    asking.start()
+    assert Endless.begun.wait(10)
+    stopping.start()
+    eventually(lambda: server.state == "stopped")
+    server.kill()
+    stopping.join(5)
+    assert not stopping.is_alive() and server.state == "killed"
+    Endless.go.set()
+    asking.join()
+
+
 def test_a_server_that_is_killed_while_it_starts_does_not_come_to_life(swarm):
     begun, go_on = threading.Event(), threading.Event()
 

@@ -79,11 +79,16 @@ def load_expert(directory: str | os.PathLike[str], uid: str, *, kind: str = "") 
         raise CheckpointError(f"{path} is not a checkpoint of this version (it says {found!r}); {way_out}")
     if metadata.get("uid") != uid:
         raise CheckpointError(f"{path} holds expert {metadata.get('uid')!r}; {way_out}")
-    if kind and metadata.get("kind") and metadata["kind"] != kind:
+    if kind and metadata.get("kind") and _short(metadata["kind"]) != _short(kind):
         raise CheckpointError(f"{path} holds an expert of kind {metadata['kind']!r}, not {kind!r}; {way_out}")
     if metadata.get("crc32") != _checksum(tensors):
         raise CheckpointError(f"{path} is damaged (its checksum differs); {way_out}")
     return tensors
+
+
+def _short(kind: str) -> str:
+    """A kind without its module, which is another where a script is run and where it is imported."""
+    return kind.rpartition(":")[2]
 
 
 def restore(directory: str | os.PathLike[str], backend: ExpertBackend) -> bool:

@@ -34,6 +34,7 @@ from labkit.wire.endpoint import Endpoint, Unsent
 from labkit.wire.methods import BULK, CONTROL, Reply, RPCLimits
 
 LEAVING_PERIOD = 0.1  # seconds between two looks at whether a request that nobody waits for any more has left
+LEAVING_TIMEOUT = 20.0  # seconds until it is given up, and the link with it
 
 Done = Callable[[Reply | RPCError], object]
 
@@ -157,18 +158,22 @@ class Call:
             if self._alarm is not None:
                 self._client.agenda.cancel(self._alarm)
             if self._taken:
-                self._give_back()
+                self._give_back(trio.current_time() + LEAVING_TIMEOUT)
             else:
                 self._client.budget.forget(self._take)
         return done
 
-    def _give_back(self) -> None:
+    def _give_back(self, at_last: float) -> None:
         """Others may have its bytes of the budget, when its frames have left; until then they are in the way."""
         assert self._connection is not None
-        if self._unsent is None or self._unsent.done or self._connection.link.error is not None:
-            self._client.budget.give(self._key, self._size)
+        client, now = self._client, trio.current_time()
+        gone = self._unsent is None or self._unsent.done or self._connection.link.error is not None
+        if gone or now >= at_last:
+            if not gone:
+                client.drop(*self._key, self._connection)
+            client.budget.give(self._key, self._size)
         else:
-            self._client.agenda.at(trio.current_time() + LEAVING_PERIOD, self._give_back)
+            client.agenda.at(now + LEAVING_PERIOD, self._give_back, at_last)
 
     def _tell_cancelled(self) -> None:
         if self._sent and self._connection is not None:

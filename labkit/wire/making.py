@@ -14,6 +14,7 @@ from labkit.wire.security import Identity
 from labkit.wire.sockets import QUEUE_LENGTH, Context, Socket
 
 HEARTBEAT = 2.0  # seconds between ZMTP pings; a peer that is silent for three of them is gone
+STUCK_TIMEOUT = 15.0  # seconds after which a peer that takes no byte of what is sent to it is gone (on Linux)
 HANDSHAKE_TIMEOUT = 5.0  # seconds
 ZAP_ADDRESS = "inproc://zeromq.zap.01"
 MONITORED = (
@@ -98,6 +99,7 @@ def _configure(raw: zmq.Socket[bytes], max_frame: int) -> None:
     raw.setsockopt(zmq.RCVHWM, QUEUE_LENGTH)
     raw.setsockopt(zmq.HEARTBEAT_IVL, round(HEARTBEAT * 1000))
     raw.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(3 * HEARTBEAT * 1000))
+    raw.setsockopt(zmq.TCP_MAXRT, round(STUCK_TIMEOUT * 1000))
     raw.setsockopt(zmq.HANDSHAKE_IVL, round(HANDSHAKE_TIMEOUT * 1000))
 
 

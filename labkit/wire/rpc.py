@@ -30,7 +30,7 @@ from labkit.wire.methods import LaterMethod, Method, Methods, QuickMethod, Reply
 
 logger = logging.getLogger(__name__)
 
-SEND_TIMEOUT = 10.0  # seconds that an answer waits for room: a peer that takes none for so long gets none
+SEND_TIMEOUT = 60.0  # seconds that an answer waits for room at most
 
 
 async def serve_rpc(
@@ -61,6 +61,7 @@ class _Server:
         self._budget = ByteBudget(limits.bytes_per_peer, limits.bytes_total)
         self._running: dict[tuple[bytes, int], trio.CancelScope | _Later] = {}
         self._running_of = Counter[bytes]()  # by the route of the peer
+        self._turns: dict[bytes, trio.Lock] = {}  # of the answers that wait for room, by the same
 
     def accept(self, peer: Peer, frames: Sequence[wire.Frame], nursery: trio.Nursery) -> None:
         """Start to answer a request, or refuse it, or drop what is none."""
@@ -120,7 +121,7 @@ class _Server:
         most = self._limits.requests
         return (
             len(self._running) < most
-            and self._running_of[peer.route] < max(1, most // 2)  # or one that takes no answers could have all
+            and self._running_of[peer.route] < max(1, most - most // 8)  # some are left for others
             and self._budget.fits(peer.route, size)
             and self._takes_answers(peer, size)
         )
@@ -128,9 +129,9 @@ class _Server:
     def _takes_answers(self, peer: Peer, size: int) -> bool:
         """Whether not too many bytes of answers wait to be taken, by this peer and by all."""
         untaken, limits = self._endpoint.unsent_bytes(peer), self._limits
-        return (
-            untaken == 0 or untaken + size <= limits.bytes_per_peer
-        ) and self._endpoint.unsent_total() + size <= limits.bytes_total
+        return untaken == 0 or (  # who takes them all is not refused for what others do
+            untaken + size <= limits.bytes_per_peer and self._endpoint.unsent_total() + size <= limits.bytes_total
+        )
 
     def _refuse(self, peer: Peer, id: int, code: str, text: str) -> None:
         self._endpoint.send_nowait(peer, wire.encode_error(id, code, text))
@@ -141,6 +142,7 @@ class _Server:
         self._running_of[peer.route] -= 1
         if not self._running_of[peer.route]:
             del self._running_of[peer.route]
+            self._turns.pop(peer.route, None)
         self._budget.give(peer.route, size)
 
     def send(
@@ -171,7 +173,8 @@ class _Server:
                     answer = await self._outcome(peer, id, header, payload, scope.deadline)
                 if not self._endpoint.send_nowait(peer, answer):
                     scope.deadline = min(scope.deadline, trio.current_time() + SEND_TIMEOUT)
-                    await self._endpoint.send(peer, answer)
+                    async with self._turns.setdefault(peer.route, trio.Lock()):
+                        await self._endpoint.send(peer, answer)
         except ConnectionLost:
             pass  # the caller is gone; its side knows
         finally:
