@@ -28,9 +28,9 @@ from labkit.server.statistics import ServerStatistics, call_statistics, without_
 logger = logging.getLogger(__name__)
 
 FIND_PERIOD = 2.0  # seconds, or longer, where there is more than this to look at:
-EXPERTS_PER_SECOND = 200  # that are looked up: each takes ten microseconds of the process that also trains
-ASKED_PER_SECOND = 8  # servers: each answer takes a third of a millisecond of it
-UNSEEN = 1 / 4  # of these rates, while nobody looks and all of it is only recorded
+EXPERTS_PER_SECOND = 150  # that are looked up: each takes ten microseconds of the process that also trains
+ASKED_PER_SECOND = 6  # servers: each answer takes a third of a millisecond of it
+UNSEEN = 1 / 3  # of these rates, while nobody looks and all of it is only recorded
 STATISTICS_TIMEOUT = 1.0  # seconds
 LEAST_TIME = 0.25  # seconds: with less left of a round, a server is asked first in the next one
 REST = 5.0  # seconds by which the turn of a server comes later that failed twice

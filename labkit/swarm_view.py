@@ -43,6 +43,7 @@ RECORDING_PERIOD = 1.0  # seconds, or longer where it takes long, as long as mar
 LONGEST_RECORDING_PERIOD = 2.4
 MARK_PATIENCE = 3.0  # seconds between two looks after which it is not known when something happened
 FRESH = 0.1  # seconds for which a scene is not made anew
+LATE = 0.8  # seconds after which it is not recorded any more, either
 LOOK = 3.0  # seconds for which a page looks that was shown something
 POLL_PATIENCE = 2.0  # seconds that new outputs wait for the servers to report
 CLOSE_TIMEOUT = 1.0  # seconds that outputs have for the last scene
@@ -94,6 +95,12 @@ class SwarmView:
                 self._scene = self._sampler.scene(open=not self._over)
                 self._sampled = now
             return self._scene
+
+    def _late_scene(self) -> Scene:
+        """For the recording: the last one, if it is not too old, so that one beside a page costs nothing."""
+        with self._sampling:
+            late = self._scene if time.monotonic() < self._sampled + LATE else None
+        return late or self.scene()
 
     def scene_for_a_page(self) -> Scene:
         """The same, and somebody looks at it."""
@@ -196,7 +203,7 @@ class SwarmView:
             self._start_polling()
         if not self._has_polled():
             return POLL_PATIENCE
-        return self._outputs.show(self.scene, time.monotonic)
+        return self._outputs.show(self.scene, self._late_scene, time.monotonic)
 
     # ------------------------------------------------------------ polling
 

@@ -49,7 +49,7 @@ from labkit import polling, swarm_view
 from labkit.view import outputs, pages, recording, sampler
 for module, names in (
     (pages, "FRAME_PERIOD LONGEST_PERIOD"), (polling, "FIND_PERIOD"), (recording, "SPACING"), (sampler, "TIMES_PERIOD"),
-    (swarm_view, "RECORDING_PERIOD LONGEST_RECORDING_PERIOD FRESH"),
+    (swarm_view, "RECORDING_PERIOD LONGEST_RECORDING_PERIOD FRESH LATE"),
 ):
     for name in names.split():
         setattr(module, name, getattr(module, name) / TIMES)

@@ -27,7 +27,7 @@ class Machine:
         shown: list[float] = []
         outputs = Outputs(Output(lambda _: shown.append(self.now), period, self.now, longest=longest), "test")
         while self.now < 220.0:
-            self.now += outputs.show(self.scene, lambda: self.now, lambda: self.computed)
+            self.now += outputs.show(self.scene, self.scene, lambda: self.now, lambda: self.computed)
         return {round(after - before, 6) for before, after in pairwise(shown)}
 
 

@@ -79,14 +79,16 @@ class Outputs:
         return news
 
     def show(
-        self, scene: Callable[[], Scene], clock: Callable[[], float], cpu_clock: Callable[[], float] = time.thread_time
-    ) -> float:
-        """Give a scene to those whose time has come. Returns the seconds until the next one's has."""
+        self, scene: Callable[[], Scene], late_scene: Callable[[], Scene], clock: Callable[[], float],
+        cpu_clock: Callable[[], float] = time.thread_time,
+    ) -> float:  # fmt: skip
+        """Give a scene to those whose time has come; for the one beside them a late one will do. Returns the seconds
+        until the next one's time has come."""
         outputs, now = (self._beside, *self._all), clock()
         due = [output for output in outputs if output.at <= now]
         for output in due:
             began = cpu_clock()
-            self._show(output, scene())
+            self._show(output, late_scene() if output is self._beside else scene())
             output.at += output.next_after(cpu_clock() - began)
         now = clock()
         for output in due:

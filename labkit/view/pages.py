@@ -19,9 +19,9 @@ from labkit.view.scene import MODES
 PAGES = 16  # known at a time; one more takes the place of the one that has been silent longest
 PATIENCE = 12.0  # seconds after its last word that a page is forgotten; one that looks says so every 5
 FRAME_PERIOD = 0.25  # seconds between two frames, to whomever; more, where it takes long to make one:
-LONGEST_PERIOD = 1.5
+LONGEST_PERIOD = 2.0
 SMALL = 0.001  # seconds that making one may take anyway; what it takes beyond that is, on average,
-SHARE = 0.003  # of a core, unless `LONGEST_PERIOD` is over before
+SHARE = 0.002  # of a core, unless `LONGEST_PERIOD` is over before
 WINDOW = 2  # frames and chunks that a page has not acknowledged
 CHUNK = 48_000  # bytes of an export in one message
 CHUNK_PERIOD = 0.02  # seconds between two chunks
