@@ -28,6 +28,8 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = [*sorted((ROOT / "notebooks").glob("*.ipynb")), *sorted((ROOT / "tutorials").glob("*.ipynb"))]
 STEPS = 28  # of a run in a test
 SIDE_BY_SIDE = 2
+CELL_TIMEOUT = 150  # seconds, with few steps
+WHOLE_CELL_TIMEOUT = 1800  # at full size
 PROBLEMS = "problems.json"  # what went wrong, by the name of the notebook
 SNAPSHOT = (1200, 800)  # pixels
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -92,7 +94,7 @@ def read(path: Path) -> Any:
     return nbformat.read(path, as_version=4)
 
 
-async def run(path: Path, to: Path, environment: Mapping[str, str]) -> None:
+async def run(path: Path, to: Path, environment: Mapping[str, str], timeout: int = CELL_TIMEOUT) -> None:
     """Run a notebook from top to bottom in a new kernel, and keep its outputs. Raises what a cell raised.
 
     Without widgets, of which a reader would only see that they are not there.
@@ -101,7 +103,7 @@ async def run(path: Path, to: Path, environment: Mapping[str, str]) -> None:
     for cell in code_cells(notebook):
         cell.outputs = []
     where = {"metadata": {"path": str(path.parent)}}
-    how: dict[str, Any] = {"timeout": 150, "kernel_name": "python3", "record_timing": False}
+    how: dict[str, Any] = {"timeout": timeout, "kernel_name": "python3", "record_timing": False}
     await NotebookClient(notebook, resources=where, store_widget_state=False, **how).async_execute(
         env=dict(environment)
     )
@@ -170,4 +172,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "--all":
         asyncio.run(run_all(Path(sys.argv[2])))
     else:
-        asyncio.run(run(Path(sys.argv[1]).absolute(), Path(sys.argv[-1]).absolute(), os.environ))
+        asyncio.run(run(Path(sys.argv[1]).absolute(), Path(sys.argv[-1]).absolute(), os.environ, WHOLE_CELL_TIMEOUT))

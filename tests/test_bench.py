@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from labkit.__main__ import main
+from labkit.bench import suite
 from labkit.bench.figures import ratios_to
 from labkit.bench.suite import Row, SuiteConfig
 from labkit.bench.suite import measure as measure_all
@@ -109,9 +110,29 @@ def test_all_of_it_is_measured_beside_a_peer_into_a_file_that_is_not_begun_anew(
     assert result["small"]["runs"] == 2 and result["small"]["calls_per_s"] == pytest.approx(sum(rates) / 2)
     assert result["small"]["calls_per_s_to_peer"] == pytest.approx(sum(rates) / 20, abs=0.01)
     assert "other" not in result, "it was not asked for"
-    (tmp_path / "peer.py").write_text('import sys; sys.exit("there is no such peer here")')
-    with pytest.raises(LabkitError, match=r"peer.py --calls 9 printed no result .*there is no such peer here"):
-        measure_all(SuiteConfig(out=str(path), runs=3, peer_scripts=str(tmp_path), only="small"), rows)
+    assert measure_all(SuiteConfig(out=str(path), runs=2, only="small"), rows) == result
+
+
+STUCK = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [('import sys; sys.exit("there is no such peer here")', "there is no such"), (STUCK, "timed out")],
+)
+def test_a_peer_that_fails_is_told_and_left_out(tmp_path, capsys, monkeypatch, script, said):
+    monkeypatch.setattr(suite, "PEER_TIMEOUT", 0.5)
+    (tmp_path / "peer.py").write_text(script)
+    rows = [Row("small", "rpc --calls 5 --hidden 8 --clients 1 --experts 1", "peer.py --calls 9")]
+    result = measure_all(SuiteConfig(out=str(tmp_path / "out"), runs=1, peer_scripts=str(tmp_path)), rows)
+    assert result["small"]["runs"] == 1 and "calls_per_s_to_peer" not in result["small"]
+    told = capsys.readouterr().err
+    assert "peer.py --calls 9 printed no result" in told and said in told
+
+
+def test_a_row_that_fails_ends_the_suite(tmp_path):
+    with pytest.raises(LabkitError, match=r"bench rpc --calls 0 --json printed no result"):
+        measure_all(SuiteConfig(out=str(tmp_path / "out"), runs=1), [Row("none", "rpc --calls 0")])
 
 
 def test_trainers_are_measured_beside_a_pipeline_over_the_same_slow_servers(capsys):

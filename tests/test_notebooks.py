@@ -148,10 +148,29 @@ def check_convergence(notebook: Any, full: bool) -> None:
     assert len(pictures(notebook)) == 3
 
 
+def check_throughput(notebook: Any, full: bool) -> None:
+    plain = texts(notebook)
+    for block in ("ffn", "transformer"):
+        left = rf"{block}: .* there is left, at \d+ ms, ([0-9.]+) with trainers, [0-9.]+ with a pipeline"
+        pipeline = rf"{block}: .* there is left, at \d+ ms, [0-9.]+ with trainers, ([0-9.]+) with a pipeline"
+        assert not full or numbers(left, plain)[0] >= 0.9, "others compute while one waits"
+        assert numbers(pipeline, plain)[0] < 0.5, "it stands still while its batches travel"
+    for row in (
+        "rpc nop, batch 1",
+        "rpc ffn, batch 256, forward and backward",
+        "moe ffn2, batch 512",
+        "rpc nop, 128 clients",
+    ):
+        assert re.search(rf"^{row} +[0-9]", plain, re.MULTILINE), row
+    assert len(numbers(r"DHT, 8 peers: a (?:store|get|get of any copy) takes ([0-9.]+) ms", plain)) == 3
+    assert len(pictures(notebook)) == 1
+
+
 CHECKS: dict[str, Callable[[Any, bool], None]] = {
     "quickstart": check_quickstart,
     "expert_search": check_expert_search,
     "convergence": check_convergence,
+    "throughput": check_throughput,
     "01_first_swarm": check_first_swarm,
     "02_watch_it_fail": check_watch_it_fail,
     "03_your_own_expert": check_your_own_expert,

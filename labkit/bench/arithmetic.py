@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.bench.crew import Crew, all_at_once
+from labkit.bench.experts import KINDS
 from labkit.server.layers import make_expert
 from labkit.server.optimizer import BackendConfig, make_optimizer
 
@@ -79,7 +80,7 @@ def pass_moe(order: dict[str, Any]) -> Generator[Any, Any, None]:
     """A worker that passes a batch through a layer whose experts it holds itself."""
     torch.set_num_threads(order["threads"])
     side, hidden, k = order["side"], order["hidden"], order["k_best"]
-    experts = [_Expert("ffn", hidden) for _ in range(side * side)]
+    experts = [_Expert(KINDS[order["expert"]], hidden) for _ in range(side * side)]
     gate = nn.Linear(hidden, 2 * side)
     x = torch.randn(order["batch"], hidden, requires_grad=True)
 

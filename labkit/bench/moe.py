@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from labkit.bench.arithmetic import moe_limit
+from labkit.bench.experts import KINDS
 from labkit.bench.figures import check_at_least
 from labkit.resources import peak_rss_mb
 from labkit.swarm import Swarm
@@ -22,6 +23,7 @@ WARM_UP = 2  # passes
 class MoEConfig:
     """`side`: the grid is side x side. Raises `ValueError`."""
 
+    expert: str = "ffn"
     batch: int = 64
     hidden: int = 256
     side: int = 4
@@ -29,6 +31,8 @@ class MoEConfig:
     passes: int = 10
 
     def __post_init__(self) -> None:
+        if self.expert not in KINDS:
+            raise ValueError(f"expert={self.expert!r}: one of {', '.join(KINDS)}")
         check_at_least(1, self, "batch", "hidden", "side", "k_best", "passes")
         if self.k_best > self.side**2:
             raise ValueError(f"k_best={self.k_best}: the grid has {self.side**2} experts")
@@ -40,7 +44,7 @@ def measure(config: MoEConfig) -> dict[str, Any]:
     forward, backward = [], []
     with Swarm("bench") as swarm:
         grid = (config.side, config.side)
-        (server,) = swarm.serve("ffn", grid=grid, hidden=config.hidden, isolation="process")
+        (server,) = swarm.serve(KINDS[config.expert], grid=grid, name="ffn", hidden=config.hidden, isolation="process")
         layer = swarm.moe(
             config.hidden, grid, k_best=config.k_best, forward_timeout=TIMEOUT, backward_timeout=TIMEOUT,
             timeout_after_k_min=TIMEOUT,

@@ -16,6 +16,7 @@ import torch
 from labkit.bench.arithmetic import experts_limit
 from labkit.bench.crew import Crew, all_at_once
 from labkit.bench.echo import Exchange, echo_limit
+from labkit.bench.experts import KINDS
 from labkit.bench.figures import check_at_least, milliseconds
 from labkit.resources import peak_rss_mb
 from labkit.swarm import Swarm
@@ -44,8 +45,8 @@ class RPCConfig:
     codec: str = "none"
 
     def __post_init__(self) -> None:
-        if self.expert not in ("nop", "ffn"):
-            raise ValueError(f"expert={self.expert!r}: nop or ffn")
+        if self.expert not in KINDS:
+            raise ValueError(f"expert={self.expert!r}: one of {', '.join(KINDS)}")
         if self.codec not in CODECS:
             raise ValueError(f"codec={self.codec!r}: one of {', '.join(CODECS)}")
         check_at_least(1, self, "experts", "servers", "hidden", "batch", "clients", "calls")
@@ -61,7 +62,7 @@ def measure(config: RPCConfig) -> dict[str, Any]:
     """
     with Crew() as crew, Swarm("bench", secure=config.secure or None) as swarm:
         servers = swarm.serve(
-            config.expert, experts=config.experts, servers=config.servers, name="expert", hidden=config.hidden,
+            KINDS[config.expert], experts=config.experts, servers=config.servers, name="expert", hidden=config.hidden,
             isolation="process",
         )  # fmt: skip
         order = {**asdict(config), "invite": swarm.invite(), "uids": sorted(swarm.experts())}
@@ -98,7 +99,7 @@ def _limit(config: RPCConfig, rows: float) -> float:
     threads = torch.get_num_threads()
     calls = max(3, round(config.clients * config.calls * config.batch / rows))
     per_s = experts_limit(
-        kind=config.expert, hidden=config.hidden, experts=config.experts, rows=round(rows), calls=min(calls, 50),
+        kind=KINDS[config.expert], hidden=config.hidden, experts=config.experts, rows=round(rows), calls=min(calls, 50),
         backward=config.backward, threads=threads,
     )  # fmt: skip
     return per_s / config.batch

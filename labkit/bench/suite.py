@@ -7,6 +7,8 @@ measured (`medians`). A peer's scripts print their result as JSON on the last li
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,8 +19,10 @@ from typing import Any
 
 from labkit.bench.figures import check_at_least, ratios_to
 from labkit.errors import LabkitError
+from labkit.lives import OWN_GROUP
 
 TIMEOUT = 600.0  # seconds of one measurement
+PEER_TIMEOUT = 180.0  # the same of a peer's script
 
 
 @dataclass(frozen=True)
@@ -38,16 +42,23 @@ ROWS = (
         "hivemind_rpc.py --expert nop --batch 512 --clients 2 --calls 50",
     ),
     Row("rpc nop, batch 512, secure", "rpc --batch 512 --calls 100 --secure", "rpc nop, batch 512"),
+    Row("rpc ffn, batch 256, forward", "rpc --expert ffn --batch 256 --calls 32"),
+    Row("rpc ffn, batch 256, forward and backward", "rpc --expert ffn --batch 256 --calls 32 --backward"),
     Row(
-        "rpc ffn, batch 256, forward", "rpc --expert ffn --batch 256 --calls 32",
+        "rpc ffn2, batch 256, forward", "rpc --expert ffn2 --batch 256 --calls 32",
         "hivemind_rpc.py --expert ffn --batch 256 --clients 2 --calls 32",
     ),
     Row(
-        "rpc ffn, batch 256, forward and backward", "rpc --expert ffn --batch 256 --calls 32 --backward",
+        "rpc ffn2, batch 256, forward and backward", "rpc --expert ffn2 --batch 256 --calls 32 --backward",
         "hivemind_rpc.py --expert ffn --batch 256 --clients 2 --calls 32 --backward",
     ),
-    Row("moe, batch 64", "moe --batch 64", "hivemind_moe.py --batch 64 --hidden 256"),
-    Row("moe, batch 512", "moe --batch 512", "hivemind_moe.py --batch 512 --hidden 256 --passes 1"),
+    Row("moe ffn, batch 64", "moe --batch 64"),
+    Row("moe ffn, batch 512", "moe --batch 512"),
+    Row("moe ffn2, batch 64", "moe --expert ffn2 --batch 64", "hivemind_moe.py --batch 64 --hidden 256"),
+    Row(
+        "moe ffn2, batch 512", "moe --expert ffn2 --batch 512",
+        "hivemind_moe.py --batch 512 --hidden 256 --passes 1",
+    ),
     Row("dht, 8 peers", "dht", "hivemind_dht.py --peers 8 --rounds 20"),
     Row("rpc nop, 128 clients", "rpc --clients 128 --calls 20"),
     *(Row(f"rpc nop, {n} servers", f"rpc --servers {n} --experts 8") for n in (1, 2, 4, 8)),
@@ -73,7 +84,8 @@ class SuiteConfig:
 
 
 def measure(config: SuiteConfig, rows: Sequence[Row] = ROWS) -> dict[str, Any]:
-    """Measure what the file does not have yet. Returns its medians. Raises `LabkitError` if one fails."""
+    """Measure what the file does not have yet. Returns its medians. Raises `LabkitError` if one fails; what fails of a
+    peer is told and left out."""
     path = Path(config.out)
     wanted = [row for row in rows if config.only in row.name]
     for run in range(config.runs):
@@ -83,7 +95,13 @@ def measure(config: SuiteConfig, rows: Sequence[Row] = ROWS) -> dict[str, Any]:
                 if done > run:
                     continue
                 print(f"run {run + 1} of {config.runs}: {row.name}, {who}", file=sys.stderr, flush=True)
-                result = _result(command)
+                try:
+                    result = _result(command, TIMEOUT if who == "labkit" else PEER_TIMEOUT)
+                except LabkitError as error:
+                    if who == "labkit":
+                        raise
+                    print(f"left out: {error}", file=sys.stderr, flush=True)
+                    continue
                 with path.open("a") as file:
                     print(json.dumps({"row": row.name, "who": who, **result}), file=file)
     return {line["row"]: {k: v for k, v in line.items() if k != "row"} for line in medians(path, rows)}
@@ -96,16 +114,29 @@ def _commands(row: Row, config: SuiteConfig) -> Iterator[tuple[str, list[str]]]:
         yield "peer", [config.peer_python, str(Path(config.peer_scripts) / script), *options]
 
 
-def _result(command: Sequence[str]) -> dict[str, Any]:
+def _result(command: Sequence[str], timeout: float) -> dict[str, Any]:
     """What a command prints on its last line."""
     said = ""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL)
-        said = (done.stderr.strip().splitlines() or [""])[-1]
-        result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        output, errors = _run(command, timeout)
+        said = (errors.strip().splitlines() or [""])[-1]
+        result: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
     except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
         raise LabkitError(f"{' '.join(command)} printed no result as its last line ({said or error})") from error
     return result
+
+
+def _run(command: Sequence[str], timeout: float) -> tuple[str, str]:
+    """What it wrote to its output and its errors. If it takes longer, it is ended with all that it has started."""
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes, **OWN_GROUP) as process:
+        try:
+            return process.communicate(timeout=timeout)
+        except BaseException:
+            if os.name == "posix":
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            raise
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
