@@ -128,8 +128,10 @@ def _result(command: Sequence[str], timeout: float) -> dict[str, Any]:
 
 def _run(command: Sequence[str], timeout: float) -> tuple[str, str]:
     """What it wrote to its output and its errors. If it takes longer, it is ended with all that it has started."""
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes, **OWN_GROUP) as process:
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **OWN_GROUP
+    )
+    with process:
         try:
             return process.communicate(timeout=timeout)
         except BaseException:
