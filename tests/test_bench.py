@@ -166,7 +166,7 @@ def test_what_cannot_be_searched_is_refused_by_the_name_of_the_option(option, co
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["rpc", "--expert", "lstm"], "expert='lstm': nop or ffn"),
+        (["rpc", "--expert", "lstm"], "expert='lstm': one of nop, ffn"),
         (["rpc", "--clients", "0"], "clients=0"),
         (["rpc", "--experts", "2", "--servers", "3"], "servers=3: there are 2 experts"),
         (["rpc", "--codec", "zip"], "codec='zip': one of none"),
