@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -127,18 +128,18 @@ def _result(command: Sequence[str], timeout: float) -> dict[str, Any]:
 
 
 def _run(command: Sequence[str], timeout: float) -> tuple[str, str]:
-    """What it wrote to its output and its errors. If it takes longer, it is ended with all that it has started."""
+    """What it wrote to its output and its errors. At its end, or if it takes longer, all that it started is ended."""
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **OWN_GROUP
     )
     with process:
         try:
             return process.communicate(timeout=timeout)
-        except BaseException:
+        finally:
             if os.name == "posix":
-                os.killpg(process.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
             process.kill()
-            raise
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
