@@ -134,9 +134,8 @@ async def _measure(config: SearchConfig) -> tuple[float, _Times, _Times]:
             await crowd.lose_power(config.dead_nodes)
         built, times = time.perf_counter(), (_Times(), _Times())
         async with trio.open_nursery() as searching:  # soon, before declarations run out
-            turns = defaultdict[int, trio.Lock](
-                trio.Lock
-            )  # by place: its node counts the calls of one search at a time
+            # One search at a time from each place, since its node counts the calls of all.
+            turns = defaultdict[int, trio.Lock](trio.Lock)
             for seeker in crowd.seekers(config.searches):
                 searching.start_soon(_search, turns[seeker], crowd, seeker, _scores(config.grid, draw), times)
                 if config.churn:

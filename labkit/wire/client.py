@@ -44,7 +44,7 @@ class Call:
 
     __slots__ = (
         "_alarm", "_client", "_connection", "_contact", "_done", "_frames", "_id", "_key", "_method", "_returns",
-        "_sent", "_size", "_taken", "_timeout", "_unsent",
+        "_size", "_taken", "_timeout", "_unsent",
     )  # fmt: skip
 
     def __init__(
@@ -62,8 +62,8 @@ class Call:
         self._connection: _Connection | None = None
         self._frames: Sequence[wire.Frame] = ()
         self._size = 0
-        self._taken = self._sent = False
-        self._unsent: Unsent | None = None
+        self._taken = False
+        self._unsent: Unsent | None = None  # None: it has not been sent
         self._alarm: Entry | None = None
 
     def start(self, frames: Sequence[wire.Frame], size: int) -> None:
@@ -93,8 +93,7 @@ class Call:
         except LabkitError as error:
             self.settle(error if isinstance(error, RPCError) else ConnectionLost(str(error)))
             return
-        self._sent = self._unsent is not None
-        if self._sent:
+        if self._unsent is not None:
             self._frames = ()
         else:
             link.when_ready(self._send)
@@ -144,9 +143,9 @@ class Call:
         if done is None or connection is None:
             return
         self._tell_cancelled()
-        if not self._sent and not connection.pending:
+        if self._unsent is None and not connection.pending:
             self._client.drop(*self._key, connection)  # TCP tries ever more rarely; the next call begins anew
-        what = "gave no answer to" if self._sent else "could not be reached for"
+        what = "gave no answer to" if self._unsent is not None else "could not be reached for"
         done(DeadlineExceeded(f"{self._contact.endpoint} {what} {self._method} within {self._timeout:.3g} s"))
 
     def _end(self) -> Done | None:
@@ -176,7 +175,7 @@ class Call:
             client.agenda.at(now + LEAVING_PERIOD, self._give_back, at_last)
 
     def _tell_cancelled(self) -> None:
-        if self._sent and self._connection is not None:
+        if self._unsent is not None and self._connection is not None:
             try:
                 self._connection.link.send_nowait(wire.encode_cancel(self._id))
             except LabkitError:
