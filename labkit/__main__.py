@@ -62,7 +62,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key", metavar="FILE", help="a key file made by labkit keygen (default: a new key)")
     parser.add_argument("--member", action="append", metavar="KEY", help="make it private: admit this public key")
     parser.add_argument("--checkpoint-dir", metavar="DIR", help="load experts from there, and save them")
-    parser.add_argument("--checkpoint-period", type=float, default=30.0, metavar="SECONDS", help="(default: 30)")
+    parser.add_argument("--checkpoint-period", type=float, metavar="S", help="seconds (default: 10, or more)")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the experts (default: 0.001)")
     parser.add_argument("--device", default="cpu", help="where they compute (default: cpu)")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)

@@ -65,7 +65,6 @@ logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT = 2.0  # seconds that `close` takes at most
 CLEAN_STOP_TIME = 1.2  # seconds of those that servers have to save their experts
-CHECKPOINT_PERIOD = 10.0  # seconds, for servers started from a notebook
 
 _open: dict[str, Swarm] = {}
 
@@ -160,7 +159,7 @@ class Swarm:
         uids: Sequence[str] | None = None,
         isolation: str | None = None,
         checkpoint_dir: str | Path | None = None,
-        checkpoint_period: float = CHECKPOINT_PERIOD,
+        checkpoint_period: float | None = None,
         backend: BackendConfig | None = None,
         threads: int | None = None,
         seed: int | None = None,
@@ -172,10 +171,11 @@ class Swarm:
         its `options` (`hidden=256`). `grid`: the grid to serve in (by default that of the running swarm, or one of
         `experts`); `experts`: how many of its free places to take, all by default, or `uids`: which. `isolation`:
         "process", or "task" for one in this process; by default a process wherever a process can import the kind, else
-        a task; a name that only this process knows needs "task". `checkpoint_dir`: where experts are loaded from and,
-        every `checkpoint_period` seconds, saved to; by default a folder that goes with the swarm.
-        `backend`: optimizer and limits. `threads`: torch's, in each server; by default the servers here share this
-        process's number. Raises `ValueError`, `ServerFailed`.
+        a task; a name that only this process knows needs "task". `checkpoint_dir`: where experts are loaded from and
+        saved to; by default a folder that goes with the swarm. `checkpoint_period`: every how many seconds; by
+        default ten, or more where saves would take over a fiftieth of the time. `backend`: optimizer and limits.
+        `threads`: torch's, in each server; by default the servers here share this process's number. Raises
+        `ValueError`, `ServerFailed`.
         """
         if backend is not None and not isinstance(backend, BackendConfig):
             raise ValueError(f"backend={backend!r}: a BackendConfig, such as lk.BackendConfig(lr=1e-3)")

@@ -58,6 +58,16 @@ class Overflowing(nn.Module):
         return x + torch.sqrt(self.weight)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"amsgrad": True}, {"optimizer": "sgd"}, {"optimizer": "sgd", "momentum": 0.9}]
+)
+def test_the_bytes_of_a_state_are_known_without_taking_it(options):
+    backend = ffn(**options)
+    backend.backward(*batch())
+    numbers = [t.nbytes for name, t in backend.state().items() if t.ndim]
+    assert backend.state_bytes == sum(numbers)
+
+
 # ---------------------------------------------------------------- the same as a local module
 
 

@@ -1,6 +1,7 @@
 """Checkpoints are exact to the bit, replaced atomically, and refused with the file's name when they are not ours."""
 
 import os
+import resource
 
 import pytest
 import safetensors.torch
@@ -83,6 +84,35 @@ def test_a_crash_in_the_middle_of_a_save_leaves_the_old_file(tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == [f"{UID}.safetensors"]
 
 
+def test_a_full_disk_leaves_the_old_file_and_is_an_os_error(tmp_path):
+    save_expert(tmp_path, UID, STATE)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, most))
+    try:
+        with pytest.raises(OSError, match=rf"{UID}.*could not be written.*too large"):
+            save_expert(tmp_path, UID, {"weight": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert_same_bits(load_expert(tmp_path, UID), STATE)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{UID}.safetensors"]
+
+
+def test_a_save_copies_only_what_shares_memory(tmp_path, monkeypatch):
+    written = {}
+    save_file = safetensors.torch.save_file
+
+    def save(tensors, *rest):
+        written.update(tensors)
+        save_file(tensors, *rest)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save)
+    both = torch.arange(4.0)
+    state = {"alone": torch.ones(3), "one": both, "the other": both, "a part": both[1:]}
+    save_expert(tmp_path, UID, state)
+    assert_same_bits(load_expert(tmp_path, UID), state)
+    assert [name for name in state if written[name].data_ptr() != state[name].data_ptr()] == ["the other", "a part"]
+
+
 def test_what_a_crashed_save_left_is_removed_at_load_and_only_that(tmp_path):
     save_expert(tmp_path, UID, STATE)
     (tmp_path / f".{UID}~0123.tmp").write_bytes(b"half of a")
@@ -136,20 +166,23 @@ def test_a_uid_cannot_lead_out_of_the_directory(tmp_path, uid):
 # ---------------------------------------------------------------- while a runtime runs
 
 
-async def run_with_saves(monkeypatch, runtime, directory, save):
-    """Two periods of ten virtual seconds, with an update of one expert in the first."""
+async def run_with_saves(monkeypatch, runtime, directory, save, period=10.0, updates_at=(0,), seconds=25, takes=0.0):
+    """Some virtual seconds, with updates of one expert at these times. A save `takes` so many."""
 
     async def in_this_task(function):  # virtual time would run ahead of a real thread
+        await trio.sleep(takes)
         function()
 
     monkeypatch.setattr(checkpoints, "save_expert", save)
     monkeypatch.setattr(trio.to_thread, "run_sync", in_this_task)
     async with trio.open_nursery() as nursery:
         await nursery.start(runtime.run)
-        await nursery.start(keep_checkpoints, runtime, directory, 10.0)
-        x = torch.ones(2, 4)
-        await runtime.submit(UID, "backward", [x, x], trio.current_time() + 1)
-        await trio.sleep(25)
+        await nursery.start(keep_checkpoints, runtime, directory, period)
+        started, x = trio.current_time(), torch.ones(2, 4)
+        for at in updates_at:
+            await trio.sleep_until(started + at)
+            await runtime.submit(UID, "backward", [x, x], trio.current_time() + 1)
+        await trio.sleep_until(started + seconds)
         nursery.cancel_scope.cancel()
 
 
@@ -164,6 +197,32 @@ async def test_only_updated_experts_are_saved_and_each_update_once(monkeypatch, 
     await run_with_saves(monkeypatch, runtime, tmp_path, save)
     assert saves == [(10.0, UID)]
     assert_same_bits(load_expert(tmp_path, UID, kind="ffn"), runtime.backends[UID].state())
+
+
+@pytest.mark.parametrize(("period", "at"), [(None, [11, 62, 113]), (20.0, [21, 42, 63, 84, 105])])
+async def test_saves_that_take_long_are_rare_unless_a_period_is_asked_for(
+    monkeypatch, tmp_path, autojump_clock, period, at
+):
+    saves = []
+
+    def save(*_, **__):
+        saves.append(round(trio.current_time()))
+
+    runtime = Runtime({UID: expert()}, executor=InlineCompute())
+    await run_with_saves(monkeypatch, runtime, tmp_path, save, period, updates_at=range(120), seconds=120, takes=1.0)
+    assert saves == at
+
+
+async def test_large_experts_are_rarely_saved_from_the_beginning(monkeypatch, tmp_path, autojump_clock):
+    saves = []
+    monkeypatch.setattr(ExpertBackend, "state_bytes", 1_000_000_000)
+    runtime = Runtime({UID: expert()}, executor=InlineCompute())
+
+    def save(*_, **__):
+        saves.append(round(trio.current_time()))
+
+    await run_with_saves(monkeypatch, runtime, tmp_path, save, None, updates_at=range(160), seconds=160, takes=1.0)
+    assert saves == [101, 152]
 
 
 async def test_a_save_that_fails_is_logged_and_tried_again(monkeypatch, tmp_path, autojump_clock, caplog):

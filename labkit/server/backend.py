@@ -54,6 +54,12 @@ class ExpertBackend:
         """Bytes of parameters and buffers, without the optimizer's."""
         return sum(t.nbytes for t in (*self.module.parameters(), *self.module.buffers()))
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of `state`, but for a few numbers, once there have been updates."""
+        slots = [slot for slot in optimizer_slots(self.config) if slot != "step"]
+        return self.parameter_bytes + len(slots) * sum(p.nbytes for p in self._parameters.values())
+
     def forward(self, *inputs: Tensor) -> Tensor:
         """Outputs [rows, ...] on the CPU, without gradient. Raises `BadRequest`, `NonFiniteTensor`; changes nothing."""
         self.check("forward", inputs)

@@ -27,6 +27,9 @@ from labkit.server.runtime import Runtime
 logger = logging.getLogger(__name__)
 
 FORMAT = "labkit expert 1"
+SHORTEST_PERIOD, LONGEST_PERIOD = 10.0, 600.0  # seconds between two saves of all experts, where nobody says how many
+SHARE = 0.02  # of the time, for saves: batches wait for the memory and the disk that they use
+USUAL_SPEED = 5e8  # bytes per second, until the first save has shown it
 
 
 def save_expert(directory: str | os.PathLike[str], uid: str, state: Mapping[str, Tensor], *, kind: str = "") -> Path:
@@ -37,19 +40,18 @@ def save_expert(directory: str | os.PathLike[str], uid: str, state: Mapping[str,
     """
     path = _path(directory, uid)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Always on the CPU and never sharing memory, whatever the caller hands in.
-    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+    tensors = _separate(state)
     metadata = {"format": FORMAT, "uid": uid, "kind": kind, "crc32": _checksum(tensors)}
-    data = safetensors.torch.save(tensors, metadata)
     temporary = path.with_name(f".{uid}~{secrets.token_hex(8)}.tmp")  # ~ is in no uid, so this is no other expert's
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
+        safetensors.torch.save_file(tensors, temporary, metadata)  # from the tensors' own memory, without a copy
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, safetensors.SafetensorError):
+            raise OSError(f"{temporary} could not be written: {error}") from error
         raise
     _sync_directory(path.parent)
     return path
@@ -109,25 +111,31 @@ def restore(directory: str | os.PathLike[str], backend: ExpertBackend) -> bool:
 async def keep_checkpoints(
     runtime: Runtime,
     directory: str | os.PathLike[str],
-    period: float,
+    period: float | None = None,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Until cancelled: every `period` seconds, save the experts that have been updated since their last save.
 
-    A save that fails (a full disk) is logged and tried again in the next period; it does not stop the server.
+    None means every ten seconds, or more rarely where experts are so large that saves would take over a fiftieth of the
+    time (those of 1 GB, with their optimizers, every two minutes or so), but at least every ten minutes. A save that
+    fails (a full disk) is logged and tried again in the next period; it does not stop the server.
     """
     saved = {uid: backend.updates for uid, backend in runtime.backends.items()}
+    taken = sum(backend.state_bytes for backend in runtime.backends.values()) / USUAL_SPEED  # by a save of all
     task_status.started()
     while True:
-        await trio.sleep(period)
+        wait = min(max(SHORTEST_PERIOD, taken / SHARE), LONGEST_PERIOD) if period is None else period
+        await trio.sleep(wait)
+        started = trio.current_time()
         for uid, backend in runtime.backends.items():
             if backend.updates == saved[uid]:
                 continue
             try:
                 saved[uid] = await _save(runtime, directory, uid)
             except (OSError, RPCError) as error:
-                logger.warning("expert %s was not saved to %s: %s; trying again in %s s", uid, directory, error, period)
+                logger.warning("expert %s was not saved to %s: %s; trying again in %.0f s", uid, directory, error, wait)
+        taken = trio.current_time() - started
 
 
 async def save_all(runtime: Runtime, directory: str | os.PathLike[str]) -> None:
@@ -167,6 +175,19 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
         crc = zlib.crc32(name.encode(), crc)
         crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
+
+
+def _separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as a file can hold them: on the CPU, without gaps, no two in the same memory. Copies few if any."""
+    tensors: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in state.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        if tensor.untyped_storage().data_ptr() in taken:
+            tensor = tensor.clone()
+        taken.add(tensor.untyped_storage().data_ptr())
+        tensors[name] = tensor
+    return tensors
 
 
 def _sync_directory(directory: Path) -> None:

@@ -66,9 +66,9 @@ class ServerConfig:
     """What a server holds. Plain values (if `kind` is text), so that it can be handed to a child process as JSON.
 
     `grid`: sizes of the grid that the uids lie in; declared too, if given. `kind`, `options`: see `make_expert`.
-    `checkpoint_dir`: experts are loaded from there at the start and saved every `checkpoint_period` seconds and at a
-    clean stop. `threads`: torch's threads for one operation. `seed`: makes each expert's fresh parameters a function of
-    the seed and its uid.
+    `checkpoint_dir`: experts are loaded from there at the start and saved every `checkpoint_period` seconds (or as
+    `keep_checkpoints` sees fit) and at a clean stop. `threads`: torch's threads for one operation. `seed`: makes each
+    expert's fresh parameters a function of the seed and its uid.
     """
 
     uids: tuple[str, ...]
@@ -77,7 +77,7 @@ class ServerConfig:
     options: dict[str, Any] = field(default_factory=dict)
     backend: BackendConfig = field(default_factory=BackendConfig)
     checkpoint_dir: str | None = None
-    checkpoint_period: float = 30.0
+    checkpoint_period: float | None = None
     max_queue_rows: int = 65536
     threads: int | None = None
     seed: int | None = None
@@ -89,7 +89,7 @@ class ServerConfig:
             check_inside(self.uids, self.grid)
         if len(set(self.uids)) != len(self.uids) or not self.uids:
             raise ValueError("uids: at least one, and each once")
-        if not (math.isfinite(self.checkpoint_period) and self.checkpoint_period > 0):
+        if self.checkpoint_period is not None and not 0 < self.checkpoint_period < math.inf:
             raise ValueError(f"checkpoint_period={self.checkpoint_period}: a number of seconds above 0")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads={self.threads}: at least 1")
