@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.errors import BadRequest, CheckpointError, NonFiniteTensor
-from labkit.server.checks import Direction, Schema, check_finite, checked_rows, describe, schema_of
+from labkit.server.checks import Direction, Schema, check_finite, checked_rows, describe, schema_of, surely_finite
 from labkit.server.optimizer import BackendConfig, make_optimizer, optimizer_slots
 
 MAX_SCHEMAS = 64  # callers choose schemas, so we remember few
@@ -133,7 +133,9 @@ class ExpertBackend:
         for name, grad in grads.items():
             if grad is not None:
                 total[name] = total[name] + grad if name in total else grad
-        norm = float(torch.nn.utils.get_total_norm(list(total.values()))) if total else 0.0
+        clip, norm = self.config.clip_grad_norm, 0.0
+        if total and (clip is not None or not surely_finite(total.values())):
+            norm = float(torch.nn.utils.get_total_norm(list(total.values())))
         if not math.isfinite(norm):
             raise NonFiniteTensor(f"the parameter gradients of expert {self.uid} overflow; nothing was changed")
         if self.optimizer is None:
@@ -143,7 +145,6 @@ class ExpertBackend:
         if self._pending_passes < self.config.accumulate:
             self._pending = total
             return
-        clip = self.config.clip_grad_norm
         factor = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))  # as `torch.nn.utils.clip_grad_norm_`
         for name, parameter in self._parameters.items():
             grad = total.get(name)

@@ -6,7 +6,7 @@ Used on both threads: the runtime checks shapes before a request is queued, the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -38,19 +38,21 @@ def checked_rows(uid: str, direction: str, tensors: Sequence[Tensor], most: int)
 def check_finite(tensors: Sequence[Tensor], what: str = "the request has a tensor") -> None:
     """Raise `NonFiniteTensor` if a floating-point tensor holds NaN or infinity."""
     for tensor in tensors:
-        # A sum is finite only if all its terms are, and is thirty times faster than looking at each; a sum of finite
-        # terms may overflow, though, so it is not the last word.
         if (
             (tensor.is_floating_point() or tensor.is_complex())
-            and not _is_finite(tensor.detach().sum())
+            and not surely_finite([tensor.detach()])
             and not bool(torch.isfinite(tensor).all())
         ):
             raise NonFiniteTensor(f"{what} with NaN or infinity (shape {list(tensor.shape)}); nothing was changed")
 
 
-def _is_finite(scalar: Tensor) -> bool:
-    value = scalar.item()
-    return math.isfinite(value.real) and math.isfinite(value.imag)
+def surely_finite(tensors: Iterable[Tensor]) -> bool:
+    """False if one of them holds NaN or infinity, and also if they are so large that their sum overflows.
+
+    A sum is finite only if all its terms are, and is thirty times as fast as a look at each, or as a norm.
+    """
+    sums = (tensor.sum().item() for tensor in tensors)
+    return all(math.isfinite(value.real) and math.isfinite(value.imag) for value in sums)
 
 
 def schema_of(tensors: Sequence[Tensor]) -> Schema:

@@ -233,8 +233,8 @@ class Runtime:
             if error is not None and not isinstance(error, Exception):
                 self._error = error  # not a failure of this batch: the whole server is to end
                 self._broken.set()
+            self._advance(device)  # first, so that the device computes while answers are put together
             done(value, error, seconds)
-            self._advance(device)
 
         device.executor.start(work, finished, self._nursery, uid=uid, direction=direction, rows=rows)
 
