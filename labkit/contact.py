@@ -90,12 +90,20 @@ class Contact(msgspec.Struct, frozen=True, array_like=True, dict=True):
         return contact
 
 
-@lru_cache(maxsize=1 << 14)  # others name the same nodes again and again
+@lru_cache(maxsize=1 << 14)
+def shared(contact: Contact) -> Contact:
+    """An equal contact that was met before, if any. Others name the same nodes again and again, and who remembers them
+    is to hold each once."""
+    return contact
+
+
+@lru_cache(maxsize=1 << 14)
 def node_id_of(key: bytes) -> int:
     """The 160-bit node id of a public key."""
     return int.from_bytes(hashlib.blake2b(key, digest_size=ID_BITS // 8).digest(), "big")
 
 
+@lru_cache(maxsize=1 << 14)
 def is_loopback(host: str) -> bool:
     """Whether `host` names this machine only (127.0.0.0/8, ::1 or localhost)."""
     if host == "localhost":

@@ -14,7 +14,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from labkit.contact import ID_BITS, Contact
+from labkit.contact import ID_BITS, Contact, shared
 from labkit.dht.search import Answer
 from labkit.dht.storage import Item, Limits, Role
 from labkit.errors import BadReply
@@ -163,7 +163,7 @@ def _read_contact(encoded: bytes) -> Contact:
     contact = msgspec.msgpack.decode(encoded, type=Contact)
     if not contact.is_safe:
         raise ValueError(f"{contact.endpoint} would be called without encryption")
-    return contact
+    return shared(contact)
 
 
 def read_reply(

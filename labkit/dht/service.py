@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import trio
 
-from labkit.contact import Contact
+from labkit.contact import Contact, shared
 from labkit.dht.peers import DHTConfig, Peers
 from labkit.dht.protocol import MAX_ENTRIES, Find, Ping, Pong, ReplyBuilder, Store, StoreReply, from_wire
 from labkit.dht.storage import Item, Role, Storage, key_id
@@ -77,4 +77,4 @@ class Service:
 
     def _called(self, request: Request, sender: Contact | None) -> None:
         self.served += 1
-        self._peers.called_by(request, sender)
+        self._peers.called_by(request, None if sender is None else shared(sender))
