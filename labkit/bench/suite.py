@@ -61,7 +61,7 @@ ROWS = (
         "hivemind_moe.py --batch 512 --hidden 256 --passes 1",
     ),
     Row("dht, 8 peers", "dht", "hivemind_dht.py --peers 8 --rounds 20"),
-    Row("rpc nop, 128 clients", "rpc --clients 128 --calls 20"),
+    Row("rpc nop, 128 clients", "rpc --clients 128 --calls 100"),
     *(Row(f"rpc nop, {n} servers", f"rpc --servers {n} --experts 8") for n in (1, 2, 4, 8)),
     *(Row(f"rpc nop, {n:,} experts", f"rpc --experts {n}") for n in (16, 256, 4096)),
 )  # fmt: skip
