@@ -256,6 +256,15 @@ def test_gradients_that_overflow_inside_the_expert_are_refused_and_change_nothin
         ffn().backward(x, torch.full_like(grad, 3e38))
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_finite_gradient_whose_square_overflows_is_refused_and_training_goes_on(clip):
+    backend, (x, grad) = ExpertBackend("odd.0", nn.Linear(HIDDEN, HIDDEN), BackendConfig(clip_grad_norm=clip)), batch()
+    before = backend.state()
+    with pytest.raises(NonFiniteTensor, match="parameter gradients"):
+        backend.backward(x, torch.full_like(grad, 1e30))
+    assert_same(backend.state(), before)
+
+
 def test_a_refused_pass_puts_running_statistics_back():
     module = nn.Sequential(nn.BatchNorm1d(HIDDEN), Overflowing())
     backend, (x, grad) = ExpertBackend("odd.0", module, BackendConfig(train_mode=True)), batch()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.errors import BadRequest, CheckpointError, NonFiniteTensor
-from labkit.server.checks import Direction, Schema, check_finite, checked_rows, describe, schema_of, surely_finite
+from labkit.server.checks import Direction, Schema, check_finite, checked_rows, describe, schema_of, squares_finite
 from labkit.server.optimizer import BackendConfig, make_optimizer, optimizer_slots
 
 MAX_SCHEMAS = 64  # callers choose schemas, so we remember few
@@ -134,9 +134,9 @@ class ExpertBackend:
             if grad is not None:
                 total[name] = total[name] + grad if name in total else grad
         clip, norm = self.config.clip_grad_norm, 0.0
-        if total and (clip is not None or not surely_finite(total.values())):
+        if clip is not None and total:
             norm = float(torch.nn.utils.get_total_norm(list(total.values())))
-        if not math.isfinite(norm):
+        if not (squares_finite(total.values()) and math.isfinite(norm)):
             raise NonFiniteTensor(f"the parameter gradients of expert {self.uid} overflow; nothing was changed")
         if self.optimizer is None:
             return

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import safetensors
@@ -28,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "labkit expert 1"
 SHORTEST_PERIOD, LONGEST_PERIOD = 10.0, 600.0  # seconds between two saves of all experts, where nobody says how many
-SHARE = 0.02  # of the time, for saves: batches wait for the memory and the disk that they use
-USUAL_SPEED = 5e8  # bytes per second, until the first save has shown it
+SECONDS_PER_GB = 100.0  # so that saves, which copy 1 GB in some two CPU-seconds, take about a fiftieth of the time
 
 
 def save_expert(directory: str | os.PathLike[str], uid: str, state: Mapping[str, Tensor], *, kind: str = "") -> Path:
-    """Write an expert's state and return the file's path. The directory is made if need be.
+    """Write an expert's state and return the file's path. The directory is made if need be, and who may read it may
+    read the file. Leave the state unchanged meanwhile: it is not copied.
 
     When it returns, the state is on disk; when it raises (`OSError`, or `ValueError` for a bad uid), the file that was
     there is untouched.
@@ -42,17 +43,20 @@ def save_expert(directory: str | os.PathLike[str], uid: str, state: Mapping[str,
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = _separate(state)
     metadata = {"format": FORMAT, "uid": uid, "kind": kind, "crc32": _checksum(tensors)}
-    temporary = path.with_name(f".{uid}~{secrets.token_hex(8)}.tmp")  # ~ is in no uid, so this is no other expert's
+    # A folder, since safetensors writes to a file of a name of its own first. ~ is in no uid, so it is no expert's.
+    aside = path.with_name(f".{uid}~{secrets.token_hex(8)}.tmp")
+    aside.mkdir()
     try:
-        safetensors.torch.save_file(tensors, temporary, metadata)  # from the tensors' own memory, without a copy
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, safetensors.SafetensorError):
-            raise OSError(f"{temporary} could not be written: {error}") from error
-        raise
+        file = aside / "state"
+        safetensors.torch.save_file(tensors, file, metadata)
+        file.chmod(path.parent.stat().st_mode & 0o666)
+        with open(file, "r+b") as written:
+            os.fsync(written.fileno())
+        os.replace(file, path)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     _sync_directory(path.parent)
     return path
 
@@ -65,7 +69,7 @@ def load_expert(directory: str | os.PathLike[str], uid: str, *, kind: str = "") 
     """
     path = _path(directory, uid)
     for stray in path.parent.glob(f".{uid}~*.tmp"):
-        stray.unlink(missing_ok=True)
+        shutil.rmtree(stray, ignore_errors=True)
     if not path.exists():
         return None
     way_out = "move it away to start this expert afresh, or put a good copy in its place"
@@ -117,25 +121,28 @@ async def keep_checkpoints(
 ) -> None:
     """Until cancelled: every `period` seconds, save the experts that have been updated since their last save.
 
-    None means every ten seconds, or more rarely where experts are so large that saves would take over a fiftieth of the
-    time (those of 1 GB, with their optimizers, every two minutes or so), but at least every ten minutes. A save that
-    fails (a full disk) is logged and tried again in the next period; it does not stop the server.
+    None means `usual_period`. A save that fails (a full disk) is logged and tried again in the next period; it does not
+    stop the server.
     """
+    period = usual_period(runtime.backends.values()) if period is None else period
     saved = {uid: backend.updates for uid, backend in runtime.backends.items()}
-    taken = sum(backend.state_bytes for backend in runtime.backends.values()) / USUAL_SPEED  # by a save of all
     task_status.started()
     while True:
-        wait = min(max(SHORTEST_PERIOD, taken / SHARE), LONGEST_PERIOD) if period is None else period
-        await trio.sleep(wait)
-        started = trio.current_time()
+        await trio.sleep(period)
         for uid, backend in runtime.backends.items():
             if backend.updates == saved[uid]:
                 continue
             try:
                 saved[uid] = await _save(runtime, directory, uid)
             except (OSError, RPCError) as error:
-                logger.warning("expert %s was not saved to %s: %s; trying again in %.0f s", uid, directory, error, wait)
-        taken = trio.current_time() - started
+                logger.warning("expert %s was not saved to %s: %s; trying again in %g s", uid, directory, error, period)
+
+
+def usual_period(backends: Iterable[ExpertBackend]) -> float:
+    """Seconds between two saves of these experts: ten, or a hundred for each GB of them and their optimizers, at most
+    ten minutes."""
+    size = sum(backend.state_bytes for backend in backends) / 1e9
+    return min(max(SHORTEST_PERIOD, SECONDS_PER_GB * size), LONGEST_PERIOD)
 
 
 async def save_all(runtime: Runtime, directory: str | os.PathLike[str]) -> None:

@@ -38,21 +38,34 @@ def checked_rows(uid: str, direction: str, tensors: Sequence[Tensor], most: int)
 def check_finite(tensors: Sequence[Tensor], what: str = "the request has a tensor") -> None:
     """Raise `NonFiniteTensor` if a floating-point tensor holds NaN or infinity."""
     for tensor in tensors:
+        # A sum is finite only if all its terms are, and is thirty times faster than looking at each; a sum of finite
+        # terms may overflow, though, so it is not the last word.
         if (
             (tensor.is_floating_point() or tensor.is_complex())
-            and not surely_finite([tensor.detach()])
+            and not _is_finite(tensor.detach().sum())
             and not bool(torch.isfinite(tensor).all())
         ):
             raise NonFiniteTensor(f"{what} with NaN or infinity (shape {list(tensor.shape)}); nothing was changed")
 
 
-def surely_finite(tensors: Iterable[Tensor]) -> bool:
-    """False if one of them holds NaN or infinity, and also if they are so large that their sum overflows.
+def squares_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether their squares are: of no tensor with NaN or infinity, nor with numbers too large for an optimizer."""
+    return all(_is_finite(_square(tensor.detach())) for tensor in tensors)
 
-    A sum is finite only if all its terms are, and is thirty times as fast as a look at each, or as a norm.
-    """
-    sums = (tensor.sum().item() for tensor in tensors)
-    return all(math.isfinite(value.real) and math.isfinite(value.imag) for value in sums)
+
+def _square(tensor: Tensor) -> Tensor:
+    """A dot product is several times as fast as a norm, for the types that processors know."""
+    square: Tensor
+    if tensor.dtype in (torch.float32, torch.float64) and tensor.is_contiguous():
+        square = torch.dot(tensor.view(-1), tensor.view(-1))
+    else:
+        square = torch.linalg.vector_norm(tensor)
+    return square
+
+
+def _is_finite(scalar: Tensor) -> bool:
+    value = scalar.item()
+    return math.isfinite(value.real) and math.isfinite(value.imag)
 
 
 def schema_of(tensors: Sequence[Tensor]) -> Schema:
