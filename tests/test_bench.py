@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 from labkit.__main__ import main
-from labkit.bench import suite
-from labkit.bench.figures import ratios_to
+from labkit.bench import rpc, suite
+from labkit.bench.crew import Crew
+from labkit.bench.echo import LEAST, echo, echo_limit
+from labkit.bench.figures import ratios_to, read_peer
 from labkit.bench.suite import Row, SuiteConfig
 from labkit.bench.suite import measure as measure_all
+from labkit.contact import Contact
 from labkit.errors import LabkitError
 from labkit.experiments.expert_search import SearchConfig, measure
 from labkit.experiments.search_results import measure_all as measure_searches
@@ -81,8 +84,41 @@ def test_many_clients_share_processes_and_several_servers_the_experts(capsys):
     assert result["calls_per_s"] > 0 and result["fairness"] >= 1 and result["lookup_us_per_expert"] > 0
 
 
-def test_a_layer_is_measured_beside_the_same_arithmetic_without_a_network(capsys):
-    result = bench(capsys, "moe", "--batch", "8", "--hidden", "8", "--side", "2", "--k-best", "2", "--passes", "2")
+def test_calls_that_train_may_be_encrypted_and_compressed(capsys):
+    options = ["--expert", "ffn", "--backward", "--secure", "--codec", "blockwise8", "--hidden", "64", "--batch", "2"]
+    result = bench(capsys, "rpc", *options, "--experts", "3", "--servers", "2", "--calls", "5")
+    assert result["calls_per_s"] > 0 and result["limit_per_s"] > 0
+    numbers = 64 * 256 + 256 * 256 + 256 * 64 + (256 + 512) * 2 + 64  # weights, then biases with what LayerNorm has
+    assert result["server_state_mb"] == pytest.approx(2 * 3 * 4 * numbers / 2**20, abs=0.06), (
+        "two experts, with moments"
+    )
+
+
+def test_the_echo_takes_a_second_at_least_and_counts_all_clients():
+    told = echo([([8], 1), ([8, 8], 1)], clients=[2, 1], calls=3)
+    assert len(told) == 3
+    assert all(calls > 3 and seconds >= LEAST for calls, seconds in told), "three calls are soon made"
+    ((calls, _),) = echo([([8], 1)], servers=2, calls=1, secure=True)
+    assert calls > 1
+
+
+def test_the_limit_adds_up_what_clients_made_each_in_its_time(monkeypatch):
+    monkeypatch.setattr("labkit.bench.echo.echo", lambda *exchanges, **how: [(10, 1.0), (30, 2.0)])
+    assert echo_limit([([8], 1)], clients=[1, 1], calls=10) == 25.0
+
+
+def test_the_limit_has_the_clients_of_the_calls_and_sends_what_the_codec_makes_of_tensors(monkeypatch):
+    asked = []
+    monkeypatch.setattr(rpc, "echo_limit", lambda exchanges, **how: asked.append((exchanges, how["clients"])))
+    rpc._limit(rpc.RPCConfig(batch=2, hidden=256, clients=10, backward=True, codec="blockwise8"), 2.0)
+    size = 2 * (256 + 4)  # a byte a number, and a scale for each block of 256
+    assert asked == [([([size], 1), ([size, size], 1)], [2, 2, 1, 1, 1, 1, 1, 1])]
+
+
+@pytest.mark.parametrize("secure", [[], ["--secure"]])
+def test_a_layer_is_measured_beside_the_same_arithmetic_without_a_network(capsys, secure):
+    options = ["--batch", "8", "--hidden", "8", "--side", "2", "--k-best", "2", "--passes", "2"]
+    result = bench(capsys, "moe", *options, *secure)
     seconds = result["forward_s"] + result["backward_s"]
     assert result["of_limit"] == pytest.approx(result["limit_s"] / seconds, abs=0.01)
     assert result["samples_per_s"] == pytest.approx(8 / seconds, rel=0.05)
@@ -92,8 +128,47 @@ def test_records_are_measured_among_nodes_in_processes_of_their_own(capsys):
     result = bench(capsys, "dht", "--peers", "3", "--rounds", "4")
     assert result["found"] == 1.0
     assert all(result[name] > 0 for name in ("store_s", "get_s", "get_any_s", "store_limit_s"))
+
+
+def test_nodes_encrypt_if_they_are_told_to():
+    with Crew() as crew:
+        (node,) = crew.hire("dht:live", {"join": None, "secure": True})
+        (other,) = crew.hire("dht:live", {"join": node.hear(), "secure": True})
+        assert Contact.from_invitation(other.hear()).secure
+        assert other.ask({"key": "k", "value": "v"})["seconds"] > 0
+        assert node.ask({"key": "k", "latest": True})["value"] == "v"
+
+
+def test_a_ratio_says_how_many_times_better_and_there_is_none_to_nothing():
     ratios = ratios_to({"calls_per_s": 20.0, "get_s": 0.2, "get_any_s": 0.05}, {"calls_per_s": 10.0, "get_s": 0.1})
     assert ratios == {"calls_per_s_to_peer": 2.0, "get_s_to_peer": 0.5, "get_any_s_to_peer": 2.0}
+    assert ratios_to({"calls_per_s": 20.0, "get_s": 0.1}, {"calls_per_s": 0.0, "get_s": 0.0}) == {}
+
+
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        ("it failed", "not the output of a peer's script"),
+        ("[1]", "not the output of a peer's script"),
+        ('{"store_s": 0.1}', "it has none of calls_per_s, samples_per_s"),
+        ('{"work": {"batch": 512}, "calls_per_s": 1.0}', "with batch=512, and here it is batch=1"),
+        ('{"work": {"expert": "ffn"}, "calls_per_s": 1.0}', "with expert=ffn, and here it is expert=nop"),
+    ],
+)
+def test_a_peer_that_did_other_work_is_refused_before_anything_is_measured(
+    tmp_path, capsys, monkeypatch, said, complaint
+):
+    monkeypatch.setattr(rpc, "measure", None)
+    (tmp_path / "peer.json").write_text(said)
+    assert main(["bench", "rpc", "--peer-json", str(tmp_path / "peer.json")]) == 1
+    told = capsys.readouterr().err
+    assert f"peer_json={tmp_path / 'peer.json'}: " in told and complaint in told
+
+
+def test_a_peer_may_have_been_measured_for_longer_and_has_a_word_of_its_own_for_an_expert(tmp_path):
+    (tmp_path / "peer.json").write_text('{"work": {"expert": "ffn", "calls": 9, "batch": 2}, "calls_per_s": 3}')
+    options = {"expert": "ffn2", "calls": 5, "batch": 2, "secure": True}
+    assert read_peer(str(tmp_path / "peer.json"), "rpc", options) == {"calls_per_s": 3.0}
 
 
 def test_all_of_it_is_measured_beside_a_peer_into_a_file_that_is_not_begun_anew(tmp_path):
@@ -109,6 +184,7 @@ def test_all_of_it_is_measured_beside_a_peer_into_a_file_that_is_not_begun_anew(
     rates = [line["calls_per_s"] for line in lines[::2]]
     assert result["small"]["runs"] == 2 and result["small"]["calls_per_s"] == pytest.approx(sum(rates) / 2)
     assert result["small"]["calls_per_s_to_peer"] == pytest.approx(sum(rates) / 20, abs=0.01)
+    assert result["small"]["peer_runs"] == 2
     assert "other" not in result, "it was not asked for"
     assert measure_all(SuiteConfig(out=str(path), runs=2, only="small"), rows) == result
 
@@ -174,6 +250,11 @@ def test_what_cannot_be_searched_is_refused_by_the_name_of_the_option(option, co
         (["dht", "--peers", "1"], "peers=1"),
         (["all", "--out", "none", "--runs", "0"], "runs=0"),
         (["all", "--out", "none", "--peer-scripts", "nowhere"], "peer_scripts=nowhere: there is no such folder"),
+        (["all", "--out", "nowhere/results.jsonl"], "out=nowhere/results.jsonl: there is no folder nowhere"),
+        (
+            ["all", "--out", "none", "--only", "lstm"],
+            "only=lstm: no row has this in its name. There are: rpc nop, batch",
+        ),
         (["latency", "--block", "lstm"], "block='lstm': ffn or transformer"),
         (["latency", "--delays-ms", "10", "-1"], "delays_ms=(10.0, -1.0)"),
     ],

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
-from labkit.bench.figures import against_peer, show
+from labkit.bench.figures import ratios_to, read_peer, show
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +19,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     _add_numbers(rpc, experts=4, servers=1, hidden=1024, batch=1, clients=2)
     rpc.add_argument("--calls", type=int, default=500, metavar="N", help="of each client (default: 500)")
     rpc.add_argument("--backward", action="store_true", help="a backward pass after each forward pass")
-    rpc.add_argument("--secure", action="store_true", help="encrypt connections (CURVE)")
     rpc.add_argument("--codec", default="none", help="of tensors on the wire (default: none)")
     moe = benches.add_parser("moe", help="forward and backward passes of an MoE layer over one server")
     moe.add_argument("--expert", default="ffn", metavar="KIND", help="as of rpc (default: ffn)")
@@ -28,6 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     dht = benches.add_parser("dht", help="stores and gets among DHT nodes in processes of their own")
     _add_numbers(dht, peers=8, rounds=20)
     for bench in (rpc, moe, dht):
+        bench.add_argument("--secure", action="store_true", help="encrypt connections (CURVE)")
         bench.add_argument("--peer-json", metavar="FILE", help="what a peer's script printed; adds the ratios to it")
     latency = benches.add_parser("latency", help="throughput of many trainers, and of a pipeline, where calls are slow")
     latency.add_argument("--block", default="ffn", metavar="KIND", help="ffn or transformer (default: ffn)")
@@ -37,6 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="mean delays of a call (default: 0 50 100 200)",
     )  # fmt: skip
     latency.add_argument("--seconds", type=float, default=10.0, help="that each delay is measured (default: 10)")
+    latency.add_argument("--runs", type=int, default=1, metavar="N", help="of each; prints medians (default: 1)")
     search = benches.add_parser("search", help="the search for experts in a large swarm, simulated, in virtual time")
     _add_numbers(search, nodes=100)
     search.add_argument("--grid", type=int, nargs="+", default=[32, 32], metavar="SIZE", help="(default: 32 32)")
@@ -47,6 +49,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     search.add_argument(
         "--churn", type=float, default=0.0, help="mean life of a node in minutes; 0 for ever (default: 0)"
+    )
+    search.add_argument(
+        "--handshake", type=float, default=0.0, help="round trips before a new connection's first message (default: 0)"
     )
     _add_numbers(search, searches=100, seed=0)
     suite = benches.add_parser("all", help="rpc, moe and dht in all sizes that count, several times over, into a file")
@@ -70,11 +75,11 @@ def bench(options: argparse.Namespace) -> None:
     kind, measure = _find(options.bench)
     given = {name: getattr(options, name) for name in kind.__dataclass_fields__}
     config = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    path = getattr(options, "peer_json", None)
+    peer = {} if path is None else read_peer(path, options.bench, asdict(config))
     print(f"measuring {options.bench} …", file=sys.stderr)
     result = measure(config)
-    if getattr(options, "peer_json", None) is not None:
-        result |= against_peer(result, options.peer_json)
-    show(result, as_json=options.json)
+    show({**result, **ratios_to(result, peer)}, as_json=options.json)
 
 
 def _find(name: str) -> tuple[Any, Callable[[Any], dict[str, Any]]]:

@@ -17,7 +17,7 @@ from labkit.bench.echo import fan_out_limit
 from labkit.bench.figures import check_at_least
 from labkit.contact import Contact
 from labkit.dht.node import DHTConfig, Value
-from labkit.node import Node, open_node
+from labkit.node import Node, NodeConfig, open_node
 from labkit.portal import Portal
 from labkit.wire.security import Identity
 from labkit.wire.zeromq import open_network
@@ -32,6 +32,7 @@ class DHTBenchConfig:
 
     peers: int = 8
     rounds: int = 20
+    secure: bool = False
 
     def __post_init__(self) -> None:
         check_at_least(2, self, "peers")
@@ -49,7 +50,8 @@ def measure(config: DHTBenchConfig) -> dict[str, Any]:
         peers: list[Worker] = []
         invitations: list[str] = []
         for _ in range(config.peers):
-            peers += crew.hire("dht:live", draw.choice(invitations) if invitations else None)
+            join = draw.choice(invitations) if invitations else None
+            peers += crew.hire("dht:live", {"join": join, "secure": config.secure})
             invitations.append(peers[-1].hear())
         for _ in range(config.rounds):
             key, value = f"{draw.getrandbits(128):x}", f"{draw.getrandbits(128):x}"
@@ -59,8 +61,10 @@ def measure(config: DHTBenchConfig) -> dict[str, Any]:
                 answer = reader.ask({"key": key, "latest": latest})
                 seconds.append(answer["seconds"])
                 found += answer["value"] == value
-    store_limit = fan_out_limit(config.peers - 1, RECORD, 10 * config.rounds)
-    get_limit = fan_out_limit(min(DHTConfig().quorum, config.peers - 1), RECORD, 10 * config.rounds)
+    quorum = min(DHTConfig().quorum, config.peers - 1)
+    store_limit, get_limit = (
+        fan_out_limit(number, RECORD, 10 * config.rounds, secure=config.secure) for number in (config.peers - 1, quorum)
+    )
     return {
         **asdict(config),
         "store_s": round(median(store), 6),
@@ -74,10 +78,11 @@ def measure(config: DHTBenchConfig) -> dict[str, Any]:
     }
 
 
-def live(invitation: str | None) -> Generator[Any, Any, None]:
+def live(order: dict[str, Any]) -> Generator[Any, Any, None]:
     """A DHT node that stores and gets what it is told to, and says how long that took."""
     portal = Portal("bench")
-    node: Node = portal.start(_live, () if invitation is None else (Contact.from_invitation(invitation),))
+    join = () if order["join"] is None else (Contact.from_invitation(order["join"]),)
+    node: Node = portal.start(_live, join, NodeConfig(secure=order["secure"] or None))
     order = yield node.contact.invitation()
     while True:
         found = None
@@ -90,7 +95,7 @@ def live(invitation: str | None) -> Generator[Any, Any, None]:
         order = yield {"seconds": seconds, "value": found.data.decode() if isinstance(found, Value) else None}
 
 
-async def _live(join: tuple[Contact, ...], *, task_status: trio.TaskStatus[Node]) -> None:
-    async with open_network() as network, open_node(network, Identity.generate(), join=join) as node:
+async def _live(join: tuple[Contact, ...], config: NodeConfig, *, task_status: trio.TaskStatus[Node]) -> None:
+    async with open_network() as network, open_node(network, Identity.generate(), config, join=join) as node:
         task_status.started(node)
         await trio.sleep_forever()

@@ -9,7 +9,9 @@ from typing import Any
 
 BETTER_IF_LESS = {"store_s": "store_s", "get_s": "get_s", "get_any_s": "get_s"}  # and which of the peer's it is beside
 BETTER_IF_MORE = ("calls_per_s", "samples_per_s")
-PEERS = (*BETTER_IF_MORE, *dict.fromkeys(BETTER_IF_LESS.values()))
+PEERS = {"rpc": BETTER_IF_MORE, "moe": ("samples_per_s",), "dht": ("store_s", "get_s")}  # of a benchmark, the peer's
+HOW_LONG = {"calls", "passes", "rounds"}  # options that change how well something is measured, not what
+CALLED = {"ffn2": "ffn"}  # by the peer
 
 
 def check_at_least(least: int, config: object, *names: str) -> None:
@@ -29,27 +31,35 @@ def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def ratios_to(result: Mapping[str, Any], peer: Mapping[str, float]) -> dict[str, float]:
-    """How many times better each figure is than the peer's. (A peer's get takes any copy, so it is beside both.)"""
-    ratios = {name: result[name] / peer[name] for name in BETTER_IF_MORE if name in result and name in peer}
-    ratios |= {
-        name: peer[theirs] / result[name]
+    """How many times better each figure is than the peer's, but where one is 0. (A peer's get takes any copy, so it is
+    beside both.)"""
+    pairs = {name: (result[name], peer[name]) for name in BETTER_IF_MORE if name in result and name in peer}
+    pairs |= {
+        name: (peer[theirs], result[name])
         for name, theirs in BETTER_IF_LESS.items()
         if name in result and theirs in peer
     }
-    return {f"{name}_to_peer": round(ratio, 2) for name, ratio in ratios.items()}
+    return {f"{name}_to_peer": round(more / less, 2) for name, (more, less) in pairs.items() if more > 0 and less > 0}
 
 
-def against_peer(result: Mapping[str, Any], path: str) -> dict[str, float]:
-    """How many times better than the last line of what a peer's script printed. Raises `ValueError`."""
+def read_peer(path: str, bench: str, options: Mapping[str, Any]) -> dict[str, float]:
+    """The figures in the last line of what a peer's script printed. Raises `ValueError`, also if its `work` is not what
+    `bench` does with these options."""
     try:
         peer = json.loads(Path(path).read_text().strip().splitlines()[-1])
-        numbers = {name: float(peer[name]) for name in PEERS if name in peer}
-    except (OSError, ValueError, IndexError, TypeError) as error:
+        figures = {name: float(peer[name]) for name in PEERS[bench] if name in peer}
+        work = dict(peer.get("work", {}))
+    except (OSError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"peer_json={path}: not the output of a peer's script ({error})") from None
-    ratios = ratios_to(result, numbers)
-    if not ratios:
-        raise ValueError(f"peer_json={path}: it has none of {', '.join(PEERS)}")
-    return ratios
+    if not figures:
+        raise ValueError(f"peer_json={path}: it has none of {', '.join(PEERS[bench])}")
+    for name, ours in options.items():
+        if name in work and name not in HOW_LONG and work[name] not in (ours, CALLED.get(ours)):
+            raise ValueError(
+                f"peer_json={path}: the peer was measured with {name}={work[name]}, and here it is {name}={ours}; "
+                "measure both with the same"
+            )
+    return figures
 
 
 def show(result: Mapping[str, Any], *, as_json: bool) -> None:
@@ -60,4 +70,4 @@ def show(result: Mapping[str, Any], *, as_json: bool) -> None:
     for name, value in result.items():
         if isinstance(value, dict):
             value = ", ".join(f"{key} {number:g}" for key, number in value.items())
-        print(f"  {name:<24}{value}")
+        print(f"  {name:<28}{value}")

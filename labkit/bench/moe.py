@@ -29,6 +29,7 @@ class MoEConfig:
     side: int = 4
     k_best: int = 4
     passes: int = 10
+    secure: bool = False
 
     def __post_init__(self) -> None:
         if self.expert not in KINDS:
@@ -42,7 +43,7 @@ def measure(config: MoEConfig) -> dict[str, Any]:
     """What `--json` prints: the passes, then the limit, in one run. Seconds are medians."""
     torch.manual_seed(0)
     forward, backward = [], []
-    with Swarm("bench") as swarm:
+    with Swarm("bench", secure=config.secure or None) as swarm:
         grid = (config.side, config.side)
         (server,) = swarm.serve(KINDS[config.expert], grid=grid, name="ffn", hidden=config.hidden, isolation="process")
         layer = swarm.moe(

@@ -19,6 +19,8 @@ from labkit.bench.echo import Exchange, echo_limit
 from labkit.bench.experts import KINDS
 from labkit.bench.figures import check_at_least, milliseconds
 from labkit.resources import peak_rss_mb
+from labkit.server.backend import ExpertBackend
+from labkit.server.layers import make_expert
 from labkit.swarm import Swarm
 from labkit.wire.compression import CODECS
 
@@ -58,7 +60,8 @@ def measure(config: RPCConfig) -> dict[str, Any]:
     """What `--json` prints: the calls, then the limit, in one run.
 
     `lookup_us_per_expert`: of looking all experts up with an empty cache, by a client that has just joined. `fairness`:
-    the slowest client's time divided by the quickest one's.
+    the slowest client's time divided by the quickest one's. `server_state_mb`: what of `server_rss_mb` is parameters
+    and, with `backward`, the optimizer's moments.
     """
     with Crew() as crew, Swarm("bench", secure=config.secure or None) as swarm:
         servers = swarm.serve(
@@ -66,9 +69,7 @@ def measure(config: RPCConfig) -> dict[str, Any]:
             isolation="process",
         )  # fmt: skip
         order = {**asdict(config), "invite": swarm.invite(), "uids": sorted(swarm.experts())}
-        processes = min(config.clients, MOST_PROCESSES)
-        seeds = [list(range(first, config.clients, processes)) for first in range(processes)]
-        told = all_at_once(crew.hire("rpc:call", *[{**order, "seeds": some} for some in seeds]))
+        told = all_at_once(crew.hire("rpc:call", *[{**order, "seeds": some} for some in _seeds(config)]))
         statistics = swarm.statistics().values()
         server_rss = max(peak_rss_mb(server.pid) for server in servers)
     results = [result for process in told for result in process["clients"]]
@@ -85,16 +86,29 @@ def measure(config: RPCConfig) -> dict[str, Any]:
         "lookup_us_per_expert": round(1e6 * median(result["lookup_s"] for result in results) / config.experts, 1),
         "fairness": round(max(r["seconds"] for r in results) / min(r["seconds"] for r in results), 2),
         "server_rss_mb": server_rss,
+        "server_state_mb": round(_state_bytes(config) / (1 << 20), 1),
         "client_rss_mb": max(process["rss_mb"] for process in told),
     }
+
+
+def _seeds(config: RPCConfig) -> list[list[int]]:
+    """Of each process, those of its clients."""
+    processes = min(config.clients, MOST_PROCESSES)
+    return [list(range(first, config.clients, processes)) for first in range(processes)]
+
+
+def _state_bytes(config: RPCConfig) -> int:
+    """Of the experts of the server that has the most of them."""
+    expert = ExpertBackend("expert", make_expert(KINDS[config.expert], hidden=config.hidden))
+    return -(-config.experts // config.servers) * (expert.state_bytes if config.backward else expert.parameter_bytes)
 
 
 def _limit(config: RPCConfig, rows: float) -> float:
     """Calls per second. `rows`: how large the server's batches were, on average."""
     if config.expert == "nop":
-        size = 4 * config.batch * config.hidden
+        size = CODECS[config.codec].encoded_bytes(torch.float32, (config.batch, config.hidden))
         exchanges: list[Exchange] = [([size], 1)] + ([([size, size], 1)] if config.backward else [])
-        clients = min(config.clients, MOST_PROCESSES)
+        clients = [len(some) for some in _seeds(config)]
         return echo_limit(exchanges, clients=clients, calls=config.calls, secure=config.secure)
     threads = torch.get_num_threads()
     calls = max(3, round(config.clients * config.calls * config.batch / rows))

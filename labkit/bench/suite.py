@@ -62,6 +62,7 @@ ROWS = (
     ),
     Row("dht, 8 peers", "dht", "hivemind_dht.py --peers 8 --rounds 20"),
     Row("rpc nop, 128 clients", "rpc --clients 128 --calls 100"),
+    Row("rpc ffn, 128 clients", "rpc --expert ffn --hidden 256 --batch 16 --clients 128 --calls 10 --backward"),
     *(Row(f"rpc nop, {n} servers", f"rpc --servers {n} --experts 8") for n in (1, 2, 4, 8)),
     *(Row(f"rpc nop, {n:,} experts", f"rpc --experts {n}") for n in (16, 256, 4096)),
 )  # fmt: skip
@@ -82,13 +83,18 @@ class SuiteConfig:
         check_at_least(1, self, "runs")
         if self.peer_scripts is not None and not Path(self.peer_scripts).is_dir():
             raise ValueError(f"peer_scripts={self.peer_scripts}: there is no such folder")
+        if not Path(self.out).parent.is_dir():
+            raise ValueError(f"out={self.out}: there is no folder {Path(self.out).parent}")
 
 
 def measure(config: SuiteConfig, rows: Sequence[Row] = ROWS) -> dict[str, Any]:
-    """Measure what the file does not have yet. Returns its medians. Raises `LabkitError` if one fails; what fails of a
-    peer is told and left out."""
+    """Measure what the file does not have yet. Returns its medians. Raises `LabkitError` if one fails, `ValueError` if
+    no row was asked for; what fails of a peer is told and left out."""
     path = Path(config.out)
     wanted = [row for row in rows if config.only in row.name]
+    if not wanted:
+        names = "; ".join(row.name for row in rows)
+        raise ValueError(f"only={config.only}: no row has this in its name. There are: {names}")
     for run in range(config.runs):
         for row in wanted:
             for who, command in _commands(row, config):
@@ -147,14 +153,15 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def medians(path: Path, rows: Sequence[Row] = ROWS) -> list[dict[str, Any]]:
-    """A line for each row that was measured: medians of its figures, how many runs, and how many times better each rate
-    or time is than the peer's (`…_to_peer`)."""
+    """A line for each row that was measured: medians of its figures, how many runs, and, where the peer was measured
+    too, how many runs of it and how many times better each rate or time is than the peer's (`…_to_peer`)."""
     lines, table = _lines(path), list[dict[str, Any]]()
     for row in rows:
         ours, peers = (_median(lines, name, who) for name, who in ((row.name, "labkit"), (_peer_row(row), "peer")))
         if not ours:
             continue
-        table.append({"row": row.name, **ours, **ratios_to(ours, peers)})
+        beside = {"peer_runs": peers["runs"], **ratios_to(ours, peers)} if peers else {}
+        table.append({"row": row.name, **ours, **beside})
     return table
 
 

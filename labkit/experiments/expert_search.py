@@ -31,7 +31,8 @@ from labkit.wire.simclock import run_in_virtual_time
 from labkit.wire.simnet import SimNetwork, open_simnet
 
 NAME = "ffn"
-SPREAD = 32 / 92  # standard deviation of a round trip by its mean: the paper's three regions
+SPREAD = 32 / 92  # standard deviation of a round trip by its mean: our choice, for a network of a few regions
+MAX_PLACES = 1 << 20  # of the grid
 JOINING = 4  # one node joins at the same time for so many that are there
 COLLECT_AFTER = (1_000_000, 10, 1000)  # as `gc.set_threshold`: there are no tensors to hold on to for long
 CHURNED = 60.0  # seconds over which searches are spread under churn
@@ -42,7 +43,8 @@ NODE = NodeConfig(directory=DirectoryConfig(ttl=180.0))
 @dataclass(frozen=True)
 class SearchConfig:
     """`dead`: the share of nodes that lose their power after the experts were declared. `churn`: mean life of a node in
-    minutes, after which another takes its place; 0 for ever. Raises `ValueError`."""
+    minutes, after which another takes its place; 0 for ever. `handshake`: round trips before the first message of a new
+    connection (TCP and ZeroMQ take two). Raises `ValueError`."""
 
     nodes: int = 100
     grid: tuple[int, ...] = (32, 32)
@@ -50,6 +52,7 @@ class SearchConfig:
     rtt_ms: float = 92.0
     dead: float = 0.0
     churn: float = 0.0
+    handshake: float = 0.0
     searches: int = 100
     seed: int = 0
 
@@ -62,6 +65,10 @@ class SearchConfig:
             raise ValueError(f"k_best={self.k_best}: the grid has {places} experts")
         if not (math.isfinite(self.rtt_ms) and self.rtt_ms >= 0):
             raise ValueError(f"rtt_ms={self.rtt_ms}: milliseconds, at least 0")
+        if places > MAX_PLACES:
+            raise ValueError(f"grid={self.grid}: {places:,} experts; at most {MAX_PLACES:,} are simulated")
+        if not (math.isfinite(self.handshake) and self.handshake >= 0):
+            raise ValueError(f"handshake={self.handshake}: round trips, at least 0")
         if not 0 <= self.dead < 1 or self.nodes - self.dead_nodes < 1:
             raise ValueError(f"dead={self.dead}: a share of the nodes that leaves one alive")
         if not (math.isfinite(self.churn) and self.churn >= 0) or (self.churn and self.dead):
@@ -75,13 +82,14 @@ class SearchConfig:
 
 @dataclass
 class _Times:
-    """Of some searches: virtual milliseconds, and of those how many each level took; calls made, and the share of the
-    best experts that was found."""
+    """Of some searches: virtual milliseconds, and of those how many each level took; calls made; the share of the best
+    experts whose records were found, and of those found the share whose server was alive."""
 
     ms: list[float] = field(default_factory=list)
     levels: list[list[float]] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)
     recall: list[float] = field(default_factory=list)
+    alive: list[float] = field(default_factory=list)
 
 
 class _Watched:
@@ -112,6 +120,7 @@ def measure(config: SearchConfig) -> dict[str, object]:
         "virtual_ms_by_level": [round(fmean(level), 2) for level in zip_longest(*cold.levels, fillvalue=0.0)],
         "rpcs_per_search": round(fmean(cold.calls), 2),
         "recall": round(fmean(cold.recall + warm.recall), 4),  # of the best experts that were declared
+        "alive": round(fmean(cold.alive + warm.alive), 4),  # nothing is called here: who is dead is not known yet
         "build_s": round(built - started, 1),
         "wall_s": round(time.perf_counter() - started, 1),
         "peak_rss_mb": peak_rss_mb(),
@@ -120,10 +129,12 @@ def measure(config: SearchConfig) -> dict[str, object]:
 
 async def _measure(config: SearchConfig) -> tuple[float, _Times, _Times]:
     draw = random.Random(config.seed)
-    random.seed(config.seed)  # of which DHT nodes draw
     half = config.rtt_ms / 2000
     latency = gamma(half, half * SPREAD * math.sqrt(2))
-    async with open_simnet(config.seed, latency=latency) as network, trio.open_nursery() as nursery:
+    async with (
+        open_simnet(config.seed, latency=latency, handshake=config.handshake) as network,
+        trio.open_nursery() as nursery,
+    ):
         crowd = _Crowd(network, config, draw)
         await crowd.join(nursery)
         await crowd.declare()
@@ -152,20 +163,21 @@ async def _search(
     is followed by another, that begins anew."""
     async with turn:
         found = await _found_from(crowd, seeker, scores, len(times))
-    for kind, (ms, levels, calls, recall) in zip(times, found, strict=True):
+    for kind, (ms, levels, calls, recall, alive) in zip(times, found, strict=True):
         kind.ms.append(ms)
         kind.levels.append(levels)
         kind.calls.append(calls)
         kind.recall.append(recall)
+        kind.alive.append(alive)
 
 
 async def _found_from(
     crowd: _Crowd, seeker: int, scores: Sequence[Tensor], count: int
-) -> list[tuple[float, list[float], int, float]]:
-    """Milliseconds, those of each level, calls and recall of so many searches, one after the other."""
+) -> list[tuple[float, list[float], int, float, float]]:
+    """Milliseconds, those of each level, calls, recall and the living of so many searches, one after the other."""
     while True:
         node = await crowd.node_at(seeker)
-        directory, found = _Watched(Directory(node.dht)), list[tuple[float, list[float], int, float]]()
+        directory, found = _Watched(Directory(node.dht)), list[tuple[float, list[float], int, float, float]]()
         for _ in range(count):
             calls, began, directory.took = node.dht.peers.calls, trio.current_time(), []
             try:
@@ -174,7 +186,8 @@ async def _found_from(
                 break
             recall = _recall(routing, scores, crowd.experts, crowd.places, crowd.config.k_best)
             took = (trio.current_time() - began) * 1000
-            found.append((took, directory.took, node.dht.peers.calls - calls, recall))
+            alive = crowd.share_alive(routing)
+            found.append((took, directory.took, node.dht.peers.calls - calls, recall, alive))
         if len(found) == count and crowd.nodes.get(seeker) is node:
             return found
 
@@ -243,6 +256,11 @@ class _Crowd:
         await trio.lowlevel.checkpoint()
         gone = self._draw.sample(sorted(self.nodes), count)
         self._network.unplug(*(self.nodes.pop(place).contact for place in gone))
+
+    def share_alive(self, routing: Routing) -> float:
+        """Of the experts found the share whose server is there now."""
+        alive = {node.contact for node in self.nodes.values()}
+        return sum(info.contact in alive for info in routing.experts) / max(1, len(routing.experts))
 
     def seekers(self, count: int) -> list[int]:
         """Places to search from, each as rarely as possible."""

@@ -6,7 +6,8 @@ functions of tensors, no I/O. Bytes are little-endian, as everywhere that torch 
     none        the tensor's own bytes; every dtype, exact
     float16     relative error at most 2^-11, or 2^-25 in all below 2^-14; beyond ±65504 saturates
     bfloat16    relative error at most 2^-8, or 2^-134 in all below 2^-126; beyond ±3.39e38 saturates
-    blockwise8  blocks of 256 numbers as int8 with one scale each: error at most max|x| of the block / 254
+    blockwise8  blocks of 256 numbers as int8 with one scale each: error at most m / 254 + m * 2^-22 + 2^-149, where m
+                is max|x| of the block (half a step, and the rounding of float32)
 
 An error bound is that of a float32 result; decoding to a narrower dtype adds that dtype's rounding. Finite numbers stay
 finite (one too large for the codec becomes its largest); NaN and infinity stay non-finite, so that a receiver that
