@@ -24,7 +24,7 @@ def test_a_search_among_simulated_nodes_takes_round_trips_when_cold_and_no_time_
     assert main(["bench", "search", "--nodes", "12", "--grid", "4", "4", "--searches", "4", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(result) >= {
-        "nodes", "virtual_ms_cold", "virtual_ms_warm", "rpcs_per_search", "recall", "wall_s", "peak_rss_mb",
+        "nodes", "virtual_ms_cold", "virtual_ms_warm", "rpcs_per_search", "recall", "alive", "wall_s", "peak_rss_mb",
     }  # fmt: skip
     assert set(result["virtual_ms_cold"]) == {"mean", "p50", "p95"}
     assert 92 <= result["virtual_ms_cold"]["mean"] <= 5 * 92
@@ -59,6 +59,17 @@ def test_a_seed_gives_the_same_searches_twice():
 def test_what_is_left_is_found_when_nodes_die_and_when_they_come_and_go(trouble):
     result = measure(SearchConfig(nodes=12, grid=(4, 4), k_best=2, searches=4, **trouble))
     assert result["recall"] == 1.0  # all nodes hold each record
+
+
+def test_records_of_the_dead_are_found_and_counted_among_more_nodes_than_hold_a_record():
+    result = measure(SearchConfig(nodes=40, grid=(8, 8), searches=20, dead=0.3))
+    assert result["recall"] >= 0.99
+    assert 0.4 < result["alive"] < 0.95
+
+
+def test_opening_connections_takes_time_where_it_is_counted():
+    free, counted = (measure(SearchConfig(nodes=40, grid=(8, 8), searches=10, handshake=n)) for n in (0.0, 2.0))
+    assert counted["virtual_ms_cold"]["mean"] > 1.1 * free["virtual_ms_cold"]["mean"]
 
 
 def bench(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
