@@ -115,7 +115,7 @@ def test_every_unexpired_record_is_kept_while_fewer_nodes_crash_than_hold_it(see
 
 @pytest.mark.parametrize("sizes", [(4, 4), (5, 7), (1, 7), (1,) * 6], ids=str)
 @settings(max_examples=2)
-@given(seed=st.integers(0, 2**32 - 1), minutes=st.integers(1, 60))
+@given(seed=st.integers(0, 2**32 - 1), minutes=st.integers(10, 30))
 def test_a_partition_heals(sizes: tuple[int, ...], seed: int, minutes: int) -> None:
     async def main() -> None:
         async with crowd(sum(sizes), seed) as swarm:
@@ -140,7 +140,7 @@ def test_a_partition_heals(sizes: tuple[int, ...], seed: int, minutes: int) -> N
 # ---------------------------------------------------------------- calls
 
 LARGE = 100_000  # bytes
-BANDWIDTHS = st.sampled_from([math.inf, 1e6, 2e5])  # bytes per second; the last takes half a second for a large message
+BANDWIDTHS = st.sampled_from([math.inf, 1e6])  # bytes per second
 
 
 @settings(max_examples=25)
