@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar
 
 import torch
-import trio
 
 from labkit.errors import SwarmClosed
 
@@ -37,11 +36,11 @@ class Lockstep:
             wanted, arguments = thread.call
             try:
                 thread.value = await wanted(*arguments)
-            except trio.Cancelled:
-                thread.abandon()
-                raise
             except Exception as error:
                 thread.error = error
+            except BaseException:  # cancelled, perhaps within a nursery of its own, or interrupted
+                thread.abandon()
+                raise
             thread.resume()
         return thread.result()
 
@@ -71,7 +70,9 @@ class _Thread(Generic[T]):
         self.error: BaseException | None = None
         self._abandoned = False
         self._its_turn, self._our_turn = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._main, args=(local, function, args), daemon=True)
+        self._thread = threading.Thread(
+            target=self._main, args=(local, function, args), name="labkit-lockstep", daemon=True
+        )
         self._thread.start()
 
     def _main(self, local: threading.local, function: Callable[..., T], args: tuple[Any, ...]) -> None:

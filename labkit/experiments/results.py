@@ -1,12 +1,17 @@
 """Histories of runs on disk: one parquet file a run, which a notebook redraws without running it again."""
 
 # The table is long: `series` names what a row is about, `x` and `y` are its numbers, `label` its name if it has one.
+# Its metadata are `config` and `made`, which the oldest files lack: how long the run took, and with what.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
+
+import torch
 
 from labkit.experiments.convergence import ConvergenceConfig, History
 
@@ -30,7 +35,13 @@ def save(path: Path, config: ConvergenceConfig, history: History) -> None:
         rows += [(name, 0.0, count, label) for label, count in sorted(getattr(history, name).items())]
     series, x, y, label = zip(*rows, strict=True)
     table = pa.table({"series": series, "x": pa.array(x, pa.float64()), "y": pa.array(y, pa.float64()), "label": label})
-    table = table.replace_schema_metadata({"config": json.dumps(asdict(config))})
+    made = {
+        "wall_s": history.wall_s,
+        "labkit": importlib.metadata.version("labkit"),
+        "torch": torch.__version__,
+        "cpus": os.cpu_count(),
+    }
+    table = table.replace_schema_metadata({"config": json.dumps(asdict(config)), "made": json.dumps(made)})
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".new")
     pq.write_table(table, unfinished, compression="zstd")
@@ -42,11 +53,13 @@ def load(path: Path) -> tuple[ConvergenceConfig, History]:
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
-    fields = json.loads((table.schema.metadata or {}).get(b"config", b"null"))
+    metadata = table.schema.metadata or {}
+    fields = json.loads(metadata.get(b"config", b"null"))
     if not isinstance(fields, dict):
         raise ValueError(f"{path} is not a run of the convergence experiment")
     config = ConvergenceConfig.of(fields)
-    history, points = History(), dict[float, dict[str, float]]()
+    made = json.loads(metadata.get(b"made", b"{}"))
+    history, points = History(wall_s=made.get("wall_s")), dict[float, dict[str, float]]()
     for row in table.to_pylist():
         series, x, y = row["series"], row["x"], row["y"]
         if series == "dropped":

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -104,18 +105,32 @@ def run_all(
                 name = waiting.get_nowait()
             except Empty:
                 return
-            order = [json.dumps(asdict(missing[name])), str(folder / f"{name}.parquet"), dataset, str(data_dir or "")]
-            with subprocess.Popen(
-                [sys.executable, "-m", "labkit.experiments.runner", "--one", *order], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, text=True,
-            ) as child:  # fmt: skip
-                children.add(child)
+            try:
+                do(name)
+            except Exception as error:  # any: nobody hears of what ends a thread
+                problems.append(f"the run {name} failed: {error}")
+
+    def do(name: str) -> None:
+        order = [json.dumps(asdict(missing[name])), str(folder / f"{name}.parquet"), dataset, str(data_dir or "")]
+        with subprocess.Popen(
+            [sys.executable, "-m", "labkit.experiments.runner", "--one", *order], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True,
+        ) as child:  # fmt: skip
+            children.add(child)
+            try:
                 assert child.stdout is not None
                 for line in child.stdout:
+                    if not line.strip().isdecimal():
+                        raise RuntimeError(f"it printed {line.strip()!r}, where a number of updates was expected")
                     bar.update(int(line))
-            children.discard(child)
-            if child.returncode:
-                problems.append(f"the run {name} failed with exit code {child.returncode}")
+                child.wait()
+            except BaseException:
+                child.kill()
+                raise
+            finally:
+                children.discard(child)
+        if child.returncode:
+            raise RuntimeError(f"exit code {child.returncode}; what it wrote above says why")
 
     workers = [threading.Thread(target=work, daemon=True) for _ in range(processes or os.cpu_count() or 1)]
     try:
@@ -151,7 +166,11 @@ def run_one(fields: str, path: str, dataset: str, data_dir: str) -> None:
             print(updates - told, flush=True)
             told = updates
 
-    save(Path(path), config, run(config, load_data(dataset, data_dir or None), progress))
+    data = load_data(dataset, data_dir or None)
+    began = time.perf_counter()
+    history = run(config, data, progress)
+    history.wall_s = time.perf_counter() - began
+    save(Path(path), config, history)
 
 
 STEP = 32  # updates between two words of progress
@@ -166,8 +185,13 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--only", default="", help="runs whose name has this in it")
+    parser.add_argument("--device", default="cpu", help="where trunk and experts compute, such as cuda")
     options = parser.parse_args()
-    runs = {name: config for name, config in plan(options.size, options.seeds).items() if options.only in name}
+    runs = {
+        name: replace(config, device=options.device)
+        for name, config in plan(options.size, options.seeds).items()
+        if options.only in name
+    }
     run_all(runs, options.out, dataset=options.dataset, data_dir=options.data_dir)
 
 

@@ -51,9 +51,13 @@ class BackendConfig:
         if self.schedule not in ("constant", "linear"):
             raise ValueError(f"schedule={self.schedule!r}: constant or linear")
         if self.schedule == "linear" and self.total_steps <= self.warmup_steps:
-            raise ValueError("a linear schedule needs total_steps, more than warmup_steps")
-        if self.accumulate < 1 or self.max_batch_size < 1 or self.warmup_steps < 0:
-            raise ValueError("accumulate and max_batch_size are at least 1, warmup_steps at least 0")
+            raise ValueError(
+                f"total_steps={self.total_steps!r}: a linear schedule needs more of them than "
+                f"warmup_steps={self.warmup_steps!r}"
+            )
+        for name, least in (("accumulate", 1), ("max_batch_size", 1), ("warmup_steps", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)!r}: at least {least}")
         for name in ("lr", "weight_decay", "momentum"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
