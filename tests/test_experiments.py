@@ -198,17 +198,20 @@ def test_what_cannot_be_run_is_refused_by_the_name_of_the_argument(options, argu
         replace(SMALL, **options)
 
 
-def test_a_search_is_the_same_in_another_process_whose_hashes_differ():
+def test_experiments_are_the_same_in_another_process_whose_hashes_differ():
     script = (
+        "from labkit.data import load\n"
+        "from labkit.experiments.convergence import ConvergenceConfig, run\n"
         "from labkit.experiments.expert_search import SearchConfig, measure\n"
         "found = measure(SearchConfig(nodes=30, grid=(8, 8), searches=2))\n"
-        "print(found['virtual_ms_cold'], found['rpcs_per_search'])"
+        "print(found['virtual_ms_cold'], found['rpcs_per_search'])\n"
+        f"print(run({SMALL!r}, load('digits')))"
     )
     first, second = (
         subprocess.run(
-            [sys.executable, "-c", script], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True,
-            check=True, timeout=60,
+            [sys.executable, "-c", script], env=os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, check=True, timeout=120,
         ).stdout
         for seed in "12"
     )  # fmt: skip
-    assert first and first == second
+    assert "History(points=[(8, " in first and first == second

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import trio
+from trio._core import _run
 from trio.testing import MockClock
 
 from labkit.contact import Contact
 from labkit.errors import ConnectionLost, DeadlineExceeded, LabkitError, RPCError
 from labkit.wire.client import Client
 from labkit.wire.frames import FrameLimits
-from labkit.wire.latency import exponential, regions
-from labkit.wire.methods import Method, Reply, Request
+from labkit.wire.latency import constant, exponential, regions
+from labkit.wire.methods import Method, QuickMethod, Reply, Request
 from labkit.wire.security import Identity
 from labkit.wire.simclock import run_in_virtual_time
 from labkit.wire.simnet import SILENCE, SimNetwork, open_simnet
@@ -31,6 +34,10 @@ async def pair(**options: Any) -> AsyncIterator[tuple[SimNetwork, Contact, Clien
     """A network, where a server is on it, and a client."""
     async with open_simnet(**options) as network, serving(network) as server, calling(network) as client:
         yield network, server.contact, client
+
+
+async def forever(request: Request) -> Reply:
+    await trio.sleep_forever()
 
 
 async def seconds_of(client: Client, contact: Contact, size: int = 0, timeout: float = 100.0) -> float:
@@ -176,24 +183,121 @@ async def test_a_partition_cuts_groups_off_from_each_other_until_it_heals(autoju
         assert await seconds_of(client, contact) <= 2.0  # when the connection is tried again
 
 
-async def test_what_is_under_way_when_a_partition_comes_does_not_arrive(autojump_clock) -> None:
-    async with pair(latency=0.1) as (network, contact, client):
+async def test_what_is_under_way_when_a_partition_comes_arrives_in_its_order_when_it_heals(autojump_clock) -> None:
+    heard: list[int] = []
+
+    def hear(request: Request) -> Reply:
+        heard.append(request.body)
+        return Reply()
+
+    async with (
+        open_simnet(latency=0.1) as network,
+        serving(network, {"hear": QuickMethod(hear, int)}) as server,
+        calling(network) as client,
+    ):
+        await client.call(server.contact, "hear", 0, timeout=1.0)
+        started = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for number, pause in enumerate([0.05, 0.03, 0.03], 1):  # the second would overtake the first
+                nursery.start_soon(partial(client.call, server.contact, "hear", number, timeout=1.0))
+                await trio.sleep(pause)
+                if number == 2:
+                    network.unplug(server.contact)
+            network.heal()
+        assert trio.current_time() - started == pytest.approx(0.11 + 0.2)
+    assert heard == [0, 1, 2, 3]
+
+
+async def test_a_short_outage_loses_nothing_and_a_long_one_breaks_the_connection(autojump_clock) -> None:
+    async with pair() as (network, contact, client):
         await seconds_of(client, contact)
-        outcome: list[RPCError] = []
+        for outage in (SILENCE - 1, SILENCE + 1):
+            network.unplug(contact)
+            async with trio.open_nursery() as nursery:
+
+                async def ask(outage: float = outage) -> None:
+                    if outage < SILENCE:
+                        assert await seconds_of(client, contact) == pytest.approx(outage)
+                    else:
+                        with pytest.raises(ConnectionLost, match="broke"):
+                            await seconds_of(client, contact)
+
+                nursery.start_soon(ask)
+                await trio.sleep(outage)
+                network.heal()
+            assert not network._held and not network._silent
+
+
+async def test_silence_counts_from_the_outage_that_lasts(autojump_clock) -> None:
+    async with pair() as (network, contact, client):
+        await seconds_of(client, contact)
+        network.unplug(contact)
+        await trio.sleep(1.0)
+        network.heal(contact)
+        await trio.sleep(4.0)
+        network.unplug(contact)
+        started = trio.current_time()
+        await trio.sleep(1.0)
+        network.unplug(client.endpoint.contact)  # no less cut than before
+        with pytest.raises(ConnectionLost, match="broke"):
+            await seconds_of(client, contact)
+        assert trio.current_time() - started == pytest.approx(SILENCE)
+
+
+async def test_a_connection_that_is_cut_while_it_opens_goes_on_when_that_heals(autojump_clock) -> None:
+    async with pair(latency=0.1, handshake=2.0) as (network, contact, client), trio.open_nursery() as nursery:
+        seconds: list[float] = []
 
         async def ask() -> None:
-            try:
-                await seconds_of(client, contact, timeout=1.0)
-            except RPCError as error:
-                outcome.append(error)
+            seconds.append(await seconds_of(client, contact, timeout=50.0))
 
-        async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask)
+        await trio.sleep(0.3)  # the server has heard of it, the client does not know that yet
+        network.unplug(contact)
+        await trio.sleep(3.0)
+        network.heal(contact)
+        await trio.sleep(0.31)
+        assert seconds == [pytest.approx(3.6)]
+
+
+@pytest.mark.parametrize("healed", [False, True])
+async def test_the_end_of_a_node_is_not_heard_while_it_is_cut_off(healed: bool, autojump_clock) -> None:
+    async with open_simnet(latency=0.1) as network, calling(network) as client, trio.open_nursery() as nursery:
+        async with serving(network, {"wait": Method(forever)}) as server:
+            started = trio.current_time()
+            lost_at: list[float] = []
+
+            async def ask() -> None:
+                with pytest.raises(ConnectionLost, match="broke"):
+                    await client.call(server.contact, "wait", timeout=50.0)
+                lost_at.append(trio.current_time() - started)
+
             nursery.start_soon(ask)
-            await trio.sleep(0.05)
-            network.unplug(contact)
-            await trio.sleep(0.1)
+            await trio.sleep(1.0)
+            network.unplug(server.contact)
+        await trio.sleep(2.0)
+        assert not lost_at
+        if healed:
             network.heal()
-        assert [type(error) for error in outcome] == [DeadlineExceeded]
+        await trio.sleep(SILENCE)
+        assert lost_at == [pytest.approx(3.1 if healed else 1.0 + SILENCE)]
+
+
+@pytest.mark.parametrize("healed", [False, True])
+async def test_a_link_closed_while_it_is_cut_off_is_a_peer_until_silence_or_the_heal(healed, autojump_clock) -> None:
+    async with pair(latency=0.1) as (network, contact, client):
+        await seconds_of(client, contact)
+        client.forget(contact)  # the word of it is under way
+        network.unplug(client.endpoint.contact)
+        peers = network.nodes[contact.host, contact.port].peers
+        await trio.sleep(3.0)
+        assert len(peers) == 1
+        if healed:
+            network.heal()
+        await trio.sleep(0.2)
+        assert len(peers) == (0 if healed else 1)
+        await trio.sleep(SILENCE)
+        assert not peers and not network._held and not network._silent
 
 
 async def test_a_node_that_starts_again_at_its_address_is_found_there(autojump_clock) -> None:
@@ -290,6 +394,32 @@ def test_in_virtual_time_whatever_comes_next_is_at_once() -> None:
     assert run_in_virtual_time(main) == [1800.0, 3600.0, 5400.0]
 
 
+def test_after_a_simulation_trio_draws_as_if_there_had_been_none(monkeypatch) -> None:
+    async def main() -> None:
+        async with open_simnet(5):
+            assert _run._ALLOW_DETERMINISTIC_SCHEDULING
+            raise LabkitError("it ends in a failure")
+
+    monkeypatch.setattr(_run, "_ALLOW_DETERMINISTIC_SCHEDULING", False)
+    monkeypatch.setattr(_run, "_r", Spy())
+    with pytest.raises(ExceptionGroup):
+        trio.run(main)
+    assert not _run._ALLOW_DETERMINISTIC_SCHEDULING
+    assert _run._r.put_back == _run._r.found
+
+
+class Spy(random.Random):
+    """A generator that remembers the state in which it was found, and the one that was put back."""
+
+    def getstate(self) -> Any:
+        self.found = super().getstate()
+        return self.found
+
+    def setstate(self, state: Any) -> None:
+        self.put_back = state
+        super().setstate(state)
+
+
 # ---------------------------------------------------------------- mistakes
 
 
@@ -298,9 +428,13 @@ def test_in_virtual_time_whatever_comes_next_is_at_once() -> None:
     [
         ({"latency": -0.1}, "latency"),
         ({"latency": float("nan")}, "latency"),
+        ({"latency": "1"}, "latency"),
         ({"loss": 1.5}, "loss"),
+        ({"loss": "x"}, "loss"),
         ({"bandwidth": 0}, "bandwidth"),
+        ({"bandwidth": "x"}, "bandwidth"),
         ({"handshake": -1}, "handshake"),
+        ({"handshake": "x"}, "handshake"),
     ],
 )
 async def test_what_cannot_be_is_refused_by_the_name_of_the_argument(options, argument, autojump_clock) -> None:
@@ -315,3 +449,29 @@ def test_a_latency_below_zero_is_refused_in_each_of_its_forms() -> None:
         regions({("eu", "us"): -1})
     with pytest.raises(ValueError, match=r"^latency=-1"):
         regions({}, within=-1)
+
+
+@pytest.mark.parametrize("drawn", [-5.0, float("nan"), float("inf"), "x", None])
+async def test_a_latency_that_cannot_be_is_refused_when_it_is_drawn(drawn, autojump_clock) -> None:
+    async with pair(latency=lambda *_: drawn) as (_, contact, client):
+        with pytest.raises(ValueError, match=r"^latency="):
+            await seconds_of(client, contact)
+        client.endpoint._network.latency = constant(0.0)  # and all may end
+
+
+@pytest.mark.parametrize("pair", [("eu",), ("eu", "us", "asia"), "eu", ("eu", "eu")])
+def test_regions_are_given_by_twos(pair) -> None:
+    with pytest.raises(ValueError, match=r"^between: "):
+        regions({pair: 0.5})
+
+
+async def test_only_nodes_of_this_network_are_cut_off_and_each_is_in_one_group(autojump_clock) -> None:
+    async with pair() as (network, contact, client):
+        stranger = Contact(contact.key, contact.host, 9, contact.secure)
+        with pytest.raises(ValueError, match="no node of this network"):
+            network.unplug(contact, stranger)
+        with pytest.raises(ValueError, match="no node of this network"):
+            network.partition([contact], [stranger])
+        with pytest.raises(ValueError, match="in two groups"):
+            network.partition([contact], [client.endpoint.contact, contact])
+        await seconds_of(client, contact)  # nothing came of it

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import trio
@@ -21,9 +23,9 @@ from labkit.errors import (
     UnknownMethod,
     WrongServerKey,
 )
-from labkit.wire.client import Client
+from labkit.wire.client import Call, Client
 from labkit.wire.frames import FrameLimits
-from labkit.wire.methods import BULK, Method, Methods, QuickMethod, Reply, Request, RPCLimits
+from labkit.wire.methods import BULK, Answer, LaterMethod, Method, Methods, QuickMethod, Reply, Request, RPCLimits
 from labkit.wire.security import Admission, Identity
 from labkit.wire.simnet import open_simnet
 from labkit.wire.zeromq import open_network
@@ -171,6 +173,52 @@ async def test_a_call_ends_at_its_deadline_and_the_server_drops_the_work(wire: W
             await ended.wait()
 
 
+async def test_the_server_drops_the_work_at_the_deadline_also_if_it_does_not_hear_of_its_end(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Call, "_tell_cancelled", lambda call: None)
+    left: list[float] = []
+    ended = trio.Event()
+
+    async def forever(request: Request) -> Reply:
+        left.append(request.deadline - trio.current_time())
+        try:
+            await trio.sleep_forever()
+        finally:
+            ended.set()
+        raise AssertionError
+
+    async with server_and_client(wire, {"m": Method(forever), "echo": Method(echo, object)}) as (server, client):
+        await client.call(server.contact, "echo", timeout=5)  # so that there is a connection
+        with pytest.raises(DeadlineExceeded):
+            await client.call(server.contact, "m", timeout=0.3)
+        with trio.fail_after(5):
+            await ended.wait()
+        assert 0.2 < left[0] <= 0.3
+
+
+async def test_the_work_for_a_caller_that_vanishes_ends_at_its_deadline(wire: Wire) -> None:
+    started, ended = trio.Event(), trio.Event()
+
+    async def forever(request: Request) -> Reply:
+        started.set()
+        try:
+            await trio.sleep_forever()
+        finally:
+            ended.set()
+        raise AssertionError
+
+    async with wire() as network, serving(network, {"m": Method(forever), "echo": Method(echo, object)}) as server:
+        async with calling(network) as client:
+            client.begin(server.contact, "m", done=lambda outcome: None, timeout=1)
+            with trio.fail_after(5):
+                await started.wait()
+        with trio.fail_after(5):
+            await ended.wait()
+        async with calling(network) as other:
+            assert (await other.call(server.contact, "echo", 1, timeout=5)).body == 1
+
+
 async def test_a_cancelled_call_tells_the_server_so(wire: Wire) -> None:
     started, ended = trio.Event(), trio.Event()
 
@@ -216,6 +264,18 @@ async def test_a_server_that_goes_away_fails_the_waiting_call_at_once(wire: Wire
             await client.call(contact, "m", timeout=60)
         with pytest.raises(ConnectionLost, match="refused"), trio.fail_after(2):
             await client.call(contact, "m", timeout=60)
+
+
+async def test_a_server_that_is_back_at_its_address_is_called_again(wire: Wire) -> None:
+    me = Identity.generate()
+    async with wire() as network, calling(network) as client:
+        async with serving(network, identity=me) as server:
+            contact = server.contact
+            assert (await client.call(contact, "echo", 1, timeout=5)).body == 1
+        with pytest.raises(ConnectionLost):
+            await client.call(contact, "echo", 2, timeout=5)
+        async with serving(network, identity=me, address=f"tcp://{contact.endpoint}"):
+            assert (await client.call(contact, "echo", 3, timeout=5)).body == 3
 
 
 async def test_a_call_that_begins_while_its_node_closes_is_a_lost_connection(wire: Wire) -> None:
@@ -439,3 +499,91 @@ async def test_a_message_over_the_limit_is_refused_before_it_is_sent(wire: Wire)
     async with wire() as network, serving(network) as server, calling(network, limits=limits) as client:
         with pytest.raises(MessageTooLarge):
             await client.call(server.contact, "echo", None, [torch.zeros(5000)], timeout=5)
+
+
+# ---------------------------------------------------------------- methods that are answered later: those of experts
+
+
+async def test_a_later_method_is_answered_when_it_calls_back(wire: Wire) -> None:
+    waiting: list[tuple[Request, Answer]] = []
+    all_wait = trio.Event()
+
+    def later(request: Request, answer: Answer) -> Callable[[], object]:
+        waiting.append((request, answer))
+        if len(waiting) == 3:
+            all_wait.set()
+        return lambda: None
+
+    bodies: list[int] = []
+    async with (
+        server_and_client(wire, {"m": LaterMethod(later, int)}) as (server, client),
+        trio.open_nursery() as nursery,
+    ):
+
+        async def ask(number: int) -> None:
+            sent = torch.full((number,), float(number))
+            reply = await client.call(server.contact, "m", number, [sent], timeout=5)
+            assert torch.equal(reply.tensors[0], 2 * sent)
+            bodies.append(reply.body)
+
+        for number in range(3):
+            nursery.start_soon(ask, number)
+        with trio.fail_after(5):
+            await all_wait.wait()
+        for request, answer in waiting:
+            answer(Reply(request.body, [2 * request.tensors[0]]))
+    assert sorted(bodies) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [("text", BadRequest), (0, RemoteFailure), (1, Overloaded), (2, RemoteFailure)],
+)
+async def test_a_later_method_fails_as_others_do(wire: Wire, body: object, error: type[Exception]) -> None:
+    def later(request: Request, answer: Answer) -> Callable[[], object]:
+        if request.body == 0:
+            raise ZeroDivisionError("a bug")
+        answer(
+            Overloaded("not now") if request.body == 1 else KeyError("a bug") if request.body == 2 else Reply("well")
+        )
+        return lambda: None
+
+    async with server_and_client(wire, {"m": LaterMethod(later, int)}, limits=RPCLimits(requests=1)) as (
+        server,
+        client,
+    ):
+        with pytest.raises(error):
+            await client.call(server.contact, "m", body, timeout=5)
+        assert (await client.call(server.contact, "m", 3, timeout=5)).body == "well"
+
+
+async def test_a_later_method_hears_that_nobody_wants_its_answer_and_one_too_late_is_not_sent(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[Answer] = []
+    begun, forgotten = trio.Event(), trio.Event()
+
+    def later(request: Request, answer: Answer) -> Callable[[], object]:
+        answers.append(answer)
+        begun.set()
+        return forgotten.set
+
+    heard: list[Reply | RPCError] = []
+    methods: Methods = {"m": LaterMethod(later), "echo": Method(echo, object)}
+    async with server_and_client(wire, methods, limits=RPCLimits(requests=1)) as (server, client):
+        call = client.begin(server.contact, "m", done=heard.append, timeout=60)
+        with trio.fail_after(5):
+            await begun.wait()
+            call.cancel()
+            await forgotten.wait()
+        answers[0](Reply("for nobody"))
+        monkeypatch.setattr(Call, "_tell_cancelled", lambda call: None)
+        with pytest.raises(DeadlineExceeded):
+            await client.call(server.contact, "m", timeout=0.3)
+        await trio.sleep(0.1)  # the server began it later
+        sent: list[object] = []
+        monkeypatch.setattr(server, "send_nowait", lambda peer, frames: sent.append(frames) or True)
+        answers[1](Reply("too late"))
+        monkeypatch.undo()
+        assert not sent and not heard
+        assert (await client.call(server.contact, "echo", "next", timeout=5)).body == "next"  # there is room for it

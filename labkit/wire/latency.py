@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping
+from numbers import Real
 
 Latency = Callable[[random.Random, str, str], float]  # draws the seconds from one host to another
 
@@ -40,8 +41,13 @@ def regions(between: Mapping[tuple[str, str], float], within: float = 0.0005) ->
     """
     check_seconds("latency", within)
     table: dict[tuple[str, str], float] = {}
-    for (one, other), seconds in between.items():
+    for pair, seconds in between.items():
+        if not (isinstance(pair, tuple) and len(pair) == 2):
+            raise ValueError(f"between: {pair!r} is not two regions, as in {{('eu', 'us'): 0.045}}")
         check_seconds("latency", seconds)
+        one, other = pair
+        if one == other:
+            raise ValueError(f"between: {pair!r} is one region; `within` says how far apart two nodes of one are")
         table[one, other] = table[other, one] = seconds
 
     def draw_between(draw: random.Random, source: str, target: str) -> float:
@@ -55,7 +61,12 @@ def regions(between: Mapping[tuple[str, str], float], within: float = 0.0005) ->
     return draw_between
 
 
+def is_number(value: object) -> bool:
+    """Whether it is one at all, numpy's among them."""
+    return isinstance(value, Real)
+
+
 def check_seconds(name: str, value: float) -> None:
     """Raises `ValueError`, which names the argument."""
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+    if not (is_number(value) and math.isfinite(value) and value >= 0):
         raise ValueError(f"{name}={value!r}: a finite number of seconds, at least 0")

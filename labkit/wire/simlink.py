@@ -120,11 +120,11 @@ class SimLink:
         elif not far.admission.admits(self._home.identity.public_key):
             refusal = NotAdmitted(f"{where} is a private swarm and does not admit our key")
         if refusal is not None or far is None:
-            self._network.agenda.after(way_back, self.end, refusal)
+            self._network.agenda.after(way_back, self._network.arrive, self.back, self, self.end, refusal)
             return
         self._far = far
         far.peers[self.peer.route] = self
-        self._network.agenda.after(way_back, self._let_in)
+        self._network.agenda.after(way_back, self._network.arrive, self.back, self, self._let_in)
 
     def _let_in(self) -> None:
         self._open = True
@@ -153,8 +153,11 @@ class SimLink:
 
     def close(self) -> None:
         if self.error is None:
-            if self._far is not None:  # hears of it after all that was sent
-                self._network.agenda.at(max(self._network.soon(self.out), self.out.arrival), self._far.forget, self)
+            if self._far is not None:  # hears of it after all that was sent, if it hears anything
+                network, way = self._network, self.out
+                network.agenda.at(
+                    max(network.soon(way), way.arrival), network.arrive, way, self, self._far.forget, self
+                )
             self.end(ConnectionLost(f"the link to {self.contact.endpoint} is closed"))
 
     def end(self, error: LabkitError) -> None:
@@ -166,11 +169,12 @@ class SimLink:
             self._ended(error)
 
     def break_off(self) -> None:
-        """The far end is gone, or takes it for gone: we hear of it after all that it sent."""
+        """The far end is gone, or takes it for gone: we hear of it after all that it sent, if we hear anything."""
         if self._far is not None:
             self._far.forget(self)
         broken = ConnectionLost(f"the connection to {self.contact.endpoint} broke")
-        self._network.agenda.at(max(self._network.soon(self.back), self.back.arrival), self.end, broken)
+        network, way = self._network, self.back
+        network.agenda.at(max(network.soon(way), way.arrival), network.arrive, way, self, self.end, broken)
 
 
 class SimEndpoint:
