@@ -115,7 +115,7 @@ def test_every_unexpired_record_is_kept_while_fewer_nodes_crash_than_hold_it(see
 
 @pytest.mark.parametrize("sizes", [(4, 4), (5, 7), (1, 7), (1,) * 6], ids=str)
 @settings(max_examples=2)
-@given(seed=st.integers(0, 2**32 - 1), minutes=st.integers(10, 30))
+@given(seed=st.integers(0, 2**32 - 1), minutes=st.integers(5, 30))
 def test_a_partition_heals(sizes: tuple[int, ...], seed: int, minutes: int) -> None:
     async def main() -> None:
         async with crowd(sum(sizes), seed) as swarm:
