@@ -200,6 +200,13 @@ def test_all_of_it_is_measured_beside_a_peer_into_a_file_that_is_not_begun_anew(
     assert measure_all(SuiteConfig(out=str(path), runs=2, only="small"), rows) == result
 
 
+def test_the_median_of_figures_in_a_list_is_that_of_each(tmp_path):
+    lines = [{"row": "slow", "who": "labkit", "block": "ffn", "per_s": [n, 10 * n], "all": [[n]]} for n in (1, 3, 9)]
+    (tmp_path / "results").write_text("\n".join(map(json.dumps, lines)))
+    [line] = suite.medians(tmp_path / "results", [Row("slow", "latency")])
+    assert line == {"row": "slow", "runs": 3, "per_s": [3, 30], "all": [[3]]}
+
+
 STUCK = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
 
 

@@ -65,6 +65,7 @@ ROWS = (
     Row("rpc ffn, 128 clients", "rpc --expert ffn --hidden 256 --batch 16 --clients 128 --calls 10 --backward"),
     *(Row(f"rpc nop, {n} servers", f"rpc --servers {n} --experts 8") for n in (1, 2, 4, 8)),
     *(Row(f"rpc nop, {n:,} experts", f"rpc --experts {n}") for n in (16, 256, 4096)),
+    *(Row(f"latency {block}", f"latency --block {block} --seconds 15") for block in ("ffn", "transformer")),
 )  # fmt: skip
 
 
@@ -173,5 +174,15 @@ def _median(lines: Sequence[dict[str, Any]], name: str, who: str) -> dict[str, A
     some = [line for line in lines if line["row"] == name and line["who"] == who]
     if not some:
         return {}
-    numbers = (key for key, value in some[0].items() if type(value) in (int, float))
-    return {"runs": len(some), **{key: median(line[key] for line in some) for key in numbers}}
+    figures = {key: _middle([line[key] for line in some]) for key in some[0]}
+    return {**{key: value for key, value in figures.items() if value is not None}, "runs": len(some)}
+
+
+def _middle(values: Sequence[Any]) -> Any:
+    """The median of numbers, or of the numbers at each place of lists of them; None of what else there is."""
+    if all(type(value) in (int, float) for value in values):
+        return median(values)
+    if all(type(value) is list and len(value) == len(values[0]) for value in values):
+        columns = [_middle(column) for column in zip(*values, strict=True)]
+        return None if None in columns else columns
+    return None
