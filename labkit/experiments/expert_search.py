@@ -6,6 +6,7 @@ is timed but the search: which calls it makes, one after the other, is what it c
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import time
@@ -215,6 +216,7 @@ class _Crowd:
             async with trio.open_nursery() as joining:
                 for place in lot:
                     joining.start_soon(nursery.start, self._inhabit, place)
+            gc.freeze()  # they stay, and to look through all that they hold for garbage takes seconds each time
 
     async def _inhabit(self, place: int, task_status: trio.TaskStatus[None]) -> None:
         """One node after the other, for ever."""
