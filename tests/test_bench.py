@@ -20,6 +20,11 @@ from labkit.experiments.expert_search import SearchConfig, measure
 from labkit.experiments.search_results import measure_all as measure_searches
 
 
+@pytest.fixture(autouse=True)
+def short_echoes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("labkit.bench.echo.LEAST", 0.05)
+
+
 def test_a_search_among_simulated_nodes_takes_round_trips_when_cold_and_no_time_when_warm(capsys):
     assert main(["bench", "search", "--nodes", "12", "--grid", "4", "4", "--searches", "4", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -62,13 +67,13 @@ def test_what_is_left_is_found_when_nodes_die_and_when_they_come_and_go(trouble)
 
 
 def test_records_of_the_dead_are_found_and_counted_among_more_nodes_than_hold_a_record():
-    result = measure(SearchConfig(nodes=40, grid=(8, 8), searches=20, dead=0.3))
+    result = measure(SearchConfig(nodes=30, grid=(6, 6), searches=20, dead=0.3))
     assert result["recall"] >= 0.99
     assert 0.4 < result["alive"] < 0.95
 
 
 def test_opening_connections_takes_time_where_it_is_counted():
-    free, counted = (measure(SearchConfig(nodes=40, grid=(8, 8), searches=10, handshake=n)) for n in (0.0, 2.0))
+    free, counted = (measure(SearchConfig(nodes=30, grid=(4, 4), searches=10, handshake=n)) for n in (0.0, 2.0))
     assert counted["virtual_ms_cold"]["mean"] > 1.1 * free["virtual_ms_cold"]["mean"]
 
 
@@ -89,8 +94,9 @@ def test_calls_are_measured_beside_a_bare_echo_of_the_same_messages(capsys, tmp_
     assert result["server_rss_mb"] >= 0 and result["client_rss_mb"] >= 0
 
 
-def test_many_clients_share_processes_and_several_servers_the_experts(capsys):
-    options = ["--experts", "5", "--servers", "2", "--clients", "10", "--calls", "5", "--hidden", "8"]
+def test_many_clients_share_processes_and_several_servers_the_experts(capsys, monkeypatch):
+    monkeypatch.setattr(rpc, "MOST_PROCESSES", 2)
+    options = ["--experts", "5", "--servers", "2", "--clients", "5", "--calls", "5", "--hidden", "8"]
     result = bench(capsys, "rpc", *options)
     assert result["calls_per_s"] > 0 and result["fairness"] >= 1 and result["lookup_us_per_expert"] > 0
 
@@ -105,7 +111,8 @@ def test_calls_that_train_may_be_encrypted_and_compressed(capsys):
     )
 
 
-def test_the_echo_takes_a_second_at_least_and_counts_all_clients():
+def test_the_echo_takes_a_second_at_least_and_counts_all_clients(monkeypatch):
+    monkeypatch.setattr("labkit.bench.echo.LEAST", LEAST)
     told = echo([([8], 1), ([8, 8], 1)], clients=[2, 1], calls=3)
     assert len(told) == 3
     assert all(calls > 3 and seconds >= LEAST for calls, seconds in told), "three calls are soon made"
@@ -217,9 +224,9 @@ STUCK = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import t
 def test_a_peer_that_fails_is_told_and_left_out(tmp_path, capsys, monkeypatch, script, said):
     monkeypatch.setattr(suite, "PEER_TIMEOUT", 0.5)
     (tmp_path / "peer.py").write_text(script)
-    rows = [Row("small", "rpc --calls 5 --hidden 8 --clients 1 --experts 1", "peer.py --calls 9")]
+    rows = [Row("small", "search --nodes 2 --grid 2 --k-best 1 --searches 1", "peer.py --calls 9")]
     result = measure_all(SuiteConfig(out=str(tmp_path / "out"), runs=1, peer_scripts=str(tmp_path)), rows)
-    assert result["small"]["runs"] == 1 and "calls_per_s_to_peer" not in result["small"]
+    assert result["small"]["runs"] == 1 and "peer_runs" not in result["small"]
     told = capsys.readouterr().err
     assert "peer.py --calls 9 printed no result" in told and said in told
 
@@ -230,7 +237,7 @@ def test_a_row_that_fails_ends_the_suite(tmp_path):
 
 
 def test_trainers_are_measured_beside_a_pipeline_over_the_same_slow_servers(capsys):
-    options = ["--blocks", "2", "--servers", "1", "--hidden", "8", "--trainers", "16", "--seconds", "1.5"]
+    options = ["--blocks", "2", "--servers", "1", "--hidden", "8", "--trainers", "16", "--seconds", "0.8"]
     result = bench(capsys, "latency", *options, "--delays-ms", "0", "100")
     trainers, pipeline = result["samples_per_s"], result["pipeline_samples_per_s"]
     assert len(trainers) == len(pipeline) == 2

@@ -144,7 +144,7 @@ def test_servers_compute_the_rows_of_the_trainers_samples_and_no_others():
 
 
 def test_figures_are_medians_over_runs(capsys):
-    options = "--block transformer --blocks 1 --servers 1 --hidden 8 --trainers 2 --seconds 0.5 --runs 2 --json"
+    options = "--block transformer --blocks 1 --servers 1 --hidden 8 --trainers 2 --seconds 0.3 --runs 2 --json"
     assert main(["bench", "latency", *options.split(), "--delays-ms", "0", "5"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     for who in ("samples_per_s", "pipeline_samples_per_s"):

@@ -44,7 +44,12 @@ def echo(
     make."""
     with Crew() as crew:
         echoes = crew.hire("echo:serve", *[{"secure": secure}] * servers)
-        order = {"exchanges": exchanges, "calls": calls, "servers": [server.hear() for server in echoes]}
+        order = {
+            "exchanges": exchanges,
+            "calls": calls,
+            "least": LEAST,
+            "servers": [server.hear() for server in echoes],
+        }
         for server in echoes:
             server.tell()
         told = all_at_once(crew.hire("echo:call", *[{**order, "clients": number} for number in clients]))
@@ -74,7 +79,7 @@ def call(order: dict[str, Any]) -> Generator[Any, Any, None]:
         for sockets in clients:
             _several(exchanges, WARM_UP, 0.0, sockets)
         yield None
-        yield list(pool.map(partial(_several, exchanges, order["calls"], LEAST), clients))
+        yield list(pool.map(partial(_several, exchanges, order["calls"], order["least"]), clients))
         for sockets in clients:
             for socket in sockets:
                 socket.close()
