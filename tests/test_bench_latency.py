@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import threading
 from statistics import median
+from typing import Any
 
 import pytest
 import torch
 
 from labkit.__main__ import main
 from labkit.bench import latency
-from labkit.bench.latency import samples_per_s
 from labkit.errors import DeadlineExceeded, LabkitError
 from labkit.faults import Faults
 from labkit.server.runtime import Runtime
 from labkit.server.statistics import statistics_of
 from labkit.swarm import Swarm
 
+samples_per_s: Any = latency.samples_per_s  # which takes a `FakeSwarm` as well
 ROWS_PER_SAMPLE = 4  # two blocks, forward and backward
 
 

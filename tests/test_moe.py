@@ -281,7 +281,7 @@ def test_so_they_are_with_all_that_makes_it_fast_and_safe(tmp_path):
             "ffn", hidden=WIDE, inner=WIDE, grid=(2, 2), name="wide", servers=2, isolation="process",
             checkpoint_dir=tmp_path,
         )  # fmt: skip
-        assert all(server.contact.secure and server.pid for server in servers)
+        assert all(server.contact and server.contact.secure and server.pid for server in servers)
         chosen: list[Event] = []
         swarm.on_event(chosen.append)
         moe = swarm.moe(WIDE, name="wide", k_best=2)

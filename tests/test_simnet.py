@@ -401,11 +401,12 @@ def test_after_a_simulation_trio_draws_as_if_there_had_been_none(monkeypatch) ->
             raise LabkitError("it ends in a failure")
 
     monkeypatch.setattr(_run, "_ALLOW_DETERMINISTIC_SCHEDULING", False)
-    monkeypatch.setattr(_run, "_r", Spy())
+    spy = Spy()
+    monkeypatch.setattr(_run, "_r", spy)
     with pytest.raises(ExceptionGroup):
         trio.run(main)
     assert not _run._ALLOW_DETERMINISTIC_SCHEDULING
-    assert _run._r.put_back == _run._r.found
+    assert spy.put_back == spy.found
 
 
 class Spy(random.Random):
@@ -456,7 +457,8 @@ async def test_a_latency_that_cannot_be_is_refused_when_it_is_drawn(drawn, autoj
     async with pair(latency=lambda *_: drawn) as (_, contact, client):
         with pytest.raises(ValueError, match=r"^latency="):
             await seconds_of(client, contact)
-        client.endpoint._network.latency = constant(0.0)  # and all may end
+        endpoint: Any = client.endpoint
+        endpoint._network.latency = constant(0.0)  # and all may end
 
 
 @pytest.mark.parametrize("pair", [("eu",), ("eu", "us", "asia"), "eu", ("eu", "eu")])

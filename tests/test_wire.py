@@ -582,7 +582,12 @@ async def test_a_later_method_hears_that_nobody_wants_its_answer_and_one_too_lat
             await client.call(server.contact, "m", timeout=0.3)
         await trio.sleep(0.1)  # the server began it later
         sent: list[object] = []
-        monkeypatch.setattr(server, "send_nowait", lambda peer, frames: sent.append(frames) or True)
+
+        def send(peer: object, frames: object) -> bool:
+            sent.append(frames)
+            return True
+
+        monkeypatch.setattr(server, "send_nowait", send)
         answers[1](Reply("too late"))
         monkeypatch.undo()
         assert not sent and not heard

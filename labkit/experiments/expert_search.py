@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from statistics import fmean
+from typing import Any
 
 import torch
 import trio
@@ -110,7 +111,7 @@ class _Watched:
         return found
 
 
-def measure(config: SearchConfig) -> dict[str, object]:
+def measure(config: SearchConfig) -> dict[str, Any]:
     """Build the swarm, search, and return what `--json` prints."""
     started = time.perf_counter()
     built, cold, warm = run_in_virtual_time(_measure, config, collect_after=COLLECT_AFTER)
