@@ -16,10 +16,15 @@ import trio
 from labkit.data import ClassificationData
 from labkit.data import load as load_data
 from labkit.errors import SwarmClosed
+from labkit.events import CallFinished, Event
 from labkit.experiments.convergence import ConvergenceConfig, History, run
 from labkit.experiments.lockstep import Lockstep
 from labkit.experiments.results import load, load_all, save
 from labkit.experiments.runner import plan, run_all
+from labkit.experiments.simulated_swarm import open_simulated_swarm
+from labkit.server.server import ServerConfig
+from labkit.wire.simclock import run_in_virtual_time
+from labkit.wire.simnet import open_simnet
 
 SMALL = ConvergenceConfig(
     grid=(2, 2), layers=2, k_best=2, width=16, trainers=4, batch_size=16, updates=24, evaluate_every=8, loss=0.1
@@ -215,3 +220,37 @@ def test_experiments_are_the_same_in_another_process_whose_hashes_differ():
         for seed in "12"
     )  # fmt: skip
     assert "History(points=[(8, " in first and first == second
+
+
+def test_requests_queue_and_are_merged_while_a_simulated_server_computes():
+    answered: list[tuple[float, CallFinished]] = []
+
+    async def main() -> None:
+        def note(event: Event) -> None:
+            if isinstance(event, CallFinished):
+                answered.append((trio.current_time(), event))
+
+        server = ServerConfig(("nop.0",), kind="nop", options={"hidden": 4})
+        async with (
+            open_simnet(latency=0.1) as network,
+            open_simulated_swarm(network, [server], duration=lambda uid, direction, rows: 1.0, emit=note) as swarm,
+        ):
+            expert = (await swarm.node.directory.find(["nop.0"]))["nop.0"]
+            assert expert is not None
+            begun, last = trio.current_time(), trio.Event()
+            answers: list[object] = []
+
+            def hear(answer: object) -> None:
+                answers.append(answer)
+                if len(answers) == 5:
+                    last.set()
+
+            for _ in range(5):
+                swarm.session.experts.forward(expert, [torch.ones(2, 4)], (4,), hear, timeout=10.0)
+            await last.wait()
+            answered[:] = [(time - begun, event) for time, event in answered]
+
+    run_in_virtual_time(main)
+    took = [round(time, 3) for time, _ in answered]
+    assert took == [1.2, 2.2, 2.2, 2.2, 2.2], "one alone, and then all that came meanwhile"
+    assert [round(event.queue, 3) for _, event in answered] == [0, 1, 1, 1, 1]

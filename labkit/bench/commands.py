@@ -54,7 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--handshake", type=float, default=0.0, help="round trips before a new connection's first message (default: 0)"
     )
     _add_numbers(search, searches=100, seed=0)
-    suite = benches.add_parser("all", help="rpc, moe and dht in all sizes that count, several times over, into a file")
+    suite = benches.add_parser("all", help="the others in all sizes that count, several times over, into a file")
     suite.add_argument("--out", required=True, metavar="FILE", help="gets a line for each measurement that it lacks")
     suite.add_argument("--runs", type=int, default=5, metavar="N", help="of each (default: 5)")
     suite.add_argument("--only", default="", metavar="TEXT", help="rows with this in their name")

@@ -2,7 +2,8 @@
 
 Trainers are tasks that share one model; their way is the product's own: MoE layer, remote calls, a simulated network,
 servers, backends. So the gate is trained, and the gradients of trunk and experts are as stale as the delays make them.
-What differs from the authors' published emulation: that trains no gate, and delays no gradient of an expert.
+What differs from the authors' published emulation: that trains no gate, and delays no gradient of an expert; and it has
+Adam's usual settings, where the runner's are chosen for stale gradients.
 """
 
 from __future__ import annotations

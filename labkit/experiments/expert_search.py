@@ -114,7 +114,10 @@ class _Watched:
 def measure(config: SearchConfig) -> dict[str, Any]:
     """Build the swarm, search, and return what `--json` prints."""
     started = time.perf_counter()
-    built, cold, warm = run_in_virtual_time(_measure, config, collect_after=COLLECT_AFTER)
+    try:
+        built, cold, warm = run_in_virtual_time(_measure, config, collect_after=COLLECT_AFTER)
+    finally:
+        gc.unfreeze()  # the nodes, see `_Crowd.join`
     return {
         **asdict(config),
         "virtual_ms_cold": _summary(cold.ms),

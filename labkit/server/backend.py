@@ -136,7 +136,7 @@ class ExpertBackend:
         clip, norm = self.config.clip_grad_norm, 0.0
         if clip is not None and total:
             norm = float(torch.nn.utils.get_total_norm(list(total.values())))
-        if not (squares_finite(total.values()) and math.isfinite(norm)):
+        if not (math.isfinite(norm) if clip is not None else squares_finite(total.values())):
             raise NonFiniteTensor(f"the parameter gradients of expert {self.uid} overflow; nothing was changed")
         if self.optimizer is None:
             return

@@ -67,5 +67,4 @@ def run_in_virtual_time(
     try:
         return trio.run(function, *args, clock=VirtualClock())
     finally:
-        gc.unfreeze()  # what the function froze
         gc.set_threshold(*before)
