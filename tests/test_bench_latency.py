@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import redirect_stdout
+from functools import cache
+from io import StringIO
 from statistics import median
 from typing import Any
 
@@ -124,7 +127,7 @@ def test_servers_that_say_nothing_are_told():
 
 def test_servers_compute_the_rows_of_the_trainers_samples_and_no_others():
     with Swarm("bench") as swarm:
-        swarm.serve("ffn", grid=(2,), servers=2, name="block", hidden=8, isolation="process")
+        swarm.serve("ffn", grid=(2,), servers=2, name="block", hidden=8, isolation="task")
         stack = torch.nn.Sequential(swarm.expert("block.0"), swarm.expert("block.1"))
         counted = [0] * 4
 
@@ -144,12 +147,29 @@ def test_servers_compute_the_rows_of_the_trainers_samples_and_no_others():
             samples_per_s(swarm, [uncounted], ROWS_PER_SAMPLE, 0.1)
 
 
+@cache
+def measured() -> dict[str, Any]:
+    """What is measured in two runs, of eight trainers and of a pipeline, over the same two blocks of one server."""
+    options = "--block transformer --blocks 2 --servers 1 --hidden 8 --trainers 8 --seconds 0.3 --runs 2 --json"
+    with redirect_stdout(StringIO()) as said:
+        assert main(["bench", "latency", *options.split(), "--delays-ms", "0", "30"]) == 0
+    result: dict[str, Any] = json.loads(said.getvalue().splitlines()[-1])
+    return result
+
+
 def test_figures_are_medians_over_runs(capsys):
-    options = "--block transformer --blocks 1 --servers 1 --hidden 8 --trainers 2 --seconds 0.3 --runs 2 --json"
-    assert main(["bench", "latency", *options.split(), "--delays-ms", "0", "5"]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    result = measured()
     for who in ("samples_per_s", "pipeline_samples_per_s"):
         assert [len(rates) for rates in result[f"{who}_runs"]] == [2, 2]
         assert result[who] == pytest.approx([median(rates) for rates in result[f"{who}_runs"]], abs=0.11)
     assert main(["bench", "latency", "--runs", "0"]) == 1
     assert "runs=0: at least 1" in capsys.readouterr().err
+
+
+def test_trainers_are_measured_beside_a_pipeline_over_the_same_slow_servers():
+    result = measured()
+    trainers, pipeline = result["samples_per_s"], result["pipeline_samples_per_s"]
+    assert len(trainers) == len(pipeline) == 2
+    assert pipeline[1] < 2 * result["batch"] / 0.045, "two are under way at a time, for four delays of 0.03 s each"
+    assert result["pipeline_slowest_to_fastest"] == pytest.approx(pipeline[1] / pipeline[0], abs=0.01)
+    assert trainers[1] > pipeline[1], "eight are under way, and not two"

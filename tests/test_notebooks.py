@@ -174,7 +174,17 @@ def check_throughput(notebook: Any, full: bool) -> None:
         "rpc nop, 128 clients",
     ):
         assert re.search(rf"^{row} +[0-9]", plain, re.MULTILINE), row
-    assert len(numbers(r"DHT, 8 peers: a (?:store|get|get of any copy) takes ([0-9.]+) ms", plain)) == 3
+    # × hivemind, asked, verdict, of the limit, least, most, asked, verdict
+    asked = re.findall(r"^((?:rpc|moe) .+?)  +([0-9.]+)? .* (?:met|missed|in its spread)$", plain, re.MULTILINE)
+    assert len(asked) == 9, "one line for each number that was asked for"
+    least = {
+        "rpc nop, batch 512": 20,
+        "rpc nop, batch 512, secure": 5,
+        "moe ffn2, batch 512": 60,
+        "moe ffn2, batch 64": 8,
+    }
+    assert all(float(dict(asked)[row]) >= times for row, times in least.items()), "as README says"
+    assert len(numbers(r"DHT, 8 peers: a (?:store|get of the latest|get of any copy) takes ([0-9.]+) ms", plain)) == 3
     assert len(pictures(notebook)) == 1
 
 

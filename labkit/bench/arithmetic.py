@@ -1,7 +1,7 @@
 """The limit of computing on this machine: the arithmetic of experts in plain PyTorch, in one process without a network.
 
-As many threads, as large batches and the same optimizer as the servers have; a backward pass computes the outputs
-again, as theirs does, since nothing is kept between calls.
+As many threads, as large batches and the same optimizer as the servers have, without denormal numbers, as there; a
+backward pass computes the outputs again, as theirs does, since nothing is kept between calls.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class _Expert:
 def call_experts(order: dict[str, Any]) -> Generator[Any, Any, None]:
     """A worker that computes one batch after the other."""
     torch.set_num_threads(order["threads"])
+    torch.set_flush_denormal(True)
     experts = [_Expert(order["kind"], order["hidden"]) for _ in range(order["experts"])]
     x = torch.randn(round(order["rows"]), order["hidden"])
 
@@ -79,6 +80,7 @@ def call_experts(order: dict[str, Any]) -> Generator[Any, Any, None]:
 def pass_moe(order: dict[str, Any]) -> Generator[Any, Any, None]:
     """A worker that passes a batch through a layer whose experts it holds itself."""
     torch.set_num_threads(order["threads"])
+    torch.set_flush_denormal(True)
     side, hidden, k = order["side"], order["hidden"], order["k_best"]
     experts = [_Expert(KINDS[order["expert"]], hidden) for _ in range(side * side)]
     gate = nn.Linear(hidden, 2 * side)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -71,10 +71,12 @@ class Crew:
             worker.end()
 
 
-def all_at_once(workers: Sequence[Worker]) -> list[Any]:
-    """Wait until all are ready, let them begin together, and return what each has measured."""
+def all_at_once(workers: Sequence[Worker], ready: Callable[[], object] | None = None) -> list[Any]:
+    """Wait until all are ready (then call `ready`), let them begin together, and return what each has measured."""
     for worker in workers:
         worker.hear()
+    if ready is not None:
+        ready()
     for worker in workers:
         worker.tell()
     return [worker.hear() for worker in workers]

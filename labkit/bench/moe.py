@@ -40,7 +40,11 @@ class MoEConfig:
 
 
 def measure(config: MoEConfig) -> dict[str, Any]:
-    """What `--json` prints: the passes, then the limit, in one run. Seconds are medians."""
+    """What `--json` prints: the limit, the passes, and the limit again, in one run; the better limit counts.
+
+    Seconds are medians.
+    """
+    limits = [_limit(config)]
     torch.manual_seed(0)
     forward, backward = [], []
     with Swarm("bench", secure=config.secure or None) as swarm:
@@ -60,15 +64,20 @@ def measure(config: MoEConfig) -> dict[str, Any]:
                 forward.append(middle - started)
                 backward.append(time.perf_counter() - middle)
         server_rss = peak_rss_mb(server.pid)
-    limit = moe_limit(**asdict(config), threads=torch.get_num_threads())
-    seconds = median(forward) + median(backward)
+    limits.append(_limit(config))
+    limit, seconds = min(limits), median(forward) + median(backward)
     return {
         **asdict(config),
         "forward_s": round(median(forward), 5),
         "backward_s": round(median(backward), 5),
         "samples_per_s": round(config.batch / seconds, 1),
-        "limit_s": round(sum(limit), 5),
-        "of_limit": round(sum(limit) / seconds, 3),
+        "limit_s": round(limit, 5),
+        "of_limit": round(limit / seconds, 3),
         "server_rss_mb": server_rss,
         "client_rss_mb": peak_rss_mb(),
     }
+
+
+def _limit(config: MoEConfig) -> float:
+    """Seconds of a forward and a backward pass."""
+    return sum(moe_limit(**asdict(config), threads=torch.get_num_threads()))

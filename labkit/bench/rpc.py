@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -57,25 +58,31 @@ class RPCConfig:
 
 
 def measure(config: RPCConfig) -> dict[str, Any]:
-    """What `--json` prints: the calls, then the limit, in one run.
+    """What `--json` prints: the limit, the calls, and the limit again, in one run; the better limit counts.
 
-    `lookup_us_per_expert`: of looking all experts up with an empty cache, by a client that has just joined. `fairness`:
-    the slowest client's time divided by the quickest one's. `server_state_mb`: what of `server_rss_mb` is parameters
-    and, with `backward`, the optimizer's moments.
+    `rows_per_batch`: of what the servers computed, on average. `lookup_ms`: of listing all experts with an empty cache,
+    by a client that has just joined, and `lookup_us_per_expert` the same divided by their number. `fairness`: the
+    slowest client's time divided by the quickest one's. `server_state_mb`: what of `server_rss_mb` is parameters and,
+    with `backward`, the optimizer's moments.
     """
+    before = _limit(config, config.batch)
     with Crew() as crew, Swarm("bench", secure=config.secure or None) as swarm:
         servers = swarm.serve(
             KINDS[config.expert], experts=config.experts, servers=config.servers, name="expert", hidden=config.hidden,
             isolation="process",
         )  # fmt: skip
         order = {**asdict(config), "invite": swarm.invite(), "uids": sorted(swarm.experts())}
-        told = all_at_once(crew.hire("rpc:call", *[{**order, "seeds": some} for some in _seeds(config)]))
-        statistics = swarm.statistics().values()
+        workers = crew.hire("rpc:call", *[{**order, "seeds": some} for some in _seeds(config)])
+        warm_up = Counter[str]()
+        told = all_at_once(workers, lambda: warm_up.update(_work(swarm)))
+        work = _work(swarm) - warm_up
         server_rss = max(peak_rss_mb(server.pid) for server in servers)
     results = [result for process in told for result in process["clients"]]
     calls = config.clients * config.calls
     per_s = calls / max(result["seconds"] for result in results)
-    limit = _limit(config, sum(s.rows for s in statistics) / sum(s.batches for s in statistics))
+    lookup = median(result["lookup_s"] for result in results)
+    rows = work["rows"] / work["batches"]
+    limit = max(before, _limit(config, rows))
     return {
         **asdict(config),
         "calls_per_s": round(per_s, 1),
@@ -83,12 +90,20 @@ def measure(config: RPCConfig) -> dict[str, Any]:
         **milliseconds([seconds for result in results for seconds in result["times"]]),
         "limit_per_s": round(limit, 1),
         "of_limit": round(per_s / limit, 3),
-        "lookup_us_per_expert": round(1e6 * median(result["lookup_s"] for result in results) / config.experts, 1),
+        "rows_per_batch": round(rows, 1),
+        "lookup_ms": round(1e3 * lookup, 2),
+        "lookup_us_per_expert": round(1e6 * lookup / config.experts, 1),
         "fairness": round(max(r["seconds"] for r in results) / min(r["seconds"] for r in results), 2),
         "server_rss_mb": server_rss,
         "server_state_mb": round(_state_bytes(config) / (1 << 20), 1),
         "client_rss_mb": max(process["rss_mb"] for process in told),
     }
+
+
+def _work(swarm: Swarm) -> Counter[str]:
+    """What the servers have computed so far."""
+    statistics = swarm.statistics().values()
+    return Counter(rows=sum(s.rows for s in statistics), batches=sum(s.batches for s in statistics))
 
 
 def _seeds(config: RPCConfig) -> list[list[int]]:
@@ -104,7 +119,7 @@ def _state_bytes(config: RPCConfig) -> int:
 
 
 def _limit(config: RPCConfig, rows: float) -> float:
-    """Calls per second. `rows`: how large the server's batches were, on average."""
+    """Calls per second. `rows`: how large the server's batches are, on average."""
     if config.expert == "nop":
         size = CODECS[config.codec].encoded_bytes(torch.float32, (config.batch, config.hidden))
         exchanges: list[Exchange] = [([size], 1)] + ([([size, size], 1)] if config.backward else [])

@@ -1,7 +1,8 @@
 """`labkit bench all`: every benchmark several times over, each beside the limit, and beside a peer, in one run.
 
-One line of a file for each measurement, so that a run that was stopped goes on, and a notebook redraws what was
-measured (`medians`). A peer's scripts print their result as JSON on the last line; they run with a Python of their own.
+One line of a file for each measurement, with the time of its end, so that a run that was stopped goes on, and a
+notebook redraws what was measured (`medians`). A peer's scripts print their result as JSON on the last line; they run
+with a Python of their own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,7 +44,9 @@ ROWS = (
         "rpc nop, batch 512", "rpc --batch 512 --calls 200",
         "hivemind_rpc.py --expert nop --batch 512 --clients 2 --calls 50",
     ),
+    Row("rpc nop, batch 1, secure", "rpc --secure", "rpc nop, batch 1"),
     Row("rpc nop, batch 512, secure", "rpc --batch 512 --calls 100 --secure", "rpc nop, batch 512"),
+    Row("rpc nop, batch 512, secure, float16", "rpc --batch 512 --calls 100 --secure --codec float16"),
     Row("rpc ffn, batch 256, forward", "rpc --expert ffn --batch 256 --calls 32"),
     Row("rpc ffn, batch 256, forward and backward", "rpc --expert ffn --batch 256 --calls 32 --backward"),
     Row(
@@ -60,8 +64,11 @@ ROWS = (
         "moe ffn2, batch 512", "moe --expert ffn2 --batch 512",
         "hivemind_moe.py --batch 512 --hidden 256 --passes 1",
     ),
+    Row("moe ffn2, batch 512, secure", "moe --expert ffn2 --batch 512 --secure", "moe ffn2, batch 512"),
     Row("dht, 8 peers", "dht", "hivemind_dht.py --peers 8 --rounds 20"),
+    Row("dht, 8 peers, secure", "dht --secure", "dht, 8 peers"),
     Row("rpc nop, 128 clients", "rpc --clients 128 --calls 100"),
+    Row("rpc nop, 128 clients, batch 512", "rpc --batch 512 --clients 128 --calls 10"),
     Row("rpc ffn, 128 clients", "rpc --expert ffn --hidden 256 --batch 16 --clients 128 --calls 10 --backward"),
     *(Row(f"rpc nop, {n} servers", f"rpc --servers {n} --experts 8") for n in (1, 2, 4, 8)),
     *(Row(f"rpc nop, {n:,} experts", f"rpc --experts {n}") for n in (16, 256, 4096)),
@@ -111,7 +118,8 @@ def measure(config: SuiteConfig, rows: Sequence[Row] = ROWS) -> dict[str, Any]:
                     print(f"left out: {error}", file=sys.stderr, flush=True)
                     continue
                 with path.open("a") as file:
-                    print(json.dumps({"row": row.name, "who": who, **result}), file=file)
+                    now = datetime.now(UTC).isoformat(timespec="seconds")
+                    print(json.dumps({"row": row.name, "who": who, "at": now, **result}), file=file)
     return {line["row"]: {k: v for k, v in line.items() if k != "row"} for line in medians(path, rows)}
 
 
@@ -154,8 +162,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def medians(path: Path, rows: Sequence[Row] = ROWS) -> list[dict[str, Any]]:
-    """A line for each row that was measured: medians of its figures, how many runs, and, where the peer was measured
-    too, how many runs of it and how many times better each rate or time is than the peer's (`…_to_peer`)."""
+    """A line for each row that was measured: medians of its figures, how many runs, of the share of the limit also the
+    least and the most (`of_limit_range`), and, where the peer was measured too, how many runs of it and how many times
+    better each rate or time is than the peer's (`…_to_peer`)."""
     lines, table = _lines(path), list[dict[str, Any]]()
     for row in rows:
         ours, peers = (_median(lines, name, who) for name, who in ((row.name, "labkit"), (_peer_row(row), "peer")))
@@ -175,7 +184,11 @@ def _median(lines: Sequence[dict[str, Any]], name: str, who: str) -> dict[str, A
     if not some:
         return {}
     figures = {key: _middle([line[key] for line in some]) for key in some[0]}
-    return {**{key: value for key, value in figures.items() if value is not None}, "runs": len(some)}
+    known: dict[str, Any] = {key: value for key, value in figures.items() if value is not None}
+    if "of_limit" in known:
+        shares = [line["of_limit"] for line in some]
+        known["of_limit_range"] = [min(shares), max(shares)]
+    return {**known, "runs": len(some)}
 
 
 def _middle(values: Sequence[Any]) -> Any:
