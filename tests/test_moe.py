@@ -9,9 +9,10 @@ import math
 import pickle
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from labkit.client.dispatch import DispatchConfig, Dispatched
 from labkit.client.moe import MixtureOfExperts, balance_loss
 from labkit.errors import NoExperts, RemoteFailure, SwarmClosed
 from labkit.events import CallFailed, CallFinished, Event, RoutingChosen
+from labkit.expert_uid import grid_uids
 from labkit.handles import ServerHandle
 from labkit.server.backend import ExpertBackend
 from labkit.server.checkpoints import load_expert, save_expert
@@ -38,7 +40,6 @@ from tests.swarms import eventually
 DIM = 6
 WIDE = 128  # with some hundred rows, frames that are sent and received without being copied
 STEP = BackendConfig(optimizer="sgd", lr=1.0)  # so that a step changes a parameter by its gradient
-STILL = BackendConfig(optimizer="sgd", lr=0.0)
 
 
 class Grid:
@@ -51,7 +52,6 @@ class Grid:
         sizes: tuple[int, ...],
         uids: list[str],
         *kinds: type[nn.Module],
-        backend: BackendConfig = STEP,
     ) -> None:
         self.swarm, self.name, self.sizes = swarm, name, sizes
         self.servers: list[ServerHandle] = []
@@ -64,7 +64,7 @@ class Grid:
                 return made[-1]
 
             (server,) = swarm.serve(
-                factory, name=name, grid=sizes, uids=uids[i :: len(kinds)], isolation="task", backend=backend
+                factory, name=name, grid=sizes, uids=uids[i :: len(kinds)], isolation="task", backend=STEP
             )
             self.servers.append(server)
             self.modules |= dict(zip(server.uids, made, strict=True))
@@ -130,25 +130,31 @@ class Echo(nn.Module):
 class Held(FeedForward):
     """Computes nothing while all of its kind are held."""
 
-    free = threading.Event()
+    begun, free = threading.Event(), threading.Event()
 
     def __init__(self) -> None:
         super().__init__(WIDE, WIDE)
 
     def forward(self, x: Tensor) -> Tensor:
+        self.begun.set()
         assert self.free.wait(50)
         return super().forward(x)
 
 
 @contextmanager
-def held(server: ServerHandle, requests: int) -> Iterator[None]:
-    """Hold its experts until so many requests have come: one is being computed, and the others wait."""
+def held(server: ServerHandle, requests: int, call: Callable[[], object]) -> Iterator[None]:
+    """Hold its experts with this call until so many other requests wait."""
     Held.free.clear()
-    try:
-        yield
-        eventually(lambda: server.statistics().queued_requests == requests - 1)
-    finally:
-        Held.free.set()
+    Held.begun.clear()
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(call)
+        try:
+            assert Held.begun.wait(50)
+            yield
+            eventually(lambda: server.statistics().queued_requests == requests)
+        finally:
+            Held.free.set()
+        first.result()
 
 
 class Blank(nn.Module):
@@ -273,30 +279,33 @@ def test_so_they_are_for_those_who_answered_where_other_experts_fail(grids):
 
 def test_so_they_are_with_all_that_makes_it_fast_and_safe(tmp_path):
     """Frames that are not copied, encryption, servers that are processes, and the default optimizer, fused Adam."""
-    modules = {f"wide.{i}.{j}": FeedForward(WIDE, WIDE) for i in range(2) for j in range(2)}
+    grids = {"line": (4,), "square": (2, 2), "cube": (2, 1, 2)}
+    modules = {uid: FeedForward(WIDE, WIDE) for name, grid in grids.items() for uid in grid_uids(name, grid)}
     for uid, module in modules.items():
         save_expert(tmp_path, uid, ExpertBackend(uid, module).state(), kind="ffn")
     with lk.Swarm("fast and safe", secure=True) as swarm:
-        servers = swarm.serve(
-            "ffn", hidden=WIDE, inner=WIDE, grid=(2, 2), name="wide", servers=2, isolation="process",
-            checkpoint_dir=tmp_path,
-        )  # fmt: skip
-        assert all(server.contact and server.contact.secure and server.pid for server in servers)
+        for name, grid in grids.items():
+            swarm.serve(
+                "ffn", hidden=WIDE, inner=WIDE, grid=grid, name=name, isolation="process", checkpoint_dir=tmp_path
+            )
+        assert all(server.contact and server.contact.secure and server.pid for server in swarm.servers)
         chosen: list[Event] = []
         swarm.on_event(chosen.append)
-        moe = swarm.moe(WIDE, name="wide", k_best=2)
-        local = LocalMoE(copy.deepcopy(moe.gate), moe.grid, modules, k_best=2)
-        (x, its_x), target = twice(400, WIDE), torch.randn(400, WIDE) / 20
-        y, its_y = moe(x), local(its_x)
-        (y * target).sum().backward()
-        (its_y * target).sum().backward()
-        for server in servers:
+        for name, grid in grids.items():
+            moe = swarm.moe(WIDE, name=name, k_best=2)
+            experts = {uid: modules[uid] for uid in grid_uids(name, grid)}
+            local = LocalMoE(copy.deepcopy(moe.gate), grid, experts, k_best=2)
+            (x, its_x), target = twice(400, WIDE), torch.randn(400, WIDE) / 20
+            y, its_y = moe(x), local(its_x)
+            assert_close(y, its_y)
+            (y * target).sum().backward()
+            (its_y * target).sum().backward()
+            assert_close(x.grad, its_x.grad)
+            assert_same_gate(moe, local)
+        for server in swarm.servers:
             server.stop()  # it saves its experts
-    (rows,) = [event.rows.values() for event in chosen if isinstance(event, RoutingChosen)]
-    assert len(rows) == 4 and min(rows) * WIDE * 4 >= COPIED
-    assert_close(y, its_y)
-    assert_close(x.grad, its_x.grad)
-    assert_same_gate(moe, local)
+    rows = [event.rows.values() for event in chosen if isinstance(event, RoutingChosen)]
+    assert [len(some) for some in rows] == [4, 4, 4] and min(map(min, rows)) * WIDE * 4 >= COPIED
     for uid, module in modules.items():
         assert_stepped_by_adam(tmp_path, uid, module)
 
@@ -316,29 +325,32 @@ def assert_stepped_by_adam(directory: Path, uid: str, local: nn.Module) -> None:
 
 
 def test_so_they_are_for_each_of_several_clients_whose_requests_are_computed_together(swarm):
-    grid = Grid(swarm, "held", (3,), ["held.0", "held.1", "held.2"], Held, backend=STILL)
+    grid = Grid(swarm, "held", (3,), ["held.0", "held.1", "held.2"], Held)
     (server,) = grid.servers
+    first = partial(swarm.expert("held.0"), torch.zeros(1, WIDE))
     with lk.Swarm.join(swarm.invite(), name="elsewhere") as other, ThreadPoolExecutor(4) as threads:
         moes = [member.moe(WIDE, name="held", k_best=2) for member in (swarm, other, swarm, other)]
         inputs, targets = zip(*((twice(n, WIDE), torch.randn(n, WIDE) / 16) for n in (220, 240, 260, 280)), strict=True)
-        with held(server, 4 * 3):
+        with held(server, 4 * 3, first):
             forward = [threads.submit(moe, x) for moe, (x, _) in zip(moes, inputs, strict=True)]
         outputs = [future.result() for future in forward]
-        with held(server, 4 * 3):
+        with held(server, 4 * 3, first):
             losses = [(y * target).sum() for y, target in zip(outputs, targets, strict=True)]
             backward = [threads.submit(loss.backward) for loss in losses]
         for future in backward:
             future.result()
         done = server.statistics()
     server.stop()
-    assert (sum(done.expert_requests), done.batches) == (24, 8)  # each way the first one, and those that waited for it
+    assert (sum(done.expert_requests), done.batches) == (26, 8)  # each way the first one, and those that waited for it
+    experts = grid.fresh  # of all clients: their gradients add up to the one step that each expert makes
     for moe, (x, its_x), y, target in zip(moes, inputs, outputs, targets, strict=True):
-        local = grid.local(moe)
+        local = LocalMoE(copy.deepcopy(moe.gate), grid.sizes, experts, k_best=2)
         its_y = local(its_x)
         (its_y * target).sum().backward()
         assert_close(y, its_y)
         assert_close(x.grad, its_x.grad)
         assert_same_gate(moe, local)
+    grid.assert_stepped_by(local)
 
 
 def test_each_expert_gets_one_request_in_a_pass(grids, events):
