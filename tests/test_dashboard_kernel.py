@@ -19,6 +19,7 @@ from torch import nn
 torch.manual_seed(0)
 swarm = lk.Swarm()
 swarm.serve("ffn", hidden=8, grid=(2, 2), servers=4, isolation="task")
+swarm.faults(latency=0.01)  # trainers wait, and leave the processor to others
 model = nn.Sequential(nn.Linear(4, 8), swarm.moe(8, k_best=2), nn.Linear(8, 2))
 x = torch.randn(64, 4)
 y = (x.sum(1) > 0).long()
@@ -82,7 +83,7 @@ def test_a_page_that_looks_gets_frames_of_the_training(kernel, page):
 
 
 def test_there_are_at_most_five_frames_a_second(kernel, page):
-    kernel.until(lambda: len(page.frames) >= 15)
+    kernel.until(lambda: len(page.frames) >= 10)
     times = [header["at"] for header in page.headers]
     assert (len(times) - 1) * FRAME_PERIOD <= times[-1] - times[0] + 0.11  # a scene may be a tenth of a second old
 
