@@ -89,6 +89,84 @@ def test_forward_and_backward_equal_a_local_module_and_optimizer():
     assert (backend.updates, backend.rows_processed) == (3, 24)
 
 
+class Transposing(nn.Module):
+    """The gradient of its parameter comes transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(HIDDEN, HIDDEN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,oi->bo", x, self.w)
+
+
+class Summing(Transposing):
+    """The gradient of its parameter is one number, expanded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.w.sum()
+
+
+class Transposed(nn.Module):
+    """Its parameter is transposed itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(HIDDEN, HIDDEN).T)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w
+
+
+class Sliced(Transposed):
+    """Its parameter has gaps in its memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(HIDDEN, 2 * HIDDEN)[:, :HIDDEN])
+
+
+def expert(kind: type[nn.Module], **options) -> ExpertBackend:
+    torch.manual_seed(0)
+    return ExpertBackend("odd.0", kind(), BackendConfig(**options))
+
+
+@pytest.mark.parametrize("kind", [Transposing, Summing, Transposed, Sliced])
+def test_gradients_and_parameters_in_any_layout_train_as_they_do_locally_with_an_optimizer_that_is_not_fused(kind):
+    backend = expert(kind)
+    local = copy.deepcopy(backend.module)
+    optimizer = torch.optim.Adam(local.parameters(), lr=1e-3, fused=False)
+    for seed in range(3):
+        x, grad = batch(seed=seed)
+        local(x).backward(grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        backend.backward(x, grad)
+    for one, other in zip(backend.module.parameters(), local.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kind", [Transposing, Summing, Transposed, Sliced])
+@pytest.mark.parametrize(
+    "options", [{"accumulate": 2}, {"clip_grad_norm": 0.1}, {"optimizer": "sgd", "momentum": 0.9, "lr": 0.1}]
+)
+def test_any_layout_trains_the_same_when_gradients_are_accumulated_or_clipped_and_after_a_restart(kind, options):
+    fused, plain = expert(kind, **options), expert(kind, fused=False, **options)
+    for seed in range(6):
+        fused.backward(*batch(seed=seed))
+        plain.backward(*batch(seed=seed))
+        restarted = expert(kind, **options)
+        restarted.load_state(fused.state())
+        fused = restarted
+    torch.testing.assert_close(fused.module.w, plain.module.w)
+
+
+def test_a_module_that_learns_its_shape_from_its_first_rows_is_trained_too():
+    backend = ExpertBackend("lazy.0", nn.LazyLinear(3))
+    backend.backward(torch.ones(2, HIDDEN), torch.ones(2, 3))
+    assert backend.updates == 1
+
+
 def test_adam_is_fused_by_default():
     optimizer = ffn().optimizer
     assert isinstance(optimizer, torch.optim.Adam) and optimizer.defaults["fused"] is True
@@ -265,6 +343,25 @@ def test_a_finite_gradient_whose_square_overflows_is_refused_and_training_goes_o
     assert_same(backend.state(), before)
 
 
+@pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 1000.0}])
+def test_in_half_precision_a_square_that_overflows_is_refused_and_one_that_does_not_trains(options):
+    backend = ExpertBackend("half.0", nn.Linear(1, 1, bias=False).half(), BackendConfig(**options))
+    x, before = torch.ones(1, 1).half(), backend.state()
+    with pytest.raises(NonFiniteTensor, match="parameter gradients"):
+        backend.backward(x, 300 * x)
+    assert_same(backend.state(), before)
+    for _ in range(3):
+        backend.backward(x, 250 * x)
+    assert not torch.equal(backend.state()["module.weight"], before["module.weight"])
+    check_finite(list(backend.state().values()))
+
+
+def test_in_half_precision_many_gradients_are_no_reason_to_refuse_them_nor_is_a_large_one_that_is_clipped():
+    x = torch.ones(1, 1000).half()
+    ExpertBackend("half.0", nn.Linear(1000, 1000).half()).backward(x, 100 * x)
+    ExpertBackend("half.0", nn.Linear(1000, 1).half(), BackendConfig(clip_grad_norm=1.0)).backward(x, 1000 * x[:, :1])
+
+
 def test_a_refused_pass_puts_running_statistics_back():
     module = nn.Sequential(nn.BatchNorm1d(HIDDEN), Overflowing())
     backend, (x, grad) = ExpertBackend("odd.0", module, BackendConfig(train_mode=True)), batch()
@@ -324,6 +421,47 @@ def test_a_module_that_says_nothing_of_its_inputs_is_described_by_those_that_wor
     backend.forward(torch.zeros(1, HIDDEN))
     with pytest.raises(BadRequest, match=r"takes float32 \[rows, 6\]; got float32 \[rows, 5\]"):
         backend.forward(torch.zeros(1, 5))
+
+
+# ---------------------------------------------------------------- steps that fail
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 7])  # tensors that the optimizer gets before memory is out
+def test_a_first_step_that_fails_for_want_of_memory_leaves_no_trace_and_the_next_one_works(room, monkeypatch):
+    backend, twin, restarted = (ffn(accumulate=2, amsgrad=True) for _ in range(3))
+    for either in (backend, twin):
+        either.backward(*batch(seed=0))
+    before, allocate, left = backend.state(), torch.zeros_like, iter(range(room))
+
+    def zeros_like(*args, **options):
+        if next(left, None) is None:
+            raise torch.OutOfMemoryError("no room is left")
+        return allocate(*args, **options)
+
+    with monkeypatch.context() as full:
+        full.setattr(torch, "zeros_like", zeros_like)
+        with pytest.raises(torch.OutOfMemoryError):
+            backend.backward(*batch(seed=1))
+    assert_same(backend.state(), before)
+    assert all(parameter.grad is None for parameter in backend.module.parameters())
+    restarted.load_state(backend.state())
+    for either in (backend, twin, restarted):
+        either.backward(*batch(seed=1))
+    assert backend.updates == 1
+    assert_same(backend.state(), twin.state())
+    assert_same(restarted.state(), twin.state())
+
+
+def test_a_later_step_that_fails_keeps_what_the_optimizer_knew(monkeypatch):
+    backend = ffn()
+    backend.backward(*batch(seed=0))
+    before = backend.state()
+    with monkeypatch.context() as broken:
+        broken.setattr(backend.optimizer, "step", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            backend.backward(*batch(seed=1))
+    assert_same(backend.state(), before)
+    assert all(parameter.grad is None for parameter in backend.module.parameters())
 
 
 # ---------------------------------------------------------------- state

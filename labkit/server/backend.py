@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from labkit.errors import BadRequest, CheckpointError, NonFiniteTensor
 from labkit.server.checks import Direction, Schema, check_finite, checked_rows, describe, schema_of, squares_finite
-from labkit.server.optimizer import BackendConfig, make_optimizer, optimizer_slots
+from labkit.server.optimizer import BackendConfig, laid_out, make_optimizer, optimizer_slots, take_step
 
 MAX_SCHEMAS = 64  # callers choose schemas, so we remember few
 
@@ -136,24 +136,19 @@ class ExpertBackend:
         clip, norm = self.config.clip_grad_norm, 0.0
         if clip is not None and total:
             norm = float(torch.nn.utils.get_total_norm(list(total.values())))
-        if not (math.isfinite(norm) if clip is not None else squares_finite(total.values())):
+        bounded = clip is not None and clip <= 255  # then the squares of what is clipped are finite, in float16 too
+        if not (math.isfinite(norm) and (bounded or squares_finite(total.values()))):
             raise NonFiniteTensor(f"the parameter gradients of expert {self.uid} overflow; nothing was changed")
         if self.optimizer is None:
             return
-        # From here on nothing is refused.
-        self._pending_passes += 1
-        if self._pending_passes < self.config.accumulate:
-            self._pending = total
+        # From here on nothing is refused. A step that fails counts as no pass: what was pending still is.
+        if self._pending_passes + 1 < self.config.accumulate:
+            self._pending, self._pending_passes = total, self._pending_passes + 1
             return
         factor = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))  # as `torch.nn.utils.clip_grad_norm_`
-        for name, parameter in self._parameters.items():
-            grad = total.get(name)
-            # Not changed in place: autograd may give one tensor for several parameters, and for an input.
-            parameter.grad = grad if grad is None or factor == 1.0 else grad * factor
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.updates, age)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        take_step(self.optimizer, [(p, total.get(name)) for name, p in self._parameters.items()], factor)
         self.updates += 1
         self._pending, self._pending_passes = {}, 0
 
@@ -261,8 +256,8 @@ class ExpertBackend:
         )
         if self.optimizer is not None:
             filled = {
-                index: {slot: state[f"optimizer.{slot}.{name}"].clone() for slot in slots}
-                for index, name in enumerate(self._parameters)
+                index: {slot: laid_out(state[f"optimizer.{slot}.{name}"].clone(), parameter) for slot in slots}
+                for index, (name, parameter) in enumerate(self._parameters.items())
                 if slots and f"optimizer.{slots[0]}.{name}" in state
             }
             groups = self.optimizer.state_dict()["param_groups"]

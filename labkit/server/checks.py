@@ -49,14 +49,23 @@ def check_finite(tensors: Sequence[Tensor], what: str = "the request has a tenso
 
 
 def squares_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether their squares are: of no tensor with NaN or infinity, nor with numbers too large for an optimizer."""
+    """Whether their squares are: of no tensor with NaN or infinity, nor with numbers too large for an optimizer.
+
+    In each tensor's own type, in which Adam keeps a mean of the squares: one that overflowed would stay infinite, and
+    its parameter never move again. Of float16 that is from 256 on, where the numbers end at 65504.
+    """
     return all(_is_finite(_size(tensor.detach())) for tensor in tensors)
 
 
 def _size(tensor: Tensor) -> Tensor:
     """The sum of its squares, which is several times as fast as the norm, for types that processors know; else that."""
-    fast = tensor.dtype in (torch.float32, torch.float64) and tensor.is_contiguous()
-    size: Tensor = torch.dot(tensor.view(-1), tensor.view(-1)) if fast else torch.linalg.vector_norm(tensor)
+    size: Tensor
+    if tensor.dtype in (torch.float32, torch.float64) and tensor.is_contiguous():
+        size = torch.dot(tensor.view(-1), tensor.view(-1))
+    elif tensor.dtype == torch.float16:  # each square in that, and only their sum in a type with room for it
+        size = tensor.square().sum(dtype=torch.float32)
+    else:
+        size = torch.linalg.vector_norm(tensor)
     return size
 
 

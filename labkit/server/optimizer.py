@@ -1,15 +1,16 @@
-"""How an expert is trained: the configuration of a backend, its optimizer and its learning-rate schedule."""
+"""How an expert is trained: the configuration of a backend, its optimizer, its learning-rate schedule and its step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 T = TypeVar("T", bound=torch.optim.Optimizer)
 
@@ -78,8 +79,52 @@ class BackendConfig:
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: BackendConfig) -> torch.optim.Optimizer | None:
-    """The optimizer that the config names, or None where there is nothing to train."""
+    """The optimizer that the config names, or None where there is nothing to train.
+
+    Not a fused one for a parameter with gaps in its memory, as a slice of a larger tensor has: fused, it would be read
+    and written as if it had none.
+    """
+    if config.fused and not all(_is_dense(parameter) for parameter in parameters):
+        config = replace(config, fused=False)
     return OPTIMIZERS[config.optimizer](parameters, config) if parameters else None
+
+
+def _is_dense(parameter: nn.Parameter) -> bool:
+    return is_lazy(parameter) or torch.empty_like(parameter, device="meta").stride() == parameter.stride()
+
+
+def take_step(
+    optimizer: torch.optim.Optimizer, grads: Iterable[tuple[nn.Parameter, Tensor | None]], factor: float = 1.0
+) -> None:
+    """One step by these gradients times `factor`. No gradient stays allocated.
+
+    Where it fails, as for want of memory, what the optimizer began to keep for a parameter is dropped, so that of each
+    it has all of its tensors, or none yet, and can go on. Numbers that it had changed by then stay so; there are none
+    where it fails to allocate what it keeps, in the first step.
+    """
+    kept = {p for p, slots in optimizer.state.items() if slots}
+    try:
+        for parameter, grad in grads:
+            # Not changed in place: autograd may give one tensor for several parameters, and for an input.
+            scaled = grad if grad is None or factor == 1.0 else grad * factor
+            parameter.grad = scaled if scaled is None else laid_out(scaled, parameter)
+        optimizer.step()
+    except BaseException:
+        for begun in set(optimizer.state) - kept:
+            del optimizer.state[begun]
+        raise
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+
+
+def laid_out(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    """The tensor, or a copy, with the strides of the parameter, whose shape it has (unless it is but a number).
+
+    Fused optimizers read both as one row of numbers. `loss.backward()` sees to that; `torch.autograd.grad` returns
+    gradients as the module's operations left them: transposed, or expanded from one number.
+    """
+    fits = tensor.stride() == parameter.stride() or not tensor.ndim
+    return tensor if fits else torch.empty_like(parameter).copy_(tensor)
 
 
 def optimizer_slots(config: BackendConfig) -> tuple[str, ...]:
