@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 import trio
 
-from labkit.errors import CheckpointError
+from labkit.errors import CheckpointError, RemoteFailure
 from labkit.server import checkpoints
 from labkit.server.backend import ExpertBackend
 from labkit.server.checkpoints import keep_checkpoints, load_expert, restore, save_all, save_expert
@@ -115,15 +115,29 @@ def test_a_save_copies_only_what_shares_memory(tmp_path, monkeypatch):
     assert [name for name in state if written[name].data_ptr() != state[name].data_ptr()] == ["the other", "a part"]
 
 
-def test_what_a_crashed_save_left_is_removed_at_load_and_only_that(tmp_path):
-    save_expert(tmp_path, UID, STATE)
+def test_what_a_crashed_save_left_is_removed_at_the_next_start_and_only_that(tmp_path):
+    save_expert(tmp_path, UID, expert().state(), kind="ffn")
     left = tmp_path / f".{UID}~0123.tmp"
     left.mkdir()
     (left / ".tmpO0DK6X").write_bytes(b"half of a")
     others = tmp_path / f".{UID}.2~0123.tmp"
     others.mkdir()
-    assert_same_bits(load_expert(tmp_path, UID), STATE)
+    assert restore(tmp_path, expert())
     assert sorted(path.name for path in tmp_path.iterdir()) == [others.name, f"{UID}.safetensors"]
+
+
+def test_who_reads_a_checkpoint_does_not_disturb_the_save_that_is_under_way(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def look_and_replace(*paths):
+        assert_same_bits(load_expert(tmp_path, UID), STATE)
+        replace(*paths)
+
+    save_expert(tmp_path, UID, STATE)
+    monkeypatch.setattr(os, "replace", look_and_replace)
+    new = {"weight": torch.ones(2)}
+    save_expert(tmp_path, UID, new)
+    assert_same_bits(load_expert(tmp_path, UID), new)
 
 
 def test_a_server_killed_in_the_middle_of_a_save_leaves_the_old_file_and_nothing_else_for_long(tmp_path):
@@ -144,6 +158,8 @@ while True:
         child.kill()
     found = load_expert(tmp_path, UID)
     assert found is not None and found["weight"].shape in ((3,), (10_000_000,))
+    with pytest.raises(CheckpointError, match="does not fit"):  # the next start, of another kind of expert
+        restore(tmp_path, expert())
     assert [path.name for path in tmp_path.iterdir()] == [f"{UID}.safetensors"]
 
 
@@ -151,6 +167,12 @@ while True:
 def test_who_may_read_the_folder_may_read_the_checkpoint(tmp_path, folder, file):
     tmp_path.chmod(folder)
     assert save_expert(tmp_path, UID, STATE).stat().st_mode & 0o777 == file
+
+
+@pytest.mark.parametrize("folder", [0o1777, 0o777, 0o1775])
+def test_nobody_else_may_change_a_checkpoint_in_a_folder_that_strangers_share(tmp_path, folder):
+    tmp_path.chmod(folder)
+    assert save_expert(tmp_path, UID, STATE).stat().st_mode & 0o777 == 0o644
 
 
 def flip_last_bit(data: bytes) -> bytes:
@@ -197,8 +219,8 @@ def test_a_uid_cannot_lead_out_of_the_directory(tmp_path, uid):
 # ---------------------------------------------------------------- while a runtime runs
 
 
-async def run_with_saves(monkeypatch, runtime, directory, save, period=10.0, seconds=25.0):
-    """Some virtual seconds, with an update of one expert at the beginning."""
+async def run_with_saves(monkeypatch, runtime, directory, save, period=10.0, seconds=25.0, updated=(UID,)):
+    """Some virtual seconds, with an update of one expert (or others) at the beginning."""
 
     async def in_this_task(function):  # virtual time would run ahead of a real thread
         function()
@@ -209,7 +231,8 @@ async def run_with_saves(monkeypatch, runtime, directory, save, period=10.0, sec
         await nursery.start(runtime.run)
         await nursery.start(keep_checkpoints, runtime, directory, period)
         x = torch.ones(2, 4)
-        await runtime.submit(UID, "backward", [x, x], trio.current_time() + 1)
+        for uid in updated:
+            await runtime.submit(uid, "backward", [x, x], trio.current_time() + 1)
         await trio.sleep(seconds)
         nursery.cancel_scope.cancel()
 
@@ -251,6 +274,39 @@ async def test_a_save_that_fails_is_logged_and_tried_again(monkeypatch, tmp_path
     await run_with_saves(monkeypatch, Runtime({UID: expert()}, executor=InlineCompute()), tmp_path, save)
     assert saves == [10.0, 20.0]
     assert "no space left" in caplog.text
+
+
+ERRORS = [OSError("no space left"), MemoryError(), RuntimeError("cannot allocate memory"), KeyError("dtype")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+async def test_whatever_fails_in_a_save_the_other_experts_are_saved(
+    monkeypatch, tmp_path, autojump_clock, caplog, error
+):
+    def save(directory, uid, state, **options):
+        if uid == UID:
+            raise error
+        return save_expert(directory, uid, state, **options)
+
+    runtime = Runtime({UID: expert(), "ffn.0.2": expert("ffn.0.2")}, executor=InlineCompute())
+    await run_with_saves(monkeypatch, runtime, tmp_path, save, period=10.0, updated=[UID, "ffn.0.2"])
+    assert [path.name for path in tmp_path.iterdir()] == ["ffn.0.2.safetensors"]
+    assert f"{UID} was not saved" in caplog.text and "trying again in 10 s" in caplog.text
+    (tmp_path / "ffn.0.2.safetensors").unlink()
+    with pytest.raises(RemoteFailure, match=rf"{UID} was not saved to .*(no space|Error)"):
+        await save_all(runtime, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["ffn.0.2.safetensors"]
+
+
+async def test_an_expert_whose_state_cannot_be_copied_does_not_stop_the_saves(monkeypatch, tmp_path, autojump_clock):
+    def fail() -> None:
+        raise MemoryError
+
+    full, other = expert(), expert("ffn.0.2")
+    monkeypatch.setattr(full, "state", fail)
+    runtime = Runtime({UID: full, "ffn.0.2": other}, executor=InlineCompute())
+    await run_with_saves(monkeypatch, runtime, tmp_path, save_expert, updated=[UID, "ffn.0.2"])
+    assert [path.name for path in tmp_path.iterdir()] == ["ffn.0.2.safetensors"]
 
 
 async def test_a_clean_stop_saves_every_expert(tmp_path):

@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import shutil
+import stat
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 import trio
 from torch import Tensor
 
-from labkit.errors import CheckpointError, RPCError
+from labkit.errors import CheckpointError, RemoteFailure, RPCError
 from labkit.expert_uid import split_uid
 from labkit.server.backend import ExpertBackend
 from labkit.server.runtime import Runtime
@@ -33,8 +34,9 @@ SECONDS_PER_GB = 100.0  # so that saves, which copy 1 GB in some two CPU-seconds
 
 
 def save_expert(directory: str | os.PathLike[str], uid: str, state: Mapping[str, Tensor], *, kind: str = "") -> Path:
-    """Write an expert's state and return the file's path. The directory is made if need be, and who may read it may
-    read the file. Leave the state unchanged meanwhile: it is not copied.
+    """Write an expert's state and return the file's path. The directory is made if need be. Who may read it may read
+    the file; its group may write to the file, too, if it may write there and no others may. Leave the state unchanged
+    meanwhile: it is not copied.
 
     When it returns, the state is on disk; when it raises (`OSError`, or `ValueError` for a bad uid), the file that was
     there is untouched.
@@ -49,7 +51,7 @@ def save_expert(directory: str | os.PathLike[str], uid: str, state: Mapping[str,
     try:
         file = aside / "state"
         safetensors.torch.save_file(tensors, file, metadata)
-        file.chmod(path.parent.stat().st_mode & 0o666)
+        file.chmod(_file_mode(path.parent.stat().st_mode))
         with open(file, "r+b") as written:
             os.fsync(written.fileno())
         os.replace(file, path)
@@ -62,14 +64,12 @@ def save_expert(directory: str | os.PathLike[str], uid: str, state: Mapping[str,
 
 
 def load_expert(directory: str | os.PathLike[str], uid: str, *, kind: str = "") -> dict[str, Tensor] | None:
-    """An expert's saved state, exact to the bit, or None if there is none. Removes what a crashed save left.
+    """An expert's saved state, exact to the bit, or None if there is none. Changes nothing: a server may be saving it.
 
     Raises `CheckpointError` for a file that is damaged, not ours, or another expert's or kind's (where `kind` is
     given); `ValueError` for a bad uid.
     """
     path = _path(directory, uid)
-    for stray in path.parent.glob(f".{uid}~*.tmp"):
-        shutil.rmtree(stray, ignore_errors=True)
     if not path.exists():
         return None
     way_out = "move it away to start this expert afresh, or put a good copy in its place"
@@ -100,8 +100,12 @@ def _short(kind: str) -> str:
 def restore(directory: str | os.PathLike[str], backend: ExpertBackend) -> bool:
     """Carry on from the expert's checkpoint, if there is one. Returns whether. For before the runtime runs.
 
+    Removes what a crashed save of this expert left, and of no other: servers may share a directory, but not an expert.
+
     Raises `CheckpointError`, which names the file and, where the state doesn't fit, the tensor.
     """
+    for stray in Path(directory).glob(f".{backend.uid}~*.tmp"):
+        shutil.rmtree(stray, ignore_errors=True)
     state = load_expert(directory, backend.uid, kind=backend.kind)
     if state is None:
         return False
@@ -121,8 +125,8 @@ async def keep_checkpoints(
 ) -> None:
     """Until cancelled: every `period` seconds, save the experts that have been updated since their last save.
 
-    None means `usual_period`. A save that fails (a full disk) is logged and tried again in the next period; it does not
-    stop the server.
+    None means `usual_period`. A save that fails, for whatever reason (a full disk, no memory), is logged and tried
+    again in the next period; it stops neither the server nor the saves of the others.
     """
     period = usual_period(runtime.backends.values()) if period is None else period
     saved = {uid: backend.updates for uid, backend in runtime.backends.items()}
@@ -134,8 +138,10 @@ async def keep_checkpoints(
                 continue
             try:
                 saved[uid] = await _save(runtime, directory, uid)
-            except (OSError, RPCError) as error:
-                logger.warning("expert %s was not saved to %s: %s; trying again in %g s", uid, directory, error, period)
+            except Exception as error:
+                logger.warning(
+                    "%s; trying again in %g s", _not_saved(uid, directory, error), period, exc_info=_strange(error)
+                )
 
 
 def usual_period(backends: Iterable[ExpertBackend]) -> float:
@@ -148,17 +154,29 @@ def usual_period(backends: Iterable[ExpertBackend]) -> float:
 async def save_all(runtime: Runtime, directory: str | os.PathLike[str]) -> None:
     """Save every expert now; the last thing of a clean stop, also after the runtime has ended.
 
-    Shield it from cancellation there. All experts are tried; raises the first `OSError` or `RemoteFailure` met.
+    Shield it from cancellation there. All experts are tried; raises `RemoteFailure`, which says what
+    happened to the first that could not be saved.
     """
-    failure: Exception | None = None
+    failure = ""
     for uid in runtime.backends:
         try:
             await _save(runtime, directory, uid)
-        except (OSError, RPCError) as error:
-            logger.warning("expert %s was not saved to %s: %s", uid, directory, error)
-            failure = failure or error
-    if failure is not None:
-        raise failure
+        except Exception as error:
+            words = _not_saved(uid, directory, error)
+            logger.warning("%s", words, exc_info=_strange(error))
+            failure = failure or words  # not the error, whose traceback holds a copy of the expert
+    if failure:
+        raise RemoteFailure(failure)
+
+
+def _not_saved(uid: str, directory: str | os.PathLike[str], error: Exception) -> str:
+    said = str(error) if str(error) and not _strange(error) else repr(error)
+    return f"expert {uid} was not saved to {directory}: {said}"
+
+
+def _strange(error: Exception) -> bool:
+    """Whether it takes a traceback to understand it."""
+    return not isinstance(error, (OSError, RPCError))
 
 
 async def _save(runtime: Runtime, directory: str | os.PathLike[str], uid: str) -> int:
@@ -173,6 +191,13 @@ async def _save(runtime: Runtime, directory: str | os.PathLike[str], uid: str) -
 def _path(directory: str | os.PathLike[str], uid: str) -> Path:
     split_uid(uid)  # a uid has no separators, dots in a row, or anything else that could lead out of the directory
     return Path(directory) / f"{uid}.safetensors"
+
+
+def _file_mode(directory: int) -> int:
+    """The mode of a file in a directory of this mode. Where everybody may write, as in /tmp, that is to add files of
+    their own, and not to change ours."""
+    everybodys = directory & (stat.S_ISVTX | stat.S_IWOTH)
+    return 0o600 | directory & (0o044 if everybodys else 0o064)
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

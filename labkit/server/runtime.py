@@ -280,9 +280,10 @@ class Runtime:
         self, device: _Device, backend: ExpertBackend, finish: Callable[[dict[str, Tensor] | Exception], None]
     ) -> None:
         def done(value: Any, error: BaseException | None, seconds: float) -> None:
-            if error is not None and not isinstance(error, Exception):
-                error = RemoteFailure(repr(error))
-            finish(value if error is None else error)
+            if error is None:
+                finish(value)
+            else:  # in words: an ordinary failure to whoever saves, and not one that holds tensors
+                finish(RemoteFailure(f"no snapshot of expert {backend.uid} could be taken: {error!r}"))
 
         self._start(device, backend.state, done, finish, backend.uid, "snapshot", 0)
 
