@@ -226,6 +226,16 @@ async def test_experts_are_saved_every_so_many_seconds_if_they_have_changed(tmp_
         assert load_expert(tmp_path, UIDS[1]) is None
 
 
+async def test_a_seed_leaves_the_callers_own_random_numbers_alone(monkeypatch):
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    expected = torch.Generator().set_state(torch.get_rng_state())
+    async with lab(config(seed=1)):
+        pass
+    assert torch.rand(3).equal(torch.rand(3, generator=expected))
+    assert seeded == []  # or a GPU would draw the numbers of an expert from here on
+
+
 async def test_a_crash_saves_nothing(tmp_path):
     async with lab(config(checkpoint_dir=str(tmp_path))) as here:
         await here.call("backward", [X, torch.ones_like(X)])

@@ -68,7 +68,9 @@ class ServerConfig:
     `grid`: sizes of the grid that the uids lie in; declared too, if given. `kind`, `options`: see `make_expert`.
     `checkpoint_dir`: experts are loaded from there at the start and saved every `checkpoint_period` seconds (or as
     `keep_checkpoints` sees fit) and at a clean stop. `threads`: torch's threads for one operation. `seed`: makes each
-    expert's fresh parameters a function of the seed and its uid.
+    expert's fresh parameters a function of the seed and its uid, provided that nothing else in this process draws from
+    torch's generator meanwhile. In a server process nothing does. A trainer beside a server that is a task may; then
+    some of its own numbers come twice, too.
     """
 
     uids: tuple[str, ...]
@@ -122,9 +124,15 @@ class ExpertServer:
 
     def _make_backend(self, uid: str) -> ExpertBackend:
         config = self.config
-        with torch.random.fork_rng(devices=[], enabled=config.seed is not None):
+        device = torch.device(config.backend.device)
+        gpus = [device] if device.type == "cuda" else []  # a factory may draw there
+        with torch.random.fork_rng(devices=gpus, enabled=config.seed is not None, device_type="cuda"):
             if config.seed is not None:
-                torch.manual_seed(zlib.crc32(f"{config.seed} {uid}".encode()))
+                seed = zlib.crc32(f"{config.seed} {uid}".encode())
+                torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would rewind all devices, for good
+                for gpu in gpus:
+                    with torch.cuda.device(gpu):
+                        torch.cuda.manual_seed(seed)
             module = make_expert(config.kind, **config.options)
         backend = ExpertBackend(uid, module, config.backend, kind=kind_name(config.kind))
         if config.checkpoint_dir is not None:
@@ -237,7 +245,8 @@ async def _build(make: Callable[[], ExpertServer], executor: Executor | None) ->
     """Build or load the experts in a thread, since that can take seconds, and the network goes on. (Virtual time would
     not stand still for a thread.)
 
-    One server at a time: a seed is set for the whole process (`torch.manual_seed`).
+    One server at a time, since torch has one generator a process, which a seed sets anew and which is put back
+    afterwards. What draws from it meanwhile in other threads is not kept from doing so: see `ServerConfig.seed`.
     """
     if executor is not None:
         await trio.lowlevel.checkpoint()
