@@ -24,13 +24,11 @@ from labkit.errors import LabkitError
 from labkit.faults import Faults
 from labkit.node import NodeConfig
 from labkit.portal import unwrap
-from labkit.server.server import ServerConfig, serve_experts
+from labkit.server.server import STOP_TIMEOUT, ServerConfig, serve_experts
 from labkit.wire.security import Admission, Identity
 from labkit.wire.zeromq import open_network
 
 logger = logging.getLogger(__name__)
-
-STOP_TIMEOUT = 30.0  # seconds that a clean stop may take: it saves every expert
 
 
 class Order(msgspec.Struct):
@@ -55,9 +53,10 @@ class Command(msgspec.Struct):
 
 
 class Report(msgspec.Struct):
-    """What a child prints."""
+    """What a child prints. `stop_timeout`: seconds that a clean stop may take, by the size of its experts."""
 
     ready: Contact | None = None
+    stop_timeout: float = STOP_TIMEOUT
     failed: str | None = None
 
 
@@ -87,6 +86,11 @@ def run_child() -> NoReturn:
 async def _child_main(order: Order, reports: BinaryIO) -> None:
     faults, stop = Faults(order.latency, order.loss), trio.Event()
     token = trio.lowlevel.current_trio_token()
+    stop_timeout = STOP_TIMEOUT
+
+    def allow(seconds: float) -> None:
+        nonlocal stop_timeout
+        stop_timeout = seconds
 
     def obey() -> None:
         """Read commands until the parent is gone. A thread, since only that reads a pipe on every system."""
@@ -100,7 +104,7 @@ async def _child_main(order: Order, reports: BinaryIO) -> None:
         except trio.RunFinishedError:
             return
         # Nobody may be left to kill us if the stop hangs.
-        last_resort = threading.Timer(STOP_TIMEOUT, os._exit, [1])
+        last_resort = threading.Timer(stop_timeout, os._exit, [1])
         last_resort.daemon = True
         last_resort.start()
 
@@ -110,7 +114,7 @@ async def _child_main(order: Order, reports: BinaryIO) -> None:
         async with open_network(order.node.limits.frames) as network:
             await serve_experts(
                 network, identity, order.server, order.node, join=order.join, admission=admission, faults=faults,
-                stop=stop, task_status=task_status,
+                stop=stop, allow=allow, task_status=task_status,
             )  # fmt: skip
 
     async def heed_signals(*, task_status: trio.TaskStatus[None]) -> None:
@@ -123,7 +127,8 @@ async def _child_main(order: Order, reports: BinaryIO) -> None:
     async with trio.open_nursery() as background:
         await background.start(heed_signals)
         async with trio.open_nursery() as nursery:
-            _report(reports, Report(ready=await nursery.start(serve)))
+            contact: Contact = await nursery.start(serve)
+            _report(reports, Report(ready=contact, stop_timeout=stop_timeout))
         background.cancel_scope.cancel()
 
 

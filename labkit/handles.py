@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import trio
 
-from labkit.child import STOP_TIMEOUT
 from labkit.contact import Contact
 from labkit.errors import LabkitError, ServerFailed
 from labkit.events import Emit
 from labkit.faults import Faults
-from labkit.lives import Life, ProcessLife, ServerPlan, TaskLife
+from labkit.lives import Life, ProcessLife, ServerPlan, TaskLife, is_free
 from labkit.node import Node
 from labkit.portal import Portal, unwrap
 from labkit.server.statistics import ServerStatistics, call_statistics
@@ -54,8 +51,9 @@ class ServerHandle:
         self.failure: str = ""
         self._lab = lab
         self._faults = Faults(lab.faults.latency, lab.faults.loss)
-        self._life: Life | None = None
-        self._stopping: Life | None = None  # what is to save its experts before it ends
+        self._life: Life | None = None  # what starts or serves
+        self._ending: set[Life] = set()  # what is to end and has not yet; before that, no other begins
+        self._saving: Life | None = None  # that of them which saves its experts first
 
     @property
     def uids(self) -> tuple[str, ...]:
@@ -81,7 +79,8 @@ class ServerHandle:
         self._lab.portal.call(self._kill)
 
     def stop(self) -> None:
-        """End it cleanly: it saves its experts. Raises `ServerFailed` if it could not."""
+        """End it cleanly: it saves its experts, in thirty seconds and twenty more for each GB of them and their
+        optimizers. It goes on doing so if this is interrupted. Raises `ServerFailed` if it could not."""
         self._lab.portal.call(self._stop)
 
     def wait(self) -> str:
@@ -128,8 +127,9 @@ class ServerHandle:
             raise ServerFailed(f"{self._label} did not end cleanly: {failure}")
 
     async def _wait(self) -> str:
-        while self._life is not None:
-            await self._life.wait()
+        while life := self._life or next(iter(self._ending), None):
+            await life.wait()
+            self._ending.discard(life)
             await trio.lowlevel.checkpoint()
         return self.failure
 
@@ -145,30 +145,30 @@ class ServerHandle:
                 logger.warning("%s", error)
 
         await self._stop()
-        self._lab.nursery.start_soon(begin, await self._new_life())
+        self._lab.nursery.start_soon(begin, self._new_life())
 
     async def begin(self) -> None:
         """Start it, and return when its experts can be found.
 
         Raises `ServerFailed`; `ValueError` for a kind of expert or options that cannot be.
         """
-        await self._begin(await self._new_life())
+        await self._begin(self._new_life())
 
-    async def _new_life(self) -> Life:
-        previous = self._life
+    def _new_life(self) -> Life:
+        if self._life is not None:  # two restarts at once
+            self._life.kill()
+            self._ending.add(self._life)
         life = self._life = (
             ProcessLife() if self.isolation == "process" else TaskLife(self._lab.network, self._lab.emit)
         )
         self.state, self.failure = "starting", ""
-        if previous is not None:  # two restarts at once
-            previous.kill()
-            await previous.wait()
         return life
 
     async def _begin(self, life: Life) -> None:
         failure, cause = "it was interrupted", BaseException()
         try:
             with trio.fail_after(START_TIMEOUT):
+                await self._bury()
                 await self._lab.nursery.start(self._live, life, await self._same_address())
                 await self._be_found()
             return
@@ -194,7 +194,7 @@ class ServerHandle:
             return self.plan
         listen, port = self.plan.node.listen, self.contact.port
         for _ in range(25):
-            if _is_free(split_address(listen)[0], port):
+            if is_free(split_address(listen)[0], port):
                 return replace(self.plan, node=replace(self.plan.node, listen=f"{listen.rpartition(':')[0]}:{port}"))
             await trio.sleep(0.02)  # the last life's socket may be closing
         return self.plan
@@ -223,34 +223,54 @@ class ServerHandle:
             if self._life is life:
                 self._life, self.state, self.failure = None, "failed", failure or "it ended by itself"
                 logger.warning("%s has ended: %s", self._label, self.failure)
+            self._ending.discard(life)
+            if self._saving is life:  # whoever wanted that may have been interrupted
+                self._saving = None
+                self._note_failure(failure)
 
-    async def end(self, state: str, timeout: float = STOP_TIMEOUT, *, save: bool = True) -> str:
-        """`kill` or `stop` from inside the lab thread; one that is still starting is killed.
+    async def end(self, state: str, timeout: float | None = None, *, save: bool = True) -> str:
+        """`kill` or `stop` from inside the lab thread; one that is still starting is killed. One that somebody else has
+        stopped, and that still saves its experts, is waited for, or killed.
 
-        It ends in `state`, or as failed if it was to save its experts and did not. Returns what went wrong, or nothing.
+        `timeout`: seconds to save them in; by default as many as their size takes. It ends in `state`, or as failed if
+        it was to save its experts and did not. Returns what went wrong, or nothing. If this is cancelled, it ends all
+        the same.
         """
         life, self._life = self._life, None
-        if life is None:
-            if self._stopping is not None and not save:  # that takes too long for somebody
-                self.state = state
-                self._stopping.kill()
-                await self._stopping.wait()
-            return ""
-        failure, was_running, self.state = "", self.state == "running", state
-        if save and was_running:
+        if life is not None:
+            self._ending.add(life)
+            if save and self.state == "running":
+                self._saving = life
+                life.stop()
+            else:
+                life.kill()
+            self.state = state
+        elif self._saving is not None and not save:  # that takes too long for somebody
+            self.state = state
+        failure, saving = "", self._saving if save else None
+        if saving is not None:
+            timeout = saving.stop_timeout if timeout is None else timeout
             failure = f"it had not saved its experts after {timeout:g} s, and was killed"
-            self._stopping = life
-            life.stop()
-            try:
-                with trio.move_on_after(timeout):
-                    failure = await life.wait()
-            finally:
-                self._stopping = None
-            if failure and self.state == state:
-                self.state, self.failure = "failed", failure
-        life.kill()
-        await life.wait()
+            with trio.move_on_after(timeout):
+                failure = await saving.wait()
+            self._note_failure(failure)
+        await self._bury()
         return failure
+
+    def _note_failure(self, failure: str) -> None:
+        """What went wrong with a stop, unless somebody has killed it meanwhile."""
+        if failure and self.state == "stopped":
+            self.state, self.failure = "failed", failure
+
+    async def _bury(self) -> None:
+        """Kill what is still ending, and wait until nothing is."""
+        self._saving = None
+        for life in self._ending:
+            life.kill()
+        while self._ending:
+            life = next(iter(self._ending))
+            await life.wait()
+            self._ending.discard(life)
 
     async def apply_faults(self, latency: float | None = None, loss: float | None = None) -> None:
         """`faults` from inside the lab thread: change what is given, and tell a running server what holds now."""
@@ -261,17 +281,6 @@ class ServerHandle:
     def __repr__(self) -> str:
         where = f" at {self.contact.endpoint}" if self.contact is not None and self.alive else ""
         return f"<server {self.state}{where}: {len(self.uids)} experts, {self.uids[0]} … {self.uids[-1]}>"
-
-
-def _is_free(host: str, port: int) -> bool:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        if os.name == "posix":
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
 
 
 # ---------------------------------------------------------------- several at once

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import subprocess
 import sys
 from collections import deque
@@ -24,7 +25,7 @@ from labkit.events import Emit
 from labkit.faults import Faults
 from labkit.node import NodeConfig
 from labkit.portal import unwrap
-from labkit.server.server import ServerConfig, serve_experts
+from labkit.server.server import STOP_TIMEOUT, ServerConfig, serve_experts
 from labkit.wire.security import Admission, Identity
 from labkit.wire.zeromq import ZmqNetwork
 
@@ -56,12 +57,16 @@ class ServerPlan:
 
 
 class ProcessLife:
-    """A server as a child process."""
+    """A server as a child process.
+
+    `stop_timeout`: seconds that a clean stop may take; a child says how many when it is ready.
+    """
 
     def __init__(self) -> None:
+        self.stop_timeout = STOP_TIMEOUT
         self._process: trio.Process | None = None
         self._scope = trio.CancelScope()
-        self._ended = trio.Event()
+        self._begun, self._ended = False, trio.Event()
         self._last_words: deque[str] = deque(maxlen=30)
         self._all_heard = trio.Event()
         self._commands: trio.MemorySendChannel[bytes] | None = None
@@ -72,6 +77,7 @@ class ProcessLife:
 
     async def run(self, plan: ServerPlan, faults: Faults, *, task_status: trio.TaskStatus[Contact]) -> None:
         """From its start to its end, for whatever reason. Raises `ServerFailed` if it does not come to serve."""
+        self._begun = True
         try:
             with self._scope:
                 await self._run(plan, faults, task_status)
@@ -117,6 +123,7 @@ class ProcessLife:
         report = msgspec.json.decode(data.partition(b"\n")[0], type=Report)
         if report.ready is None:
             raise ServerFailed(report.failed or self._account())
+        self.stop_timeout = report.stop_timeout
         return report.ready
 
     async def _hear_its_end(self, process: trio.Process) -> None:
@@ -161,8 +168,10 @@ class ProcessLife:
         self._send(Command(stop=True))
 
     def kill(self) -> None:
-        """End it at once: SIGKILL."""
+        """End it at once: SIGKILL. One that has not begun never will."""
         self._scope.cancel()
+        if not self._begun:
+            self._ended.set()
 
     def apply_faults(self, faults: Faults) -> None:
         """Tell it."""
@@ -199,29 +208,35 @@ class TaskLife:
     pid = os.getpid()
 
     def __init__(self, network: ZmqNetwork, emit: Emit) -> None:
+        self.stop_timeout = STOP_TIMEOUT
         self._network = network
         self._emit = emit
         self._scope = trio.CancelScope()
         self._stop = trio.Event()
-        self._ended = trio.Event()
+        self._begun, self._ended = False, trio.Event()
         self._failure = ""
 
     async def run(self, plan: ServerPlan, faults: Faults, *, task_status: trio.TaskStatus[Contact]) -> None:
+        self._begun = True
         status = _Status(task_status)
         try:
             with self._scope:
                 await serve_experts(
                     self._network, plan.identity, plan.server, plan.node, join=plan.join,
                     admission=Admission(file=plan.member_file), faults=faults, emit=self._emit, stop=self._stop,
-                    task_status=status,  # type: ignore[arg-type]
+                    allow=self._allow, task_status=status,  # type: ignore[arg-type]
                 )  # fmt: skip
         except Exception as error:
             if not status.started_already:
                 raise
-            self._failure = str(unwrap(error))
+            cause = unwrap(error)
+            self._failure = str(cause) or type(cause).__name__
             logger.warning("a server in the lab thread failed", exc_info=error)
         finally:
             self._ended.set()
+
+    def _allow(self, seconds: float) -> None:
+        self.stop_timeout = seconds
 
     async def wait(self) -> str:
         await self._ended.wait()
@@ -232,6 +247,8 @@ class TaskLife:
 
     def kill(self) -> None:
         self._scope.cancel()
+        if not self._begun:
+            self._ended.set()
 
     def apply_faults(self, faults: Faults) -> None:
         """Nothing to do: the server draws from this object itself."""
@@ -250,3 +267,15 @@ class _Status:
 
 
 Life = ProcessLife | TaskLife
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether a server can listen there, where its last life did."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        if os.name == "posix":
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True

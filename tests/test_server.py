@@ -20,10 +20,11 @@ from labkit.faults import Faults
 from labkit.histogram import BUCKETS
 from labkit.node import Node, open_node
 from labkit.portal import unwrap
+from labkit.server.backend import ExpertBackend
 from labkit.server.checkpoints import load_expert
 from labkit.server.optimizer import BackendConfig
 from labkit.server.runtime import Runtime
-from labkit.server.server import ServerConfig, checkpoint_directory, serve_experts
+from labkit.server.server import ServerConfig, checkpoint_directory, serve_experts, stop_timeout
 from labkit.server.statistics import ServerStatistics
 from labkit.wire.methods import BULK
 from labkit.wire.security import Identity
@@ -214,6 +215,13 @@ async def test_a_clean_stop_waits_for_the_batch_that_is_being_computed(tmp_path,
             nursery.start_soon(ask)
             assert await trio.to_thread.run_sync(Slow.begun.wait, 5.0)
     assert {path.name for path in tmp_path.iterdir()} == {f"{uid}.safetensors" for uid in UIDS}
+
+
+@pytest.mark.parametrize(("experts", "megabytes", "seconds"), [(2, 10, 30.0), (1, 1000, 50.0), (60, 100, 150.0)])
+def test_a_clean_stop_may_take_longer_where_more_is_to_be_saved(monkeypatch, experts, megabytes, seconds):
+    monkeypatch.setattr(ExpertBackend, "state_bytes", megabytes * 1_000_000)
+    backends = [ExpertBackend(f"nop.{i}", nn.Identity()) for i in range(experts)]
+    assert stop_timeout(backends) == seconds
 
 
 async def test_experts_are_saved_every_so_many_seconds_if_they_have_changed(tmp_path):

@@ -171,6 +171,25 @@ def test_a_server_that_dies_is_noticed_and_comes_back_as_the_same_node_with_its_
         assert state is not None and state["counter.updates"] == 1
 
 
+LARGE = """
+import torch
+from torch import nn
+
+class Large(nn.Identity):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.zeros(1).expand(250_000_000), persistent=False)  # 1 GB, but for its memory
+"""
+
+
+def test_a_process_says_how_long_its_experts_may_take_to_be_saved(tmp_path, monkeypatch):
+    (tmp_path / "large_experts.py").write_text(LARGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    with Swarm("large") as swarm:
+        (server,) = swarm.serve("large_experts:Large", grid=(1,), isolation="process")
+        assert server._life is not None and server._life.stop_timeout == 50.0
+
+
 # ---------------------------------------------------------------- orphans
 
 PARENT = """

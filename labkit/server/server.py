@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,8 @@ from labkit.wire.security import Admission, Identity
 logger = logging.getLogger(__name__)
 
 SETTLE_TIMEOUT = 20.0  # seconds that a clean stop waits for the batch that is being computed
+STOP_TIMEOUT = 30.0  # seconds that a whole clean stop may take, the saves included, where experts are small
+STOP_TIMEOUT_PER_GB = 20.0  # seconds more for each GB to save: a disk that takes 50 MB/s is slow
 
 
 class ExpertCall(msgspec.Struct, array_like=True):
@@ -206,16 +208,20 @@ async def serve_experts(
     emit: Emit = ignore,
     stop: trio.Event | None = None,
     executor: Executor | None = None,
+    allow: Callable[[float], object] | None = None,
     task_status: trio.TaskStatus[Contact] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Run an expert server until `stop` is set (a clean stop: every expert is saved) or until cancelled (a crash).
 
-    `executor`: where to compute, in a simulation `InlineCompute`, with which nothing leaves this thread.
+    `executor`: where to compute, in a simulation `InlineCompute`, with which nothing leaves this thread. `allow`: is
+    told, before the server counts as started, how many seconds a clean stop may take (`stop_timeout`).
 
     1. build the experts, or load them; 2. start the runtime; 3. join the swarm; 4. declare the experts: from then on
     they can be found, and only then the server counts as started; 5. declare again and save, until the stop.
     """
     server = await _build(partial(ExpertServer, config, faults, emit, executor, agenda=network.agenda), executor)  # 1
+    if allow is not None:
+        allow(stop_timeout(server.runtime.backends.values()))
     stop = trio.Event() if stop is None else stop
     async with trio.open_nursery() as nursery:
         await nursery.start(server.runtime.run)  # 2
@@ -239,6 +245,12 @@ async def serve_experts(
         nursery.cancel_scope.cancel()
     if config.checkpoint_dir is not None:
         await save_all(server.runtime, config.checkpoint_dir)
+
+
+def stop_timeout(backends: Iterable[ExpertBackend]) -> float:
+    """Seconds that a server of these experts may take for a clean stop before it is killed: thirty, and twenty more for
+    each GB of them and their optimizers. (A swarm that is closed does not wait so long.)"""
+    return STOP_TIMEOUT + round(STOP_TIMEOUT_PER_GB * sum(backend.state_bytes for backend in backends) / 1e9)
 
 
 async def _build(make: Callable[[], ExpertServer], executor: Executor | None) -> ExpertServer:

@@ -1,0 +1,151 @@
+"""A server's handle through interrupts and orders at once: no life begins before the last one has ended.
+
+In virtual time: the servers here are tasks that hold nothing. `test_swarm` and `test_servers` are about real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trio
+
+from labkit import lives
+from labkit.contact import Contact
+from labkit.errors import ServerFailed
+from labkit.events import ignore
+from labkit.faults import Faults
+from labkit.handles import Lab, ServerHandle
+from labkit.lives import ServerPlan
+from labkit.node import NodeConfig
+from labkit.server.server import ServerConfig
+from labkit.wire.security import Identity
+
+CONTACT = Contact(bytes(32), "127.0.0.1", 1, False)
+
+
+class Servers:
+    """What stands in for `serve_experts`: starts in `start` seconds, saves in `save` seconds, and notes what it does.
+
+    `failure`: what it ends with instead of being saved. `limit`: seconds that it says a stop may take.
+    """
+
+    def __init__(self) -> None:
+        self.start, self.save, self.limit, self.failure = 0.0, 20.0, 30.0, ""
+        self.did: list[str] = []
+
+    async def serve(self, *_: Any, stop: trio.Event, allow: Any = None, task_status: Any, **__: Any) -> None:
+        self.did.append("begins")
+        try:
+            with trio.CancelScope(shield=True):  # as experts are built, in a thread
+                await trio.sleep(self.start)
+            await trio.lowlevel.checkpoint()
+            if allow is not None:
+                allow(self.limit)
+            task_status.started(CONTACT)
+            await stop.wait()
+            await trio.sleep(self.save)
+            if self.failure:
+                raise OSError(self.failure)
+            self.did.append("has saved")
+        finally:
+            self.did.append("ends")
+
+
+@pytest.fixture
+def servers(monkeypatch) -> Servers:
+    servers = Servers()
+    monkeypatch.setattr(lives, "serve_experts", servers.serve)
+    return servers
+
+
+@pytest.fixture
+def handle(servers, nursery) -> ServerHandle:
+    class Directory:
+        async def refresh(self, uids: Sequence[str]) -> None: ...
+
+        async def find(self, uids: Sequence[str]) -> dict[str, Any]:
+            return {uid: SimpleNamespace(contact=CONTACT) for uid in uids}
+
+    unused: Any = None
+    node: Any = SimpleNamespace(directory=Directory())
+    plan = ServerPlan(ServerConfig(("nop.0",), kind="nop"), NodeConfig(), Identity.generate(), join=())
+    return ServerHandle(Lab(unused, nursery, unused, node, Faults(), ignore), plan, "task")
+
+
+async def test_a_restart_after_an_interrupted_stop_waits_until_the_experts_are_saved(servers, handle, autojump_clock):
+    await handle.begin()
+    with trio.move_on_after(5):  # Ctrl-C
+        await handle.end("stopped")
+    await handle._restart()
+    assert servers.did == ["begins", "has saved", "ends", "begins"]
+    assert handle.alive
+
+
+async def test_a_restart_while_somebody_else_stops_it_waits_for_that(servers, handle, nursery, autojump_clock):
+    await handle.begin()
+    nursery.start_soon(handle.end, "stopped")
+    await trio.sleep(5)
+    await handle._restart_later()  # a dashboard's button
+    assert servers.did == ["begins", "has saved", "ends"]
+    await trio.sleep(1)
+    assert handle.alive
+
+
+async def test_who_restarts_what_does_not_end_kills_it_in_the_end(servers, handle, autojump_clock):
+    servers.save = 1000.0
+    await handle.begin()
+    with trio.move_on_after(5):
+        await handle.end("stopped")
+    with pytest.raises(ServerFailed, match="had not saved its experts after 30 s, and was killed"):
+        await handle._restart()
+    assert servers.did == ["begins", "ends"] and handle.state == "failed"
+    await handle._restart()
+    assert handle.alive
+
+
+async def test_what_still_saves_after_an_interrupted_stop_can_be_killed(servers, handle, autojump_clock):
+    await handle.begin()
+    with trio.move_on_after(5):
+        await handle.end("stopped")
+    await handle.end("killed", save=False)
+    assert servers.did == ["begins", "ends"] and handle.state == "killed"
+
+
+async def test_who_waits_for_its_end_waits_for_an_interrupted_stop_too(servers, handle, autojump_clock):
+    await handle.begin()
+    with trio.move_on_after(5):
+        await handle.end("stopped")
+    assert await handle._wait() == ""
+    assert servers.did == ["begins", "has saved", "ends"] and handle.state == "stopped"
+
+
+async def test_an_interrupted_stop_that_cannot_save_leaves_a_server_that_failed(servers, handle, autojump_clock):
+    servers.failure = "no space left"
+    await handle.begin()
+    with trio.move_on_after(5):
+        await handle.end("stopped")
+    assert await handle._wait() == "no space left"
+    assert handle.state == "failed"
+
+
+async def test_a_restart_that_is_interrupted_before_it_begins_leaves_nothing_to_wait_for(
+    servers, handle, nursery, autojump_clock
+):
+    servers.start = 10.0
+    await handle._restart_later()
+    await trio.sleep(1)
+    with trio.move_on_after(5):  # while the first one, which is killed, still builds its experts
+        await handle.begin()
+    with trio.fail_after(10):
+        await handle.end("killed", save=False)
+    assert servers.did == ["begins", "ends"] and not handle.alive
+
+
+async def test_large_experts_have_longer_to_be_saved(servers, handle, autojump_clock):
+    servers.save, servers.limit = 100.0, 150.0
+    await handle.begin()
+    assert await handle.end("stopped") == ""
+    assert servers.did == ["begins", "has saved", "ends"]
