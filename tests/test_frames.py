@@ -95,6 +95,15 @@ def test_a_message_over_a_limit_is_too_large(limits: wire.FrameLimits) -> None:
         wire.decode(wire.encode_reply(1, None, [torch.ones(30), torch.ones(30)]), limits)
 
 
+@pytest.mark.parametrize("codec", ["float16", "bfloat16", "blockwise8"])
+def test_a_message_that_a_codec_makes_small_is_as_large_as_its_tensors_are_when_they_are_decoded(codec: str) -> None:
+    frames = wire.encode_reply(1, None, [torch.ones(1000, dtype=torch.float64)] * 2, codec)
+    assert sum(map(len, frames)) < 5000
+    with pytest.raises(MessageTooLarge, match="tensors take 16000"):
+        wire.decode(frames, wire.FrameLimits(message_bytes=15_999))
+    assert wire.decode(frames, wire.FrameLimits(message_bytes=16_000)).size == 16_000
+
+
 @given(st.lists(st.binary(max_size=200), max_size=5))
 def test_noise_is_refused_with_a_typed_error(frames: list[bytes]) -> None:
     with pytest.raises(LabkitError):

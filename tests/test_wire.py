@@ -387,7 +387,8 @@ async def test_one_peer_cannot_have_all_places_and_quick_methods_need_none(wire:
         nursery.cancel_scope.cancel()
 
 
-async def test_bytes_over_the_budget_wait_their_turn(wire: Wire) -> None:
+@pytest.mark.parametrize("codec", ["none", "blockwise8"])
+async def test_bytes_over_the_budget_wait_their_turn(wire: Wire, codec: str) -> None:
     most, running, answered = 0, 0, 0
     two_run, release = trio.Event(), trio.Event()
 
@@ -409,7 +410,7 @@ async def test_bytes_over_the_budget_wait_their_turn(wire: Wire) -> None:
 
         async def ask() -> None:
             nonlocal answered
-            await client.call(server.contact, "m", None, [torch.zeros(25_000)], timeout=20)
+            await client.call(server.contact, "m", None, [torch.zeros(25_000)], timeout=20, codec=codec)
             answered += 1
 
         async with trio.open_nursery() as nursery:
@@ -419,6 +420,31 @@ async def test_bytes_over_the_budget_wait_their_turn(wire: Wire) -> None:
             assert answered == 0
             release.set()
     assert (most, answered) == (2, 8)
+
+
+async def test_a_server_has_room_for_what_tensors_are_when_they_are_decoded(wire: Wire) -> None:
+    holding, release = trio.Event(), trio.Event()
+
+    async def hold(request: Request) -> Reply:
+        holding.set()
+        await release.wait()
+        return Reply()
+
+    limits = RPCLimits(bytes_per_peer=150_000)
+    async with (
+        server_and_client(wire, {"m": Method(hold)}, limits=limits) as (server, client),
+        trio.open_nursery() as nursery,
+    ):
+
+        async def ask() -> None:  # 100,000 bytes, of which 25,400 are sent
+            await client.call(server.contact, "m", None, [torch.zeros(25_000)], timeout=20, codec="blockwise8")
+
+        nursery.start_soon(ask)
+        with trio.fail_after(5):
+            await holding.wait()
+            with pytest.raises(Overloaded):
+                await ask()
+        release.set()
 
 
 async def test_a_call_without_a_task_tells_its_outcome_once_and_a_cancelled_one_tells_none(wire: Wire) -> None:
@@ -494,11 +520,12 @@ async def test_an_answer_that_cannot_be_read_fails_its_call_and_no_other(wire: W
         assert client.links == 1
 
 
-async def test_a_message_over_the_limit_is_refused_before_it_is_sent(wire: Wire) -> None:
+@pytest.mark.parametrize("codec", ["none", "blockwise8"])
+async def test_a_message_over_the_limit_is_refused_before_it_is_sent(wire: Wire, codec: str) -> None:
     limits = RPCLimits(frames=FrameLimits(message_bytes=10_000))
     async with wire() as network, serving(network) as server, calling(network, limits=limits) as client:
         with pytest.raises(MessageTooLarge):
-            await client.call(server.contact, "echo", None, [torch.zeros(5000)], timeout=5)
+            await client.call(server.contact, "echo", None, [torch.zeros(5000)], timeout=5, codec=codec)
 
 
 # ---------------------------------------------------------------- methods that are answered later: those of experts

@@ -44,7 +44,7 @@ class Call:
 
     __slots__ = (
         "_alarm", "_client", "_connection", "_contact", "_done", "_frames", "_id", "_key", "_method", "_returns",
-        "_size", "_taken", "_timeout", "_unsent",
+        "_sent", "_size", "_taken", "_timeout", "_unsent",
     )  # fmt: skip
 
     def __init__(
@@ -61,15 +61,15 @@ class Call:
         self._done: Done | None = done
         self._connection: _Connection | None = None
         self._frames: Sequence[wire.Frame] = ()
-        self._size = 0
+        self._sent = self._size = 0  # bytes of the frames, and those that it takes of the budget
         self._taken = False
         self._unsent: Unsent | None = None  # None: it has not been sent
         self._alarm: Entry | None = None
 
-    def start(self, frames: Sequence[wire.Frame], size: int) -> None:
+    def start(self, frames: Sequence[wire.Frame], sent: int, size: int) -> None:
         """See `Client.begin`, 1 to 3."""
         client = self._client
-        self._frames, self._size = frames, size
+        self._frames, self._sent, self._size = frames, sent, size
         try:
             self._connection = client.connection(*self._key)  # 1
         except RPCError as error:
@@ -125,7 +125,7 @@ class Call:
         except MalformedMessage as error:
             raise BadReply(f"{where} answered with something else than was asked for: {error}") from None
         received = len(header.body) + sum(map(len, message.payload))
-        return Reply(body, wire.decode_tensors(header.tensors, message.payload), self._size + received)
+        return Reply(body, wire.decode_tensors(header.tensors, message.payload), self._sent + received)
 
     def settle(self, outcome: Reply | RPCError) -> None:
         """It is over."""
@@ -274,13 +274,14 @@ class Client:
         """
         id = next(self._ids)
         frames = wire.encode_request(id, method, timeout, body, tensors, codec)
-        size = sum(map(len, frames))
+        sent = sum(map(len, frames))
+        size = max(sent, sum(tensor.nbytes for tensor in tensors))  # as the server counts: see `Message.size`
         call = Call(self, id, contact, lane, method, returns, timeout, done)
         limit = self.limits.frames.message_bytes
         if size > limit:
             call.settle(MessageTooLarge(f"{method} with {size} bytes is over the {limit} allowed"))
         else:
-            call.start(frames, size)
+            call.start(frames, sent, size)
         return call
 
     def connection(self, contact: Contact, lane: str) -> _Connection:

@@ -8,6 +8,7 @@ The prelude is the same in every version of the protocol, so that a node can tel
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,8 +78,9 @@ class ErrorHeader(msgspec.Struct, array_like=True):
 class FrameLimits:
     """Bounds on what a peer may send.
 
-    `message_bytes`: all frames together. ZeroMQ itself bounds each frame by it, and not how many come before the last
-    one, without which a message does not arrive: who never ends a message is not stopped here.
+    `message_bytes`: all frames together, and all tensors when they are decoded, which a codec makes up to eight times
+    as large. ZeroMQ itself bounds each frame by it, and not how many come before the last one, without which a message
+    does not arrive: who never ends a message is not stopped here.
     """
 
     message_bytes: int = 256 << 20
@@ -87,13 +89,17 @@ class FrameLimits:
 
 
 class Message(NamedTuple):
-    """A decoded prelude and header; tensor frames still raw. `header` is None for CANCEL and VERSION."""
+    """A decoded prelude and header; tensor frames still raw. `header` is None for CANCEL and VERSION.
+
+    `size`: bytes of its frames, or of its tensors when they are decoded, whichever are more.
+    """
 
     version: int
     kind: Kind
     id: int
     header: RequestHeader | ReplyHeader | ErrorHeader | None
     payload: Sequence[Frame]
+    size: int = 0
 
 
 _DTYPES = {
@@ -215,9 +221,14 @@ def decode(frames: Sequence[Frame], limits: FrameLimits = _LIMITS) -> Message:
     specs = [] if isinstance(header, ErrorHeader) else header.tensors
     if len(specs) != len(payload):
         raise MalformedMessage(f"{len(specs)} tensors announced, {len(payload)} frames sent")
+    decoded = 0
     for spec, frame in zip(specs, payload, strict=True):
-        _check(spec, frame)
-    return Message(version, kind, id, header, payload)
+        decoded += _check(spec, frame)
+    if decoded > limits.message_bytes:
+        raise MessageTooLarge(
+            f"a message of {total} bytes whose tensors take {decoded} is over the limit of {limits.message_bytes}"
+        )
+    return Message(version, kind, id, header, payload, max(total, decoded))
 
 
 def peek_id(frames: Sequence[Frame]) -> int | None:
@@ -261,16 +272,19 @@ def decode_tensors(specs: Sequence[TensorSpec], payload: Sequence[Frame]) -> lis
     return tensors
 
 
-def _check(spec: TensorSpec, frame: Frame) -> None:
+def _check(spec: TensorSpec, frame: Frame) -> int:
+    """How many bytes the tensor in this frame takes when it is decoded. Raises `MalformedMessage`."""
     dtype = _DTYPES.get(spec.dtype)
     if dtype is None or spec.codec not in CODECS:
         raise MalformedMessage(f"unknown dtype {spec.dtype[:40]!r} or codec {spec.codec[:40]!r}")
-    if spec.codec != "none" and not dtype.is_floating_point:
+    plain = spec.codec == "none"
+    if not plain and not dtype.is_floating_point:
         raise MalformedMessage(f"codec {spec.codec} of {spec.dtype}")
     if len(spec.shape) > MAX_NDIM or any(size < 0 or size > 1 << 40 for size in spec.shape):
         raise MalformedMessage("bad shape")
     if len(frame) != CODECS[spec.codec].encoded_bytes(dtype, spec.shape):
         raise MalformedMessage(f"{len(frame)} bytes for {spec.dtype} of shape {spec.shape}")
+    return len(frame) if plain else math.prod(spec.shape) * dtype.itemsize
 
 
 _KINDS = frozenset(Kind)

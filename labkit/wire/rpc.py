@@ -80,7 +80,7 @@ class _Server:
             if scope is not None:
                 scope.cancel()
         elif isinstance(message.header, wire.RequestHeader) and (peer.route, message.id) not in self._running:
-            self._begin(peer, message.id, message.header, message.payload, sum(map(len, frames)), nursery)
+            self._begin(peer, message.id, message.header, message.payload, message.size, nursery)
 
     def _begin(
         self,
