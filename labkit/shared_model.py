@@ -47,7 +47,7 @@ class SharedModel:
             for shared, mine in zip(parameters, replicas, strict=True):
                 shared.grad = mine.grad
             if rule.clip_grad_norm is not None:
-                nn.utils.clip_grad_norm_(parameters, rule.clip_grad_norm)
+                _clip(parameters, rule.clip_grad_norm)
             if rule.changes_rates:  # else they are the caller's own to change
                 for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
                     group["lr"] = rate * rule.rate(self.updates, age)
@@ -58,6 +58,27 @@ class SharedModel:
                     shared_buffer.copy_(buffer)  # so of running averages the last trainer's stand
             self.updates += 1
             return age
+
+
+def square_finite(grad: Tensor) -> bool:
+    """Whether the sum of its squares is: of no gradient with NaN or infinity, nor of one that is too large for Adam.
+
+    A square that overflows would stay in Adam's running mean of squares, and its parameter would move no more.
+    """
+    numbers = grad.detach().coalesce().values() if grad.is_sparse else grad.detach()
+    flat = _widened(numbers).reshape(-1)
+    return bool(torch.isfinite(torch.dot(flat, flat)))
+
+
+def _clip(parameters: list[nn.Parameter], most: float) -> None:
+    """As `torch.nn.utils.clip_grad_norm_`, to which norms above 65504 are infinite in float16, so that it gives 0."""
+    grads = [_widened(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    nn.utils.clip_grads_with_norm_(parameters, most, nn.utils.get_total_norm(grads))
+
+
+def _widened(grad: Tensor) -> Tensor:
+    """In a precision in which numbers of half precision can be squared and added up."""
+    return grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

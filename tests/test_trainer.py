@@ -170,6 +170,39 @@ def test_a_gradient_is_of_the_parameters_that_its_trainer_saw_and_knows_how_stal
     assert shared.updates == 3
 
 
+def zeros(dtype: torch.dtype, make=sgd, **rule) -> SharedModel:
+    """A layer of eight weights."""
+    model = nn.Linear(4, 2, bias=False, dtype=dtype)
+    nn.init.zeros_(model.weight)
+    return SharedModel(model, make(model.parameters()), UpdateRule(**rule))
+
+
+def step(shared: SharedModel, gradient: float) -> torch.Tensor:
+    """The weights after one step, in which all of them have this gradient."""
+    (weight,) = shared.model.parameters()
+    x = torch.ones(1, 4, dtype=weight.dtype)
+    train_step(shared, shared.replica(), (x, x), lambda scores, y: (scores.float() * gradient).sum(), balance=0)
+    return weight
+
+
+def test_gradients_in_half_precision_may_add_up_to_more_than_half_precision_holds():
+    assert (step(zeros(torch.float16), 20_000) == -2000).all()
+
+
+def test_they_are_clipped_and_not_lost_where_their_norm_is_more_than_that():
+    clipped = step(zeros(torch.float16, clip_grad_norm=1.0), 30_000)
+    assert clipped.float().norm().item() == pytest.approx(0.1, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_whose_square_overflows_changes_nothing_since_adam_would_never_move_again(dtype):
+    shared = zeros(dtype, torch.optim.Adam)
+    with pytest.raises(FloatingPointError, match="the gradient of weight is not finite, or its square"):
+        step(shared, 1e30)
+    assert not shared.optimizer.state
+    assert step(shared, 1e18).all()
+
+
 def test_trainers_work_at_the_same_time_and_no_more_than_stated():
     together = threading.Barrier(3)
     lock, inside, most = threading.Lock(), set(), []
