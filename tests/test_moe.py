@@ -451,6 +451,27 @@ def test_it_takes_and_gives_half_precision(grids, dtype):
     assert_roughly(x.grad, its_x.grad)
 
 
+class Thousandfold(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 1000 * x
+
+
+def test_an_answer_beyond_half_precision_is_at_its_end_and_not_nan_where_its_weight_is_0(swarm):
+    (server,) = swarm.serve(Thousandfold, grid=(2,), isolation="task")
+    moe = swarm.moe(1, (2,), "thousandfold", k_best=2).half()
+    with torch.no_grad():
+        moe.gate.weight.zero_()
+        moe.gate.bias.copy_(torch.tensor([500.0, 0.0]))
+    for autocast in (False, True):
+        x = torch.tensor([[1.0], [100.0], [-100.0]], dtype=torch.float16, requires_grad=True)
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            y = moe(x)
+        y.float().sum().backward()
+        assert y.dtype == torch.float16 and y.tolist() == [[1000.0], [65504.0], [-65504.0]]
+        assert x.grad is not None and x.grad.tolist() == [[1000.0], [0.0], [0.0]]
+    server.stop()
+
+
 def test_it_works_under_autocast(grids):
     moe = grids["line"].moe(k_best=5)
     local = grids["line"].local(moe)

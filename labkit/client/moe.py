@@ -82,9 +82,9 @@ class MixtureOfExperts(nn.Module):
         scores = self.grid_scores(inputs[0])  # 1: [n, size] for each dimension
         session = find_session(self.swarm)
         sent, outputs = self._ask(session, inputs, scores)  # 2: [n, k, dim]
-        weights = self.weights(scores, sent).to(outputs.dtype)  # 3: [n, k]
+        weights = self.weights([score.to(outputs.dtype) for score in scores], sent)  # 3: [n, k]
         self.balance_loss = balance_loss(scores, sent)
-        mean = torch.einsum("nk,nk...->n...", weights, outputs)  # 4: [n, dim]
+        mean = weighted_mean(weights, outputs, x.dtype)  # 4: [n, dim]
         return mean.reshape(*leading, *mean.shape[1:])
 
     def grid_scores(self, rows: Tensor) -> list[Tensor]:
@@ -104,7 +104,7 @@ class MixtureOfExperts(nn.Module):
         # What the function gives is on the CPU, so that its backward pass runs in the thread that calls it. A GPU has
         # one autograd thread for the whole process, which must not wait for the network.
         outputs = _ExpertOutputs.apply(session, self.dispatch, sent, outputs, anchor, *inputs)  # type: ignore[no-untyped-call]
-        return sent, outputs.to(inputs[0].device, inputs[0].dtype)  # [n, k, dim]
+        return sent, outputs.to(inputs[0].device)  # [n, k, dim], in full precision
 
     def weights(self, scores: Sequence[Tensor], sent: Dispatched) -> Tensor:
         """[n, k]: each row's weights of the experts that answered it; zeros where none did. Differentiable."""
@@ -126,6 +126,21 @@ class MixtureOfExperts(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # The last batch's graph is no part of the layer, and cannot be copied.
         return {**self.__dict__, "balance_loss": None}
+
+
+def weighted_mean(weights: Tensor, outputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n, k] and [n, k, *out] -> [n, *out], as `dtype` or, under autocast, as its type.
+
+    In the precision of the answers: in half precision a large one is infinite, and NaN where its weight is 0. A mean
+    beyond the range of the result is at its end, and has no gradient there.
+    """
+    device = outputs.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            narrow = dtype if dtype == torch.float64 else torch.get_autocast_dtype(device)
+            return weighted_mean(weights, outputs, narrow)
+    mean = torch.einsum("nk,nk...->n...", weights, outputs)
+    return mean if mean.dtype == dtype else mean.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
 
 
 def balance_loss(scores: Sequence[Tensor], sent: Dispatched) -> Tensor:
