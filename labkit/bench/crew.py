@@ -19,20 +19,28 @@ class Worker:
             [sys.executable, "-m", "labkit.bench.worker", role], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             text=True,
         )  # fmt: skip
-        self.tell(order)
+        try:
+            self.tell(order)
+        except BaseException:
+            self.end()
+            raise
 
     def tell(self, order: object = None) -> None:
-        """Give it its next order."""
+        """Give it its next order. Raises `RuntimeError` if it is gone."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
+        line = json.dumps(order) + "\n"
+        try:
+            self.process.stdin.write(line)
+            self.process.stdin.flush()
+        except OSError:
+            raise self._ended() from None
 
     def hear(self) -> Any:
         """Wait for its answer (a worker ends of itself when it takes too long). Raises `RuntimeError` if it failed."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"a process of the benchmark ({self.role}) ended with exit code {self.process.wait()}")
+            raise self._ended()
         return json.loads(line)
 
     def ask(self, order: object = None) -> Any:
@@ -46,7 +54,13 @@ class Worker:
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
             assert stream is not None
-            stream.close()
+            try:
+                stream.close()
+            except OSError:
+                pass  # it had not read all of its orders
+
+    def _ended(self) -> RuntimeError:
+        return RuntimeError(f"a process of the benchmark ({self.role}) ended with exit code {self.process.wait()}")
 
 
 class Crew:
@@ -57,9 +71,9 @@ class Crew:
 
     def hire(self, role: str, *orders: object) -> list[Worker]:
         """Start a worker of this role (`MODULE:FUNCTION`) for each order."""
-        workers = [Worker(role, order) for order in orders]
-        self._workers += workers
-        return workers
+        for order in orders:
+            self._workers.append(Worker(role, order))  # so each ends with the block, even if the next can't be started
+        return self._workers[len(self._workers) - len(orders) :]
 
     def __enter__(self) -> Crew:
         return self
@@ -67,6 +81,8 @@ class Crew:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        for worker in self._workers:
+            worker.process.kill()  # all of them, before anything can go wrong with one
         for worker in self._workers:
             worker.end()
 
