@@ -15,6 +15,7 @@ from labkit.errors import BadRequest, DeadlineExceeded, NonFiniteTensor, Overloa
 from labkit.events import BatchProcessed
 from labkit.server import compute
 from labkit.server.backend import ExpertBackend
+from labkit.server.batch import DeviceLost
 from labkit.server.layers import make_expert
 from labkit.server.optimizer import BackendConfig
 from labkit.server.runtime import ComputeThread, InlineCompute, Result, Runtime
@@ -258,6 +259,21 @@ async def test_when_the_module_fails_on_a_merged_batch_only_the_guilty_request_f
     assert "KeyError" in str(bench.answers["bad"])
     assert len(bench.tensors("a")) == len(bench.tensors("b")) == 1
     assert "expert moody.0 failed" in caplog.text
+
+
+async def test_a_device_that_is_lost_ends_the_runtime_and_a_pass_that_failed_does_not(autojump_clock, monkeypatch):
+    bench, bad = Bench(ExpertBackend("moody.0", Moody())), torch.full((2, 1), 13.0)
+    with pytest.raises(ExceptionGroup) as caught:
+        async with bench.serving(at_once=True):
+            await bench.queue("a", "moody.0", bad)
+            await trio.sleep(2)
+            monkeypatch.setattr(torch, "ones", lambda *shape, **options: torch.zeros(2).view(3))  # raises
+            await bench.queue("b", "moody.0", bad)
+            await bench.queue("c", "moody.0", bad)
+    assert "KeyError" in str(bench.answers["a"])
+    assert caught.group_contains(DeviceLost, match="computes nothing any more, after KeyError")
+    assert isinstance(bench.answers["b"], RemoteFailure) and isinstance(bench.answers["c"], RemoteFailure)
+    assert bench.runtime.stopped
 
 
 async def test_ending_the_runtime_fails_what_waits_and_what_comes(autojump_clock):

@@ -18,6 +18,10 @@ from labkit.server.checks import Direction, check_finite
 logger = logging.getLogger(__name__)
 
 
+class DeviceLost(RuntimeError):
+    """The device computes nothing any more until its process ends, whatever it is asked. The server is to end."""
+
+
 def compute_batch(
     backend: ExpertBackend,
     direction: Direction,
@@ -30,6 +34,8 @@ def compute_batch(
     1. Refuse the requests with NaN or infinity, alone.
     2. Merge the others: one pass, and for a backward pass one optimizer step.
     3. If that fails, compute them one by one, so that only the guilty fail. (A failed pass has changed nothing.)
+
+    Raises `DeviceLost` where a pass failed and the device with it.
     """
     answers: list[list[Tensor] | RPCError] = [RemoteFailure("not computed")] * len(requests)
     # 1.
@@ -46,6 +52,7 @@ def compute_batch(
             merged = [torch.cat(column) for column in zip(*(requests[i] for i in good), strict=True)]
             results = backend.compute(direction, merged, _mean_seen(requests, seen, good))
         except Exception as error:
+            _check_device(backend.config.device, error)
             logger.debug("a merged batch of %s failed (%s); its requests run one by one", backend.uid, error)
         else:
             sizes = [requests[i][0].shape[0] for i in good]
@@ -57,6 +64,7 @@ def compute_batch(
         try:
             answers[i] = backend.compute(direction, requests[i], _mean_seen(requests, seen, [i]))
         except Exception as error:
+            _check_device(backend.config.device, error)
             answers[i] = _translate(error, backend, direction)
     return answers, backend.updates
 
@@ -76,3 +84,13 @@ def _translate(error: Exception, backend: ExpertBackend, direction: str) -> RPCE
         return type(error)(*error.args)
     logger.warning("expert %s failed in a %s pass", backend.uid, direction, exc_info=error)
     return RemoteFailure(f"expert {backend.uid} failed in a {direction} pass: {type(error).__name__}: {error}"[:500])
+
+
+def _check_device(device: str, error: Exception) -> None:
+    """Raise `DeviceLost` if the device no longer computes 1 + 1, as after an assertion that failed in a CUDA kernel."""
+    try:
+        torch.ones((), device=device).add(1).item()
+    except torch.OutOfMemoryError:
+        pass
+    except RuntimeError:
+        raise DeviceLost(f"{device} computes nothing any more, after {type(error).__name__}: {error}"[:500]) from None

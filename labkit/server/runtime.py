@@ -21,7 +21,7 @@ from torch import Tensor
 from labkit.errors import DeadlineExceeded, Overloaded, RemoteFailure, RPCError, UnknownExpert
 from labkit.events import BatchProcessed, Emit, ignore
 from labkit.server.backend import ExpertBackend
-from labkit.server.batch import compute_batch
+from labkit.server.batch import DeviceLost, compute_batch
 from labkit.server.checks import schema_of
 from labkit.server.compute import ComputeThread, Done, Executor, InlineCompute
 from labkit.server.tally import RuntimeStatistics, Tally
@@ -230,7 +230,7 @@ class Runtime:
                 return  # it was given up
             device.give_up = None
             self._settled.set()
-            if error is not None and not isinstance(error, Exception):
+            if isinstance(error, DeviceLost) or (error is not None and not isinstance(error, Exception)):
                 self._error = error  # not a failure of this batch: the whole server is to end
                 self._broken.set()
             self._advance(device)  # first, so that the device computes while answers are put together
