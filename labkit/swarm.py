@@ -174,8 +174,9 @@ class Swarm:
         a task; a name that only this process knows needs "task". `checkpoint_dir`: where experts are loaded from and
         saved to; by default a folder that goes with the swarm. `checkpoint_period`: every how many seconds; by
         default ten, or more where saves would take over a fiftieth of the time. `backend`: optimizer and limits.
-        `threads`: torch's, in each server; by default the servers here share this process's number. Raises
-        `ValueError`, `ServerFailed`.
+        `threads`: torch's, in each server; by default the servers here share this process's number. `seed`: makes an
+        expert's fresh parameters a function of it and of the uid; of experts in this process only if nothing else draws
+        numbers from torch while they are made. Raises `ValueError`, `ServerFailed`.
         """
         if backend is not None and not isinstance(backend, BackendConfig):
             raise ValueError(f"backend={backend!r}: a BackendConfig, such as lk.BackendConfig(lr=1e-3)")
@@ -328,7 +329,10 @@ class Swarm:
         return self._portal.closed
 
     def close(self) -> None:
-        """Stop the servers started here, leave the swarm and end the lab thread: within two seconds. Safe to repeat."""
+        """Stop the servers started here, leave the swarm and end the lab thread: within two seconds. Safe to repeat.
+
+        What servers cannot save in that time stays as it was saved last; `server.stop()` before waits for large ones.
+        """
         until = time.monotonic() + CLOSE_TIMEOUT
         self.view.end()  # its last scene shows the swarm as it was
         close_session(self._session)

@@ -26,7 +26,7 @@ class RPCLimits:
     """Bounds of a node, as caller and as server."""
 
     frames: wire.FrameLimits = field(default_factory=wire.FrameLimits)
-    bytes_per_peer: int = 256 << 20  # requests and untaken answers of one connection
+    bytes_per_peer: int = 256 << 20  # requests, decoded, and untaken answers of one connection
     bytes_total: int = 1 << 30
     requests: int = 4096  # answered at the same time
     links: int = 512  # open at the same time; the one that was idle longest is closed first
