@@ -175,7 +175,7 @@ def check_throughput(notebook: Any, full: bool) -> None:
     ):
         assert re.search(rf"^{row} +[0-9]", plain, re.MULTILINE), row
     # × hivemind, asked, verdict, of the limit, least, most, asked, verdict
-    asked = re.findall(r"^((?:rpc|moe) .+?)  +([0-9.]+)? .* (?:met|missed|in its spread) *$", plain, re.MULTILINE)
+    asked = re.findall(r"^((?:rpc|moe) .+?)  +([0-9.]+)? .*(?:met|missed|in its spread)", plain, re.MULTILINE)
     assert len(asked) == 9, "one line for each number that was asked for"
     least = {
         "rpc nop, batch 512": 20,
