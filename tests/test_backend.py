@@ -362,6 +362,15 @@ def test_in_half_precision_many_gradients_are_no_reason_to_refuse_them_nor_is_a_
     ExpertBackend("half.0", nn.Linear(1000, 1).half(), BackendConfig(clip_grad_norm=1.0)).backward(x, 1000 * x[:, :1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_in_half_precision_sgd_moves_all_parameters(dtype, momentum):
+    module, x = nn.Linear(20, 20, bias=False, dtype=dtype), torch.ones(1, 20, dtype=dtype)
+    nn.init.zeros_(module.weight)
+    ExpertBackend("half.0", module, BackendConfig(optimizer="sgd", lr=0.5, momentum=momentum)).backward(x, x)
+    assert (module.weight == -0.5).all()
+
+
 def test_a_refused_pass_puts_running_statistics_back():
     module = nn.Sequential(nn.BatchNorm1d(HIDDEN), Overflowing())
     backend, (x, grad) = ExpertBackend("odd.0", module, BackendConfig(train_mode=True)), batch()
