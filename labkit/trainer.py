@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.client.moe import MixtureOfExperts
-from labkit.shared_model import SharedModel, square_finite
+from labkit.shared_model import SharedModel
 from labkit.streams import Batch
 from labkit.update_rule import UpdateRule
 
@@ -102,7 +102,7 @@ def train_step(
         raise FloatingPointError(f"the loss is {total.item()}")
     total.backward()  # type: ignore[no-untyped-call]  # 3
     for name, parameter in replica.named_parameters():
-        if parameter.grad is not None and not square_finite(parameter.grad):
+        if parameter.grad is not None and not shared.accepts(parameter.grad):
             raise FloatingPointError(
                 f"the gradient of {name} is not finite, or its square is not, where the loss is {loss.item()}"
             )

@@ -58,6 +58,11 @@ class UpdateRule:
         return rate
 
 
+def widened(grad: Tensor) -> Tensor:
+    """In a precision in which numbers of half precision can be squared and added up."""
+    return grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
+
+
 class Compensation:
     """Delay compensation: `g + λ g² (now - seen)`, with λ divided by the root of the mean squared gradient.
 
@@ -70,14 +75,20 @@ class Compensation:
 
     @torch.no_grad()
     def apply(self, grads: Sequence[Tensor | None], now: Sequence[Tensor], seen: Sequence[Tensor]) -> None:
-        """Correct the gradients in place."""
+        """Correct the gradients in place.
+
+        Computed in full precision, since a square that is infinite in half precision, times no movement, is NaN.
+        """
         for place, (grad, current, old) in enumerate(zip(grads, now, seen, strict=True)):
             if grad is None:
                 continue
-            square = grad * grad
+            wide = widened(grad)
+            square = wide * wide
             mean = self._squares.get(place)
             if mean is None:
                 mean = self._squares[place] = square.clone()
             else:
                 mean.mul_(KEEP).add_(square, alpha=1 - KEEP)
-            grad.addcdiv_(square * (current - old), (mean + TINY).sqrt(), value=self.strength)
+            wide.addcdiv_(square * (widened(current) - widened(old)), (mean + TINY).sqrt(), value=self.strength)
+            if wide is not grad:
+                grad.copy_(wide)

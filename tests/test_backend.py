@@ -362,6 +362,34 @@ def test_in_half_precision_many_gradients_are_no_reason_to_refuse_them_nor_is_a_
     ExpertBackend("half.0", nn.Linear(1000, 1).half(), BackendConfig(clip_grad_norm=1.0)).backward(x, 1000 * x[:, :1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_in_half_precision_sgd_moves_all_parameters(dtype, momentum):
+    module, x = nn.Linear(20, 20, bias=False, dtype=dtype), torch.ones(1, 20, dtype=dtype)
+    nn.init.zeros_(module.weight)
+    ExpertBackend("half.0", module, BackendConfig(optimizer="sgd", lr=0.5, momentum=momentum)).backward(x, x)
+    assert (module.weight == -0.5).all()
+
+
+def test_in_half_precision_gradients_are_clipped_whose_norm_is_more_than_it_holds():
+    config = BackendConfig(optimizer="sgd", lr=1.0, clip_grad_norm=100.0)
+    backend, x = ExpertBackend("half.0", nn.Linear(1000, 1000, bias=False).half(), config), torch.ones(1, 1000).half()
+    before = backend.state()["module.weight"].float()
+    backend.backward(x, 100 * x)  # a million gradients of 100
+    assert (backend.state()["module.weight"].float() - before).norm().item() == pytest.approx(100.0, rel=0.01)
+
+
+def test_in_half_precision_an_optimizer_that_keeps_no_squares_takes_all_that_is_finite():
+    module, x = nn.Linear(1, 1, bias=False).half(), torch.ones(1, 1).half()
+    nn.init.zeros_(module.weight)
+    backend = ExpertBackend("half.0", module, BackendConfig(optimizer="sgd", lr=1e-3))
+    backend.backward(x, 300 * x)
+    assert module.weight.item() == pytest.approx(-0.3, rel=0.01)
+    with pytest.raises(NonFiniteTensor, match="parameter gradients"):
+        backend.backward(2 * x, 60_000 * x)
+    assert module.weight.item() == pytest.approx(-0.3, rel=0.01)
+
+
 def test_a_refused_pass_puts_running_statistics_back():
     module = nn.Sequential(nn.BatchNorm1d(HIDDEN), Overflowing())
     backend, (x, grad) = ExpertBackend("odd.0", module, BackendConfig(train_mode=True)), batch()

@@ -15,7 +15,7 @@ from labkit.errors import BadRequest, DeadlineExceeded, NonFiniteTensor, Overloa
 from labkit.events import BatchProcessed
 from labkit.server import compute
 from labkit.server.backend import ExpertBackend
-from labkit.server.batch import DeviceLost
+from labkit.server.batch import DeviceLost, compute_batch
 from labkit.server.layers import make_expert
 from labkit.server.optimizer import BackendConfig
 from labkit.server.runtime import ComputeThread, InlineCompute, Result, Runtime
@@ -274,6 +274,47 @@ async def test_a_device_that_is_lost_ends_the_runtime_and_a_pass_that_failed_doe
     assert caught.group_contains(DeviceLost, match="computes nothing any more, after KeyError")
     assert isinstance(bench.answers["b"], RemoteFailure) and isinstance(bench.answers["c"], RemoteFailure)
     assert bench.runtime.stopped
+
+
+class Infinite(nn.Module):
+    """Its answers are refused."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 0
+
+
+class Full(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("no room is left")
+
+
+@pytest.mark.parametrize(("module", "error"), [(Infinite(), NonFiniteTensor), (Full(), RemoteFailure)])
+def test_a_pass_that_was_refused_or_had_no_memory_says_nothing_of_the_device_which_is_not_asked(
+    module, error, monkeypatch
+):
+    monkeypatch.setattr(torch, "ones", lambda *shape, **options: pytest.fail("the device was asked"))
+    answers, _ = compute_batch(ExpertBackend("odd.0", module), "forward", [[rows(1)], [rows(1)]])
+    assert [type(answer) for answer in answers] == [error, error]
+
+
+def test_a_device_that_lacks_memory_is_not_lost_in_whatever_class_its_driver_says_so(monkeypatch):
+    def ones(*shape, **options):
+        raise RuntimeError("CUDA error: out of memory")
+
+    backend = ExpertBackend("moody.0", Moody())
+    monkeypatch.setattr(torch, "ones", ones)
+    [answer], _ = compute_batch(backend, "forward", [[torch.full((2, 1), 13.0)]])
+    assert isinstance(answer, RemoteFailure) and "KeyError" in str(answer)
+
+
+def test_an_error_of_the_device_that_looks_like_a_bad_request_does_not_hide_that_it_is_lost(monkeypatch):
+    class Asserting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch, "ones", lambda *shape, **options: torch.zeros(2).view(3))  # raises
+    with pytest.raises(DeviceLost, match="device-side assert"):
+        compute_batch(ExpertBackend("odd.0", Asserting()), "forward", [[rows(1)]])
 
 
 async def test_ending_the_runtime_fails_what_waits_and_what_comes(autojump_clock):

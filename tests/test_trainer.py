@@ -194,13 +194,40 @@ def test_they_are_clipped_and_not_lost_where_their_norm_is_more_than_that():
     assert clipped.float().norm().item() == pytest.approx(0.1, rel=0.01)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gradient_whose_square_overflows_changes_nothing_since_adam_would_never_move_again(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "too_large", "large"),
+    [(torch.float32, 1e30, 1e18), (torch.bfloat16, 1e30, 1e18), (torch.float16, 256, 255)],
+)
+def test_a_gradient_whose_square_overflows_changes_nothing_since_adam_would_never_move_again(dtype, too_large, large):
     shared = zeros(dtype, torch.optim.Adam)
     with pytest.raises(FloatingPointError, match="the gradient of weight is not finite, or its square"):
-        step(shared, 1e30)
+        step(shared, too_large)
     assert not shared.optimizer.state
-    assert step(shared, 1e18).all()
+    assert step(shared, large).all()
+
+
+def test_in_half_precision_adam_takes_large_gradients_that_are_clipped_and_its_squares_stay_finite():
+    shared = zeros(torch.float16, torch.optim.Adam, clip_grad_norm=255.0)
+    for _ in range(3):
+        assert step(shared, 60_000).isfinite().all()
+    [kept] = shared.optimizer.state.values()
+    assert kept["exp_avg_sq"].isfinite().all()
+
+
+def test_in_half_precision_a_large_gradient_that_is_compensated_without_need_is_itself():
+    assert (step(zeros(torch.float16, compensation=1.0), 20_000) == -2000).all()
+
+
+@pytest.mark.parametrize(("make", "gradient", "most"), [(sgd, 60_000, 65504), (torch.optim.Adam, 250, 255.875)])
+def test_in_half_precision_compensation_makes_no_gradient_larger_than_the_optimizer_may_get(make, gradient, most):
+    shared = zeros(torch.float16, make, compensation=1.0)
+    (weight,) = shared.model.parameters()
+    stale, grad = shared.replica(), torch.full_like(weight, gradient)
+    for mine in stale.parameters():
+        mine.grad = grad
+    nn.init.constant_(weight, 2.0)
+    shared.apply(stale, 0)
+    assert (grad == most).all() and weight.isfinite().all()
 
 
 def test_trainers_work_at_the_same_time_and_no_more_than_stated():

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from labkit.errors import BadRequest, CheckpointError, NonFiniteTensor
-from labkit.server.checks import Direction, Schema, check_finite, checked_rows, describe, schema_of, squares_finite
+from labkit.server.checks import (
+    Direction,
+    Schema,
+    check_finite,
+    checked_rows,
+    describe,
+    norm_of,
+    schema_of,
+    squares_finite,
+)
 from labkit.server.optimizer import BackendConfig, laid_out, make_optimizer, optimizer_slots, take_step
 
 MAX_SCHEMAS = 64  # callers choose schemas, so we remember few
@@ -135,9 +144,10 @@ class ExpertBackend:
                 total[name] = total[name] + grad if name in total else grad
         clip, norm = self.config.clip_grad_norm, 0.0
         if clip is not None and total:
-            norm = float(torch.nn.utils.get_total_norm(list(total.values())))
+            norm = norm_of(total.values())
         bounded = clip is not None and clip <= 255  # then the squares of what is clipped are finite, in float16 too
-        if not (math.isfinite(norm) and (bounded or squares_finite(total.values()))):
+        kept = "exp_avg_sq" in optimizer_slots(self.config)
+        if not (math.isfinite(norm) and (bounded or squares_finite(total.values(), kept=kept))):
             raise NonFiniteTensor(f"the parameter gradients of expert {self.uid} overflow; nothing was changed")
         if self.optimizer is None:
             return

@@ -87,10 +87,18 @@ def _translate(error: Exception, backend: ExpertBackend, direction: str) -> RPCE
 
 
 def _check_device(device: str, error: Exception) -> None:
-    """Raise `DeviceLost` if the device no longer computes 1 + 1, as after an assertion that failed in a CUDA kernel."""
+    """Raise `DeviceLost` if the device no longer computes 1 + 1, as after an assertion that failed in a CUDA kernel.
+
+    It isn't asked in the usual cases, where memory is out or the pass was refused, but for a refusal that was made of
+    another error, which may be the device's. Nor is a device lost that has no memory for this sum.
+    """
+    if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RPCError) and error.__cause__ is None):
+        return
     try:
         torch.ones((), device=device).add(1).item()
     except torch.OutOfMemoryError:
         pass
-    except RuntimeError:
-        raise DeviceLost(f"{device} computes nothing any more, after {type(error).__name__}: {error}"[:500]) from None
+    except RuntimeError as failure:
+        if "out of memory" not in str(failure):  # a driver's own, which torch raises as another class
+            said = f"{device} computes nothing any more, after {type(error).__name__}: {error}"
+            raise DeviceLost(said[:500]) from None

@@ -16,6 +16,7 @@ from labkit.errors import BadRequest, NonFiniteTensor
 
 Direction = Literal["forward", "backward"]
 Schema = tuple[tuple[torch.dtype, tuple[int, ...]], ...]  # per tensor: dtype and the shape without its rows
+HALF = (torch.float16, torch.bfloat16)
 
 
 def checked_rows(uid: str, direction: str, tensors: Sequence[Tensor], most: int) -> int:
@@ -48,25 +49,37 @@ def check_finite(tensors: Sequence[Tensor], what: str = "the request has a tenso
             raise NonFiniteTensor(f"{what} with NaN or infinity (shape {list(tensor.shape)}); nothing was changed")
 
 
-def squares_finite(tensors: Iterable[Tensor]) -> bool:
+def squares_finite(tensors: Iterable[Tensor], *, kept: bool) -> bool:
     """Whether their squares are: of no tensor with NaN or infinity, nor with numbers too large for an optimizer.
 
-    In each tensor's own type, in which Adam keeps a mean of the squares: one that overflowed would stay infinite, and
-    its parameter never move again. Of float16 that is from 256 on, where the numbers end at 65504.
+    `kept`: the optimizer keeps a mean of the squares, as Adam does, in each tensor's own type. One that overflowed
+    would stay infinite, and its parameter never move again. In float16, which ends at 65504, it can if gradients stay
+    at 256 or more. A single one of 300 adds but a thousandth of its square, and need not harm: 256 is a safe bound.
     """
-    return all(_is_finite(_size(tensor.detach())) for tensor in tensors)
+    return all(_is_finite(_size(tensor.detach(), kept)) for tensor in tensors)
 
 
-def _size(tensor: Tensor) -> Tensor:
+def norm_of(tensors: Iterable[Tensor]) -> float:
+    """The norm of all of them together, in float32 for those in half precision: in float16 it would end at 65504."""
+    sizes = (_norm(t.detach()) if t.dtype in HALF else t for t in tensors)
+    return float(torch.nn.utils.get_total_norm(list(sizes)))
+
+
+def _size(tensor: Tensor, kept: bool) -> Tensor:
     """The sum of its squares, which is several times as fast as the norm, for types that processors know; else that."""
     size: Tensor
     if tensor.dtype in (torch.float32, torch.float64) and tensor.is_contiguous():
         size = torch.dot(tensor.view(-1), tensor.view(-1))
-    elif tensor.dtype == torch.float16:  # each square in that, and only their sum in a type with room for it
+    elif tensor.dtype == torch.float16 and kept:  # each square in that, and only their sum in a type with room for it
         size = tensor.square().sum(dtype=torch.float32)
     else:
-        size = torch.linalg.vector_norm(tensor)
+        size = _norm(tensor)
     return size
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float32 if tensor.dtype in HALF else None)
+    return norm
 
 
 def _is_finite(scalar: Tensor) -> bool:

@@ -81,16 +81,22 @@ class BackendConfig:
 def make_optimizer(parameters: list[nn.Parameter], config: BackendConfig) -> torch.optim.Optimizer | None:
     """The optimizer that the config names, or None where there is nothing to train.
 
-    Not a fused one for a parameter with gaps in its memory, as a slice of a larger tensor has: fused, it would be read
-    and written as if it had none.
+    Not a fused one where that is wrong: 1. for a parameter with gaps in its memory, as a slice of a larger tensor has,
+    which would be read and written as if it had none; 2. SGD for half precision on the CPU, which moves only the last
+    few parameters of a tensor, if any, up to torch 2.13 (https://github.com/pytorch/pytorch/issues/191763).
     """
-    if config.fused and not all(_is_dense(parameter) for parameter in parameters):
+    sgd = config.optimizer == "sgd"
+    if config.fused and not all(_is_dense(p) and not (sgd and _is_half_on_cpu(p)) for p in parameters):
         config = replace(config, fused=False)
     return OPTIMIZERS[config.optimizer](parameters, config) if parameters else None
 
 
 def _is_dense(parameter: nn.Parameter) -> bool:
     return is_lazy(parameter) or torch.empty_like(parameter, device="meta").stride() == parameter.stride()
+
+
+def _is_half_on_cpu(parameter: nn.Parameter) -> bool:
+    return parameter.device.type == "cpu" and parameter.dtype in (torch.float16, torch.bfloat16)
 
 
 def take_step(
