@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import trio
 
@@ -12,11 +13,10 @@ from labkit.contact import Contact
 from labkit.errors import LabkitError, ServerFailed
 from labkit.events import Emit
 from labkit.faults import Faults
-from labkit.lives import Life, ProcessLife, ServerPlan, TaskLife, is_free
+from labkit.lives import Life, ProcessLife, ServerPlan, TaskLife, same_address
 from labkit.node import Node
 from labkit.portal import Portal, unwrap
 from labkit.server.statistics import ServerStatistics, call_statistics
-from labkit.wire.addresses import split_address
 from labkit.wire.zeromq import ZmqNetwork
 
 logger = logging.getLogger(__name__)
@@ -74,14 +74,16 @@ class ServerHandle:
         """The process it runs in."""
         return self._life.pid if self._life is not None and self.alive else None
 
-    def kill(self) -> None:
-        """End it as a crash would: SIGKILL for a process. Nothing is saved and nobody is told."""
-        self._lab.portal.call(self._kill)
+    def kill(self, *, wait: bool = True) -> None:
+        """End it as a crash would: SIGKILL for a process. Nothing is saved and nobody is told. Returns when it has
+        ended, or at once if not `wait`."""
+        self._lab.portal.call(self._kill if wait else self._kill_later)
 
-    def stop(self) -> None:
+    def stop(self, *, wait: bool = True) -> None:
         """End it cleanly: it saves its experts, in thirty seconds and twenty more for each GB of them and their
-        optimizers. It goes on doing so if this is interrupted. Raises `ServerFailed` if it could not."""
-        self._lab.portal.call(self._stop)
+        optimizers. It goes on doing so if this is interrupted. Raises `ServerFailed` if it could not; if not `wait`,
+        this returns at once, and `state` tells."""
+        self._lab.portal.call(self._stop if wait else self._stop_later)
 
     def wait(self) -> str:
         """Wait until it does not run any more, for whatever reason. Returns what went wrong, if something did."""
@@ -93,10 +95,7 @@ class ServerHandle:
         Returns when its experts can be found, or at once if not `wait`: then `state` tells. One that is running is
         stopped first. Raises `ServerFailed` (if `wait`).
         """
-        if wait:
-            self._lab.portal.call(self._restart)
-        else:
-            self._lab.portal.call(self._restart_later)
+        self._lab.portal.call(self.begin if wait else self._restart_later)
 
     def faults(self, latency: float | None = None, loss: float | None = None) -> Faults:
         """Inject faults into this server alone, from now on, and after a restart too. See `Swarm.faults`.
@@ -122,9 +121,33 @@ class ServerHandle:
         await self.end("killed", save=False)
 
     async def _stop(self) -> None:
-        failure = await self.end("stopped")
-        if failure:
-            raise ServerFailed(f"{self._label} did not end cleanly: {failure}")
+        await self._have_saved(self._tell_to_end("stopped"))
+
+    async def begin(self) -> None:
+        """Start it, and return when its experts can be found. One that is running is stopped first.
+
+        Raises `ServerFailed`; `ValueError` for a kind of expert or options that cannot be.
+        """
+        await self._begin(*self._next_life())
+
+    async def _kill_later(self) -> None:  # these three: what is to be done has begun when they return
+        self._tell_to_end("killed", save=False)
+        self._later(self._bury)
+
+    async def _stop_later(self) -> None:
+        self._later(self._have_saved, self._tell_to_end("stopped"))
+
+    async def _restart_later(self) -> None:
+        self._later(self._begin, *self._next_life())
+
+    def _later(self, rest: Callable[..., Awaitable[None]], *args: Any) -> None:
+        async def finish() -> None:
+            try:
+                await rest(*args)
+            except (LabkitError, ValueError) as error:
+                logger.warning("%s", error)
+
+        self._lab.nursery.start_soon(finish)
 
     async def _wait(self) -> str:
         while life := self._life or next(iter(self._ending), None):
@@ -133,43 +156,24 @@ class ServerHandle:
             await trio.lowlevel.checkpoint()
         return self.failure
 
-    async def _restart(self) -> None:
-        await self._stop()
-        await self.begin()
-
-    async def _restart_later(self) -> None:
-        async def begin(life: Life) -> None:
-            try:
-                await self._begin(life)
-            except (LabkitError, ValueError) as error:
-                logger.warning("%s", error)
-
-        await self._stop()
-        self._lab.nursery.start_soon(begin, self._new_life())
-
-    async def begin(self) -> None:
-        """Start it, and return when its experts can be found.
-
-        Raises `ServerFailed`; `ValueError` for a kind of expert or options that cannot be.
-        """
-        await self._begin(self._new_life())
-
-    def _new_life(self) -> Life:
-        if self._life is not None:  # two restarts at once
-            self._life.kill()
-            self._ending.add(self._life)
+    def _next_life(self) -> tuple[Life, Life | None]:
+        """One that is to begin, and what saves its experts before, if something does."""
+        saving = self._tell_to_end("stopped")
         life = self._life = (
             ProcessLife() if self.isolation == "process" else TaskLife(self._lab.network, self._lab.emit)
         )
         self.state, self.failure = "starting", ""
-        return life
+        return life, saving
 
-    async def _begin(self, life: Life) -> None:
+    async def _begin(self, life: Life, saving: Life | None) -> None:
         failure, cause = "it was interrupted", BaseException()
         try:
+            unsaved = await self._wait_for(saving)
             with trio.fail_after(START_TIMEOUT):
                 await self._bury()
-                await self._lab.nursery.start(self._live, life, await self._same_address())
+                if unsaved or self._life is not life:
+                    raise ServerFailed(f"it did not end cleanly before: {unsaved}")
+                await self._lab.nursery.start(self._live, life, await same_address(self.plan, self.contact))
                 await self._be_found()
             return
         except trio.TooSlowError as error:
@@ -181,23 +185,13 @@ class ServerHandle:
             ended = self._life is not life and self.state != "failed"
             if self._life is life and self.state == "starting":
                 self._life, self.state, self.failure = None, "failed", failure
+                life.kill()  # where it has not begun, it never will, and somebody may be waiting for its end
         if ended:
             raise ServerFailed(f"{self._label} was ended while it was starting")
         if isinstance(cause, ValueError):
             raise cause
         hide = isinstance(cause, (LabkitError, trio.TooSlowError))  # says it all; else it is an expert's own code
         raise ServerFailed(f"{self._label} did not start: {failure}") from None if hide else cause
-
-    async def _same_address(self) -> ServerPlan:
-        """The plan, with the port of the last life if that is free: others know the server by it."""
-        if self.contact is None:
-            return self.plan
-        listen, port = self.plan.node.listen, self.contact.port
-        for _ in range(25):
-            if is_free(split_address(listen)[0], port):
-                return replace(self.plan, node=replace(self.plan.node, listen=f"{listen.rpartition(':')[0]}:{port}"))
-            await trio.sleep(0.02)  # the last life's socket may be closing
-        return self.plan
 
     async def _be_found(self) -> None:
         """Wait until this process's own directory, which may know older records, finds the experts."""
@@ -236,6 +230,12 @@ class ServerHandle:
         it was to save its experts and did not. Returns what went wrong, or nothing. If this is cancelled, it ends all
         the same.
         """
+        failure = await self._wait_for(self._tell_to_end(state, save=save), timeout)
+        await self._bury()
+        return failure
+
+    def _tell_to_end(self, state: str, *, save: bool = True) -> Life | None:
+        """Returns what saves its experts now, if they are to be saved: to be waited for, and then to be buried."""
         life, self._life = self._life, None
         if life is not None:
             self._ending.add(life)
@@ -247,15 +247,26 @@ class ServerHandle:
             self.state = state
         elif self._saving is not None and not save:  # that takes too long for somebody
             self.state = state
-        failure, saving = "", self._saving if save else None
-        if saving is not None:
-            timeout = saving.stop_timeout if timeout is None else timeout
-            failure = f"it had not saved its experts after {timeout:g} s, and was killed"
-            with trio.move_on_after(timeout):
-                failure = await saving.wait()
-            self._note_failure(failure)
-        await self._bury()
+        if not save:
+            self._saving = None
+        return self._saving
+
+    async def _wait_for(self, saving: Life | None, timeout: float | None = None) -> str:
+        """Wait until its experts are saved. Returns what went wrong."""
+        if saving is None:
+            return ""
+        timeout = saving.stop_timeout if timeout is None else timeout
+        failure = f"it had not saved its experts after {timeout:g} s, and was killed"
+        with trio.move_on_after(timeout):
+            failure = await saving.wait()
+        self._note_failure(failure)
         return failure
+
+    async def _have_saved(self, saving: Life | None) -> None:
+        failure = await self._wait_for(saving)
+        await self._bury()
+        if failure:
+            raise ServerFailed(f"{self._label} did not end cleanly: {failure}")
 
     def _note_failure(self, failure: str) -> None:
         """What went wrong with a stop, unless somebody has killed it meanwhile."""

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from labkit.faults import Faults
 from labkit.node import NodeConfig
 from labkit.portal import unwrap
 from labkit.server.server import STOP_TIMEOUT, ServerConfig, serve_experts
+from labkit.wire.addresses import split_address
 from labkit.wire.security import Admission, Identity
 from labkit.wire.zeromq import ZmqNetwork
 
@@ -226,6 +227,8 @@ class TaskLife:
                     admission=Admission(file=plan.member_file), faults=faults, emit=self._emit, stop=self._stop,
                     allow=self._allow, task_status=status,  # type: ignore[arg-type]
                 )  # fmt: skip
+            if self._scope.cancelled_caught:
+                self._failure = "it was killed"
         except Exception as error:
             if not status.started_already:
                 raise
@@ -267,6 +270,18 @@ class _Status:
 
 
 Life = ProcessLife | TaskLife
+
+
+async def same_address(plan: ServerPlan, contact: Contact | None) -> ServerPlan:
+    """The plan, with the port of the last life if that is free: others know the server by it."""
+    if contact is None:
+        return plan
+    for _ in range(25):
+        if is_free(split_address(plan.node.listen)[0], contact.port):
+            listen = f"{plan.node.listen.rpartition(':')[0]}:{contact.port}"
+            return replace(plan, node=replace(plan.node, listen=listen))
+        await trio.sleep(0.02)  # the last life's socket may be closing
+    return plan
 
 
 def is_free(host: str, port: int) -> bool:

@@ -47,6 +47,7 @@ LATE = 0.8  # seconds after which it is not recorded any more, either
 LOOK = 3.0  # seconds for which a page looks that was shown something
 POLL_PATIENCE = 2.0  # seconds that new outputs wait for the servers to report
 CLOSE_TIMEOUT = 1.0  # seconds that outputs have for the last scene
+MARKS = {"running": "back", "starting": "restarting"}  # what is said of a server's state, where it is not that
 
 _dashboards: dict[str, Dashboard] = {}  # by the name of their swarm
 
@@ -113,13 +114,14 @@ class SwarmView:
         return inventory if locals == inventory.locals else replace(inventory, locals=locals)
 
     def _mark_changes(self, known: bool) -> None:
-        """Mark which servers started here have ended, or are back, since the last look, if that was not long ago."""
+        """Mark which servers started here have ended, restart, or are back, since the last look, if that was not long
+        ago."""
         for number, server in enumerate(list(self._swarm.servers)):
             before, now = self._states.get(number), server.state
-            if now != "starting" and now != before:
+            if now != before and (now != "starting" or before == "running"):
                 self._states[number] = now
                 if known and before is not None:
-                    self._swarm.telemetry.mark(f"servers[{number}] {'back' if now == 'running' else now}")
+                    self._swarm.telemetry.mark(f"servers[{number}] {MARKS.get(now, now)}")
 
     def look(self) -> Scene:
         """The same, but if nobody has been looking, the servers are asked first; that takes a second or so."""

@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 
 import pytest
 import safetensors.torch
@@ -13,7 +14,7 @@ import trio
 from labkit.errors import CheckpointError, RemoteFailure
 from labkit.server import checkpoints
 from labkit.server.backend import ExpertBackend
-from labkit.server.checkpoints import keep_checkpoints, load_expert, restore, save_all, save_expert
+from labkit.server.checkpoints import Progress, keep_checkpoints, load_expert, restore, save_all, save_expert
 from labkit.server.layers import make_expert
 from labkit.server.optimizer import BackendConfig
 from labkit.server.runtime import InlineCompute, Runtime
@@ -219,7 +220,7 @@ def test_a_uid_cannot_lead_out_of_the_directory(tmp_path, uid):
 # ---------------------------------------------------------------- while a runtime runs
 
 
-async def run_with_saves(monkeypatch, runtime, directory, save, period=10.0, seconds=25.0, updated=(UID,)):
+async def run_with_saves(monkeypatch, runtime, directory, save, period=10.0, seconds=25.0, updated=(UID,), saved=None):
     """Some virtual seconds, with an update of one expert (or others) at the beginning."""
 
     async def in_this_task(function):  # virtual time would run ahead of a real thread
@@ -229,7 +230,7 @@ async def run_with_saves(monkeypatch, runtime, directory, save, period=10.0, sec
     monkeypatch.setattr(trio.to_thread, "run_sync", in_this_task)
     async with trio.open_nursery() as nursery:
         await nursery.start(runtime.run)
-        await nursery.start(keep_checkpoints, runtime, directory, period)
+        await nursery.start(keep_checkpoints, runtime, directory, period, saved)
         x = torch.ones(2, 4)
         for uid in updated:
             await runtime.submit(uid, "backward", [x, x], trio.current_time() + 1)
@@ -319,3 +320,49 @@ async def test_a_clean_stop_saves_every_expert(tmp_path):
     await save_all(runtime, tmp_path)
     for uid, backend in runtime.backends.items():
         assert_same_bits(load_expert(tmp_path, uid), backend.state())
+
+
+async def test_a_clean_stop_does_not_save_again_what_has_learnt_nothing_since_it_was_saved(tmp_path, monkeypatch):
+    begun, go, saves = trio.Event(), threading.Event(), []
+    token = trio.lowlevel.current_trio_token()
+
+    def save(directory, uid, state, **options):
+        saves.append(uid)
+        token.run_sync_soon(begun.set)
+        assert go.wait(20)
+        return save_expert(directory, uid, state, **options)
+
+    monkeypatch.setattr(checkpoints, "save_expert", save)
+    saved: dict[str, Progress] = {}
+    runtime, x = Runtime({UID: expert(), "ffn.0.2": expert("ffn.0.2")}), torch.ones(2, 4)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(runtime.run)
+        async with trio.open_nursery() as keepers:
+            await keepers.start(keep_checkpoints, runtime, tmp_path, 0.01, saved)
+            await runtime.submit(UID, "backward", [x, x], trio.current_time() + 10)
+            await begun.wait()
+            keepers.cancel_scope.cancel()  # while it saves
+            go.set()
+        await runtime.submit(UID, "forward", [x], trio.current_time() + 10)
+        nursery.cancel_scope.cancel()
+    await save_all(runtime, tmp_path, saved)
+    assert saves == [UID, "ffn.0.2"]  # the other one was never saved
+    for uid, backend in runtime.backends.items():
+        state = load_expert(tmp_path, uid)
+        assert state is not None and state["counter.updates"] == backend.updates
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+async def test_a_clean_stop_saves_what_has_learnt_since_and_what_is_not_there_any_more(
+    monkeypatch, tmp_path, autojump_clock, accumulate
+):
+    saved: dict[str, Progress] = {}
+    runtime = Runtime({UID: expert(accumulate=accumulate)}, executor=InlineCompute())
+    await run_with_saves(monkeypatch, runtime, tmp_path, save_expert, updated=[UID] * accumulate, saved=saved)
+    path = tmp_path / f"{UID}.safetensors"
+    path.unlink()
+    await save_all(runtime, tmp_path, saved)
+    assert path.exists()
+    train(runtime.backends[UID], range(1))
+    await save_all(runtime, tmp_path, saved)
+    assert_same_bits(load_expert(tmp_path, UID), runtime.backends[UID].state())

@@ -16,6 +16,7 @@ from torch import nn
 
 import labkit as lk
 from labkit.pulse import Pulse
+from labkit.server import checkpoints
 from labkit.view.dashboard import ORDERS, UNHEARD, Dashboard
 from labkit.view.pages import LAST_FRAMES
 from labkit.view.scene import Scene
@@ -342,6 +343,29 @@ def test_orders_to_a_swarm(swarm):
         view.order({"do": "kill", "server": 1})
 
 
+def test_while_a_server_saves_its_experts_all_buttons_work(swarm, tmp_path, monkeypatch):
+    saving, go = threading.Event(), threading.Event()
+
+    def save(*_: Any, **__: Any) -> None:
+        saving.set()
+        assert go.wait(10)  # the disk is slow
+
+    monkeypatch.setattr(checkpoints, "save_expert", save)
+    (server,) = swarm.serve("nop", grid=(1,), isolation="task", checkpoint_dir=tmp_path)
+    assert swarm.view.order({"do": "stop", "server": 2}) == "servers[2] stopped"
+    assert saving.wait(10)
+    swarm.view.order({"do": "stop", "server": 0})
+    swarm.view.order({"do": "restart", "server": 2})
+    assert server.state == "starting"
+    swarm.view.order({"do": "kill", "server": 2})
+    assert server.state == "killed"
+    swarm.view.order({"do": "restart", "server": 2})
+    assert server.state == "starting" and not go.is_set()
+    go.set()
+    eventually(lambda: server.alive)
+    assert [server.state for server in swarm.servers] == ["stopped", "running", "running"]
+
+
 def test_outputs_get_scenes_by_their_periods_and_then_the_last_one(swarm):
     quick: list[Scene] = []
     slow: list[Scene] = []
@@ -373,6 +397,25 @@ def test_servers_that_end_and_come_back_are_marked_whoever_did_it(swarm):
     eventually(lambda: [mark.text for mark in scenes[-1].marks] == ["servers[1] killed"])
     swarm.servers[1].restart()
     eventually(lambda: [mark.text for mark in scenes[-1].marks] == ["servers[1] killed", "servers[1] back"])
+
+
+def test_a_server_that_restarts_is_marked_then_and_when_it_is_back(swarm):
+    go = threading.Event()
+    scenes: list[Scene] = []
+
+    def slow() -> nn.Module:
+        assert go.wait(10)
+        return nn.Identity()
+
+    go.set()
+    swarm.serve(slow, grid=(1,))
+    go.clear()
+    swarm.view.add(scenes.append, PERIOD)
+    eventually(lambda: scenes)
+    swarm.servers[2].restart(wait=False)
+    eventually(lambda: [mark.text for mark in scenes[-1].marks] == ["servers[2] restarting"])
+    go.set()
+    eventually(lambda: [mark.text for mark in scenes[-1].marks] == ["servers[2] restarting", "servers[2] back"])
 
 
 def test_an_output_that_fails_is_logged_and_removed(swarm, caplog):

@@ -79,7 +79,7 @@ async def test_a_restart_after_an_interrupted_stop_waits_until_the_experts_are_s
     await handle.begin()
     with trio.move_on_after(5):  # Ctrl-C
         await handle.end("stopped")
-    await handle._restart()
+    await handle.begin()
     assert servers.did == ["begins", "has saved", "ends", "begins"]
     assert handle.alive
 
@@ -88,9 +88,11 @@ async def test_a_restart_while_somebody_else_stops_it_waits_for_that(servers, ha
     await handle.begin()
     nursery.start_soon(handle.end, "stopped")
     await trio.sleep(5)
-    await handle._restart_later()  # a dashboard's button
-    assert servers.did == ["begins", "has saved", "ends"]
-    await trio.sleep(1)
+    await handle._restart_later()
+    await trio.sleep(10)
+    assert servers.did == ["begins"] and handle.state == "starting"
+    await trio.sleep(6)
+    assert servers.did == ["begins", "has saved", "ends", "begins"]
     assert handle.alive
 
 
@@ -100,9 +102,9 @@ async def test_who_restarts_what_does_not_end_kills_it_in_the_end(servers, handl
     with trio.move_on_after(5):
         await handle.end("stopped")
     with pytest.raises(ServerFailed, match="had not saved its experts after 30 s, and was killed"):
-        await handle._restart()
+        await handle.begin()
     assert servers.did == ["begins", "ends"] and handle.state == "failed"
-    await handle._restart()
+    await handle.begin()
     assert handle.alive
 
 
@@ -149,3 +151,92 @@ async def test_large_experts_have_longer_to_be_saved(servers, handle, autojump_c
     await handle.begin()
     assert await handle.end("stopped") == ""
     assert servers.did == ["begins", "has saved", "ends"]
+
+
+async def test_who_waits_beside_a_start_that_is_interrupted_before_it_begins_learns_of_it(
+    servers, handle, nursery, autojump_clock
+):
+    async def interrupted() -> None:
+        with trio.move_on_after(5):
+            await handle.begin()
+
+    servers.start = 10.0
+    await handle._restart_later()
+    await trio.sleep(1)
+    nursery.start_soon(interrupted)  # while the first one, which is killed, still builds its experts
+    await trio.sleep(1)
+    with trio.fail_after(20):
+        assert await handle._wait() == "it was interrupted"
+    assert handle.state == "failed"
+
+
+async def test_who_waits_for_a_stop_learns_that_somebody_killed_it(servers, handle, nursery, autojump_clock):
+    said: list[str] = []
+
+    async def stop() -> None:
+        said.append(await handle.end("stopped"))
+
+    await handle.begin()
+    nursery.start_soon(stop)
+    await trio.sleep(5)
+    await handle.end("killed", save=False)
+    await trio.sleep(1)
+    assert said == ["it was killed"]
+    assert (handle.state, handle.failure) == ("killed", "")  # as somebody wanted
+
+
+# ---------------------------------------------------------------- orders that nobody waits for
+
+
+async def test_a_stop_that_nobody_waits_for_saves_all_the_same(servers, handle, autojump_clock):
+    await handle.begin()
+    await handle._stop_later()
+    assert servers.did == ["begins"] and handle.state == "stopped"
+    await trio.sleep(21)
+    assert servers.did == ["begins", "has saved", "ends"] and handle.state == "stopped"
+
+
+@pytest.mark.parametrize(("save", "failure"), [(20.0, "no space left"), (1000.0, "not saved its experts after 30 s")])
+async def test_a_stop_that_nobody_waits_for_tells_when_it_could_not_save(
+    servers, handle, autojump_clock, caplog, save, failure
+):
+    servers.save, servers.failure = save, "no space left"
+    await handle.begin()
+    await handle._stop_later()
+    await trio.sleep(31)
+    assert servers.did == ["begins", "ends"]
+    assert handle.state == "failed" and failure in handle.failure and failure in caplog.text
+
+
+@pytest.mark.parametrize("save", [True, False])
+async def test_what_is_ended_while_it_is_to_restart_does_not_begin(servers, handle, nursery, autojump_clock, save):
+    await handle.begin()
+    await handle._restart_later()
+    await trio.sleep(5)
+    state = "stopped" if save else "killed"
+    await handle.end(state, save=save)
+    await trio.sleep(100)
+    assert servers.did == ["begins", *(["has saved"] if save else []), "ends"]
+    assert handle.state == state
+
+
+async def test_what_could_not_be_saved_is_not_started_again_at_once(servers, handle, autojump_clock, caplog):
+    servers.failure = "no space left"
+    await handle.begin()
+    await handle._restart_later()
+    await trio.sleep(21)
+    assert servers.did == ["begins", "ends"] and handle.state == "failed"
+    assert "no space left" in handle.failure and "no space left" in caplog.text
+    await handle._restart_later()
+    await trio.sleep(1)
+    assert handle.alive
+
+
+async def test_a_kill_that_nobody_waits_for_ends_what_saves_and_what_is_to_begin(servers, handle, autojump_clock):
+    await handle.begin()
+    await handle._restart_later()
+    await handle._kill_later()
+    assert handle.state == "killed"
+    await handle._restart_later()
+    await trio.sleep(1)
+    assert servers.did == ["begins", "ends", "begins"] and handle.alive

@@ -20,8 +20,9 @@ from labkit.faults import Faults
 from labkit.histogram import BUCKETS
 from labkit.node import Node, open_node
 from labkit.portal import unwrap
+from labkit.server import checkpoints
 from labkit.server.backend import ExpertBackend
-from labkit.server.checkpoints import load_expert
+from labkit.server.checkpoints import load_expert, save_expert
 from labkit.server.optimizer import BackendConfig
 from labkit.server.runtime import Runtime
 from labkit.server.server import ServerConfig, checkpoint_directory, serve_experts, stop_timeout
@@ -232,6 +233,23 @@ async def test_experts_are_saved_every_so_many_seconds_if_they_have_changed(tmp_
         await here.call("backward", [X, torch.ones_like(X)])
         await soon(saved)
         assert load_expert(tmp_path, UIDS[1]) is None
+
+
+async def test_a_clean_stop_saves_only_what_is_not_saved_already(tmp_path, monkeypatch):
+    saves: list[str] = []
+
+    def save(directory: Path, uid: str, *rest: Any, **options: Any) -> Path:
+        saves.append(uid)
+        return save_expert(directory, uid, *rest, **options)
+
+    async def saved() -> bool:
+        return load_expert(tmp_path, UIDS[0]) is not None
+
+    monkeypatch.setattr(checkpoints, "save_expert", save)
+    async with lab(config(checkpoint_dir=str(tmp_path), checkpoint_period=0.05)) as here:
+        await here.call("backward", [X, torch.ones_like(X)])
+        await soon(saved)
+    assert saves == list(UIDS)
 
 
 async def test_a_seed_leaves_the_callers_own_random_numbers_alone(monkeypatch):

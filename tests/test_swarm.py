@@ -356,7 +356,11 @@ def test_a_server_that_takes_long_to_stop_can_be_killed_meanwhile(swarm):
         with pytest.raises(lk.LabkitError):
             swarm.expert("endless.0")(X)
 
-    asking, stopping = threading.Thread(target=ask), threading.Thread(target=server.stop)
+    def stop() -> None:
+        with pytest.raises(ServerFailed, match="did not end cleanly: it was killed"):
+            server.stop()
+
+    asking, stopping = threading.Thread(target=ask), threading.Thread(target=stop)
     asking.start()
     assert Endless.begun.wait(10)
     stopping.start()

@@ -32,6 +32,8 @@ FORMAT = "labkit expert 1"
 SHORTEST_PERIOD, LONGEST_PERIOD = 10.0, 600.0  # seconds between two saves of all experts, where nobody says how many
 SECONDS_PER_GB = 100.0  # so that saves, which copy 1 GB in some two CPU-seconds, take about a fiftieth of the time
 
+Progress = tuple[int, int]  # how far an expert has learnt, see `_progress`
+
 
 def save_expert(directory: str | os.PathLike[str], uid: str, state: Mapping[str, Tensor], *, kind: str = "") -> Path:
     """Write an expert's state and return the file's path. The directory is made if need be. Who may read it may read
@@ -120,24 +122,28 @@ async def keep_checkpoints(
     runtime: Runtime,
     directory: str | os.PathLike[str],
     period: float | None = None,
+    saved: dict[str, Progress] | None = None,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Until cancelled: every `period` seconds, save the experts that have been updated since their last save.
 
     None means `usual_period`. A save that fails, for whatever reason (a full disk, no memory), is logged and tried
-    again in the next period; it stops neither the server nor the saves of the others.
+    again in the next period; it stops neither the server nor the saves of the others. `saved`: notes what has been
+    saved, for `save_all`.
     """
     period = usual_period(runtime.backends.values()) if period is None else period
-    saved = {uid: backend.updates for uid, backend in runtime.backends.items()}
+    saved = {} if saved is None else saved
+    updates = {uid: backend.updates for uid, backend in runtime.backends.items()}  # when they were saved, or loaded
     task_status.started()
     while True:
         await trio.sleep(period)
         for uid, backend in runtime.backends.items():
-            if backend.updates == saved[uid]:
+            if backend.updates == updates[uid]:
                 continue
             try:
                 saved[uid] = await _save(runtime, directory, uid)
+                updates[uid] = saved[uid][0]
             except Exception as error:
                 logger.warning(
                     "%s; trying again in %g s", _not_saved(uid, directory, error), period, exc_info=_strange(error)
@@ -151,14 +157,20 @@ def usual_period(backends: Iterable[ExpertBackend]) -> float:
     return min(max(SHORTEST_PERIOD, SECONDS_PER_GB * size), LONGEST_PERIOD)
 
 
-async def save_all(runtime: Runtime, directory: str | os.PathLike[str]) -> None:
-    """Save every expert now; the last thing of a clean stop, also after the runtime has ended.
+async def save_all(
+    runtime: Runtime, directory: str | os.PathLike[str], saved: Mapping[str, Progress] | None = None
+) -> None:
+    """Save every expert now; the last thing of a clean stop, also after the runtime has ended. But not those that have
+    learnt nothing since `keep_checkpoints` noted in `saved` that it saved them: a stop has only so much time.
 
     Shield it from cancellation there. All experts are tried; raises `RemoteFailure`, which says what
     happened to the first that could not be saved.
     """
     failure = ""
-    for uid in runtime.backends:
+    for uid, backend in runtime.backends.items():
+        now = _progress(backend, backend.updates, backend.rows_processed)
+        if saved is not None and saved.get(uid) == now and _path(directory, uid).exists():
+            continue
         try:
             await _save(runtime, directory, uid)
         except Exception as error:
@@ -179,13 +191,18 @@ def _strange(error: Exception) -> bool:
     return not isinstance(error, (OSError, RPCError))
 
 
-async def _save(runtime: Runtime, directory: str | os.PathLike[str], uid: str) -> int:
-    state = await runtime.snapshot(uid)
-    kind = runtime.backends[uid].kind
+async def _save(runtime: Runtime, directory: str | os.PathLike[str], uid: str) -> Progress:
+    state, backend = await runtime.snapshot(uid), runtime.backends[uid]
     await trio.to_thread.run_sync(
-        lambda: save_expert(directory, uid, state, kind=kind)
+        lambda: save_expert(directory, uid, state, kind=backend.kind)
     )  # cancelling waits for the disk
-    return int(state["counter.updates"])
+    return _progress(backend, int(state["counter.updates"]), int(state["counter.rows"]))
+
+
+def _progress(backend: ExpertBackend, updates: int, rows: int) -> Progress:
+    """What changes when an expert learns: its updates, and its rows where gradients wait for the next update. Else rows
+    do not count: forward passes add to them, too."""
+    return updates, rows if backend.config.accumulate > 1 else 0
 
 
 def _path(directory: str | os.PathLike[str], uid: str) -> Path:

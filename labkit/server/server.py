@@ -28,7 +28,7 @@ from labkit.expert_uid import check_inside, split_uid
 from labkit.faults import Faults
 from labkit.node import NodeConfig, open_node
 from labkit.server.backend import ExpertBackend
-from labkit.server.checkpoints import keep_checkpoints, restore, save_all
+from labkit.server.checkpoints import Progress, keep_checkpoints, restore, save_all
 from labkit.server.layers import kind_name, make_expert
 from labkit.server.optimizer import BackendConfig
 from labkit.server.runtime import Executor, Queued, Result, Runtime
@@ -223,6 +223,7 @@ async def serve_experts(
     if allow is not None:
         allow(stop_timeout(server.runtime.backends.values()))
     stop = trio.Event() if stop is None else stop
+    saved: dict[str, Progress] = {}
     async with trio.open_nursery() as nursery:
         await nursery.start(server.runtime.run)  # 2
         async with (
@@ -236,7 +237,9 @@ async def serve_experts(
                 await keepers.start(keep_grid_declared, node.dht, name, grid_info(config), node.directory.config.ttl)
             await keepers.start(node.directory.keep_declared, config.uids, node.contact)  # 4
             if config.checkpoint_dir is not None:
-                await keepers.start(keep_checkpoints, server.runtime, config.checkpoint_dir, config.checkpoint_period)
+                await keepers.start(
+                    keep_checkpoints, server.runtime, config.checkpoint_dir, config.checkpoint_period, saved
+                )
             task_status.started(node.contact)
             await stop.wait()  # 5
             keepers.cancel_scope.cancel()
@@ -244,7 +247,7 @@ async def serve_experts(
             await server.runtime.settle()
         nursery.cancel_scope.cancel()
     if config.checkpoint_dir is not None:
-        await save_all(server.runtime, config.checkpoint_dir)
+        await save_all(server.runtime, config.checkpoint_dir, saved)
 
 
 def stop_timeout(backends: Iterable[ExpertBackend]) -> float:

@@ -54,14 +54,15 @@ def carry_out(swarm: Swarm, order: Mapping[str, Any]) -> str:
     """Do what a checked order says. Returns a sentence; exports are not done here. What happens to servers is marked
     by the view, whoever did it; the rest is marked here.
 
-    Blocks until it is done; a restart, until it has begun. Raises `ValueError`, `LabkitError`.
+    Blocks until it is done; where a server is to end or to begin, until that has begun: it may have experts to save.
+    Raises `ValueError`, `LabkitError`.
     """
     match order["do"]:
         case "kill":
-            _find(swarm, order).kill()
+            _find(swarm, order).kill(wait=False)
             done = f"servers[{order['server']}] killed"
         case "stop":
-            _find(swarm, order).stop()
+            _find(swarm, order).stop(wait=False)
             done = f"servers[{order['server']}] stopped"
         case "restart":
             _find(swarm, order).restart(wait=False)
