@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 FRAME_BYTES = 1 << 17  # that we take for a frame; a `FrameWriter` stays below half of it
 FRAME_TIMEOUT = 2.0  # seconds
-ORDER_TIMEOUT = 35.0  # seconds: a server that is stopped saves its experts
+ORDER_TIMEOUT = 35.0  # seconds: orders come one after the other, and a run may take ten to stop
 EXPORT_TIMEOUT = 30.0  # seconds, for the first part, which waits until it is drawn
 RETRY = 1.0  # seconds after a failed call for which no page asks again
 KEYS = {
