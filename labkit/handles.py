@@ -171,8 +171,10 @@ class ServerHandle:
             unsaved = await self._wait_for(saving)
             with trio.fail_after(START_TIMEOUT):
                 await self._bury()
-                if unsaved or self._life is not life:
+                if unsaved:
                     raise ServerFailed(f"it did not end cleanly before: {unsaved}")
+                if self._life is not life:
+                    raise ServerFailed("another order came between")
                 await self._lab.nursery.start(self._live, life, await same_address(self.plan, self.contact))
                 await self._be_found()
             return

@@ -212,6 +212,10 @@ def test_a_peer_may_have_been_measured_for_longer_and_has_a_word_of_its_own_for_
     (tmp_path / "peer.json").write_text('{"work": {"expert": "ffn", "calls": 9, "batch": 2}, "calls_per_s": 3}')
     options = {"expert": "ffn2", "calls": 5, "batch": 2, "secure": True}
     assert read_peer(str(tmp_path / "peer.json"), "rpc", options) == {"calls_per_s": 3.0}
+    (tmp_path / "moe.json").write_text('{"work": {"batch": 2}, "forward_s": 3, "backward_s": 4, "samples_per_s": 5}')
+    peer = read_peer(str(tmp_path / "moe.json"), "moe", {"expert": "ffn2", "batch": 2})
+    ratios = {"forward_s_to_peer": 3.0, "backward_s_to_peer": 2.0, "samples_per_s_to_peer": 4.0}
+    assert ratios_to({"forward_s": 1.0, "backward_s": 2.0, "samples_per_s": 20.0}, peer) == ratios
 
 
 OURS = """

@@ -226,6 +226,16 @@ def assert_same_gate(moe: MixtureOfExperts, local: LocalMoE) -> None:
     assert_close(moe.gate.bias.grad, local.gate.bias.grad)
 
 
+def assert_same_pass(moe: MixtureOfExperts, local: LocalMoE, x: Tensor, its_x: Tensor, target: Tensor) -> None:
+    """Outputs and, of a loss, the gradients of the input and of the gate."""
+    y, its_y = moe(x), local(its_x)
+    assert_close(y, its_y)
+    (y * target).sum().backward()
+    (its_y * target).sum().backward()
+    assert_close(x.grad, its_x.grad)
+    assert_same_gate(moe, local)
+
+
 def assert_roughly(half: Tensor | None, exact: Tensor | None) -> None:
     assert half is not None and exact is not None
     assert (half - exact).norm() < 0.03 * exact.norm()
@@ -240,12 +250,7 @@ def test_outputs_and_every_gradient_are_those_of_the_layer_computed_locally(grid
     moe = grids[name].moe(k_best)
     local = grids[name].local(moe)
     (x, its_x), target = twice(*shape), torch.randn(shape)
-    y, its_y = moe(x), local(its_x)
-    assert_close(y, its_y)
-    (y * target).sum().backward()
-    (its_y * target).sum().backward()
-    assert_close(x.grad, its_x.grad)
-    assert_same_gate(moe, local)
+    assert_same_pass(moe, local, x, its_x, target)
     grids[name].assert_stepped_by(local)
 
 
@@ -269,12 +274,7 @@ def test_so_they_are_for_those_who_answered_where_other_experts_fail(grids):
     no_backward.requires_grad_(False)
     local.experts = [((0,), good), ((2,), lambda x: Small.forward(no_backward, x.detach()))]
     (x, its_x), target = twice(10, DIM), torch.randn(10, DIM)
-    y, its_y = moe(x), local(its_x)
-    assert_close(y, its_y)
-    (y * target).sum().backward()
-    (its_y * target).sum().backward()
-    assert_close(x.grad, its_x.grad)
-    assert_same_gate(moe, local)
+    assert_same_pass(moe, local, x, its_x, target)
 
 
 def test_so_they_are_with_all_that_makes_it_fast_and_safe(tmp_path):
@@ -296,12 +296,7 @@ def test_so_they_are_with_all_that_makes_it_fast_and_safe(tmp_path):
             experts = {uid: modules[uid] for uid in grid_uids(name, grid)}
             local = LocalMoE(copy.deepcopy(moe.gate), grid, experts, k_best=2)
             (x, its_x), target = twice(400, WIDE), torch.randn(400, WIDE) / 20
-            y, its_y = moe(x), local(its_x)
-            assert_close(y, its_y)
-            (y * target).sum().backward()
-            (its_y * target).sum().backward()
-            assert_close(x.grad, its_x.grad)
-            assert_same_gate(moe, local)
+            assert_same_pass(moe, local, x, its_x, target)
         for server in swarm.servers:
             server.stop()  # it saves its experts
     rows = [event.rows.values() for event in chosen if isinstance(event, RoutingChosen)]

@@ -11,7 +11,9 @@ BETTER_IF_LESS = {  # and which of the peer's it is beside
     "store_s": "store_s", "get_s": "get_s", "get_any_s": "get_s", "forward_s": "forward_s", "backward_s": "backward_s",
 }  # fmt: skip
 BETTER_IF_MORE = ("calls_per_s", "samples_per_s")
-PEERS = {"rpc": BETTER_IF_MORE, "moe": ("samples_per_s",), "dht": ("store_s", "get_s")}  # of a benchmark, the peer's
+PEERS = {  # of a benchmark, the peer's
+    "rpc": BETTER_IF_MORE, "moe": ("samples_per_s", "forward_s", "backward_s"), "dht": ("store_s", "get_s"),
+}  # fmt: skip
 HOW_LONG = {"calls", "passes", "rounds"}  # options that change how well something is measured, not what
 CALLED = {"ffn2": "ffn", "ffn": None}  # by the peer, whose `ffn` is a third of ours
 UNSAID: dict[str, dict[str, Any]] = {

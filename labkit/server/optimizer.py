@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from labkit.server.checks import HALF
+
 T = TypeVar("T", bound=torch.optim.Optimizer)
 
 
@@ -96,7 +98,7 @@ def _is_dense(parameter: nn.Parameter) -> bool:
 
 
 def _is_half_on_cpu(parameter: nn.Parameter) -> bool:
-    return parameter.device.type == "cpu" and parameter.dtype in (torch.float16, torch.bfloat16)
+    return parameter.device.type == "cpu" and parameter.dtype in HALF
 
 
 def take_step(
