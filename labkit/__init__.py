@@ -23,11 +23,11 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Swarm": "swarm",
-    "fit": "run",
-    "JsonlLogger": "view.loggers",
-    "WandbLogger": "view.loggers",
-    "evaluate": "trainer",
-    "load": "data",
+    "fit": "training.run",
+    "JsonlLogger": "view.log.loggers",
+    "WandbLogger": "view.log.loggers",
+    "evaluate": "training.trainer",
+    "load": "training.datasets",
     "register_expert": "server.layers",
     "BackendConfig": "server.optimizer",
     "DispatchConfig": "client.dispatch",
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from labkit.client.dispatch import DispatchConfig as DispatchConfig
     from labkit.client.expert import RemoteExpert as RemoteExpert
     from labkit.client.moe import MixtureOfExperts as MixtureOfExperts
-    from labkit.data import load as load
     from labkit.errors import DataNotFound as DataNotFound
     from labkit.errors import InviteError as InviteError
     from labkit.errors import JoinError as JoinError
@@ -61,13 +60,14 @@ if TYPE_CHECKING:
     from labkit.errors import ServerFailed as ServerFailed
     from labkit.errors import SwarmClosed as SwarmClosed
     from labkit.errors import TrainingFailed as TrainingFailed
-    from labkit.run import fit as fit
     from labkit.server.layers import register_expert as register_expert
     from labkit.server.optimizer import BackendConfig as BackendConfig
     from labkit.swarm import Swarm as Swarm
-    from labkit.trainer import evaluate as evaluate
-    from labkit.view.loggers import JsonlLogger as JsonlLogger
-    from labkit.view.loggers import WandbLogger as WandbLogger
+    from labkit.training.datasets import load as load
+    from labkit.training.run import fit as fit
+    from labkit.training.trainer import evaluate as evaluate
+    from labkit.view.log.loggers import JsonlLogger as JsonlLogger
+    from labkit.view.log.loggers import WandbLogger as WandbLogger
 
 
 def __getattr__(name: str) -> object:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from labkit import quick_imports
-from labkit.bench.commands import add_options
+from labkit.cli.bench import add_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,7 +79,7 @@ def add_watch(parser: argparse.ArgumentParser) -> None:
 def run_demo(options: argparse.Namespace) -> int:
     """`labkit demo`."""
     with quick_imports():
-        from labkit.demo import DemoConfig, demo
+        from labkit.cli.demo import DemoConfig, demo
         from labkit.errors import LabkitError
 
     fields = {name: getattr(options, name) for name in DemoConfig.__dataclass_fields__}
@@ -97,12 +97,12 @@ def run_serve(options: argparse.Namespace) -> int:
     """`labkit serve`."""
     if options.child:
         with quick_imports():
-            from labkit.child import run_child
+            from labkit.launch.child import run_child
 
         run_child()
     with quick_imports():
+        from labkit.cli.serve import serve
         from labkit.errors import LabkitError
-        from labkit.serving import serve
 
     try:
         serve(options)
@@ -117,8 +117,8 @@ def run_serve(options: argparse.Namespace) -> int:
 def run_watch(options: argparse.Namespace) -> int:
     """`labkit watch`."""
     with quick_imports():
+        from labkit.cli.watch import watch
         from labkit.errors import LabkitError
-        from labkit.watch import watch
 
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -135,7 +135,7 @@ def run_watch(options: argparse.Namespace) -> int:
 def run_bench(options: argparse.Namespace) -> int:
     """`labkit bench`."""
     with quick_imports():
-        from labkit.bench.commands import bench
+        from labkit.cli.bench import bench
         from labkit.errors import LabkitError
 
     try:

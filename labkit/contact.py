@@ -12,6 +12,7 @@ import hashlib
 import ipaddress
 import re
 from functools import lru_cache
+from typing import Any
 
 import msgspec
 
@@ -19,6 +20,11 @@ from labkit.errors import InviteError
 
 ID_BITS = 160
 SCHEME = "labkit://"
+LOOPBACK_NOTE = (
+    "This invitation is for the same machine only, since the swarm listens on loopback; to be reached from other "
+    'machines, start it with listen="tcp://0.0.0.0:*" (labkit serve --listen tcp://0.0.0.0:*) and, behind a router, '
+    'announce="HOST:PORT"'
+)
 _HOST = re.compile(r"[\w.:%-]{1,255}")  # nothing that a terminal would obey
 
 
@@ -112,3 +118,17 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+class Invitation(str):
+    """An invitation: a text, to be passed on. `note` says where it works, if that is not everywhere."""
+
+    note: str
+
+    def __new__(cls, contact: Contact) -> Invitation:
+        self = super().__new__(cls, contact.invitation())
+        self.note = LOOPBACK_NOTE if contact.is_loopback else ""
+        return self
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self) + (f"\n{self.note}" if self.note else ""))

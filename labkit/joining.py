@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
 import trio
 
-from labkit.contact import Contact
+from labkit.contact import LOOPBACK_NOTE, Contact
 from labkit.dht.protocol import Ping, Pong
 from labkit.errors import (
     ConnectionLost,
@@ -27,9 +24,9 @@ from labkit.errors import (
     SecurityMismatch,
     WrongServerKey,
 )
-from labkit.wire.addresses import resolve
-from labkit.wire.methods import Caller
-from labkit.wire.security import Admission, key_text, parse_key, write_key_list
+from labkit.wire.rpc_types import Caller
+from labkit.wire.security import key_text
+from labkit.wire.transport import resolve
 
 JOIN_TIMEOUT = 8.0  # seconds for all four steps
 UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.EADDRNOTAVAIL}
@@ -137,45 +134,3 @@ def _explain(error: RPCError, contact: Contact, own_key: bytes) -> str:
 
 def _hint(contact: Contact) -> str:
     return LOOPBACK_NOTE if contact.is_loopback else ""
-
-
-class Members:
-    """The keys that may connect in a private swarm, and the file in which its servers read them; anybody, if `keys` is
-    None."""
-
-    def __init__(self, keys: Iterable[str | bytes] | None, file: Path) -> None:
-        self._keys = None if keys is None else {parse_key(key) for key in keys}
-        self.file = None if keys is None else file
-
-    def admission(self) -> Admission:
-        """As a node asks it."""
-        return Admission(file=self.file)
-
-    def admit(self, *keys: bytes) -> bool:
-        """Let these keys in, from now on. Returns False if anybody may come in."""
-        if self._keys is None or self.file is None:
-            return False
-        self._keys.update(keys)
-        write_key_list(self.file, self._keys)
-        return True
-
-
-class Invitation(str):
-    """An invitation: a text, to be passed on. `note` says where it works, if that is not everywhere."""
-
-    note: str
-
-    def __new__(cls, contact: Contact) -> Invitation:
-        self = super().__new__(cls, contact.invitation())
-        self.note = LOOPBACK_NOTE if contact.is_loopback else ""
-        return self
-
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(str(self) + (f"\n{self.note}" if self.note else ""))
-
-
-LOOPBACK_NOTE = (
-    "This invitation is for the same machine only, since the swarm listens on loopback; to be reached from other "
-    'machines, start it with listen="tcp://0.0.0.0:*" (labkit serve --listen tcp://0.0.0.0:*) and, behind a router, '
-    'announce="HOST:PORT"'
-)

@@ -17,12 +17,11 @@ from labkit.directory import Directory, DirectoryConfig
 from labkit.errors import JoinError
 from labkit.events import Emit, ignore
 from labkit.joining import check_reachable
-from labkit.wire.addresses import LOOPBACK
-from labkit.wire.client import Client
-from labkit.wire.endpoint import Endpoint, Network
-from labkit.wire.methods import Methods, RPCLimits
-from labkit.wire.rpc import serve_rpc
+from labkit.wire.rpc_client import Client
+from labkit.wire.rpc_server import serve_rpc
+from labkit.wire.rpc_types import Methods, RPCLimits
 from labkit.wire.security import Admission, Identity
+from labkit.wire.transport import LOOPBACK, Endpoint, Network
 
 BOOTSTRAP_TRIES = 3  # a busy node may be late once
 

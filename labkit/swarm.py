@@ -18,21 +18,18 @@ from typing import TYPE_CHECKING, Any
 import trio
 from torch import nn
 
-from labkit.census import Census, all_experts, all_grids, summarize, take_census
-from labkit.client.calls import ExpertClient
 from labkit.client.expert import RemoteExpert
+from labkit.client.expert_client import ExpertClient
 from labkit.client.moe import MixtureOfExperts
 from labkit.client.session import Session, close_session, open_session
-from labkit.contact import Contact
+from labkit.contact import Contact, Invitation
 from labkit.directory.grids import GridInfo
 from labkit.errors import RPCError, SwarmClosed
 from labkit.events import Emit, Listeners
 from labkit.expert_uid import ExpertInfo, check_grid, split_uid
 from labkit.faults import Faults
-from labkit.handles import Lab, ServerHandle, begin_all, end_all
-from labkit.joining import Invitation, Members
-from labkit.node import NodeConfig, open_node
-from labkit.planning import (
+from labkit.launch.handle import Lab, ServerHandle, begin_all, end_all
+from labkit.launch.planning import (
     check_all_places,
     choose_places,
     dispatch_config,
@@ -42,24 +39,25 @@ from labkit.planning import (
     known_sizes,
     plan_servers,
 )
-from labkit.polling import ask_everybody
+from labkit.node import NodeConfig, open_node
 from labkit.portal import Portal
 from labkit.server.layers import Factory
 from labkit.server.optimizer import BackendConfig
 from labkit.server.server import ServerConfig, checkpoint_directory
 from labkit.server.statistics import ServerStatistics
-from labkit.swarm_view import SwarmView
-from labkit.view.summary import SwarmSummary
-from labkit.view.telemetry import Telemetry
-from labkit.viewers import Viewers
-from labkit.wire.addresses import LOOPBACK
-from labkit.wire.security import Identity, parse_key
-from labkit.wire.zeromq import open_network
+from labkit.view.collect.inventory import ask_everybody
+from labkit.view.collect.telemetry import Telemetry
+from labkit.view.page.remote_service import Viewers
+from labkit.view.summary import Census, SwarmSummary, all_experts, all_grids, summarize, take_census
+from labkit.view.swarm_view import SwarmView
+from labkit.wire.security import Identity, Members, parse_key
+from labkit.wire.transport import LOOPBACK
+from labkit.wire.zmq_transport import open_network
 
 if TYPE_CHECKING:
-    from labkit.view.dashboard import Dashboard
-    from labkit.view.log_to import Logging
-    from labkit.view.snapshot import Picture
+    from labkit.view.log.swarm_logging import Logging
+    from labkit.view.page.dashboard import Dashboard
+    from labkit.view.picture.snapshot import Picture
 
 logger = logging.getLogger(__name__)
 

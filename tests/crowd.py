@@ -19,10 +19,10 @@ from labkit.expert_uid import grid_uids, spread
 from labkit.histogram import BUCKETS
 from labkit.node import NodeConfig, open_node
 from labkit.server.statistics import ServerStatistics
-from labkit.wire.methods import QuickMethod, Reply, Request
-from labkit.wire.rpc import serve_rpc
+from labkit.wire.rpc_server import serve_rpc
+from labkit.wire.rpc_types import Reply, Request, SyncMethod
 from labkit.wire.security import Identity
-from labkit.wire.zeromq import open_network
+from labkit.wire.zmq_transport import open_network
 
 NAME = "crowd"
 EXPERTS = 50  # of a server
@@ -55,7 +55,7 @@ async def main(invite: str, servers: int) -> None:
                 return Reply(busy(uids, started))
 
             async with network.listen(Identity.generate()) as endpoint, trio.open_nursery() as own:
-                await own.start(serve_rpc, endpoint, {"server.statistics": QuickMethod(statistics)})
+                await own.start(serve_rpc, endpoint, {"server.statistics": SyncMethod(statistics)})
                 task_status.started(endpoint.contact)
 
         ttl = CONFIG.directory.ttl

@@ -19,8 +19,8 @@ from torch import Tensor
 from labkit.contact import Contact
 from labkit.dht import DHTConfig, DHTNode
 from labkit.errors import BadReply, BadRequest, DeadlineExceeded, RPCError
-from labkit.wire.endpoint import Peer
-from labkit.wire.methods import CONTROL, QuickMethod, Reply, Request
+from labkit.wire.rpc_types import CONTROL, Reply, Request, SyncMethod
+from labkit.wire.transport import Peer
 
 
 def make_contact(number: int) -> Contact:
@@ -38,8 +38,8 @@ async def running(nodes: Sequence[DHTNode]) -> AsyncIterator[None]:
         nursery.cancel_scope.cancel()
 
 
-def _methods_of(node: DHTNode) -> dict[str, QuickMethod]:
-    return {name: method for name, method in node.methods.items() if isinstance(method, QuickMethod)}
+def _methods_of(node: DHTNode) -> dict[str, SyncMethod]:
+    return {name: method for name, method in node.methods.items() if isinstance(method, SyncMethod)}
 
 
 class FakeNetwork:
@@ -47,7 +47,7 @@ class FakeNetwork:
 
     def __init__(self, latency: float = 0.05) -> None:
         self.latency = latency
-        self.methods: dict[bytes, dict[str, QuickMethod]] = {}  # by public key; who is not here does not answer
+        self.methods: dict[bytes, dict[str, SyncMethod]] = {}  # by public key; who is not here does not answer
         self.calls: Counter[str] = Counter()  # by method
 
     def node(self, number: int, config: DHTConfig | None = None, *, client_only: bool = False) -> DHTNode:
@@ -75,7 +75,7 @@ class FakeNetwork:
     def replace(self, node: DHTNode, method: str, answer: Any) -> None:
         """Let a node answer `method` with this body, whatever it is asked."""
 
-        self.methods[node.contact.key][method] = QuickMethod(lambda request: Reply(answer))
+        self.methods[node.contact.key][method] = SyncMethod(lambda request: Reply(answer))
 
 
 class TaskCaller(ABC):

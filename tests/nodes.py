@@ -8,13 +8,12 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import trio
 
 from labkit.contact import Contact
-from labkit.wire.addresses import LOOPBACK
-from labkit.wire.client import Client
-from labkit.wire.endpoint import Endpoint, Network
-from labkit.wire.methods import Method, Methods, Reply, Request, RPCLimits
-from labkit.wire.rpc import serve_rpc
+from labkit.wire.rpc_client import Client
+from labkit.wire.rpc_server import serve_rpc
+from labkit.wire.rpc_types import AsyncMethod, Methods, Reply, Request, RPCLimits
 from labkit.wire.security import Admission, Identity
-from labkit.wire.zeromq import open_network
+from labkit.wire.transport import LOOPBACK, Endpoint, Network
+from labkit.wire.zmq_transport import open_network
 
 Wire = Callable[..., AbstractAsyncContextManager[Network]]
 
@@ -45,7 +44,7 @@ async def serving(
         network.listen(identity or Identity.generate(), address, secure=secure, admission=admission) as endpoint,
         trio.open_nursery() as nursery,
     ):
-        await nursery.start(serve_rpc, endpoint, methods or {"echo": Method(echo, object)}, limits)
+        await nursery.start(serve_rpc, endpoint, methods or {"echo": AsyncMethod(echo, object)}, limits)
         yield endpoint
         nursery.cancel_scope.cancel()
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from labkit.errors import BadRequest, CheckpointError, NonFiniteTensor
 from labkit.server import optimizer
 from labkit.server.backend import ExpertBackend
-from labkit.server.checks import check_finite
 from labkit.server.layers import make_expert
 from labkit.server.optimizer import BackendConfig
+from labkit.server.validation import check_finite
 
 HIDDEN = 6
 

@@ -14,20 +14,20 @@ import pytest
 
 from labkit.__main__ import main
 from labkit.bench import moe, rpc, suite
-from labkit.bench.crew import Crew, Worker
-from labkit.bench.echo import LEAST, echo, echo_limit
-from labkit.bench.figures import ratios_to, read_peer, show
+from labkit.bench.limits import LEAST, echo, echo_limit
+from labkit.bench.processes import ProcessGroup, Worker
+from labkit.bench.report import ratios_to, read_peer, show
 from labkit.bench.suite import Row, SuiteConfig
 from labkit.bench.suite import measure as measure_all
 from labkit.contact import Contact
 from labkit.errors import LabkitError
 from labkit.experiments.expert_search import SearchConfig, measure
-from labkit.experiments.search_results import measure_all as measure_searches
+from labkit.experiments.results import measure_all as measure_searches
 
 
 @pytest.fixture(autouse=True)
 def short_echoes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("labkit.bench.echo.LEAST", 0.05)
+    monkeypatch.setattr("labkit.bench.limits.LEAST", 0.05)
 
 
 def test_a_search_among_simulated_nodes_takes_round_trips_when_cold_and_no_time_when_warm(capsys):
@@ -133,7 +133,7 @@ def test_calls_that_train_may_be_encrypted_and_compressed_and_several_servers_ha
 
 def test_the_echo_takes_a_second_at_least_and_counts_all_clients(monkeypatch):
     assert LEAST == 1.0
-    monkeypatch.setattr("labkit.bench.echo.LEAST", 0.2)
+    monkeypatch.setattr("labkit.bench.limits.LEAST", 0.2)
     told = echo([([8], 1), ([8, 8], 1)], clients=[2, 1], calls=3)
     assert len(told) == 3
     assert all(calls > 3 and seconds >= 0.2 for calls, seconds in told), "three calls are soon made"
@@ -142,7 +142,7 @@ def test_the_echo_takes_a_second_at_least_and_counts_all_clients(monkeypatch):
 
 
 def test_the_limit_adds_up_what_clients_made_each_in_its_time(monkeypatch):
-    monkeypatch.setattr("labkit.bench.echo.echo", lambda *exchanges, **how: [(10, 1.0), (30, 2.0)])
+    monkeypatch.setattr("labkit.bench.limits.echo", lambda *exchanges, **how: [(10, 1.0), (30, 2.0)])
     assert echo_limit([([8], 1)], clients=[1, 1], calls=10) == 25.0
 
 
@@ -164,13 +164,13 @@ def test_a_layer_is_measured_beside_the_same_arithmetic_without_a_network():
 
 def test_records_are_measured_among_nodes_in_processes_of_their_own_that_encrypt_if_told_to(monkeypatch):
     joined: list[str] = []
-    hire = Crew.hire
+    hire = ProcessGroup.start
 
-    def note(crew: Crew, role: str, *orders: Any) -> list[Worker]:
+    def note(group: ProcessGroup, role: str, *orders: Any) -> list[Worker]:
         joined.extend(order["join"] for order in orders if role == "dht:live" and order["join"])
-        return hire(crew, role, *orders)
+        return hire(group, role, *orders)
 
-    monkeypatch.setattr(Crew, "hire", note)
+    monkeypatch.setattr(ProcessGroup, "start", note)
     result = bench("dht", "--peers", "3", "--rounds", "4", "--secure")
     assert result["found"] == 1.0
     assert all(result[name] > 0 for name in ("store_s", "get_s", "get_any_s", "store_limit_s"))

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 import labkit as lk
-from labkit.pulse import Pulse
 from labkit.server import checkpoints
-from labkit.view.dashboard import ORDERS, UNHEARD, Dashboard
-from labkit.view.pages import LAST_FRAMES
+from labkit.view.page.dashboard import ORDERS, UNHEARD, Dashboard
+from labkit.view.page.pages import LAST_FRAMES
 from labkit.view.scene import Scene
+from labkit.view.worker_thread import WorkerThread
 from tests.swarms import eventually
 
 PERIOD = 0.02
@@ -126,7 +126,7 @@ def test_a_pulse_beats_while_there_is_something_to_do():
         left[0] -= 1
         return 0.0 if left[0] > 0 else None
 
-    pulse = Pulse("labkit-test", step)
+    pulse = WorkerThread("labkit-test", step)
     assert not pulse.beating
     pulse.wake()
     assert pulse.wait_for_end(5) and beats == ["labkit-test"] * 3
@@ -137,7 +137,7 @@ def test_a_pulse_beats_while_there_is_something_to_do():
 def test_waking_a_pulse_that_is_about_to_end_is_not_lost():
     for _ in range(300):
         beats: list[int] = []
-        pulse = Pulse("labkit-test", lambda beats=beats: beats.append(len(beats)))  # type: ignore[misc]
+        pulse = WorkerThread("labkit-test", lambda beats=beats: beats.append(len(beats)))  # type: ignore[misc]
         pulse.wake()
         while not beats:
             pass  # it ends now
@@ -146,7 +146,7 @@ def test_waking_a_pulse_that_is_about_to_end_is_not_lost():
 
 
 def test_a_pulse_that_fails_is_logged_and_can_be_woken_again(caplog):
-    pulse = Pulse("labkit-test", lambda: 1 / 0)
+    pulse = WorkerThread("labkit-test", lambda: 1 / 0)
     for count in (1, 2):
         pulse.wake()
         assert pulse.wait_for_end(5)
@@ -313,7 +313,7 @@ def test_a_page_sees_the_swarm_and_its_buttons_are_obeyed(swarm):
 
 
 def local(swarm: lk.Swarm) -> Shown:
-    from labkit.view.local_source import LocalSource
+    from labkit.view.page.local_source import LocalSource
 
     return Shown(LocalSource(swarm.view), swarm.view)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from labkit.view.pages import FRAME_PERIOD
+from labkit.view.page.pages import FRAME_PERIOD
 from tests.front_end import WIDGET, FrontEnd, Page, open_kernel
 
 pytestmark = pytest.mark.timeout(120)  # starting a kernel and importing torch takes most of it

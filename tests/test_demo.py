@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from labkit.__main__ import main
-from labkit.demo import DemoConfig
+from labkit.cli.demo import DemoConfig
 
 COMMAND = [sys.executable, "-m", "labkit", "demo"]
 

@@ -13,8 +13,8 @@ from labkit.dht import DHTConfig, DHTNode, Entry, Signer, Value
 from labkit.dht.protocol import KeyItems, Ping, Store, WireItem
 from labkit.dht.storage import Role, key_id
 from labkit.errors import BadRequest
-from labkit.wire.endpoint import Peer
-from labkit.wire.methods import QuickMethod, Request
+from labkit.wire.rpc_types import Request, SyncMethod
+from labkit.wire.transport import Peer
 from tests.fake_network import FakeNetwork, make_contact, running
 from tests.nodes import changed
 
@@ -418,7 +418,7 @@ async def test_a_sender_whose_key_the_connection_does_not_prove_is_ignored(autoj
     for proven in (make_contact(6).key, make_contact(7).key):
         request = Request("dht.ping", Ping(make_contact(7)), (), Peer(b"", proven), trio.current_time() + 1.0)
         ping = node.methods["dht.ping"]
-        assert isinstance(ping, QuickMethod)
+        assert isinstance(ping, SyncMethod)
         ping.handler(request)
         assert (make_contact(7).node_id in node.routing) == (proven == make_contact(7).key)
 
@@ -428,7 +428,7 @@ async def test_a_sender_that_we_would_have_to_call_unencrypted_is_ignored(autoju
     for host in ("192.0.2.1", "127.0.0.1"):
         sender = changed(make_contact(7), host=host, secure=False)
         ping = node.methods["dht.ping"]
-        assert isinstance(ping, QuickMethod)
+        assert isinstance(ping, SyncMethod)
         ping.handler(Request("dht.ping", Ping(sender), (), Peer(b"", None), trio.current_time() + 1.0))
         assert (sender.node_id in node.routing) == (host == "127.0.0.1")
 
@@ -437,7 +437,7 @@ async def test_a_call_with_too_many_items_is_refused_before_any_is_looked_at(aut
     node = FakeNetwork().node(0)
     records = [KeyItems(f"key{number}", [WireItem(b"", 10.0)] * 600) for number in range(2)]
     store = node.methods["dht.store"]
-    assert isinstance(store, QuickMethod)
+    assert isinstance(store, SyncMethod)
     with pytest.raises(BadRequest, match="over 1024 items"):
         store.handler(Request("dht.store", Store(None, records), (), Peer(b"", None), trio.current_time() + 1.0))
     assert len(node.storage) == 0

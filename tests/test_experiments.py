@@ -10,18 +10,18 @@ import pytest
 import torch
 import trio
 
-from labkit.data import ClassificationData
-from labkit.data import load as load_data
 from labkit.errors import SwarmClosed
 from labkit.events import CallFinished, Event
 from labkit.experiments.convergence import ConvergenceConfig, History, run
-from labkit.experiments.lockstep import Lockstep
 from labkit.experiments.results import load, load_all, save
 from labkit.experiments.runner import plan, run_all
-from labkit.experiments.simulated_swarm import open_simulated_swarm
 from labkit.server.server import ServerConfig
-from labkit.wire.simclock import run_in_virtual_time
-from labkit.wire.simnet import open_simnet
+from labkit.simulation.lockstep import Lockstep
+from labkit.simulation.network import open_simnet
+from labkit.simulation.swarm import open_simulated_swarm
+from labkit.simulation.virtual_clock import run_in_virtual_time
+from labkit.training.datasets import ClassificationData
+from labkit.training.datasets import load as load_data
 
 SMALL = ConvergenceConfig(
     grid=(2, 2), layers=2, k_best=2, width=16, trainers=4, batch_size=16, updates=24, evaluate_every=8, loss=0.1

@@ -12,11 +12,11 @@ import trio
 
 from labkit.errors import DeadlineExceeded
 from labkit.faults import Faults
-from labkit.server.compute import InlineCompute
+from labkit.server.executor import InlineCompute
 from labkit.server.server import ExpertCall, ExpertServer, ServerConfig
-from labkit.wire.agenda import Agenda
-from labkit.wire.endpoint import Peer
-from labkit.wire.methods import Reply, Request
+from labkit.wire.rpc_types import Reply, Request
+from labkit.wire.timers import Timers
+from labkit.wire.transport import Peer
 
 
 def test_delays_are_exponential_with_the_mean_that_was_asked_for():
@@ -44,8 +44,8 @@ def test_the_same_seed_draws_the_same_faults_whatever_the_settings_were_before()
 @asynccontextmanager
 async def serving(faults: Faults) -> AsyncIterator[Callable[..., Awaitable[Reply | Exception]]]:
     """A function that asks an expert server with such faults, and returns the answer."""
-    agenda = Agenda()
-    server = ExpertServer(ServerConfig(("nop.0",), kind="nop"), faults, executor=InlineCompute(), agenda=agenda)
+    timers = Timers()
+    server = ExpertServer(ServerConfig(("nop.0",), kind="nop"), faults, executor=InlineCompute(), timers=timers)
 
     async def ask(within: float = 1000.0) -> Reply | Exception:
         answers, answered = [], trio.Event()
@@ -62,7 +62,7 @@ async def serving(faults: Faults) -> AsyncIterator[Callable[..., Awaitable[Reply
         return answer
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(agenda.run)
+        nursery.start_soon(timers.run)
         await nursery.start(server.runtime.run)
         yield ask
         nursery.cancel_scope.cancel()

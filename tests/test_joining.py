@@ -21,10 +21,10 @@ from labkit.errors import InviteError, JoinError, LabkitError
 from labkit.node import NodeConfig, open_node
 from labkit.portal import unwrap
 from labkit.swarm import Swarm
-from labkit.wire.endpoint import Peer
 from labkit.wire.frames import Frame, Kind
 from labkit.wire.security import Identity, key_text
-from labkit.wire.zeromq import open_network
+from labkit.wire.transport import Peer
+from labkit.wire.zmq_transport import open_network
 
 KEY = Identity.generate().public_key
 

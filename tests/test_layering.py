@@ -1,7 +1,7 @@
-"""The house has floors: imports point down, or sideways within one part. Read from the imports themselves.
+"""The house has floors: imports point down, and no files import each other in a circle. Read from the imports.
 
-A module belongs to a part: its package (`wire`, `dht`, …) or, at the top level, itself. A new part fails this test
-until it is given a floor here.
+A part is a package; a module that lies directly in `labkit/` or in `labkit/view/` is a part by itself. Each part has a
+floor of its own, and may import what lies below it. A new part fails here until it is given a floor.
 """
 
 from __future__ import annotations
@@ -10,76 +10,62 @@ import ast
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent / "labkit"
+import labkit
 
-FLOORS: list[set[str]] = [
-    {"errors", "events", "contact", "expert_uid", "histogram", "resources"},  # words: no I/O, no async
-    {"wire", "faults"},
-    {"dht", "directory", "joining", "node"},  # node: an endpoint, a DHT node and a directory in one
-    {"portal", "pulse"},  # below the wings, since the MoE layer's autograd function enters the lab thread through it
-    {"server", "client"},
-    {"run", "trainer", "shared_model", "update_rule", "streams", "data", "experiments"},
-    {
-        "swarm",
-        "swarm_view",
-        "remote_view",
-        "viewers",
-        "polling",
-        "planning",
-        "handles",
-        "lives",
-        "child",
-        "census",
-        "view",
-    },  # the notebook
-    {
-        "serving",
-        "demo",
-        "watch",
-        "page_server",
-        "bench",
-        "__main__",
-        "__init__",
-    },  # the command line, and what is imported from outside
-]
-STRANGERS = [("server", "client"), ("client", "server")]
-LEAVES = {
-    "faults": set[str](),
-    "portal": {"errors"},
-    "data": {"errors"},
-}  # parts that import no more of labkit than this
+ROOT = Path(labkit.__file__).parent
 
-# Who may import it: a module (`wire/sockets.py`), or a whole package (`view/`).
+# From the ground up. A part imports parts that come before it; the two wings, `server` and `client`, are strangers.
+FLOORS = [
+    # words: no I/O, no async
+    "errors", "histogram", "faults", "events", "contact", "expert_uid",
+    # the network, the DHT, and the experts in it
+    "wire", "dht", "directory", "expert_protocol", "joining", "node", "portal",
+    # the two wings
+    "server", "client",
+    # training, in real and in virtual time
+    "training", "simulation",
+    # the notebook
+    "launch", "view", "view.worker_thread", "view.scene", "view.outputs", "view.collect", "view.summary",
+    "view.picture", "view.log", "view.page", "view.export", "view.recording", "view.progress", "view.swarm_view",
+    "swarm",
+    # what a user imports; it imports the others when they are used
+    "__init__",
+    # the command line
+    "bench", "experiments", "cli", "__main__",
+]  # fmt: skip
+STRANGERS = {("server", "client"), ("client", "server")}
+NOTHING_ELSE = {"faults": set[str](), "portal": {"errors"}}  # parts that import no more of labkit than this
+PACKAGES_OF_PARTS = [["view"]]  # whose modules are parts, like those of labkit itself
+
+# Who may import it: a module (`wire/zmq_socket.py`), or a whole folder (`view/page/`).
 ONLY = {
-    "zmq": {"wire/sockets.py", "wire/making.py", "wire/security.py", "bench/echo.py"},
-    "ipywidgets": {"view/"},
-    "anywidget": {"view/"},
-    "IPython": {"view/"},
-    "wandb": {"view/loggers.py"},
+    "zmq": {"wire/zmq_socket.py", "wire/security.py", "bench/limits.py"},
+    "ipywidgets": {"view/page/"},
+    "anywidget": {"view/page/"},
+    "IPython": {"view/page/"},
+    "wandb": {"view/log/"},
     "threading": {
         "portal.py",
-        "server/compute.py",
-        "experiments/lockstep.py",
-        "experiments/parent.py",
-        "experiments/runner.py",
-        "run.py",
-        "shared_model.py",
-        "swarm_view.py",
-        "pulse.py",
-        "view/figures.py",
-        "view/log_to.py",
+        "server/executor.py",
+        "training/run.py",
+        "training/shared_model.py",
+        "simulation/lockstep.py",
+        "launch/parent.py",
+        "view/worker_thread.py",
         "view/outputs.py",
-        "view/rows.py",
-        "child.py",
-        "page_server.py",
-        "bench/worker.py",
-    },  # child, page_server, worker: read their orders
+        "view/swarm_view.py",
+        "view/picture/canvas.py",
+        "view/log/rows.py",
+        "view/log/swarm_logging.py",
+        "bench/processes.py",
+        "experiments/runner.py",
+    },
     "_thread": set[str](),
     "multiprocessing": set[str](),  # a server process is spawned as `python -m labkit serve`
     "asyncio": set[str](),
@@ -91,73 +77,174 @@ ONLY = {
 }
 LATE = ["ipywidgets", "anywidget", "wandb", "datasets", "sklearn", "scipy", "matplotlib", "IPython", "PIL", "pandas"]
 
-MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if "node_modules" not in path.parts)
-
-
-def part_of(module: str) -> str:
-    """`wire/rpc.py` -> `wire`, `swarm.py` -> `swarm`."""
-    return module.split("/")[0].removesuffix(".py")
-
-
-def floor_of(part: str) -> int:
-    return next(number for number, parts in enumerate(FLOORS) if part in parts)
+Files = Mapping[str, str]  # module ("wire/frames.py") -> source
 
 
 @cache
-def tree(module: str) -> ast.Module:
-    return ast.parse((ROOT / module).read_text(encoding="utf-8"))
+def house() -> Files:
+    """The modules of labkit."""
+    paths = (path for path in ROOT.rglob("*.py") if "node_modules" not in path.parts)
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted(paths)}
 
 
-def imports(module: str) -> Iterator[str]:
-    """Absolute dotted names of all that `module` imports, at its top or inside a function."""
+def part_of(module: str) -> str:
+    """`wire/frames.py` -> `wire`, `swarm.py` -> `swarm`, `view/scene.py` -> `view.scene`."""
+    *folders, file = module.split("/")
+    if not folders or (folders in PACKAGES_OF_PARTS and file != "__init__.py"):
+        return ".".join([*folders, file.removesuffix(".py")])
+    return ".".join(folders)
+
+
+def imports(module: str, source: str) -> Iterator[str]:
+    """Dotted names of all that a module imports, at its top, inside a function, or only for the type checker."""
     package = ["labkit", *module.split("/")[:-1]]
-    for node in ast.walk(tree(module)):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
-            source = ".".join([*base, *([node.module] if node.module else [])])
-            yield from (f"{source}.{alias.name}" for alias in node.names)
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
 
 
-def imported_parts(module: str) -> set[str]:
-    """The parts of labkit that `module` imports, other than its own."""
+def imported_modules(module: str, files: Files) -> set[str]:
+    """The modules among `files` that a module imports. (`from labkit import Swarm` imports `__init__.py`.)"""
     found = set()
-    for name in imports(module):
+    for name in imports(module, files[module]):
         top, *rest = name.split(".")
         if top == "labkit":
-            known = rest and ((ROOT / f"{rest[0]}.py").exists() or (ROOT / rest[0]).is_dir())
-            found.add(rest[0] if known else "__init__")  # `from labkit import Swarm` imports labkit itself
-    return found - {part_of(module)}
+            ends = (len(rest) - cut for cut in range(len(rest) + 1))
+            candidates = (path for end in ends for path in _paths(rest[:end]) if path in files)
+            found.add(next(candidates, "__init__.py"))
+    return found - {module}
 
 
-def test_every_part_has_a_floor():
-    placed = set().union(*FLOORS)
-    assert sum(map(len, FLOORS)) == len(placed), "a part stands on two floors"
-    assert {part_of(module) for module in MODULES} <= placed
+def _paths(parts: Sequence[str]) -> tuple[str, str]:
+    return "/".join(parts) + ".py", "/".join([*parts, "__init__.py"])
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_down_or_sideways(module):
-    part = part_of(module)
-    imported = imported_parts(module)
-    assert [other for other in imported if floor_of(other) > floor_of(part)] == []
-    assert [other for other in imported if (part, other) in STRANGERS] == []
-    assert imported <= LEAVES.get(part, imported)
+def problems(files: Files) -> list[str]:
+    """What is wrong with the floors of these modules, in words."""
+    said = [
+        f"{module} belongs to the part {part_of(module)}, which has no floor: give it one in FLOORS"
+        for module in files
+        if part_of(module) not in FLOORS
+    ]
+    for module in files:
+        part = part_of(module)
+        others = {other: part_of(other) for other in imported_modules(module, files)}
+        for other, theirs in sorted(others.items()):
+            if {part, theirs} <= set(FLOORS) and FLOORS.index(theirs) > FLOORS.index(part):
+                said.append(f"{module} imports {other}, which lies above it")
+            if (part, theirs) in STRANGERS:
+                said.append(f"{module} imports {other}, but {part} and {theirs} are strangers")
+            if part in NOTHING_ELSE and theirs not in {part, *NOTHING_ELSE[part]}:
+                said.append(f"{module} imports {other}, but {part} may import only {NOTHING_ELSE[part] or 'nothing'}")
+    return said + [f"these import each other in a circle: {' -> '.join(circle)}" for circle in circles(files)]
+
+
+def circles(files: Files) -> list[list[str]]:
+    """The groups of modules that reach each other by imports, each sorted (Tarjan's strongly connected components)."""
+    arrows = {module: sorted(imported_modules(module, files)) for module in files}
+    number, low = dict[str, int](), dict[str, int]()
+    path, found = list[str](), list[list[str]]()
+
+    def visit(module: str) -> None:
+        number[module] = low[module] = len(number)
+        path.append(module)
+        for other in arrows[module]:
+            if other not in number:
+                visit(other)
+            if other in path:
+                low[module] = min(low[module], low[other])
+        if low[module] == number[module]:
+            start = path.index(module)
+            group, path[start:] = path[start:], []
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for module in arrows:
+        if module not in number:
+            visit(module)
+    return found
+
+
+def test_each_part_has_one_floor_and_every_floor_a_part():
+    parts = {part_of(module) for module in house()}
+    assert sorted(FLOORS) == sorted(parts)
+
+
+def test_imports_point_down_and_no_files_import_each_other_in_a_circle():
+    assert problems(house()) == []
+
+
+@pytest.mark.parametrize(
+    ("planted", "said"),
+    [
+        (
+            {
+                "wire/frames.py": "from labkit.wire.rpc_client import Client",
+                "wire/rpc_client.py": "import labkit.wire.frames",
+            },
+            "these import each other in a circle: wire/frames.py -> wire/rpc_client.py",
+        ),
+        (
+            {
+                "dht/node.py": "from labkit.dht import peers",
+                "dht/peers.py": "if TYPE_CHECKING:\n    from labkit.dht.node import DHTNode",
+            },
+            "these import each other in a circle: dht/node.py -> dht/peers.py",
+        ),
+        (
+            {"wire/frames.py": "def f():\n    from labkit.swarm import Swarm", "swarm.py": ""},
+            "wire/frames.py imports swarm.py, which lies above it",
+        ),
+        (
+            {"view/scene.py": "from labkit.view.page.pages import Pages", "view/page/pages.py": ""},
+            "view/scene.py imports view/page/pages.py, which lies above it",
+        ),
+        (
+            {"client/moe.py": "from labkit.server.backend import ExpertBackend", "server/backend.py": ""},
+            "client/moe.py imports server/backend.py, but client and server are strangers",
+        ),
+        ({"gossip.py": ""}, "gossip.py belongs to the part gossip, which has no floor: give it one in FLOORS"),
+        ({"relay/pipe.py": ""}, "relay/pipe.py belongs to the part relay, which has no floor: give it one in FLOORS"),
+        (
+            {"portal.py": "import labkit.events", "events.py": ""},
+            "portal.py imports events.py, but portal may import only {'errors'}",
+        ),
+    ],
+)  # fmt: skip
+def test_a_planted_fault_is_found_and_told(planted, said):
+    assert problems(planted) == [said]
 
 
 @pytest.mark.parametrize("library", ONLY)
 def test_a_guarded_library_is_imported_only_where_it_may_be(library):
-    users = [module for module in MODULES if any(name.split(".")[0] == library for name in imports(module))]
+    users = [m for m, source in house().items() if any(name.split(".")[0] == library for name in imports(m, source))]
     allowed = ONLY[library]
-    assert [user for user in users if user not in allowed and f"{part_of(user)}/" not in allowed] == []
+    assert [user for user in users if user not in allowed and user[: user.rfind("/") + 1] not in allowed] == []
+
+
+def test_no_public_class_shares_its_name_with_another():
+    homes: dict[str, list[str]] = {}
+    for module, source in house().items():
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(module)
+    assert {name: modules for name, modules in homes.items() if len(modules) > 1} == {}
+
+
+def test_no_module_has_over_400_lines():
+    lengths = {module: source.count("\n") for module, source in house().items()}
+    assert {module: length for module, length in lengths.items() if length > 400} == {}
 
 
 def test_nobody_calls_torch_load_or_save_which_pickle():
     users = [
         f"{module}:{node.lineno}"
-        for module in MODULES
-        for node in ast.walk(tree(module))
+        for module, source in house().items()
+        for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Attribute) and node.attr in ("load", "save") and ast.unparse(node.value) == "torch"
     ]
     assert users == []

@@ -20,10 +20,18 @@ from torch import nn
 import labkit as lk
 from labkit.errors import CAUSES
 from labkit.events import Listeners, StepFailed, StepFinished
-from labkit.view import log_to
-from labkit.view.log_to import Logging
-from labkit.view.loggers import JsonlLogger, WandbLogger
-from labkit.view.rows import Histogram, StepQueue, Table, overall_latency, routing_entropy, server_table, swarm_row
+from labkit.view.log import swarm_logging as log_to
+from labkit.view.log.loggers import JsonlLogger, WandbLogger
+from labkit.view.log.rows import (
+    LoggedHistogram,
+    LoggedTable,
+    StepQueue,
+    overall_latency,
+    routing_entropy,
+    server_table,
+    swarm_row,
+)
+from labkit.view.log.swarm_logging import Logging
 from labkit.view.scene import Scene, State
 from tests.scenes import make_scene, play
 from tests.swarms import eventually
@@ -100,7 +108,7 @@ def test_a_row_says_how_the_swarm_is():
     assert row["swarm/latency_ms/p50"] < row["swarm/latency_ms/p95"] < row["swarm/latency_ms/p99"]
     assert {f"swarm/latency_ms/{part}/p95" for part in ("queue", "compute", "network")} <= set(row)
     load = row["swarm/load"]
-    assert isinstance(load, Histogram) and sum(load.counts) == 32 and len(load.bins) == len(load.counts) + 1
+    assert isinstance(load, LoggedHistogram) and sum(load.counts) == 32 and len(load.bins) == len(load.counts) + 1
 
 
 def test_a_swarm_of_any_size_has_the_same_columns():
@@ -332,7 +340,7 @@ def test_a_file_is_appended_to_also_after_a_torn_line(tmp_path):
     first.log({"train/step": 2})
     first.finish()
     second = JsonlLogger(path)
-    second.log({"train/step": 3, "swarm/é": Table(("a",), ((None,),))})
+    second.log({"train/step": 3, "swarm/é": LoggedTable(("a",), ((None,),))})
     second.finish()
     assert path.read_text(encoding="utf-8").splitlines() == [
         '{"train/step": 1}', '{"train/st', '{"train/step": 2}',

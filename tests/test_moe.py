@@ -26,14 +26,14 @@ from labkit.client.moe import MixtureOfExperts, balance_loss
 from labkit.errors import NoExperts, RemoteFailure, SwarmClosed
 from labkit.events import CallFailed, CallFinished, Event, RoutingChosen
 from labkit.expert_uid import grid_uids
-from labkit.handles import ServerHandle
+from labkit.launch.handle import ServerHandle
 from labkit.server.backend import ExpertBackend
 from labkit.server.checkpoints import load_expert, save_expert
 from labkit.server.layers import FeedForward
 from labkit.server.optimizer import BackendConfig
-from labkit.trainer import evaluate
+from labkit.training.trainer import evaluate
 from labkit.wire.compression import CODECS
-from labkit.wire.sockets import COPIED
+from labkit.wire.zmq_socket import COPIED
 from tests.local_moe import LocalMoE
 from tests.swarms import eventually
 

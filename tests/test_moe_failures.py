@@ -13,8 +13,8 @@ import torch
 import trio
 from torch import Tensor
 
-from labkit.client.calls import ExpertClient, Figures
 from labkit.client.dispatch import DispatchConfig, Dispatched, dispatch_backward, dispatch_forward
+from labkit.client.expert_client import ExpertClient, Figures
 from labkit.client.session import Session
 from labkit.contact import Contact
 from labkit.directory import Directory
@@ -22,7 +22,7 @@ from labkit.errors import ConnectionLost, DeadlineExceeded, NoExperts, NotEnough
 from labkit.events import CallFailed, CallFinished, Event, RowsUnanswered
 from labkit.expert_uid import grid_uids, split_uid
 from labkit.portal import Portal
-from labkit.wire.methods import Reply
+from labkit.wire.rpc_types import Reply
 from tests.fake_network import TaskCaller
 from tests.fake_records import FakeRecords, contact
 

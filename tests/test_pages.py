@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from labkit.view.orders import check_order
-from labkit.view.pages import (
+from labkit.view.page.commands import check_order
+from labkit.view.page.pages import (
     CHUNK,
     FRAME_PERIOD,
     LAST_FRAMES,

@@ -19,10 +19,10 @@ from trio.testing import MockClock
 from labkit.dht.node import DHTConfig
 from labkit.errors import ConnectionLost, DeadlineExceeded
 from labkit.node import Node, NodeConfig, open_node
-from labkit.wire.latency import exponential
-from labkit.wire.methods import Method, Methods, Reply, Request, RPCLimits
+from labkit.simulation.latency import exponential
+from labkit.simulation.network import SimNetwork, open_simnet
+from labkit.wire.rpc_types import AsyncMethod, Methods, Reply, Request, RPCLimits
 from labkit.wire.security import Identity
-from labkit.wire.simnet import SimNetwork, open_simnet
 from tests.nodes import calling, echo, serving
 
 REPLICAS = 4
@@ -161,7 +161,7 @@ def test_no_call_outlives_its_deadline(seed: int, loss: float, bandwidth: float,
     async def main() -> None:
         async with (
             open_simnet(seed, latency=exponential(0.3), loss=loss, bandwidth=bandwidth) as network,
-            serving(network, {"slow": Method(slow)}) as server,
+            serving(network, {"slow": AsyncMethod(slow)}) as server,
             calling(network, limits=RPCLimits(bytes_per_peer=3 * LARGE)) as client,
         ):
 
@@ -213,7 +213,7 @@ def test_a_cancelled_call_leaves_nothing_behind(
         raise AssertionError
 
     async def main() -> None:
-        methods: Methods = {"forever": Method(forever), "echo": Method(echo)}
+        methods: Methods = {"forever": AsyncMethod(forever), "echo": AsyncMethod(echo)}
         async with (
             open_simnet(seed, latency=exponential(0.3), bandwidth=bandwidth) as network,
             serving(network, methods, limits=RPCLimits(bytes_per_peer=100 * LARGE)) as server,
@@ -238,7 +238,7 @@ def test_a_cancelled_call_leaves_nothing_behind(
             if loss:
                 await trio.sleep(100.0)  # or has not, and it is over nevertheless
             else:
-                assert not any(action for _, _, action, _ in network.agenda._due)
+                assert not any(action for _, _, action, _ in network.timers._due)
             assert running == 0
             assert trio.lowlevel.current_statistics().tasks_living == tasks
             network.loss = 0.0

@@ -11,11 +11,11 @@ import zmq
 
 from labkit.contact import Contact
 from labkit.errors import BadReply, ConnectionLost, DeadlineExceeded, HandshakeFailed, RemoteFailure, VersionMismatch
-from labkit.wire import client as client_module
 from labkit.wire import frames as wire
-from labkit.wire.methods import RPCLimits
+from labkit.wire import rpc_client as client_module
+from labkit.wire.rpc_types import RPCLimits
 from labkit.wire.security import Identity
-from labkit.wire.zeromq import open_network
+from labkit.wire.zmq_transport import open_network
 from tests.nodes import calling, changed, server_and_client, serving
 
 
@@ -166,7 +166,7 @@ async def test_something_that_is_not_zeromq_at_the_address_is_a_failed_handshake
 
 
 async def test_a_node_has_no_more_links_than_the_system_has_files_for(monkeypatch) -> None:
-    monkeypatch.setattr("labkit.wire.zeromq.open_files", lambda: 54)  # ten links, when all else has its own
+    monkeypatch.setattr("labkit.wire.zmq_transport.open_files", lambda: 54)  # ten links, when all else has its own
     async with open_network() as network, calling(network) as client, AsyncExitStack() as stack:
         servers = [await stack.enter_async_context(serving(network)) for _ in range(14)]
         for _ in range(2):

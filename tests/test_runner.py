@@ -13,15 +13,15 @@ import pytest
 import trio
 
 import labkit
-from labkit.data import ClassificationData
-from labkit.data import load as load_data
 from labkit.errors import SwarmClosed
 from labkit.experiments import convergence
 from labkit.experiments.convergence import ConvergenceConfig, History, run
-from labkit.experiments.lockstep import Lockstep
 from labkit.experiments.results import load, save
 from labkit.experiments.runner import is_done, run_all, run_one
 from labkit.server.optimizer import BackendConfig
+from labkit.simulation.lockstep import Lockstep
+from labkit.training.datasets import ClassificationData
+from labkit.training.datasets import load as load_data
 
 DENSE = ConvergenceConfig(model="dense", layers=1, width=8, trainers=2, updates=10, evaluate_every=4)
 SMALL = ConvergenceConfig(grid=(2, 2), layers=1, k_best=2, width=8, trainers=2, updates=2, evaluate_every=2)

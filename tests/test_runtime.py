@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from labkit.errors import BadRequest, DeadlineExceeded, NonFiniteTensor, Overloaded, RemoteFailure, UnknownExpert
 from labkit.events import BatchProcessed
-from labkit.server import compute
+from labkit.server import executor as compute
 from labkit.server.backend import ExpertBackend
 from labkit.server.batch import DeviceLost, compute_batch
 from labkit.server.layers import make_expert

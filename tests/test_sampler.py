@@ -14,12 +14,12 @@ from labkit.errors import CAUSES
 from labkit.events import CallFailed, CallFinished, RowsUnanswered, ServerLost, StepFinished
 from labkit.expert_uid import ExpertInfo, grid_uids
 from labkit.histogram import BUCKETS, RELATIVE_ERROR, Histogram
-from labkit.polling import Inventory, LocalServer
 from labkit.server.statistics import ServerStatistics
-from labkit.view import roster
-from labkit.view.sampler import Sampler
+from labkit.view.collect import registry as registry
+from labkit.view.collect.inventory import Inventory, LocalServer
+from labkit.view.collect.sampler import Sampler
+from labkit.view.collect.telemetry import Telemetry
 from labkit.view.scene import SERIES, Layer, Scene, State
-from labkit.view.telemetry import Telemetry
 from tests.fake_network import make_contact
 
 START = 1000.0
@@ -271,8 +271,8 @@ def test_experts_outside_their_grid_are_left_out_and_a_huge_grid_is_shown_as_far
 
 
 def test_tables_are_bounded(monkeypatch):
-    monkeypatch.setattr(roster, "MAX_EXPERTS", 3)
-    monkeypatch.setattr(roster, "MAX_SERVERS", 2)
+    monkeypatch.setattr(registry, "MAX_EXPERTS", 3)
+    monkeypatch.setattr(registry, "MAX_SERVERS", 2)
     stage = Stage()
     stage.found({uid: number for number, uid in enumerate(UIDS)})
     for number, uid in enumerate(UIDS):

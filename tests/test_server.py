@@ -27,9 +27,9 @@ from labkit.server.optimizer import BackendConfig
 from labkit.server.runtime import Runtime
 from labkit.server.server import ServerConfig, checkpoint_directory, serve_experts, stop_timeout
 from labkit.server.statistics import ServerStatistics
-from labkit.wire.methods import BULK
+from labkit.wire.rpc_types import BULK
 from labkit.wire.security import Identity
-from labkit.wire.zeromq import open_network
+from labkit.wire.zmq_transport import open_network
 from tests.swarms import soon
 
 SGD = BackendConfig(optimizer="sgd", lr=0.1)

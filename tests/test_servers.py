@@ -17,7 +17,7 @@ from torch import nn
 
 import labkit as lk
 from labkit.errors import LabkitError, ServerFailed
-from labkit.lives import environment
+from labkit.launch.runners import environment
 from labkit.server.checkpoints import load_expert
 from labkit.swarm import Swarm
 from labkit.wire.security import Identity, key_text

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from labkit.expert_uid import MAX_COORDINATE
-from labkit.view.figures import Picture, Sheet, clip, shorten, text_width
-from labkit.view.heat_map import MAX_CELLS, draw_heat_map, lay_out
-from labkit.view.numbers import age, amount, clock, failures, figures, rate
+from labkit.view.picture.canvas import Picture, Sheet, clip, shorten, text_width
+from labkit.view.picture.formatting import age, amount, clock, failures, figures, rate
+from labkit.view.picture.heat_map import MAX_CELLS, draw_heat_map, lay_out
+from labkit.view.picture.snapshot import LINED_MARKS, draw
 from labkit.view.scene import SERIES, Layer, Mark, State
-from labkit.view.snapshot import LINED_MARKS, draw
 from tests.scenes import make_scene
 
 
@@ -223,7 +223,7 @@ def test_what_the_user_has_set_for_matplotlib_is_neither_changed_nor_felt():
 
 def test_no_pyplot_is_imported_and_no_figure_is_left():
     code = (
-        "import sys; from labkit.view.snapshot import draw; assert 'matplotlib' not in sys.modules; "
+        "import sys; from labkit.view.picture.snapshot import draw; assert 'matplotlib' not in sys.modules; "
         "from tests.scenes import make_scene; draw(make_scene()); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

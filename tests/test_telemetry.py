@@ -11,10 +11,11 @@ import pytest
 from labkit.errors import CAUSES
 from labkit.events import CallFailed, CallFinished, ServerLost, StepFinished
 from labkit.histogram import BUCKETS, bucket
-from labkit.view import series, telemetry
+from labkit.view.collect import telemetry
+from labkit.view.collect import time_series as series
+from labkit.view.collect.telemetry import Telemetry
+from labkit.view.collect.time_series import Bins, series_of
 from labkit.view.scene import SERIES
-from labkit.view.series import Bins, series_of
-from labkit.view.telemetry import Telemetry
 
 START = 500.0
 

@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-import labkit.run
-from labkit.data import ClassificationData, batches
+import labkit.training.run
 from labkit.errors import NotEnoughExperts, SwarmClosed, TrainingFailed
 from labkit.events import Event, StepFailed, StepFinished
-from labkit.run import Run, fit, latest_run
-from labkit.shared_model import SharedModel
 from labkit.swarm import Swarm
-from labkit.trainer import TrainConfig, evaluate, train_step
-from labkit.update_rule import Compensation, UpdateRule
+from labkit.training.datasets import ClassificationData, batches
+from labkit.training.run import Run, fit, latest_run
+from labkit.training.shared_model import SharedModel
+from labkit.training.staleness import Compensation, UpdateRule
+from labkit.training.trainer import TrainConfig, evaluate, train_step
 
 X = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
 Y = (X.sum(1) > 0).long()
@@ -36,7 +36,7 @@ def classifier(*layers: nn.Module) -> nn.Sequential:
 
 @pytest.fixture(autouse=True)
 def no_pause_after_a_failure(monkeypatch):
-    monkeypatch.setattr(labkit.run, "FAILURE_PAUSE", 0.0)
+    monkeypatch.setattr(labkit.training.run, "FAILURE_PAUSE", 0.0)
 
 
 def sgd(parameters):

@@ -12,11 +12,11 @@ from torch import nn
 
 from labkit.errors import SwarmClosed
 from labkit.events import CallFailed, CallFinished, RowsUnanswered, ServerLost, StepFinished
-from labkit.run import fit
+from labkit.training.run import fit
 from labkit.view import progress
+from labkit.view.collect.telemetry import Telemetry
 from labkit.view.progress import show_progress
 from labkit.view.summary import ServerRow, SwarmSummary
-from labkit.view.telemetry import Telemetry
 
 
 def finished(uid="ffn.0", address="tcp://a:1", seconds=0.1, updates=0):

@@ -23,12 +23,22 @@ from labkit.errors import (
     UnknownMethod,
     WrongServerKey,
 )
-from labkit.wire.client import Call, Client
+from labkit.simulation.network import open_simnet
 from labkit.wire.frames import FrameLimits
-from labkit.wire.methods import BULK, Answer, LaterMethod, Method, Methods, QuickMethod, Reply, Request, RPCLimits
+from labkit.wire.rpc_client import Call, Client
+from labkit.wire.rpc_types import (
+    BULK,
+    AsyncMethod,
+    CallbackMethod,
+    Methods,
+    Reply,
+    Request,
+    RespondFn,
+    RPCLimits,
+    SyncMethod,
+)
 from labkit.wire.security import Admission, Identity
-from labkit.wire.simnet import open_simnet
-from labkit.wire.zeromq import open_network
+from labkit.wire.zmq_transport import open_network
 from tests.nodes import Wire, calling, changed, echo, server_and_client, serving
 
 
@@ -59,7 +69,7 @@ async def test_answers_come_back_out_of_order(wire: Wire) -> None:
         return Reply(request.body)
 
     async with (
-        server_and_client(wire, {"m": Method(slow_first, int)}) as (server, client),
+        server_and_client(wire, {"m": AsyncMethod(slow_first, int)}) as (server, client),
         trio.open_nursery() as nursery,
     ):
 
@@ -103,7 +113,10 @@ async def test_the_caller_gets_the_error_that_the_server_raised(
     async def add(request: Request) -> Reply:
         raise ZeroDivisionError("a bug")
 
-    async with server_and_client(wire, {"add": Method(add, int), "echo": Method(echo, object)}) as (server, client):
+    async with server_and_client(wire, {"add": AsyncMethod(add, int), "echo": AsyncMethod(echo, object)}) as (
+        server,
+        client,
+    ):
         with pytest.raises(error):
             await client.call(server.contact, method, body, timeout=5)
         assert (await client.call(server.contact, "echo", "next", timeout=5)).body == "next"
@@ -124,7 +137,7 @@ async def test_a_quick_method_is_answered_without_a_task_and_fails_as_others_do(
             raise Overloaded("not now")
         return Reply(10 // request.body, request.tensors)
 
-    async with server_and_client(wire, {"quick": QuickMethod(quick, int)}) as (server, client):
+    async with server_and_client(wire, {"quick": SyncMethod(quick, int)}) as (server, client):
         for number in range(1, 6):
             reply = await client.call(server.contact, "quick", number, [torch.ones(number)], timeout=5)
             assert reply.body == 10 // number and torch.equal(reply.tensors[0], torch.ones(number))
@@ -138,7 +151,7 @@ async def test_the_answers_of_a_quick_method_wait_for_a_peer_that_does_not_read(
     big = torch.zeros(300_000)
 
     async with (
-        server_and_client(wire, {"big": QuickMethod(lambda request: Reply(None, [big]))}) as (server, client),
+        server_and_client(wire, {"big": SyncMethod(lambda request: Reply(None, [big]))}) as (server, client),
         trio.open_nursery() as nursery,
     ):
 
@@ -165,7 +178,10 @@ async def test_a_call_ends_at_its_deadline_and_the_server_drops_the_work(wire: W
         finally:
             ended.set()
 
-    async with server_and_client(wire, {"m": Method(forever), "echo": Method(echo, object)}) as (server, client):
+    async with server_and_client(wire, {"m": AsyncMethod(forever), "echo": AsyncMethod(echo, object)}) as (
+        server,
+        client,
+    ):
         await client.call(server.contact, "echo", timeout=5)  # so that there is a connection
         with pytest.raises(DeadlineExceeded, match=r"gave no answer to m within 0\.3 s"), trio.fail_after(5):
             await client.call(server.contact, "m", timeout=0.3)
@@ -188,7 +204,10 @@ async def test_the_server_drops_the_work_at_the_deadline_also_if_it_does_not_hea
             ended.set()
         raise AssertionError
 
-    async with server_and_client(wire, {"m": Method(forever), "echo": Method(echo, object)}) as (server, client):
+    async with server_and_client(wire, {"m": AsyncMethod(forever), "echo": AsyncMethod(echo, object)}) as (
+        server,
+        client,
+    ):
         await client.call(server.contact, "echo", timeout=5)  # so that there is a connection
         with pytest.raises(DeadlineExceeded):
             await client.call(server.contact, "m", timeout=0.3)
@@ -208,7 +227,10 @@ async def test_the_work_for_a_caller_that_vanishes_ends_at_its_deadline(wire: Wi
             ended.set()
         raise AssertionError
 
-    async with wire() as network, serving(network, {"m": Method(forever), "echo": Method(echo, object)}) as server:
+    async with (
+        wire() as network,
+        serving(network, {"m": AsyncMethod(forever), "echo": AsyncMethod(echo, object)}) as server,
+    ):
         async with calling(network) as client:
             client.begin(server.contact, "m", done=lambda outcome: None, timeout=1)
             with trio.fail_after(5):
@@ -229,7 +251,7 @@ async def test_a_cancelled_call_tells_the_server_so(wire: Wire) -> None:
         finally:
             ended.set()
 
-    async with server_and_client(wire, {"m": Method(forever)}) as (server, client), trio.open_nursery() as nursery:
+    async with server_and_client(wire, {"m": AsyncMethod(forever)}) as (server, client), trio.open_nursery() as nursery:
         nursery.start_soon(lambda: client.call(server.contact, "m", timeout=60))
         await started.wait()
         nursery.cancel_scope.cancel()
@@ -249,7 +271,7 @@ async def test_a_server_that_goes_away_fails_the_waiting_call_at_once(wire: Wire
         stop = trio.Event()
 
         async def serve(task_status: trio.TaskStatus[Contact]) -> None:
-            async with serving(network, {"m": Method(forever)}) as server:
+            async with serving(network, {"m": AsyncMethod(forever)}) as server:
                 task_status.started(server.contact)
                 await stop.wait()
 
@@ -325,7 +347,7 @@ async def test_over_curve_the_handler_sees_the_key_that_the_caller_proved(wire: 
     me = Identity.generate()
     async with wire() as network, calling(network, me) as client:
         for secure in (True, False):
-            async with serving(network, {"who": Method(who)}, secure=secure) as server:
+            async with serving(network, {"who": AsyncMethod(who)}, secure=secure) as server:
                 await client.call(server.contact, "who", timeout=5)
     assert seen == [me.public_key, None]
 
@@ -338,7 +360,7 @@ async def test_a_full_server_refuses_at_once_and_serves_again(wire: Wire) -> Non
         await release.wait()
         return Reply(request.body)
 
-    methods, limits = {"m": Method(hold, int)}, RPCLimits(requests=1)
+    methods, limits = {"m": AsyncMethod(hold, int)}, RPCLimits(requests=1)
     async with server_and_client(wire, methods, limits=limits) as (server, client):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lambda: client.call(server.contact, "m", 1, timeout=10))
@@ -360,7 +382,7 @@ async def test_one_peer_cannot_have_all_places_and_quick_methods_need_none(wire:
         await trio.sleep_forever()
         raise AssertionError
 
-    methods: Methods = {"m": Method(hold), "quick": QuickMethod(lambda request: Reply("at once"))}
+    methods: Methods = {"m": AsyncMethod(hold), "quick": SyncMethod(lambda request: Reply("at once"))}
     async with (
         wire() as network,
         serving(network, methods, limits=RPCLimits(requests=8)) as server,
@@ -404,7 +426,7 @@ async def test_bytes_over_the_budget_wait_their_turn(wire: Wire, codec: str) -> 
 
     async with (
         wire() as network,
-        serving(network, {"m": Method(hold)}) as server,
+        serving(network, {"m": AsyncMethod(hold)}) as server,
         calling(network, limits=RPCLimits(bytes_per_peer=250_000)) as client,
     ):
 
@@ -432,7 +454,7 @@ async def test_a_server_has_room_for_what_tensors_are_when_they_are_decoded(wire
 
     limits = RPCLimits(bytes_per_peer=150_000)
     async with (
-        server_and_client(wire, {"m": Method(hold)}, limits=limits) as (server, client),
+        server_and_client(wire, {"m": AsyncMethod(hold)}, limits=limits) as (server, client),
         trio.open_nursery() as nursery,
     ):
 
@@ -459,7 +481,7 @@ async def test_a_call_without_a_task_tells_its_outcome_once_and_a_cancelled_one_
                 cancelled.set()
         return Reply(request.body)
 
-    async with server_and_client(wire, {"m": Method(echo_or_wait, str)}) as (server, client):
+    async with server_and_client(wire, {"m": AsyncMethod(echo_or_wait, str)}) as (server, client):
         await client.call(server.contact, "m", "connect", timeout=5)
         client.begin(server.contact, "m", "a", done=heard.append, timeout=5)
         client.begin(server.contact, "m", "b", done=heard.append, returns=int, timeout=5)
@@ -484,8 +506,8 @@ async def test_thousands_of_calls_that_wait_for_each_others_bytes_all_get_their_
         return Reply(request.body)
 
     # In memory an echo is back before it is known to be sent, and lets the next one go.
-    quick = QuickMethod(lambda request: Reply(request.body), object)
-    async with wire() as network, serving(network, {"echo": quick, "wait": Method(wait, object)}) as server:
+    quick = SyncMethod(lambda request: Reply(request.body), object)
+    async with wire() as network, serving(network, {"echo": quick, "wait": AsyncMethod(wait, object)}) as server:
         async with calling(network, limits=RPCLimits(bytes_per_peer=1)) as client:
             bodies: list[int] = []
             all_there = trio.Event()
@@ -532,10 +554,10 @@ async def test_a_message_over_the_limit_is_refused_before_it_is_sent(wire: Wire,
 
 
 async def test_a_later_method_is_answered_when_it_calls_back(wire: Wire) -> None:
-    waiting: list[tuple[Request, Answer]] = []
+    waiting: list[tuple[Request, RespondFn]] = []
     all_wait = trio.Event()
 
-    def later(request: Request, answer: Answer) -> Callable[[], object]:
+    def later(request: Request, answer: RespondFn) -> Callable[[], object]:
         waiting.append((request, answer))
         if len(waiting) == 3:
             all_wait.set()
@@ -543,7 +565,7 @@ async def test_a_later_method_is_answered_when_it_calls_back(wire: Wire) -> None
 
     bodies: list[int] = []
     async with (
-        server_and_client(wire, {"m": LaterMethod(later, int)}) as (server, client),
+        server_and_client(wire, {"m": CallbackMethod(later, int)}) as (server, client),
         trio.open_nursery() as nursery,
     ):
 
@@ -567,7 +589,7 @@ async def test_a_later_method_is_answered_when_it_calls_back(wire: Wire) -> None
     [("text", BadRequest), (0, RemoteFailure), (1, Overloaded), (2, RemoteFailure)],
 )
 async def test_a_later_method_fails_as_others_do(wire: Wire, body: object, error: type[Exception]) -> None:
-    def later(request: Request, answer: Answer) -> Callable[[], object]:
+    def later(request: Request, answer: RespondFn) -> Callable[[], object]:
         if request.body == 0:
             raise ZeroDivisionError("a bug")
         answer(
@@ -575,7 +597,7 @@ async def test_a_later_method_fails_as_others_do(wire: Wire, body: object, error
         )
         return lambda: None
 
-    async with server_and_client(wire, {"m": LaterMethod(later, int)}, limits=RPCLimits(requests=1)) as (
+    async with server_and_client(wire, {"m": CallbackMethod(later, int)}, limits=RPCLimits(requests=1)) as (
         server,
         client,
     ):
@@ -587,16 +609,16 @@ async def test_a_later_method_fails_as_others_do(wire: Wire, body: object, error
 async def test_a_later_method_hears_that_nobody_wants_its_answer_and_one_too_late_is_not_sent(
     wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers: list[Answer] = []
+    answers: list[RespondFn] = []
     begun, forgotten = trio.Event(), trio.Event()
 
-    def later(request: Request, answer: Answer) -> Callable[[], object]:
+    def later(request: Request, answer: RespondFn) -> Callable[[], object]:
         answers.append(answer)
         begun.set()
         return forgotten.set
 
     heard: list[Reply | RPCError] = []
-    methods: Methods = {"m": LaterMethod(later), "echo": Method(echo, object)}
+    methods: Methods = {"m": CallbackMethod(later), "echo": AsyncMethod(echo, object)}
     async with server_and_client(wire, methods, limits=RPCLimits(requests=1)) as (server, client):
         call = client.begin(server.contact, "m", done=heard.append, timeout=60)
         with trio.fail_after(5):

@@ -12,15 +12,15 @@ from typing import Any
 
 import trio
 
-from labkit.bench.crew import Crew, Worker
-from labkit.bench.echo import fan_out_limit
-from labkit.bench.figures import check_at_least
+from labkit.bench.limits import fan_out_limit
+from labkit.bench.processes import ProcessGroup, Worker
+from labkit.bench.report import check_at_least
 from labkit.contact import Contact
 from labkit.dht.node import DHTConfig, Value
 from labkit.node import Node, NodeConfig, open_node
 from labkit.portal import Portal
 from labkit.wire.security import Identity
-from labkit.wire.zeromq import open_network
+from labkit.wire.zmq_transport import open_network
 
 TTL = 300.0  # seconds
 RECORD = 100  # bytes of a value and what is around it, about
@@ -46,12 +46,12 @@ def measure(config: DHTBenchConfig) -> dict[str, Any]:
     """
     draw = random.Random(0)
     store, get, get_any, found = list[float](), list[float](), list[float](), 0
-    with Crew() as crew:
+    with ProcessGroup() as group:
         peers: list[Worker] = []
         invitations: list[str] = []
         for _ in range(config.peers):
             join = draw.choice(invitations) if invitations else None
-            peers += crew.hire("dht:live", {"join": join, "secure": config.secure})
+            peers += group.start("dht:live", {"join": join, "secure": config.secure})
             invitations.append(peers[-1].hear())
         for _ in range(config.rounds):
             key, value = f"{draw.getrandbits(128):x}", f"{draw.getrandbits(128):x}"

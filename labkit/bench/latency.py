@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from labkit.bench.figures import check_at_least
+from labkit.bench.report import check_at_least
 from labkit.errors import LabkitError
 from labkit.server.statistics import ServerStatistics
 from labkit.swarm import Swarm

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from labkit.bench.arithmetic import moe_limit
-from labkit.bench.experts import KINDS
-from labkit.bench.figures import check_at_least
-from labkit.resources import peak_rss_mb
+from labkit.bench.limits import moe_limit
+from labkit.bench.processes import peak_rss_mb
+from labkit.bench.report import KINDS, check_at_least
 from labkit.swarm import Swarm
 
 TIMEOUT = 120.0  # seconds of a pass: nothing is to fail here

@@ -14,12 +14,9 @@ from typing import Any
 
 import torch
 
-from labkit.bench.arithmetic import experts_limit
-from labkit.bench.crew import Crew, all_at_once
-from labkit.bench.echo import Exchange, echo_limit
-from labkit.bench.experts import KINDS
-from labkit.bench.figures import check_at_least, milliseconds
-from labkit.resources import peak_rss_mb
+from labkit.bench.limits import Exchange, echo_limit, experts_limit
+from labkit.bench.processes import ProcessGroup, all_at_once, peak_rss_mb
+from labkit.bench.report import KINDS, check_at_least, milliseconds
 from labkit.server.backend import ExpertBackend
 from labkit.server.layers import make_expert
 from labkit.swarm import Swarm
@@ -66,13 +63,13 @@ def measure(config: RPCConfig) -> dict[str, Any]:
     with `backward`, the optimizer's moments.
     """
     before = _limit(config, config.batch)
-    with Crew() as crew, Swarm("bench", secure=config.secure or None) as swarm:
+    with ProcessGroup() as group, Swarm("bench", secure=config.secure or None) as swarm:
         servers = swarm.serve(
             KINDS[config.expert], experts=config.experts, servers=config.servers, name="expert", hidden=config.hidden,
             isolation="process",
         )  # fmt: skip
         order = {**asdict(config), "invite": swarm.invite(), "uids": sorted(swarm.experts())}
-        workers = crew.hire("rpc:call", *[{**order, "seeds": some} for some in _seeds(config)])
+        workers = group.start("rpc:call", *[{**order, "seeds": some} for some in _seeds(config)])
         warm_up = Counter[str]()
         told = all_at_once(workers, lambda: warm_up.update(_work(swarm)))
         work = _work(swarm) - warm_up

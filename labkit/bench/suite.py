@@ -20,9 +20,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from labkit.bench.figures import check_at_least, ratios_to
+from labkit.bench.report import check_at_least, ratios_to
 from labkit.errors import LabkitError
-from labkit.lives import OWN_GROUP
+from labkit.launch.runners import OWN_GROUP
 
 TIMEOUT = 1200.0  # seconds of one measurement; that of slow calls takes six minutes
 PEER_TIMEOUT = 180.0  # the same of a peer's script

@@ -18,8 +18,8 @@ import trio
 from torch import Tensor
 
 from labkit.client.beam_search import Routing, beam_search, nobody
-from labkit.client.calls import Answer, Done, ExpertCall
-from labkit.client.gather import Gathering, Request, requests_for
+from labkit.client.expert_client import ExpertCall, ExpertOutput, OnDone
+from labkit.client.gather import Gathering, RowGroup, requests_for
 from labkit.client.session import Session
 from labkit.directory import Children, Directory
 from labkit.errors import NoExperts, NotEnoughExperts
@@ -101,23 +101,23 @@ async def dispatch_forward(
     sent = Dispatched(name, routing.experts, routing.choice, routing.coordinates, gathering.answered)
     outputs = torch.zeros((n, k, *output_shape), dtype=inputs[0].dtype)
 
-    def ask(request: Request, done: Done) -> ExpertCall:
+    def ask(request: RowGroup, done: OnDone) -> ExpertCall:
         return session.experts.forward(
             request.expert, [tensor.index_select(0, request.rows) for tensor in inputs], output_shape, done,
             timeout=deadline - trio.current_time(), codec=config.codec,
         )  # fmt: skip
 
-    def take(request: Request, answer: Answer) -> None:
+    def take(request: RowGroup, answer: ExpertOutput) -> None:
         outputs[request.rows, request.slots] = answer.tensors[0]
         sent.updates.setdefault(request.expert.uid, answer.updates)  # of two answers the older
 
-    def requests(choice: Tensor) -> list[Request]:
+    def requests(choice: Tensor) -> list[RowGroup]:
         found = requests_for(sent.experts, choice)
         if found:
             session.emit(RoutingChosen(prefix=name, rows={request.expert.uid: len(request.rows) for request in found}))
         return found
 
-    async def replace(short: Tensor, free: Tensor) -> list[Request]:
+    async def replace(short: Tensor, free: Tensor) -> list[RowGroup]:
         others = _Without(session.directory, gathering.failed)
         with trio.move_on_at(deadline):
             found = await beam_search(others, name, [scores[short] for scores in grid_scores], k)
@@ -143,14 +143,14 @@ async def dispatch_backward(
     grads = [torch.zeros_like(tensor) if tensor.is_floating_point() else None for tensor in inputs]
     totals = [total for total in grads if total is not None]
 
-    def ask(request: Request, done: Done) -> ExpertCall:
+    def ask(request: RowGroup, done: OnDone) -> ExpertCall:
         return session.experts.backward(
             request.expert, [tensor.index_select(0, request.rows) for tensor in inputs],
             grad_outputs[request.rows, request.slots], done, timeout=deadline - trio.current_time(),
             codec=config.codec, seen=sent.updates.get(request.expert.uid),
         )  # fmt: skip
 
-    def take(request: Request, answer: Answer) -> None:
+    def take(request: RowGroup, answer: ExpertOutput) -> None:
         for total, grad in zip(totals, answer.tensors, strict=True):
             total.index_add_(0, request.rows, grad)
 

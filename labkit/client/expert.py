@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from labkit.client.calls import Done, ExpertCall, for_the_wire
+from labkit.client.expert_client import ExpertCall, OnDone, for_the_wire
 from labkit.client.session import Session, find_session
 from labkit.errors import NoExperts
 from labkit.expert_uid import parent, split_uid
-from labkit.wire.awaiting import outcome_of
 from labkit.wire.compression import CODECS
+from labkit.wire.transport import await_callback
 
 
 class RemoteExpert(nn.Module):
@@ -53,12 +53,12 @@ class RemoteExpert(nn.Module):
             raise NoExperts(f"nobody serves {self.uid}: {await session.directory.explain(parent(self.uid)[0])}")
         how: dict[str, Any] = {"timeout": self.timeout, "codec": self.codec}
 
-        def begin(done: Done) -> ExpertCall:
+        def begin(done: OnDone) -> ExpertCall:
             if direction == "forward":
                 return session.experts.forward(info, tensors, None, done, **how)
             return session.experts.backward(info, tensors[:-1], tensors[-1], done, **how)
 
-        return (await outcome_of(begin)).tensors
+        return (await await_callback(begin)).tensors
 
 
 class _CallExpert(torch.autograd.Function):

@@ -17,13 +17,13 @@ import trio
 from torch import Tensor
 
 from labkit.client.beam_search import group_rows
-from labkit.client.calls import Answer, Done, ExpertCall, Outcome
+from labkit.client.expert_client import ExpertCall, ExpertOutput, OnDone, Outcome
 from labkit.errors import RPCError
 from labkit.expert_uid import ExpertInfo
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
+class RowGroup:
     """One request: the rows that go to one expert, and the slot of each row that its answer fills."""
 
     expert: ExpertInfo
@@ -31,14 +31,14 @@ class Request:
     slots: Tensor
 
 
-def requests_for(experts: Sequence[ExpertInfo], choice: Tensor) -> list[Request]:
+def requests_for(experts: Sequence[ExpertInfo], choice: Tensor) -> list[RowGroup]:
     """The rows of `choice` [n, k], indices into `experts`, grouped by expert."""
-    return [Request(experts[e], rows, slots) for e, rows, slots in group_rows(choice)]
+    return [RowGroup(experts[e], rows, slots) for e, rows, slots in group_rows(choice)]
 
 
-Ask = Callable[[Request, Done], ExpertCall]
-Take = Callable[[Request, Answer], None]
-Replace = Callable[[Tensor, Tensor], Awaitable[list[Request]]]
+Ask = Callable[[RowGroup, OnDone], ExpertCall]
+Take = Callable[[RowGroup, ExpertOutput], None]
+Replace = Callable[[Tensor, Tensor], Awaitable[list[RowGroup]]]
 
 
 class Gathering:
@@ -55,12 +55,12 @@ class Gathering:
         self._answered = self.answered.numpy()  # the same memory
         self._waiting = np.zeros_like(self._answered)  # slots that may still be answered
         self.failed: dict[str, RPCError] = {}
-        self._under_way: dict[Request, ExpertCall | None] = {}
+        self._under_way: dict[RowGroup, ExpertCall | None] = {}
         self._broken: Exception | None = None  # a mistake of ours
         self._changed = trio.Event()
 
     async def run(
-        self, requests: Sequence[Request], ask: Ask, take: Take, patience: float, replace: Replace | None = None
+        self, requests: Sequence[RowGroup], ask: Ask, take: Take, patience: float, replace: Replace | None = None
     ) -> None:
         """Ask all at once, and return when none is under way. `take` gets each answer.
 
@@ -107,7 +107,7 @@ class Gathering:
         await self._changed.wait()
         self._changed = trio.Event()
 
-    def _start(self, requests: Sequence[Request], ask: Ask, take: Take) -> None:
+    def _start(self, requests: Sequence[RowGroup], ask: Ask, take: Take) -> None:
         for request in requests:
             self._waiting[request.rows.numpy(), request.slots.numpy()] = True
             self._under_way[request] = None
@@ -115,7 +115,7 @@ class Gathering:
             if request in self._under_way:
                 self._under_way[request] = call
 
-    def _end(self, request: Request, take: Take, outcome: Outcome) -> None:
+    def _end(self, request: RowGroup, take: Take, outcome: Outcome) -> None:
         places = request.rows.numpy(), request.slots.numpy()
         self._waiting[places] = False
         del self._under_way[request]

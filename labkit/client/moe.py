@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from labkit.client.calls import for_the_wire
 from labkit.client.dispatch import DispatchConfig, Dispatched, dispatch_backward, dispatch_forward
+from labkit.client.expert_client import for_the_wire
 from labkit.client.session import Session, find_session
 from labkit.expert_uid import check_grid, check_name
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from labkit.client.calls import ExpertClient
+from labkit.client.expert_client import ExpertClient
 from labkit.directory import Directory
 from labkit.errors import SwarmClosed
 from labkit.events import Emit

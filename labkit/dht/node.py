@@ -22,19 +22,17 @@ import trio
 
 from labkit.contact import Contact
 from labkit.dht import protocol
-from labkit.dht.finding import Finding
+from labkit.dht.lookup import Lookup, OnAnswers, run_lookups
 from labkit.dht.maintenance import Maintenance
-from labkit.dht.merging import merge
-from labkit.dht.peers import DHTConfig, Peers
-from labkit.dht.protocol import KeyItems, Store, StoreReply, WireItem
+from labkit.dht.peers import DHTConfig, FindCall, Peers
+from labkit.dht.protocol import KeyItems, NodeAnswer, Store, StoreReply, WireItem
 from labkit.dht.replicas import Replicas
 from labkit.dht.routing import RoutingTable
-from labkit.dht.search import Answer, Search, Told, look_up
 from labkit.dht.service import Service
-from labkit.dht.signing import verify
+from labkit.dht.signing import merge, verify
 from labkit.dht.storage import Entry, Item, Storage, Value, key_id
-from labkit.wire.awaiting import UnderWay, outcome_of
-from labkit.wire.methods import Caller, Methods
+from labkit.wire.rpc_types import Caller, Methods
+from labkit.wire.transport import Cancellable, await_callback
 
 __all__ = ["DHTConfig", "DHTNode", "Entry", "Value"]
 
@@ -190,14 +188,14 @@ class DHTNode:
         await self._look_up(list(searches.values()))
         return {target: search.nearest(self.config.k) for target, search in searches.items()}
 
-    def _search(self, query: str | bytes, target: int, quorum: int = 0) -> Search:
+    def _search(self, query: str | bytes, target: int, quorum: int = 0) -> Lookup:
         config = self.config
         start = self.peers.nearest(target, config.k)
-        return Search(query, target, start, k=config.k, alpha=config.alpha, quorum=quorum)
+        return Lookup(query, target, start, k=config.k, alpha=config.alpha, quorum=quorum)
 
-    async def _look_up(self, searches: Sequence[Search]) -> None:
+    async def _look_up(self, searches: Sequence[Lookup]) -> None:
         config = self.config
-        late = await look_up(
+        late = await run_lookups(
             searches, self.begin_find, slow_after=self.peers.slow_after, timeout=config.lookup_timeout,
             max_queries=protocol.MAX_QUERIES,
         )  # fmt: skip
@@ -209,13 +207,13 @@ class DHTNode:
 
     # ------------------------------------------------------------ asking
 
-    async def call_find(self, contact: Contact, queries: list[str | bytes]) -> list[Answer] | None:
+    async def call_find(self, contact: Contact, queries: list[str | bytes]) -> list[NodeAnswer] | None:
         """Ask a node about keys and ids. Returns an answer to each, or None if it did not answer."""
-        return await outcome_of(partial(self.begin_find, contact, queries))
+        return await await_callback(partial(self.begin_find, contact, queries))
 
-    def begin_find(self, contact: Contact, queries: list[str | bytes], done: Told) -> UnderWay:
+    def begin_find(self, contact: Contact, queries: list[str | bytes], done: OnAnswers) -> Cancellable:
         """The same without a task: `done` is told the answers."""
-        return Finding(self.peers, contact, queries, done)
+        return FindCall(self.peers, contact, queries, done)
 
     async def call_store(self, contact: Contact, records: list[KeyItems]) -> list[str] | None:
         """Give items to a node. Returns its refusals (empty texts for what it holds now), or None without an answer."""

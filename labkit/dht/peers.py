@@ -14,12 +14,13 @@ from typing import TypeVar
 import trio
 
 from labkit.contact import Contact
-from labkit.dht.protocol import Answered, Ping, Pong
+from labkit.dht.lookup import OnAnswers
+from labkit.dht.protocol import Answered, Find, FindReply, NodeAnswer, Ping, Pong, read_reply
 from labkit.dht.routing import Blacklist, RoutingTable
 from labkit.dht.storage import Limits
-from labkit.errors import RPCError
-from labkit.wire.awaiting import UnderWay, outcome_of
-from labkit.wire.methods import Caller, Reply, Request
+from labkit.errors import BadReply, RPCError
+from labkit.wire.rpc_types import Caller, Reply, Request
+from labkit.wire.transport import Cancellable, await_callback
 
 R = TypeVar("R", bound=Answered)
 
@@ -123,11 +124,11 @@ class Peers:
 
     async def call(self, contact: Contact, method: str, body: object, returns: type[R]) -> R | None:
         """Call a node. Returns its reply, or None if there was none, whatever the reason."""
-        return await outcome_of(partial(self.begin, contact, method, body, returns))
+        return await await_callback(partial(self.begin, contact, method, body, returns))
 
     def begin(
         self, contact: Contact, method: str, body: object, returns: type[R], done: Callable[[R | None], object]
-    ) -> UnderWay:
+    ) -> Cancellable:
         """The same without a task: `done` is told the reply."""
         self.calls += 1
         start = _now()
@@ -222,3 +223,51 @@ class Peers:
 
 def _now() -> float:
     return trio.current_time()
+
+
+class FindCall:
+    """One node being asked about keys and ids: records that had no room in its reply are asked for again until all have
+    come."""
+
+    __slots__ = ("_answers", "_call", "_contact", "_done", "_peers", "_queries")
+
+    def __init__(self, peers: Peers, contact: Contact, queries: list[str | bytes], done: OnAnswers) -> None:
+        self._peers = peers
+        self._contact = contact
+        self._queries = queries
+        self._done = done
+        self._answers: dict[str | bytes, NodeAnswer] = {}
+        self._call: Cancellable | None = None
+        self._ask(queries)
+
+    def _ask(self, missing: list[str | bytes]) -> None:
+        body = Find.of(self._peers.sender, missing)
+        hear = partial(self._hear, body.queries(), trio.current_time())
+        self._call = self._peers.begin(self._contact, "dht.find", body, FindReply, hear)
+
+    def _hear(self, asked: list[str | bytes], at: float, reply: FindReply | None) -> None:
+        if reply is None:
+            self._done(None)
+            return
+        peers, left_out = self._peers, []
+        try:
+            read = read_reply(reply, asked, at, peers.config.k, peers.config.limits)
+            for query, (answer, again) in zip(asked, read, strict=True):
+                if again:
+                    left_out.append(query)
+                self._answers[query] = answer._replace(contacts=peers.usable_of(answer.contacts))
+            if len(left_out) == len(asked):
+                raise BadReply("nothing but promises")
+        except BadReply:
+            peers.failed(self._contact)
+            self._done(None)
+            return
+        if left_out:
+            self._ask(left_out)
+        else:
+            self._done([self._answers[query] for query in self._queries])
+
+    def cancel(self) -> None:
+        """Nobody waits for the answers any more."""
+        if self._call is not None:
+            self._call.cancel()

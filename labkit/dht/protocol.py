@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
 from labkit.contact import ID_BITS, Contact, shared
-from labkit.dht.search import Answer
 from labkit.dht.storage import Item, Limits, Role
 from labkit.errors import BadReply
 
@@ -112,6 +111,17 @@ class StoreReply(Answered, frozen=True):
     refusals: list[str]
 
 
+class NodeAnswer(NamedTuple):
+    """What one node said about one target: the contacts nearest to it that it knows, and what it holds.
+
+    `at`: when the node was asked, from which on items' times to live count.
+    """
+
+    contacts: Sequence[Contact]
+    items: Sequence[WireItem]
+    at: float
+
+
 def to_wire(subkey: str | None, item: Item, now: float) -> WireItem:
     """An item as it leaves this node."""
     cached = item.role is Role.CACHED
@@ -168,7 +178,7 @@ def _read_contact(encoded: bytes) -> Contact:
 
 def read_reply(
     reply: FindReply, queries: Sequence[str | bytes], at: float, k: int, limits: Limits
-) -> list[tuple[Answer, bool]]:
+) -> list[tuple[NodeAnswer, bool]]:
     """The answers of a find reply, each with whether it was left out. Raises `BadReply` if it makes no sense."""
     if len(reply.found) != len(queries) or len(reply.contacts) > k * len(queries):
         raise BadReply(f"{len(reply.found)} answers and {len(reply.contacts)} contacts to {len(queries)} queries")
@@ -186,7 +196,7 @@ def read_reply(
             problem = limits.problem_of_item(wire.subkey, wire.value, wire.ttl)
             if problem is not None:
                 raise BadReply(f"the answer has an item that cannot be stored: {problem}")
-        answers.append((Answer([contacts[index] for index in found.nearest], found.items, at), found.left_out))
+        answers.append((NodeAnswer([contacts[index] for index in found.nearest], found.items, at), found.left_out))
     return answers
 
 

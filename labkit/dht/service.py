@@ -15,7 +15,7 @@ from labkit.dht.peers import DHTConfig, Peers
 from labkit.dht.protocol import MAX_ENTRIES, Find, Ping, Pong, ReplyBuilder, Store, StoreReply, from_wire
 from labkit.dht.storage import Item, Role, Storage, key_id
 from labkit.errors import BadRequest
-from labkit.wire.methods import Methods, QuickMethod, Reply, Request
+from labkit.wire.rpc_types import Methods, Reply, Request, SyncMethod
 
 
 class Service:
@@ -34,18 +34,18 @@ class Service:
     def methods(self) -> Methods:
         """By name, as `serve_rpc` takes them."""
         return {
-            "dht.ping": QuickMethod(self.rpc_ping, Ping),
-            "dht.find": QuickMethod(self.rpc_find, Find),
-            "dht.store": QuickMethod(self.rpc_store, Store),
+            "dht.ping": SyncMethod(self.rpc_ping, Ping),
+            "dht.find": SyncMethod(self.rpc_find, Find),
+            "dht.store": SyncMethod(self.rpc_store, Store),
         }
 
     def rpc_ping(self, request: Request) -> Reply:
-        """Answer that we are there."""
+        """NodeAnswer that we are there."""
         self._called(request, request.body.sender)
         return Reply(Pong(self._peers.contact.key))
 
     def rpc_find(self, request: Request) -> Reply:
-        """Answer with what we hold and whom we know near to each key or id."""
+        """NodeAnswer with what we hold and whom we know near to each key or id."""
         body: Find = request.body
         self._called(request, body.sender)
         now = trio.current_time()

@@ -22,20 +22,20 @@ from torch import Tensor, nn
 
 from labkit.client.dispatch import DispatchConfig
 from labkit.client.moe import MixtureOfExperts
-from labkit.data import ClassificationData, batches
 from labkit.errors import NoExperts, NotEnoughExperts, RPCError
 from labkit.events import CallFailed, CallFinished, Event, RoutingChosen
-from labkit.experiments.lockstep import Lockstep
-from labkit.experiments.simulated_swarm import SimulatedSwarm, open_simulated_swarm
 from labkit.expert_uid import check_grid, grid_uids, spread
 from labkit.server.layers import FeedForward
 from labkit.server.optimizer import Adam, BackendConfig
 from labkit.server.server import ServerConfig
-from labkit.shared_model import SharedModel
-from labkit.trainer import SCHEDULES, evaluate, train_step
-from labkit.update_rule import UpdateRule
-from labkit.wire.simclock import run_in_virtual_time
-from labkit.wire.simnet import open_simnet
+from labkit.simulation.lockstep import Lockstep
+from labkit.simulation.network import open_simnet
+from labkit.simulation.swarm import SimulatedSwarm, open_simulated_swarm
+from labkit.simulation.virtual_clock import run_in_virtual_time
+from labkit.training.datasets import ClassificationData, batches
+from labkit.training.shared_model import SharedModel
+from labkit.training.staleness import UpdateRule
+from labkit.training.trainer import SCHEDULES, evaluate, train_step
 
 SWARM = "convergence"
 SERVERS = 4  # of each layer

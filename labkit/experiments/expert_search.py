@@ -21,16 +21,16 @@ import torch
 import trio
 from torch import Tensor
 
+from labkit.bench.processes import peak_rss_mb
 from labkit.client.beam_search import Routing, beam_search
 from labkit.directory import Children, Directory, DirectoryConfig
 from labkit.errors import JoinError, LabkitError
 from labkit.expert_uid import check_grid, grid_uids, split_uid
 from labkit.node import Node, NodeConfig, open_node
-from labkit.resources import peak_rss_mb
-from labkit.wire.latency import gamma
+from labkit.simulation.latency import gamma
+from labkit.simulation.network import SimNetwork, open_simnet
+from labkit.simulation.virtual_clock import run_in_virtual_time
 from labkit.wire.security import Identity
-from labkit.wire.simclock import run_in_virtual_time
-from labkit.wire.simnet import SimNetwork, open_simnet
 
 NAME = "ffn"
 SPREAD = 32 / 92  # standard deviation of a round trip by its mean: our choice, for a network of a few regions

@@ -1,19 +1,26 @@
 """Histories of runs on disk: one parquet file a run, which a notebook redraws without running it again."""
 
-# The table is long: `series` names what a row is about, `x` and `y` are its numbers, `label` its name if it has one.
-# Its metadata are `config` and `made`, which the oldest files lack: how long the run took, and with what.
-
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from labkit.experiments.convergence import ConvergenceConfig, History
+from labkit.experiments.expert_search import SearchConfig, measure
+from labkit.launch.parent import end_with_parent
+
+# The table is long: `series` names what a row is about, `x` and `y` are its numbers, `label` its name if it has one.
+# Its metadata are `config` and `made`, which the oldest files lack: how long the run took, and with what.
+
 
 COUNTS = ("staleness", "expert_staleness")
 TALLIES = ("usage", "failures")
@@ -82,3 +89,47 @@ def load_all(folder: Path) -> dict[str, dict[int, tuple[ConvergenceConfig, Histo
         config, history = load(path)
         runs.setdefault(path.stem.removesuffix(f"-{config.seed}"), {})[config.seed] = config, history
     return runs
+
+
+def measure_all(configs: Sequence[SearchConfig], path: Path) -> list[dict[str, Any]]:
+    """What `measure` returns for each. A line of the file `path` for each is what is there already; it grows by the
+    others. Raises `RuntimeError` if one fails."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    known = [json.loads(line) for line in lines]
+    results = []
+    for config in configs:
+        fields = json.loads(json.dumps(asdict(config)))
+        found = next((result for result in known if fields.items() <= result.items()), None)
+        if found is None:
+            found = _measure_alone(fields)
+            with path.open("a") as file:
+                print(json.dumps(found), file=file)
+        results.append(found)
+    return results
+
+
+def _measure_alone(fields: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "labkit.experiments.results", json.dumps(fields)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stdout is not None
+            said = child.stdout.read()
+            child.wait()
+        except BaseException:
+            child.kill()
+            raise
+    if not said:
+        raise RuntimeError(f"the measurement of {fields} failed with exit code {child.returncode}")
+    found: dict[str, Any] = json.loads(said)
+    return found
+
+
+def main() -> None:
+    """The child's part: `python -m labkit.experiments.results CONFIG`."""
+    end_with_parent()
+    fields = json.loads(sys.argv[1])
+    print(json.dumps(measure(SearchConfig(**fields | {"grid": tuple(fields["grid"])}))))
+
+
+if __name__ == "__main__":
+    main()

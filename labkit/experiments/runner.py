@@ -19,10 +19,10 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from labkit.data import load as load_data
 from labkit.experiments.convergence import ConvergenceConfig, run
-from labkit.experiments.parent import end_with_parent
 from labkit.experiments.results import load, save
+from labkit.launch.parent import end_with_parent
+from labkit.training.datasets import load as load_data
 
 SEEDS = (1337, 1338, 1339)
 GRIDS = {16: (4, 4), 64: (8, 8)}

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from labkit.errors import BadRequest, CheckpointError, NonFiniteTensor
-from labkit.server.checks import (
+from labkit.server.optimizer import BackendConfig, laid_out, make_optimizer, optimizer_slots, take_step
+from labkit.server.validation import (
     Direction,
     Schema,
     check_finite,
@@ -27,7 +28,6 @@ from labkit.server.checks import (
     schema_of,
     squares_finite,
 )
-from labkit.server.optimizer import BackendConfig, laid_out, make_optimizer, optimizer_slots, take_step
 
 MAX_SCHEMAS = 64  # callers choose schemas, so we remember few
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from labkit.errors import RemoteFailure, RPCError
 from labkit.server.backend import ExpertBackend
-from labkit.server.checks import Direction, check_finite
+from labkit.server.validation import Direction, check_finite
 
 logger = logging.getLogger(__name__)
 

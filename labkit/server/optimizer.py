@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from labkit.server.checks import HALF
+from labkit.server.validation import HALF
 
 T = TypeVar("T", bound=torch.optim.Optimizer)
 

@@ -1,7 +1,7 @@
 """The runtime of an expert server (paper, section 3.3): it gathers requests into batches and runs them, one at a time.
 
 On a batch's way between `server/server`, which calls `Runtime.put` on the lab thread, and `server/backend`, which
-computes on the compute thread of its device (`server/compute`), one `server/batch` after the other. A request has no
+computes on the compute thread of its device (`server/executor`), one `server/batch` after the other. A request has no
 task here: its answer is handed to a callback.
 """
 
@@ -22,12 +22,12 @@ from labkit.errors import DeadlineExceeded, Overloaded, RemoteFailure, RPCError,
 from labkit.events import BatchProcessed, Emit, ignore
 from labkit.server.backend import ExpertBackend
 from labkit.server.batch import DeviceLost, compute_batch
-from labkit.server.checks import schema_of
-from labkit.server.compute import ComputeThread, Done, Executor, InlineCompute
-from labkit.server.tally import RuntimeStatistics, Tally
+from labkit.server.executor import ComputeThread, Executor, InlineCompute, OnDone
+from labkit.server.statistics import RuntimeStatistics, Tally
 from labkit.server.task_pool import PoolKey, Task, TaskPools
+from labkit.server.validation import schema_of
 
-__all__ = ["ComputeThread", "Executor", "Finish", "InlineCompute", "Queued", "Result", "Runtime", "RuntimeStatistics"]
+__all__ = ["ComputeThread", "Executor", "OnResult", "InlineCompute", "Queued", "Result", "Runtime", "RuntimeStatistics"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Result:
     updates: int
 
 
-Finish = Callable[[Result | Exception], None]
+OnResult = Callable[[Result | Exception], None]
 Queued = Task[Result]
 
 
@@ -104,7 +104,7 @@ class Runtime:
         direction: str,
         tensors: Sequence[Tensor],
         deadline: float,
-        finish: Finish,
+        finish: OnResult,
         seen: int | None = None,
     ) -> Queued:
         """Queue a request: the inputs, and for a backward pass the output gradient behind them. `finish` gets its
@@ -218,7 +218,7 @@ class Runtime:
             device.starting = False
 
     def _start(
-        self, device: _Device, work: Callable[[], Any], done: Done, give_up: Callable[[Exception], object],
+        self, device: _Device, work: Callable[[], Any], done: OnDone, give_up: Callable[[Exception], object],
         uid: str, direction: str, rows: int,
     ) -> None:  # fmt: skip
         """Compute one thing. `done` gets what comes of it, or `give_up` the error where the runtime ends first."""

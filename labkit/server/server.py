@@ -1,7 +1,7 @@
 """An expert server: a node that holds experts, answers calls to them, declares them in the DHT and saves them.
 
-On a batch's way: `wire/rpc` hands a request to `rpc_forward` or `rpc_backward`, which queue it with the runtime and
-say later what came of it.
+On a batch's way: `wire/rpc_server` hands a request to `rpc_forward` or `rpc_backward`, which queue it with the runtime
+and say later what came of it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from labkit.server.layers import kind_name, make_expert
 from labkit.server.optimizer import BackendConfig
 from labkit.server.runtime import Executor, Queued, Result, Runtime
 from labkit.server.statistics import Count, ServerStatistics, statistics_of
-from labkit.wire.agenda import Agenda
-from labkit.wire.endpoint import Network
-from labkit.wire.methods import Answer, LaterMethod, Method, Methods, Reply, Request
+from labkit.wire.rpc_types import AsyncMethod, CallbackMethod, Methods, Reply, Request, RespondFn
 from labkit.wire.security import Admission, Identity
+from labkit.wire.timers import Timers
+from labkit.wire.transport import Network
 
 logger = logging.getLogger(__name__)
 
@@ -109,19 +109,19 @@ class ExpertServer:
         emit: Emit = ignore,
         executor: Executor | None = None,
         *,
-        agenda: Agenda,
+        timers: Timers,
     ) -> None:
         self.config = config
-        self._agenda = agenda
+        self._timers = timers
         self.faults = faults or Faults()
         backends = {uid: self._make_backend(uid) for uid in config.uids}
         self.runtime = Runtime(
             backends, emit=emit, executor=executor, max_queue_rows=config.max_queue_rows, threads=config.threads
         )
         self.methods: Methods = {
-            "expert.forward": LaterMethod(self.rpc_forward, ExpertCall),
-            "expert.backward": LaterMethod(self.rpc_backward, ExpertCall),
-            "server.statistics": Method(self.rpc_statistics),
+            "expert.forward": CallbackMethod(self.rpc_forward, ExpertCall),
+            "expert.backward": CallbackMethod(self.rpc_backward, ExpertCall),
+            "server.statistics": AsyncMethod(self.rpc_statistics),
         }
 
     def _make_backend(self, uid: str) -> ExpertBackend:
@@ -141,15 +141,15 @@ class ExpertServer:
             restore(config.checkpoint_dir, backend)
         return backend
 
-    def rpc_forward(self, request: Request, answer: Answer) -> Callable[[], object]:
+    def rpc_forward(self, request: Request, respond: RespondFn) -> Callable[[], object]:
         """Inputs [rows, ...] -> outputs [rows, ...]."""
-        return self._compute("forward", request, answer)
+        return self._compute("forward", request, respond)
 
-    def rpc_backward(self, request: Request, answer: Answer) -> Callable[[], object]:
+    def rpc_backward(self, request: Request, respond: RespondFn) -> Callable[[], object]:
         """Inputs and output gradient -> input gradients; the expert takes an optimizer step."""
-        return self._compute("backward", request, answer)
+        return self._compute("backward", request, respond)
 
-    def _compute(self, direction: str, request: Request, answer: Answer) -> Callable[[], object]:
+    def _compute(self, direction: str, request: Request, respond: RespondFn) -> Callable[[], object]:
         """1. Wait, or lose it, as injected faults will have it; 2. queue it with the runtime, and answer."""
         body: ExpertCall = request.body
         queued: list[Queued] = []
@@ -163,16 +163,16 @@ class ExpertServer:
                     self.runtime.put(body.uid, direction, request.tensors, request.deadline, finish, body.seen)
                 )
             except RPCError as error:
-                answer(error)
+                respond(error)
 
         def finish(result: Result | Exception) -> None:
             if self.runtime.stopped:
                 return  # so is the whole server, and the caller learns it when the connection breaks
             if isinstance(result, Exception):
-                answer(result)
+                respond(result)
             else:
                 body = ExpertAnswer(result.queue_seconds, result.compute_seconds, result.updates)
-                answer(Reply(body, result.tensors))
+                respond(Reply(body, result.tensors))
 
         def forget() -> None:
             nonlocal forgotten
@@ -182,9 +182,9 @@ class ExpertServer:
 
         delay, lost = self.faults.draw()  # 1
         if lost:
-            self._agenda.at(request.deadline, answer, DeadlineExceeded("lost, as faults are injected here"))
+            self._timers.at(request.deadline, respond, DeadlineExceeded("lost, as faults are injected here"))
         else:
-            self._agenda.after(delay, begin)
+            self._timers.after(delay, begin)
         return forget
 
     async def rpc_statistics(self, request: Request) -> Reply:
@@ -219,7 +219,7 @@ async def serve_experts(
     1. build the experts, or load them; 2. start the runtime; 3. join the swarm; 4. declare the experts: from then on
     they can be found, and only then the server counts as started; 5. declare again and save, until the stop.
     """
-    server = await _build(partial(ExpertServer, config, faults, emit, executor, agenda=network.agenda), executor)  # 1
+    server = await _build(partial(ExpertServer, config, faults, emit, executor, timers=network.timers), executor)  # 1
     if allow is not None:
         allow(stop_timeout(server.runtime.backends.values()))
     stop = trio.Event() if stop is None else stop

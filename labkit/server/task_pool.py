@@ -13,7 +13,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from labkit.server.checks import Direction, Schema
+from labkit.server.validation import Direction, Schema
 
 T = TypeVar("T")
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from labkit.errors import CAUSES, LabkitError
-from labkit.view.columns import (
+from labkit.view.page.columns import (
     STATIC,
     Header,
     number,

@@ -1,6 +1,6 @@
 """Who is given scenes of a swarm, and when. No thread of its own, and the time is passed in.
 
-`labkit.swarm_view` asks, in the thread that it has while there is an output.
+`labkit.view.swarm_view` asks, in the thread that it has while there is an output.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 from labkit.errors import SwarmClosed
-from labkit.run import Run
+from labkit.training.run import Run
 
 PERIOD = 0.1  # seconds between two looks at the run
 LOG_PERIOD = 10.0  # seconds between two lines where nobody watches: a file, a pipe

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from labkit.view import export
-from labkit.view.columns import MOVING, Header, write_opening, write_piece, write_servers
+from labkit.view.page.columns import MOVING, Header, write_opening, write_piece, write_servers
 from labkit.view.scene import Mark, Scene, State
 
 MAX_KEYFRAMES = 240

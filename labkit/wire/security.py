@@ -175,3 +175,24 @@ def answer_zap(frames: Sequence[bytes], admissions: dict[bytes, Admission]) -> l
     if ok and admission is not None and admission.admits(credentials[0]):
         return [*envelope, b"1.0", request_id, b"200", b"OK", credentials[0].hex().encode(), b""]
     return [*envelope, b"1.0", request_id, b"400", b"not admitted", b"", b""]
+
+
+class Members:
+    """The keys that may connect in a private swarm, and the file in which its servers read them; anybody, if `keys` is
+    None."""
+
+    def __init__(self, keys: Iterable[str | bytes] | None, file: Path) -> None:
+        self._keys = None if keys is None else {parse_key(key) for key in keys}
+        self.file = None if keys is None else file
+
+    def admission(self) -> Admission:
+        """As a node asks it."""
+        return Admission(file=self.file)
+
+    def admit(self, *keys: bytes) -> bool:
+        """Let these keys in, from now on. Returns False if anybody may come in."""
+        if self._keys is None or self.file is None:
+            return False
+        self._keys.update(keys)
+        write_key_list(self.file, self._keys)
+        return True

@@ -23,11 +23,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from labkit import watch
 from labkit.__main__ import main
+from labkit.cli import watch
+from labkit.cli.watch import WatchPage, open_page
 from labkit.errors import InviteError, JoinError, LabkitError
 from labkit.swarm import Swarm
-from labkit.watch import WatchPage, open_page
 from labkit.wire.security import Identity, key_text
 
 pytestmark = pytest.mark.timeout(180)  # a page server and a kernel are two starts of Python on a machine that is busy

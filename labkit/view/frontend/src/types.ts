@@ -1,4 +1,4 @@
-// What the kernel and a page say to each other. The Python side is view/encoding.py (frames) and view/pages.py (the rest).
+// What the kernel and a page say to each other. The Python side is view/page/frame_writer.py (frames) and view/page/pages.py (the rest).
 
 export const CAUSES = ["timeout", "refused", "overloaded", "lost", "bad_reply", "cancelled", "failed"] as const;
 export const MODES = ["load", "latency", "failures", "staleness"] as const;

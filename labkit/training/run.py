@@ -1,0 +1,310 @@
+"""A training run: trainers at work in the background, and what a notebook sees of them.
+
+Where a batch's way begins: each trainer claims a batch and hands it to `trainer.train_step`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from labkit.client.expert import RemoteExpert
+from labkit.client.moe import MixtureOfExperts
+from labkit.client.session import Session, find_session
+from labkit.errors import NoExperts, NotEnoughExperts, RPCError, SwarmClosed, TrainingFailed
+from labkit.events import Emit, StepFailed, StepFinished, ignore
+from labkit.server.optimizer import Adam
+from labkit.training.batches import Batch, stream
+from labkit.training.shared_model import SharedModel
+from labkit.training.trainer import LossFunction, TrainConfig, evaluate, train_step
+
+logger = logging.getLogger(__name__)
+
+STOP_TIME = 10.0  # seconds that batches in flight may take when a run is stopped
+POLL = 0.02  # seconds between two looks of one who waits
+FAILURE_PAUSE = 0.05  # seconds that a trainer pauses after a failed batch, for each that has failed in a row
+EXIT_TIME = 1.0  # seconds that batches in flight may take when Python exits
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+class Run:
+    """A training run in the background. `wait()` for its end, `stop()` it, look at `loss`, `steps`, `samples_per_s`.
+
+    `history` holds a `StepFinished` for each of the last 100,000 steps. A model is trained by one run at a time: an
+    earlier one is stopped first, so a cell may run twice. A run ends when a swarm that it uses is closed.
+    """
+
+    def __init__(
+        self, model: nn.Module, data: Any, config: TrainConfig, loss_function: LossFunction | None = None,
+        optimizer: OptimizerFactory | None = None, emit: Emit | None = None,
+    ) -> None:  # fmt: skip
+        make_optimizer = optimizer or (
+            lambda parameters: Adam(parameters, lr=config.lr, betas=(float(config.beta1), 0.999))
+        )
+        self.model = model
+        self.config = config
+        self.history: deque[StepFinished] = deque(maxlen=100_000)
+        self.failed_batches = 0
+        self.error: BaseException | None = None
+        per_epoch, self._batches = stream(data, config.batch_size, config.seed)
+        self.total_steps = config.total_steps(per_epoch)
+        self._sessions = _sessions_of(model)
+        self._shared = SharedModel(model, make_optimizer(model.parameters()), config.update_rule(self.total_steps))
+        self._loss_function = loss_function or F.cross_entropy
+        self._emit = emit or (self._sessions[0].emit if self._sessions else ignore)
+        self._lock = threading.Lock()
+        self._samples = 0
+        self._finished = 0
+        self._claimed = 0  # steps that are done or being tried
+        self._failures_in_a_row = 0
+        self._stop = threading.Event()
+        self._seconds: float | None = None
+        self._started = time.monotonic()
+        self._left = min(config.trainers, self.total_steps)  # trainers at work
+        self._torch_threads = max(1, torch.get_num_threads() // self._left)  # of each of them
+        self._ready = threading.Barrier(self._left + 1)
+        _stop_earlier(model)
+        _runs.add(self)
+        for session in self._sessions:
+            _latest[session.name] = self
+        try:
+            torch_threads = torch.get_num_threads()
+            for number in range(self._left):
+                threading.Thread(target=self._train, name=f"labkit-trainer-{number}", daemon=True).start()
+            self._ready.wait()
+            torch.set_num_threads(torch_threads)  # what new threads begin with is what was set last, in any thread
+        except BaseException:  # an interrupt
+            self._stop.set()
+            self._ready.abort()
+            raise
+
+    # ------------------------------------------------------------ what a notebook looks at
+
+    @property
+    def running(self) -> bool:
+        """Whether trainers are at work."""
+        return self._left > 0
+
+    @property
+    def steps(self) -> int:
+        """Steps that have been applied, and of which every listener has been told."""
+        return self._finished
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been running, or ran."""
+        return self._seconds if self._seconds is not None else time.monotonic() - self._started
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the last 20 steps; NaN before the first."""
+        last = self._last(20)
+        return sum(step.loss for step in last) / len(last) if last else math.nan
+
+    @property
+    def samples_per_s(self) -> float:
+        """Rows per second, over the whole run."""
+        return self._samples / max(self.seconds, 1e-9)
+
+    @property
+    def staleness(self) -> float:
+        """Mean staleness of the last 100 updates."""
+        last = self._last(100)
+        return sum(step.staleness for step in last) / len(last) if last else 0.0
+
+    def _last(self, count: int) -> list[StepFinished]:
+        # By place, since trainers append meanwhile; and not a copy of it all, which in a long run takes milliseconds.
+        return [self.history[-place] for place in range(min(count, len(self.history)), 0, -1)]
+
+    def wait(self, timeout: float | None = None) -> Run:
+        """Wait until the run is over, or `timeout` seconds. Raises what ended it, if that was an error.
+
+        An interrupt ends the waiting, not the run.
+        """
+        self._join(math.inf if timeout is None else timeout)
+        if self.error is not None:
+            raise self.error.with_traceback(self._traceback)  # its own, however often it is raised
+        return self
+
+    def stop(self, timeout: float = STOP_TIME) -> Run:
+        """End the run: wait until the batches in flight are done, at most `timeout` seconds. Raises as `wait` does."""
+        self._stop.set()
+        return self.wait(timeout)
+
+    def _join(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        # Not `Thread.join`: if that is interrupted, Python before 3.13 takes the thread for dead (cpython issue 90882).
+        while self.running and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(POLL, left))
+
+    def evaluate(self, x: Tensor, y: Tensor) -> float:
+        """Share of rows that the model classifies correctly now."""
+        return evaluate(self._shared.replica(), x, y)
+
+    def __repr__(self) -> str:
+        if self.running:
+            state = "running"
+        elif self.error is not None:
+            state = f"failed ({type(self.error).__name__}: {self.error})"
+        else:
+            state = "finished" if self.steps >= self.total_steps else "stopped"
+        failed = f", {self.failed_batches} failed batches" if self.failed_batches else ""
+        return (
+            f"<run {state}: {self.steps} of {self.total_steps} steps, loss {self.loss:.4f}, "
+            f"{self.samples_per_s:,.0f} samples/s, staleness {self.staleness:.1f}{failed}>"
+        )
+
+    # ------------------------------------------------------------ the trainers
+
+    def _train(self) -> None:
+        """One trainer: batches until there are no more steps to do."""
+        try:
+            torch.get_num_threads()  # or a thread's first operation in torch would set the number anew
+            torch.set_num_threads(self._torch_threads)
+            self._ready.wait()
+            replica = self._shared.replica()
+            while (batch := self._claim()) is not None:
+                self._try_step(replica, batch)
+        except SwarmClosed as error:
+            if not self._stop.is_set():
+                self._end(error)
+        except BaseException as error:  # of the user's code, and we are in a thread: `wait` raises it where it is seen
+            self._end(error)
+        finally:
+            with self._lock:
+                if self._left == 1:
+                    self._seconds = time.monotonic() - self._started
+                    self._batches.close()  # a `DataLoader` may have processes
+                self._left -= 1
+
+    def _try_step(self, replica: nn.Module, batch: Batch) -> None:
+        started = time.monotonic()
+        samples = len(batch[0])
+        try:
+            loss, staleness = train_step(self._shared, replica, batch, self._loss_function, self.config.balance)
+        except (NotEnoughExperts, NoExperts, RPCError, FloatingPointError) as error:
+            self._give_back(samples, error)
+            return
+        with self._lock:
+            self._failures_in_a_row = 0
+            self._samples += samples
+            finished = StepFinished(
+                step=self._finished + 1, loss=loss, samples=samples, seconds=time.monotonic() - started,
+                staleness=staleness,
+            )  # fmt: skip
+            self.history.append(finished)
+            self._emit(finished)  # under the lock: listeners hear of steps in their order
+            self._finished += 1  # last: who sees it finds the step in `history`, and has been told of it
+
+    def _claim(self) -> Batch | None:
+        """The next batch, or None when there is nothing left to do. Raises `SwarmClosed`."""
+        for session in self._sessions:
+            session.portal.check_open()  # layers would find another swarm of its name, if there is one by now
+        with self._lock:
+            if self._stop.is_set() or self._claimed >= self.total_steps:
+                return None
+            batch = next(self._batches, None)
+            if batch is not None:
+                self._claimed += 1
+            return batch
+
+    def _give_back(self, samples: int, error: Exception) -> None:
+        """A batch failed: it is dropped, and another takes its step."""
+        with self._lock:
+            self._emit(StepFailed(samples=samples, detail=str(error)))
+            self._claimed -= 1
+            self.failed_batches += 1
+            self._failures_in_a_row += 1
+            too_many = self._failures_in_a_row >= self.config.max_failures
+        logger.debug("a batch was dropped: %s", error)
+        if too_many:
+            raise TrainingFailed(f"{self.config.max_failures} batches in a row failed; the last: {error}") from error
+        # Servers that are gone may be about to come back; failing on and on would not wait for them.
+        self._stop.wait(min(FAILURE_PAUSE * self._failures_in_a_row, 1.0))
+
+    def _end(self, error: BaseException) -> None:
+        with self._lock:
+            if self.error is None:
+                self.error, self._traceback = error, error.__traceback__
+        self._stop.set()
+
+
+def fit(
+    model: nn.Module,
+    data: Any,
+    *,
+    loss: LossFunction | None = None,
+    optimizer: OptimizerFactory | None = None,
+    **options: Any,
+) -> Run:
+    """Train `model` in the background; returns at once. See `TrainConfig` for the options, `Run` for what comes back.
+
+    `data`: `(x, y)` tensors, a `ClassificationData` (its training part), a torch `Dataset` of pairs, or any iterable of
+    batches `(x, y)`, such as a `DataLoader`, which is gone through again and again. `loss`: of outputs and y; by
+    default the cross-entropy. `optimizer`: makes an optimizer from the model's own parameters (Adam by default);
+    experts are trained by their servers. Raises `ValueError`, `SwarmClosed`.
+    """
+    unknown = sorted(set(options) - set(TrainConfig.__dataclass_fields__))
+    if unknown:
+        known = ", ".join(TrainConfig.__dataclass_fields__)
+        raise ValueError(f"fit has no option {', '.join(unknown)}; besides its own it has {known}")
+    return Run(model, data, TrainConfig(**options), loss, optimizer)
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def _sessions_of(model: nn.Module) -> list[Session]:
+    """The swarms that the model's layers call, the first layer's first. Raises `SwarmClosed`."""
+    names = {module.swarm: None for module in model.modules() if isinstance(module, (MixtureOfExperts, RemoteExpert))}
+    return [find_session(name) for name in names]
+
+
+_runs: weakref.WeakSet[Run] = weakref.WeakSet()
+_latest: weakref.WeakValueDictionary[str, Run] = weakref.WeakValueDictionary()  # by the name of a swarm
+
+
+def latest_run(swarm: str) -> Run | None:
+    """The run that was started last of those whose model calls the swarm of this name, if somebody still holds it.
+
+    It may be over. A run over an earlier swarm of the same name does not count while there is a new one.
+    """
+    run = _latest.get(swarm)
+    try:
+        current = find_session(swarm)
+    except SwarmClosed:
+        return run
+    return run if run is not None and any(session is current for session in run._sessions) else None
+
+
+def _stop_earlier(model: nn.Module) -> None:
+    """Stop a run that still trains this model. Raises `TrainingFailed` if it does not end."""
+    for run in list(_runs):
+        if run.model is model and run.running:
+            logger.warning("an earlier run still trained this model; it is stopped now: %r", run)
+            run._stop.set()
+            run._join(STOP_TIME)
+            if run.running:
+                raise TrainingFailed(f"an earlier run still trains this model, and did not stop in {STOP_TIME:.0f} s")
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Python cannot end threads that are inside torch: a process that exits while they are there aborts."""
+    for run in list(_runs):
+        run._stop.set()
+    deadline = time.monotonic() + EXIT_TIME
+    for run in list(_runs):
+        run._join(deadline - time.monotonic())

@@ -1,0 +1,119 @@
+"""Training: the readable loop. `run.py` runs it in many trainers that share one model.
+
+Each trainer takes a batch, computes gradients with a replica that holds the parameters as they were when it began, and
+applies them to the shared model under a lock (asynchronous SGD, as in the paper). So while one waits for the network
+others compute, and gradients are as stale as the network makes them. A trainer is a thread, since a forward pass
+through an MoE layer waits for the network in the middle of plain PyTorch code.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from labkit.client.moe import MixtureOfExperts
+from labkit.training.batches import Batch
+from labkit.training.shared_model import SharedModel
+from labkit.training.staleness import UpdateRule
+
+SCHEDULES = ("constant", "linear")
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """How to train. Exactly one of `steps` and `epochs` is given; `epochs` needs data of a known length.
+
+    `trainers`: batches in flight at the same time. `balance`: weight of the layers' load-balancing losses.
+    `max_failures`: this many failed batches in a row, over all trainers, end the run. `schedule`: of the learning rate
+    of the model's own parameters (experts have theirs in `BackendConfig`); "linear" falls to 0 over the run. `beta1`:
+    momentum of the default optimizer, Adam. `warmup`, `clip_grad_norm`, `age_power`, `compensation`: against staleness;
+    see `UpdateRule`.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 64
+    trainers: int = 8
+    lr: float = 1e-3
+    balance: float = 0.0
+    seed: int = 0
+    max_failures: int = 50
+    schedule: str = "constant"
+    beta1: float = 0.9
+    warmup: int = 0
+    clip_grad_norm: float | None = None
+    age_power: float = 0.0
+    compensation: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps=… or epochs=…")
+        for name in ("steps", "batch_size", "trainers", "max_failures"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name}={value!r}: a whole number of at least 1")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule={self.schedule!r}: one of {', '.join(SCHEDULES)}")
+        if not 0 <= self.beta1 < 1:
+            raise ValueError(f"beta1={self.beta1!r}: at least 0 and below 1")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ValueError(f"epochs={self.epochs!r}: a finite number above 0")
+        self.update_rule(0)
+
+    def update_rule(self, total_steps: int) -> UpdateRule:
+        """How gradients become updates in a run of so many steps. Raises `ValueError`."""
+        decay_over = total_steps if self.schedule == "linear" else 0
+        return UpdateRule(self.warmup, decay_over, self.clip_grad_norm, self.age_power, self.compensation)
+
+    def total_steps(self, per_epoch: int | None) -> int:
+        """How many steps to do, with so many to an epoch. Raises `ValueError`."""
+        if self.epochs is None:
+            assert self.steps is not None
+            return self.steps
+        if per_epoch is None:
+            raise ValueError("epochs=… needs data of a known length; give steps=…")
+        return max(1, round(self.epochs * per_epoch))
+
+
+def train_step(
+    shared: SharedModel, replica: nn.Module, batch: Batch, loss_function: LossFunction, balance: float
+) -> tuple[float, int]:
+    """One step of one trainer: 1. parameters, 2. forward, 3. backward, which trains the experts too, 4. update.
+
+    Returns loss and staleness. Raises `NotEnoughExperts` and the like; then the shared model is as it was.
+    """
+    seen = shared.refresh(replica)  # 1
+    replica.train()
+    replica.zero_grad(set_to_none=True)
+    x, y = batch
+    loss = loss_function(replica(x), y)  # 2
+    total = loss
+    if balance:
+        layers = (module for module in replica.modules() if isinstance(module, MixtureOfExperts))
+        total = loss + balance * sum(layer.balance_loss for layer in layers if layer.balance_loss is not None)
+    if not torch.isfinite(total):
+        raise FloatingPointError(f"the loss is {total.item()}")
+    total.backward()  # type: ignore[no-untyped-call]  # 3
+    for name, parameter in replica.named_parameters():
+        if parameter.grad is not None and not shared.accepts(parameter.grad):
+            raise FloatingPointError(
+                f"the gradient of {name} is not finite, or its square is not, where the loss is {loss.item()}"
+            )
+    return loss.item(), shared.apply(replica, seen)  # 4
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 256) -> float:
+    """Share of rows that `model` classifies correctly. Works on a copy, so a run may go on meanwhile."""
+    replica = copy.deepcopy(model).eval()
+    correct = 0
+    for start in range(0, len(x), batch_size):
+        correct += int((replica(x[start : start + batch_size]).argmax(-1) == y[start : start + batch_size]).sum())
+    return correct / len(x)

@@ -1,0 +1,295 @@
+"""The sampler: telemetry and an inventory in, a `Scene` out.
+
+Events are counted by `telemetry`; `inventory` finds what there is. This puts the two together: the `registry`
+says who is who and in what state, `rates` makes rates and means of counters, `server_reports` does so for what servers
+say.
+"""
+
+# N: experts, S: servers, T: servers in telemetry
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from labkit.errors import CAUSES
+from labkit.histogram import BUCKETS, percentiles
+from labkit.training.run import Run
+from labkit.view.collect import telemetry
+from labkit.view.collect import time_series as series
+from labkit.view.collect.inventory import Inventory
+from labkit.view.collect.rates import Rates, RecentSums, Values, longer, ratio
+from labkit.view.collect.registry import Registry
+from labkit.view.collect.server_reports import RATE_TAU, REQUESTS, ROWS, SECONDS, TIMES_TAU, ServerReports
+from labkit.view.collect.telemetry import Telemetry
+from labkit.view.collect.time_series import Bins, series_of
+from labkit.view.scene import PERCENTILES, SERIES, SPLIT, Experts, Headline, Ints, Scene, Series, Servers, State
+
+FRESH = 5.0  # seconds for which a gauge that a server reported holds
+TIMES_PERIOD = 0.45  # seconds between two looks at the histograms, which are the most of the work
+CARRIED = 2.5  # seconds for which a look at the calls in flight holds
+STRANGE = 3.0  # seconds that a called address may take to be found by polling before it has a row of its own
+STALE = [telemetry.STALENESS, telemetry.STALENESSES]
+TOTALS = (series.CALLS, series.BYTES, series.STALENESS, series.STALENESSES)
+
+
+class Sampler:
+    """Makes scenes of the swarm `name`. `scene()` is cheap, asks nobody, and is called from one thread at a time.
+
+    `inventory`: the last one; `in_flight`: how many calls are under way; `run`: the last run over this swarm. `clock`:
+    monotonic seconds, those of the events.
+    """
+
+    def __init__(
+        self,
+        telemetry: Telemetry,
+        inventory: Callable[[], Inventory],
+        in_flight: Callable[[], int],
+        run: Callable[[], Run | None],
+        name: str,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        started = telemetry.started
+        self._telemetry = telemetry
+        self._inventory = inventory
+        self._in_flight = in_flight
+        self._run = run
+        self._name = name
+        self._clock = clock
+        self._registry = Registry()
+        self._reports = ServerReports()
+        self._expert_rows = np.zeros(0, dtype=np.int64)  # [experts in telemetry] -> row, or -1
+        self._server_rows = np.zeros(0, dtype=np.int64)  # [T] -> row, or -1
+        self._strange_since: dict[str, float] = {}
+        self._expert_rates = Rates(3, RATE_TAU, started)  # rows, calls, failures
+        self._server_rates = Rates(1, RATE_TAU, started)
+        self._total_rates = Rates(len(TOTALS) + 1, RATE_TAU, started)
+        self._latencies = RecentSums(2, TIMES_TAU)
+        self._stalenesses = RecentSums(2, TIMES_TAU)
+        self._staleness = RecentSums(2, TIMES_TAU)
+        self._times = RecentSums(len(SPLIT) * BUCKETS, TIMES_TAU)
+        self._percentiles = np.zeros((0, len(SPLIT), len(PERCENTILES)), dtype=np.float32)
+        self._times_at = -math.inf
+        self._steps = Bins(series.STEP_COLUMNS, started)
+        self._samples = 0
+        self._looked_at, self._looked = -math.inf, 0
+        self._last_run: tuple[int, int, float] = (0, 0, math.nan)
+
+    def scene(self, open: bool = True) -> Scene:
+        """The swarm as it is now. 1. What was counted and found since the last scene; 2. tables; 3. time series."""
+        now = self._clock()
+        inventory, registry = self._inventory(), self._registry
+        counted = self._telemetry.experts.read(), self._telemetry.servers.read()  # 1
+        totals = self._telemetry.bins.total()
+        own = bool(totals[series.CALLS] + totals[series.FAILED :].sum())
+        registry.take(inventory, now)
+        self._place(inventory, counted[0], now)
+        self._reports.take(inventory, registry, now, counters=not own)
+        self._take_steps(now)
+
+        servers, expert_states, calls = self._servers(counted[1], own, now)  # 2
+        experts = self._experts(counted[0], expert_states, own, now)
+        headline = self._headline(totals, experts, servers, calls if not own else math.nan, own, now)
+        return Scene(
+            at=now - self._telemetry.started,
+            wall=time.time(),
+            swarm=self._name,
+            open=open,
+            source="calls" if own else "servers",
+            headline=headline,
+            layers=tuple(registry.layers),
+            experts=experts,
+            servers=servers,
+            series=self._series(own, now),  # 3
+            marks=tuple(self._telemetry.marks),
+        )
+
+    # ------------------------------------------------------------ from telemetry's rows to the registry's
+
+    def _place(self, inventory: Inventory, experts: Values, now: float) -> None:
+        uids = self._telemetry.experts.names[len(self._expert_rows) : len(experts)]
+        if uids:
+            new = np.array([self._registry.expert(uid) for uid in uids], dtype=np.int64)
+            self._expert_rows = np.concatenate([self._expert_rows, new])
+        addresses = self._telemetry.servers.names
+        self._server_rows = longer(self._server_rows, len(addresses), -1)
+        polled = inventory.polled_at > -math.inf
+        for number in (self._server_rows < 0).nonzero()[0].tolist():
+            address = addresses[number]
+            row = self._registry.known_address(address)
+            if row < 0 and (not polled or now - self._strange_since.setdefault(address, now) > STRANGE):
+                row = self._registry.address_row(address, now)
+            self._server_rows[number] = row
+        at = experts[:, telemetry.SERVER].astype(np.int64) - 1  # of telemetry's servers; -1: one beyond its limit
+        self._registry.called(self._expert_rows, np.append(self._server_rows, -1)[at])
+
+    def _take_steps(self, now: float) -> None:
+        """Put the steps since the last scene, and a look at the calls in flight, into bins."""
+        steps = self._telemetry.steps
+        while steps:
+            step = steps.popleft()
+            self._to(step.at)
+            bin = self._steps.current
+            bin[series.LOSS] += step.loss
+            bin[series.STEPS] += 1
+            bin[series.SAMPLES] += step.samples
+            self._samples += step.samples
+        self._to(now)
+        self._looked_at, self._looked = now, self._in_flight()
+        self._steps.current[series.IN_FLIGHT] += self._looked
+        self._steps.current[series.LOOKS] += 1
+
+    def _to(self, at: float) -> None:
+        """Go on to the bin of a time; the last look holds for the bins on the way, for a while."""
+        bins = self._steps
+        while bins.until <= at:
+            carry = at - self._looked_at < CARRIED
+            bins.advance(bins.until + 1e-6 if carry else at + 1e-6)
+            if carry:
+                bins.current[series.IN_FLIGHT] += self._looked
+                bins.current[series.LOOKS] += 1
+
+    # ------------------------------------------------------------ tables
+
+    def _experts(self, counted: Values, states: Ints, own: bool, now: float) -> Experts:
+        registry, reported = self._registry, self._reports
+        count, here = len(registry.uids), self._expert_rows >= 0
+        at = self._expert_rows[here]
+
+        def spread(values: Values, fill: float) -> Values:  # [experts in telemetry] -> [N]
+            column = np.full(count, fill)
+            column[at] = values[here]
+            return column
+
+        calls, failed = spread(counted[:, telemetry.CALLS], 0), spread(counted[:, telemetry.FAILED], 0)
+        updates = np.fmax(spread(counted[:, telemetry.UPDATES], 0), reported.updates)
+        stale = self._stalenesses.take(counted[:, STALE], counted[:, telemetry.STALENESSES], now)
+        rates = self._expert_rates.take(counted[:, [telemetry.ROWS, telemetry.CALLS, telemetry.FAILED]], now)
+        slow = self._latencies.take(counted[:, [telemetry.SECONDS, telemetry.CALLS]], counted[:, telemetry.CALLS], now)
+        if own:
+            load = spread(rates[:, 0], 0)
+            latency = spread(ratio(slow[:, 0], slow[:, 1]), np.nan)
+        else:
+            load = np.where(np.isnan(reported.counts[:, ROWS]), np.nan, reported.rates[:, ROWS])
+            latency = ratio(reported.last_ones[:, SECONDS], reported.last_ones[:, REQUESTS])
+            calls = np.nan_to_num(reported.counts[:, REQUESTS])
+        attempts = rates[:, 1] + rates[:, 2]
+        failures = np.where(attempts > 0, np.divide(rates[:, 2], attempts, where=attempts > 0, out=attempts * 0), 0)
+        return Experts(
+            uids=registry.uids,
+            layer=registry.layer,
+            cell=registry.cell,
+            server=registry.server.copy(),
+            state=states,
+            load=load.astype(np.float32),
+            latency=(1000 * latency).astype(np.float32),
+            failures=spread(failures, np.nan).astype(np.float32),
+            staleness=spread(ratio(stale[:, 0], stale[:, 1]), np.nan).astype(np.float32),
+            calls=calls.astype(np.int64),
+            failed=failed.astype(np.int64),
+            updates=updates.astype(np.int64),
+        )
+
+    def _servers(self, counted: Values, own: bool, now: float) -> tuple[Servers, Ints, float]:
+        """The table of servers, the states of experts, and calls/s of all servers together."""
+        registry, reported = self._registry, self._reports
+        count, here = len(registry.labels), self._server_rows[: len(counted)] >= 0
+        at, counted_here = self._server_rows[: len(counted)][here], counted[here]
+        once = bool((np.bincount(at, minlength=1) <= 1).all())
+
+        def gather(values: Values) -> Values:  # [T, …] -> [S, …]: one server may have had several addresses
+            column = np.zeros((count, *values.shape[1:]))
+            if once:
+                column[at] = values
+            else:
+                np.add.at(column, at, values)
+            return column
+
+        reported_at = longer(reported.heard_at, count, np.nan)
+        answered = np.full(count, np.nan)
+        np.fmax.at(answered, at, np.where(counted_here[:, telemetry.LAST_ANSWER] > 0,
+                                          counted_here[:, telemetry.LAST_ANSWER], np.nan))  # fmt: skip
+        heard_at = np.fmax(answered, reported_at)
+        expert_states, states, words = registry.states(heard_at, now)
+        their = registry.server[registry.server >= 0]
+        alive = registry.server[(registry.server >= 0) & (expert_states == State.ALIVE)]
+
+        all_times = counted[:, telemetry.TIMES :]
+        answers = all_times[:, :BUCKETS].sum(axis=1)
+        rates = self._server_rates.take(answers[:, None], now)
+        calls = gather(rates[here, 0]) if own else self._calls_reported(count)
+        if now - self._times_at >= TIMES_PERIOD or len(self._percentiles) != count:
+            self._times_at = now
+            times = np.zeros((count, len(SPLIT), BUCKETS))
+            if own:
+                times[:] = gather(self._times.take(all_times, answers, now)[here]).reshape(times.shape)
+            else:  # the network is not known
+                times[:, :3] = longer(reported.times, count).reshape(count, 3, BUCKETS)
+            self._percentiles = percentiles(times, PERCENTILES)
+        fresh = now - reported_at < FRESH
+        injected = np.where(np.isnan(registry.injected), longer(reported.injected, count, np.nan), registry.injected)
+        servers = Servers(
+            labels=tuple(registry.labels),
+            addresses=tuple(registry.addresses),
+            words=words,
+            local=registry.local.copy(),
+            state=states,
+            heard=np.maximum(now - heard_at, 0).astype(np.float32),
+            experts=np.bincount(their, minlength=count),
+            alive=np.bincount(alive, minlength=count),
+            calls=calls.astype(np.float32),
+            queue=np.where(fresh, longer(reported.queue, count, np.nan), np.nan).astype(np.float32),
+            latency=self._percentiles,
+            failed=gather(counted_here[:, telemetry.CAUSE : telemetry.TIMES]).astype(np.int64),
+            injected=injected.astype(np.float32),
+        )
+        return servers, expert_states, float(np.nansum(calls))
+
+    def _calls_reported(self, count: int) -> Values:
+        server, rates = self._registry.server, self._reports.rates[:, REQUESTS]
+        calls = np.bincount(server[server >= 0], weights=rates[server >= 0], minlength=count)
+        return np.where(np.isnan(longer(self._reports.heard_at, count, np.nan)), np.nan, calls)
+
+    def _series(self, own: bool, now: float) -> Series:
+        found = series_of(self._telemetry.bins, self._steps, now)
+        if not own:  # who makes no calls knows of none
+            unknown = ("calls", "bytes", *CAUSES, *(() if self._samples else ("samples",)))
+            found.values[:, [SERIES.index(name) for name in unknown]] = np.nan
+        return found
+
+    # ------------------------------------------------------------ the numbers in sight
+
+    def _headline(
+        self, totals: Values, experts: Experts, servers: Servers, reported_calls: float, own: bool, now: float
+    ) -> Headline:
+        counts = np.append(totals[list(TOTALS)], self._samples)
+        rates = self._total_rates.take(counts[None], now)[0]
+        stales = totals[None, [series.STALENESS, series.STALENESSES]]
+        stale = self._staleness.take(stales, stales[:, 1], now)[0]
+        run = self._run()
+        if run is not None:
+            self._last_run = run.steps, run.total_steps, run.loss
+        steps, total_steps, loss = self._last_run
+        failed = {cause: int(n) for cause, n in zip(CAUSES, totals[series.FAILED :], strict=True) if n}
+        return Headline(
+            running=run is not None and run.running,
+            steps=steps,
+            total_steps=total_steps,
+            loss=loss,
+            samples=float(rates[-1]) if self._samples else math.nan,
+            calls=float(rates[0]) if own else reported_calls,
+            bytes=float(rates[1]) if own else math.nan,
+            in_flight=self._looked,
+            staleness=float(stale[0] / stale[1]) if stale[1] else math.nan,
+            experts=len(experts.uids),
+            experts_alive=int((experts.state == State.ALIVE).sum()),
+            servers=len(servers.labels),
+            servers_alive=int((servers.state == State.ALIVE).sum()),
+            answered=int(totals[series.CALLS]) if own else int(experts.calls.sum()),
+            failed=failed,
+            unanswered_rows=self._telemetry.unanswered_rows,
+        )

@@ -1,0 +1,237 @@
+"""Telemetry: events in, counters out. They only grow, and are bounded; rates are made of them by the `sampler`.
+
+Who writes what, so that no lock is needed: events about calls, lost servers and rows come from the lab thread alone,
+and only they change columns and bins. Steps come from trainer threads, and marks from any: they go into deques, whose
+`append` is atomic. Other threads may read all of it: columns are flat arrays that are replaced when they grow, never
+resized, so a reader sees each number as it was before or after an event, if not all of the same instant.
+"""
+
+# N: experts, S: servers
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from labkit.errors import CAUSES
+from labkit.events import CallFailed, CallFinished, Event, RowsUnanswered, ServerLost, StepFinished
+from labkit.histogram import BUCKETS, bucket
+from labkit.view.collect import time_series as series
+from labkit.view.collect.time_series import Bins
+from labkit.view.scene import SPLIT, Mark
+
+MAX_EXPERTS = 20_000  # and what is beyond is counted in the totals only
+MAX_SERVERS = 1_000
+MAX_MARKS = 200
+MAX_STEPS = 100_000  # that wait for the sampler; as many as a run keeps in its `history`, of the same objects
+
+# Columns of an expert. SERVER: number of the server that was last called for it.
+CALLS, FAILED, ROWS, SECONDS, STALENESS, STALENESSES, UPDATES, SERVER = range(8)
+EXPERT_COLUMNS = 8
+# Columns of a server: then one for each of CAUSES, then len(SPLIT) × BUCKETS.
+SERVER_SECONDS, LAST_ANSWER, CAUSE = range(3)
+TIMES = CAUSE + len(CAUSES)
+SERVER_COLUMNS = TIMES + len(SPLIT) * BUCKETS
+
+_CAUSE = {cause: number for number, cause in enumerate(CAUSES)}
+_OTHER = _CAUSE["failed"]
+
+Values = npt.NDArray[np.float64]
+
+
+@dataclass(slots=True)
+class Calls:
+    """Calls to one server, or to one expert, as counted until now. `last_answer`: monotonic; None before the first."""
+
+    finished: int = 0
+    seconds: float = 0.0
+    updates: int = 0
+    last_answer: float | None = None
+    failed: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def mean_seconds(self) -> float:
+        """Mean time of a call that was answered."""
+        return self.seconds / self.finished if self.finished else 0.0
+
+
+class CounterTable:
+    """Rows of numbers in one flat array, by name. Row 0 takes what belongs to nobody: names beyond `most`."""
+
+    def __init__(self, columns: int, most: int) -> None:
+        self.columns = columns
+        self.names: list[str] = []  # names[n] has row n + 1
+        self.rows: dict[str, int] = {}
+        self.cells = array("d", bytes(8 * 64 * columns))
+        self._most = most
+
+    def add(self, name: str) -> int:
+        """The row of a new name."""
+        if len(self.names) >= self._most:
+            return 0
+        row = len(self.names) + 1
+        if len(self.cells) <= row * self.columns:
+            self.cells = self.cells + array("d", bytes(8 * len(self.cells)))
+        self.names.append(name)  # last, with the next: who reads a name finds its row
+        self.rows[name] = row
+        return row
+
+    def read(self) -> Values:
+        """A copy: [number of names, columns]."""
+        count = len(self.names)
+        return np.frombuffer(self.cells)[self.columns : (count + 1) * self.columns].reshape(count, self.columns).copy()
+
+
+class Telemetry:
+    """Counts of calls and failures by cause: in all, by time, by server address and by expert uid."""
+
+    def __init__(self, started: float | None = None) -> None:
+        self.started = time.monotonic() if started is None else started
+        self.servers_lost = 0
+        self.unanswered_rows = 0  # in forward passes
+        self.experts = CounterTable(EXPERT_COLUMNS, MAX_EXPERTS)
+        self.servers = CounterTable(SERVER_COLUMNS, MAX_SERVERS)
+        self.bins = Bins(series.CALL_COLUMNS, self.started)
+        self.steps: deque[StepFinished] = deque(maxlen=MAX_STEPS)
+        self.marks: deque[Mark] = deque(maxlen=MAX_MARKS)
+        self._causes: dict[str, Counter[str]] = {}  # of experts that have failed
+        self._take: dict[type[Event], Callable[..., None]] = {
+            CallFinished: self._finished,
+            CallFailed: self._failed,
+            StepFinished: self.steps.append,
+            ServerLost: self._lost,
+            RowsUnanswered: self._unanswered,
+        }
+
+    def __call__(self, event: Event) -> None:
+        """Take an event; it is an `Emit`."""
+        take = self._take.get(event.__class__)
+        if take is not None:
+            take(event)
+
+    def mark(self, text: str, at: float | None = None) -> None:
+        """Note what happened to a server, for the time line. From any thread. `at`: monotonic; now, if not given."""
+        at = time.monotonic() if at is None else at
+        self.marks.append(Mark(at - self.started, text[:200]))
+
+    # ------------------------------------------------------------ what others read
+
+    @property
+    def total(self) -> Calls:
+        """All calls."""
+        total = self.bins.total()
+        failed = {cause: int(count) for cause, count in zip(CAUSES, total[series.FAILED :], strict=True) if count}
+        return Calls(int(total[series.CALLS]), float(total[series.SECONDS]), failed=Counter(failed))
+
+    @property
+    def by_address(self) -> Mapping[str, Calls]:
+        """Calls to each server."""
+        return _View(self.servers, self._server_calls)
+
+    @property
+    def by_uid(self) -> Mapping[str, Calls]:
+        """Calls to each expert."""
+        return _View(self.experts, self._expert_calls)
+
+    def _server_calls(self, address: str, cells: array[float], at: int) -> Calls:
+        failed = {cause: int(cells[at + CAUSE + number]) for cause, number in _CAUSE.items()}
+        return Calls(
+            int(sum(cells[at + TIMES : at + TIMES + BUCKETS])), cells[at + SERVER_SECONDS],
+            last_answer=cells[at + LAST_ANSWER] or None,
+            failed=Counter({cause: count for cause, count in failed.items() if count}),
+        )  # fmt: skip
+
+    def _expert_calls(self, uid: str, cells: array[float], at: int) -> Calls:
+        failed = self._causes.get(uid, Counter())
+        return Calls(int(cells[at + CALLS]), cells[at + SECONDS], int(cells[at + UPDATES]), failed=Counter(failed))
+
+    # ------------------------------------------------------------ events of the lab thread
+
+    def _finished(self, event: CallFinished) -> None:
+        # Some 20 additions, each in place: this runs once a call, in the thread that makes the calls.
+        seconds, rows, staleness, experts, servers = (
+            event.seconds, event.rows, event.staleness, self.experts, self.servers,
+        )  # fmt: skip
+        server = servers.rows.get(event.address)
+        if server is None:
+            server = servers.add(event.address)
+        expert = experts.rows.get(event.uid)
+        if expert is None:
+            expert = experts.add(event.uid)
+
+        cells, at = experts.cells, expert * EXPERT_COLUMNS
+        cells[at] += 1.0  # CALLS
+        cells[at + ROWS] += rows
+        cells[at + SECONDS] += seconds
+        if event.updates > cells[at + UPDATES]:
+            cells[at + UPDATES] = event.updates
+        cells[at + SERVER] = server
+
+        queue, compute = event.queue, event.compute
+        others, place = servers.cells, server * SERVER_COLUMNS
+        others[place] += seconds  # SERVER_SECONDS
+        others[place + 1] = event.at  # LAST_ANSWER
+        place += TIMES  # and the histograms of SPLIT, one behind the other
+        others[place + bucket(seconds)] += 1.0
+        others[place + BUCKETS + bucket(queue)] += 1.0
+        others[place + 2 * BUCKETS + bucket(compute)] += 1.0
+        others[place + 3 * BUCKETS + bucket(seconds - queue - compute)] += 1.0  # network; a server may exaggerate
+
+        bins = self.bins
+        if event.at >= bins.until:
+            bins.advance(event.at)
+        sums = bins.current
+        sums[0] += 1.0  # CALLS
+        sums[1] += rows
+        sums[2] += seconds
+        sums[3] += event.bytes
+        if staleness is not None:
+            cells[at + STALENESS] += staleness
+            cells[at + STALENESSES] += 1.0
+            sums[4] += staleness
+            sums[5] += 1.0
+
+    def _failed(self, event: CallFailed) -> None:
+        cause = _CAUSE.get(event.cause, _OTHER)
+        server = self.servers.rows.get(event.address) or self.servers.add(event.address)
+        self.servers.cells[server * SERVER_COLUMNS + CAUSE + cause] += 1.0
+        expert = self.experts.rows.get(event.uid) or self.experts.add(event.uid)
+        self.experts.cells[expert * EXPERT_COLUMNS + FAILED] += 1.0
+        self.experts.cells[expert * EXPERT_COLUMNS + SERVER] = server
+        if expert:
+            self._causes.setdefault(event.uid, Counter())[event.cause] += 1
+        if event.at >= self.bins.until:
+            self.bins.advance(event.at)
+        self.bins.current[series.FAILED + cause] += 1.0
+
+    def _lost(self, event: ServerLost) -> None:
+        self.servers_lost += 1
+        self.mark(f"{event.address} lost, with {len(event.uids)} experts", event.at)
+
+    def _unanswered(self, event: RowsUnanswered) -> None:
+        if event.direction == "forward":
+            self.unanswered_rows += event.rows
+
+
+class _View(Mapping[str, Calls]):
+    """The rows of a table as `Calls`, made when they are asked for."""
+
+    def __init__(self, table: CounterTable, make: Callable[[str, array[float], int], Calls]) -> None:
+        self._table = table
+        self._make = make
+
+    def __getitem__(self, name: str) -> Calls:
+        row = self._table.rows[name]
+        return self._make(name, self._table.cells, row * self._table.columns)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._table.names))
+
+    def __len__(self) -> int:
+        return len(self._table.names)

@@ -1,0 +1,203 @@
+"""The expert grids as a heat map of load: what is in which cell, and drawing it on a sheet.
+
+`snapshot` draws it as a part of the dashboard, `loggers` by itself. Sizes of grids are other people's: a grid is put
+into at most `MAX_CELLS` cells, whatever they are, without ever being laid out in full.
+"""
+
+# n: cells that are drawn
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from labkit.view.picture.canvas import DIM, INK, Sheet, cividis, shorten, text_width
+from labkit.view.picture.formatting import rate, whole
+from labkit.view.scene import Experts, Ints, Layer, Scene, State
+
+MAX_CELLS = 4_096  # of a layer
+MAX_PLANES = 64  # slices of a grid with three dimensions or more
+MAX_LAYERS = 4
+MAX_ASPECT = 16  # longer grids are drawn in several lines
+MAX_SIDE = 60  # pixels of a cell
+WORST_FIRST = (State.DEAD, State.SUSPECT, State.STARTING, State.ALIVE)
+UNKNOWN = (0.925, 0.925, 0.925, 1.0)
+EDGE, HATCH = "#bdbdbd", "#8a3b00"
+LEGEND = (
+    ("dead", math.nan, State.DEAD),
+    ("suspect", 0.5, State.SUSPECT),
+    ("unclaimed", math.nan, State.UNCLAIMED),
+    ("not known", math.nan, State.ALIVE),
+)
+
+Doubles = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """A layer's cells, as they are drawn: `planes` grids of `rows` × `columns`."""
+
+    planes: int
+    rows: int
+    columns: int
+    bin: str  # what a cell stands for, where that is more than one place of the grid
+    plane: Ints  # [n]
+    row: Ints  # [n]
+    column: Ints  # [n]
+    load: Doubles  # [n], rows/s, mean of its experts; NaN: nothing is known
+    state: Ints  # [n], a `State`: that of most of its experts; of two that are as frequent, the worse
+
+
+def lay_out(experts: Experts, number: int, layer: Layer) -> Cells:
+    """The cells of one layer. Longer or higher grids than can be drawn become one line that is wrapped."""
+    mine = np.flatnonzero(experts.layer == number)
+    cell, sizes = experts.cell[mine], layer.sizes
+    high, wide = (sizes[-2], sizes[-1]) if len(sizes) > 1 else (1, sizes[0])
+    planes = math.prod(sizes[:-2])
+    if planes > MAX_PLANES or max(high, wide) > MAX_ASPECT * min(high, wide):
+        total = min(math.prod(sizes), 2**62)  # more cells have no number
+        factor = -(-total // MAX_CELLS)
+        drawn = -(-total // factor)
+        columns = min(drawn, max(MAX_ASPECT, math.isqrt(drawn - 1) + 1))
+        planes, rows, place = 1, -(-drawn // columns), cell // factor
+        what = "" if factor == 1 else f"{whole(factor)} places"
+    else:
+        factor = 1
+        while planes * -(-high // factor) * -(-wide // factor) > MAX_CELLS:
+            factor += max(1, factor // 8)
+        rows, columns = -(-high // factor), -(-wide // factor)
+        drawn = planes * rows * columns
+        row, column = cell // wide % high // factor, cell % wide // factor
+        place = (cell // (wide * high) * rows + row) * columns + column
+        what = "" if factor == 1 else f"{factor} × {factor} places"
+    load, state = _gather(place, experts.load[mine].astype(np.float64), experts.state[mine], drawn)
+    there = np.arange(drawn)
+    return Cells(
+        planes, rows, columns, what, there // (rows * columns), there // columns % rows, there % columns, load, state
+    )
+
+
+def _gather(place: Ints, load: Doubles, state: Ints, drawn: int) -> tuple[Doubles, Ints]:
+    """Load [n] and state [n] of each cell, from those of the experts in it."""
+    inside = (place >= 0) & (place < drawn)
+    place, load, state = place[inside], load[inside], state[inside]
+    known = np.isfinite(load)
+    count = np.bincount(place[known], minlength=drawn)
+    total = np.bincount(place[known], weights=load[known], minlength=drawn)
+    votes = np.stack([np.bincount(place[state == each], minlength=drawn) for each in WORST_FIRST])
+    most = np.array(WORST_FIRST)[votes.argmax(axis=0)]
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan), np.where(votes.any(axis=0), most, State.UNCLAIMED)
+
+
+def busiest_layers(scene: Scene) -> list[int]:
+    """The layers to draw, at most `MAX_LAYERS`: those with most load, in their order."""
+    load = np.bincount(scene.experts.layer, np.nan_to_num(scene.experts.load), minlength=len(scene.layers))
+    return sorted(np.argsort(-load, kind="stable")[:MAX_LAYERS].tolist())
+
+
+def draw_layers(sheet: Sheet, scene: Scene, x: float, y: float, width: float, height: float) -> None:
+    """The busiest layers side by side, and a legend below them."""
+    shown = busiest_layers(scene)
+    if not shown:
+        sheet.text(x, y + 30, "No expert has been seen yet.", color=DIM, size=12)
+        return
+    left = len(scene.layers) - len(shown)
+    across = 1 if len(shown) == 1 else 2
+    down = -(-len(shown) // across)
+    legend, gap = 44, 14
+    w, h = (width - gap * (across - 1)) / across, (height - legend) / down
+    for place, number in enumerate(shown):
+        _draw_layer(sheet, scene, number, x + place % across * (w + gap), y + place // across * h, w, h - 8)
+    _draw_legend(sheet, x, y + height - legend + 12, f"and {left} more layers" if left else "")
+
+
+def _draw_layer(sheet: Sheet, scene: Scene, number: int, x: float, y: float, width: float, height: float) -> None:
+    layer = scene.layers[number]
+    cells = lay_out(scene.experts, number, layer)
+    top = float(np.nanmax(cells.load, initial=0.0)) if np.isfinite(cells.load).any() else math.nan
+    title = f"{layer.name} {' × '.join(map(str, layer.sizes))}"
+    of = f"load, 0 to {rate(top)} rows/s" if top > 0 else "no load yet"
+    of += f"; a cell: {cells.bin}" if cells.bin else ""
+    sheet.text(x, y + 12, shorten(title, int(width / 7.2)), size=12, bold=True)
+    sheet.text(x, y + 27, shorten(of, int(width / 6)), size=10.5, color=DIM)
+    y, height = y + 34, height - 34
+    label = 13 if cells.planes > 1 else 0  # pixels, for each slice's number
+
+    def side(across: int) -> float:
+        """Pixels of a cell with `across` slices in a row."""
+        down = -(-cells.planes // across)
+        return min(
+            (width - 10 * (across - 1)) / across / cells.columns, (height / down - label - 4) / cells.rows, MAX_SIDE
+        )
+
+    across = max(range(1, cells.planes + 1), key=side)
+    size = max(side(across), 0.5)
+    size = math.floor(size) if size >= 4 else size
+    px = x + cells.plane % across * (cells.columns * size + 10) + cells.column * size
+    py = y + cells.plane // across * (cells.rows * size + label + 4) + label + cells.row * size
+    gap = 1 if size >= 5 else 0
+    boxes = np.stack([px, py, np.full(len(px), size - gap), np.full(len(px), size - gap)], 1)
+    _draw_cells(sheet, cells.load, cells.state, boxes, top)
+    for plane in range(cells.planes if label else 0):
+        where = np.unravel_index(plane, layer.sizes[:-2])
+        corner = boxes[plane * cells.rows * cells.columns]
+        name = shorten(f"{'.'.join(str(int(c)) for c in where)}.*", max(3, int(cells.columns * size / 6)))
+        sheet.text(corner[0], corner[1] - 3, name, size=9.5, color=DIM)
+
+
+def _draw_cells(sheet: Sheet, load: Doubles, state: Ints, boxes: Doubles, top: float) -> None:
+    dead, free = state == State.DEAD, state == State.UNCLAIMED
+    filled = ~dead & ~free
+    thin = 0.72 if boxes[0, 2] >= 4 else 0.4
+    if filled.any():
+        known = np.isfinite(load)
+        colors = cividis(np.where(known, load, 0) / (top if top > 0 else 1))
+        colors[~known] = UNKNOWN
+        sheet.boxes(boxes[filled], colors[filled])
+    if free.any():
+        sheet.boxes(_inside(boxes[free]), "none", edge=EDGE, width=thin)
+    if dead.any():
+        sheet.boxes(_inside(boxes[dead]), "white", edge=HATCH, width=thin)
+        sheet.hatch(boxes[dead], HATCH, thin)
+    doubtful = np.isin(state, (State.SUSPECT, State.STARTING))
+    if doubtful.any():
+        _draw_dots(sheet, boxes[doubtful])
+
+
+def _draw_dots(sheet: Sheet, boxes: Doubles) -> None:
+    """A black dot in a white one: to be seen on any fill."""
+    middle = boxes[:, :2] + boxes[:, 2:] / 2
+    size = float(np.clip(boxes[0, 2] / 3, 1.5, 8))
+    sheet.line(middle[:, 0], middle[:, 1], color="white", width=size, dots=True)
+    sheet.line(middle[:, 0], middle[:, 1], color=INK, width=0.6 * size, dots=True)
+
+
+def _inside(boxes: Doubles) -> Doubles:
+    """The same boxes for their edges, half a pixel smaller on each side."""
+    smaller: Doubles = boxes + np.array([0.5, 0.5, -1.0, -1.0])
+    return smaller
+
+
+def _draw_legend(sheet: Sheet, x: float, y: float, more: str) -> None:
+    shares = np.linspace(0, 1, 48)
+    bar = np.stack([x + shares * 94, np.full(48, y), np.full(48, 2.2), np.full(48, 10)], 1)
+    sheet.boxes(bar, cividis(shares))
+    sheet.text(x, y + 23, "no load", size=10, color=DIM)
+    sheet.text(x + 97, y + 23, "most", size=10, color=DIM, align="right")
+    at = x + 116
+    for word, load, state in LEGEND:
+        box = np.array([[at, y - 1, 12.0, 12.0]])
+        _draw_cells(sheet, np.array([load]), np.array([int(state)]), box, 1.0)
+        sheet.text(at + 17, y + 9, word, size=10.5)
+        at += 17 + text_width(word, 10.5) + 14
+    sheet.text(x + 116, y + 24, more, size=10, color=DIM)
+
+
+def draw_heat_map(scene: Scene) -> bytes:
+    """The heat map alone, as a PNG of 640 × 640 pixels."""
+    sheet = Sheet(640, 640)
+    draw_layers(sheet, scene, 16, 12, 608, 612)
+    return sheet.png()

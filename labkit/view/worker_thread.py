@@ -1,0 +1,71 @@
+"""A thread that is there only while there is something to do. What is done, and how often, others decide."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+_END_POLL = 0.005  # seconds
+
+
+class WorkerThread:
+    """Calls `step` in a thread of its own, and again after the seconds that it returned, or when it is woken.
+
+    The thread ends when `step` returns None, and a later `wake` starts a new one; so steps never overlap, and need no
+    locks among themselves. A step that raises is logged, and ends the thread as None does.
+    """
+
+    def __init__(self, name: str, step: Callable[[], float | None]) -> None:
+        self._name = name
+        self._step = step
+        self._lock = threading.Lock()
+        self._woken = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def beating(self) -> bool:
+        """Whether its thread is there."""
+        return self._thread is not None
+
+    def wake(self) -> None:
+        """Have a step made soon. Never blocks; may be called from any thread."""
+        with self._lock:
+            self._woken.set()
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread = thread
+                try:
+                    thread.start()
+                except RuntimeError:  # Python is ending, or there are too many: then it is not done
+                    self._thread = None
+                    logger.debug("%s could not start", self._name)
+
+    def wait_for_end(self, timeout: float) -> bool:
+        """Wait until the thread has ended; from inside it, don't. Returns whether it has."""
+        # Not `Thread.join`: if that is interrupted, Python before 3.13 takes the thread for dead (cpython issue 90882).
+        deadline = time.monotonic() + timeout
+        while (thread := self._thread) is not None and thread is not threading.current_thread():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_END_POLL)
+        return True
+
+    def _run(self) -> None:
+        while True:
+            self._woken.clear()
+            try:
+                wait = self._step()
+            except Exception:
+                logger.exception("%s failed", self._name)
+                wait = None
+            if wait is not None:
+                self._woken.wait(wait)
+                continue
+            with self._lock:
+                if not self._woken.is_set():
+                    self._thread = None
+                    return

@@ -1,0 +1,280 @@
+"""Endpoints and links over ZeroMQ, and the network that makes them.
+
+A node has one ROUTER that others connect to and, for each node that it calls, a DEALER for control messages and one for
+bulk tensors, so that a ping never queues behind 8 MB.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import trio
+
+from labkit.contact import Contact, is_loopback
+from labkit.errors import ConnectionLost, LabkitError
+from labkit.wire.frames import Frame, FrameLimits
+from labkit.wire.security import Admission, Identity, answer_zap, must_encrypt
+from labkit.wire.timers import Timers
+from labkit.wire.transport import LOOPBACK, Ended, Hear, Heard, Peer, announced_address, resolve, split_address
+from labkit.wire.zmq_socket import (
+    FLUSH_TIME,
+    Arrived,
+    Context,
+    Socket,
+    UnsentFrames,
+    make_context,
+    make_dealer,
+    make_router,
+    make_zap,
+    read_monitor,
+    user_id,
+)
+
+logger = logging.getLogger(__name__)
+
+TERM_TIMEOUT = 1.0  # seconds
+FILES_PER_LINK = 4  # a signal for each of its two sockets, the connection, and a peer's to us
+
+
+class ZmqLink:
+    """A `Link` over a DEALER."""
+
+    def __init__(self, contact: Contact, heard: Heard, ended: Ended) -> None:
+        self.contact = contact
+        self.error: LabkitError | None = None
+        self._heard = heard
+        self._ended = ended
+        self._socket: Socket | None = None
+        self._scope = trio.CancelScope()
+        self._waiting: list[Callable[[], object]] = []  # what to do when there is a socket that can be written to
+
+    async def run(self, context: Context, identity: Identity, max_frame: int) -> None:
+        """Resolve the name, connect, and watch the connection until it breaks or the link is closed."""
+        secure, where = self.contact.secure, self.contact.endpoint
+        sockets: list[Socket] = []
+        try:
+            with self._scope:
+                host = await resolve(self.contact.host)
+                server_key = self.contact.key if secure else None
+                sockets += make_dealer(context, host, self.contact.port, identity, server_key, max_frame)
+                socket, monitor = sockets
+                socket.hear, monitor.hear = self._hear, self._learn
+                self._socket = socket
+                for action in self._waiting:
+                    socket.when_writable(action)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(monitor.run)
+                    await socket.run()
+                    self.error = self.error or socket.error
+                    nursery.cancel_scope.cancel()
+        except LabkitError as error:
+            self.error = error
+        finally:
+            self.error = self.error or ConnectionLost(f"the link to {where} is closed")
+            if self._socket is not None:
+                self._socket.fail(self.error)  # which hands over what has arrived
+            self._waiting.clear()
+            for socket in sockets:
+                socket.close()
+            self._ended(self.error)
+
+    def _hear(self, message: Arrived) -> None:
+        self._heard([frame.buffer for frame in message])
+
+    def _learn(self, message: Arrived) -> None:
+        """ZeroMQ says how the connection is: if it failed or broke, it is over."""
+        outcome = read_monitor(message, self.contact.endpoint, self.contact.secure)
+        if outcome is not None:
+            self.error = self.error or outcome
+            self._scope.cancel()
+
+    def send_nowait(self, frames: Sequence[Frame]) -> UnsentFrames | None:
+        if self.error is not None:
+            raise self.error
+        return self._socket.send_nowait(frames) if self._socket is not None else None
+
+    def when_ready(self, action: Callable[[], object]) -> None:
+        if self._socket is None:
+            self._waiting.append(action)
+        else:
+            self._socket.when_writable(action)
+
+    def close(self) -> None:
+        self._scope.cancel()
+
+
+class ZmqEndpoint:
+    """An `Endpoint` over a ROUTER. Made by `ZmqNetwork.listen`."""
+
+    def __init__(
+        self, network: ZmqNetwork, identity: Identity, contact: Contact, socket: Socket, nursery: trio.Nursery
+    ) -> None:
+        self.contact = contact
+        self.identity = identity
+        self.timers = network.timers
+        self.most_links = max(8, open_files() * 3 // 4 // FILES_PER_LINK)  # a quarter for everything else
+        self._network = network
+        self._socket = socket
+        self._nursery = nursery
+        self._unsent: dict[bytes, deque[UnsentFrames]] = {}
+
+    def connect(self, contact: Contact, heard: Heard, ended: Ended) -> ZmqLink:
+        link, network = ZmqLink(contact, heard, ended), self._network
+        try:
+            self._nursery.start_soon(link.run, network.context, self.identity, network.limits.message_bytes)
+        except RuntimeError:  # the nursery has ended
+            raise ConnectionLost(f"{contact.endpoint} was not called, as this node is closing") from None
+        return link
+
+    async def serve(self, hear: Hear) -> None:
+        secure = self.contact.secure
+
+        def hear_message(message: Arrived) -> None:
+            route, *frames = message
+            if frames:
+                hear(Peer(route.bytes, user_id(frames[0]) if secure else None), [frame.buffer for frame in frames])
+
+        self._socket.hear = hear_message
+        try:
+            await self._socket.run_until_over()
+        finally:
+            self._socket.hear = None
+
+    async def send(self, peer: Peer, frames: Sequence[Frame]) -> None:
+        self._remember(peer, await self._socket.send([peer.route, *frames]))
+
+    def send_nowait(self, peer: Peer, frames: Sequence[Frame]) -> bool:
+        try:
+            unsent = self._socket.send_nowait([peer.route, *frames])
+        except ConnectionLost:
+            return True  # nobody is left to hear it
+        if unsent is not None:
+            self._remember(peer, unsent)
+        return unsent is not None
+
+    def unsent_bytes(self, peer: Peer) -> int:
+        waiting = self._unsent.get(peer.route)
+        if waiting is None:
+            return 0
+        while waiting and waiting[0].done:
+            waiting.popleft()
+        if not waiting:
+            del self._unsent[peer.route]
+        return sum(unsent.bytes for unsent in waiting)
+
+    def unsent_total(self) -> int:
+        return sum(self.unsent_bytes(Peer(route)) for route in list(self._unsent))
+
+    def _remember(self, peer: Peer, unsent: UnsentFrames) -> None:
+        if unsent.done:
+            return
+        self._unsent.setdefault(peer.route, deque()).append(unsent)
+        if len(self._unsent) > 256:  # peers that left without taking their answers
+            self.unsent_total()  # which forgets them
+
+
+class ZmqNetwork:
+    """A ZeroMQ context and the tasks that all nodes of a lab thread share: one answers who may connect."""
+
+    tcp = True
+
+    def __init__(self, context: Context, limits: FrameLimits) -> None:
+        self.context = context
+        self.limits = limits
+        self.timers = Timers()
+        self._admissions: dict[bytes, Admission] = {}
+        self._domains = itertools.count()
+
+    @asynccontextmanager
+    async def listen(
+        self,
+        identity: Identity,
+        address: str = LOOPBACK,
+        *,
+        announce: str | None = None,
+        secure: bool | None = None,
+        admission: Admission | None = None,
+    ) -> AsyncIterator[ZmqEndpoint]:
+        """Bind a node to `address` (`tcp://host:port`, port `*` for any).
+
+        `announce`: the `host` or `host:port` that others should use, where that differs from what is bound (needed
+        behind a router; guessed for 0.0.0.0). `secure`: CURVE; on by default for private swarms and beyond loopback,
+        where `announce` counts, too.
+        Raises `ValueError` for arguments that do not go together, `LabkitError` if the address cannot be had.
+        """
+        bind_host, bind_port = split_address(address)
+        admission = admission or Admission()
+        public = bind_host if announce is None else announced_address(announce, bind_host, 0)[0]
+        secure = must_encrypt(secure, bind_host if is_loopback(public) else public, admission)
+        domain = f"node-{next(self._domains)}".encode()
+        self._admissions[domain] = admission
+        ip = await resolve(bind_host)
+        bound = f"tcp://[{ip}]:{bind_port}" if ":" in ip else f"tcp://{ip}:{bind_port}"
+        socket, host, port = make_router(
+            self.context, bound, identity, secure=secure, domain=domain, max_frame=self.limits.message_bytes
+        )
+        try:
+            host, port = announced_address(announce, host, port)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(socket.run)
+                contact = Contact(identity.public_key, host, port, secure)
+                try:
+                    yield ZmqEndpoint(self, identity, contact, socket, nursery)
+                finally:
+                    nursery.cancel_scope.cancel()
+        finally:
+            socket.close(FLUSH_TIME)
+            del self._admissions[domain]
+
+    async def _answer_zap(self, socket: Socket) -> None:
+        while True:
+            for message in await socket.receive():
+                reply = answer_zap([frame.bytes for frame in message], self._admissions)
+                if reply is not None:
+                    await socket.send(reply)
+
+
+@asynccontextmanager
+async def open_network(limits: FrameLimits | None = None) -> AsyncIterator[ZmqNetwork]:
+    """A network for the nodes of this trio run; closes every socket at the end."""
+    context = make_context()
+    network = ZmqNetwork(context, limits or FrameLimits())
+    zap = make_zap(context)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(network.timers.run)
+            nursery.start_soon(zap.run)
+            nursery.start_soon(network._answer_zap, zap)
+            try:
+                yield network
+            finally:
+                nursery.cancel_scope.cancel()
+    finally:
+        zap.close()
+        await _terminate(context)
+
+
+async def _terminate(context: Context) -> None:
+    """End ZeroMQ's own thread. Its sockets are closed, so it has nothing to wait for but the last replies to leave.
+
+    With a deadline nevertheless: if that thread ever waits for something, as it did before monitors were ended in time
+    (`Socket.close`), a notebook is not to wait with it.
+    """
+    with trio.CancelScope(shield=True, deadline=trio.current_time() + TERM_TIMEOUT) as scope:
+        await trio.to_thread.run_sync(context.term, abandon_on_cancel=True)
+    if scope.cancelled_caught:
+        logger.info("ZeroMQ's thread did not end within %g s; it is left to the end of the process", TERM_TIMEOUT)
+
+
+def open_files() -> int:
+    """How many files and sockets this process may have open."""
+    try:
+        import resource
+    except ImportError:  # Windows, which sets no such limit
+        return 1 << 16
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 16 if soft == resource.RLIM_INFINITY else min(soft, 1 << 16)

@@ -1,0 +1,242 @@
+"""A server's handle through interrupts and orders at once: no life begins before the last one has ended.
+
+In virtual time: the servers here are tasks that hold nothing. `test_swarm` and `test_servers` are about real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trio
+
+from labkit.contact import Contact
+from labkit.errors import ServerFailed
+from labkit.events import ignore
+from labkit.faults import Faults
+from labkit.launch import runners as lives
+from labkit.launch.handle import Lab, ServerHandle
+from labkit.launch.runners import ServerPlan
+from labkit.node import NodeConfig
+from labkit.server.server import ServerConfig
+from labkit.wire.security import Identity
+
+CONTACT = Contact(bytes(32), "127.0.0.1", 1, False)
+
+
+class Servers:
+    """What stands in for `serve_experts`: starts in `start` seconds, saves in `save` seconds, and notes what it does.
+
+    `failure`: what it ends with instead of being saved. `limit`: seconds that it says a stop may take.
+    """
+
+    def __init__(self) -> None:
+        self.start, self.save, self.limit, self.failure = 0.0, 20.0, 30.0, ""
+        self.did: list[str] = []
+
+    async def serve(self, *_: Any, stop: trio.Event, allow: Any = None, task_status: Any, **__: Any) -> None:
+        self.did.append("begins")
+        try:
+            with trio.CancelScope(shield=True):  # as experts are built, in a thread
+                await trio.sleep(self.start)
+            await trio.lowlevel.checkpoint()
+            if allow is not None:
+                allow(self.limit)
+            task_status.started(CONTACT)
+            await stop.wait()
+            await trio.sleep(self.save)
+            if self.failure:
+                raise OSError(self.failure)
+            self.did.append("has saved")
+        finally:
+            self.did.append("ends")
+
+
+@pytest.fixture
+def servers(monkeypatch) -> Servers:
+    servers = Servers()
+    monkeypatch.setattr(lives, "serve_experts", servers.serve)
+    return servers
+
+
+@pytest.fixture
+def handle(servers, nursery) -> ServerHandle:
+    class Directory:
+        async def refresh(self, uids: Sequence[str]) -> None: ...
+
+        async def find(self, uids: Sequence[str]) -> dict[str, Any]:
+            return {uid: SimpleNamespace(contact=CONTACT) for uid in uids}
+
+    unused: Any = None
+    node: Any = SimpleNamespace(directory=Directory())
+    plan = ServerPlan(ServerConfig(("nop.0",), kind="nop"), NodeConfig(), Identity.generate(), join=())
+    return ServerHandle(Lab(unused, nursery, unused, node, Faults(), ignore), plan, "task")
+
+
+async def test_a_restart_after_an_interrupted_stop_waits_until_the_experts_are_saved(servers, handle, autojump_clock):
+    await handle.begin()
+    with trio.move_on_after(5):  # Ctrl-C
+        await handle.end("stopped")
+    await handle.begin()
+    assert servers.did == ["begins", "has saved", "ends", "begins"]
+    assert handle.alive
+
+
+async def test_a_restart_while_somebody_else_stops_it_waits_for_that(servers, handle, nursery, autojump_clock):
+    await handle.begin()
+    nursery.start_soon(handle.end, "stopped")
+    await trio.sleep(5)
+    await handle._restart_later()
+    await trio.sleep(10)
+    assert servers.did == ["begins"] and handle.state == "starting"
+    await trio.sleep(6)
+    assert servers.did == ["begins", "has saved", "ends", "begins"]
+    assert handle.alive
+
+
+async def test_who_restarts_what_does_not_end_kills_it_in_the_end(servers, handle, autojump_clock):
+    servers.save = 1000.0
+    await handle.begin()
+    with trio.move_on_after(5):
+        await handle.end("stopped")
+    with pytest.raises(ServerFailed, match="had not saved its experts after 30 s, and was killed"):
+        await handle.begin()
+    assert servers.did == ["begins", "ends"] and handle.state == "failed"
+    await handle.begin()
+    assert handle.alive
+
+
+async def test_what_still_saves_after_an_interrupted_stop_can_be_killed(servers, handle, autojump_clock):
+    await handle.begin()
+    with trio.move_on_after(5):
+        await handle.end("stopped")
+    await handle.end("killed", save=False)
+    assert servers.did == ["begins", "ends"] and handle.state == "killed"
+
+
+async def test_who_waits_for_its_end_waits_for_an_interrupted_stop_too(servers, handle, autojump_clock):
+    await handle.begin()
+    with trio.move_on_after(5):
+        await handle.end("stopped")
+    assert await handle._wait() == ""
+    assert servers.did == ["begins", "has saved", "ends"] and handle.state == "stopped"
+
+
+async def test_an_interrupted_stop_that_cannot_save_leaves_a_server_that_failed(servers, handle, autojump_clock):
+    servers.failure = "no space left"
+    await handle.begin()
+    with trio.move_on_after(5):
+        await handle.end("stopped")
+    assert await handle._wait() == "no space left"
+    assert handle.state == "failed"
+
+
+async def test_a_restart_that_is_interrupted_before_it_begins_leaves_nothing_to_wait_for(
+    servers, handle, nursery, autojump_clock
+):
+    servers.start = 10.0
+    await handle._restart_later()
+    await trio.sleep(1)
+    with trio.move_on_after(5):  # while the first one, which is killed, still builds its experts
+        await handle.begin()
+    with trio.fail_after(10):
+        await handle.end("killed", save=False)
+    assert servers.did == ["begins", "ends"] and not handle.alive
+
+
+async def test_large_experts_have_longer_to_be_saved(servers, handle, autojump_clock):
+    servers.save, servers.limit = 100.0, 150.0
+    await handle.begin()
+    assert await handle.end("stopped") == ""
+    assert servers.did == ["begins", "has saved", "ends"]
+
+
+async def test_who_waits_beside_a_start_that_is_interrupted_before_it_begins_learns_of_it(
+    servers, handle, nursery, autojump_clock
+):
+    async def interrupted() -> None:
+        with trio.move_on_after(5):
+            await handle.begin()
+
+    servers.start = 10.0
+    await handle._restart_later()
+    await trio.sleep(1)
+    nursery.start_soon(interrupted)  # while the first one, which is killed, still builds its experts
+    await trio.sleep(1)
+    with trio.fail_after(20):
+        assert await handle._wait() == "it was interrupted"
+    assert handle.state == "failed"
+
+
+async def test_who_waits_for_a_stop_learns_that_somebody_killed_it(servers, handle, nursery, autojump_clock):
+    said: list[str] = []
+
+    async def stop() -> None:
+        said.append(await handle.end("stopped"))
+
+    await handle.begin()
+    nursery.start_soon(stop)
+    await trio.sleep(5)
+    await handle.end("killed", save=False)
+    await trio.sleep(1)
+    assert said == ["it was killed"]
+    assert (handle.state, handle.failure) == ("killed", "")  # as somebody wanted
+
+
+# ---------------------------------------------------------------- orders that nobody waits for
+
+
+async def test_a_stop_that_nobody_waits_for_saves_all_the_same(servers, handle, autojump_clock):
+    await handle.begin()
+    await handle._stop_later()
+    assert servers.did == ["begins"] and handle.state == "stopped"
+    await trio.sleep(21)
+    assert servers.did == ["begins", "has saved", "ends"] and handle.state == "stopped"
+
+
+@pytest.mark.parametrize(("save", "failure"), [(20.0, "no space left"), (1000.0, "not saved its experts after 30 s")])
+async def test_a_stop_that_nobody_waits_for_tells_when_it_could_not_save(
+    servers, handle, autojump_clock, caplog, save, failure
+):
+    servers.save, servers.failure = save, "no space left"
+    await handle.begin()
+    await handle._stop_later()
+    await trio.sleep(31)
+    assert servers.did == ["begins", "ends"]
+    assert handle.state == "failed" and failure in handle.failure and failure in caplog.text
+
+
+@pytest.mark.parametrize("save", [True, False])
+async def test_what_is_ended_while_it_is_to_restart_does_not_begin(servers, handle, nursery, autojump_clock, save):
+    await handle.begin()
+    await handle._restart_later()
+    await trio.sleep(5)
+    state = "stopped" if save else "killed"
+    await handle.end(state, save=save)
+    await trio.sleep(100)
+    assert servers.did == ["begins", *(["has saved"] if save else []), "ends"]
+    assert handle.state == state
+
+
+async def test_what_could_not_be_saved_is_not_started_again_at_once(servers, handle, autojump_clock, caplog):
+    servers.failure = "no space left"
+    await handle.begin()
+    await handle._restart_later()
+    await trio.sleep(21)
+    assert servers.did == ["begins", "ends"] and handle.state == "failed"
+    assert "no space left" in handle.failure and "no space left" in caplog.text
+    await handle._restart_later()
+    await trio.sleep(1)
+    assert handle.alive
+
+
+async def test_a_kill_that_nobody_waits_for_ends_what_saves_and_what_is_to_begin(servers, handle, autojump_clock):
+    await handle.begin()
+    await handle._restart_later()
+    await handle._kill_later()
+    assert handle.state == "killed"
+    await handle._restart_later()
+    await trio.sleep(1)
+    assert servers.did == ["begins", "ends", "begins"] and handle.alive
