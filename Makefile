@@ -1,7 +1,7 @@
 # What a person types: `make demo`, `make test`, `make lint`. The first of them makes .venv, once.
 #
 #   make demo ARGS="--watch"
-#   make test ARGS="tests/test_data.py -k digits"
+#   make test ARGS="tests/test_datasets.py -k digits"
 #   make test PYTHON=python3.13
 #
 # For who changes the dashboard: `make frontend` bundles its pages anew (Node.js), `make test-browser` opens them.

@@ -1,4 +1,12 @@
-"""The demonstration, as a user runs it."""
+"""The demonstration, as a user runs it.
+
+What README says of `labkit demo` was measured with its default settings, on two cores without a GPU. Digits, 500 steps,
+in eleven runs of several builds: test accuracy between 0.972 and 0.986, 18 to 45 s with start-up, most of which is the
+import of torch in each process; 0.983 in 73 s in an hour in which the machine was a quarter as fast. The accuracy
+varies by about ± 0.005 from run to run, since trainers are asynchronous and the test set has 360 rows. MNIST, 3,000
+steps of 128 rows: 0.978 on 10,000 images in one run of 116 s, 3,650 samples/s; 186 s and 2,300 on a slower day. In all
+of them every row was answered by some expert.
+"""
 
 from __future__ import annotations
 
