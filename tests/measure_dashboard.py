@@ -55,7 +55,8 @@ FASTER = """
 from labkit import polling, swarm_view
 from labkit.view import outputs, pages, recording, sampler
 for module, names in (
-    (pages, "FRAME_PERIOD LONGEST_PERIOD"), (polling, "FIND_PERIOD"), (recording, "SPACING"), (sampler, "TIMES_PERIOD"),
+    (pages, "FRAME_PERIOD LONGEST_PERIOD"), (polling, "FIND_PERIOD"), (recording, "KEYFRAME_SPACING"),
+    (sampler, "HISTOGRAM_PERIOD"),
     (swarm_view, "RECORDING_PERIOD LONGEST_RECORDING_PERIOD FRESH LATE"),
 ):
     for name in names.split():

@@ -62,7 +62,7 @@ def test_a_keyframe_holds_every_expert_and_every_server_of_its_moment():
     scenes = list(play(9))
     kept, last = record(scenes)
     for number in (5, 2, 8):  # in any order
-        store, scene = show([export.still(last), kept.keyframes[number].unpack()]), scenes[number]
+        store, scene = show([export.static_frame(last), kept.keyframes[number].unpack()]), scenes[number]
         assert store.header["at"] == scene.at and not store.header["reset"]
         assert store.column("experts", "state").tolist() == scene.experts.state.tolist()
         assert store.column("experts", "calls").tolist() == scene.experts.calls.tolist()

@@ -15,7 +15,7 @@ from labkit.events import CallFailed, CallFinished, RowsUnanswered, ServerLost, 
 from labkit.expert_uid import ExpertInfo, grid_uids
 from labkit.histogram import BUCKETS, RELATIVE_ERROR, Histogram
 from labkit.server.statistics import ServerStatistics
-from labkit.view.collect import registry as registry
+from labkit.view.collect import registry
 from labkit.view.collect.inventory import Inventory, LocalServer
 from labkit.view.collect.sampler import Sampler
 from labkit.view.collect.telemetry import Telemetry

@@ -144,7 +144,7 @@ def test_bins_after_a_long_silence_are_as_wide_as_they_have_to_be(silence):
     seen(finished(at=START + silence))
     loud = series_of(seen.bins, steps, START + silence + 0.2)
     for shown in (quiet, loud):
-        assert 0 < len(shown.values) <= series.MOST
+        assert 0 < len(shown.values) <= series.MAX_BINS
         assert shown.values[0, SERIES.index("calls")] * shown.width == pytest.approx(1)
     assert seen.total.finished == 2
 

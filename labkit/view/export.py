@@ -1,7 +1,7 @@
-"""A run as a file: JSON for pandas, and one HTML page that replays it with a time slider, without a network.
+"""A run as a file: JSON for pandas, and an HTML page that replays it offline with a time slider.
 
-The page holds what `frontend/src/replay_page.ts` was bundled into, and the recording as data. It runs that one script
-and nothing else: whatever a peer may have written is data, or escaped.
+The page contains the bundle of `frontend/src/replay_page.ts` and the recording as data. It runs that one script and
+nothing else: text that peers may have written is either data or escaped.
 """
 
 # B: bins of time
@@ -37,7 +37,7 @@ from labkit.view.scene import PERCENTILES, SERIES, SPLIT, Experts, Scene, Series
 
 STATIC_FILES = importlib.resources.files("labkit.view") / "static"
 
-PAGE = """<!DOCTYPE html>
+PAGE_TEMPLATE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -57,16 +57,17 @@ PAGE = """<!DOCTYPE html>
 </body>
 </html>
 """
-POLICY = (
+CONTENT_POLICY = (
     "default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 )
 
 
 def to_json(scene: Scene) -> bytes:
-    """Everything that the scene holds, as JSON of lists and records; what is not known is null.
+    """Export everything in a scene as JSON; what is not known is null.
 
-    `labkit` (version), `swarm`, `seconds` since the start, `wall` (Unix time), `headline`; `series`, a list for each
-    name, with `t`, the second at which a bin begins; `experts`, `servers` and `marks`, a record each.
+    The keys are `labkit` (its version), `swarm`, `seconds` since the start, `wall` (Unix time), `source` and
+    `headline`; `series`, with a list for each name and `t`, the seconds at which bins begin; and `experts`, `servers`
+    and `marks`, lists of records.
 
         frame = pandas.DataFrame(json.load(open("labkit-default.json"))["series"])
     """
@@ -89,22 +90,27 @@ def to_json(scene: Scene) -> bytes:
 
 
 def to_html(scene: Scene, keyframes: Iterable[tuple[Header, list[bytes]]]) -> bytes:
-    """A page that replays these keyframes (frames of whole columns) until `scene`, which gives the series and marks.
+    """Export an HTML page that replays the keyframes until `scene`, the last one.
 
-    Raises `LabkitError` if this copy of labkit has no front end.
+    Args:
+        scene: The last scene. It provides layers, series and marks.
+        keyframes: Frames of whole columns, and the buffers of each.
+
+    Raises:
+        LabkitError: This copy of labkit has no bundled front end.
     """
     recording = {
-        "static": _frame(*still(scene)),
+        "static": _frame(*static_frame(scene)),
         "keyframes": [_frame(header, buffers) for header, buffers in keyframes],
         "swarm": scene.swarm,
         "seconds": round(scene.at, 3),
     }
     packed = gzip.compress(json.dumps(recording, allow_nan=False).encode(), compresslevel=6, mtime=0)
-    # `<` within a string, as nothing else of a bundle holds these words: they would end the element
+    # These words would end the script element. In a bundle they only occur within strings, where `<` may be escaped.
     script = re.sub(r"<(?=/script|!--)", r"\\x3c", _read("replay.js"), flags=re.IGNORECASE)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = PAGE.format(
-        policy=POLICY.format(digest=digest),
+    page = PAGE_TEMPLATE.format(
+        policy=CONTENT_POLICY.format(digest=digest),
         title=html.escape(f"labkit: swarm {scene.swarm}"),
         style=_read("dashboard.css").replace("</", r"<\/"),
         recording=base64.b64encode(packed).decode(),
@@ -113,8 +119,8 @@ def to_html(scene: Scene, keyframes: Iterable[tuple[Header, list[bytes]]]) -> by
     return page.encode()
 
 
-def still(scene: Scene) -> tuple[Header, list[bytes]]:
-    """What a replay begins with, however large: layers, servers' text, experts' places, the whole series, all marks."""
+def static_frame(scene: Scene) -> tuple[Header, list[bytes]]:
+    """The frame that a replay begins with: layers, servers' text, experts' places, the whole series and all marks."""
     header, buffers = write_opening(scene, reset=True, control=False), list[bytes]()
     header["layers"] = [write_layer(layer) for layer in scene.layers]
     header["server_text"] = {"start": 0, "rows": write_servers(scene.servers)}
@@ -131,7 +137,7 @@ def _frame(header: Header, buffers: Iterable[bytes]) -> dict[str, Any]:
 
 
 def _read(name: str) -> str:
-    """A file of the front end, with newlines as a browser counts them."""
+    """Read a file of the front end, with newlines as a browser counts them."""
     try:
         return (STATIC_FILES / name).read_text(encoding="utf-8").replace("\r\n", "\n").replace("\r", "\n").strip()
     except FileNotFoundError:

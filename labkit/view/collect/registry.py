@@ -1,8 +1,8 @@
-"""The registry: which experts and servers there are, and in what state. Rows are added as they are met, and stay.
+"""The registry: which experts and servers there are, and in what state. Each gets a row at first sight and keeps it.
 
-The `sampler` asks it for the rows behind a scene's columns. It learns from inventories (`inventory`), and from the
-names in telemetry where nobody polls. A server started here is known by its place in `swarm.servers`, whatever
-its address; one started elsewhere by its address.
+The `sampler` asks it for the rows behind a scene's columns. The registry learns from inventories (`inventory`), and,
+where the swarm is not polled, from the names in telemetry. A server started here is identified by its index in
+`swarm.servers`, whatever its address; a server started elsewhere by its address.
 """
 
 # N: experts, S: servers
@@ -18,20 +18,20 @@ import numpy.typing as npt
 from labkit.contact import Contact
 from labkit.expert_uid import ExpertInfo, split_uid
 from labkit.view.collect.inventory import MAX_EXPERTS, MAX_GRIDS, MAX_SERVERS, Inventory, LocalServer
-from labkit.view.collect.rates import Values, longer
-from labkit.view.scene import Ints, Layer, State
+from labkit.view.collect.rates import pad_rows
+from labkit.view.scene import Doubles, Ints, Layer, State
 
-MAX_CELLS = 1 << 24  # of a grid that is shown whole; a larger one is shown as far as it has experts
-FAILED_POLLS = 2  # in a row, that make a server suspect
-SILENCE = 10.0  # seconds after which a suspect server counts as gone
-UNDECLARED, OFFERED, HIDDEN = range(3)  # what the directory says of an expert
+MAX_CELLS = 1 << 24  # of a grid that is shown whole; of a larger grid only the cells with experts are shown
+SUSPECT_AFTER_POLLS = 2  # failed polls in a row that make a server suspect
+DEAD_AFTER_SILENCE = 10.0  # seconds after which a suspect server counts as dead
+UNDECLARED, OFFERED, SUSPENDED = range(3)  # how the directory lists an expert
 
 _LOCAL_STATES = {"running": State.ALIVE, "starting": State.STARTING}
 _REMOTE_WORDS = {State.ALIVE: "remote", State.SUSPECT: "silent", State.DEAD: "gone"}
 
 
 class Registry:
-    """Rows of experts and servers, and the states that follow from the last inventory."""
+    """The rows of experts and servers, and their states by the last inventory."""
 
     def __init__(self) -> None:
         self.layers: list[Layer] = []
@@ -40,12 +40,12 @@ class Registry:
         self.labels: list[str] = []
         self.addresses: list[str] = []
         self.local = np.zeros(0, dtype=np.int64)  # [S]
-        self.injected: Values = np.zeros((0, 2))  # [S, 2]
-        self._words: list[str] = []  # of handles; empty for a server started elsewhere
-        self._first_seen: Values = np.zeros(0)  # [S]
+        self.injected: Doubles = np.zeros((0, 2))  # [S, 2]
+        self._words: list[str] = []  # the handle's state; empty for a server started elsewhere
+        self._first_seen: Doubles = np.zeros(0)  # [S]
         self._failures = np.zeros(0, dtype=np.int64)  # [S]
         self._layers: dict[str, int] = {}
-        self._layer_known: list[bool] = []  # whether a grid's sizes were declared, or made out from its uids
+        self._layer_known: list[bool] = []  # whether a grid's sizes were declared (True) or guessed from its uids
         self._experts: dict[str, int] = {}
         self._places: list[tuple[int, ...]] = []  # coordinates of experts
         self._expert_layers: list[int] = []
@@ -55,12 +55,12 @@ class Registry:
         self._local_uids: list[tuple[str, ...]] = []
         self._inventory: Inventory | None = None
         self._declarations: tuple[list[str], list[str], list[Contact]] | None = None  # as last taken
-        self._cells_stale = False
+        self._cells_outdated = False
 
     # ------------------------------------------------------------ rows
 
     def expert(self, uid: str) -> int:
-        """The row of an expert, a new one if need be; -1 for what cannot be shown."""
+        """Return the row of an expert, adding one if needed; -1 if the expert cannot be shown."""
         row = self._experts.get(uid)
         if row is not None:
             return row
@@ -85,15 +85,15 @@ class Registry:
         return row
 
     def known_expert(self, uid: str) -> int:
-        """The row of an expert; -1 if there is none."""
+        """Return the row of an expert, or -1."""
         return self._experts.get(uid, -1)
 
     def known_address(self, address: str) -> int:
-        """The row of the server at an address; -1 if there is none."""
+        """Return the row of the server at an address, or -1."""
         return self._by_address.get(address, -1)
 
     def address_row(self, address: str, now: float) -> int:
-        """The row of the server at an address, a new one if need be; -1 beyond the limit."""
+        """Return the row of the server at an address, adding one if needed; -1 beyond the limit."""
         row = self._by_address.get(address)
         return self._add_server(address, address, now) if row is None else row
 
@@ -104,10 +104,10 @@ class Registry:
         self.labels.append(label)
         self.addresses.append(address)
         self._words.append("")
-        self.local = longer(self.local, row + 1, -1)
-        self.injected = longer(self.injected, row + 1, math.nan)
-        self._first_seen = longer(self._first_seen, row + 1, now)
-        self._failures = longer(self._failures, row + 1)
+        self.local = pad_rows(self.local, row + 1, -1)
+        self.injected = pad_rows(self.injected, row + 1, math.nan)
+        self._first_seen = pad_rows(self._first_seen, row + 1, now)
+        self._failures = pad_rows(self._failures, row + 1)
         if address:
             self._by_address[address] = row
         return row
@@ -122,20 +122,20 @@ class Registry:
         return self._layers[name]
 
     def _enlarge(self, layer: int, sizes: tuple[int, ...]) -> bool:
-        """Make a grid as large as these sizes too. It never shrinks, so that every expert keeps a place."""
+        """Enlarge a grid to at least these sizes. Grids never shrink, so every expert keeps its place."""
         old = self.layers[layer]
         if len(sizes) != len(old.sizes):
             return False
         both = tuple(map(max, sizes, old.sizes))
         if both != old.sizes and math.prod(both) <= MAX_CELLS:
             self.layers[layer] = Layer(old.name, both)
-            self._cells_stale, self._declarations = True, None
+            self._cells_outdated, self._declarations = True, None
         return self.layers[layer].sizes == both
 
-    # ------------------------------------------------------------ what is heard
+    # ------------------------------------------------------------ learning
 
     def take(self, inventory: Inventory, now: float) -> None:
-        """Learn from an inventory; costs nothing if it is the last one again."""
+        """Learn from an inventory. Taking the same one again costs nothing."""
         if inventory is self._inventory:
             return
         last, self._inventory = self._inventory, inventory
@@ -156,7 +156,7 @@ class Registry:
 
     def _take_local(self, number: int, server: LocalServer, now: float) -> None:
         if number == len(self._locals):
-            known = self._by_address.get(server.address)  # met by its address before it was known whose it is
+            known = self._by_address.get(server.address)  # it may have a row by its address already
             if known is None or self.local[known] >= 0:
                 known = self._add_server(f"servers[{number}]", server.address, now)
             self._locals.append(known)
@@ -189,10 +189,10 @@ class Registry:
         self._grow()
         servers = np.array([self._contact_row(contact, now) for contact in contacts], dtype=np.int64)
         self._declared[:] = UNDECLARED
-        hidden, offered = servers[len(rows[0]) :], servers[: len(rows[0])]
-        for said, theirs, at in ((HIDDEN, rows[1], hidden), (OFFERED, rows[0], offered)):
+        suspended, offered = servers[len(rows[0]) :], servers[: len(rows[0])]
+        for listed, theirs, at in ((SUSPENDED, rows[1], suspended), (OFFERED, rows[0], offered)):
             shown = theirs >= 0
-            self._declared[theirs[shown]] = said
+            self._declared[theirs[shown]] = listed
             self.server[theirs[shown]] = at[shown]
 
     def _rows_of(self, infos: Mapping[str, ExpertInfo]) -> Ints:
@@ -209,7 +209,7 @@ class Registry:
         return row
 
     def called(self, rows: Ints, servers: Ints) -> None:
-        """What telemetry knows: these experts [n] were last called at these servers [n]. For those nobody polled."""
+        """Learn from telemetry at which servers [n] experts [n] were last called, for experts without a server."""
         self._grow()
         unknown = (rows >= 0) & (servers >= 0)
         unknown[unknown] = self.server[rows[unknown]] < 0
@@ -219,11 +219,11 @@ class Registry:
         count = len(self._experts)
         if count > len(self.uids):
             self.uids = tuple(self._experts)
-            self.server = longer(self.server, count, -1)
-            self._declared = longer(self._declared, count)
-            self._cells_stale = True
-        if self._cells_stale:
-            self._cells_stale = False
+            self.server = pad_rows(self.server, count, -1)
+            self._declared = pad_rows(self._declared, count)
+            self._cells_outdated = True
+        if self._cells_outdated:
+            self._cells_outdated = False
             self.layer = np.array(self._expert_layers, dtype=np.int64)
             self.cell = np.zeros(count, dtype=np.int64)
             for number, layer in enumerate(self.layers):
@@ -235,24 +235,24 @@ class Registry:
 
     # ------------------------------------------------------------ states
 
-    def states(self, heard_at: Values, now: float) -> tuple[Ints, Ints, tuple[str, ...]]:
-        """States of the experts [N] and of the servers [S], and words for the latter.
+    def states(self, heard_at: Doubles, now: float) -> tuple[Ints, Ints, tuple[str, ...]]:
+        """Return the states of the experts [N] and of the servers [S], and the servers' states in words.
 
-        `heard_at`: when each server last answered anything, monotonic; NaN: never.
+        `heard_at` [S] is when each server last answered anything, monotonic; NaN if never.
         """
         self._grow()
         servers = self._server_states(heard_at, now)
         words = tuple(
             word or _REMOTE_WORDS[State(state)] for word, state in zip(self._words, servers.tolist(), strict=True)
         )
-        # Where an expert's server is not known, the directory's word alone counts.
+        # Where an expert's server is not known, only the directory counts.
         theirs = np.append(servers, State.ALIVE)[self.server]
         experts = np.full(len(theirs), State.DEAD, dtype=np.int64)
         polled = self._inventory is not None and self._inventory.polled_at > -math.inf
         offered = self._declared == OFFERED if polled else np.ones(len(theirs), dtype=np.bool_)
         experts[offered] = theirs[offered]
-        experts[(self._declared == HIDDEN) & (theirs != State.DEAD)] = State.SUSPECT
-        # One of a server started here that runs, and has not been found yet.
+        experts[(self._declared == SUSPENDED) & (theirs != State.DEAD)] = State.SUSPECT
+        # Experts of a server started here that runs, but which the directory does not list yet.
         coming = ~offered & (self._declared == UNDECLARED) & self._is_local_uid()
         experts[coming & ((theirs == State.ALIVE) | (theirs == State.STARTING))] = State.STARTING
         return experts, servers, words
@@ -261,17 +261,17 @@ class Registry:
         local = np.append(self.local, -1)[self.server] >= 0
         return np.asarray(local, dtype=np.bool_)
 
-    def _server_states(self, heard_at: Values, now: float) -> Ints:
+    def _server_states(self, heard_at: Doubles, now: float) -> Ints:
         count = len(self.labels)
         known = self.server >= 0
         offered = np.bincount(self.server[known & (self._declared == OFFERED)], minlength=count)
-        hidden = np.bincount(self.server[known & (self._declared == HIDDEN)], minlength=count)
-        suspect = (self._failures >= FAILED_POLLS) | ((offered == 0) & (hidden > 0))
-        silent = now - np.fmax(heard_at, self._first_seen) >= SILENCE
+        suspended = np.bincount(self.server[known & (self._declared == SUSPENDED)], minlength=count)
+        suspect = (self._failures >= SUSPECT_AFTER_POLLS) | ((offered == 0) & (suspended > 0))
+        silent = now - np.fmax(heard_at, self._first_seen) >= DEAD_AFTER_SILENCE
         states = np.full(count, State.ALIVE, dtype=np.int64)
         if self._inventory is not None and self._inventory.polled_at > -math.inf:
             states[suspect] = State.SUSPECT
-            states[(offered + hidden == 0) | (suspect & silent)] = State.DEAD
+            states[(offered + suspended == 0) | (suspect & silent)] = State.DEAD
         else:
             states[silent] = State.SUSPECT
         for row in self._locals:

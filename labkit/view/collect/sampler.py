@@ -1,8 +1,8 @@
 """The sampler: telemetry and an inventory in, a `Scene` out.
 
-Events are counted by `telemetry`; `inventory` finds what there is. This puts the two together: the `registry`
-says who is who and in what state, `rates` makes rates and means of counters, `server_reports` does so for what servers
-say.
+`telemetry` counts events, and `inventory` finds what is in the swarm. The sampler puts the two together: the `registry`
+says which experts and servers there are and in what state, `rates` makes rates and means of counters, and
+`server_reports` does so with what servers report.
 """
 
 # N: experts, S: servers, T: servers in telemetry
@@ -21,26 +21,43 @@ from labkit.training.run import Run
 from labkit.view.collect import telemetry
 from labkit.view.collect import time_series as series
 from labkit.view.collect.inventory import Inventory
-from labkit.view.collect.rates import Rates, RecentSums, Values, longer, ratio
+from labkit.view.collect.rates import Rates, RecentSums, pad_rows, ratio
 from labkit.view.collect.registry import Registry
 from labkit.view.collect.server_reports import RATE_TAU, REQUESTS, ROWS, SECONDS, TIMES_TAU, ServerReports
 from labkit.view.collect.telemetry import Telemetry
 from labkit.view.collect.time_series import Bins, series_of
-from labkit.view.scene import PERCENTILES, SERIES, SPLIT, Experts, Headline, Ints, Scene, Series, Servers, State
+from labkit.view.scene import (
+    PERCENTILES,
+    SERIES,
+    SPLIT,
+    Doubles,
+    Experts,
+    Headline,
+    Ints,
+    Scene,
+    Series,
+    Servers,
+    State,
+)
 
-FRESH = 5.0  # seconds for which a gauge that a server reported holds
-TIMES_PERIOD = 0.45  # seconds between two looks at the histograms, which are the most of the work
-CARRIED = 2.5  # seconds for which a look at the calls in flight holds
-STRANGE = 3.0  # seconds that a called address may take to be found by polling before it has a row of its own
-STALE = [telemetry.STALENESS, telemetry.STALENESSES]
-TOTALS = (series.CALLS, series.BYTES, series.STALENESS, series.STALENESSES)
+GAUGE_MAX_AGE = 5.0  # seconds for which a gauge reported by a server is shown
+HISTOGRAM_PERIOD = 0.45  # seconds between readings of the latency histograms, which are most of the work
+IN_FLIGHT_MAX_AGE = 2.5  # seconds for which a count of the calls in flight holds
+UNLISTED_GRACE = 3.0  # seconds that polling has to find a called address before the address gets a row of its own
+STALENESS_COLUMNS = [telemetry.STALENESS_SUM, telemetry.STALENESS_COUNT]
+TOTAL_COLUMNS = (series.CALLS, series.BYTES, series.STALENESS_SUM, series.STALENESS_COUNT)
 
 
 class Sampler:
-    """Makes scenes of the swarm `name`. `scene()` is cheap, asks nobody, and is called from one thread at a time.
+    """Makes scenes of a swarm. `scene()` is cheap, does not use the network, and is called in one thread at a time.
 
-    `inventory`: the last one; `in_flight`: how many calls are under way; `run`: the last run over this swarm. `clock`:
-    monotonic seconds, those of the events.
+    Args:
+        telemetry: The counters of this process's events.
+        inventory: Returns the last inventory.
+        in_flight: Returns how many calls are in flight.
+        run: Returns the last run over this swarm, or None.
+        name: The swarm's name.
+        clock: Returns monotonic seconds, on the clock of the events.
     """
 
     def __init__(
@@ -64,10 +81,10 @@ class Sampler:
         self._reports = ServerReports()
         self._expert_rows = np.zeros(0, dtype=np.int64)  # [experts in telemetry] -> row, or -1
         self._server_rows = np.zeros(0, dtype=np.int64)  # [T] -> row, or -1
-        self._strange_since: dict[str, float] = {}
+        self._unlisted_since: dict[str, float] = {}
         self._expert_rates = Rates(3, RATE_TAU, started)  # rows, calls, failures
         self._server_rates = Rates(1, RATE_TAU, started)
-        self._total_rates = Rates(len(TOTALS) + 1, RATE_TAU, started)
+        self._total_rates = Rates(len(TOTAL_COLUMNS) + 1, RATE_TAU, started)
         self._latencies = RecentSums(2, TIMES_TAU)
         self._stalenesses = RecentSums(2, TIMES_TAU)
         self._staleness = RecentSums(2, TIMES_TAU)
@@ -76,18 +93,18 @@ class Sampler:
         self._times_at = -math.inf
         self._steps = Bins(series.STEP_COLUMNS, started)
         self._samples = 0
-        self._looked_at, self._looked = -math.inf, 0
+        self._in_flight_at, self._in_flight_seen = -math.inf, 0
         self._last_run: tuple[int, int, float] = (0, 0, math.nan)
 
     def scene(self, open: bool = True) -> Scene:
-        """The swarm as it is now. 1. What was counted and found since the last scene; 2. tables; 3. time series."""
+        """Make a scene of the swarm as it is now: 1. read what was counted and found; 2. tables; 3. time series."""
         now = self._clock()
         inventory, registry = self._inventory(), self._registry
         counted = self._telemetry.experts.read(), self._telemetry.servers.read()  # 1
         totals = self._telemetry.bins.total()
         own = bool(totals[series.CALLS] + totals[series.FAILED :].sum())
         registry.take(inventory, now)
-        self._place(inventory, counted[0], now)
+        self._place_rows(inventory, counted[0], now)
         self._reports.take(inventory, registry, now, counters=not own)
         self._take_steps(now)
 
@@ -110,64 +127,64 @@ class Sampler:
 
     # ------------------------------------------------------------ from telemetry's rows to the registry's
 
-    def _place(self, inventory: Inventory, experts: Values, now: float) -> None:
+    def _place_rows(self, inventory: Inventory, experts: Doubles, now: float) -> None:
         uids = self._telemetry.experts.names[len(self._expert_rows) : len(experts)]
         if uids:
             new = np.array([self._registry.expert(uid) for uid in uids], dtype=np.int64)
             self._expert_rows = np.concatenate([self._expert_rows, new])
         addresses = self._telemetry.servers.names
-        self._server_rows = longer(self._server_rows, len(addresses), -1)
+        self._server_rows = pad_rows(self._server_rows, len(addresses), -1)
         polled = inventory.polled_at > -math.inf
         for number in (self._server_rows < 0).nonzero()[0].tolist():
             address = addresses[number]
             row = self._registry.known_address(address)
-            if row < 0 and (not polled or now - self._strange_since.setdefault(address, now) > STRANGE):
+            if row < 0 and (not polled or now - self._unlisted_since.setdefault(address, now) > UNLISTED_GRACE):
                 row = self._registry.address_row(address, now)
             self._server_rows[number] = row
-        at = experts[:, telemetry.SERVER].astype(np.int64) - 1  # of telemetry's servers; -1: one beyond its limit
+        at = experts[:, telemetry.SERVER].astype(np.int64) - 1  # telemetry's servers; -1: beyond its limit
         self._registry.called(self._expert_rows, np.append(self._server_rows, -1)[at])
 
     def _take_steps(self, now: float) -> None:
-        """Put the steps since the last scene, and a look at the calls in flight, into bins."""
+        """Add the steps since the last scene, and the number of calls in flight, to the bins."""
         steps = self._telemetry.steps
         while steps:
             step = steps.popleft()
-            self._to(step.at)
+            self._advance(step.at)
             bin = self._steps.current
-            bin[series.LOSS] += step.loss
+            bin[series.LOSS_SUM] += step.loss
             bin[series.STEPS] += 1
             bin[series.SAMPLES] += step.samples
             self._samples += step.samples
-        self._to(now)
-        self._looked_at, self._looked = now, self._in_flight()
-        self._steps.current[series.IN_FLIGHT] += self._looked
-        self._steps.current[series.LOOKS] += 1
+        self._advance(now)
+        self._in_flight_at, self._in_flight_seen = now, self._in_flight()
+        self._steps.current[series.IN_FLIGHT_SUM] += self._in_flight_seen
+        self._steps.current[series.IN_FLIGHT_LOOKS] += 1
 
-    def _to(self, at: float) -> None:
-        """Go on to the bin of a time; the last look holds for the bins on the way, for a while."""
+    def _advance(self, at: float) -> None:
+        """Advance to the bin of a time. Bins on the way get the last number of calls in flight, for a while."""
         bins = self._steps
         while bins.until <= at:
-            carry = at - self._looked_at < CARRIED
+            carry = at - self._in_flight_at < IN_FLIGHT_MAX_AGE
             bins.advance(bins.until + 1e-6 if carry else at + 1e-6)
             if carry:
-                bins.current[series.IN_FLIGHT] += self._looked
-                bins.current[series.LOOKS] += 1
+                bins.current[series.IN_FLIGHT_SUM] += self._in_flight_seen
+                bins.current[series.IN_FLIGHT_LOOKS] += 1
 
     # ------------------------------------------------------------ tables
 
-    def _experts(self, counted: Values, states: Ints, own: bool, now: float) -> Experts:
+    def _experts(self, counted: Doubles, states: Ints, own: bool, now: float) -> Experts:
         registry, reported = self._registry, self._reports
         count, here = len(registry.uids), self._expert_rows >= 0
         at = self._expert_rows[here]
 
-        def spread(values: Values, fill: float) -> Values:  # [experts in telemetry] -> [N]
+        def spread(values: Doubles, fill: float) -> Doubles:  # [experts in telemetry] -> [N]
             column = np.full(count, fill)
             column[at] = values[here]
             return column
 
         calls, failed = spread(counted[:, telemetry.CALLS], 0), spread(counted[:, telemetry.FAILED], 0)
         updates = np.fmax(spread(counted[:, telemetry.UPDATES], 0), reported.updates)
-        stale = self._stalenesses.take(counted[:, STALE], counted[:, telemetry.STALENESSES], now)
+        stale = self._stalenesses.take(counted[:, STALENESS_COLUMNS], counted[:, telemetry.STALENESS_COUNT], now)
         rates = self._expert_rates.take(counted[:, [telemetry.ROWS, telemetry.CALLS, telemetry.FAILED]], now)
         slow = self._latencies.take(counted[:, [telemetry.SECONDS, telemetry.CALLS]], counted[:, telemetry.CALLS], now)
         if own:
@@ -175,7 +192,7 @@ class Sampler:
             latency = spread(ratio(slow[:, 0], slow[:, 1]), np.nan)
         else:
             load = np.where(np.isnan(reported.counts[:, ROWS]), np.nan, reported.rates[:, ROWS])
-            latency = ratio(reported.last_ones[:, SECONDS], reported.last_ones[:, REQUESTS])
+            latency = ratio(reported.recent[:, SECONDS], reported.recent[:, REQUESTS])
             calls = np.nan_to_num(reported.counts[:, REQUESTS])
         attempts = rates[:, 1] + rates[:, 2]
         failures = np.where(attempts > 0, np.divide(rates[:, 2], attempts, where=attempts > 0, out=attempts * 0), 0)
@@ -194,22 +211,22 @@ class Sampler:
             updates=updates.astype(np.int64),
         )
 
-    def _servers(self, counted: Values, own: bool, now: float) -> tuple[Servers, Ints, float]:
-        """The table of servers, the states of experts, and calls/s of all servers together."""
+    def _servers(self, counted: Doubles, own: bool, now: float) -> tuple[Servers, Ints, float]:
+        """Return the table of servers, the states of the experts, and the calls/s of all servers together."""
         registry, reported = self._registry, self._reports
         count, here = len(registry.labels), self._server_rows[: len(counted)] >= 0
         at, counted_here = self._server_rows[: len(counted)][here], counted[here]
-        once = bool((np.bincount(at, minlength=1) <= 1).all())
+        one_address_each = bool((np.bincount(at, minlength=1) <= 1).all())
 
-        def gather(values: Values) -> Values:  # [T, …] -> [S, …]: one server may have had several addresses
+        def gather(values: Doubles) -> Doubles:  # [T, …] -> [S, …]: one server may have had several addresses
             column = np.zeros((count, *values.shape[1:]))
-            if once:
+            if one_address_each:
                 column[at] = values
             else:
                 np.add.at(column, at, values)
             return column
 
-        reported_at = longer(reported.heard_at, count, np.nan)
+        reported_at = pad_rows(reported.heard_at, count, np.nan)
         answered = np.full(count, np.nan)
         np.fmax.at(answered, at, np.where(counted_here[:, telemetry.LAST_ANSWER] > 0,
                                           counted_here[:, telemetry.LAST_ANSWER], np.nan))  # fmt: skip
@@ -222,16 +239,16 @@ class Sampler:
         answers = all_times[:, :BUCKETS].sum(axis=1)
         rates = self._server_rates.take(answers[:, None], now)
         calls = gather(rates[here, 0]) if own else self._calls_reported(count)
-        if now - self._times_at >= TIMES_PERIOD or len(self._percentiles) != count:
+        if now - self._times_at >= HISTOGRAM_PERIOD or len(self._percentiles) != count:
             self._times_at = now
             times = np.zeros((count, len(SPLIT), BUCKETS))
             if own:
                 times[:] = gather(self._times.take(all_times, answers, now)[here]).reshape(times.shape)
-            else:  # the network is not known
-                times[:, :3] = longer(reported.times, count).reshape(count, 3, BUCKETS)
+            else:  # the network's part is not known
+                times[:, :3] = pad_rows(reported.times, count).reshape(count, 3, BUCKETS)
             self._percentiles = percentiles(times, PERCENTILES)
-        fresh = now - reported_at < FRESH
-        injected = np.where(np.isnan(registry.injected), longer(reported.injected, count, np.nan), registry.injected)
+        fresh = now - reported_at < GAUGE_MAX_AGE
+        injected = np.where(np.isnan(registry.injected), pad_rows(reported.injected, count, np.nan), registry.injected)
         servers = Servers(
             labels=tuple(registry.labels),
             addresses=tuple(registry.addresses),
@@ -242,33 +259,33 @@ class Sampler:
             experts=np.bincount(their, minlength=count),
             alive=np.bincount(alive, minlength=count),
             calls=calls.astype(np.float32),
-            queue=np.where(fresh, longer(reported.queue, count, np.nan), np.nan).astype(np.float32),
+            queue=np.where(fresh, pad_rows(reported.queue, count, np.nan), np.nan).astype(np.float32),
             latency=self._percentiles,
             failed=gather(counted_here[:, telemetry.CAUSE : telemetry.TIMES]).astype(np.int64),
             injected=injected.astype(np.float32),
         )
         return servers, expert_states, float(np.nansum(calls))
 
-    def _calls_reported(self, count: int) -> Values:
+    def _calls_reported(self, count: int) -> Doubles:
         server, rates = self._registry.server, self._reports.rates[:, REQUESTS]
         calls = np.bincount(server[server >= 0], weights=rates[server >= 0], minlength=count)
-        return np.where(np.isnan(longer(self._reports.heard_at, count, np.nan)), np.nan, calls)
+        return np.where(np.isnan(pad_rows(self._reports.heard_at, count, np.nan)), np.nan, calls)
 
     def _series(self, own: bool, now: float) -> Series:
         found = series_of(self._telemetry.bins, self._steps, now)
-        if not own:  # who makes no calls knows of none
+        if not own:  # this process made no calls
             unknown = ("calls", "bytes", *CAUSES, *(() if self._samples else ("samples",)))
             found.values[:, [SERIES.index(name) for name in unknown]] = np.nan
         return found
 
-    # ------------------------------------------------------------ the numbers in sight
+    # ------------------------------------------------------------ the headline
 
     def _headline(
-        self, totals: Values, experts: Experts, servers: Servers, reported_calls: float, own: bool, now: float
+        self, totals: Doubles, experts: Experts, servers: Servers, reported_calls: float, own: bool, now: float
     ) -> Headline:
-        counts = np.append(totals[list(TOTALS)], self._samples)
+        counts = np.append(totals[list(TOTAL_COLUMNS)], self._samples)
         rates = self._total_rates.take(counts[None], now)[0]
-        stales = totals[None, [series.STALENESS, series.STALENESSES]]
+        stales = totals[None, [series.STALENESS_SUM, series.STALENESS_COUNT]]
         stale = self._staleness.take(stales, stales[:, 1], now)[0]
         run = self._run()
         if run is not None:
@@ -283,7 +300,7 @@ class Sampler:
             samples=float(rates[-1]) if self._samples else math.nan,
             calls=float(rates[0]) if own else reported_calls,
             bytes=float(rates[1]) if own else math.nan,
-            in_flight=self._looked,
+            in_flight=self._in_flight_seen,
             staleness=float(stale[0] / stale[1]) if stale[1] else math.nan,
             experts=len(experts.uids),
             experts_alive=int((experts.state == State.ALIVE).sum()),

@@ -1,9 +1,10 @@
-"""Telemetry: events in, counters out. They only grow, and are bounded; rates are made of them by the `sampler`.
+"""Telemetry: events in, counters out. Counters only grow and are bounded; the `sampler` makes rates of them.
 
-Who writes what, so that no lock is needed: events about calls, lost servers and rows come from the lab thread alone,
-and only they change columns and bins. Steps come from trainer threads, and marks from any: they go into deques, whose
-`append` is atomic. Other threads may read all of it: columns are flat arrays that are replaced when they grow, never
-resized, so a reader sees each number as it was before or after an event, if not all of the same instant.
+No lock is needed, because of who writes what. Events about calls, lost servers and unanswered rows come from the lab
+thread alone, and only they change columns and bins. Steps come from trainer threads and marks from any thread; both go
+into deques, whose `append` is atomic. Other threads may read everything: columns are flat arrays that are replaced when
+they grow, never resized, so a reader sees each number as it was before or after an event, though not all numbers of the
+same instant.
 """
 
 # N: experts, S: servers
@@ -17,24 +18,23 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from labkit.errors import CAUSES
 from labkit.events import CallFailed, CallFinished, Event, RowsUnanswered, ServerLost, StepFinished
 from labkit.histogram import BUCKETS, bucket
 from labkit.view.collect import time_series as series
 from labkit.view.collect.time_series import Bins
-from labkit.view.scene import SPLIT, Mark
+from labkit.view.scene import SPLIT, Doubles, Mark
 
-MAX_EXPERTS = 20_000  # and what is beyond is counted in the totals only
+MAX_EXPERTS = 20_000  # the calls to further experts are counted in the totals only
 MAX_SERVERS = 1_000
 MAX_MARKS = 200
-MAX_STEPS = 100_000  # that wait for the sampler; as many as a run keeps in its `history`, of the same objects
+MAX_STEPS = 100_000  # waiting for the sampler; as many as a run keeps in its `history`, of the same objects
 
 # Columns of an expert. SERVER: number of the server that was last called for it.
-CALLS, FAILED, ROWS, SECONDS, STALENESS, STALENESSES, UPDATES, SERVER = range(8)
+CALLS, FAILED, ROWS, SECONDS, STALENESS_SUM, STALENESS_COUNT, UPDATES, SERVER = range(8)
 EXPERT_COLUMNS = 8
-# Columns of a server: then one for each of CAUSES, then len(SPLIT) × BUCKETS.
+# Columns of a server: these, one for each of CAUSES, and histograms of latency, len(SPLIT) × BUCKETS.
 SERVER_SECONDS, LAST_ANSWER, CAUSE = range(3)
 TIMES = CAUSE + len(CAUSES)
 SERVER_COLUMNS = TIMES + len(SPLIT) * BUCKETS
@@ -42,54 +42,52 @@ SERVER_COLUMNS = TIMES + len(SPLIT) * BUCKETS
 _CAUSE = {cause: number for number, cause in enumerate(CAUSES)}
 _OTHER = _CAUSE["failed"]
 
-Values = npt.NDArray[np.float64]
-
 
 @dataclass(slots=True)
 class Calls:
-    """Calls to one server, or to one expert, as counted until now. `last_answer`: monotonic; None before the first."""
+    """Calls to one server or one expert, as counted until now."""
 
     finished: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of all finished calls together
     updates: int = 0
-    last_answer: float | None = None
-    failed: Counter[str] = field(default_factory=Counter)
+    last_answer: float | None = None  # monotonic; None before the first answer
+    failed: Counter[str] = field(default_factory=Counter)  # cause -> calls
 
     @property
     def mean_seconds(self) -> float:
-        """Mean time of a call that was answered."""
+        """Mean time of an answered call."""
         return self.seconds / self.finished if self.finished else 0.0
 
 
 class CounterTable:
-    """Rows of numbers in one flat array, by name. Row 0 takes what belongs to nobody: names beyond `most`."""
+    """Rows of numbers by name, in one flat array. Names beyond the first `max_names` share row 0, which is not read."""
 
-    def __init__(self, columns: int, most: int) -> None:
+    def __init__(self, columns: int, max_names: int) -> None:
         self.columns = columns
         self.names: list[str] = []  # names[n] has row n + 1
         self.rows: dict[str, int] = {}
         self.cells = array("d", bytes(8 * 64 * columns))
-        self._most = most
+        self._max_names = max_names
 
     def add(self, name: str) -> int:
-        """The row of a new name."""
-        if len(self.names) >= self._most:
+        """Add a new name and return its row."""
+        if len(self.names) >= self._max_names:
             return 0
         row = len(self.names) + 1
         if len(self.cells) <= row * self.columns:
             self.cells = self.cells + array("d", bytes(8 * len(self.cells)))
-        self.names.append(name)  # last, with the next: who reads a name finds its row
+        self.names.append(name)  # after the array has grown: a thread that reads a name finds its row
         self.rows[name] = row
         return row
 
-    def read(self) -> Values:
-        """A copy: [number of names, columns]."""
+    def read(self) -> Doubles:
+        """Return a copy, [number of names, columns]."""
         count = len(self.names)
         return np.frombuffer(self.cells)[self.columns : (count + 1) * self.columns].reshape(count, self.columns).copy()
 
 
 class Telemetry:
-    """Counts of calls and failures by cause: in all, by time, by server address and by expert uid."""
+    """Counts of calls, and of failures by cause: in all, by time, by server address and by expert uid."""
 
     def __init__(self, started: float | None = None) -> None:
         self.started = time.monotonic() if started is None else started
@@ -110,13 +108,13 @@ class Telemetry:
         }
 
     def __call__(self, event: Event) -> None:
-        """Take an event; it is an `Emit`."""
+        """Count an event. A telemetry is itself an `Emit`."""
         take = self._take.get(event.__class__)
         if take is not None:
             take(event)
 
     def mark(self, text: str, at: float | None = None) -> None:
-        """Note what happened to a server, for the time line. From any thread. `at`: monotonic; now, if not given."""
+        """Note on the timeline what happened to a server, at a monotonic time or now. May be called in any thread."""
         at = time.monotonic() if at is None else at
         self.marks.append(Mark(at - self.started, text[:200]))
 
@@ -124,7 +122,7 @@ class Telemetry:
 
     @property
     def total(self) -> Calls:
-        """All calls."""
+        """All calls together."""
         total = self.bins.total()
         failed = {cause: int(count) for cause, count in zip(CAUSES, total[series.FAILED :], strict=True) if count}
         return Calls(int(total[series.CALLS]), float(total[series.SECONDS]), failed=Counter(failed))
@@ -154,7 +152,7 @@ class Telemetry:
     # ------------------------------------------------------------ events of the lab thread
 
     def _finished(self, event: CallFinished) -> None:
-        # Some 20 additions, each in place: this runs once a call, in the thread that makes the calls.
+        # Some 20 additions, each in place: this runs once per call, in the thread that makes the calls.
         seconds, rows, staleness, experts, servers = (
             event.seconds, event.rows, event.staleness, self.experts, self.servers,
         )  # fmt: skip
@@ -177,7 +175,7 @@ class Telemetry:
         others, place = servers.cells, server * SERVER_COLUMNS
         others[place] += seconds  # SERVER_SECONDS
         others[place + 1] = event.at  # LAST_ANSWER
-        place += TIMES  # and the histograms of SPLIT, one behind the other
+        place += TIMES  # the histograms of SPLIT, one after the other
         others[place + bucket(seconds)] += 1.0
         others[place + BUCKETS + bucket(queue)] += 1.0
         others[place + 2 * BUCKETS + bucket(compute)] += 1.0
@@ -192,8 +190,8 @@ class Telemetry:
         sums[2] += seconds
         sums[3] += event.bytes
         if staleness is not None:
-            cells[at + STALENESS] += staleness
-            cells[at + STALENESSES] += 1.0
+            cells[at + STALENESS_SUM] += staleness
+            cells[at + STALENESS_COUNT] += 1.0
             sums[4] += staleness
             sums[5] += 1.0
 
@@ -220,7 +218,7 @@ class Telemetry:
 
 
 class _View(Mapping[str, Calls]):
-    """The rows of a table as `Calls`, made when they are asked for."""
+    """The rows of a table as `Calls`, made on access."""
 
     def __init__(self, table: CounterTable, make: Callable[[str, array[float], int], Calls]) -> None:
         self._table = table

@@ -1,4 +1,4 @@
-"""Loggers: where `log_to` brings rows. Weights & Biases, a file, or whatever else has `log` and `finish`."""
+"""Loggers: where `swarm.log_to` writes rows. Weights & Biases, a JSONL file, or any object with `log` and `finish`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from labkit.view.log.rows import LoggedHistogram, LoggedTable, Row, Value
+from labkit.view.log.rows import LoggedHistogram, LoggedRow, LoggedTable, LoggedValue
 from labkit.view.picture.canvas import Picture
 
 if TYPE_CHECKING:
@@ -22,47 +22,76 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PICTURE_PERIOD = 120.0  # seconds between two heat maps and server tables
+PICTURE_PERIOD = 120.0  # seconds from one heat map and server table to the next
 
 
 class RichLogger(ABC):
-    """A logger that takes whole rows: numbers, and also histograms, tables and pictures."""
+    """Base class of loggers that take whole rows: numbers, and also histograms, tables and pictures.
 
-    picture_every: float = PICTURE_PERIOD  # seconds; infinity for never
+    Subclass it for a logger of your own that wants all of these. Any other object with `log(dict)` and `finish()` gets
+    the numbers only.
+
+    Attributes:
+        picture_every: Seconds from one heat map and table of servers to the next; infinity for none.
+    """
+
+    picture_every: float = PICTURE_PERIOD
 
     @abstractmethod
-    def log(self, row: Row) -> None:
-        """Write a row. What it raises ends the logging."""
+    def log(self, row: LoggedRow) -> None:
+        """Write a row. Any error that this raises is logged, and ends the logging.
+
+        Args:
+            row: Values by name, such as `{"train/step": 3, "train/loss": 0.42}`. A value is a number, a
+                `LoggedHistogram`, a `LoggedTable` or a `Picture`.
+        """
 
     @abstractmethod
     def finish(self) -> None:
-        """The logging is over. Called once for each `swarm.log_to`."""
+        """End the logging. Called once for each `swarm.log_to`."""
 
 
 # ---------------------------------------------------------------- to a file
 
 
 class JsonlLogger(RichLogger):
-    """Appends each row to a file as a line of JSON, and flushes it.
+    """Appends each row to a file as a line of JSON, for `swarm.log_to`.
 
-    A histogram is `{"bins": […], "counts": […]}`, a table `{"columns": […], "rows": […]}`; a picture is left out, and
-    `{"png_bytes": …}` says how large it was. Raises `OSError` where the file cannot be opened.
+    A histogram is written as `{"bins": […], "counts": […]}`, and a table as `{"columns": […], "rows": […]}`. Pictures
+    are left out: `{"png_bytes": …}` says how large one was.
+
+        swarm.log_to(lk.JsonlLogger("run.jsonl"))
+        frame = pandas.read_json("run.jsonl", lines=True)
+
+    Args:
+        path: The file. It is created if it does not exist, and appended to if it does.
+
+    Raises:
+        OSError: The file cannot be opened.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._file = open(self.path, "a+b")  # noqa: SIM115, until `finish`
-        self._mend()
+        self._end_torn_line()
 
-    def _mend(self) -> None:
-        """Begin a new line, if a full disk or a crash has left a torn one."""
+    def _end_torn_line(self) -> None:
+        """Begin a new line, if a full disk or a crash has left an incomplete one."""
         if self._file.tell() > 0:
             self._file.seek(-1, os.SEEK_END)
             if self._file.read(1) != b"\n":
                 self._file.write(b"\n")
 
-    def log(self, row: Row) -> None:
-        """Write a row. Raises `OSError`, and `ValueError` after `finish`."""
+    def log(self, row: LoggedRow) -> None:
+        """Write a row and flush it.
+
+        Args:
+            row: Values by name: numbers, histograms, tables and pictures.
+
+        Raises:
+            OSError: The file cannot be written.
+            ValueError: The logger is finished.
+        """
         line = json.dumps({key: _jsonable(value) for key, value in row.items()}, allow_nan=False, ensure_ascii=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
@@ -71,14 +100,14 @@ class JsonlLogger(RichLogger):
         """Close the file."""
         try:
             self._file.close()
-        except OSError as error:  # what could not be flushed before cannot be now
+        except OSError as error:  # a row could not be flushed earlier, and cannot be now
             logger.debug("%s: %s", self.path, error)
 
     def __repr__(self) -> str:
         return f"JsonlLogger({str(self.path)!r})"
 
 
-def _jsonable(value: Value) -> object:
+def _jsonable(value: LoggedValue) -> object:
     match value:
         case LoggedHistogram():
             return {"bins": value.bins, "counts": value.counts}
@@ -93,12 +122,23 @@ def _jsonable(value: Value) -> object:
 
 
 class WandbLogger(RichLogger):
-    """Logs to the user's own run of Weights & Biases; neither begins nor finishes it.
+    """Logs to your own run of Weights & Biases, for `swarm.log_to`. It neither starts nor finishes the run.
 
-    `train/…` has `train/step` as its axis and `swarm/…` the seconds since the swarm's start, so do not give a `step` to
-    your own `run.log`, as W&B drops rows that come with an earlier one. Every `picture_every` seconds there are the
-    heat map, as an image, and the table of servers. `checkpoints`: a folder whose checkpoints are kept as an Artifact
-    when the logging stops; `save_checkpoint` does that at any time. Raises `TypeError` for what is no run.
+    Charts of `train/…` have `train/step` as their x axis, and those of `swarm/…` the seconds since the swarm's start.
+    So do not pass a `step` to your own `run.log`: W&B drops rows whose step is earlier than the last one.
+
+        run = wandb.init(project="my-swarm")
+        swarm.log_to(lk.WandbLogger(run))
+
+    Args:
+        run: The run that `wandb.init` returned.
+        picture_every: Seconds from one heat map (an image) and table of servers to the next; `math.inf` for none.
+        checkpoints: A folder with the experts' checkpoints. They are saved as an Artifact when the logging stops;
+            `save_checkpoint` does so at any time. By default none are saved.
+
+    Raises:
+        TypeError: `run` is not a W&B run.
+        ValueError: `picture_every` is not above 0.
     """
 
     def __init__(
@@ -119,14 +159,31 @@ class WandbLogger(RichLogger):
             run.define_metric(axis)
             run.define_metric(f"{place}/*", step_metric=axis)
 
-    def log(self, row: Row) -> None:
-        """Log a row to the run. Raises what W&B raises, also when the run is finished."""
+    def log(self, row: LoggedRow) -> None:
+        """Log a row to the run.
+
+        Args:
+            row: Values by name: numbers, histograms, tables and pictures.
+
+        Raises:
+            Exception: Whatever W&B raises, for example because the run is finished.
+        """
         self.run.log({key: _for_wandb(value) for key, value in row.items()})
 
     def save_checkpoint(self, directory: str | os.PathLike[str]) -> wandb.Artifact:
-        """Keep the experts' checkpoints in a folder, as they are now, as a version of the Artifact `<run>-experts`.
+        """Save the checkpoints in a folder as a new version of the Artifact `<run id>-experts`.
 
-        Returns when they are copied; W&B sends them later. Raises `ValueError` if there are none, `OSError`.
+        This returns once the files are copied, and W&B uploads them in the background.
+
+        Args:
+            directory: The folder. Checkpoints (*.safetensors) in its subfolders are included.
+
+        Returns:
+            The Artifact.
+
+        Raises:
+            ValueError: There are no checkpoints in the folder.
+            OSError: A checkpoint cannot be read.
         """
         import wandb
 
@@ -137,14 +194,14 @@ class WandbLogger(RichLogger):
         artifact = wandb.Artifact(f"{self.run.id}-experts", type="model", metadata={"experts": len(files)})
         with tempfile.TemporaryDirectory(prefix="labkit-") as folder:
             copy = Path(folder) / "checkpoint"
-            for path in files:  # copied before W&B hashes them, since servers replace them at any time
+            for path in files:  # copied before W&B hashes them, since servers may replace them at any time
                 shutil.copyfile(path, copy)
                 artifact.add_file(str(copy), name=path.relative_to(directory).as_posix())
         self.run.log_artifact(artifact)
         return artifact
 
     def finish(self) -> None:
-        """Keep the checkpoints, if that was asked for. The run stays open."""
+        """Save the checkpoints, if `checkpoints` was given. The run stays open."""
         if self._checkpoints is not None:
             self.save_checkpoint(self._checkpoints)
 
@@ -152,7 +209,7 @@ class WandbLogger(RichLogger):
         return f"WandbLogger({getattr(self.run, 'name', None) or getattr(self.run, 'id', '?')})"
 
 
-def _for_wandb(value: Value) -> Any:
+def _for_wandb(value: LoggedValue) -> Any:
     import wandb
 
     match value:

@@ -1,7 +1,7 @@
-"""What is logged, as plain rows: of the swarm (from a scene) and of training steps (from events).
+"""What is logged, as plain rows: of the swarm (made from a scene) and of training steps (made from events).
 
-Between the scene and `loggers`, which write rows down. A row has no key per expert or server: however large the swarm,
-it has the same few dozen columns.
+`swarm_logging` makes the rows and hands them to one of `loggers`. A row has no key per expert or server: however large
+the swarm, it has the same few dozen columns.
 """
 
 # S: servers
@@ -16,25 +16,22 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
 from labkit.errors import CAUSES
 from labkit.events import StepFinished
 from labkit.view.picture.canvas import Picture
-from labkit.view.scene import PERCENTILES, SPLIT, Experts, Floats, Scene, Servers, State
+from labkit.view.scene import PERCENTILES, SPLIT, Doubles, Experts, Floats, Scene, Servers, State
 
 HISTOGRAM_BINS = 32
-MAX_TABLE_ROWS = 1_000  # servers in a table, the worst first
-MAX_MIXED = 100  # servers, the busiest, from which percentiles over all are made
-MAX_STEPS = 500  # steps that wait to be logged
-RATE_WINDOW = 20  # steps over which samples/s are taken
-
-SEVERITY = {State.DEAD: 0, State.SUSPECT: 1, State.STARTING: 2, State.ALIVE: 3, State.UNCLAIMED: 4}
+MAX_TABLE_ROWS = 1_000  # servers in a table
+MAX_MIXED_SERVERS = 100  # the busiest servers, from which percentiles over all servers are made
+MAX_STEPS = 500  # rows of steps waiting to be logged
+RATE_STEPS = 20  # rows of steps over which samples/s are computed
 
 
 @dataclass(frozen=True, slots=True)
 class LoggedHistogram:
-    """`counts[i]` values lie between `bins[i]` and `bins[i + 1]`."""
+    """A histogram: `counts[i]` values lie between `bins[i]` and `bins[i + 1]`."""
 
     bins: tuple[float, ...]
     counts: tuple[int, ...]
@@ -42,24 +39,24 @@ class LoggedHistogram:
 
 @dataclass(frozen=True, slots=True)
 class LoggedTable:
-    """Rows of texts and numbers; None: nothing is known."""
+    """A table: rows of texts and numbers; None where a number is not known."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str | float | None, ...], ...]
 
 
-Value = float | LoggedHistogram | LoggedTable | Picture
-Row = dict[str, Value]
+LoggedValue = float | LoggedHistogram | LoggedTable | Picture
+LoggedRow = dict[str, LoggedValue]
 
 
 # ---------------------------------------------------------------- of the swarm
 
 
-def swarm_row(scene: Scene) -> Row:
-    """Numbers of a scene as `swarm/…`, and the histogram of the experts' load. What is not known is left out.
+def swarm_row(scene: Scene) -> LoggedRow:
+    """Make a row of a scene's numbers, `swarm/…`, and the histogram of the experts' load, without what is not known.
 
-    Rates are per second, of the last seconds; latencies in ms; `failures/…`, `answered` and `unanswered_rows` count
-    from the start. `routing_entropy` is 1 where all experts get the same load and 0 where one gets all.
+    Rates are per second, over the last seconds, and latencies in ms; `failures/…`, `answered` and `unanswered_rows`
+    count from the start. `routing_entropy` is 1 if all experts get the same load and 0 if one expert gets all of it.
     """
     head = scene.headline
     row: dict[str, float] = {
@@ -77,20 +74,20 @@ def swarm_row(scene: Scene) -> Row:
         "swarm/unanswered_rows": head.unanswered_rows,
         "swarm/routing_entropy": routing_entropy(scene.experts),
     }
-    if scene.source == "calls":  # who makes no calls knows of no failures
+    if scene.source == "calls":  # a process that makes no calls knows of no failures
         row |= {f"swarm/failures/{cause}": head.failed.get(cause, 0) for cause in CAUSES}
     for part, values in zip(SPLIT, overall_latency(scene.servers), strict=True):
         place = "swarm/latency_ms" if part == "total" else f"swarm/latency_ms/{part}"
         row |= {f"{place}/p{q}": float(value) for q, value in zip(PERCENTILES, values, strict=True)}
-    known: Row = {key: value for key, value in row.items() if math.isfinite(value)}
+    known: LoggedRow = {key: value for key, value in row.items() if math.isfinite(value)}
     histogram = load_histogram(scene.experts)
     return known if histogram is None else known | {"swarm/load": histogram}
 
 
 def routing_entropy(experts: Experts) -> float:
-    """Entropy of the load over the experts of a layer that are offered, as a share of the most it could be: 0 to 1.
+    """Return the entropy of the load over a layer's live experts, as a share of its maximum: 0 to 1.
 
-    The mean over layers; NaN if none has any load, or two experts.
+    This is the mean over layers, and NaN if no layer has both load and two experts.
     """
     found = []
     load = np.nan_to_num(experts.load.astype(np.float64))
@@ -100,11 +97,11 @@ def routing_entropy(experts: Experts) -> float:
         if len(of_layer) > 1 and of_layer.sum() > 0:
             share = of_layer[of_layer > 0] / of_layer.sum()
             found.append(float(-(share * np.log(share)).sum() / math.log(len(of_layer))))
-    return abs(sum(found) / len(found)) if found else math.nan  # abs: of -0.0
+    return abs(sum(found) / len(found)) if found else math.nan  # abs turns -0.0 into 0.0
 
 
 def load_histogram(experts: Experts) -> LoggedHistogram | None:
-    """How many experts get how many rows/s; None if nothing is known of any."""
+    """Return how many experts get how many rows/s; None if no expert's load is known."""
     load = experts.load[np.isfinite(experts.load)].astype(np.float64)
     if not len(load):
         return None
@@ -112,14 +109,14 @@ def load_histogram(experts: Experts) -> LoggedHistogram | None:
     return LoggedHistogram(tuple(bins.tolist()), tuple(counts.tolist()))
 
 
-def overall_latency(servers: Servers) -> npt.NDArray[np.float64]:
-    """Latency over all servers, [SPLIT, PERCENTILES] in ms: NaN where nobody was called lately.
+def overall_latency(servers: Servers) -> Doubles:
+    """Return the latency over all servers in ms, [SPLIT, PERCENTILES]; NaN if no server was called recently.
 
-    A server's calls are taken to lie evenly between its percentiles, and servers count by their calls/s.
+    A server's calls are assumed to lie evenly between its percentiles, and servers are weighted by their calls/s.
     """
     overall = np.full((len(SPLIT), len(PERCENTILES)), np.nan)
     weight = np.nan_to_num(servers.calls.astype(np.float64))
-    busiest = np.argsort(-weight, kind="stable")[:MAX_MIXED]
+    busiest = np.argsort(-weight, kind="stable")[:MAX_MIXED_SERVERS]
     for part in range(len(SPLIT)):
         known = busiest[(weight[busiest] > 0) & np.isfinite(servers.latency[busiest, part]).all(axis=1)]
         if len(known):
@@ -127,25 +124,25 @@ def overall_latency(servers: Servers) -> npt.NDArray[np.float64]:
     return overall
 
 
-def _mix(percentiles: Floats, weight: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Percentiles [3] of a mixture of distributions of which we know the percentiles [S, 3]."""
+def _mix(percentiles: Floats, weight: Doubles) -> Doubles:
+    """Return the percentiles [3] of a mixture of distributions with the percentiles [S, 3] and the weights [S]."""
     wanted = np.array(PERCENTILES) / 100
     values = np.unique(percentiles).astype(np.float64)
-    below = np.zeros(len(values))  # share of calls that took at most so long
+    below = np.zeros(len(values))  # share of calls that took at most that long
     for known, share in zip(percentiles.astype(np.float64), weight / weight.sum(), strict=True):
         below += share * np.interp(values, [0.0, *known], [0.0, *wanted], right=1.0)
     return np.interp(wanted, below, values)
 
 
 def server_table(scene: Scene) -> LoggedTable:
-    """A row for each server, worst first."""
+    """Make a table with a row for each server, worst first."""
     servers = scene.servers
     columns = (
         "server", "address", "state", "heard s ago", "experts", "alive", "calls/s", "queue",
         *(f"{part} p{q} ms" for part in SPLIT for q in PERCENTILES), *CAUSES,
     )  # fmt: skip
     rows = []
-    for i in worst_first(servers)[:MAX_TABLE_ROWS]:
+    for i in servers.worst_first()[:MAX_TABLE_ROWS]:
         numbers = [
             servers.heard[i], servers.experts[i], servers.alive[i], servers.calls[i], servers.queue[i],
             *servers.latency[i].reshape(-1), *servers.failed[i],
@@ -154,16 +151,8 @@ def server_table(scene: Scene) -> LoggedTable:
     return LoggedTable(columns, tuple(rows))
 
 
-def worst_first(servers: Servers) -> list[int]:
-    """Indices of the servers: the dead, the suspect, those that start, the others; in each, who failed most."""
-    failed = servers.failed.sum(axis=1)
-    return sorted(
-        range(len(servers.labels)), key=lambda i: (SEVERITY.get(State(int(servers.state[i])), 9), -int(failed[i]), i)
-    )
-
-
 def _known(number: float) -> float | None:
-    """A Python number, or None for NaN and infinity."""
+    """Return a Python number, or None for NaN and infinity."""
     value = float(number)
     if not math.isfinite(value):
         return None
@@ -174,50 +163,50 @@ def _known(number: float) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Steps:
-    """One step, or several in a row: means of them, and their samples in all."""
+class StepMeans:
+    """A training step, or the means of several consecutive ones."""
 
-    first: int
+    first: int  # number of the first step
     last: int
     count: int
-    at: float  # seconds, monotonic, of the last one
-    samples: int
+    at: float  # monotonic seconds, end of the last step
+    samples: int  # of all steps together
     loss: float
     staleness: float
-    seconds: float
+    seconds: float  # duration of a step
 
     @classmethod
-    def of(cls, event: StepFinished) -> Steps:
+    def of(cls, event: StepFinished) -> StepMeans:
         return cls(event.step, event.step, 1, event.at, event.samples, event.loss, event.staleness, event.seconds)
 
-    def merge(self, later: Steps) -> Steps:
-        """These and later ones as one."""
+    def merge(self, later: StepMeans) -> StepMeans:
+        """Merge these steps and the ones that follow."""
         count = self.count + later.count
 
         def mean(mine: float, theirs: float) -> float:
             return (mine * self.count + theirs * later.count) / count
 
-        return Steps(
+        return StepMeans(
             self.first, later.last, count, later.at, self.samples + later.samples, mean(self.loss, later.loss),
             mean(self.staleness, later.staleness), mean(self.seconds, later.seconds),
         )  # fmt: skip
 
 
 class StepQueue:
-    """Steps that wait to be logged: at most `limit` rows. When there are more, the older half is merged by two.
+    """Steps waiting to be logged, at most `limit` rows. When there are more, pairs of the older half are merged.
 
-    Trainers add, the view's thread takes; neither waits for more than that.
+    Trainers add steps and the view's thread takes them; neither ever waits for a logger.
     """
 
     def __init__(self, limit: int = MAX_STEPS) -> None:
         self._limit = limit
         self._lock = threading.Lock()
-        self._waiting: list[Steps] = []
-        self._recent: deque[Steps] = deque(maxlen=RATE_WINDOW + 1)  # that were taken
+        self._waiting: list[StepMeans] = []
+        self._recent: deque[StepMeans] = deque(maxlen=RATE_STEPS + 1)  # the last rows taken
 
     def add(self, event: StepFinished) -> None:
-        """Take a step that has finished."""
-        steps = Steps.of(event)
+        """Add a finished step."""
+        steps = StepMeans.of(event)
         with self._lock:
             self._waiting.append(steps)
             if len(self._waiting) > self._limit:
@@ -229,8 +218,10 @@ class StepQueue:
         self._waiting[: len(older)] = [a.merge(b) for a, b in zip(older[::2], older[1::2], strict=True)]
 
     def take(self) -> Iterator[dict[str, float]]:
-        """All that wait, as rows `train/…`, the oldest first. `train/merged_steps` says how many a row stands for,
-        where that is more than one; losses that are not finite are left out."""
+        """Take all waiting steps as rows `train/…`, the oldest first, without numbers that are not finite.
+
+        If a row stands for several steps, `train/merged_steps` says for how many.
+        """
         with self._lock:
             waiting, self._waiting = self._waiting, []
         for steps in waiting:
@@ -245,8 +236,8 @@ class StepQueue:
                 row["train/merged_steps"] = steps.count
             yield {key: value for key, value in row.items() if math.isfinite(value)}
 
-    def _rate(self, steps: Steps) -> float:
-        """Samples per second over the last rows; NaN at a run's first."""
+    def _rate(self, steps: StepMeans) -> float:
+        """Samples per second over the last rows; NaN at the first row of a run."""
         if steps.first == 1:
             self._recent.clear()  # another run
         self._recent.append(steps)
@@ -255,6 +246,6 @@ class StepQueue:
         return samples / seconds if seconds > 0 else math.nan
 
 
-def plain(row: Row) -> dict[str, float]:
-    """The numbers of a row."""
+def numbers_of(row: LoggedRow) -> dict[str, float]:
+    """Return the numbers in a row."""
     return {key: value for key, value in row.items() if isinstance(value, (int, float))}

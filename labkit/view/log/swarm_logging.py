@@ -1,8 +1,7 @@
-"""Logging: rows of a swarm and its training on their way to a logger.
+"""Logging: writes rows about a swarm and its training to a logger.
 
-The last stop of what is seen: scenes come from the view of a swarm, steps from its events, `rows` makes rows of them,
-and the view's thread hands those to one of `loggers`. Trainers never wait for a logger, and one that fails ends its
-logging, not them.
+Scenes come from the swarm's view and steps from its events; `rows` makes rows of them, and the view's thread hands
+these to one of `loggers`. Trainers never wait for a logger, and a logger that fails only ends its own logging.
 """
 
 from __future__ import annotations
@@ -15,17 +14,17 @@ from typing import Any, Protocol
 
 from labkit.events import Emit, Event, StepFinished
 from labkit.view.log.loggers import RichLogger
-from labkit.view.log.rows import Row, StepQueue, plain, server_table, swarm_row
+from labkit.view.log.rows import LoggedRow, StepQueue, numbers_of, server_table, swarm_row
 from labkit.view.picture.canvas import Picture
 from labkit.view.scene import Scene
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 2.0  # seconds that `stop` waits for a logger that is at work
+STOP_TIMEOUT = 2.0  # seconds that `stop` waits for a logger that is writing
 
 
-class View(Protocol):
-    """What logging needs of a `SwarmView`."""
+class LoggedView(Protocol):
+    """The part of a `SwarmView` that logging uses."""
 
     def scene(self) -> Scene: ...
     def add(self, show: Callable[[Scene], None], period: float) -> Callable[[], None]: ...
@@ -33,14 +32,23 @@ class View(Protocol):
 
 
 class Logging:
-    """A swarm's rows on their way to a logger, from now until `stop()` or the swarm's end: what `swarm.log_to` returns.
+    """Logs a swarm until `stop()` or until the swarm is closed: what `swarm.log_to` returns.
 
-    `logger`: a `WandbLogger`, a `JsonlLogger`, or any object or module with `log(dict)` and `finish()`, which gets the
-    numbers. Each training step is a row, `train/…`; and every `period` seconds there is one of the swarm, `swarm/…`.
-    Steps that come faster than they can be written are merged. Raises `TypeError`, `ValueError`.
+    Each training step is a row, `train/…`, and every `period` seconds there is a row about the swarm, `swarm/…`. Steps
+    that come faster than the logger can write them are merged.
+
+    Args:
+        view: The swarm's view.
+        logger: A `WandbLogger`, a `JsonlLogger`, or any object or module with `log(dict)` and `finish()`, which gets
+            the numbers only.
+        period: Seconds from one row about the swarm to the next.
+
+    Raises:
+        TypeError: The logger lacks `log` or `finish`.
+        ValueError: `period` is not a finite number above 0.
     """
 
-    def __init__(self, view: View, logger: Any, period: float = 1.0) -> None:
+    def __init__(self, view: LoggedView, logger: Any, period: float = 1.0) -> None:
         missing = [name for name in ("log", "finish") if not callable(getattr(logger, name, None))]
         if missing:
             raise TypeError(
@@ -53,26 +61,26 @@ class Logging:
         self._logger = logger
         self._period = period
         self._picture_every = logger.picture_every if isinstance(logger, RichLogger) else math.inf
-        self._pictured: float | None = None  # when, in a scene's seconds
+        self._pictured: float | None = None  # when the last pictures were logged, in a scene's seconds
         self._steps = StepQueue()
         self._lock = threading.Lock()  # one row at a time
         self._stopping = False
         self._over = False
-        self._remove: list[Callable[[], None]] = [view.on_event(self._hear)]
+        self._remove: list[Callable[[], None]] = [view.on_event(self._on_event)]
         self._remove.append(view.add(self._show, period))
-        if self._over:  # it failed at once, in the view's thread
+        if self._over:  # the logger failed at once, in the view's thread
             self._disconnect()
 
     @property
     def running(self) -> bool:
-        """Whether it still logs."""
+        """Whether rows are still being logged."""
         return not self._over
 
     def stop(self) -> None:
-        """Log what is left, and a last row of the swarm; then call the logger's `finish`. Safe to repeat."""
+        """Log what is left and a last row about the swarm, then call the logger's `finish`. Safe to call again."""
         self._stopping = True
         self._disconnect()
-        if not self._lock.acquire(timeout=PATIENCE):
+        if not self._lock.acquire(timeout=STOP_TIMEOUT):
             logger.warning("%r is still at work, and finishes when it is done", self._logger)
             return
         try:
@@ -82,13 +90,13 @@ class Logging:
         finally:
             self._lock.release()
 
-    def _hear(self, event: Event) -> None:
-        """In the thread of a trainer."""
+    def _on_event(self, event: Event) -> None:
+        """Called in a trainer's thread."""
         if isinstance(event, StepFinished):
             self._steps.add(event)
 
     def _show(self, scene: Scene) -> None:
-        """In the view's thread. The last scene of a swarm is not `open`."""
+        """Called in the view's thread. The last scene of a swarm is not `open`."""
         with self._lock:
             if not self._over:
                 self._write(scene)
@@ -99,7 +107,7 @@ class Logging:
         try:
             self._write_steps()
             row = swarm_row(scene) | self._pictures(scene)
-            self._logger.log(row if isinstance(self._logger, RichLogger) else plain(row))
+            self._logger.log(row if isinstance(self._logger, RichLogger) else numbers_of(row))
         except Exception:
             logger.exception("%r failed; nothing more is logged to it", self._logger)
             self._end()
@@ -108,17 +116,17 @@ class Logging:
         for row in self._steps.take():
             self._logger.log(row)
 
-    def _pictures(self, scene: Scene) -> Row:
-        """The heat map and the table of servers, when it is time for them and at the end."""
+    def _pictures(self, scene: Scene) -> LoggedRow:
+        """The heat map and the table of servers, if they are due: at first, every `picture_every` and at the end."""
         at = scene.at
         first = self._pictured is None
         if scene.headline.experts_alive == 0 and first:
-            return {}  # there is nothing to see yet
+            return {}  # nothing to show yet
         last = (self._stopping or not scene.open) and not first
         if math.isinf(self._picture_every) or not (first or last or at >= (self._pictured or 0) + self._picture_every):
             return {}
         self._pictured = at
-        row: Row = {"swarm/servers_table": server_table(scene)}
+        row: LoggedRow = {"swarm/servers_table": server_table(scene)}
         try:
             from labkit.view.picture.heat_map import draw_heat_map
 
@@ -129,7 +137,7 @@ class Logging:
         return row
 
     def _finish(self) -> None:
-        """Steps that came meanwhile, and the logger's end."""
+        """Write the steps that came meanwhile, and end the logging."""
         if self._over:
             return
         try:

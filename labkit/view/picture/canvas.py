@@ -1,7 +1,7 @@
-"""A sheet to draw on: texts, lines and boxes in pixels, out comes a PNG. What `snapshot` draws the dashboard with.
+"""A sheet to draw on: texts, lines and boxes in pixels, written as a PNG. `snapshot` and `heat_map` draw on it.
 
-Matplotlib's object API alone, and every property said here: no pyplot, no axes. So the user's `rcParams`, backend and
-figures are neither changed nor felt, and any thread may draw.
+It uses only Matplotlib's object API, without pyplot or axes, and sets every property itself. So the user's `rcParams`,
+backend and figures are neither changed nor taken into account, and any thread may draw.
 """
 
 # x: pixels from the left; y: pixels from the top; a box: (x, y, width, height)
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 FONT = "DejaVu Sans"  # comes with matplotlib
 DPI = 100
-INK, DIM, FAINT = "#1a1a1a", "#666666", "#d0d0d0"
+INK, DIM, FAINT = "#1a1a1a", "#666666", "#d0d0d0"  # colours of text, of secondary text, and of lines between parts
 
 Align = Literal["left", "center", "right"]
 Boxes = npt.NDArray[np.float64]  # [n, 4]
@@ -29,7 +29,11 @@ _lock = threading.Lock()  # fonts are shared, and not safe between threads
 
 
 class Picture:
-    """A PNG that a notebook shows."""
+    """A PNG image that a notebook shows: what `swarm.snapshot()` returns.
+
+    Attributes:
+        png: The bytes of the PNG file.
+    """
 
     def __init__(self, png: bytes) -> None:
         self.png = png
@@ -38,7 +42,17 @@ class Picture:
         return self.png
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write it to a file and return its path. Raises `OSError`."""
+        """Write the image to a file.
+
+        Args:
+            path: Where to write it, such as "swarm.png".
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
         path = Path(path)
         path.write_bytes(self.png)
         return path
@@ -48,7 +62,7 @@ class Picture:
 
 
 class Sheet:
-    """A white sheet of `width` × `height` pixels. What is drawn later lies on top. `png()` draws it and gives it up."""
+    """A white sheet of `width` × `height` pixels. Later artists lie above earlier ones; `png()` ends with the image."""
 
     def __init__(self, width: int, height: int) -> None:
         try:
@@ -67,7 +81,7 @@ class Sheet:
         self, x: float, y: float, text: str, *, size: float = 11, color: str = INK, bold: bool = False,
         align: Align = "left",
     ) -> None:  # fmt: skip
-        """One line of text, `size` pixels high, that stands on `y`; "left", "center" or "right" of `x`. No markup."""
+        """Write a line of text, `size` pixels high, on the baseline `y` and aligned at `x`. It has no markup."""
         from matplotlib.font_manager import FontProperties
         from matplotlib.text import Text
 
@@ -86,7 +100,7 @@ class Sheet:
         self, x: npt.ArrayLike, y: npt.ArrayLike, *, color: str = INK, width: float = 1.0, dashed: bool = False,
         dots: bool = False,
     ) -> None:  # fmt: skip
-        """A line through points, broken where one is NaN; or dots at them."""
+        """Draw a line through points, interrupted where a point is NaN; or with `dots`, a dot at each point."""
         from matplotlib.lines import Line2D
 
         artist = Line2D(
@@ -97,7 +111,7 @@ class Sheet:
         self._add(artist)
 
     def boxes(self, boxes: npt.ArrayLike, colors: Any, *, edge: str = "none", width: float = 1.0) -> None:
-        """Filled boxes [n, 4]: one colour, "none" for just the edge, or a colour each ([n, 4])."""
+        """Draw filled boxes [n, 4]. `colors` is one colour, "none" (only edges), or a colour for each box, [n, 4]."""
         from matplotlib.collections import PolyCollection
 
         x, y, w, h = np.asarray(boxes, np.float64).reshape(-1, 4).T
@@ -110,13 +124,13 @@ class Sheet:
         self._add(artist)
 
     def hatch(self, boxes: npt.ArrayLike, color: str, width: float = 1.0) -> None:
-        """Diagonal lines across boxes [n, 4]: told from any fill without colour."""
+        """Draw diagonal lines across boxes [n, 4], which can be told from any fill without seeing colours."""
         from matplotlib.collections import LineCollection
 
         x, y, w, h = np.asarray(boxes, np.float64).reshape(-1, 4).T
         strokes = []
         count = 7 if w.max(initial=0) > 24 else 3
-        for share in np.arange(1, count + 1) * 2 / (count + 1):  # along two sides, from one corner to the other
+        for share in np.arange(1, count + 1) * 2 / (count + 1):  # along two sides, from corner to corner
             low, high = min(share, 1.0), max(share - 1, 0.0)
             start, end = (x + high * w, self.height - y - low * h), (x + low * w, self.height - y - high * h)
             strokes.append(np.stack([np.stack(start, 1), np.stack(end, 1)], 1))
@@ -124,7 +138,7 @@ class Sheet:
         self._add(LineCollection(lines, colors=color, linewidths=width, linestyles="-", antialiaseds=True))
 
     def png(self) -> bytes:
-        """Draw it all."""
+        """Draw everything and return the PNG file's bytes."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from PIL import Image
 
@@ -147,7 +161,7 @@ class Sheet:
 
 
 def cividis(shares: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Colours [n, 4] for numbers from 0 to 1."""
+    """Return the colours [n, 4] of numbers from 0 to 1 in the cividis colour map."""
     from matplotlib import colormaps
 
     colors: npt.NDArray[np.float64] = np.asarray(colormaps["cividis"](np.asarray(shares, np.float64)))
@@ -155,18 +169,18 @@ def cividis(shares: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 
 def text_width(text: str, size: float = 11, bold: bool = False) -> float:
-    """How many pixels a text takes."""
+    """Return how many pixels wide a text is."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     with _lock:
         font = get_font(findfont(FontProperties(family=FONT, weight="bold" if bold else "normal")))
         font.set_size(size * 72 / DPI, DPI)
         font.set_text(_drawable(text))
-        return float(font.get_width_height()[0]) / 64  # it counts in 64ths
+        return float(font.get_width_height()[0]) / 64  # in 64ths of a pixel
 
 
 def shorten(text: str, length: int) -> str:
-    """At most `length` characters of it, with … for what is left out in the middle."""
+    """Shorten a text to at most `length` characters, with … for what is left out in the middle."""
     if len(text) <= length:
         return text
     head = (length - 1) // 3
@@ -174,12 +188,12 @@ def shorten(text: str, length: int) -> str:
 
 
 def clip(text: str, length: int) -> str:
-    """At most `length` characters of it, with … for an end that is left out."""
+    """Shorten a text to at most `length` characters, with … for what is left out at the end."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def _plain_style(artist: Any) -> None:
-    """Without what `plt.xkcd()` and its like have set for all."""
+    """Remove what `plt.xkcd()` and the like have set globally."""
     artist.set_sketch_params(None)
     artist.set_path_effects([])
 
@@ -192,5 +206,5 @@ def _letters() -> frozenset[int]:
 
 
 def _drawable(text: str) -> str:
-    """The text with ? for what our font cannot draw: names come from other people."""
+    """Replace characters that our font cannot draw by ?: names are chosen by other people."""
     return "".join(letter if letter >= " " and ord(letter) in _letters() else "?" for letter in text)

@@ -1,24 +1,24 @@
-"""Numbers as people read them, in pictures as in the widget: NaN is "–", nothing known."""
+"""Numbers as text, in pictures as in the widget (`frontend/src/format.ts`): NaN, which is not known, is "–"."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 
-NOTHING = "–"
+NOTHING_KNOWN = "–"
 
-CAUSE_WORDS = {"lost": "lost connection", "bad_reply": "bad reply"}  # where they differ from `errors.CAUSES`
+CAUSE_WORDS = {"lost": "lost connection", "bad_reply": "bad reply"}  # shown instead of these `errors.CAUSES`
 
 
 def whole(value: float) -> str:
-    """4,120."""
-    return f"{value:,.0f}" if math.isfinite(value) else NOTHING
+    """A whole number: 4,120."""
+    return f"{value:,.0f}" if math.isfinite(value) else NOTHING_KNOWN
 
 
 def figures(value: float) -> str:
-    """Some three figures: 0.012, 0.412, 4.12, 41.2, 412, 4,120."""
+    """About three significant figures: 0.012, 0.412, 4.12, 41.2, 412, 4,120."""
     if not math.isfinite(value):
-        return NOTHING
+        return NOTHING_KNOWN
     size = abs(value)
     if size == 0 or size >= 99.95:
         return whole(value)
@@ -28,16 +28,16 @@ def figures(value: float) -> str:
 
 
 def rate(value: float) -> str:
-    """88, 7.4, 0.25."""
+    """A rate to two significant figures: 88, 7.4, 0.25."""
     if not math.isfinite(value):
-        return NOTHING
+        return NOTHING_KNOWN
     if value >= 9.95 or value == 0:
         return whole(value)
     return f"{value:.{1 if value >= 0.995 else 2}f}"
 
 
 def amount(value: float) -> tuple[str, str]:
-    """Bytes and their unit: ("3.02", "MB")."""
+    """A number of bytes and its unit: ("3.02", "MB")."""
     for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")):
         if value >= size * 0.9995 and math.isfinite(value):
             return figures(value / size), unit
@@ -45,9 +45,9 @@ def amount(value: float) -> tuple[str, str]:
 
 
 def age(seconds: float) -> str:
-    """0.3 s, 12 s, 3 min, 2 h."""
+    """A duration: 0.3 s, 12 s, 3 min, 2 h."""
     if not math.isfinite(seconds):
-        return NOTHING
+        return NOTHING_KNOWN
     if seconds < 9.95:
         return f"{max(0.0, seconds):.1f} s"
     if seconds < 120:
@@ -63,7 +63,7 @@ def clock(seconds: float) -> str:
 
 
 def failures(failed: Mapping[str, int]) -> str:
-    """3 (lost 2, timeout 1): in all, and by cause, the most frequent first."""
+    """Failures in all and by cause, the most frequent first: 3 (lost 2, timeout 1)."""
     some = sorted(((cause, n) for cause, n in failed.items() if n > 0), key=lambda item: -item[1])
     if not some:
         return "0"

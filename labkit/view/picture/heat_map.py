@@ -1,10 +1,10 @@
-"""The expert grids as a heat map of load: what is in which cell, and drawing it on a sheet.
+"""The expert grids as a heat map of load: the layout of its cells, and drawing them on a sheet.
 
-`snapshot` draws it as a part of the dashboard, `loggers` by itself. Sizes of grids are other people's: a grid is put
-into at most `MAX_CELLS` cells, whatever they are, without ever being laid out in full.
+`snapshot` draws it as a part of the dashboard, and `swarm_logging` logs it by itself. Other people choose the sizes of
+grids, so any grid is drawn as at most `MAX_CELLS` cells, and never laid out in full.
 """
 
-# n: cells that are drawn
+# n: cells to draw
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from labkit.view.picture.canvas import DIM, INK, Sheet, cividis, shorten, text_width
 from labkit.view.picture.formatting import rate, whole
-from labkit.view.scene import Experts, Ints, Layer, Scene, State
+from labkit.view.scene import Doubles, Experts, Ints, Layer, Scene, State
 
-MAX_CELLS = 4_096  # of a layer
-MAX_PLANES = 64  # slices of a grid with three dimensions or more
+MAX_CELLS = 4_096  # per layer
+MAX_PLANES = 64  # two-dimensional slices of a grid with three dimensions or more
 MAX_LAYERS = 4
-MAX_ASPECT = 16  # longer grids are drawn in several lines
-MAX_SIDE = 60  # pixels of a cell
+MAX_ASPECT = 16  # longer grids are wrapped into several lines
+MAX_CELL_SIZE = 60  # pixels
 WORST_FIRST = (State.DEAD, State.SUSPECT, State.STARTING, State.ALIVE)
-UNKNOWN = (0.925, 0.925, 0.925, 1.0)
-EDGE, HATCH = "#bdbdbd", "#8a3b00"
+UNKNOWN_COLOR = (0.925, 0.925, 0.925, 1.0)
+EDGE_COLOR, HATCH_COLOR = "#bdbdbd", "#8a3b00"
 LEGEND = (
     ("dead", math.nan, State.DEAD),
     ("suspect", 0.5, State.SUSPECT),
@@ -33,32 +32,30 @@ LEGEND = (
     ("not known", math.nan, State.ALIVE),
 )
 
-Doubles = npt.NDArray[np.float64]
-
 
 @dataclass(frozen=True, slots=True)
 class Cells:
-    """A layer's cells, as they are drawn: `planes` grids of `rows` × `columns`."""
+    """A layer's cells as they are drawn: `planes` grids of `rows` × `columns`."""
 
     planes: int
     rows: int
     columns: int
-    bin: str  # what a cell stands for, where that is more than one place of the grid
+    bin: str  # what a cell stands for, if that is more than one place of the grid
     plane: Ints  # [n]
     row: Ints  # [n]
     column: Ints  # [n]
-    load: Doubles  # [n], rows/s, mean of its experts; NaN: nothing is known
-    state: Ints  # [n], a `State`: that of most of its experts; of two that are as frequent, the worse
+    load: Doubles  # [n], rows/s, mean of its experts; NaN: not known
+    state: Ints  # [n], the most frequent `State` of its experts, or the worse of two that are equally frequent
 
 
 def lay_out(experts: Experts, number: int, layer: Layer) -> Cells:
-    """The cells of one layer. Longer or higher grids than can be drawn become one line that is wrapped."""
+    """Lay out the cells of one layer. A grid too long or with too many planes becomes one line that is wrapped."""
     mine = np.flatnonzero(experts.layer == number)
     cell, sizes = experts.cell[mine], layer.sizes
     high, wide = (sizes[-2], sizes[-1]) if len(sizes) > 1 else (1, sizes[0])
     planes = math.prod(sizes[:-2])
     if planes > MAX_PLANES or max(high, wide) > MAX_ASPECT * min(high, wide):
-        total = min(math.prod(sizes), 2**62)  # more cells have no number
+        total = min(math.prod(sizes), 2**62)  # cells beyond have no number
         factor = -(-total // MAX_CELLS)
         drawn = -(-total // factor)
         columns = min(drawn, max(MAX_ASPECT, math.isqrt(drawn - 1) + 1))
@@ -81,7 +78,7 @@ def lay_out(experts: Experts, number: int, layer: Layer) -> Cells:
 
 
 def _gather(place: Ints, load: Doubles, state: Ints, drawn: int) -> tuple[Doubles, Ints]:
-    """Load [n] and state [n] of each cell, from those of the experts in it."""
+    """Return the load [n] and state [n] of each cell, from those of its experts."""
     inside = (place >= 0) & (place < drawn)
     place, load, state = place[inside], load[inside], state[inside]
     known = np.isfinite(load)
@@ -93,13 +90,13 @@ def _gather(place: Ints, load: Doubles, state: Ints, drawn: int) -> tuple[Double
 
 
 def busiest_layers(scene: Scene) -> list[int]:
-    """The layers to draw, at most `MAX_LAYERS`: those with most load, in their order."""
+    """Return the layers to draw: the `MAX_LAYERS` with most load, in their own order."""
     load = np.bincount(scene.experts.layer, np.nan_to_num(scene.experts.load), minlength=len(scene.layers))
     return sorted(np.argsort(-load, kind="stable")[:MAX_LAYERS].tolist())
 
 
 def draw_layers(sheet: Sheet, scene: Scene, x: float, y: float, width: float, height: float) -> None:
-    """The busiest layers side by side, and a legend below them."""
+    """Draw the busiest layers side by side, with a legend below them."""
     shown = busiest_layers(scene)
     if not shown:
         sheet.text(x, y + 30, "No expert has been seen yet.", color=DIM, size=12)
@@ -124,13 +121,15 @@ def _draw_layer(sheet: Sheet, scene: Scene, number: int, x: float, y: float, wid
     sheet.text(x, y + 12, shorten(title, int(width / 7.2)), size=12, bold=True)
     sheet.text(x, y + 27, shorten(of, int(width / 6)), size=10.5, color=DIM)
     y, height = y + 34, height - 34
-    label = 13 if cells.planes > 1 else 0  # pixels, for each slice's number
+    label = 13 if cells.planes > 1 else 0  # pixels, for the number of each plane
 
     def side(across: int) -> float:
-        """Pixels of a cell with `across` slices in a row."""
+        """Pixels of a cell with `across` planes side by side."""
         down = -(-cells.planes // across)
         return min(
-            (width - 10 * (across - 1)) / across / cells.columns, (height / down - label - 4) / cells.rows, MAX_SIDE
+            (width - 10 * (across - 1)) / across / cells.columns,
+            (height / down - label - 4) / cells.rows,
+            MAX_CELL_SIZE,
         )
 
     across = max(range(1, cells.planes + 1), key=side)
@@ -155,20 +154,20 @@ def _draw_cells(sheet: Sheet, load: Doubles, state: Ints, boxes: Doubles, top: f
     if filled.any():
         known = np.isfinite(load)
         colors = cividis(np.where(known, load, 0) / (top if top > 0 else 1))
-        colors[~known] = UNKNOWN
+        colors[~known] = UNKNOWN_COLOR
         sheet.boxes(boxes[filled], colors[filled])
     if free.any():
-        sheet.boxes(_inside(boxes[free]), "none", edge=EDGE, width=thin)
+        sheet.boxes(_inside(boxes[free]), "none", edge=EDGE_COLOR, width=thin)
     if dead.any():
-        sheet.boxes(_inside(boxes[dead]), "white", edge=HATCH, width=thin)
-        sheet.hatch(boxes[dead], HATCH, thin)
+        sheet.boxes(_inside(boxes[dead]), "white", edge=HATCH_COLOR, width=thin)
+        sheet.hatch(boxes[dead], HATCH_COLOR, thin)
     doubtful = np.isin(state, (State.SUSPECT, State.STARTING))
     if doubtful.any():
         _draw_dots(sheet, boxes[doubtful])
 
 
 def _draw_dots(sheet: Sheet, boxes: Doubles) -> None:
-    """A black dot in a white one: to be seen on any fill."""
+    """Draw a black dot within a white one, which can be seen on any fill."""
     middle = boxes[:, :2] + boxes[:, 2:] / 2
     size = float(np.clip(boxes[0, 2] / 3, 1.5, 8))
     sheet.line(middle[:, 0], middle[:, 1], color="white", width=size, dots=True)
@@ -176,7 +175,7 @@ def _draw_dots(sheet: Sheet, boxes: Doubles) -> None:
 
 
 def _inside(boxes: Doubles) -> Doubles:
-    """The same boxes for their edges, half a pixel smaller on each side."""
+    """Return the boxes made half a pixel smaller on each side, so that their edges stay within."""
     smaller: Doubles = boxes + np.array([0.5, 0.5, -1.0, -1.0])
     return smaller
 
@@ -197,7 +196,7 @@ def _draw_legend(sheet: Sheet, x: float, y: float, more: str) -> None:
 
 
 def draw_heat_map(scene: Scene) -> bytes:
-    """The heat map alone, as a PNG of 640 × 640 pixels."""
+    """Draw the heat map alone and return it as a PNG of 640 × 640 pixels."""
     sheet = Sheet(640, 640)
     draw_layers(sheet, scene, 16, 12, 608, 612)
     return sheet.png()

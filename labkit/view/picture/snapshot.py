@@ -1,6 +1,7 @@
-"""The dashboard as one picture, drawn in Python from the same scene as the widget: for where there is no front end.
+"""The dashboard as one picture, drawn in Python from the same scene as the widget, for places without a front end.
 
-`draw` is what `swarm.snapshot()` shows, and what a dashboard leaves behind. The same scene gives the same bytes.
+`swarm.snapshot()` shows what `draw` returns, and a dashboard leaves it behind in the saved notebook. The same scene
+gives the same bytes.
 """
 
 # B: bins of time
@@ -11,38 +12,48 @@ import datetime
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from labkit.errors import CAUSES
-from labkit.view.log.rows import worst_first
 from labkit.view.picture.canvas import DIM, FAINT, INK, Align, Picture, Sheet, clip, shorten, text_width
-from labkit.view.picture.formatting import CAUSE_WORDS, NOTHING, age, amount, clock, failures, figures, rate, whole
+from labkit.view.picture.formatting import (
+    CAUSE_WORDS,
+    NOTHING_KNOWN,
+    age,
+    amount,
+    clock,
+    failures,
+    figures,
+    rate,
+    whole,
+)
 from labkit.view.picture.heat_map import draw_layers
-from labkit.view.scene import PERCENTILES, SERIES, SPLIT, Scene, Servers, State
+from labkit.view.scene import PERCENTILES, SERIES, SPLIT, Doubles, Scene, Servers, State
 
 __all__ = ["Picture", "draw"]
 
-WIDTH, HEIGHT = 1200, 800
-MARGIN = 20
+WIDTH, HEIGHT = 1200, 800  # pixels
+MARGIN = 20  # pixels
 SHOWN_SERVERS = 12
-SHOWN_MARKS = 3  # that are told in words
-LINED_MARKS = 40  # that have a line in the timeline, the last ones
+SHOWN_MARKS = 3  # the last marks, with their text
+LINED_MARKS = 40  # the last marks, as lines in the timeline
 MAX_BARS = 110
-COLORS = {
+CAUSE_COLORS = {
     "timeout": "#E69F00", "refused": "#56B4E9", "overloaded": "#009E73", "lost": "#D55E00", "bad_reply": "#CC79A7",
     "cancelled": "#999999", "failed": "#000000",
 }  # fmt: skip
-LINE = "#0072B2"
-BAD = "#B23C00"
-SIGNS = {State.ALIVE: "●", State.SUSPECT: "◐", State.STARTING: "◌", State.DEAD: "✕", State.UNCLAIMED: "·"}
-
-Doubles = npt.NDArray[np.float64]
+LINE_COLOR = "#0072B2"
+BAD_COLOR = "#B23C00"
+STATE_SIGNS = {State.ALIVE: "●", State.SUSPECT: "◐", State.STARTING: "◌", State.DEAD: "✕", State.UNCLAIMED: "·"}
 
 
 def draw(scene: Scene) -> bytes:
-    """A PNG of 1200 × 800 pixels, light, in colours that the colour-blind can tell apart.
+    """Draw the dashboard on white, in colours that colour-blind people can tell apart.
 
-    Needs matplotlib; raises `ImportError` without it.
+    Returns:
+        A PNG of 1200 × 800 pixels.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
     """
     sheet = Sheet(WIDTH, HEIGHT)
     _draw_title(sheet, scene)
@@ -60,7 +71,7 @@ def _title(sheet: Sheet, x: float, y: float, text: str) -> None:
     sheet.text(x, y, text, size=13, bold=True)
 
 
-# ---------------------------------------------------------------- what is always in sight
+# ---------------------------------------------------------------- the headline
 
 
 def _draw_title(sheet: Sheet, scene: Scene) -> None:
@@ -68,7 +79,9 @@ def _draw_title(sheet: Sheet, scene: Scene) -> None:
     name = f"swarm {shorten(scene.swarm, 32)}"
     sheet.text(MARGIN, 30, name, size=17, bold=True)
     state = "closed" if not scene.open else "training" if head.running else "open, nothing trains"
-    sheet.text(MARGIN + text_width(name, 17, bold=True) + 16, 30, state, size=13, color=INK if scene.open else BAD)
+    sheet.text(
+        MARGIN + text_width(name, 17, bold=True) + 16, 30, state, size=13, color=INK if scene.open else BAD_COLOR
+    )
     when = datetime.datetime.fromtimestamp(scene.wall, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     source = "counted from this process's calls" if scene.source == "calls" else "as the servers report"
     sheet.text(
@@ -81,8 +94,8 @@ def _draw_numbers(sheet: Sheet, scene: Scene, y: float) -> None:
     traffic, unit = amount(head.bytes)
     failed = sum(head.failed.values())
     failing = (whole(failed), f"failed, of {whole(head.answered + failed)} calls", failed > 0)
-    if scene.source == "servers":  # it made no calls, and knows of no failures
-        failing = (NOTHING, f"failed; {whole(head.answered)} answered", False)
+    if scene.source == "servers":  # this process made no calls, and knows of no failures
+        failing = (NOTHING_KNOWN, f"failed; {whole(head.answered)} answered", False)
     tiles: Sequence[tuple[str, str, bool]] = (
         (f"{whole(head.experts_alive)} of {whole(head.experts)}", "experts", head.experts_alive < head.experts),
         (f"{whole(head.servers_alive)} of {whole(head.servers)}", "servers", head.servers_alive < head.servers),
@@ -98,7 +111,7 @@ def _draw_numbers(sheet: Sheet, scene: Scene, y: float) -> None:
     x = float(MARGIN)
     for (value, label, bad), width in zip(tiles, (160, 130, *(97,) * 7, 190), strict=True):
         size = min(17.0, 17 * (width - 8) / text_width(value, 17, bold=True))
-        sheet.text(x, y + 16, value, size=size, bold=True, color=BAD if bad else INK)
+        sheet.text(x, y + 16, value, size=size, bold=True, color=BAD_COLOR if bad else INK)
         sheet.text(x, y + 34, label, size=11, color=DIM)
         x += width
 
@@ -109,8 +122,8 @@ def _of_steps(total: int) -> str:
 
 # ---------------------------------------------------------------- servers
 
-# right edge (or left, where text starts there), and what stands there
-COLUMNS: Sequence[tuple[int, str, Align]] = (
+# Of each column: its left or right edge, its title and the alignment.
+TABLE_COLUMNS: Sequence[tuple[int, str, Align]] = (
     (16, "server", "left"), (172, "state", "left"), (278, "heard", "right"), (332, "experts", "right"),
     (378, "calls/s", "right"), (418, "queue", "right"), (462, "p50 ms", "right"), (496, "p95", "right"),
     (530, "p99", "right"), (542, "queue·comp·net", "left"), (632, "failures", "left"),
@@ -119,12 +132,12 @@ COLUMNS: Sequence[tuple[int, str, Align]] = (
 
 def _draw_servers(sheet: Sheet, servers: Servers, x: float, y: float) -> None:
     _title(sheet, x, y, "Servers, worst first")
-    order = worst_first(servers)
+    order = servers.worst_first()
     if not order:
         sheet.text(x, y + 30, "No server has been seen yet.", color=DIM, size=12)
         return
     y += 24
-    for at, name, align in COLUMNS:
+    for at, name, align in TABLE_COLUMNS:
         sheet.text(x + at, y, name, size=10, color=DIM, align=align)
     sheet.line([x, WIDTH - MARGIN], [y + 5, y + 5], color=FAINT)
     for i in order[:SHOWN_SERVERS]:
@@ -150,23 +163,23 @@ def _draw_server(sheet: Sheet, servers: Servers, i: int, x: float, y: float) -> 
         whole(held) if alive == held else f"{whole(alive)} of {whole(held)}", rate(float(servers.calls[i])),
         rate(float(servers.queue[i])), p50, p95, p99, split if split != "–·–·–" else "–",
     )  # fmt: skip
-    sheet.text(x, y, SIGNS[state], size=12, color=BAD if bad else INK)
-    for (at, name, align), text in zip(COLUMNS[:-1], known, strict=True):
+    sheet.text(x, y, STATE_SIGNS[state], size=12, color=BAD_COLOR if bad else INK)
+    for (at, name, align), text in zip(TABLE_COLUMNS[:-1], known, strict=True):
         sheet.text(
             x + at, y, text, size=10.5 if name != "server" else 11, align=align, bold=name == "server" and bad,
-            color=BAD if bad and name == "state" else INK,
+            color=BAD_COLOR if bad and name == "state" else INK,
         )  # fmt: skip
     total, _, causes = failures(failed).partition(" ")
-    sheet.text(x + COLUMNS[-1][0], y - 5 if causes else y, total, size=10.5)
+    sheet.text(x + TABLE_COLUMNS[-1][0], y - 5 if causes else y, total, size=10.5)
     if causes:
-        sheet.text(x + COLUMNS[-1][0], y + 7, clip(causes.strip("()"), 21), size=9, color=DIM)
+        sheet.text(x + TABLE_COLUMNS[-1][0], y + 7, clip(causes.strip("()"), 21), size=9, color=DIM)
 
 
 # ---------------------------------------------------------------- time
 
 
 def _draw_charts(sheet: Sheet, scene: Scene, y: float) -> None:
-    """Four lines and the failures, all over the same seconds."""
+    """Draw four lines and the failures, all over the same time."""
     series, height = scene.series, 130.0
     values = series.values.astype(np.float64)
     start = series.first * series.width
@@ -198,10 +211,10 @@ def _draw_line(
     top = top if top > low else low + 1.0
     px = x + (t - span[0]) / (span[1] - span[0]) * width
     py = y + (top - known) / (top - low) * height
-    sheet.line(px, py, color=LINE, width=1.5)
+    sheet.line(px, py, color=LINE_COLOR, width=1.5)
     alone = np.isfinite(py) & ~np.isfinite(np.r_[np.nan, py[:-1]]) & ~np.isfinite(np.r_[py[1:], np.nan])
-    if alone.any():  # a point with nothing on either side makes no line
-        sheet.line(px[alone], py[alone], color=LINE, width=4, dots=True)
+    if alone.any():  # a point without neighbours makes no line
+        sheet.line(px[alone], py[alone], color=LINE_COLOR, width=4, dots=True)
 
 
 def _draw_frame(
@@ -219,7 +232,7 @@ def _draw_frame(
 def _draw_failures(
     sheet: Sheet, scene: Scene, span: tuple[float, float], box: tuple[float, float, float, float]
 ) -> None:
-    """Failed calls by cause, stacked, and what happened to servers as lines."""
+    """Draw failed calls as bars stacked by cause, and marks as vertical lines."""
     x, y, width, height = box
     _title(sheet, x, y + 10, "Failures by cause")
     _draw_causes(sheet, scene, x + 138, y + 10, x + width)
@@ -242,7 +255,7 @@ def _draw_failures(
             if some.any():
                 high, wide = bars[some, number] / top * height, np.full(int(some.sum()), bar)
                 up = plot[1] + height - stack[some, number]
-                sheet.boxes(np.stack([px[some], up, wide, high], 1), COLORS[cause])
+                sheet.boxes(np.stack([px[some], up, wide, high], 1), CAUSE_COLORS[cause])
     elif not scene.headline.failed:
         nothing = "no call has failed" if scene.source == "calls" else "no call was made from here"
         sheet.text(x + width / 2, plot[1] + height / 2, nothing, color=DIM, align="center")
@@ -250,7 +263,7 @@ def _draw_failures(
 
 
 def _draw_causes(sheet: Sheet, scene: Scene, x: float, y: float, end: float) -> None:
-    """The causes that there were, with their colours and how often, since the start."""
+    """Draw the legend: the causes that have occurred, with their colours and counts since the start."""
     for cause in CAUSES:
         count = scene.headline.failed.get(cause, 0)
         word = f"{CAUSE_WORDS.get(cause, cause)} {whole(count)}"
@@ -259,7 +272,7 @@ def _draw_causes(sheet: Sheet, scene: Scene, x: float, y: float, end: float) -> 
         if x + 15 + text_width(word, 10.5) > end:
             sheet.text(x, y, "…", color=DIM)
             return
-        sheet.boxes([[x, y - 9, 10, 10]], COLORS[cause])
+        sheet.boxes([[x, y - 9, 10, 10]], CAUSE_COLORS[cause])
         sheet.text(x + 14, y, word, size=10.5)
         x += 14 + text_width(word, 10.5) + 8
 
