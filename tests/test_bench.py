@@ -14,10 +14,10 @@ import pytest
 
 from labkit.__main__ import main
 from labkit.bench import moe, rpc, suite
-from labkit.bench.limits import LEAST, echo, echo_limit
+from labkit.bench.limits import MIN_ECHO_SECONDS, echo, echo_limit
 from labkit.bench.processes import ProcessGroup, Worker
 from labkit.bench.report import ratios_to, read_peer, show
-from labkit.bench.suite import Row, SuiteConfig
+from labkit.bench.suite import SuiteConfig, SuiteRow
 from labkit.bench.suite import measure as measure_all
 from labkit.contact import Contact
 from labkit.errors import LabkitError
@@ -27,7 +27,7 @@ from labkit.experiments.results import measure_all as measure_searches
 
 @pytest.fixture(autouse=True)
 def short_echoes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("labkit.bench.limits.LEAST", 0.05)
+    monkeypatch.setattr("labkit.bench.limits.MIN_ECHO_SECONDS", 0.05)
 
 
 def test_a_search_among_simulated_nodes_takes_round_trips_when_cold_and_no_time_when_warm(capsys):
@@ -98,7 +98,7 @@ def three_clients() -> dict[str, Any]:
     """What is measured with three clients in two processes, beside what a peer measured."""
     options = ["--batch", "2", "--hidden", "8", "--calls", "20", "--clients", "3"]
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rpc, "MOST_PROCESSES", 2)
+        patch.setattr(rpc, "MAX_CLIENT_PROCESSES", 2)
         peer = Path(folder, "peer.json")
         peer.write_text('a line that is none\n{"calls_per_s": 10.0, "samples_per_s": 20.0}\n')
         return bench("rpc", *options, "--peer-json", str(peer))
@@ -132,8 +132,8 @@ def test_calls_that_train_may_be_encrypted_and_compressed_and_several_servers_ha
 
 
 def test_the_echo_takes_a_second_at_least_and_counts_all_clients(monkeypatch):
-    assert LEAST == 1.0
-    monkeypatch.setattr("labkit.bench.limits.LEAST", 0.2)
+    assert MIN_ECHO_SECONDS == 1.0
+    monkeypatch.setattr("labkit.bench.limits.MIN_ECHO_SECONDS", 0.2)
     told = echo([([8], 1), ([8, 8], 1)], clients=[2, 1], calls=3)
     assert len(told) == 3
     assert all(calls > 3 and seconds >= 0.2 for calls, seconds in told), "three calls are soon made"
@@ -230,7 +230,7 @@ def test_all_of_it_is_measured_beside_a_peer_into_a_file_that_is_not_begun_anew(
     (tmp_path / "labkit.py").write_text(OURS)  # what `python -m labkit` runs here
     (tmp_path / "peer.py").write_text('print("a line"); print(\'{"work": {"calls": 9}, "calls_per_s": 10.0}\')')
     options = "rpc --calls 5 --hidden 8 --clients 1 --experts 1"
-    rows = [Row("small", options, "peer.py --calls 9"), Row("other", options, "small")]
+    rows = [SuiteRow("small", options, "peer.py --calls 9"), SuiteRow("other", options, "small")]
     path = tmp_path / "results.jsonl"
     for runs in (1, 2):
         config = SuiteConfig(out=str(path), runs=runs, peer_scripts=str(tmp_path), only="small")
@@ -249,19 +249,19 @@ def test_all_of_it_is_measured_beside_a_peer_into_a_file_that_is_not_begun_anew(
 def test_the_median_of_figures_in_a_list_is_that_of_each(tmp_path):
     lines = [{"row": "slow", "who": "labkit", "block": "ffn", "per_s": [n, 10 * n], "all": [[n]]} for n in (1, 3, 9)]
     (tmp_path / "results").write_text("\n".join(map(json.dumps, lines)))
-    [line] = suite.medians(tmp_path / "results", [Row("slow", "latency")])
+    [line] = suite.medians(tmp_path / "results", [SuiteRow("slow", "latency")])
     assert line == {"row": "slow", "runs": 3, "per_s": [3, 30], "all": [[3]]}
 
 
 def test_medians_are_printed_for_a_person_too_with_the_least_and_the_most_share_of_the_limit(tmp_path, capsys):
     lines = [{"row": "some", "who": "labkit", "of_limit": share, "per_s": [1, 2]} for share in (0.5, 0.75, 0.25)]
     (tmp_path / "results").write_text("\n".join(map(json.dumps, lines)))
-    [line] = suite.medians(tmp_path / "results", [Row("some", "rpc")])
+    [line] = suite.medians(tmp_path / "results", [SuiteRow("some", "rpc")])
     show({"some": {name: line[name] for name in ("of_limit", "of_limit_range", "per_s")}}, as_json=False)
     assert "of_limit 0.5, of_limit_range [0.25, 0.75], per_s [1, 2]" in capsys.readouterr().out
 
 
-SMALL = Row("small", "search --nodes 2 --grid 2 --k-best 1 --searches 1", "peer.py --calls 9")
+SMALL = SuiteRow("small", "search --nodes 2 --grid 2 --k-best 1 --searches 1", "peer.py --calls 9")
 STUCK = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
 
 
@@ -290,7 +290,7 @@ def test_a_peer_that_fails_is_told_and_left_out(tmp_path, capsys, monkeypatch, s
 
 def test_a_row_that_fails_ends_the_suite(tmp_path):
     with pytest.raises(LabkitError, match=r"bench rpc --calls few --json printed no result .*invalid int value: 'few'"):
-        measure_all(SuiteConfig(out=str(tmp_path / "out"), runs=1), [Row("none", "rpc --calls few")])
+        measure_all(SuiteConfig(out=str(tmp_path / "out"), runs=1), [SuiteRow("none", "rpc --calls few")])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""`labkit bench dht`: stores and gets among DHT nodes that are processes of their own."""
+"""`labkit bench dht`: stores and gets among DHT nodes that are processes of their own.
+
+Beside it are the limits that `limits` measures in the same run. Each node's process runs `live`.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,22 @@ from labkit.portal import Portal
 from labkit.wire.security import Identity
 from labkit.wire.zmq_transport import open_network
 
-TTL = 300.0  # seconds
-RECORD = 100  # bytes of a value and what is around it, about
+VALUE_TTL = 300.0  # seconds
+RECORD_BYTES = 100  # about the size of a stored value and the message around it
 
 
 @dataclass(frozen=True)
 class DHTBenchConfig:
-    """Raises `ValueError`."""
+    """What `labkit bench dht` measures.
+
+    Args:
+        peers: DHT nodes.
+        rounds: Stores, each followed by two gets.
+        secure: Whether connections are encrypted.
+
+    Raises:
+        ValueError: A value is not possible.
+    """
 
     peers: int = 8
     rounds: int = 20
@@ -40,9 +52,11 @@ class DHTBenchConfig:
 
 
 def measure(config: DHTBenchConfig) -> dict[str, Any]:
-    """What `--json` prints: stores and gets, then the limit, in one run. Seconds are medians.
+    """Measure stores and gets, then the limit.
 
-    `get_s`: for what was stored last, which is the default; `get_any_s`: for any copy. `found`: share of both.
+    Returns:
+        What `--json` prints. Seconds are medians: `get_s` of the latest value, which is the default, and `get_any_s`
+        of any copy. `found` is the share of gets, of both kinds, that returned the value.
     """
     draw = random.Random(0)
     store, get, get_any, found = list[float](), list[float](), list[float](), 0
@@ -63,7 +77,8 @@ def measure(config: DHTBenchConfig) -> dict[str, Any]:
                 found += answer["value"] == value
     quorum = min(DHTConfig().quorum, config.peers - 1)
     store_limit, get_limit = (
-        fan_out_limit(number, RECORD, 10 * config.rounds, secure=config.secure) for number in (config.peers - 1, quorum)
+        fan_out_limit(number, RECORD_BYTES, 10 * config.rounds, secure=config.secure)
+        for number in (config.peers - 1, quorum)
     )
     return {
         **asdict(config),
@@ -79,7 +94,7 @@ def measure(config: DHTBenchConfig) -> dict[str, Any]:
 
 
 def live(order: dict[str, Any]) -> Generator[Any, Any, None]:
-    """A DHT node that stores and gets what it is told to, and says how long that took."""
+    """A worker that is a DHT node. It stores and gets what it is told to, and reports how long that took."""
     portal = Portal("bench")
     join = () if order["join"] is None else (Contact.from_invitation(order["join"]),)
     node: Node = portal.start(_live, join, NodeConfig(secure=order["secure"] or None))
@@ -88,7 +103,7 @@ def live(order: dict[str, Any]) -> Generator[Any, Any, None]:
         found = None
         started = time.perf_counter()
         if "value" in order:
-            portal.call(node.dht.store, order["key"], order["value"].encode(), TTL)
+            portal.call(node.dht.store, order["key"], order["value"].encode(), VALUE_TTL)
         else:
             found = portal.call(partial(node.dht.get, order["key"], latest=order["latest"]))
         seconds = time.perf_counter() - started

@@ -1,9 +1,10 @@
 """`labkit bench latency`: how throughput holds up when the network is slow (paper, section 4.1), scaled to one machine.
 
 A stack of identical blocks is spread over server processes, which answer each call after an exponentially distributed
-delay. Many trainers pass batches through it at the same time, each on its own; beside them a model-parallel pipeline,
-which has as many micro-batches under way as there are stages and waits for all of them before the next ones begin.
-Both make the same calls to the same servers, over real sockets and in real time. `samples_per_s` measures them.
+delay. Many trainers pass batches through the stack at the same time, each on its own. They are compared with a
+model-parallel pipeline, which has as many micro-batches in flight as there are stages and waits for all of them before
+it begins the next ones. Both make the same calls to the same servers, over real sockets and in real time;
+`samples_per_s` measures their throughput.
 """
 
 from __future__ import annotations
@@ -25,17 +26,30 @@ from labkit.errors import LabkitError
 from labkit.server.statistics import ServerStatistics
 from labkit.swarm import Swarm
 
-TIMEOUT = 120.0  # seconds of a call: nothing is to fail here
-WARM_UP_TIMEOUT = 300.0  # seconds, once all have begun, in which each is to do a first round
-LOOK_TIMEOUT = 30.0  # seconds in which the servers, busy as they are, say what they have computed
-POLL = 0.02  # seconds
-SHAPES = {"ffn": (64,), "transformer": (4, 64)}  # batch, and length of a sequence
+CALL_TIMEOUT = 120.0  # seconds; long, since no call is to fail here
+WARM_UP_TIMEOUT = 300.0  # seconds that all have for their first round, once all have begun
+STATISTICS_TIMEOUT = 30.0  # seconds that busy servers have to report their statistics
+POLL_PERIOD = 0.02  # seconds
+BATCH_SHAPES = {"ffn": (64,), "transformer": (4, 64)}  # batch size, and length of a sequence
 
 
 @dataclass(frozen=True)
 class LatencyConfig:
-    """`block`: ffn or transformer. `delays_ms`: means of a call's delay, milliseconds. `seconds`: that each of them is
-    measured, and over which its trainers begin before. `runs`: of all delays in turn. Raises `ValueError`."""
+    """What `labkit bench latency` measures.
+
+    Args:
+        block: The kind of blocks: ffn or transformer.
+        blocks: Blocks in the stack.
+        servers: Server processes over which the blocks are spread.
+        hidden: Width of a block.
+        trainers: Trainers that pass batches at the same time.
+        delays_ms: Mean delays of a call, in milliseconds, to measure one after the other.
+        seconds: How long each delay is measured, after the trainers' starts were spread over as many seconds.
+        runs: How often all delays are measured.
+
+    Raises:
+        ValueError: A value is not possible.
+    """
 
     block: str = "ffn"
     blocks: int = 4
@@ -47,8 +61,8 @@ class LatencyConfig:
     runs: int = 1
 
     def __post_init__(self) -> None:
-        if self.block not in SHAPES:
-            raise ValueError(f"block={self.block!r}: {' or '.join(SHAPES)}")
+        if self.block not in BATCH_SHAPES:
+            raise ValueError(f"block={self.block!r}: {' or '.join(BATCH_SHAPES)}")
         check_at_least(1, self, "blocks", "servers", "hidden", "trainers", "runs")
         if not self.delays_ms or not all(math.isfinite(delay) and delay >= 0 for delay in self.delays_ms):
             raise ValueError(f"delays_ms={self.delays_ms}: milliseconds, at least 0")
@@ -57,10 +71,13 @@ class LatencyConfig:
 
 
 def measure(config: LatencyConfig) -> dict[str, Any]:
-    """What `--json` prints: samples per second at each delay, of the trainers and of the pipeline.
+    """Measure samples per second at each delay, of the trainers and of the pipeline.
 
-    Figures are medians over the runs, and `…_runs` what each run gave, a list for each delay. Raises as
-    `samples_per_s` does.
+    Returns:
+        What `--json` prints. Figures are medians over the runs, and `…_runs` has each run's, in a list for each delay.
+
+    Raises:
+        ValueError, LabkitError: As `samples_per_s` does.
     """
     threads, seconds, rows = torch.get_num_threads(), config.seconds, 2 * config.blocks
     trainers, pipeline = ([list[float]() for _ in config.delays_ms] for _ in range(2))
@@ -69,16 +86,16 @@ def measure(config: LatencyConfig) -> dict[str, Any]:
             config.block, grid=(config.blocks,), servers=config.servers, name="block", hidden=config.hidden,
             isolation="process",
         )  # fmt: skip
-        stack = nn.Sequential(*[swarm.expert(f"block.{n}", timeout=TIMEOUT) for n in range(config.blocks)])
-        x = torch.randn(*SHAPES[config.block], config.hidden)
+        stack = nn.Sequential(*[swarm.expert(f"block.{n}", timeout=CALL_TIMEOUT) for n in range(config.blocks)])
+        x = torch.randn(*BATCH_SHAPES[config.block], config.hidden)
 
         def one_pass() -> int:
-            """Forward and backward, which trains every block."""
+            """A forward and a backward pass, which trains every block."""
             stack(x.clone().requires_grad_()).square().mean().backward()
             return len(x)
 
         def one_step() -> int:
-            """Of a pipeline: a stage works on a micro-batch while others work on others."""
+            """A step of the pipeline: each stage works on a micro-batch while the others work on other ones."""
             return sum(stages.map(lambda _: one_pass(), range(config.blocks)))
 
         torch.set_num_threads(1)
@@ -98,35 +115,46 @@ def measure(config: LatencyConfig) -> dict[str, Any]:
     }
 
 
-def _figures(who: str, rates: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Of the samples per second of each run, for each delay."""
+def _figures(prefix: str, rates: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Summarize the samples per second of each run, for each delay."""
     medians = [median(some) for some in rates]
     return {
-        f"{who}samples_per_s": [round(rate, 1) for rate in medians],
-        f"{who}samples_per_s_runs": [[round(rate, 1) for rate in some] for some in rates],
-        f"{who}slowest_to_fastest": round(medians[-1] / medians[0], 3),
+        f"{prefix}samples_per_s": [round(rate, 1) for rate in medians],
+        f"{prefix}samples_per_s_runs": [[round(rate, 1) for rate in some] for some in rates],
+        f"{prefix}slowest_to_fastest": round(medians[-1] / medians[0], 3),
     }
 
 
 def samples_per_s(
     swarm: Swarm, rounds: Sequence[Callable[[], int]], rows_per_sample: int, seconds: float, spread: float = 0.0
 ) -> float:
-    """Throughput of some that do a round after another at the same time, each as soon as its last one is done.
+    """Measure the throughput of workers that each do one round after another, all at the same time.
 
-    `rounds`: what each of them does; it returns how many samples that were. `rows_per_sample`: rows that the servers
-    compute for a sample: with a forward and a backward pass, two for each block.
+    The count is of rows that the servers computed and answered, forward and backward, in whole batches at the moment
+    they are done. Whole rounds would be too coarse, since a worker may do less than two in the window. Requests that
+    were refused, were too late in their queue or could not be computed are not counted. No call is made twice, and a
+    call that fails ends the measurement. So does a computed row that belongs to no worker's round: see 5.
 
-    What is counted are rows that the servers computed and answered, forward and backward, whole batches at the moment
-    when they are done, and not whole rounds: of those each may do less than two in the window. A request that was
-    refused, too late in its queue or not computable is not among these rows. No call is made twice, and one that fails
-    ends the measurement. So does a row that was computed and that belongs to nobody's round: see 5.
+    1. Each worker begins at random within `spread` seconds. Workers that begin together would stay in step, and while
+       all of them wait for one block, the other blocks would have nothing to do.
+    2. Warm-up, until each worker has done a round.
+    3. The window: each server reports twice how many rows it has computed, and the time by its own clock.
+    4. All workers finish their current round.
+    5. The rows computed since before the first round must be exactly those of the samples of all rounds.
 
-    1. Each begins at random within `spread` seconds. Those who begin together stay in step, and while all of them wait
-       for one block the others have nothing to do. 2. Warm-up, until each has done a round. 3. The window: each server
-       says how many rows it has computed, twice, and at what time by its own clock. 4. All finish the round that they
-       are in. 5. The rows computed since before the first round are those of the samples of all rounds, exactly.
+    Args:
+        swarm: The swarm whose servers are called, by nobody else. It is closed if something fails before step 4.
+        rounds: For each worker, the function that does a round and returns how many samples that were.
+        rows_per_sample: Rows that the servers compute for a sample: with a forward and a backward pass, two per block.
+        seconds: Length of the window.
+        spread: Seconds over which the workers' starts are spread.
 
-    Raises `ValueError` if nothing was done within `seconds`, and `LabkitError`. What fails before 4 closes the swarm.
+    Returns:
+        Samples per second.
+
+    Raises:
+        ValueError: No batch was computed within `seconds`.
+        LabkitError: A call failed, the warm-up took too long, or rows were computed for somebody else.
     """
     finished, ending = [0] * len(rounds), False
 
@@ -141,7 +169,7 @@ def samples_per_s(
         try:
             limit = time.monotonic() + spread + WARM_UP_TIMEOUT
             while not all(finished):  # 2
-                _pause(workers, POLL)
+                _pause(workers, POLL_PERIOD)
                 if time.monotonic() > limit:
                     raise LabkitError(
                         f"{sum(map(bool, finished))} of {len(rounds)} had done a first round after {WARM_UP_TIMEOUT:g}"
@@ -151,7 +179,7 @@ def samples_per_s(
             _pause(workers, seconds)
             end = _look(swarm)
         except BaseException:
-            swarm.close()  # so that nobody goes on waiting for an answer
+            swarm.close()  # so that no worker goes on waiting for an answer
             raise
         finally:
             ending = True  # 4
@@ -169,18 +197,18 @@ def samples_per_s(
 
 
 def _pause(workers: Sequence[Future[None]], seconds: float) -> None:
-    """Wait so long, or raise what ends one of them before."""
+    """Wait `seconds`, or raise the error of a worker that ends earlier."""
     for worker in wait(workers, seconds, return_when=FIRST_COMPLETED).done:
         worker.result()
 
 
 def _look(swarm: Swarm) -> Mapping[str, ServerStatistics]:
-    """What each server has computed so far, by address."""
-    found = swarm.statistics(timeout=LOOK_TIMEOUT)
+    """Return the statistics of each server, by address."""
+    found = swarm.statistics(timeout=STATISTICS_TIMEOUT)
     if len(found) != len(swarm.servers):
         raise LabkitError(
-            f"{len(found)} of {len(swarm.servers)} servers said within {LOOK_TIMEOUT:g} s what they have computed;"
-            " has one ended, or is the machine too busy?"
+            f"{len(found)} of {len(swarm.servers)} servers said within {STATISTICS_TIMEOUT:g} s what they have"
+            " computed; has one ended, or is the machine too busy?"
         )
     return found
 

@@ -1,10 +1,11 @@
-"""The limits of this machine, beside which benchmarks are measured: plain PyTorch, and a bare ZeroMQ echo.
+"""The limits of this machine, with which benchmarks are compared: plain PyTorch, and a bare ZeroMQ echo.
 
-1. Arithmetic: that of experts in plain PyTorch, in one process without a network. As many threads, as large batches and
-the same optimizer as the servers have, without denormal numbers, as there; a backward pass computes the outputs again,
-as theirs does, since nothing is kept between calls.
-2. Echo: between processes, of the messages that labkit sends. No labkit code is in its way: blocking sockets, no event
-loop, nothing encoded or checked.
+`experts_limit` and `moe_limit` measure the arithmetic: experts in plain PyTorch, in one process without a network. They
+have as many threads, as large batches and the same optimizer as the servers, and flush denormal numbers as the servers
+do. A backward pass computes the outputs again, as theirs does, since a server keeps nothing between calls.
+
+`echo_limit` and `fan_out_limit` measure the messages: an echo between processes, of frames as large as labkit's. No
+labkit code is involved: blocking sockets, no event loop, nothing encoded or checked.
 """
 
 from __future__ import annotations
@@ -21,20 +22,38 @@ import zmq
 from torch import Tensor, nn
 
 from labkit.bench.processes import ProcessGroup, all_at_once
-from labkit.bench.report import KINDS
+from labkit.bench.report import EXPERT_KINDS
 from labkit.server.layers import make_expert
 from labkit.server.optimizer import BackendConfig, make_optimizer
 
+HEADER_BYTES = 120  # about the size of the first frame of a call or an answer
+WARM_UP_CALLS = 10
+MIN_ECHO_SECONDS = 1.0  # a thousand small calls take less, and their rate would depend on chance
+RoundTrip = tuple[list[int], int]  # bytes of each tensor that is sent, and how many of the tensors are sent back
+CallsAndSeconds = tuple[int, float]  # how many calls a client made, and how long they took
+
+
+# ---------------------------------------------------------------- arithmetic: plain PyTorch
+
 
 def experts_limit(**order: Any) -> float:
-    """Rows per second of `experts` experts of a kind, called in turn, with `rows` rows a call, `calls` times."""
+    """Measure experts that are called in turn, in rows per second.
+
+    Args:
+        **order: `kind` and `hidden` of the experts, their number `experts`, `rows` per call, `calls`, `backward`
+            (whether a call is a forward and a backward pass) and `threads`.
+    """
     with ProcessGroup() as group:
         (seconds,) = all_at_once(group.start("limits:call_experts", order))
     return float(order["calls"] * order["rows"] / seconds)
 
 
 def moe_limit(**order: Any) -> tuple[float, float]:
-    """Seconds of a forward and of a backward pass of a mixture of experts, medians of `passes`."""
+    """Measure a forward and a backward pass of a mixture of experts, each in seconds: medians over the passes.
+
+    Args:
+        **order: The fields of a `MoEConfig`, and `threads`.
+    """
     with ProcessGroup() as group:
         ((forward, backward),) = all_at_once(group.start("limits:pass_moe", order))
     return forward, backward
@@ -63,7 +82,7 @@ class _Expert:
 
 
 def call_experts(order: dict[str, Any]) -> Generator[Any, Any, None]:
-    """A worker that computes one batch after the other."""
+    """The worker of `experts_limit`: computes one batch after the other."""
     torch.set_num_threads(order["threads"])
     torch.set_flush_denormal(True)
     experts = [_Expert(order["kind"], order["hidden"]) for _ in range(order["experts"])]
@@ -84,11 +103,11 @@ def call_experts(order: dict[str, Any]) -> Generator[Any, Any, None]:
 
 
 def pass_moe(order: dict[str, Any]) -> Generator[Any, Any, None]:
-    """A worker that passes a batch through a layer whose experts it holds itself."""
+    """The worker of `moe_limit`: passes batches through a layer whose experts it holds itself."""
     torch.set_num_threads(order["threads"])
     torch.set_flush_denormal(True)
     side, hidden, k = order["side"], order["hidden"], order["k_best"]
-    experts = [_Expert(KINDS[order["expert"]], hidden) for _ in range(side * side)]
+    experts = [_Expert(EXPERT_KINDS[order["expert"]], hidden) for _ in range(side * side)]
     gate = nn.Linear(hidden, 2 * side)
     x = torch.randn(order["batch"], hidden, requires_grad=True)
 
@@ -119,49 +138,64 @@ def pass_moe(order: dict[str, Any]) -> Generator[Any, Any, None]:
     yield [median(seconds) for seconds in zip(*passes, strict=True)]
 
 
-HEAD = 120  # bytes: of the first frame of a call or an answer, about
-WARM_UP = 10  # calls
-LEAST = 1.0  # seconds that a client goes on: a thousand small calls take less, and chance decides how fast they are
-Exchange = tuple[list[int], int]  # sizes of the tensors that are sent, and how many of them come back
-Told = tuple[int, float]  # of a client: calls that it made, and in how many seconds
+# ---------------------------------------------------------------- messages: a ZeroMQ echo
 
 
-def echo_limit(exchanges: Sequence[Exchange], *, clients: Sequence[int], calls: int, secure: bool = False) -> float:
-    """Calls per second of all clients, where a call is these exchanges, one after the other, with one server.
+def echo_limit(round_trips: Sequence[RoundTrip], *, clients: Sequence[int], calls: int, secure: bool = False) -> float:
+    """Measure calls per second to one server, of all clients together.
 
-    `clients`: how many each process has. `calls`: of each client, at the least.
+    Args:
+        round_trips: What a call consists of, one after the other.
+        clients: The number of clients in each process.
+        calls: The least number of calls per client.
+        secure: Whether connections are encrypted.
     """
-    told = echo(exchanges, clients=clients, calls=calls, secure=secure)
-    return sum(calls / seconds for calls, seconds in told)
+    results = echo(round_trips, clients=clients, calls=calls, secure=secure)
+    return sum(calls / seconds for calls, seconds in results)
 
 
 def fan_out_limit(servers: int, size: int, calls: int, *, secure: bool = False) -> float:
-    """Seconds that it takes to send a message of `size` bytes to so many processes and to hear from all; the mean."""
+    """Measure the mean time, in seconds, to send a message to all servers at once and to receive all their answers.
+
+    Args:
+        servers: The number of servers, a process each.
+        size: Bytes of the message.
+        calls: The least number of times that this is done.
+        secure: Whether connections are encrypted.
+    """
     ((calls, seconds),) = echo([([size], 1)], servers=servers, calls=calls, secure=secure)
     return seconds / calls
 
 
 def echo(
-    exchanges: Sequence[Exchange], *, servers: int = 1, clients: Sequence[int] = (1,), calls: int, secure: bool = False
-) -> list[Told]:
-    """What each client did. All begin at the same time, and go on for a second, or for longer if it has `calls` to
-    make."""
+    round_trips: Sequence[RoundTrip],
+    *,
+    servers: int = 1,
+    clients: Sequence[int] = (1,),
+    calls: int,
+    secure: bool = False,
+) -> list[CallsAndSeconds]:
+    """Run an echo. All clients begin at the same time and go on for `MIN_ECHO_SECONDS` and `calls` calls at least.
+
+    Returns:
+        The number of calls and the seconds of each client.
+    """
     with ProcessGroup() as group:
         echoes = group.start("limits:serve_echo", *[{"secure": secure}] * servers)
         order = {
-            "exchanges": exchanges,
+            "round_trips": round_trips,
             "calls": calls,
-            "least": LEAST,
+            "min_seconds": MIN_ECHO_SECONDS,
             "servers": [server.hear() for server in echoes],
         }
         for server in echoes:
             server.tell()
-        told = all_at_once(group.start("limits:call_echo", *[{**order, "clients": number} for number in clients]))
-    return [(calls, seconds) for process in told for calls, seconds in process]
+        results = all_at_once(group.start("limits:call_echo", *[{**order, "clients": number} for number in clients]))
+    return [(calls, seconds) for process in results for calls, seconds in process]
 
 
 def serve_echo(order: dict[str, Any]) -> Generator[Any, Any, None]:
-    """A worker that answers each message with as many of its frames as it asks for."""
+    """The worker of a server: answers each message with as many of its frames as the first one asks for."""
     with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
         key = None
         if order["secure"]:
@@ -176,14 +210,16 @@ def serve_echo(order: dict[str, Any]) -> Generator[Any, Any, None]:
 
 
 def call_echo(order: dict[str, Any]) -> Generator[Any, Any, None]:
-    """A worker of clients, each with connections, and while it is timed a thread, of its own."""
-    exchanges = [[bytes([wanted]) + bytes(HEAD - 1), *map(bytes, sizes)] for sizes, wanted in order["exchanges"]]
+    """The worker of some clients, each with its own connections and, while it is timed, its own thread."""
+    round_trips = [
+        [bytes([wanted]) + bytes(HEADER_BYTES - 1), *map(bytes, sizes)] for sizes, wanted in order["round_trips"]
+    ]
     with zmq.Context() as context, ThreadPoolExecutor(order["clients"]) as pool:
         clients = [[_connect(context, *server) for server in order["servers"]] for _ in range(order["clients"])]
         for sockets in clients:
-            _several(exchanges, WARM_UP, 0.0, sockets)
+            _make_calls(round_trips, WARM_UP_CALLS, 0.0, sockets)
         yield None
-        yield list(pool.map(partial(_several, exchanges, order["calls"], order["least"]), clients))
+        yield list(pool.map(partial(_make_calls, round_trips, order["calls"], order["min_seconds"]), clients))
         for sockets in clients:
             for socket in sockets:
                 socket.close()
@@ -199,13 +235,13 @@ def _connect(context: zmq.Context[zmq.Socket[bytes]], port: int, key: str | None
     return socket
 
 
-def _several(
-    exchanges: Sequence[Sequence[bytes]], calls: int, least: float, sockets: Sequence[zmq.Socket[bytes]]
-) -> Told:
-    """Send to all servers and wait for all their answers, again and again: so often and so long, at the least."""
+def _make_calls(
+    round_trips: Sequence[Sequence[bytes]], calls: int, min_seconds: float, sockets: Sequence[zmq.Socket[bytes]]
+) -> CallsAndSeconds:
+    """Send to all servers and wait for all answers, `calls` times and for `min_seconds` at least."""
     made, seconds, started = 0, 0.0, time.perf_counter()
-    while made < calls or seconds < least:
-        for frames in exchanges:
+    while made < calls or seconds < min_seconds:
+        for frames in round_trips:
             for socket in sockets:
                 socket.send_multipart(frames, copy=False)
             for socket in sockets:

@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: their figures, and how they are printed."""
+"""What the benchmarks have in common: their figures, the comparison with a peer library, and their kinds of experts."""
 
 from __future__ import annotations
 
@@ -10,30 +10,33 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-BETTER_IF_LESS = {  # and which of the peer's it is beside
+BETTER_IF_LESS = {  # our figure -> the peer's figure that it is compared with
     "store_s": "store_s", "get_s": "get_s", "get_any_s": "get_s", "forward_s": "forward_s", "backward_s": "backward_s",
 }  # fmt: skip
 BETTER_IF_MORE = ("calls_per_s", "samples_per_s")
-PEERS = {  # of a benchmark, the peer's
+PEER_FIGURES = {  # benchmark -> figures that a peer's script prints
     "rpc": BETTER_IF_MORE, "moe": ("samples_per_s", "forward_s", "backward_s"), "dht": ("store_s", "get_s"),
 }  # fmt: skip
-HOW_LONG = {"calls", "passes", "rounds"}  # options that change how well something is measured, not what
-CALLED = {"ffn2": "ffn", "ffn": None}  # by the peer, whose `ffn` is a third of ours
-UNSAID: dict[str, dict[str, Any]] = {
+DURATION_OPTIONS = {"calls", "passes", "rounds"}  # they change how precisely something is measured, but not what
+PEER_KIND_NAMES = {"ffn2": "ffn", "ffn": None}  # our kind -> the peer's, whose `ffn` is a third of ours
+PEER_DEFAULTS: dict[str, dict[str, Any]] = {  # benchmark -> options that the peer always has and does not print
     "rpc": {"codec": "none", "servers": 1},
     "moe": {"expert": "ffn"},
-}  # by the peer of what it always does
+}
+
+
+# ---------------------------------------------------------------- figures
 
 
 def check_at_least(least: int, config: object, *names: str) -> None:
-    """Raises `ValueError` for a field below."""
+    """Raise `ValueError` if one of a config's fields is below `least`."""
     for name in names:
         if getattr(config, name) < least:
             raise ValueError(f"{name}={getattr(config, name)}: at least {least}")
 
 
 def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
-    """Percentiles of some durations."""
+    """Return percentiles of durations, in milliseconds: `p50_ms`, `p95_ms`, `p99_ms`."""
     ordered = sorted(seconds)
     return {
         f"p{percent}_ms": round(1000 * ordered[min(len(ordered) - 1, len(ordered) * percent // 100)], 3)
@@ -42,8 +45,10 @@ def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def ratios_to(result: Mapping[str, Any], peer: Mapping[str, float]) -> dict[str, float]:
-    """How many times better each figure is than the peer's, but where one is 0. (A peer's get takes any copy, so it is
-    beside both.)"""
+    """Return how many times better each figure is than the peer's, unless one of the two is 0.
+
+    A peer's get accepts any copy of a value, so both of our gets are compared with it.
+    """
     pairs = {name: (result[name], peer[name]) for name in BETTER_IF_MORE if name in result and name in peer}
     pairs |= {
         name: (peer[theirs], result[name])
@@ -54,18 +59,26 @@ def ratios_to(result: Mapping[str, Any], peer: Mapping[str, float]) -> dict[str,
 
 
 def read_peer(path: str, bench: str, options: Mapping[str, Any]) -> dict[str, float]:
-    """The figures in the last line of what a peer's script printed. Raises `ValueError`, also if its `work` is not what
-    `bench` does with these options."""
+    """Read the figures of a peer from the last line of its script's output.
+
+    Args:
+        path: The file with the output.
+        bench: The benchmark, such as "rpc".
+        options: Our options of that benchmark.
+
+    Raises:
+        ValueError: The file has no figures, or its `work` is not what the benchmark does with these options.
+    """
     try:
         peer = json.loads(Path(path).read_text().strip().splitlines()[-1])
-        figures = {name: float(peer[name]) for name in PEERS[bench] if name in peer}
-        work = {**UNSAID.get(bench, {}), **peer.get("work", {})}
+        figures = {name: float(peer[name]) for name in PEER_FIGURES[bench] if name in peer}
+        work = {**PEER_DEFAULTS.get(bench, {}), **peer.get("work", {})}
     except (OSError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"peer_json={path}: not the output of a peer's script ({error})") from None
     if not figures:
-        raise ValueError(f"peer_json={path}: it has none of {', '.join(PEERS[bench])}")
+        raise ValueError(f"peer_json={path}: it has none of {', '.join(PEER_FIGURES[bench])}")
     for name, ours in options.items():
-        if name in work and name not in HOW_LONG and work[name] != CALLED.get(ours, ours):
+        if name in work and name not in DURATION_OPTIONS and work[name] != PEER_KIND_NAMES.get(ours, ours):
             hint = "; what is ffn there is ffn2 here" if name == "expert" else ""
             raise ValueError(
                 f"peer_json={path}: the peer was measured with {name}={work[name]}, and here it is {name}={ours}; "
@@ -75,7 +88,7 @@ def read_peer(path: str, bench: str, options: Mapping[str, Any]) -> dict[str, fl
 
 
 def show(result: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print it."""
+    """Print a result, as JSON or as a table."""
     if as_json:
         print(json.dumps(result))
         return
@@ -86,11 +99,14 @@ def show(result: Mapping[str, Any], *, as_json: bool) -> None:
         print(f"  {name:<28}{value}")
 
 
-KINDS = {"nop": "nop", "ffn": "ffn", "ffn2": "labkit.bench.report:TwoLayers"}
+# ---------------------------------------------------------------- kinds of experts
+
+
+EXPERT_KINDS = {"nop": "nop", "ffn": "ffn", "ffn2": "labkit.bench.report:TwoLayers"}
 
 
 class TwoLayers(nn.Module):
-    """What the peer calls `ffn`: a third of the parameters, and of the arithmetic, of ours, which is the paper's.
+    """The expert that the peer calls `ffn`. Ours is the paper's, with three times the parameters and arithmetic.
 
     [rows, hidden] -> the same: hidden -> 4 * hidden -> hidden with GELU, a residual, and LayerNorm.
     """

@@ -1,4 +1,7 @@
-"""`labkit bench rpc`: calls to the experts of one server, or several, from clients in processes of their own."""
+"""`labkit bench rpc`: calls to the experts of one or several servers, from clients in processes of their own.
+
+Beside it is the limit that `limits` measures in the same run. Each process of clients runs `call`.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +17,38 @@ from typing import Any
 
 import torch
 
-from labkit.bench.limits import Exchange, echo_limit, experts_limit
+from labkit.bench.limits import RoundTrip, echo_limit, experts_limit
 from labkit.bench.processes import ProcessGroup, all_at_once, peak_rss_mb
-from labkit.bench.report import KINDS, check_at_least, milliseconds
+from labkit.bench.report import EXPERT_KINDS, check_at_least, milliseconds
 from labkit.server.backend import ExpertBackend
 from labkit.server.layers import make_expert
 from labkit.swarm import Swarm
 from labkit.wire.compression import CODECS
 
-TIMEOUT = 300.0  # seconds of a call: nothing is to fail here
-WARM_UP = 100  # calls at most, before anything is counted
-MOST_PROCESSES = 8  # of clients: what torch takes of memory is all that limits their number
+CALL_TIMEOUT = 300.0  # seconds; long, since no call is to fail here
+MAX_WARM_UP_CALLS = 100  # per client, before anything is counted
+MAX_CLIENT_PROCESSES = 8  # limited by the memory that torch takes in each
 
 
 @dataclass(frozen=True)
 class RPCConfig:
-    """`experts`: in all, spread over the `servers`. `batch`: rows of a call. `calls`: of each client; with `backward`,
-    one is a forward and a backward pass. Up to eight clients have a process each, more share eight; each is a node with
-    connections of its own. Raises `ValueError`."""
+    """What `labkit bench rpc` measures. Up to eight clients have a process each, and more share eight processes.
+
+    Args:
+        expert: The kind of experts: nop, ffn or ffn2.
+        experts: Their number, spread over the servers.
+        servers: Server processes.
+        hidden: Width of an expert's input.
+        batch: Rows per call.
+        clients: Clients, each a node with connections of its own.
+        calls: Calls per client.
+        backward: Whether a call is a forward and a backward pass, instead of a forward pass.
+        secure: Whether connections are encrypted.
+        codec: How tensors are compressed on the way.
+
+    Raises:
+        ValueError: A value is not possible.
+    """
 
     expert: str = "nop"
     experts: int = 4
@@ -45,8 +62,8 @@ class RPCConfig:
     codec: str = "none"
 
     def __post_init__(self) -> None:
-        if self.expert not in KINDS:
-            raise ValueError(f"expert={self.expert!r}: one of {', '.join(KINDS)}")
+        if self.expert not in EXPERT_KINDS:
+            raise ValueError(f"expert={self.expert!r}: one of {', '.join(EXPERT_KINDS)}")
         if self.codec not in CODECS:
             raise ValueError(f"codec={self.codec!r}: one of {', '.join(CODECS)}")
         check_at_least(1, self, "experts", "servers", "hidden", "batch", "clients", "calls")
@@ -55,26 +72,27 @@ class RPCConfig:
 
 
 def measure(config: RPCConfig) -> dict[str, Any]:
-    """What `--json` prints: the limit, the calls, and the limit again, in one run; the better limit counts.
+    """Measure the limit, the calls, and the limit again; the better limit counts.
 
-    `rows_per_batch`: of what the servers computed, on average. `lookup_ms`: of listing all experts with an empty cache,
-    by a client that has just joined, and `lookup_us_per_expert` the same divided by their number. `fairness`: the
-    slowest client's time divided by the quickest one's. `server_state_mb`: what of `server_rss_mb` is parameters and,
-    with `backward`, the optimizer's moments.
+    Returns:
+        What `--json` prints. `rows_per_batch` is the servers' mean batch. `lookup_ms` is the time in which a client
+        that has just joined lists all experts with an empty cache, and `lookup_us_per_expert` the same divided by
+        their number. `fairness` is the slowest client's time divided by the quickest one's. `server_state_mb` is the
+        part of `server_rss_mb` that is parameters and, with `backward`, the optimizer's moments.
     """
     before = _limit(config, config.batch)
     with ProcessGroup() as group, Swarm("bench", secure=config.secure or None) as swarm:
         servers = swarm.serve(
-            KINDS[config.expert], experts=config.experts, servers=config.servers, name="expert", hidden=config.hidden,
-            isolation="process",
+            EXPERT_KINDS[config.expert], experts=config.experts, servers=config.servers, name="expert",
+            hidden=config.hidden, isolation="process",
         )  # fmt: skip
         order = {**asdict(config), "invite": swarm.invite(), "uids": sorted(swarm.experts())}
         workers = group.start("rpc:call", *[{**order, "seeds": some} for some in _seeds(config)])
         warm_up = Counter[str]()
-        told = all_at_once(workers, lambda: warm_up.update(_work(swarm)))
+        processes = all_at_once(workers, lambda: warm_up.update(_work(swarm)))
         work = _work(swarm) - warm_up
         server_rss = max(peak_rss_mb(server.pid) for server in servers)
-    results = [result for process in told for result in process["clients"]]
+    results = [result for process in processes for result in process["clients"]]
     calls = config.clients * config.calls
     per_s = calls / max(result["seconds"] for result in results)
     lookup = median(result["lookup_s"] for result in results)
@@ -93,65 +111,65 @@ def measure(config: RPCConfig) -> dict[str, Any]:
         "fairness": round(max(r["seconds"] for r in results) / min(r["seconds"] for r in results), 2),
         "server_rss_mb": server_rss,
         "server_state_mb": round(_state_bytes(config) / (1 << 20), 1),
-        "client_rss_mb": max(process["rss_mb"] for process in told),
+        "client_rss_mb": max(process["rss_mb"] for process in processes),
     }
 
 
 def _work(swarm: Swarm) -> Counter[str]:
-    """What the servers have computed so far."""
+    """Return how many rows and batches the servers have computed so far."""
     statistics = swarm.statistics().values()
     return Counter(rows=sum(s.rows for s in statistics), batches=sum(s.batches for s in statistics))
 
 
 def _seeds(config: RPCConfig) -> list[list[int]]:
-    """Of each process, those of its clients."""
-    processes = min(config.clients, MOST_PROCESSES)
+    """Return the seeds of the clients of each process."""
+    processes = min(config.clients, MAX_CLIENT_PROCESSES)
     return [list(range(first, config.clients, processes)) for first in range(processes)]
 
 
 def _state_bytes(config: RPCConfig) -> int:
-    """Of the experts of the server that has the most of them."""
-    expert = ExpertBackend("expert", make_expert(KINDS[config.expert], hidden=config.hidden))
+    """Bytes of the experts of the server that has most of them."""
+    expert = ExpertBackend("expert", make_expert(EXPERT_KINDS[config.expert], hidden=config.hidden))
     return -(-config.experts // config.servers) * (expert.state_bytes if config.backward else expert.parameter_bytes)
 
 
 def _limit(config: RPCConfig, rows: float) -> float:
-    """Calls per second. `rows`: how large the server's batches are, on average."""
+    """Measure the limit in calls per second, for servers whose mean batch has `rows` rows."""
     if config.expert == "nop":
         size = CODECS[config.codec].encoded_bytes(torch.float32, (config.batch, config.hidden))
-        exchanges: list[Exchange] = [([size], 1)] + ([([size, size], 1)] if config.backward else [])
+        round_trips: list[RoundTrip] = [([size], 1)] + ([([size, size], 1)] if config.backward else [])
         clients = [len(some) for some in _seeds(config)]
-        return echo_limit(exchanges, clients=clients, calls=config.calls, secure=config.secure)
+        return echo_limit(round_trips, clients=clients, calls=config.calls, secure=config.secure)
     threads = torch.get_num_threads()
     calls = max(3, round(config.clients * config.calls * config.batch / rows))
     per_s = experts_limit(
-        kind=KINDS[config.expert], hidden=config.hidden, experts=config.experts, rows=round(rows), calls=min(calls, 50),
-        backward=config.backward, threads=threads,
+        kind=EXPERT_KINDS[config.expert], hidden=config.hidden, experts=config.experts, rows=round(rows),
+        calls=min(calls, 50), backward=config.backward, threads=threads,
     )  # fmt: skip
     return per_s / config.batch
 
 
 def call(order: dict[str, Any]) -> Generator[Any, Any, None]:
-    """A process of clients, one for each of its seeds. Each calls one expert after the other, chosen by chance."""
+    """The worker of some clients, one for each seed. A client calls one randomly chosen expert after another."""
     torch.set_num_threads(1)
     with ExitStack() as stack, ThreadPoolExecutor(len(order["seeds"])) as pool:
         clients = [_client(order, seed, stack) for seed in order["seeds"]]
         for client in clients:
-            client(min(WARM_UP, order["calls"] // 10) + 2)
+            client(min(MAX_WARM_UP_CALLS, order["calls"] // 10) + 2)
         yield None
         results = list(pool.map(lambda client: client(order["calls"]), clients))
         yield {"clients": results, "rss_mb": peak_rss_mb()}
 
 
 def _client(order: dict[str, Any], seed: int, stack: ExitStack) -> Callable[[int], dict[str, Any]]:
-    """A node that has joined the swarm, as a function of how many calls it makes."""
+    """Join the swarm. Returns a function that makes so many calls and returns their times."""
     draw, backward = random.Random(seed), order["backward"]
     swarm = stack.enter_context(Swarm.join(order["invite"], name=f"bench {seed}"))
     joined = time.perf_counter()
     found = swarm.experts()
     lookup = time.perf_counter() - joined
     assert len(found) == len(order["uids"])
-    experts = [swarm.expert(uid, timeout=TIMEOUT, codec=order["codec"]) for uid in order["uids"]]
+    experts = [swarm.expert(uid, timeout=CALL_TIMEOUT, codec=order["codec"]) for uid in order["uids"]]
     x = torch.randn(order["batch"], order["hidden"], requires_grad=backward)
 
     def once() -> float:

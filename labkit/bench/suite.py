@@ -1,8 +1,8 @@
-"""`labkit bench all`: every benchmark several times over, each beside the limit, and beside a peer, in one run.
+"""`labkit bench all`: runs every benchmark several times, beside its limit and beside a peer library.
 
-One line of a file for each measurement, with the time of its end, so that a run that was stopped goes on, and a
-notebook redraws what was measured (`medians`). A peer's scripts print their result as JSON on the last line; they run
-with a Python of their own.
+Each measurement becomes a line of a file, with the time of its end. So a run that was stopped can go on, and a notebook
+can redraw what was measured (`medians`). A peer's scripts run with a Python of their own, and print their result as
+JSON on the last line.
 """
 
 from __future__ import annotations
@@ -24,14 +24,20 @@ from labkit.bench.report import check_at_least, ratios_to
 from labkit.errors import LabkitError
 from labkit.launch.runners import OWN_GROUP
 
-TIMEOUT = 1200.0  # seconds of one measurement; that of slow calls takes six minutes
-PEER_TIMEOUT = 180.0  # the same of a peer's script
+MEASUREMENT_TIMEOUT = 1200.0  # seconds; the latency benchmark takes six minutes
+PEER_TIMEOUT = 180.0  # seconds of one run of a peer's script
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table. `options`: of `labkit bench`. `peer`: a script of the peer's and its options; or, of a row
-    that compares itself with what that row's script printed, its name."""
+class SuiteRow:
+    """One line of the table.
+
+    Args:
+        name: Its name.
+        options: The arguments of `labkit bench`.
+        peer: One of the peer's scripts and its options; or the name of another row, to be compared with the result of
+            that row's script; or empty.
+    """
 
     name: str
     options: str
@@ -39,47 +45,57 @@ class Row:
 
 
 ROWS = (
-    Row("rpc nop, batch 1", "rpc", "hivemind_rpc.py --expert nop --batch 1 --clients 2 --calls 500"),
-    Row(
+    SuiteRow("rpc nop, batch 1", "rpc", "hivemind_rpc.py --expert nop --batch 1 --clients 2 --calls 500"),
+    SuiteRow(
         "rpc nop, batch 512", "rpc --batch 512 --calls 200",
         "hivemind_rpc.py --expert nop --batch 512 --clients 2 --calls 50",
     ),
-    Row("rpc nop, batch 1, secure", "rpc --secure", "rpc nop, batch 1"),
-    Row("rpc nop, batch 512, secure", "rpc --batch 512 --calls 100 --secure", "rpc nop, batch 512"),
-    Row("rpc nop, batch 512, secure, float16", "rpc --batch 512 --calls 100 --secure --codec float16"),
-    Row("rpc ffn, batch 256, forward", "rpc --expert ffn --batch 256 --calls 32"),
-    Row("rpc ffn, batch 256, forward and backward", "rpc --expert ffn --batch 256 --calls 32 --backward"),
-    Row(
+    SuiteRow("rpc nop, batch 1, secure", "rpc --secure", "rpc nop, batch 1"),
+    SuiteRow("rpc nop, batch 512, secure", "rpc --batch 512 --calls 100 --secure", "rpc nop, batch 512"),
+    SuiteRow("rpc nop, batch 512, secure, float16", "rpc --batch 512 --calls 100 --secure --codec float16"),
+    SuiteRow("rpc ffn, batch 256, forward", "rpc --expert ffn --batch 256 --calls 32"),
+    SuiteRow("rpc ffn, batch 256, forward and backward", "rpc --expert ffn --batch 256 --calls 32 --backward"),
+    SuiteRow(
         "rpc ffn2, batch 256, forward", "rpc --expert ffn2 --batch 256 --calls 32",
         "hivemind_rpc.py --expert ffn --batch 256 --clients 2 --calls 32",
     ),
-    Row(
+    SuiteRow(
         "rpc ffn2, batch 256, forward and backward", "rpc --expert ffn2 --batch 256 --calls 32 --backward",
         "hivemind_rpc.py --expert ffn --batch 256 --clients 2 --calls 32 --backward",
     ),
-    Row("moe ffn, batch 64", "moe --batch 64"),
-    Row("moe ffn, batch 512", "moe --batch 512"),
-    Row("moe ffn2, batch 64", "moe --expert ffn2 --batch 64", "hivemind_moe.py --batch 64 --hidden 256"),
-    Row(
+    SuiteRow("moe ffn, batch 64", "moe --batch 64"),
+    SuiteRow("moe ffn, batch 512", "moe --batch 512"),
+    SuiteRow("moe ffn2, batch 64", "moe --expert ffn2 --batch 64", "hivemind_moe.py --batch 64 --hidden 256"),
+    SuiteRow(
         "moe ffn2, batch 512", "moe --expert ffn2 --batch 512",
         "hivemind_moe.py --batch 512 --hidden 256 --passes 1",
     ),
-    Row("moe ffn2, batch 512, secure", "moe --expert ffn2 --batch 512 --secure", "moe ffn2, batch 512"),
-    Row("dht, 8 peers", "dht", "hivemind_dht.py --peers 8 --rounds 20"),
-    Row("dht, 8 peers, secure", "dht --secure", "dht, 8 peers"),
-    Row("rpc nop, 128 clients", "rpc --clients 128 --calls 100"),
-    Row("rpc nop, 128 clients, batch 512", "rpc --batch 512 --clients 128 --calls 10"),
-    Row("rpc ffn, 128 clients", "rpc --expert ffn --hidden 256 --batch 16 --clients 128 --calls 10 --backward"),
-    *(Row(f"rpc nop, {n} servers", f"rpc --servers {n} --experts 8") for n in (1, 2, 4, 8)),
-    *(Row(f"rpc nop, {n:,} experts", f"rpc --experts {n}") for n in (16, 256, 4096)),
-    *(Row(f"latency {block}", f"latency --block {block} --seconds 15") for block in ("ffn", "transformer")),
+    SuiteRow("moe ffn2, batch 512, secure", "moe --expert ffn2 --batch 512 --secure", "moe ffn2, batch 512"),
+    SuiteRow("dht, 8 peers", "dht", "hivemind_dht.py --peers 8 --rounds 20"),
+    SuiteRow("dht, 8 peers, secure", "dht --secure", "dht, 8 peers"),
+    SuiteRow("rpc nop, 128 clients", "rpc --clients 128 --calls 100"),
+    SuiteRow("rpc nop, 128 clients, batch 512", "rpc --batch 512 --clients 128 --calls 10"),
+    SuiteRow("rpc ffn, 128 clients", "rpc --expert ffn --hidden 256 --batch 16 --clients 128 --calls 10 --backward"),
+    *(SuiteRow(f"rpc nop, {n} servers", f"rpc --servers {n} --experts 8") for n in (1, 2, 4, 8)),
+    *(SuiteRow(f"rpc nop, {n:,} experts", f"rpc --experts {n}") for n in (16, 256, 4096)),
+    *(SuiteRow(f"latency {block}", f"latency --block {block} --seconds 15") for block in ("ffn", "transformer")),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SuiteConfig:
-    """`out`: the file that grows. `peer_scripts`, `peer_python`: a folder, and a Python in whose environment the peer
-    is. `only`: rows with this in their name. Raises `ValueError`."""
+    """What `labkit bench all` does.
+
+    Args:
+        out: The file to which results are appended.
+        runs: How often each row is measured.
+        peer_scripts: The folder with the peer's scripts. By default no peer is measured.
+        peer_python: The Python in whose environment the peer is installed.
+        only: Measure only rows with this in their name.
+
+    Raises:
+        ValueError: A folder does not exist, or `runs` is below 1.
+    """
 
     out: str
     runs: int = 5
@@ -95,9 +111,16 @@ class SuiteConfig:
             raise ValueError(f"out={self.out}: there is no folder {Path(self.out).parent}")
 
 
-def measure(config: SuiteConfig, rows: Sequence[Row] = ROWS) -> dict[str, Any]:
-    """Measure what the file does not have yet. Returns its medians. Raises `LabkitError` if one fails, `ValueError` if
-    no row was asked for; what fails of a peer is told and left out."""
+def measure(config: SuiteConfig, rows: Sequence[SuiteRow] = ROWS) -> dict[str, Any]:
+    """Do the measurements that are not in the file yet. If one of the peer's fails, this is printed and it is left out.
+
+    Returns:
+        The medians of each row, by its name.
+
+    Raises:
+        LabkitError: A measurement of labkit's failed.
+        ValueError: No row has `config.only` in its name.
+    """
     path = Path(config.out)
     wanted = [row for row in rows if config.only in row.name]
     if not wanted:
@@ -111,7 +134,7 @@ def measure(config: SuiteConfig, rows: Sequence[Row] = ROWS) -> dict[str, Any]:
                     continue
                 print(f"run {run + 1} of {config.runs}: {row.name}, {who}", file=sys.stderr, flush=True)
                 try:
-                    result = _result(command, TIMEOUT if who == "labkit" else PEER_TIMEOUT)
+                    result = _result(command, MEASUREMENT_TIMEOUT if who == "labkit" else PEER_TIMEOUT)
                 except LabkitError as error:
                     if who == "labkit":
                         raise
@@ -123,7 +146,7 @@ def measure(config: SuiteConfig, rows: Sequence[Row] = ROWS) -> dict[str, Any]:
     return {line["row"]: {k: v for k, v in line.items() if k != "row"} for line in medians(path, rows)}
 
 
-def _commands(row: Row, config: SuiteConfig) -> Iterator[tuple[str, list[str]]]:
+def _commands(row: SuiteRow, config: SuiteConfig) -> Iterator[tuple[str, list[str]]]:
     yield "labkit", [sys.executable, "-m", "labkit", "bench", *row.options.split(), "--json"]
     if config.peer_scripts is not None and ".py" in row.peer:
         script, *options = row.peer.split()
@@ -131,7 +154,7 @@ def _commands(row: Row, config: SuiteConfig) -> Iterator[tuple[str, list[str]]]:
 
 
 def _result(command: Sequence[str], timeout: float) -> dict[str, Any]:
-    """What a command prints on its last line."""
+    """Run a command and return the JSON on its last line."""
     said = ""
     try:
         output, errors = _run(command, timeout)
@@ -143,7 +166,7 @@ def _result(command: Sequence[str], timeout: float) -> dict[str, Any]:
 
 
 def _run(command: Sequence[str], timeout: float) -> tuple[str, str]:
-    """What it wrote to its output and its errors. At its end, or if it takes longer, all that it started is ended."""
+    """Run a command and return its output and its errors. Then, or after the timeout, kill all that it started."""
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **OWN_GROUP
     )
@@ -161,10 +184,18 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def medians(path: Path, rows: Sequence[Row] = ROWS) -> list[dict[str, Any]]:
-    """A line for each row that was measured: medians of its figures, how many runs, of the share of the limit also the
-    least and the most (`of_limit_range`), and, where the peer was measured too, how many runs of it and how many times
-    better each rate or time is than the peer's (`…_to_peer`)."""
+def medians(path: Path, rows: Sequence[SuiteRow] = ROWS) -> list[dict[str, Any]]:
+    """Read the results back.
+
+    Args:
+        path: The file of results.
+        rows: The rows of the table, in their order.
+
+    Returns:
+        A dictionary for each row that was measured: the medians of its figures, the number of `runs`, and the smallest
+        and largest share of the limit (`of_limit_range`). Where the peer was measured too, also `peer_runs`, and how
+        many times better each rate or time is than the peer's (`…_to_peer`).
+    """
     lines, table = _lines(path), list[dict[str, Any]]()
     for row in rows:
         ours, peers = (_median(lines, name, who) for name, who in ((row.name, "labkit"), (_peer_row(row), "peer")))
@@ -175,7 +206,7 @@ def medians(path: Path, rows: Sequence[Row] = ROWS) -> list[dict[str, Any]]:
     return table
 
 
-def _peer_row(row: Row) -> str:
+def _peer_row(row: SuiteRow) -> str:
     return row.name if ".py" in row.peer else row.peer
 
 
@@ -192,7 +223,7 @@ def _median(lines: Sequence[dict[str, Any]], name: str, who: str) -> dict[str, A
 
 
 def _middle(values: Sequence[Any]) -> Any:
-    """The median of numbers, or of the numbers at each place of lists of them; None of what else there is."""
+    """Return the median of numbers, or element by element of lists of them; None for other values."""
     if all(type(value) in (int, float) for value in values):
         return median(values)
     if all(type(value) is list and len(value) == len(values[0]) for value in values):
