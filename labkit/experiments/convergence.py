@@ -1,9 +1,9 @@
-"""How far a mixture of experts gets where the network is slow and unreliable (paper, section 4.2), in virtual time.
+"""How well a mixture of experts trains over a slow and unreliable network (paper, section 4.2), in virtual time.
 
-Trainers are tasks that share one model; their way is the product's own: MoE layer, remote calls, a simulated network,
-servers, backends. So the gate is trained, and the gradients of trunk and experts are as stale as the delays make them.
-What differs from the authors' published emulation: that trains no gate, and delays no gradient of an expert; and it has
-Adam's usual settings, where the runner's are chosen for stale gradients.
+The trainers of a run share one model, and each batch goes the same way as in a real swarm: MoE layer, remote calls,
+network (here a simulated one), servers, backends. So the gate is trained, and the gradients of trunk and experts are as
+stale as the delays make them. The authors' published emulation differs: it trains no gate, does not delay the experts'
+gradients, and uses Adam's usual settings, while the runner's are chosen for stale gradients.
 """
 
 from __future__ import annotations
@@ -37,31 +37,53 @@ from labkit.training.shared_model import SharedModel
 from labkit.training.staleness import UpdateRule
 from labkit.training.trainer import SCHEDULES, evaluate, train_step
 
-SWARM = "convergence"
-SERVERS = 4  # of each layer
-TIMEOUT = 12  # mean delays that a pass takes at most; half of it for the last experts: 0.25 % of answers are later
-LEAST_TIMEOUT = 10.0  # seconds
-EVALUATION_BATCH = 1000
-MOST_LOSS = 0.9
-HOPELESS = 1000  # batches in a row that had to be given up
-WHOLE = {
+SWARM_NAME = "convergence"
+SERVERS_PER_LAYER = 4
+TIMEOUT_IN_DELAYS = 12  # timeout of a pass in mean delays; half of it once k_min have answered: 0.25 % are later
+MIN_TIMEOUT = 10.0  # seconds
+EVALUATION_BATCH = 1000  # samples
+MAX_LOSS = 0.9  # share of calls
+MAX_FAILED_BATCHES = 1000  # in a row, after which the run is given up
+INTEGER_MINIMUMS = {
     "layers": 1, "k_best": 1, "width": 1, "trainers": 1, "batch_size": 1, "updates": 1, "evaluate_every": 1,
     "accumulate": 1, "warmup": 0, "validation": 0,
 }  # fmt: skip
-"""Arguments that are whole numbers, and the least that each may be."""
+"""Fields of a config that are whole numbers, and the minimum of each."""
 
 
 @dataclass(frozen=True)
 class ConvergenceConfig:
-    """One run. `latency`: mean of the exponential delay of each call, seconds; `loss`: share of calls that fail, 0.9 at
-    most. `evaluate_every`: updates from one evaluation to the next; there is one at the end of the run in any case.
+    """One run. The settings of the optimizer hold for the trunk and for the experts, which make their share of updates.
 
-    `model`: "dmoe", or "dense", whose trainers wait as long as those of a mixture would: once a layer and direction.
-    `width`: of a row between layers; an expert is width -> 4 width -> 4 width -> width. A dense block is twice as wide.
-    `lr`, `beta1`, `schedule`, `warmup` (in updates), `clip_grad_norm`, `age_power`: of the trunk and of experts, which
-    make their share of the updates. `compensation`: of the trunk; see `UpdateRule`. `accumulate`: calls after which an
-    expert updates. `validation`: training samples that are held out, by which the run is judged instead of the test
-    set, for the choice of settings. `device`: of trunk and experts. Raises `ValueError`.
+    Args:
+        model: "dmoe", or "dense": a network without experts, whose trainers wait as long as those of a mixture, once
+            per layer and direction.
+        grid: Size of each layer's grid of experts in each dimension.
+        layers: Layers of experts, or dense blocks.
+        k_best: Experts per row.
+        width: Width of a row between layers. An expert is width -> 4 width -> 4 width -> width; a dense block is twice
+            as wide.
+        trainers: Trainers at the same time.
+        batch_size: Samples per batch.
+        updates: Updates of the trunk, after which the run ends.
+        evaluate_every: Updates from one evaluation to the next; there is always one at the end.
+        latency: Mean of the exponential delay of a call, in virtual seconds.
+        loss: Share of calls that fail, at most 0.9.
+        lr: Learning rate.
+        beta1: Adam's decay of the first moment.
+        accumulate: Backward calls from one update of an expert to the next.
+        schedule: "constant", or "linear" for a learning rate that falls to 0.
+        warmup: Updates during which the learning rate rises.
+        clip_grad_norm: Largest norm of a gradient; None for no clipping.
+        age_power: Steps are multiplied by (1 + staleness) ** -age_power; see `UpdateRule`.
+        compensation: How strongly stale gradients of the trunk are corrected (DC-ASGD); see `UpdateRule`.
+        validation: Training samples that are held out. The run is evaluated on them instead of the test set, for the
+            choice of settings.
+        seed: Of everything random.
+        device: Where trunk and experts compute, such as "cpu" or "cuda".
+
+    Raises:
+        ValueError: A value is not possible.
     """
 
     model: str = "dmoe"
@@ -91,7 +113,7 @@ class ConvergenceConfig:
         check_grid(self.grid)
         if self.model not in ("dmoe", "dense"):
             raise ValueError(f"model={self.model!r}: dmoe or dense")
-        for name, least in WHOLE.items():
+        for name, least in INTEGER_MINIMUMS.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r}: a whole number of at least {least}")
@@ -105,8 +127,8 @@ class ConvergenceConfig:
             raise ValueError(f"evaluate_every={self.evaluate_every}: at most updates={self.updates}, the whole run")
         if self.k_best > math.prod(self.grid):
             raise ValueError(f"k_best={self.k_best}: the grid {self.grid} has {math.prod(self.grid)} experts")
-        if self.loss > MOST_LOSS:
-            raise ValueError(f"loss={self.loss}: a share of {MOST_LOSS} at most, or no batch gets through")
+        if self.loss > MAX_LOSS:
+            raise ValueError(f"loss={self.loss}: a share of {MAX_LOSS} at most, or no batch gets through")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule={self.schedule!r}: one of {', '.join(SCHEDULES)}")
         if not _is_device(self.device):
@@ -121,16 +143,16 @@ class ConvergenceConfig:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> ConvergenceConfig:
-        """From its fields as JSON has them."""
+        """Make a config of its fields as read from JSON."""
         return cls(**{**fields, "grid": tuple(fields["grid"])})
 
     def update_rule(self) -> UpdateRule:
-        """That of the trunk."""
+        """How the trunk is updated."""
         decay_over = self.updates if self.schedule == "linear" else 0
         return UpdateRule(self.warmup, decay_over, self.clip_grad_norm, self.age_power, self.compensation)
 
     def backend(self) -> BackendConfig:
-        """How experts are trained."""
+        """How experts are updated."""
         return BackendConfig(
             lr=self.lr, beta1=self.beta1, amsgrad=True, clip_grad_norm=self.clip_grad_norm, schedule=self.schedule,
             accumulate=self.accumulate, age_power=self.age_power, device=self.device,
@@ -138,7 +160,7 @@ class ConvergenceConfig:
         )  # fmt: skip
 
     def _expert_steps(self, updates: int) -> int:
-        """How many steps an expert makes during so many updates of the trunk, if it is chosen as often as others."""
+        """Steps of an expert during `updates` updates of the trunk, if all experts are chosen equally often."""
         share = min(1.0, self.batch_size * self.k_best / math.prod(self.grid)) / self.accumulate
         return round(updates * share)
 
@@ -152,36 +174,52 @@ def _is_device(name: object) -> bool:
 
 @dataclass
 class History:
-    """What came of a run. `points`: after so many updates and virtual seconds, the accuracy (on the test set, or what
-    was held out) and the mean training loss since the point before. Staleness: how many updates were how many behind,
-    of the trunk and of experts. `wall_s`: real seconds that the run took, where that was measured; histories are equal
-    whatever it is."""
+    """The result of a run.
+
+    Attributes:
+        points: A tuple for each evaluation: updates, virtual seconds, accuracy (on the test set or what was held out)
+            and the mean training loss since the evaluation before.
+        staleness: For each staleness, how many updates of the trunk had it.
+        expert_staleness: For each staleness, how many backward calls of experts had it.
+        usage: Rows sent to each expert in training, by uid.
+        failures: Failed calls by cause.
+        dropped: Batches that were given up.
+        wall_s: Real seconds that the run took, if measured. It does not count when histories are compared.
+    """
 
     points: list[tuple[int, float, float, float]] = field(default_factory=list)
     staleness: Counter[int] = field(default_factory=Counter)
     expert_staleness: Counter[int] = field(default_factory=Counter)
-    usage: Counter[str] = field(default_factory=Counter)  # rows that were sent to each expert in training
-    failures: Counter[str] = field(default_factory=Counter)  # calls by cause
-    dropped: int = 0  # batches
+    usage: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
+    dropped: int = 0
     wall_s: float | None = field(default=None, compare=False)
 
     @property
     def accuracy(self) -> float:
-        """The last one measured."""
+        """Accuracy at the last evaluation."""
         return self.points[-1][2]
 
 
 def run(
     config: ConvergenceConfig, data: ClassificationData, progress: Callable[[int], None] = lambda updates: None
 ) -> History:
-    """Train, as fast as the machine computes. `progress` is told how many updates there were. The same config and data
-    give the same history on CPUs. Raises `ValueError` if more is held out than there is, if the device is not there, or
-    if the run would hardly ever end, since so many calls fail."""
+    """Do a run, as fast as this machine computes. On CPUs the same config and data give the same history.
+
+    Args:
+        config: The run.
+        data: What to train on.
+        progress: Called with the number of updates, after each update.
+
+    Raises:
+        ValueError: More samples are held out than there are, the device is not available, or so many calls fail that
+            the run would hardly ever end.
+    """
     if config.validation >= len(data.train_x):
         raise ValueError(f"validation={config.validation}: there are {len(data.train_x)} training samples in all")
     try:
         torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without it
+    except (RuntimeError, AssertionError) as error:  # AssertionError where torch is built without the device
         raise ValueError(f"device={config.device!r}: torch cannot compute there: {error}") from error
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a batch is small
@@ -194,8 +232,8 @@ def run(
     updates = sum(history.staleness.values())
     if updates < config.updates:
         raise ValueError(
-            f"loss={config.loss}: {HOPELESS} batches in a row got too few answers, after {updates} updates of "
-            f"{config.updates}; try a smaller loss, fewer layers or a smaller batch"
+            f"loss={config.loss}: {MAX_FAILED_BATCHES} batches in a row got too few answers, after {updates} updates "
+            f"of {config.updates}; try a smaller loss, fewer layers or a smaller batch"
         )
     return history
 
@@ -210,11 +248,11 @@ async def _run(config: ConvergenceConfig, data: ClassificationData, progress: Ca
 
     def listen(event: Event) -> None:
         if training:
-            training[0].hear(event)
+            training[0].on_event(event)
 
     async with (
         open_simnet(config.seed) as network,
-        open_simulated_swarm(network, list(_servers(config)), seed=config.seed, name=SWARM, emit=listen) as swarm,
+        open_simulated_swarm(network, list(_servers(config)), seed=config.seed, name=SWARM_NAME, emit=listen) as swarm,
     ):
         training.append(_Training(config, data, history, progress, swarm.lockstep, swarm))
         await training[0].run()
@@ -225,33 +263,33 @@ def _servers(config: ConvergenceConfig) -> Iterator[ServerConfig]:
     backend = config.backend()
     for layer in range(config.layers):
         uids = list(grid_uids(f"layer{layer}", config.grid))
-        for held in spread(uids, min(SERVERS, len(uids))):
+        for held in spread(uids, min(SERVERS_PER_LAYER, len(uids))):
             yield ServerConfig(
                 held, config.grid, options={"hidden": config.width}, backend=backend, seed=config.seed, threads=1
             )
 
 
 def make_model(config: ConvergenceConfig, dim: int, classes: int) -> nn.Module:
-    """The trunk, with a layer for each grid; or the dense network."""
+    """Make the trunk with its layers of experts, or the dense network."""
     torch.manual_seed(config.seed)
     if config.model == "dense":
         width = 2 * config.width
         blocks: list[nn.Module] = [FeedForward(width) for _ in range(config.layers)]
     else:
         width = config.width
-        wait = max(LEAST_TIMEOUT, TIMEOUT * config.latency)
+        wait = max(MIN_TIMEOUT, TIMEOUT_IN_DELAYS * config.latency)
         dispatch = DispatchConfig(
             k_best=config.k_best, forward_timeout=wait, backward_timeout=wait, timeout_after_k_min=wait / 2
         )
         blocks = [
-            MixtureOfExperts(width, config.grid, f"layer{layer}", swarm=SWARM, dispatch=dispatch)
+            MixtureOfExperts(width, config.grid, f"layer{layer}", swarm=SWARM_NAME, dispatch=dispatch)
             for layer in range(config.layers)
         ]
     return nn.Sequential(nn.Linear(dim, width), *blocks, nn.LayerNorm(width), nn.Linear(width, classes))
 
 
 class _Training:
-    """The trainers of one run, and what they share. All of it runs in turn, so nothing needs a lock."""
+    """The trainers of one run and what they share. They run in turn, so nothing needs a lock."""
 
     def __init__(
         self, config: ConvergenceConfig, data: ClassificationData, history: History, progress: Callable[[int], None],
@@ -261,7 +299,7 @@ class _Training:
         x, y = data.test_x, data.test_y
         if config.validation:
             x, y = data.train_x[training:], data.train_y[training:]
-        self._judges = x.to(config.device), y.to(config.device)
+        self._evaluation_data = x.to(config.device), y.to(config.device)
         self._config = config
         self._history = history
         self._progress = progress
@@ -275,7 +313,7 @@ class _Training:
         self._draw = random.Random(config.seed)  # delays of the dense model
         self._claimed = 0
         self._failed = 0  # batches in a row
-        self._hopeless = False
+        self._given_up = False
         self._losses: list[float] = []
         self._evaluating = False
 
@@ -289,7 +327,7 @@ class _Training:
     def _train(self) -> None:
         """One trainer."""
         config, replica = self._config, self._shared.replica()
-        while self._claimed < config.updates and not self._hopeless:
+        while self._claimed < config.updates and not self._given_up:
             self._claimed += 1
             x, y = next(self._batches)
             batch = x.to(config.device), y.to(config.device)
@@ -299,7 +337,7 @@ class _Training:
                 self._claimed -= 1
                 self._history.dropped += 1
                 self._failed += 1
-                self._hopeless = self._hopeless or self._failed >= HOPELESS
+                self._given_up = self._given_up or self._failed >= MAX_FAILED_BATCHES
                 continue
             self._failed = 0
             self._losses.append(loss)
@@ -315,19 +353,19 @@ class _Training:
         return F.cross_entropy(outputs, y)
 
     def _evaluate(self) -> None:
-        """Over the network as it would be without delays and failures, so that no virtual time passes meanwhile."""
+        """Evaluate over the network without delays and failures, so that no virtual time passes meanwhile."""
         config, updates, losses = self._config, self._shared.updates, self._losses
         self._losses, self._evaluating = [], True
         if self._swarm is not None:
             self._swarm.set_faults(0.0, 0.0)
-        accuracy = evaluate(self._model, *self._judges, batch_size=EVALUATION_BATCH)
+        accuracy = evaluate(self._model, *self._evaluation_data, batch_size=EVALUATION_BATCH)
         if self._swarm is not None:
             self._swarm.set_faults(config.latency, config.loss)
         self._evaluating = False
         self._history.points.append((updates, self._lockstep.call(_now), accuracy, sum(losses) / len(losses)))
 
-    def hear(self, event: Event) -> None:
-        """Count what calls and passes tell."""
+    def on_event(self, event: Event) -> None:
+        """Count calls and routing, except during evaluations."""
         history = self._history
         if self._evaluating:
             return

@@ -1,4 +1,8 @@
-"""Histories of runs on disk: one parquet file a run, which a notebook redraws without running it again."""
+"""Results of experiments on disk, which a notebook redraws without measuring again.
+
+1. Convergence: one parquet file per run, with its config and its history (`save`, `load`, `load_all`).
+2. Expert search: a file with a line of JSON per measurement; each is made in a child process (`measure_all`).
+"""
 
 from __future__ import annotations
 
@@ -18,16 +22,17 @@ from labkit.experiments.convergence import ConvergenceConfig, History
 from labkit.experiments.expert_search import SearchConfig, measure
 from labkit.launch.parent import end_with_parent
 
+COUNTS_BY_STALENESS = ("staleness", "expert_staleness")  # counters of a `History`
+COUNTS_BY_NAME = ("usage", "failures")
+
+# ---------------------------------------------------------------- convergence: a file per run
+
 # The table is long: `series` names what a row is about, `x` and `y` are its numbers, `label` its name if it has one.
-# Its metadata are `config` and `made`, which the oldest files lack: how long the run took, and with what.
-
-
-COUNTS = ("staleness", "expert_staleness")
-TALLIES = ("usage", "failures")
+# Its metadata are `config`, and `made`, which the oldest files lack: how long the run took, and with which versions.
 
 
 def save(path: Path, config: ConvergenceConfig, history: History) -> None:
-    """Write a run in one step: the file is there whole, or not at all."""
+    """Write a run to a file, atomically. Its folder is created if it does not exist."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -36,9 +41,9 @@ def save(path: Path, config: ConvergenceConfig, history: History) -> None:
         rows.append(("seconds", updates, seconds, ""))
         rows.append(("accuracy", updates, accuracy, ""))
         rows.append(("loss", updates, loss, ""))
-    for name in COUNTS:
+    for name in COUNTS_BY_STALENESS:
         rows += [(name, value, count, "") for value, count in sorted(getattr(history, name).items())]
-    for name in TALLIES:
+    for name in COUNTS_BY_NAME:
         rows += [(name, 0.0, count, label) for label, count in sorted(getattr(history, name).items())]
     series, x, y, label = zip(*rows, strict=True)
     table = pa.table({"series": series, "x": pa.array(x, pa.float64()), "y": pa.array(y, pa.float64()), "label": label})
@@ -56,7 +61,12 @@ def save(path: Path, config: ConvergenceConfig, history: History) -> None:
 
 
 def load(path: Path) -> tuple[ConvergenceConfig, History]:
-    """A run as it was saved. Raises `ValueError` for another file."""
+    """Read a run.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The file is not a run of the convergence experiment.
+    """
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
@@ -71,9 +81,9 @@ def load(path: Path) -> tuple[ConvergenceConfig, History]:
         series, x, y = row["series"], row["x"], row["y"]
         if series == "dropped":
             history.dropped = int(y)
-        elif series in COUNTS:
+        elif series in COUNTS_BY_STALENESS:
             getattr(history, series)[int(x)] = int(y)
-        elif series in TALLIES:
+        elif series in COUNTS_BY_NAME:
             getattr(history, series)[row["label"]] = int(y)
         else:
             points.setdefault(x, {})[series] = y
@@ -83,7 +93,11 @@ def load(path: Path) -> tuple[ConvergenceConfig, History]:
 
 
 def load_all(folder: Path) -> dict[str, dict[int, tuple[ConvergenceConfig, History]]]:
-    """The runs in a folder: those that differ only by their seed under one name, by their seeds."""
+    """Read all runs in a folder.
+
+    Returns:
+        name -> seed -> config and history. Runs that differ only by their seed share a name.
+    """
     runs: dict[str, dict[int, tuple[ConvergenceConfig, History]]] = {}
     for path in sorted(folder.glob("*.parquet")):
         config, history = load(path)
@@ -91,9 +105,22 @@ def load_all(folder: Path) -> dict[str, dict[int, tuple[ConvergenceConfig, Histo
     return runs
 
 
+# ---------------------------------------------------------------- expert search: a line per measurement
+
+
 def measure_all(configs: Sequence[SearchConfig], path: Path) -> list[dict[str, Any]]:
-    """What `measure` returns for each. A line of the file `path` for each is what is there already; it grows by the
-    others. Raises `RuntimeError` if one fails."""
+    """Measure searches, except for those whose results are in a file already.
+
+    Args:
+        configs: The searches.
+        path: The file, to which each new result is appended as a line of JSON.
+
+    Returns:
+        What `expert_search.measure` returns for each config.
+
+    Raises:
+        RuntimeError: A measurement failed.
+    """
     lines = path.read_text().splitlines() if path.exists() else []
     known = [json.loads(line) for line in lines]
     results = []
@@ -101,14 +128,15 @@ def measure_all(configs: Sequence[SearchConfig], path: Path) -> list[dict[str, A
         fields = json.loads(json.dumps(asdict(config)))
         found = next((result for result in known if fields.items() <= result.items()), None)
         if found is None:
-            found = _measure_alone(fields)
+            found = _measure_in_child(fields)
             with path.open("a") as file:
                 print(json.dumps(found), file=file)
         results.append(found)
     return results
 
 
-def _measure_alone(fields: dict[str, Any]) -> dict[str, Any]:
+def _measure_in_child(fields: dict[str, Any]) -> dict[str, Any]:
+    """Measure in a process of its own, so that its memory and its time do not depend on what ran before."""
     command = [sys.executable, "-m", "labkit.experiments.results", json.dumps(fields)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         try:
@@ -125,7 +153,7 @@ def _measure_alone(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The child's part: `python -m labkit.experiments.results CONFIG`."""
+    """Run a child of `measure_all`: `python -m labkit.experiments.results CONFIG`."""
     end_with_parent()
     fields = json.loads(sys.argv[1])
     print(json.dumps(measure(SearchConfig(**fields | {"grid": tuple(fields["grid"])}))))

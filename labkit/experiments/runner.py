@@ -1,7 +1,7 @@
-"""Runs of the convergence experiment, as many at a time as there are cores: `python -m labkit.experiments.runner SIZE`.
+"""Do the runs of the convergence experiment: `python -m labkit.experiments.runner SIZE`.
 
-Each run is a child process that writes one file when it is done. What is there already is not run again, so a runner
-that was stopped goes on with the runs that it had not finished.
+As many runs as there are cores go on at the same time. Each is a child process that writes one file at its end. Runs
+whose files exist are not repeated, so a runner that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from labkit.experiments.results import load, save
 from labkit.launch.parent import end_with_parent
 from labkit.training.datasets import load as load_data
 
+PROGRESS_STEP = 32  # updates from one line of progress to the next
 SEEDS = (1337, 1338, 1339)
 GRIDS = {16: (4, 4), 64: (8, 8)}
-# For stale gradients: small steps, without a momentum of their own, that end at 0. `accumulate` is the authors' too.
+# For stale gradients: small steps without momentum that fall to 0. The authors have the same `accumulate`.
 RECOMMENDED: dict[str, Any] = {"lr": 1e-4, "beta1": 0.0, "schedule": "linear", "accumulate": 4}
 QUICK = ConvergenceConfig(grid=GRIDS[16], batch_size=16, updates=6 * 1024, width=64, latency=1.0, **RECOMMENDED)
 AUTHORS = ConvergenceConfig(grid=GRIDS[64], batch_size=4, updates=20 * 1024, width=64, latency=1.0, **RECOMMENDED)
 PAPER = replace(AUTHORS, width=512)
-# What each option buys on its own, on top of a smaller learning rate; a third of `quick`'s updates are enough to see.
-# Judged by training images that are held out, since settings are chosen by it.
-PLAIN = replace(
+# What each option gains on its own, beside a smaller learning rate. A third of `quick`'s updates suffice to see it.
+# These runs are evaluated on training images that are held out, since settings are chosen by them.
+AWARE_BASE = replace(
     QUICK, updates=2 * 1024, evaluate_every=512, loss=0.1, beta1=0.9, schedule="constant", accumulate=1, validation=5000
 )
 AWARE: dict[str, dict[str, Any]] = {
@@ -47,7 +48,7 @@ AWARE: dict[str, dict[str, Any]] = {
     "decay": {"schedule": "linear"},
     "accumulation": {"accumulate": 4},
 }
-# The last three together, with steps of several sizes.
+# The last three together, with several learning rates.
 AWARE |= {
     f"together-{lr:g}": {"lr": lr, "beta1": 0.0, "schedule": "linear", "accumulate": 4} for lr in (1e-4, 2e-4, 4e-4)
 }
@@ -60,11 +61,23 @@ AWARE |= {
 
 
 def plan(size: str, seeds: Iterable[int] = SEEDS) -> dict[str, ConvergenceConfig]:
-    """The runs of a size, by name. Raises `ValueError`."""
+    """List the runs of a size.
+
+    Args:
+        size: "quick"; "authors", as in their published code; "paper", with wider layers; or "aware", which compares
+            options for stale gradients.
+        seeds: Each run is listed with each of these seeds.
+
+    Returns:
+        The configs by the names of their files.
+
+    Raises:
+        ValueError: There is no such size.
+    """
     runs: dict[str, ConvergenceConfig] = {}
     if size not in ("quick", "authors", "paper", "aware"):
         raise ValueError(f"size={size!r}: quick, authors, paper or aware")
-    base = {"quick": QUICK, "authors": AUTHORS, "paper": PAPER, "aware": PLAIN}[size]
+    base = {"quick": QUICK, "authors": AUTHORS, "paper": PAPER, "aware": AWARE_BASE}[size]
     for seed in seeds:
         one = replace(base, seed=seed)
         if size == "aware":
@@ -88,7 +101,18 @@ def run_all(
     data_dir: Path | None = None,
     processes: int | None = None,
 ) -> None:
-    """Do the runs that are not in `folder` yet, with a progress bar. Raises `RuntimeError` if one fails."""
+    """Do the runs that are not in a folder yet, and show a progress bar.
+
+    Args:
+        runs: The runs by name.
+        folder: Where the files are written, `NAME.parquet` each.
+        dataset: The data to train on, by name.
+        data_dir: Where the data are kept; by default where `labkit.load` keeps them.
+        processes: Runs at the same time; by default as many as there are cores.
+
+    Raises:
+        RuntimeError: A run failed.
+    """
     from tqdm.auto import tqdm
 
     missing = {name: config for name, config in runs.items() if not is_done(folder / f"{name}.parquet", config)}
@@ -107,7 +131,7 @@ def run_all(
                 return
             try:
                 do(name)
-            except Exception as error:  # any: nobody hears of what ends a thread
+            except Exception as error:  # of any kind: an error that ends a thread would not be reported
                 problems.append(f"the run {name} failed: {error}")
 
     def do(name: str) -> None:
@@ -147,7 +171,7 @@ def run_all(
 
 
 def is_done(path: Path, config: ConvergenceConfig) -> bool:
-    """Whether the file holds this run, and not one of another config."""
+    """Return whether the file exists and holds the run of this config."""
     try:
         return load(path)[0] == config
     except (OSError, ValueError, TypeError, KeyError):
@@ -155,14 +179,14 @@ def is_done(path: Path, config: ConvergenceConfig) -> bool:
 
 
 def run_one(fields: str, path: str, dataset: str, data_dir: str) -> None:
-    """The child's part: one run, whose progress it prints."""
+    """Run a child of `run_all`: do one run, save it and print the progress, as numbers of updates."""
     end_with_parent()
     config = ConvergenceConfig.of(json.loads(fields))
     told = 0
 
     def progress(updates: int) -> None:
         nonlocal told
-        if updates - told >= STEP or updates == config.updates:
+        if updates - told >= PROGRESS_STEP or updates == config.updates:
             print(updates - told, flush=True)
             told = updates
 
@@ -173,19 +197,23 @@ def run_one(fields: str, path: str, dataset: str, data_dir: str) -> None:
     save(Path(path), config, history)
 
 
-STEP = 32  # updates between two words of progress
-
-
 def main() -> None:
     """`python -m labkit.experiments.runner SIZE`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("size", choices=["quick", "authors", "paper", "aware"])
-    parser.add_argument("--out", type=Path, default=Path("notebooks/convergence"))
-    parser.add_argument("--dataset", default="mnist")
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--only", default="", help="runs whose name has this in it")
-    parser.add_argument("--device", default="cpu", help="where trunk and experts compute, such as cuda")
+    parser.add_argument(
+        "size",
+        choices=["quick", "authors", "paper", "aware"],
+        help="quick: small grids; authors: the published code's sizes; paper: the paper's; "
+        "aware: compare options for stale gradients",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("notebooks/convergence"), help="folder of the files (%(default)s)"
+    )
+    parser.add_argument("--dataset", default="mnist", help="data to train on (%(default)s)")
+    parser.add_argument("--data-dir", type=Path, help="folder in which the data are kept")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="do each run with each of these seeds")
+    parser.add_argument("--only", default="", help="do only runs with this in their name")
+    parser.add_argument("--device", default="cpu", help="where trunk and experts compute, such as cuda (%(default)s)")
     options = parser.parse_args()
     runs = {
         name: replace(config, device=options.device)

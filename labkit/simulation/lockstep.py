@@ -1,8 +1,8 @@
-"""Synchronous code in a simulation: threads that take turns with trio, one at a time.
+"""Synchronous code in a simulation: threads that take turns with trio, so that only one runs at a time.
 
-A forward pass through an MoE layer waits for the network in the middle of plain PyTorch code, so a trainer is a thread
-here too, as it is in `run`. But it computes only while trio stands still, and trio goes on only while it waits for a
-call: no virtual time passes while it computes, and a run is the same twice.
+A forward pass through an MoE layer waits for the network in the middle of plain PyTorch code, so a trainer needs a
+thread, as it does in `training/run`. In lockstep it computes only while trio stands still, and trio goes on only while
+the thread waits for a call. So no virtual time passes while a trainer computes, and a repeated run has the same result.
 """
 
 from __future__ import annotations
@@ -19,16 +19,22 @@ T = TypeVar("T")
 
 
 class Lockstep:
-    """The `Entrance` of a simulation: `call` is for code that `run` runs."""
+    """The `Entrance` of a simulation. Code started by `run` may use `call`."""
 
     def __init__(self) -> None:
         self._local = threading.local()
         self._closed = False
 
     async def run(self, function: Callable[..., T], *args: Any) -> T:
-        """Run a synchronous function, which may `call` async ones, and return what it returns, or raise what it raises.
+        """Run a synchronous function in a thread of its own; it may `call` async ones.
 
-        If this is cancelled while it waits for a call, the call raises `SwarmClosed`, and so does every further one.
+        If this is cancelled while the function waits for a call, that call and all further ones raise `SwarmClosed`.
+
+        Args:
+            function: The function, called with `args`.
+
+        Returns:
+            What the function returns; what it raises is raised.
         """
         thread = _Thread(self._local, function, args)
         thread.resume()
@@ -45,14 +51,14 @@ class Lockstep:
         return thread.result()
 
     def call(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
-        """Run an async function in the thread of trio and wait for what it returns or raises."""
+        """Run an async function in trio's thread, wait, and return what it returns or raise what it raises."""
         self.check_open()
         thread: _Thread[Any] = self._local.thread
         value: T = thread.ask(function, args)
         return value
 
     def check_open(self) -> None:
-        """Raises `SwarmClosed` if calls are refused."""
+        """Raise `SwarmClosed` if calls are refused."""
         if self._closed:
             raise SwarmClosed("the simulation is over")
 
@@ -62,12 +68,12 @@ class Lockstep:
 
 
 class _Thread(Generic[T]):
-    """One function's thread. `call`: what it waits for, None when it has ended; `value`, `error`: the answer."""
+    """The thread of one function, and the call that it waits for."""
 
     def __init__(self, local: threading.local, function: Callable[..., T], args: tuple[Any, ...]) -> None:
-        self.call: tuple[Callable[..., Awaitable[Any]], tuple[Any, ...]] | None = None
-        self.value: Any = None
-        self.error: BaseException | None = None
+        self.call: tuple[Callable[..., Awaitable[Any]], tuple[Any, ...]] | None = None  # None once it has ended
+        self.value: Any = None  # what the call, or at the end the function, has returned
+        self.error: BaseException | None = None  # or raised
         self._abandoned = False
         self._its_turn, self._our_turn = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(
@@ -77,8 +83,8 @@ class _Thread(Generic[T]):
 
     def _main(self, local: threading.local, function: Callable[..., T], args: tuple[Any, ...]) -> None:
         local.thread = self
-        torch.get_num_threads()  # or a thread's first operation in torch would set the number anew
-        torch.set_num_threads(1)  # each thread would have helpers of its own otherwise, and there are many
+        torch.get_num_threads()  # otherwise a thread's first operation in torch would reset the number
+        torch.set_num_threads(1)  # otherwise each of many threads would have helpers of its own
         torch.set_flush_denormal(True)
         self._its_turn.acquire()
         try:
@@ -88,35 +94,35 @@ class _Thread(Generic[T]):
         self.call = None
         self._our_turn.release()
 
-    # ------------------------------------------------------------ in the thread of trio
+    # ------------------------------------------------------------ in trio's thread
 
     def resume(self) -> None:
-        """Let the thread go on until it calls or ends, while this one stands still."""
+        """Let the thread go on until it makes a call or ends, while this one waits."""
         self._its_turn.release()
         try:
             self._our_turn.acquire()
-        except BaseException:  # an interrupt; it may compute for long
+        except BaseException:  # an interrupt, during what may be a long computation
             self._abandoned = True
             raise
 
     def abandon(self) -> None:
-        """End it: it is told so by whatever it calls."""
+        """End the thread: its call and all further ones raise `SwarmClosed`."""
         self._abandoned = True
         while self.call is not None:
             self.resume()
 
     def result(self) -> T:
-        """What it has returned; or raises what it has raised."""
+        """Return what the function returned, or raise what it raised."""
         self._thread.join()
         if self.error is not None:
             raise self.error
         value: T = self.value
         return value
 
-    # ------------------------------------------------------------ in its own
+    # ------------------------------------------------------------ in its own thread
 
     def ask(self, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> Any:
-        """Hand a call over, and its turn with it."""
+        """Hand a call, and the turn, over to trio's thread, and wait for the answer."""
         if self._abandoned:
             raise SwarmClosed("the simulation was ended")
         self.call, self.value, self.error = (function, args), None, None

@@ -1,4 +1,7 @@
-"""A swarm in memory, in virtual time: real servers, a node and a session for trainers, on a simulated network."""
+"""A swarm in memory and in virtual time: real servers, a node and a session for trainers, on a simulated network.
+
+`experiments/convergence` trains over such a swarm.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,8 @@ from labkit.simulation.lockstep import Lockstep
 from labkit.simulation.network import SimNetwork
 from labkit.wire.security import Identity
 
-# Declarations that live for long: a run takes hours of virtual time, and what is measured is not the DHT.
-CALM = NodeConfig(
+# Declarations live long: a run takes hours of virtual time, and the DHT is not what is measured.
+SIMULATED_NODE_CONFIG = NodeConfig(
     dht=DHTConfig(republish_period=600.0, refresh_period=3600.0),
     directory=DirectoryConfig(ttl=1800.0, refresh=300.0),
 )
@@ -33,15 +36,20 @@ CALM = NodeConfig(
 
 @dataclass(frozen=True)
 class SimulatedSwarm:
-    """Layers find it by the name of its session. `faults`: one for each server."""
+    """An open simulated swarm. MoE layers find it by the name of its session."""
 
     node: Node
     session: Session
-    lockstep: Lockstep
-    faults: list[Faults] = field(default_factory=list)
+    lockstep: Lockstep  # runs trainers
+    faults: list[Faults] = field(default_factory=list)  # one for each server
 
     def set_faults(self, latency: float | None = None, loss: float | None = None) -> None:
-        """The mean of an exponential delay in seconds, and the share of calls that get no answer, of every server."""
+        """Set the faults of every server.
+
+        Args:
+            latency: Mean of an exponential delay of each answer, in virtual seconds; None leaves it as it is.
+            loss: Share of calls that get no answer; None leaves it as it is.
+        """
         for faults in self.faults:
             faults.set(latency, loss)
 
@@ -53,14 +61,20 @@ async def open_simulated_swarm(
     *,
     seed: int = 0,
     name: str = "simulated",
-    node_config: NodeConfig = CALM,
+    node_config: NodeConfig = SIMULATED_NODE_CONFIG,
     duration: Callable[[str, str, int], float] | None = None,
     emit: Emit = ignore,
 ) -> AsyncIterator[SimulatedSwarm]:
-    """Start the servers, one after the other, and a node that calls them, for the length of the block.
+    """Start servers, one after the other, and a node that calls them. They stop at the end of the block.
 
-    `duration(uid, direction, rows)`: virtual seconds that a batch takes; by default none. `emit`: for the events of
-    calls, not of servers.
+    Args:
+        network: The network between them.
+        servers: The servers.
+        seed: Of their identities and faults.
+        name: The name by which MoE layers find the swarm.
+        node_config: Of every node.
+        duration: Returns the virtual seconds that a batch takes, of `(uid, direction, rows)`; by default none.
+        emit: Receives the events of calls, but not those of servers.
     """
     draw = random.Random(seed)
     async with trio.open_nursery() as nursery:
