@@ -1,6 +1,6 @@
 """What is logged, as plain rows: of the swarm (made from a scene) and of training steps (made from events).
 
-`swarm_logging` makes the rows and hands them to one of `loggers`. A row has no key per expert or server: however large
+`swarm_logging` hands these rows to one of `loggers`. A row has no key per expert or server: however large
 the swarm, it has the same few dozen columns.
 """
 
@@ -195,7 +195,7 @@ class StepMeans:
 class StepQueue:
     """Steps waiting to be logged, at most `limit` rows. When there are more, pairs of the older half are merged.
 
-    Trainers add steps and the view's thread takes them; neither ever waits for a logger.
+    Trainers add steps and the view's thread takes them. Both are quick, so trainers never wait for a logger.
     """
 
     def __init__(self, limit: int = MAX_STEPS) -> None:
