@@ -22,7 +22,7 @@ from labkit.swarm import Swarm
 from labkit.training.datasets import ClassificationData, batches
 from labkit.training.run import Run, fit, latest_run
 from labkit.training.shared_model import SharedModel
-from labkit.training.staleness import Compensation, UpdateRule
+from labkit.training.staleness import DelayCompensation, UpdateRule
 from labkit.training.trainer import TrainConfig, evaluate, train_step
 
 X = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
@@ -137,7 +137,7 @@ def test_a_compensated_gradient_is_near_to_the_one_of_now():
     seen, now = torch.tensor([0.8]), torch.tensor([0.7])
     stale, fresh = seen.tanh(), now.tanh()
     compensated = stale.clone()
-    Compensation(1.0).apply([compensated], [now], [seen])
+    DelayCompensation(1.0).apply([compensated], [now], [seen])
     assert abs(compensated - fresh) < abs(stale - fresh)
 
 

@@ -1,4 +1,7 @@
-"""The batches of a run, from whatever form the data has. A trainer takes the next one here, under the run's lock."""
+"""The batches of a run, made from data in any of several forms.
+
+Where a batch comes from: a trainer takes the next one here, under the lock of its run.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,19 @@ Batch = tuple[Tensor, Tensor]
 
 
 def stream(data: Any, batch_size: int, seed: int) -> tuple[int | None, Generator[Batch, None, None]]:
-    """How many batches an epoch has, if that is known, and batches without end. Raises `ValueError`.
+    """Turn data into batches without end.
 
-    `data`: `(x, y)` tensors, a `ClassificationData` (its training part), a torch `Dataset` of pairs, or any iterable of
-    batches `(x, y)`, such as a `DataLoader`, which is gone through again and again. The same seed gives the same
-    batches, except where an iterable of the caller's decides.
+    Args:
+        data: `(x, y)` tensors, a `ClassificationData` (its training part), a torch `Dataset` of pairs, or any iterable
+            of batches `(x, y)`, such as a `DataLoader`, which is gone through again and again.
+        batch_size: Rows of a batch, where the data are not batches already.
+        seed: The same one gives the same batches, except where an iterable of the caller's decides.
+
+    Returns:
+        How many batches an epoch has, None if that is not known, and the batches.
+
+    Raises:
+        ValueError: The data have none of these forms, or there are none.
     """
     if isinstance(data, ClassificationData):
         data = (data.train_x, data.train_y)
@@ -47,7 +58,7 @@ def stream(data: Any, batch_size: int, seed: int) -> tuple[int | None, Generator
 
 
 def _is_misfit(data: Any) -> bool:
-    """What could be iterated over, but surely is no data: a name, one tensor, a pair of arrays."""
+    """Whether this could be iterated over, but surely is not data: a name, one tensor, a pair of arrays."""
     if isinstance(data, (tuple, list)):
         return len(data) == 2 and not any(isinstance(part, (Tensor, tuple, list)) for part in data)
     return isinstance(data, (str, bytes, Mapping, Tensor))

@@ -1,6 +1,6 @@
-"""Data sets to train on: digits (inside scikit-learn), MNIST and others through `datasets` (the hub, or local files).
+"""Data sets to train on: digits (part of scikit-learn), MNIST and others through `datasets` (the hub, or local files).
 
-This is where a batch begins: `batches` draws it, the trainer takes it. scikit-learn, `datasets` and PIL are imported
+A batch begins here: `batches` draws it, and a trainer takes it. scikit-learn, `datasets` and PIL are imported
 when a data set is asked for and not before, so that `import labkit` stays quick.
 """
 
@@ -30,7 +30,16 @@ HUB_TIMEOUT = 5.0  # seconds until the hub counts as out of reach
 
 @dataclass(frozen=True, eq=False)
 class ClassificationData:
-    """Rows of numbers and their classes, in train and test. x: [n, dim] float32, y: [n] int64, below `classes`."""
+    """Rows of numbers and their classes, for training and for testing; what `lk.load` returns.
+
+    Args:
+        name: Name of the data set.
+        train_x: Rows for training, [n, dim] float32.
+        train_y: Their classes, [n] int64, each from 0 to `classes` - 1.
+        test_x: Rows for testing, [n, dim] float32.
+        test_y: Their classes, [n] int64.
+        classes: Number of classes.
+    """
 
     name: str
     train_x: Tensor
@@ -41,7 +50,7 @@ class ClassificationData:
 
     @property
     def dim(self) -> int:
-        """How many numbers a row has."""
+        """Numbers in a row."""
         return self.train_x.shape[1]
 
     def __repr__(self) -> str:
@@ -50,13 +59,25 @@ class ClassificationData:
 
 
 def load(dataset: str = "digits", data_dir: str | Path | None = None, *, seed: int = 0) -> ClassificationData:
-    """A data set by name: `digits` (needs no download), `mnist`, or any name on the Hugging Face hub.
+    """Load a data set: "digits" (needs no download), "mnist", or any name on the Hugging Face hub.
 
-    With `data_dir` it is read from `train-*.parquet` and `test-*.parquet` there (or in a folder of the data set's name
-    within), and no network is touched. A data set has a `label` column and either an image column, whose pixels become
-    0 to 1, or columns of numbers, which stay as they are. `digits` is split by `seed` and standardised; the others come
-    split. Raises `DataNotFound` within seconds if it is neither there nor to be had, `ValueError` if it is of another
-    form.
+    A data set has a `label` column and either an image column, whose pixels become 0 to 1, or columns of numbers, which
+    stay as they are. It comes in two parts, for training and testing. "digits" is split here and standardised.
+
+    Example:
+        data = lk.load("digits")
+        run = lk.fit(model, data, epochs=5)
+        lk.evaluate(model, data.test_x, data.test_y)
+
+    Args:
+        dataset: Name of the data set. Default "digits".
+        data_dir: A folder with `train-*.parquet` and `test-*.parquet`, or with a folder of the data set's name that has
+            them. Then nothing is downloaded. Default None: from the hub, or from what was downloaded before.
+        seed: For the split of "digits". Default 0.
+
+    Raises:
+        DataNotFound: The data set is not there, and cannot be downloaded. This takes seconds, not minutes.
+        ValueError: The data set is of another form.
     """
     if dataset == "digits":
         if data_dir is not None:
@@ -75,10 +96,16 @@ def load(dataset: str = "digits", data_dir: str | Path | None = None, *, seed: i
 def batches(
     x: Tensor, y: Tensor, batch_size: int, generator: torch.Generator | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches without end, epoch after epoch: every epoch visits each row once, in an order drawn from `generator`.
+    """Draw batches without end, epoch after epoch. Each epoch visits every row once; its last batch holds what is left.
 
-    The last batch of an epoch holds what is left. The same generator seed gives the same batches. Raises `ValueError`
-    for a `batch_size` under 1, no rows, or `x` and `y` of different lengths.
+    Args:
+        x: [n, dim].
+        y: [n].
+        batch_size: Rows of a batch, at least 1.
+        generator: Draws the order of the rows; the same seed gives the same batches.
+
+    Raises:
+        ValueError: `batch_size` is under 1, there are no rows, or `x` and `y` have different lengths.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: at least 1")
@@ -114,8 +141,8 @@ def _digits(seed: int) -> ClassificationData:
 
 
 def _read_digits() -> tuple[Tensor, Tensor]:
-    """Pixels [n, dim], from 0 to 1, and classes [n]: from scikit-learn's own file, without scikit-learn, which takes
-    seconds to import; if it is not there, by asking for it."""
+    """Pixels [n, dim], from 0 to 1, and classes [n]. They are read from scikit-learn's own file, since it takes
+    seconds to import; it is imported only if the file is not where it should be."""
     try:
         file = metadata.distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
         with gzip.open(str(file)) as lines:
@@ -178,7 +205,7 @@ def _from_hub(dataset: str) -> Iterator[tuple[Any, Any]]:
 
 
 def _hub_has(name: str) -> bool:
-    """Whether the hub answers for this data set: False if out of reach, `DataNotFound` if it knows none such."""
+    """Whether the hub answers for this data set: False if it is out of reach. Raises `DataNotFound` if it has none."""
     import datasets
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -199,7 +226,7 @@ def _hub_has(name: str) -> bool:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Without the progress bars of `datasets`, which flash up for local files."""
+    """In this block `datasets` shows no progress bars, which would flash up for local files."""
     import datasets
 
     if datasets.are_progress_bars_disabled():

@@ -1,6 +1,6 @@
 """A training run: trainers at work in the background, and what a notebook sees of them.
 
-Where a batch's way begins: each trainer claims a batch and hands it to `trainer.train_step`.
+A batch's way begins here: each trainer claims a batch and hands it to `trainer.train_step`.
 """
 
 from __future__ import annotations
@@ -31,19 +31,45 @@ from labkit.training.trainer import LossFunction, TrainConfig, evaluate, train_s
 
 logger = logging.getLogger(__name__)
 
-STOP_TIME = 10.0  # seconds that batches in flight may take when a run is stopped
-POLL = 0.02  # seconds between two looks of one who waits
+STOP_TIMEOUT = 10.0  # seconds that batches in flight may take when a run is stopped
+POLL_INTERVAL = 0.02  # seconds between two looks at a run that is waited for
 FAILURE_PAUSE = 0.05  # seconds that a trainer pauses after a failed batch, for each that has failed in a row
-EXIT_TIME = 1.0  # seconds that batches in flight may take when Python exits
+EXIT_TIMEOUT = 1.0  # seconds that batches in flight may take when Python exits
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 class Run:
-    """A training run in the background. `wait()` for its end, `stop()` it, look at `loss`, `steps`, `samples_per_s`.
+    """A training run in the background, started by `lk.fit`.
 
-    `history` holds a `StepFinished` for each of the last 100,000 steps. A model is trained by one run at a time: an
-    earlier one is stopped first, so a cell may run twice. A run ends when a swarm that it uses is closed.
+    One run at a time trains a model: an earlier one is stopped first, so a cell may run twice. A run ends when a swarm
+    that it uses is closed.
+
+    Example:
+        run = lk.fit(model, data, epochs=1)
+        run.loss, run.samples_per_s, run.staleness
+        run.wait()
+
+    Attributes:
+        model: The model that is trained.
+        config: The options, a `TrainConfig`.
+        history: One `StepFinished` for each of the last 100,000 steps.
+        total_steps: Steps that the run will do.
+        failed_batches: Batches that failed and were dropped; another took the step of each.
+        error: What ended the run, or None.
+
+    Properties:
+        running: Whether trainers are at work.
+        steps: Steps done.
+        seconds: How long it has been running, or ran.
+        loss: Mean loss of the last 20 steps.
+        samples_per_s: Rows per second, over the whole run.
+        staleness: Mean staleness of the last 100 steps, in updates.
+
+    Methods:
+        wait: Wait until the run has ended.
+        stop: End the run.
+        evaluate: The accuracy of the model now.
     """
 
     def __init__(
@@ -99,7 +125,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Steps that have been applied, and of which every listener has been told."""
+        """Steps done. When a step counts, it is in `history`, and every listener has heard of it."""
         return self._finished
 
     @property
@@ -120,7 +146,7 @@ class Run:
 
     @property
     def staleness(self) -> float:
-        """Mean staleness of the last 100 updates."""
+        """Mean staleness of the last 100 steps: updates by other trainers between the two ends of a step."""
         last = self._last(100)
         return sum(step.staleness for step in last) / len(last) if last else 0.0
 
@@ -129,17 +155,36 @@ class Run:
         return [self.history[-place] for place in range(min(count, len(self.history)), 0, -1)]
 
     def wait(self, timeout: float | None = None) -> Run:
-        """Wait until the run is over, or `timeout` seconds. Raises what ended it, if that was an error.
+        """Wait until the run has ended. An interrupt ends the waiting, not the run.
 
-        An interrupt ends the waiting, not the run.
+        Args:
+            timeout: Seconds to wait at most. Default None: as long as it takes.
+
+        Returns:
+            The run itself, which may still be running after `timeout`.
+
+        Raises:
+            TrainingFailed: Too many batches in a row have failed.
+            SwarmClosed: A swarm that the model uses was closed.
+            Exception: Whatever else ended the run, such as an error in the model.
         """
         self._join(math.inf if timeout is None else timeout)
         if self.error is not None:
             raise self.error.with_traceback(self._traceback)  # its own, however often it is raised
         return self
 
-    def stop(self, timeout: float = STOP_TIME) -> Run:
-        """End the run: wait until the batches in flight are done, at most `timeout` seconds. Raises as `wait` does."""
+    def stop(self, timeout: float = STOP_TIMEOUT) -> Run:
+        """End the run, and wait until the batches in flight are done.
+
+        Args:
+            timeout: Seconds to wait at most. Default 10.
+
+        Returns:
+            The run itself.
+
+        Raises:
+            Exception: As `wait` does.
+        """
         self._stop.set()
         return self.wait(timeout)
 
@@ -147,10 +192,15 @@ class Run:
         deadline = time.monotonic() + timeout
         # Not `Thread.join`: if that is interrupted, Python before 3.13 takes the thread for dead (cpython issue 90882).
         while self.running and (left := deadline - time.monotonic()) > 0:
-            time.sleep(min(POLL, left))
+            time.sleep(min(POLL_INTERVAL, left))
 
     def evaluate(self, x: Tensor, y: Tensor) -> float:
-        """Share of rows that the model classifies correctly now."""
+        """The accuracy of the model now: the share of rows that it classifies correctly.
+
+        Args:
+            x: Inputs [n, ...].
+            y: Classes [n], int64.
+        """
         return evaluate(self._shared.replica(), x, y)
 
     def __repr__(self) -> str:
@@ -169,7 +219,7 @@ class Run:
     # ------------------------------------------------------------ the trainers
 
     def _train(self) -> None:
-        """One trainer: batches until there are no more steps to do."""
+        """Be one trainer: train on batches until there are no more steps to do."""
         try:
             torch.get_num_threads()  # or a thread's first operation in torch would set the number anew
             torch.set_num_threads(self._torch_threads)
@@ -205,11 +255,11 @@ class Run:
                 staleness=staleness,
             )  # fmt: skip
             self.history.append(finished)
-            self._emit(finished)  # under the lock: listeners hear of steps in their order
-            self._finished += 1  # last: who sees it finds the step in `history`, and has been told of it
+            self._emit(finished)  # under the lock, so that listeners hear of steps in their order
+            self._finished += 1  # last: a step that counts is in `history`, and listeners know of it
 
     def _claim(self) -> Batch | None:
-        """The next batch, or None when there is nothing left to do. Raises `SwarmClosed`."""
+        """Take the next batch; None when there is nothing left to do. Raises `SwarmClosed`."""
         for session in self._sessions:
             session.portal.check_open()  # layers would find another swarm of its name, if there is one by now
         with self._lock:
@@ -221,7 +271,7 @@ class Run:
             return batch
 
     def _give_back(self, samples: int, error: Exception) -> None:
-        """A batch failed: it is dropped, and another takes its step."""
+        """Drop a batch that failed, so that another takes its step. Raises `TrainingFailed` after too many."""
         with self._lock:
             self._emit(StepFailed(samples=samples, detail=str(error)))
             self._claimed -= 1
@@ -231,7 +281,7 @@ class Run:
         logger.debug("a batch was dropped: %s", error)
         if too_many:
             raise TrainingFailed(f"{self.config.max_failures} batches in a row failed; the last: {error}") from error
-        # Servers that are gone may be about to come back; failing on and on would not wait for them.
+        # Lost servers may be about to come back; failing again at once would not wait for them.
         self._stop.wait(min(FAILURE_PAUSE * self._failures_in_a_row, 1.0))
 
     def _end(self, error: BaseException) -> None:
@@ -249,12 +299,45 @@ def fit(
     optimizer: OptimizerFactory | None = None,
     **options: Any,
 ) -> Run:
-    """Train `model` in the background; returns at once. See `TrainConfig` for the options, `Run` for what comes back.
+    """Train a model in the background. Returns at once.
 
-    `data`: `(x, y)` tensors, a `ClassificationData` (its training part), a torch `Dataset` of pairs, or any iterable of
-    batches `(x, y)`, such as a `DataLoader`, which is gone through again and again. `loss`: of outputs and y; by
-    default the cross-entropy. `optimizer`: makes an optimizer from the model's own parameters (Adam by default);
-    experts are trained by their servers. Raises `ValueError`, `SwarmClosed`.
+    Many trainers share the model; each computes gradients for a batch of its own and applies them when it has them. The
+    experts of MoE layers are trained by their servers meanwhile.
+
+    Example:
+        run = lk.fit(model, (x, y), epochs=1, trainers=8)
+        run.wait()
+
+    Args:
+        model: Any module; its `swarm.moe` layers call experts.
+        data: `(x, y)` tensors, what `lk.load` returns (its training part), a torch `Dataset` of pairs, or any iterable
+            of batches `(x, y)`, such as a `DataLoader`, which is gone through again and again.
+        loss: A function of outputs and y. Default: cross-entropy.
+        optimizer: A function that makes an optimizer from the model's own parameters. Default: Adam.
+
+    Options (`steps` or `epochs` is required):
+        steps: Batches to train on.
+        epochs: How often to go through the data; 0.5 is half of it.
+        batch_size: Rows of a batch, where the data are not batches already. Default 64.
+        trainers: Batches in flight at the same time. Default 8.
+        lr: Learning rate of Adam. Default 1e-3.
+        balance: Weight of the MoE layers' load-balancing losses. Default 0.
+        seed: For the order of the rows. Default 0.
+        max_failures: The run ends when so many batches in a row have failed. Default 50.
+        schedule: Of the learning rate: "constant" (default), or "linear", which falls to 0 over the run.
+        beta1: Momentum of Adam. Default 0.9; less may be better where gradients are stale.
+        warmup: Steps over which the learning rate rises to its value. Default 0.
+        clip_grad_norm: Bound on the norm of each gradient. Default None: no clipping.
+        age_power: p, where the learning rate of a step is multiplied by (1 + staleness)^-p. Default 0.
+        compensation: λ of delay compensation for stale gradients (Zheng et al. 2017). Default 0.
+
+    Returns:
+        The run: look at `run.loss` and `run.samples_per_s`, `run.wait()` for its end, or `run.stop()` it.
+
+    Raises:
+        ValueError: An option is unknown or out of its range, or the data have none of these forms.
+        SwarmClosed: The swarm of an MoE layer is not open.
+        TrainingFailed: An earlier run still trains this model and does not stop.
     """
     unknown = sorted(set(options) - set(TrainConfig.__dataclass_fields__))
     if unknown:
@@ -277,9 +360,9 @@ _latest: weakref.WeakValueDictionary[str, Run] = weakref.WeakValueDictionary()  
 
 
 def latest_run(swarm: str) -> Run | None:
-    """The run that was started last of those whose model calls the swarm of this name, if somebody still holds it.
+    """The latest run whose model calls the swarm of this name; None if there is none, or nothing refers to it any more.
 
-    It may be over. A run over an earlier swarm of the same name does not count while there is a new one.
+    It may have ended. A run over an earlier swarm of the same name does not count while there is a new one.
     """
     run = _latest.get(swarm)
     try:
@@ -295,16 +378,18 @@ def _stop_earlier(model: nn.Module) -> None:
         if run.model is model and run.running:
             logger.warning("an earlier run still trained this model; it is stopped now: %r", run)
             run._stop.set()
-            run._join(STOP_TIME)
+            run._join(STOP_TIMEOUT)
             if run.running:
-                raise TrainingFailed(f"an earlier run still trains this model, and did not stop in {STOP_TIME:.0f} s")
+                raise TrainingFailed(
+                    f"an earlier run still trains this model, and did not stop in {STOP_TIMEOUT:.0f} s"
+                )
 
 
 @atexit.register
 def _stop_all() -> None:
-    """Python cannot end threads that are inside torch: a process that exits while they are there aborts."""
+    """Stop all runs at exit: a process that exits while threads of it are inside torch aborts."""
     for run in list(_runs):
         run._stop.set()
-    deadline = time.monotonic() + EXIT_TIME
+    deadline = time.monotonic() + EXIT_TIMEOUT
     for run in list(_runs):
         run._join(deadline - time.monotonic())

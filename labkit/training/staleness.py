@@ -1,7 +1,7 @@
 """How a stale gradient becomes an update: what the literature on asynchronous SGD recommends, as options.
 
-`shared_model` applies the rule under its lock. A gradient's age is its staleness: the updates that others made between
-the parameters that it was computed from and now.
+At the end of a batch's way `shared_model` applies the rule under its lock. The staleness of a gradient is the number of
+updates that others have made since the parameters that it was computed from.
 """
 
 from __future__ import annotations
@@ -13,19 +13,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-KEEP = 0.95  # of the running mean of squared gradients, per update
-TINY = 1e-7
+SQUARES_DECAY = 0.95  # share of the running mean of squared gradients that an update keeps
+EPSILON = 1e-7  # added to that mean, so that nothing is divided by 0
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateRule:
-    """Nothing of it by default: each gradient is applied as if it were fresh.
+    """How gradients become updates. By default each gradient is applied as if it were fresh.
 
-    `warmup`: updates over which the learning rates rise to what they are. `decay_over`: updates over which they fall to
-    0, linearly, from the warm-up's end; 0 for never. `clip_grad_norm`: bound on the norm of a gradient, all parameters
-    together, or None. `age_power`: p, where learning rates are multiplied by (1 + age)^-p (Zhang et al. 2016: p = 1).
-    `compensation`: λ of delay compensation with an adaptive λ (Zheng et al. 2017, DC-ASGD-a): the gradient is corrected
-    to first order for how far the parameters have moved. Raises `ValueError`.
+    Args:
+        warmup: Updates over which the learning rates rise to their values.
+        decay_over: The update at which the learning rates reach 0, to which they fall linearly from the end of the
+            warm-up; 0 for never.
+        clip_grad_norm: Bound on the norm of a gradient, all parameters together; None for no clipping.
+        age_power: p, where learning rates are multiplied by (1 + staleness)^-p (Zhang et al. 2016: p = 1).
+        compensation: λ of delay compensation with an adaptive λ (Zheng et al. 2017, DC-ASGD-a): the gradient is
+            corrected to first order for how far the parameters have moved.
+
+    Raises:
+        ValueError: A value is out of its range.
     """
 
     warmup: int = 0
@@ -45,12 +51,12 @@ class UpdateRule:
 
     @property
     def changes_rates(self) -> bool:
-        """Whether `rate` is ever another than 1."""
+        """Whether `rate` ever differs from 1."""
         return bool(self.warmup or self.decay_over or self.age_power)
 
-    def rate(self, updates: int, age: int) -> float:
-        """What learning rates are multiplied with for the update that follows `updates`, of a gradient of this age."""
-        rate = math.pow(1.0 + age, -self.age_power)
+    def rate(self, updates: int, staleness: int) -> float:
+        """The factor of the learning rates for the update that follows `updates`, by a gradient of this staleness."""
+        rate = math.pow(1.0 + staleness, -self.age_power)
         if updates < self.warmup:
             rate *= (updates + 1) / self.warmup
         elif self.decay_over:
@@ -59,14 +65,17 @@ class UpdateRule:
 
 
 def widened(grad: Tensor) -> Tensor:
-    """In a precision in which numbers of half precision can be squared and added up."""
+    """The gradient, in float32 if it is in half precision, so that it can be squared and added up."""
     return grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
 
 
-class Compensation:
-    """Delay compensation: `g + λ g² (now - seen)`, with λ divided by the root of the mean squared gradient.
+class DelayCompensation:
+    """Delay compensation: `g + λ g² (current - used)`, with λ divided by the root of the mean squared gradient.
 
-    g² stands for the diagonal of the Hessian. Keeps one number for each parameter's.
+    g² stands for the diagonal of the Hessian. It keeps one number for each number of the parameters.
+
+    Args:
+        strength: λ.
     """
 
     def __init__(self, strength: float) -> None:
@@ -74,12 +83,17 @@ class Compensation:
         self._squares: dict[int, Tensor] = {}  # running means, by a parameter's place
 
     @torch.no_grad()
-    def apply(self, grads: Sequence[Tensor | None], now: Sequence[Tensor], seen: Sequence[Tensor]) -> None:
+    def apply(self, grads: Sequence[Tensor | None], current: Sequence[Tensor], used: Sequence[Tensor]) -> None:
         """Correct the gradients in place.
 
-        Computed in full precision, since a square that is infinite in half precision, times no movement, is NaN.
+        It computes in full precision, since a square that is infinite in half precision, times no movement, is NaN.
+
+        Args:
+            grads: One for each parameter, or None.
+            current: The parameters as they are now.
+            used: The parameters from which the gradients were computed.
         """
-        for place, (grad, current, old) in enumerate(zip(grads, now, seen, strict=True)):
+        for place, (grad, now, then) in enumerate(zip(grads, current, used, strict=True)):
             if grad is None:
                 continue
             wide = widened(grad)
@@ -88,7 +102,7 @@ class Compensation:
             if mean is None:
                 mean = self._squares[place] = square.clone()
             else:
-                mean.mul_(KEEP).add_(square, alpha=1 - KEEP)
-            wide.addcdiv_(square * (widened(current) - widened(old)), (mean + TINY).sqrt(), value=self.strength)
+                mean.mul_(SQUARES_DECAY).add_(square, alpha=1 - SQUARES_DECAY)
+            wide.addcdiv_(square * (widened(now) - widened(then)), (mean + EPSILON).sqrt(), value=self.strength)
             if wide is not grad:
                 grad.copy_(wide)

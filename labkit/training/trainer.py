@@ -28,13 +28,30 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """How to train. Exactly one of `steps` and `epochs` is given; `epochs` needs data of a known length.
+    """How to train a model: the options of `lk.fit`.
 
-    `trainers`: batches in flight at the same time. `balance`: weight of the layers' load-balancing losses.
-    `max_failures`: this many failed batches in a row, over all trainers, end the run. `schedule`: of the learning rate
-    of the model's own parameters (experts have theirs in `BackendConfig`); "linear" falls to 0 over the run. `beta1`:
-    momentum of the default optimizer, Adam. `warmup`, `clip_grad_norm`, `age_power`, `compensation`: against staleness;
-    see `UpdateRule`.
+    They concern the model's own parameters. Experts are trained by their servers, as `BackendConfig` says.
+
+    Args:
+        steps: Batches to train on. Give either `steps` or `epochs`.
+        epochs: How often to go through the data, which must have a known length; 0.5 is half of it.
+        batch_size: Rows of a batch, where the data are not batches already. Default 64.
+        trainers: Batches in flight at the same time. Default 8.
+        lr: Learning rate of the default optimizer, Adam. Default 1e-3.
+        balance: Weight of the MoE layers' load-balancing losses in the loss. Default 0.
+        seed: For the order of the rows. Default 0.
+        max_failures: The run ends when so many batches in a row have failed, over all trainers. Default 50.
+        schedule: Of the learning rate: "constant" (default), or "linear", which falls to 0 over the run.
+        beta1: Momentum of the default optimizer, at least 0 and below 1. Default 0.9; less may be better where
+            gradients are stale.
+        warmup: Steps over which the learning rate rises to its value. Default 0.
+        clip_grad_norm: Bound on the norm of each gradient, all parameters together. Default None: no clipping.
+        age_power: p, where the learning rate of a step is multiplied by (1 + staleness)^-p. Default 0.
+        compensation: λ of delay compensation, which corrects a stale gradient for how far the parameters have moved
+            (Zheng et al. 2017). Default 0.
+
+    Raises:
+        ValueError: A value is out of its range.
     """
 
     steps: int | None = None
@@ -73,7 +90,7 @@ class TrainConfig:
         return UpdateRule(self.warmup, decay_over, self.clip_grad_norm, self.age_power, self.compensation)
 
     def total_steps(self, per_epoch: int | None) -> int:
-        """How many steps to do, with so many to an epoch. Raises `ValueError`."""
+        """How many steps to do, with so many to an epoch. Raises `ValueError` if that is needed and not known."""
         if self.epochs is None:
             assert self.steps is not None
             return self.steps
@@ -87,9 +104,20 @@ def train_step(
 ) -> tuple[float, int]:
     """One step of one trainer: 1. parameters, 2. forward, 3. backward, which trains the experts too, 4. update.
 
-    Returns loss and staleness. Raises `NotEnoughExperts` and the like; then the shared model is as it was.
+    Args:
+        shared: The model that all trainers train.
+        replica: This trainer's copy of it.
+        batch: x and y.
+        loss_function: Of outputs and y.
+        balance: Weight of the MoE layers' load-balancing losses.
+
+    Returns:
+        The loss, without those, and the staleness of the gradients.
+
+    Raises:
+        NotEnoughExperts, NoExperts, RPCError, FloatingPointError: The shared model is as it was.
     """
-    seen = shared.refresh(replica)  # 1
+    forward_updates = shared.refresh(replica)  # 1
     replica.train()
     replica.zero_grad(set_to_none=True)
     x, y = batch
@@ -106,12 +134,30 @@ def train_step(
             raise FloatingPointError(
                 f"the gradient of {name} is not finite, or its square is not, where the loss is {loss.item()}"
             )
-    return loss.item(), shared.apply(replica, seen)  # 4
+    return loss.item(), shared.apply(replica, forward_updates)  # 4
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 256) -> float:
-    """Share of rows that `model` classifies correctly. Works on a copy, so a run may go on meanwhile."""
+    """The accuracy of a model: the share of rows that it classifies correctly, 0 to 1.
+
+    It works on a copy of the model in eval mode, so a run may go on meanwhile. The experts are asked like in training,
+    and do not learn from it.
+
+    Example:
+        data = lk.load("digits")
+        lk.evaluate(model, data.test_x, data.test_y)
+
+    Args:
+        model: Gives a score for each class: [rows, ...] -> [rows, classes].
+        x: Inputs [n, ...].
+        y: Classes [n], int64.
+        batch_size: Rows that the model gets at once. Default 256.
+
+    Raises:
+        NoExperts, NotEnoughExperts: The experts of an MoE layer did not answer.
+        SwarmClosed: The swarm of an MoE layer is closed.
+    """
     replica = copy.deepcopy(model).eval()
     correct = 0
     for start in range(0, len(x), batch_size):
