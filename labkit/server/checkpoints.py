@@ -1,7 +1,7 @@
 """Checkpoints: an expert's state outside its server, so that another participant can carry it on (paper, Persistence).
 
-Beside a batch's way: states are taken by `Runtime.snapshot` between batches and written by worker threads. One
-safetensors file an expert, `<uid>.safetensors`, replaced atomically: a crash leaves the old file or the new one.
+Beside a batch's way: `Runtime.snapshot` takes states between batches, and worker threads write them. Each expert has
+one safetensors file, `<uid>.safetensors`, which is replaced atomically: a crash leaves the old file or the new one.
 """
 
 from __future__ import annotations
@@ -29,19 +29,30 @@ from labkit.server.runtime import Runtime
 logger = logging.getLogger(__name__)
 
 FORMAT = "labkit expert 1"
-SHORTEST_PERIOD, LONGEST_PERIOD = 10.0, 600.0  # seconds between two saves of all experts, where nobody says how many
+SHORTEST_PERIOD, LONGEST_PERIOD = 10.0, 600.0  # seconds between two saves of all experts, unless the user says how many
 SECONDS_PER_GB = 100.0  # so that saves, which copy 1 GB in some two CPU-seconds, take about a fiftieth of the time
 
-Progress = tuple[int, int]  # how far an expert has learnt, see `_progress`
+Progress = tuple[int, int]  # how far an expert has learnt: see `_progress`
 
 
 def save_expert(directory: str | os.PathLike[str], uid: str, state: Mapping[str, Tensor], *, kind: str = "") -> Path:
-    """Write an expert's state and return the file's path. The directory is made if need be. Who may read it may read
-    the file; its group may write to the file, too, if it may write there and no others may. Leave the state unchanged
-    meanwhile: it is not copied.
+    """Write an expert's state to its file. When this returns, the state is on disk.
 
-    When it returns, the state is on disk; when it raises (`OSError`, or `ValueError` for a bad uid), the file that was
-    there is untouched.
+    Whoever may read the directory may read the file. Its group may write to the file if it may write to the directory
+    and others may not.
+
+    Args:
+        directory: Where to; it is made if need be.
+        uid: The expert.
+        state: Its tensors. They are not copied: leave them unchanged meanwhile.
+        kind: What the expert is; `load_expert` compares it.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        OSError: It could not be written. The file that was there before is untouched.
+        ValueError: `uid` is not an expert's uid.
     """
     path = _path(directory, uid)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,10 +77,19 @@ def save_expert(directory: str | os.PathLike[str], uid: str, state: Mapping[str,
 
 
 def load_expert(directory: str | os.PathLike[str], uid: str, *, kind: str = "") -> dict[str, Tensor] | None:
-    """An expert's saved state, exact to the bit, or None if there is none. Changes nothing: a server may be saving it.
+    """Read an expert's saved state. Changes nothing on disk, since a server may be saving it.
 
-    Raises `CheckpointError` for a file that is damaged, not ours, or another expert's or kind's (where `kind` is
-    given); `ValueError` for a bad uid.
+    Args:
+        directory: Where from.
+        uid: The expert.
+        kind: What the expert has to be; any kind will do if it is empty.
+
+    Returns:
+        The state, exact to the bit, or None if there is no checkpoint.
+
+    Raises:
+        CheckpointError: The file is damaged, not labkit's, or of another expert or kind.
+        ValueError: `uid` is not an expert's uid.
     """
     path = _path(directory, uid)
     if not path.exists():
@@ -95,14 +115,15 @@ def load_expert(directory: str | os.PathLike[str], uid: str, *, kind: str = "") 
 
 
 def _short(kind: str) -> str:
-    """A kind without its module, which is another where a script is run and where it is imported."""
+    """A kind without its module, which differs between a script that is run and the same file when it is imported."""
     return kind.rpartition(":")[2]
 
 
 def restore(directory: str | os.PathLike[str], backend: ExpertBackend) -> bool:
-    """Carry on from the expert's checkpoint, if there is one. Returns whether. For before the runtime runs.
+    """Carry on from the expert's checkpoint, if there is one. Returns whether there was. Call it before `run`.
 
-    Removes what a crashed save of this expert left, and of no other: servers may share a directory, but not an expert.
+    Removes what a crashed save of this expert left, and leaves other experts' files alone: servers may share a
+    directory, but not an expert.
 
     Raises `CheckpointError`, which names the file and, where the state doesn't fit, the tensor.
     """
@@ -126,11 +147,16 @@ async def keep_checkpoints(
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Until cancelled: every `period` seconds, save the experts that have been updated since their last save.
+    """Save the experts that have been updated since their last save, again and again, until cancelled.
 
-    None means `usual_period`. A save that fails, for whatever reason (a full disk, no memory), is logged and tried
-    again in the next period; it stops neither the server nor the saves of the others. `saved`: notes what has been
-    saved, for `save_all`.
+    A save that fails, for whatever reason (a full disk, no memory), is logged and tried again in the next period. It
+    stops neither the server nor the saves of other experts.
+
+    Args:
+        runtime: Holds the experts.
+        directory: Where to save them.
+        period: Seconds between two rounds; None for `usual_period`.
+        saved: Is told how far each expert had learnt when it was saved, for `save_all`.
     """
     period = usual_period(runtime.backends.values()) if period is None else period
     saved = {} if saved is None else saved
@@ -146,13 +172,16 @@ async def keep_checkpoints(
                 updates[uid] = saved[uid][0]
             except Exception as error:
                 logger.warning(
-                    "%s; trying again in %g s", _not_saved(uid, directory, error), period, exc_info=_strange(error)
+                    "%s; trying again in %g s",
+                    _not_saved(uid, directory, error),
+                    period,
+                    exc_info=_needs_traceback(error),
                 )
 
 
 def usual_period(backends: Iterable[ExpertBackend]) -> float:
-    """Seconds between two saves of these experts: ten, or a hundred for each GB of them and their optimizers, at most
-    ten minutes."""
+    """Seconds between two saves of these experts: a hundred for each GB of them and their optimizers, at least ten
+    seconds and at most ten minutes."""
     size = sum(backend.state_bytes for backend in backends) / 1e9
     return min(max(SHORTEST_PERIOD, SECONDS_PER_GB * size), LONGEST_PERIOD)
 
@@ -160,11 +189,17 @@ def usual_period(backends: Iterable[ExpertBackend]) -> float:
 async def save_all(
     runtime: Runtime, directory: str | os.PathLike[str], saved: Mapping[str, Progress] | None = None
 ) -> None:
-    """Save every expert now; the last thing of a clean stop, also after the runtime has ended. But not those that have
-    learnt nothing since `keep_checkpoints` noted in `saved` that it saved them: a stop has only so much time.
+    """Save every expert that has learnt something since it was saved. This ends a clean stop, after the runtime.
 
-    Shield it from cancellation there. All experts are tried; raises `RemoteFailure`, which says what
-    happened to the first that could not be saved.
+    Shield it from cancellation there. All experts are tried, even if some cannot be saved.
+
+    Args:
+        runtime: Holds the experts.
+        directory: Where to save them.
+        saved: What `keep_checkpoints` noted. Without it all experts are saved, which takes longer.
+
+    Raises:
+        RemoteFailure: Says what happened to the first expert that could not be saved.
     """
     failure = ""
     for uid, backend in runtime.backends.items():
@@ -175,19 +210,19 @@ async def save_all(
             await _save(runtime, directory, uid)
         except Exception as error:
             words = _not_saved(uid, directory, error)
-            logger.warning("%s", words, exc_info=_strange(error))
+            logger.warning("%s", words, exc_info=_needs_traceback(error))
             failure = failure or words  # not the error, whose traceback holds a copy of the expert
     if failure:
         raise RemoteFailure(failure)
 
 
 def _not_saved(uid: str, directory: str | os.PathLike[str], error: Exception) -> str:
-    said = str(error) if str(error) and not _strange(error) else repr(error)
+    said = str(error) if str(error) and not _needs_traceback(error) else repr(error)
     return f"expert {uid} was not saved to {directory}: {said}"
 
 
-def _strange(error: Exception) -> bool:
-    """Whether it takes a traceback to understand it."""
+def _needs_traceback(error: Exception) -> bool:
+    """Whether it takes a traceback to understand the error."""
     return not isinstance(error, (OSError, RPCError))
 
 
@@ -200,25 +235,25 @@ async def _save(runtime: Runtime, directory: str | os.PathLike[str], uid: str) -
 
 
 def _progress(backend: ExpertBackend, updates: int, rows: int) -> Progress:
-    """What changes when an expert learns: its updates, and its rows where gradients wait for the next update. Else rows
-    do not count: forward passes add to them, too."""
+    """What changes when an expert learns: its updates and, where gradients are accumulated for the next update, its
+    rows. Elsewhere rows do not count, since forward passes add to them, too."""
     return updates, rows if backend.config.accumulate > 1 else 0
 
 
 def _path(directory: str | os.PathLike[str], uid: str) -> Path:
-    split_uid(uid)  # a uid has no separators, dots in a row, or anything else that could lead out of the directory
+    split_uid(uid)  # a uid has no separators, no two dots in a row, and nothing else that leads out of the directory
     return Path(directory) / f"{uid}.safetensors"
 
 
 def _file_mode(directory: int) -> int:
-    """The mode of a file in a directory of this mode. Where everybody may write, as in /tmp, that is to add files of
-    their own, and not to change ours."""
-    everybodys = directory & (stat.S_ISVTX | stat.S_IWOTH)
-    return 0o600 | directory & (0o044 if everybodys else 0o064)
+    """The mode of a file in a directory of this mode. Where everybody may write, as in /tmp, they may add files
+    of their own, but not change ours."""
+    open_to_all = directory & (stat.S_ISVTX | stat.S_IWOTH)
+    return 0o600 | directory & (0o044 if open_to_all else 0o064)
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Of the tensors' names and bytes: safetensors notices a file cut short, but not a changed bit."""
+    """A checksum of the tensors' names and bytes: safetensors notices a file cut short, but not a changed bit."""
     crc = 0
     for name in sorted(tensors):
         crc = zlib.crc32(name.encode(), crc)

@@ -1,4 +1,4 @@
-"""What an expert computes: the factories of expert modules, by name, and the kinds that come with labkit.
+"""What an expert computes: factories of expert modules, by name, and the kinds that come with labkit.
 
 A server builds each of its experts with `make_expert`; from then on the module belongs to an expert backend. A kind is
 a registered name (`"ffn"`), a factory (any callable that returns a module), or text `"package.module:factory"`, which
@@ -31,10 +31,28 @@ def register_expert(name: str) -> Callable[[F_co], F_co]: ...
 @overload
 def register_expert(name: str, factory: F_co) -> F_co: ...
 def register_expert(name: str, factory: F_co | None = None) -> F_co | Callable[[F_co], F_co]:
-    """Name a factory: `@register_expert("mine")` above a class or function, or `register_expert("mine", f)`.
+    """Give a kind of expert of your own a name, under which `swarm.serve` finds it.
 
-    Registering a name again replaces it (a cell may run twice); labkit's own kinds can't be replaced. Raises
-    `ValueError`.
+    A name that is registered again is replaced, so a cell may run twice.
+
+    Example:
+        @lk.register_expert("mine")
+        class MyExpert(nn.Module):
+            def __init__(self, hidden): ...
+
+        swarm.serve("mine", hidden=256, grid=(4, 4))
+
+    Args:
+        name: Letters, digits and _ only; not one of labkit's own: "ffn", "transformer", "nop".
+        factory: A class or function that returns a new `nn.Module`, whose keyword arguments become options of
+            `swarm.serve`. The module takes one or more tensors [rows, ...] and returns one [rows, ...], in which each
+            row depends on the same row of the inputs only. Leave it out to use `register_expert` as a decorator.
+
+    Returns:
+        The factory; without one, a decorator that registers what it decorates.
+
+    Raises:
+        ValueError: The name cannot be used.
     """
     if not isinstance(name, str):
         raise ValueError('register_expert needs a name: @register_expert("mine")')
@@ -51,8 +69,12 @@ def register_expert(name: str, factory: F_co | None = None) -> F_co | Callable[[
 def make_expert(kind: str | Factory, **options: Any) -> nn.Module:
     """Build one expert module, with fresh parameters.
 
-    `kind`: a registered name, `"package.module:factory"`, or a factory. `options` go to the factory. Raises
-    `ValueError` for an unknown kind, an option that the factory doesn't take, or one that it misses.
+    Args:
+        kind: A registered name, `"package.module:factory"`, or a factory.
+        **options: What the factory is given.
+
+    Raises:
+        ValueError: The kind is unknown, or the factory doesn't take an option, or misses one.
     """
     factory = _find_factory(kind) if isinstance(kind, str) else kind
     label = kind if isinstance(kind, str) else getattr(kind, "__name__", repr(kind))
@@ -71,10 +93,10 @@ def make_expert(kind: str | Factory, **options: Any) -> nn.Module:
 
 
 def expert_reference(kind: str | Factory) -> str:
-    """The kind as text that another process can build from: a built-in name or `"package.module:factory"`.
+    """The kind as text from which another process can build: a built-in name or `"package.module:factory"`.
 
-    Raises `ValueError` when a fresh process could not find it: lambdas, things defined in a notebook or inside a
-    function or class, and instances. The text says what to do instead.
+    Raises `ValueError` if a fresh process could not find it: lambdas, things defined in a notebook or inside a function
+    or class, and instances. The text says what to do instead.
     """
     if isinstance(kind, str):
         if kind in BUILTIN_KINDS or ":" in kind:
@@ -97,7 +119,7 @@ def expert_reference(kind: str | Factory) -> str:
 
 
 def kind_name(kind: str | Factory) -> str:
-    """What a checkpoint says of its expert: the same, whether a process or a task serves it."""
+    """The name of a kind in checkpoints. It is the same whether a process or a task serves the expert."""
     try:
         return expert_reference(kind)
     except ValueError:
@@ -144,10 +166,14 @@ def _check_options(label: str, factory: Factory, options: dict[str, Any]) -> Non
 
 
 class FeedForward(nn.Module):
-    """The paper's expert: hidden -> inner -> inner -> hidden with LayerNorm and ReLU, and a residual.
+    """The kind "ffn", the paper's expert: hidden -> inner -> inner -> hidden with LayerNorm and ReLU, and a residual.
 
-    [rows, ..., hidden] -> the same. `inner`: 4 * hidden unless given (512 -> 2048 -> 2048 -> 512 in the paper's MNIST
-    run, 1024 -> 4096 -> 4096 -> 1024 in its throughput run).
+    Input [rows, ..., hidden] -> output of the same shape. The paper has 512 -> 2048 -> 2048 -> 512 in its MNIST run and
+    1024 -> 4096 -> 4096 -> 1024 in its throughput run.
+
+    Args:
+        hidden: Size of the last dimension of input and output.
+        inner: Size of the layers between; by default 4 * hidden.
     """
 
     def __init__(self, hidden: int, inner: int | None = None) -> None:
@@ -166,11 +192,17 @@ class FeedForward(nn.Module):
 
 
 class Transformer(nn.Module):
-    """One pre-LayerNorm transformer block: self-attention, then a feed-forward part, each with a residual.
+    """The kind "transformer": a pre-LayerNorm block of self-attention and a feed-forward part, each with a residual.
 
-    [rows, seq, hidden] -> the same; rows do not see each other. `inner`: width of the feed-forward part, 2 * hidden
-    unless given (the paper's block: hidden 1024, 16 heads, inner 2048). `causal`: a position sees only itself and those
-    before it. `max_length` bounds seq, since callers choose it and attention costs its square.
+    Input [rows, seq, hidden] -> output of the same shape. Rows do not see each other. The paper's block has hidden
+    1024, 16 heads and inner 2048.
+
+    Args:
+        hidden: Size of the last dimension of input and output, a multiple of `heads`.
+        heads: Number of attention heads.
+        inner: Width of the feed-forward part; by default 2 * hidden.
+        causal: Whether a position sees only itself and those before it.
+        max_length: The longest seq that is accepted, since callers choose it and attention costs its square.
     """
 
     def __init__(
@@ -205,9 +237,13 @@ class Transformer(nn.Module):
 
 
 class Nop(nn.Module):
-    """An expert that returns its (first) input. It has no parameters and is for measuring everything else."""
+    """The kind "nop": returns its first input unchanged. It has no parameters and is for measuring everything else.
 
-    def __init__(self, hidden: int | None = None) -> None:  # `hidden` so that it can stand in for the other kinds
+    Args:
+        hidden: Ignored. It is there so that "nop" can stand in for the other kinds.
+    """
+
+    def __init__(self, hidden: int | None = None) -> None:
         super().__init__()
         self.takes = "tensors of any shape and type"
 
