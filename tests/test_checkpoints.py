@@ -18,6 +18,7 @@ from labkit.server.checkpoints import Progress, keep_checkpoints, load_expert, r
 from labkit.server.layers import make_expert
 from labkit.server.optimizer import BackendConfig
 from labkit.server.runtime import InlineCompute, Runtime
+from tests.runtimes import submit
 
 UID = "ffn.0.1"
 STATE = {"counter": torch.tensor(7), "weight": torch.arange(6.0).reshape(2, 3)}
@@ -233,7 +234,7 @@ async def run_with_saves(monkeypatch, runtime, directory, save, period=10.0, sec
         await nursery.start(keep_checkpoints, runtime, directory, period, saved)
         x = torch.ones(2, 4)
         for uid in updated:
-            await runtime.submit(uid, "backward", [x, x], trio.current_time() + 1)
+            await submit(runtime, uid, "backward", [x, x], trio.current_time() + 1)
         await trio.sleep(seconds)
         nursery.cancel_scope.cancel()
 
@@ -315,7 +316,7 @@ async def test_a_clean_stop_saves_every_expert(tmp_path):
     async with trio.open_nursery() as nursery:
         await nursery.start(runtime.run)
         x = torch.ones(2, 4)
-        await runtime.submit(UID, "backward", [x, x], trio.current_time() + 10)
+        await submit(runtime, UID, "backward", [x, x], trio.current_time() + 10)
         nursery.cancel_scope.cancel()
     await save_all(runtime, tmp_path)
     for uid, backend in runtime.backends.items():
@@ -339,11 +340,11 @@ async def test_a_clean_stop_does_not_save_again_what_has_learnt_nothing_since_it
         await nursery.start(runtime.run)
         async with trio.open_nursery() as keepers:
             await keepers.start(keep_checkpoints, runtime, tmp_path, 0.01, saved)
-            await runtime.submit(UID, "backward", [x, x], trio.current_time() + 10)
+            await submit(runtime, UID, "backward", [x, x], trio.current_time() + 10)
             await begun.wait()
             keepers.cancel_scope.cancel()  # while it saves
             go.set()
-        await runtime.submit(UID, "forward", [x], trio.current_time() + 10)
+        await submit(runtime, UID, "forward", [x], trio.current_time() + 10)
         nursery.cancel_scope.cancel()
     await save_all(runtime, tmp_path, saved)
     assert saves == [UID, "ffn.0.2"]  # the other one was never saved

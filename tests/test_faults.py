@@ -11,9 +11,10 @@ import torch
 import trio
 
 from labkit.errors import DeadlineExceeded
+from labkit.expert_protocol import ExpertRequest
 from labkit.faults import Faults
 from labkit.server.executor import InlineCompute
-from labkit.server.server import ExpertCall, ExpertServer, ServerConfig
+from labkit.server.server import ExpertServer, ServerConfig
 from labkit.wire.rpc_types import Reply, Request
 from labkit.wire.timers import Timers
 from labkit.wire.transport import Peer
@@ -55,7 +56,7 @@ async def serving(faults: Faults) -> AsyncIterator[Callable[..., Awaitable[Reply
             answered.set()
 
         deadline = trio.current_time() + within
-        call = Request("expert.forward", ExpertCall("nop.0"), [torch.ones(1, 1)], Peer(b""), deadline)
+        call = Request("expert.forward", ExpertRequest("nop.0"), [torch.ones(1, 1)], Peer(b""), deadline)
         server.rpc_forward(call, hear)
         await answered.wait()
         [answer] = answers

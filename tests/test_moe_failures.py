@@ -14,12 +14,13 @@ import trio
 from torch import Tensor
 
 from labkit.client.dispatch import DispatchConfig, Dispatched, dispatch_backward, dispatch_forward
-from labkit.client.expert_client import ExpertClient, Figures
+from labkit.client.expert_client import ExpertClient
 from labkit.client.session import Session
 from labkit.contact import Contact
 from labkit.directory import Directory
 from labkit.errors import ConnectionLost, DeadlineExceeded, NoExperts, NotEnoughExperts, Overloaded, RemoteFailure
 from labkit.events import CallFailed, CallFinished, Event, RowsUnanswered
+from labkit.expert_protocol import ExpertReply
 from labkit.expert_uid import grid_uids, split_uid
 from labkit.portal import Portal
 from labkit.wire.rpc_types import Reply
@@ -75,12 +76,12 @@ class Lab(TaskCaller):
         self, contact: Contact, method: str, body: Any = None, tensors: Sequence[Tensor] = (), *,
         returns: Any = Any, timeout: float, lane: str = "", codec: str = "none",
     ) -> Reply:  # fmt: skip
-        direction, (uid, _) = method.removeprefix("expert."), body
+        direction, uid = method.removeprefix("expert."), body.uid
         self.asked.append((self.seconds, direction, uid))
         honest = [tensors[0 if direction == "forward" else 1] * number(uid)]
         with trio.move_on_after(timeout):
             answer = await self.behaviour.get((direction, uid), after(0.1))(honest)
-            return Reply(Figures(0.0, 0.0, self.updates.get(uid, 1)), answer)
+            return Reply(ExpertReply(0.0, 0.0, self.updates.get(uid, 1)), answer)
         raise DeadlineExceeded("no answer")
 
     @property
@@ -143,8 +144,8 @@ async def test_staleness_is_what_others_updated_between_the_two_passes_of_a_row(
 )
 def test_times_and_counts_that_cannot_be_are_no_answer(lie):
     with pytest.raises(msgspec.ValidationError):  # which the wire turns into a `BadReply`
-        msgspec.msgpack.decode(msgspec.msgpack.encode(lie), type=Figures)
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode((0.5, 0.25, 3)), type=Figures) == Figures(0.5, 0.25, 3)
+        msgspec.msgpack.decode(msgspec.msgpack.encode(lie), type=ExpertReply)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode((0.5, 0.25, 3)), type=ExpertReply) == ExpertReply(0.5, 0.25, 3)
 
 
 async def test_calls_in_flight_are_counted_however_they_end(autojump_clock):

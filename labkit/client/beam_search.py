@@ -7,7 +7,7 @@ index one dimension at a time, keeping the best prefixes of each row, asks the D
 The result *equals* the exhaustive search over the live experts. A plain beam does not ensure that: a prefix may score
 well and have hardly any live experts, while a prefix that was discarded for it has many. So each row carries a
 certificate, an upper bound on the score of everything that it discarded, and searches again with a beam twice as wide
-until its k-th score is no less. In a full grid the first pass always is enough: if a level discards a prefix, it keeps
+until its k-th score is no less. In a full grid the first pass is always enough: if a level discards a prefix, it keeps
 k others that score no less; each of those extends by the best coordinates of the remaining dimensions to an expert that
 scores no less than any below the discarded one; so there are k such experts, and each later level discards one only for
 others that are as good. What the certificate costs is thus paid where experts are missing.
@@ -35,22 +35,26 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 _MAX_SCORE = 1e300  # sums of so few cannot overflow
-_CHUNK = 1 << 22  # candidates scored at a time (32 MB)
-_FEW = 16  # so many are selected faster one by one than by sorting
+_CANDIDATES_PER_CHUNK = 1 << 22  # scored at a time (32 MB)
+_MAX_SELECTED_SINGLY = 16  # up to here, taking the best one by one is faster than sorting
 
 
 class Prefixes(Protocol):
-    """Where the search looks: a `Directory`, or a view of one."""
+    """Where the search looks: a `Directory`, or a view of one (`directory/views`)."""
 
-    def cached(self, prefixes: Iterable[str]) -> dict[str, Children]: ...
+    def cached(self, prefixes: Iterable[str]) -> dict[str, Children]:
+        """See `Directory.cached`."""
 
-    async def children(self, prefixes: Iterable[str]) -> dict[str, Children]: ...
+    async def children(self, prefixes: Iterable[str]) -> dict[str, Children]:
+        """See `Directory.children`."""
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Which experts get which rows. In each row by falling score; what is left over where fewer than k are alive is
-    -1 in `choice`, 0 in `coordinates`, -inf in `scores`."""
+    """Which experts get which rows, in each row by falling score.
+
+    Where fewer than k are alive, the slots left over have -1 in `choice`, 0 in `coordinates`, -inf in `scores`.
+    """
 
     experts: list[ExpertInfo]  # those that some row chose, by coordinates
     choice: Tensor  # int64 [rows, k_best], index into `experts`
@@ -59,13 +63,22 @@ class Routing:
 
 
 async def beam_search(directory: Prefixes, name: str, grid_scores: Sequence[Tensor], k_best: int) -> Routing:
-    """The `k_best` live experts of the grid `name` with the highest scores, for each row.
+    """Find the `k_best` live experts with the highest scores, for each row.
 
-    `grid_scores`: one float tensor [rows, size] for each dimension, on any device; -inf excludes a coordinate. Equal
-    scores are told apart in the same way each time (by low coordinates first, within a beam). Coordinates at or beyond
-    `size` are ignored. With no live expert at all the result has an empty `experts`; so has that for no rows.
+    Equal scores are told apart in the same way each time (by low coordinates first, within a beam). Experts whose
+    coordinates are at or beyond `size` are ignored.
 
-    Raises `ValueError` for NaN, +inf or absurdly large scores, wrong shapes, and k_best < 1.
+    Args:
+        directory: Where to look for experts.
+        name: The grid.
+        grid_scores: One float tensor [rows, size] for each dimension, on any device; -inf excludes a coordinate.
+        k_best: Experts to find for each row.
+
+    Returns:
+        The routing. Its `experts` are empty if no expert is alive, or if there are no rows.
+
+    Raises:
+        ValueError: Scores are NaN, +inf or absurdly large, shapes are wrong, or k_best < 1.
     """
     await trio.lowlevel.checkpoint()
     grids = _check(name, grid_scores, k_best)
@@ -93,8 +106,8 @@ async def beam_search(directory: Prefixes, name: str, grid_scores: Sequence[Tens
     return Routing(experts, torch.from_numpy(choice), torch.from_numpy(coordinates), torch.from_numpy(scores))
 
 
-def nobody(rows: int, k_best: int, dims: int) -> Routing:
-    """The routing where nobody was found."""
+def empty_routing(rows: int, k_best: int, dims: int) -> Routing:
+    """The routing where no expert was found."""
     return Routing(
         [], torch.full((rows, k_best), -1), torch.zeros((rows, k_best, dims), dtype=torch.int64),
         torch.full((rows, k_best), -torch.inf, dtype=torch.float64),
@@ -102,8 +115,11 @@ def nobody(rows: int, k_best: int, dims: int) -> Routing:
 
 
 def group_rows(choice: Tensor) -> list[tuple[int, Tensor, Tensor]]:
-    """`choice` [rows, k_best] turned round: for each expert that is in it its index, the rows that chose it and, for
-    each of those, the slot in which they did. Rows rise; experts rise. -1 is nobody."""
+    """Group the rows of `choice` [rows, k_best] by the expert that they chose; -1 is no expert.
+
+    Returns for each expert, by rising index: its index, the rows that chose it, rising, and for each of these rows the
+    slot in which it did.
+    """
     flat = choice.reshape(-1)
     places = torch.nonzero(flat >= 0).squeeze(1)  # [chosen]
     by_expert, order = torch.sort(flat[places], stable=True)
@@ -116,7 +132,7 @@ def group_rows(choice: Tensor) -> list[tuple[int, Tensor, Tensor]]:
 async def _search(
     directory: Prefixes, name: str, grids: Sequence[Floats], k_best: int, width: int, seen: dict[str, Children]
 ) -> tuple[Floats, Ints, Floats]:
-    """One pass: scores [rows, <=k], coordinates [rows, <=k, dims], and a bound [rows] on what was discarded."""
+    """Search once: scores [rows, <=k], coordinates [rows, <=k, dims], and a bound [rows] on what was discarded."""
     rows = len(grids[0])
     beam = np.zeros((rows, 1))  # [rows, w], score of each prefix of the beam
     at = np.zeros((rows, 1), dtype=np.int64)  # [rows, w], which one of `prefixes` it is
@@ -165,7 +181,7 @@ def _extend(beam: Floats, at: Ints, grid: Floats, alive: npt.NDArray[np.bool_], 
     candidates = beam.shape[1] * size
     count = min(count, candidates)
     best, index = np.empty((rows, count)), np.empty((rows, count), dtype=np.int64)
-    step = max(1, _CHUNK // candidates)
+    step = max(1, _CANDIDATES_PER_CHUNK // candidates)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         scores = beam[part, :, None] + grid[part, None, :]  # [rows, w, size]
@@ -175,8 +191,8 @@ def _extend(beam: Floats, at: Ints, grid: Floats, alive: npt.NDArray[np.bool_], 
 
 
 def _top(scores: Floats, count: int) -> tuple[Floats, Ints]:
-    """The highest `count` of each row of `scores` [rows, n] (overwritten here) and where they were; ties in order."""
-    if count > _FEW:
+    """The highest `count` of each row of `scores` [rows, n], and their places; ties in order. Overwrites `scores`."""
+    if count > _MAX_SELECTED_SINGLY:
         order = np.argsort(-scores, axis=1, kind="stable")[:, :count]
         return np.take_along_axis(scores, order, 1), order
     best, index = np.empty((len(scores), count)), np.empty((len(scores), count), dtype=np.int64)
@@ -198,7 +214,7 @@ def _unique_rows(coordinates: Ints) -> tuple[Ints, Ints]:
 
 
 def _check(name: str, grid_scores: Sequence[Tensor], k_best: int) -> list[Floats]:
-    """The scores as float64 arrays [rows, size], if they are in order."""
+    """The scores as float64 arrays [rows, size]. Raises `ValueError` if they cannot be used."""
     check_name(name)
     if k_best < 1:
         raise ValueError(f"k_best={k_best}: at least 1")

@@ -10,34 +10,52 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 import trio
 from torch import Tensor
 
-from labkit.client.beam_search import Routing, beam_search, nobody
+from labkit.client.beam_search import Routing, beam_search, empty_routing
 from labkit.client.expert_client import ExpertCall, ExpertOutput, OnDone
 from labkit.client.gather import Gathering, RowGroup, requests_for
 from labkit.client.session import Session
-from labkit.directory import Children, Directory
+from labkit.directory.views import WithBackingOff, WithoutExperts
 from labkit.errors import NoExperts, NotEnoughExperts
 from labkit.events import RoutingChosen, RowsUnanswered
-from labkit.expert_uid import ExpertInfo, parent
+from labkit.expert_uid import ExpertInfo
 from labkit.wire.compression import CODECS
 from labkit.wire.frames import encode_request
 
 logger = logging.getLogger(__name__)
 
+MAX_CAUSES = 6  # failures that an error text lists
+
 
 @dataclass(frozen=True)
 class DispatchConfig:
-    """How long to wait for experts, and for how many. Times in seconds, all finite.
+    """How many experts a row is sent to, and how long it waits for them. Times are in seconds, and finite.
 
-    Each row waits for `k_min` answers; when every row has them, or can have them no more, the pass waits
-    `timeout_after_k_min` longer for the rest, and never past `forward_timeout` / `backward_timeout`. A row that gets
-    fewer is an error, or with `allow_zero_outputs` its output is zero. `codec`: of tensors on the wire.
+    Each row waits for `k_min` answers. When every row has them, or can't have them any more, the pass waits
+    `timeout_after_k_min` longer for the others.
+
+    Example:
+        swarm.moe(256, grid=(4, 4), k_best=4, k_min=2, forward_timeout=5.0)  # these options make a DispatchConfig
+
+    Args:
+        k_best: Experts that each row is sent to. Default 4.
+        k_min: Answers that each row needs, 1 to `k_best`. Default 1.
+        forward_timeout: Longest time of a forward pass. Default 10.
+        backward_timeout: Longest time of a backward pass. Default 10.
+        timeout_after_k_min: Time that experts still have when no row needs them any more; may be 0. Default 1.
+        allow_zero_outputs: What happens to a row with fewer than `k_min` answers. False (default): the pass raises
+            `NotEnoughExperts`. True: the output of the row is zero.
+        codec: How tensors are compressed on the wire: "none" (default), "float16" or "bfloat16" (half of float32), or
+            "blockwise8" (a quarter). All but "none" round the numbers.
+
+    Raises:
+        ValueError: A value is out of its range.
     """
 
     k_best: int = 4
@@ -65,14 +83,14 @@ class DispatchConfig:
 
 @dataclass(frozen=True)
 class Dispatched:
-    """A forward pass: who was asked for each slot, where that expert stands in the grid, and whether it answered.
+    """A forward pass: which expert was asked for each slot, its place in the grid, and whether it answered.
 
-    `updates`: optimizer steps that the experts had made when they answered, by uid.
+    `name` is the grid's. `updates` are the optimizer steps that the experts had made when they answered, by uid.
     """
 
     name: str
     experts: list[ExpertInfo]  # each once
-    choice: Tensor  # int64 [n, k], index into `experts`, -1 where nobody was left to ask
+    choice: Tensor  # int64 [n, k], index into `experts`, -1 where no expert was left to ask
     coordinates: Tensor  # int64 [n, k, dims]
     answered: Tensor  # bool [n, k]
     updates: dict[str, int] = field(default_factory=dict)
@@ -86,12 +104,26 @@ async def dispatch_forward(
     grid_scores: Sequence[Tensor],
     output_shape: tuple[int, ...],
 ) -> tuple[Dispatched, Tensor]:
-    """Send `inputs` (each [n, ...]) to the best live experts of the grid `name` and gather outputs [n, k, *out].
+    """Send rows to the best live experts of a grid, and gather their outputs.
 
     1. find the k best experts of each row; 2. ask each expert once, for all of its rows; 3. a row that can't have
-    `k_min` answers any more, because its experts failed, goes to the next best ones at once. Outputs are zero where
-    nobody answered. Raises `NoExperts` if the grid has none, `NotEnoughExperts` if a row got fewer than `k_min`: where
-    `allow_zero_outputs` is set, neither for want of time.
+    `k_min` answers any more, because its experts failed, goes to the next best ones at once.
+
+    Args:
+        session: The swarm.
+        config: How many experts to ask, and how long to wait.
+        name: The grid.
+        inputs: Each [n, ...].
+        grid_scores: One tensor [n, size] for each dimension of the grid.
+        output_shape: out, the shape of one row's output.
+
+    Returns:
+        Which experts were asked, and which answered; and the outputs [n, k, *out], zero where there was no answer.
+
+    Raises:
+        NoExperts: The grid has no live expert.
+        NotEnoughExperts: A row got fewer than `k_min` answers. With `allow_zero_outputs`, time that runs out raises
+            neither.
     """
     encode_request(0, "", 0, None, [tensor[:0] for tensor in inputs])  # a `ValueError` for what can't be sent at all
     n, k = inputs[0].shape[0], config.k_best
@@ -118,7 +150,7 @@ async def dispatch_forward(
         return found
 
     async def replace(short: Tensor, free: Tensor) -> list[RowGroup]:
-        others = _Without(session.directory, gathering.failed)
+        others = WithoutExperts(session.directory, gathering.failed)
         with trio.move_on_at(deadline):
             found = await beam_search(others, name, [scores[short] for scores in grid_scores], k)
             return requests(_refill(sent, found, short, free))
@@ -134,10 +166,20 @@ async def dispatch_forward(
 async def dispatch_backward(
     session: Session, config: DispatchConfig, sent: Dispatched, inputs: Sequence[Tensor], grad_outputs: Tensor
 ) -> list[Tensor | None]:
-    """Send each expert that answered the gradients of its outputs (`grad_outputs`: [n, k, *out]), under the same rules.
+    """Send each expert that answered the gradients of its outputs, under the same rules.
 
-    Returns the gradients of the floating-point inputs, None for others. An expert that fails adds nothing to them.
-    Raises `NotEnoughExperts` if fewer than `k_min` of a row's experts answered.
+    Args:
+        session: The swarm.
+        config: How long to wait, and for how many.
+        sent: The forward pass.
+        inputs: Those of the forward pass, each [n, ...].
+        grad_outputs: [n, k, *out].
+
+    Returns:
+        The gradients of the floating-point inputs, and None for others. An expert that fails adds nothing to them.
+
+    Raises:
+        NotEnoughExperts: Fewer than `k_min` of the experts that had answered a row answered again.
     """
     deadline = trio.current_time() + config.backward_timeout
     grads = [torch.zeros_like(tensor) if tensor.is_floating_point() else None for tensor in inputs]
@@ -147,7 +189,7 @@ async def dispatch_backward(
         return session.experts.backward(
             request.expert, [tensor.index_select(0, request.rows) for tensor in inputs],
             grad_outputs[request.rows, request.slots], done, timeout=deadline - trio.current_time(),
-            codec=config.codec, seen=sent.updates.get(request.expert.uid),
+            codec=config.codec, forward_updates=sent.updates.get(request.expert.uid),
         )  # fmt: skip
 
     def take(request: RowGroup, answer: ExpertOutput) -> None:
@@ -164,11 +206,11 @@ async def dispatch_backward(
 async def _find_experts(
     session: Session, config: DispatchConfig, name: str, grid_scores: Sequence[Tensor], deadline: float
 ) -> Routing:
-    """Beam search, until the deadline; where too few experts are left, among those on back-off, too.
+    """Beam search, until the deadline. Where too few experts are left, those on back-off are considered, too.
 
-    Raises `NoExperts`, or `NotEnoughExperts` where fewer than `k_min` are alive; logs it once where fewer than `k_best`
-    are. Both say what was looked up, and where. If that took too long, nobody was found, which is an error unless
-    `allow_zero_outputs` is set.
+    Raises `NoExperts` if none was found, or `NotEnoughExperts` if some row has fewer than `k_min` live experts. If some
+    row has fewer than `k_best`, that is logged once. All say what was looked up, and where. A search that takes too
+    long finds no experts, which is an error unless `allow_zero_outputs` is set.
     """
     n, k = len(grid_scores[0]), config.k_best
     where = f"{name!r} could not be looked up in time"
@@ -181,13 +223,13 @@ async def _find_experts(
                 f"the gate of the grid {name!r} gave no usable scores: {error}; is the input finite?"
             ) from None
         if n and int((routing.choice >= 0).sum(1).min()) < config.k_min:
-            routing = await beam_search(_WithResting(session.directory), name, grid_scores, k)
+            routing = await beam_search(WithBackingOff(session.directory), name, grid_scores, k)
         if n and not routing.experts:
             # Asking the DHT for the reason may find experts that were declared since the cache was filled.
             where = await session.directory.explain(name)
             routing = await beam_search(session.directory, name, grid_scores, k)
     if routing is None and config.allow_zero_outputs:
-        return nobody(n, k, len(grid_scores))
+        return empty_routing(n, k, len(grid_scores))
     if routing is None or (n and not routing.experts):
         raise NoExperts(
             f"no live expert of the grid {name!r}: {where}; serve some with swarm.serve(name={name!r}, …) or "
@@ -213,14 +255,14 @@ async def _find_experts(
 
 def _refill(sent: Dispatched, found: Routing, short: Tensor, free: Tensor) -> Tensor:
     """Put the experts of `found` (rows: `short`) into the `free` [n, k] slots. Returns only those choices, [n, k]."""
-    # 1. Number them as in `sent`; an expert that is there already is asked once more, but gets one backward request.
+    # 1. Number them as in `sent`. An expert that is there already is asked once more, but gets one backward request.
     numbers = {info.uid: number for number, info in enumerate(sent.experts)}
     for info in found.experts:
         number = numbers.setdefault(info.uid, len(sent.experts))
         sent.experts[number : number + 1] = [info]
     index = torch.tensor([numbers[info.uid] for info in found.experts] + [-1])
     offers = index[found.choice]  # [short, k]
-    # 2. Leave out whom the row has asked already.
+    # 2. Leave out the experts that the row has asked already.
     fresh = (offers >= 0) & ~(offers[:, :, None] == sent.choice[short][:, None, :]).any(2)
     # 3. The first offer goes to the first free slot, and so on.
     offer = torch.argsort(~fresh, dim=1, stable=True)
@@ -234,43 +276,8 @@ def _refill(sent: Dispatched, found: Routing, short: Tensor, free: Tensor) -> Te
     return added
 
 
-class _WithResting:
-    """A directory in which experts on back-off are offered like others."""
-
-    def __init__(self, directory: Directory) -> None:
-        self._directory = directory
-
-    def cached(self, prefixes: Iterable[str]) -> dict[str, Children]:
-        return {prefix: self._complete(prefix, found) for prefix, found in self._directory.cached(prefixes).items()}
-
-    async def children(self, prefixes: Iterable[str]) -> dict[str, Children]:
-        found = await self._directory.children(prefixes)
-        return {prefix: self._complete(prefix, children) for prefix, children in found.items()}
-
-    def _complete(self, prefix: str, found: Children) -> Children:
-        resting = {parent(uid)[1]: info for uid, info in self._directory.resting([prefix]).items()}
-        return Children(found.inner, {**resting, **found.experts})
-
-
-class _Without:
-    """A directory in which some experts are not."""
-
-    def __init__(self, directory: Directory, uids: Collection[str]) -> None:
-        self._directory = directory
-        self._uids = uids
-
-    def cached(self, prefixes: Iterable[str]) -> dict[str, Children]:
-        return {prefix: self._filter(found) for prefix, found in self._directory.cached(prefixes).items()}
-
-    async def children(self, prefixes: Iterable[str]) -> dict[str, Children]:
-        return {prefix: self._filter(found) for prefix, found in (await self._directory.children(prefixes)).items()}
-
-    def _filter(self, found: Children) -> Children:
-        return Children(found.inner, {c: info for c, info in found.experts.items() if info.uid not in self._uids})
-
-
 def _check(session: Session, config: DispatchConfig, sent: Dispatched, direction: str, gathering: Gathering) -> Tensor:
-    """Bool [n]: rows with fewer answers than they need. Unless those are allowed, raises `NotEnoughExperts`."""
+    """The rows with too few answers, bool [n]. Raises `NotEnoughExperts` unless such rows are allowed."""
     answered, failed = gathering.answered, gathering.failed
     short = answered.sum(1) < gathering.needed
     if not short.any():
@@ -280,10 +287,10 @@ def _check(session: Session, config: DispatchConfig, sent: Dispatched, direction
         return short
     helped = sorted({sent.experts[e].uid for e in sent.choice[short][answered[short]].tolist()})
     causes = [f"{uid}: {error.cause} ({error})" for uid, error in sorted(failed.items())]
-    more = f"; and {len(causes) - 6} more" if len(causes) > 6 else ""
+    more = f"; and {len(causes) - MAX_CAUSES} more" if len(causes) > MAX_CAUSES else ""
     timeout = config.forward_timeout if direction == "forward" else config.backward_timeout
     raise NotEnoughExperts(
         f"{int(short.sum())} of {len(short)} rows got fewer than k_min={config.k_min} answers in a {direction} pass "
         f"over the grid {sent.name!r}, within {timeout:g} s. Answered: {', '.join(helped) or 'none'}. "
-        + (f"Failed: {'; '.join(causes[:6])}{more}" if causes else "No other live expert of it was found")
+        + (f"Failed: {'; '.join(causes[:MAX_CAUSES])}{more}" if causes else "No other live expert of it was found")
     )

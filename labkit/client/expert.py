@@ -1,4 +1,7 @@
-"""One expert of a swarm as a torch module."""
+"""One expert of a swarm as a torch module, for calls without a gate.
+
+Beside the way of a batch through an MoE layer: here the expert is known, and is looked up and called alone.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,21 @@ from labkit.wire.transport import await_callback
 class RemoteExpert(nn.Module):
     """One expert of a swarm, called like any module: `expert(x)`, or `expert(x, y)` for several inputs.
 
-    Inputs [rows, ...] -> output [rows, ...]. Its parameters stay where they are: a backward pass trains them there.
-    Raises `NoExperts` if nobody serves it, and a kind of `RPCError` for a call that fails.
+    Inputs are [rows, ...], the output is [rows, ...]. The expert's parameters stay at its server: a backward pass
+    trains them there. A call raises `NoExperts` if no server has the expert, and a kind of `RPCError` if it fails.
+
+    Example:
+        expert = swarm.expert("ffn.0.3")
+        expert(torch.randn(8, 256)).sum().backward()
+
+    Args:
+        uid: The expert, such as "ffn.0.3".
+        swarm: Name of the swarm, which has to be open in this process when the expert is called. Default "default".
+        timeout: Seconds that a call may take. Default 10.
+        codec: How tensors are compressed on the wire; see `DispatchConfig`. Default "none".
+
+    Raises:
+        ValueError: A value cannot be used.
     """
 
     def __init__(self, uid: str, swarm: str = "default", *, timeout: float = 10.0, codec: str = "none") -> None:
@@ -38,6 +54,7 @@ class RemoteExpert(nn.Module):
         self.codec = codec
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        """Call the expert: inputs [rows, ...] -> output [rows, ...], on the first input's device."""
         # The empty tensor makes autograd ask for the backward pass even where no input needs a gradient: it trains.
         output: Tensor = _CallExpert.apply(self, torch.zeros(0, requires_grad=True), *inputs)  # type: ignore[no-untyped-call]
         x = inputs[0]
@@ -47,22 +64,22 @@ class RemoteExpert(nn.Module):
         return f"{self.uid}, swarm={self.swarm!r}"
 
     async def call(self, session: Session, direction: str, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Look the expert up and call it, in the lab thread."""
+        """Look the expert up and call it; runs in the lab thread. `direction` is "forward" or "backward"."""
         info = (await session.directory.find([self.uid]))[self.uid]
         if info is None:
             raise NoExperts(f"nobody serves {self.uid}: {await session.directory.explain(parent(self.uid)[0])}")
-        how: dict[str, Any] = {"timeout": self.timeout, "codec": self.codec}
+        options: dict[str, Any] = {"timeout": self.timeout, "codec": self.codec}
 
         def begin(done: OnDone) -> ExpertCall:
             if direction == "forward":
-                return session.experts.forward(info, tensors, None, done, **how)
-            return session.experts.backward(info, tensors[:-1], tensors[-1], done, **how)
+                return session.experts.forward(info, tensors, None, done, **options)
+            return session.experts.backward(info, tensors[:-1], tensors[-1], done, **options)
 
         return (await await_callback(begin)).tensors
 
 
 class _CallExpert(torch.autograd.Function):
-    """Its output is on the CPU: see `MixtureOfExperts._ask`."""
+    """A call of an expert. Its output is on the CPU: see `MixtureOfExperts._ask`."""
 
     @staticmethod
     def forward(ctx: Any, expert: RemoteExpert, anchor: Tensor, *inputs: Tensor) -> Tensor:

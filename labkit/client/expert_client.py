@@ -1,7 +1,7 @@
 """Calling experts: one request to one expert, reported as an event, and to the directory, however it ends.
 
-On a batch's way: `client/dispatch` decides who is asked for which rows; this asks. No task waits for an answer: who
-wants it is called back.
+On a batch's way: `client/dispatch` decides which expert gets which rows; here it is called. No task waits for an
+answer: it goes to a callback, `done`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
 import torch
 import trio
 from torch import Tensor
@@ -19,25 +18,16 @@ from torch import Tensor
 from labkit.directory import Directory
 from labkit.errors import BadReply, CallCancelled, DeadlineExceeded, RPCError
 from labkit.events import CallFailed, CallFinished, Emit, ignore
+from labkit.expert_protocol import METHODS, Direction, ExpertReply, ExpertRequest
 from labkit.expert_uid import ExpertInfo
 from labkit.wire.rpc_types import BULK, Caller, Reply
 
-Like = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of an answer
-Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # a server's word: one that cannot be is a `BadReply`
-Updates = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
-
-
-class Figures(msgspec.Struct, array_like=True):
-    """What a server says beside the tensors: seconds in its queue and in the batch, optimizer steps it has made."""
-
-    queue: Seconds
-    compute: Seconds
-    updates: Updates
+ShapeAndType = tuple[tuple[int, ...], torch.dtype]  # that a tensor of an answer is to have
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertOutput:
-    """What an expert answered. `updates`: optimizer steps that it had made."""
+    """What an expert answered. `updates`: optimizer steps that it had made by then."""
 
     tensors: Sequence[Tensor]
     updates: int
@@ -48,9 +38,14 @@ OnDone = Callable[[Outcome], object]
 
 
 class ExpertClient:
-    """Calls experts. Failures are told to the directory, so that a lost server is not asked again.
+    """Calls experts. It reports failures to the directory, so that a lost server is not asked again.
 
-    `in_flight`: calls under way; changed in the lab thread only, and read from anywhere.
+    `in_flight` is the number of calls under way. It changes in the lab thread only, and any thread may read it.
+
+    Args:
+        caller: Sends the requests.
+        directory: Hears of successes and failures.
+        emit: Gets a `CallFinished` or `CallFailed` for each call.
     """
 
     def __init__(self, caller: Caller, directory: Directory, emit: Emit = ignore) -> None:
@@ -65,67 +60,93 @@ class ExpertClient:
         inputs: Sequence[Tensor],
         output_shape: tuple[int, ...] | None,
         done: OnDone,
-        **how: Any,
+        **options: Any,
     ) -> ExpertCall:
-        """Inputs [rows, ...] -> one output [rows, *output_shape] of the first's dtype (None: of any shape and dtype).
+        """Begin a forward call.
 
-        `done` is told the answer, or a kind of `RPCError`: `BadReply` for an answer of another shape, or with NaN or
-        infinity. Once, in the lab thread, perhaps before this returns. `how`: see `ExpertCall`.
+        Args:
+            expert: The expert, and where it lives.
+            inputs: Each [rows, ...].
+            output_shape: The answer is to be [rows, *output_shape] and of the first input's dtype; None accepts any
+                shape and dtype.
+            done: Called once with the answer or a kind of `RPCError`, in the lab thread, perhaps before this returns.
+                The error is `BadReply` for an answer of another shape, or with NaN or infinity.
+            **options: `timeout` and `codec`; see `ExpertCall`.
         """
-        like = None if output_shape is None else ((len(inputs[0]), *output_shape), inputs[0].dtype)
-        return ExpertCall(self, "forward", expert, inputs, [like], done, **how)
+        expected = None if output_shape is None else ((len(inputs[0]), *output_shape), inputs[0].dtype)
+        return ExpertCall(self, "forward", expert, inputs, [expected], done, **options)
 
     def backward(
-        self, expert: ExpertInfo, inputs: Sequence[Tensor], grad_output: Tensor, done: OnDone, **how: Any
+        self, expert: ExpertInfo, inputs: Sequence[Tensor], grad_output: Tensor, done: OnDone, **options: Any
     ) -> ExpertCall:
-        """Inputs and output gradient -> gradients of the floating-point inputs, in their order. Else as `forward`."""
-        like = [(tuple(tensor.shape), tensor.dtype) for tensor in inputs if tensor.is_floating_point()]
-        return ExpertCall(self, "backward", expert, [*inputs, grad_output], like, done, **how)
+        """Begin a backward call, which trains the expert.
+
+        Args:
+            expert: The expert, and where it lives.
+            inputs: Those of the forward call, each [rows, ...].
+            grad_output: The gradient of its output, [rows, ...].
+            done: Called as in `forward`. The answer has the gradients of the floating-point inputs, in their order.
+            **options: `timeout`, `codec` and `forward_updates`; see `ExpertCall`.
+        """
+        expected = [(tuple(tensor.shape), tensor.dtype) for tensor in inputs if tensor.is_floating_point()]
+        return ExpertCall(self, "backward", expert, [*inputs, grad_output], expected, done, **options)
 
 
 class ExpertCall:
-    """One request to one expert, under way from the beginning, for at most `timeout` seconds.
+    """A call to an expert that is under way, from when it is made until `done` has been called.
 
-    `seen`: for a backward pass, the `updates` that the expert answered in the forward pass of these rows.
+    Args:
+        client: Counts the call, and has what it needs.
+        direction: "forward" or "backward".
+        expert: The expert, and where it lives.
+        tensors: The inputs and, for a backward call, the output gradient behind them; each [rows, ...].
+        expected: Shape and dtype of each tensor of the answer; None for any.
+        done: Called once with the answer or a kind of `RPCError`.
+        timeout: Seconds until the call fails.
+        codec: How to compress the tensors on the wire.
+        forward_updates: For a backward call, the `updates` with which the forward call of these rows was answered.
     """
 
-    __slots__ = ("_call", "_client", "_direction", "_done", "_expert", "_like", "_over", "_rows", "_seen", "_started")
+    __slots__ = (
+        "_call", "_client", "_direction", "_done", "_ended", "_expected", "_expert", "_forward_updates", "_rows",
+        "_started",
+    )  # fmt: skip
 
     def __init__(
         self,
         client: ExpertClient,
-        direction: str,
+        direction: Direction,
         expert: ExpertInfo,
         tensors: Sequence[Tensor],
-        like: Sequence[Like | None],
+        expected: Sequence[ShapeAndType | None],
         done: OnDone,
         *,
         timeout: float,
         codec: str = "none",
-        seen: int | None = None,
+        forward_updates: int | None = None,
     ) -> None:
         self._client = client
         self._direction = direction
         self._expert = expert
         self._rows = tensors[0].shape[0]
-        self._like = like
+        self._expected = expected
         self._done = done
-        self._seen = seen
+        self._forward_updates = forward_updates
         self._started = trio.current_time()
-        self._over = False
+        self._ended = False
         client.in_flight += 1
         try:
             self._call = client.caller.begin(
-                expert.contact, f"expert.{direction}", [expert.uid, seen], tensors, done=self._hear, returns=Figures,
-                timeout=timeout, lane=BULK, codec=codec,
+                expert.contact, METHODS[direction], ExpertRequest(expert.uid, forward_updates), tensors,
+                done=self._on_reply, returns=ExpertReply, timeout=timeout, lane=BULK, codec=codec,
             )  # fmt: skip
         except BaseException:
             client.in_flight -= 1
             raise
 
-    def give_up(self) -> None:
-        """Wait no longer, which counts as a timeout of the expert. Does nothing when it is over."""
-        if not self._over:
+    def time_out(self) -> None:
+        """Wait no longer: the call fails, and counts as a timeout of the expert. Does nothing if it has ended."""
+        if not self._ended:
             self._call.cancel()
             waited = trio.current_time() - self._started
             self._fail(
@@ -133,38 +154,39 @@ class ExpertCall:
             )
 
     def cancel(self) -> None:
-        """The answer is needed no more, and nobody is told of it. Does nothing when it is over."""
-        if not self._over:
+        """End the call without calling `done`: the answer is not needed any more. Does nothing if it has ended."""
+        if not self._ended:
             self._call.cancel()
             self._done = lambda outcome: None
             self._fail(CallCancelled("the caller needed the answer no more"))
 
-    def _hear(self, reply: Reply | RPCError) -> None:
+    def _on_reply(self, reply: Reply | RPCError) -> None:
         if isinstance(reply, RPCError):
             self._fail(reply)
             return
         try:
-            answer = checked(reply.tensors, self._like, self._expert)
+            answer = check_answer(reply.tensors, self._expected, self._expert)
         except RPCError as error:
             self._fail(error)
             return
-        except Exception as error:  # as in `Call.hear`
+        except Exception as error:  # a peer's answer must not break the reader of all answers
             self._fail(BadReply(f"{self._expert.uid} sent an answer that cannot be used: {error!r}"))
             return
         self._end()
-        client, expert, seen = self._client, self._expert, self._seen
+        client, expert, forward_updates = self._client, self._expert, self._forward_updates
         client.directory.report_success(expert)
-        figures = reply.body
-        # One of the steps since then is ours; below 0 where it made none (it accumulates), or began anew.
-        staleness = None if seen is None else max(0, figures.updates - 1 - seen)
+        body: ExpertReply = reply.body
+        # One of the steps since then is ours. The difference is below 0 if the expert made no step, since it
+        # accumulates gradients, or if it has begun anew.
+        staleness = None if forward_updates is None else max(0, body.updates - 1 - forward_updates)
         client.emit(
             CallFinished(
                 uid=expert.uid, address=expert.contact.endpoint, direction=self._direction, rows=self._rows,
-                seconds=trio.current_time() - self._started, queue=figures.queue, compute=figures.compute,
-                bytes=reply.bytes, updates=figures.updates, staleness=staleness,
+                seconds=trio.current_time() - self._started, queue=body.queue_seconds,
+                compute=body.compute_seconds, bytes=reply.bytes, updates=body.updates, staleness=staleness,
             )
         )  # fmt: skip
-        self._done(ExpertOutput(answer, figures.updates))
+        self._done(ExpertOutput(answer, body.updates))
 
     def _fail(self, error: RPCError) -> None:
         self._end()
@@ -179,16 +201,21 @@ class ExpertCall:
         self._done(error.with_traceback(None))  # which would keep the batch alive
 
     def _end(self) -> None:
-        self._over = True
+        self._ended = True
         self._client.in_flight -= 1
 
 
-def checked(tensors: Sequence[Tensor], like: Sequence[Like | None], expert: ExpertInfo) -> list[Tensor]:
-    """The tensors as these dtypes, if they are finite and of these shapes (None: any). Else raises `BadReply`."""
-    if len(tensors) != len(like):
-        raise BadReply(f"{expert.uid} answered with {len(tensors)} tensors instead of {len(like)}")
+def check_answer(
+    tensors: Sequence[Tensor], expected: Sequence[ShapeAndType | None], expert: ExpertInfo
+) -> list[Tensor]:
+    """The tensors of an answer, cast to the expected dtypes.
+
+    Raises `BadReply` if they are not of the expected shapes (None: any) or not finite.
+    """
+    if len(tensors) != len(expected):
+        raise BadReply(f"{expert.uid} answered with {len(tensors)} tensors instead of {len(expected)}")
     answer = []
-    for tensor, wanted in zip(tensors, like, strict=True):
+    for tensor, wanted in zip(tensors, expected, strict=True):
         if wanted is not None and tuple(tensor.shape) != wanted[0]:
             raise BadReply(f"{expert.uid} answered with shape {list(tensor.shape)} instead of {list(wanted[0])}")
         # Finite only after the cast: what is a number in float64 may be infinite in float32.
@@ -201,6 +228,6 @@ def checked(tensors: Sequence[Tensor], like: Sequence[Like | None], expert: Expe
 
 
 def for_the_wire(tensor: Tensor) -> Tensor:
-    """On the CPU, and in full precision, which is what experts compute in (a codec may narrow it on the way)."""
+    """The tensor on the CPU and in full precision, in which experts compute (a codec may narrow it on the way)."""
     tensor = tensor.detach().cpu()
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

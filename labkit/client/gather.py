@@ -1,6 +1,6 @@
-"""Gathering: the requests of one pass under way at once, until every row has what it needs or can't have it any more.
+"""Gathering: all requests of one pass at once, until every row has the answers it needs or can't have them any more.
 
-On a batch's way: `client/dispatch` says who is asked for which rows; here all of them are asked and waited for.
+On a batch's way: `client/dispatch` says which expert gets which rows; here all of them are called and waited for.
 """
 
 # n: rows of the batch; k: slots of a row, one for each expert that it is sent to
@@ -32,7 +32,7 @@ class RowGroup:
 
 
 def requests_for(experts: Sequence[ExpertInfo], choice: Tensor) -> list[RowGroup]:
-    """The rows of `choice` [n, k], indices into `experts`, grouped by expert."""
+    """One request for each expert in `choice` [n, k], which holds indices into `experts`; -1 is no expert."""
     return [RowGroup(experts[e], rows, slots) for e, rows, slots in group_rows(choice)]
 
 
@@ -42,9 +42,14 @@ Replace = Callable[[Tensor, Tensor], Awaitable[list[RowGroup]]]
 
 
 class Gathering:
-    """The answers to one pass. Each row needs `needed` [n] of them.
+    """The answers to one pass.
 
-    `answered`: bool [n, k], whether a slot has been answered. `failed`: experts that did not answer, by uid, and why.
+    `answered` is bool [n, k]: whether a slot has been answered. `failed` holds the experts that did not answer, by uid,
+    and why.
+
+    Args:
+        needed: [n], how many answers each row needs.
+        slots: k.
     """
 
     # The books are kept in NumPy, which takes a tenth of torch's time for arrays as small as most batches.
@@ -56,21 +61,29 @@ class Gathering:
         self._waiting = np.zeros_like(self._answered)  # slots that may still be answered
         self.failed: dict[str, RPCError] = {}
         self._under_way: dict[RowGroup, ExpertCall | None] = {}
-        self._broken: Exception | None = None  # a mistake of ours
+        self._broken: Exception | None = None  # raised by `take`: a mistake of ours
         self._changed = trio.Event()
 
     async def run(
-        self, requests: Sequence[RowGroup], ask: Ask, take: Take, patience: float, replace: Replace | None = None
+        self, requests: Sequence[RowGroup], ask: Ask, take: Take, grace_period: float, replace: Replace | None = None
     ) -> None:
-        """Ask all at once, and return when none is under way. `take` gets each answer.
+        """Make all requests at once, and return when none is under way any more.
 
-        1. Rows whose experts failed, so that they can't have enough answers, get others from `replace`: it is given
-        these rows [short] and the free slots [n, k], and returns further requests, none when there is nobody left.
-        2. As soon as every row has enough or can't have it, the requests still under way have `patience` seconds left.
-        Each request has a deadline of its own, and ends with a kind of `RPCError` like any failure when it is given up.
+        1. Rows that can't have enough answers any more, because their experts failed, get others from `replace`.
+        2. As soon as every row has enough answers or can't have them, the requests still under way have `grace_period`
+        seconds left. Each request has a deadline of its own, too. Either way it ends with a kind of `RPCError`, like
+        any failure.
+
+        Args:
+            requests: Those to begin with.
+            ask: Begins the call of a request.
+            take: Gets each request and its answer.
+            grace_period: Seconds that requests may take once they are not needed any more.
+            replace: Gets the rows that lack answers [short] and the free slots bool [n, k], and returns further
+                requests; none when there is no expert left.
         """
         needed = self.needed.numpy()
-        lost = np.zeros(len(needed), dtype=np.bool_)  # rows that nobody is left for
+        lost = np.zeros(len(needed), dtype=np.bool_)  # rows for which no expert is left
         try:
             self._start(requests, ask, take)
             while self._broken is None:
@@ -89,21 +102,21 @@ class Gathering:
                 if not self._under_way or not (possible & ~enough).any():
                     break
                 await self._wait()
-            with trio.move_on_after(patience):  # 2
+            with trio.move_on_after(grace_period):  # 2
                 while self._under_way and self._broken is None:
                     await self._wait()
             if self._broken is not None:
                 raise self._broken
             for call in list(self._under_way.values()):
                 if call is not None:
-                    call.give_up()
+                    call.time_out()
         finally:
             for call in self._under_way.values():
                 if call is not None:
                     call.cancel()
 
     async def _wait(self) -> None:
-        """Until a call has ended."""
+        """Wait until a call has ended."""
         await self._changed.wait()
         self._changed = trio.Event()
 
@@ -125,6 +138,6 @@ class Gathering:
             try:
                 take(request, outcome)
                 self._answered[places] = True
-            except Exception as error:  # for the task of this pass, and not for who reads the answers of all
+            except Exception as error:  # raised by `run`, and not in the reader of all answers
                 self._broken = error
         self._changed.set()

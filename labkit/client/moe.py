@@ -22,22 +22,39 @@ from labkit.client.session import Session, find_session
 from labkit.expert_uid import check_grid, check_name
 
 ROUTINGS = ("softmax", "switch")
-_BEHIND = 1e9  # lowers the scores of dropped coordinates
+_DROPPED_PENALTY = 1e9  # subtracted from the scores of dropped coordinates
 
 
 class MixtureOfExperts(nn.Module):
-    """`moe(x)`: input [..., dim] -> output [..., dim]. Usually made by `swarm.moe(dim, grid=(4, 4))`.
+    """A layer over the experts of a swarm: input [..., dim] -> output [..., dim]. Usually made by `swarm.moe`.
 
-    Each row goes to the `k_best` live experts with the highest grid scores; its output is the softmax-weighted mean
-    over those that answered it. `moe(x, y, …)` hands the experts further inputs [..., *] beside x. A forward pass
-    raises `NoExperts` or `NotEnoughExperts`, a backward pass the latter; never is an output NaN.
+    Each row goes to the `k_best` live experts with the highest grid scores. Its output is the softmax-weighted mean
+    over those that answered. `moe(x, y, …)` hands the experts further inputs [..., *] beside x. A forward pass raises
+    `NoExperts` or `NotEnoughExperts`, and a backward pass the latter; an output is never NaN.
 
-    `grid`: sizes of the expert grid, one gating map each. `name`: of the grid, the first part of its uids. `swarm`: the
-    name of the swarm in this process. `routing`: "softmax", or "switch" (weights are the gate's probabilities, as in
-    the Switch Transformer; meant for k_best=1). `jitter`: the gate's input is multiplied by random factors within
-    1 ± jitter; `grid_dropout`: the share of grid coordinates that each batch does without; both in training only.
-    `dispatch`: see `DispatchConfig`. After each forward pass `balance_loss` holds the load-balancing loss of that
-    batch, a scalar that is 1 for an even load.
+    Example:
+        moe = swarm.moe(256, grid=(4, 4), k_best=4)
+        moe(torch.randn(32, 256)).sum().backward()  # trains the experts, too
+
+    Args:
+        dim: Size of the last dimension of input and output.
+        grid: Sizes of the expert grid, such as (4, 4). The gate has one map for each dimension.
+        name: Name of the grid, the first part of its experts' uids. Default "ffn".
+        swarm: Name of the swarm, which has to be open in this process when the layer is called. Default "default".
+        routing: "softmax" (default), or "switch": weights are the gate's probabilities, as in the Switch Transformer;
+            meant for k_best=1.
+        jitter: In training, the gate's input is multiplied by random factors within 1 ± jitter. Default 0.
+        grid_dropout: In training, the share of grid coordinates that each batch does without. Default 0.
+        dispatch: How many experts a row is sent to, and how long it waits: see `DispatchConfig`. By default four
+            experts, or all if there are fewer.
+
+    Attributes:
+        balance_loss: Load-balancing loss of the last forward pass: a scalar tensor, 1 for an even load, whose gradient
+            reaches the gate. None before the first pass.
+        gate: The linear layer that gives the grid scores.
+
+    Raises:
+        ValueError: A value cannot be used.
     """
 
     def __init__(
@@ -71,7 +88,20 @@ class MixtureOfExperts(nn.Module):
         self.balance_loss: Tensor | None = None
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
-        """One batch's way: 1. grid scores, 2. experts, 3. weights over those that answered, 4. the weighted mean."""
+        """One batch's way: 1. grid scores, 2. experts, 3. weights over those that answered, 4. the weighted mean.
+
+        Args:
+            x: Input [..., dim], on which the gate decides.
+            *others: Further inputs [..., *] for the experts.
+
+        Returns:
+            The output [..., dim], on the device and of the dtype of x (under autocast, of its dtype).
+
+        Raises:
+            NoExperts: The grid has no live expert.
+            NotEnoughExperts: A row got fewer than `k_min` answers.
+            SwarmClosed: The swarm is not open in this process.
+        """
         if x.ndim < 1 or x.shape[-1] != self.dim:
             raise ValueError(f"the input's last dimension is {self.dim} here; got a tensor of shape {list(x.shape)}")
         leading = x.shape[:-1]  # b...
@@ -88,7 +118,7 @@ class MixtureOfExperts(nn.Module):
         return mean.reshape(*leading, *mean.shape[1:])
 
     def grid_scores(self, rows: Tensor) -> list[Tensor]:
-        """[n, dim] -> the scores of each dimension's coordinates, [n, size]."""
+        """Rows [n, dim] -> the scores of each dimension's coordinates, [n, size] each."""
         if self.training and self.jitter:
             rows = rows * torch.empty_like(rows).uniform_(1 - self.jitter, 1 + self.jitter)
         return list(self.gate(rows).split(self.grid, dim=1))
@@ -107,7 +137,7 @@ class MixtureOfExperts(nn.Module):
         return sent, outputs.to(inputs[0].device)  # [n, k, dim], in full precision
 
     def weights(self, scores: Sequence[Tensor], sent: Dispatched) -> Tensor:
-        """[n, k]: each row's weights of the experts that answered it; zeros where none did. Differentiable."""
+        """The weights [n, k] of the experts that answered each row; zeros where none did. Differentiable."""
         device = scores[0].device
         coordinates, answered = sent.coordinates.to(device), sent.answered.to(device)
         if self.routing == "switch":
@@ -129,10 +159,10 @@ class MixtureOfExperts(nn.Module):
 
 
 def weighted_mean(weights: Tensor, outputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n, k] and [n, k, *out] -> [n, *out], as `dtype` or, under autocast, as its type.
+    """Weights [n, k] and outputs [n, k, *out] -> their mean [n, *out], of type `dtype` or, under autocast, of its type.
 
-    In the precision of the answers: in half precision a large one is infinite, and NaN where its weight is 0. A mean
-    beyond the range of the result is at its end, and has no gradient there.
+    It is computed in the precision of the answers: in half precision a large one is infinite, and NaN where its weight
+    is 0. A mean beyond the range of the result's type is clamped to it, and has no gradient there.
     """
     device = outputs.device.type
     if torch.is_autocast_enabled(device):
@@ -144,10 +174,10 @@ def weighted_mean(weights: Tensor, outputs: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def balance_loss(scores: Sequence[Tensor], sent: Dispatched) -> Tensor:
-    """Load-balancing loss (Switch Transformer, eq. 4, on each grid dimension): size * Σ_i f_i P_i, averaged over them.
+    """Load-balancing loss (Switch Transformer, eq. 4), averaged over the grid dimensions: size * Σ_i f_i P_i for each.
 
-    f_i is the share of choices that fell on coordinate i, P_i its mean probability. 1 for an even load; its gradient
-    reaches the gate through P.
+    f_i is the share of choices that fell on coordinate i, P_i its mean probability. The loss is 1 for an even load; its
+    gradient reaches the gate through P.
     """
     device = scores[0].device
     chosen = (sent.choice >= 0).to(device)
@@ -161,16 +191,16 @@ def balance_loss(scores: Sequence[Tensor], sent: Dispatched) -> Tensor:
 
 
 def _drop(scores: Tensor, share: float) -> Tensor:
-    """Put a share of the coordinates behind all others, for the whole batch. [n, size] -> [n, size]
+    """Put a share of the coordinates behind all others, for the whole batch: [n, size] -> [n, size].
 
     They are not excluded: where the others have too few live experts, these are better than none.
     """
     dropped = torch.rand(scores.shape[1]) < share
-    return scores.double() - dropped * _BEHIND
+    return scores.double() - dropped * _DROPPED_PENALTY
 
 
 class _ExpertOutputs(torch.autograd.Function):
-    """What the experts answered, as a function of what they were sent."""
+    """The experts' answers as a differentiable function of what the experts were sent."""
 
     @staticmethod
     def forward(

@@ -24,24 +24,24 @@ class Entrance(Protocol):
         """Run an async function there and wait for what it returns or raises."""
 
     def check_open(self) -> None:
-        """Raises `SwarmClosed` if calls are refused."""
+        """Raise `SwarmClosed` if calls are refused."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """The calls that layers make, and the way into the lab thread where they are made."""
+    """What layers need to call a swarm's experts, and the way into the lab thread where the calls are made."""
 
     name: str
     portal: Entrance
     directory: Directory
     experts: ExpertClient
     emit: Emit
-    _said: set[str] = field(default_factory=set, repr=False)
+    _warned: set[str] = field(default_factory=set, repr=False)
 
     def first_time(self, what: str) -> bool:
-        """Whether this is the first time that `what` is to be said: some warnings would be tedious at every batch."""
-        first = what not in self._said
-        self._said.add(what)
+        """Whether this is the first call with `what`: a warning at every batch would be tedious."""
+        first = what not in self._warned
+        self._warned.add(what)
         return first
 
     def run(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
@@ -53,12 +53,12 @@ _sessions: dict[str, Session] = {}
 
 
 def open_session(session: Session) -> None:
-    """Make a session known by its name."""
+    """Let layers find a session by its name."""
     _sessions[session.name] = session
 
 
 def close_session(session: Session) -> None:
-    """Forget a session, unless its name is another's by now."""
+    """Forget a session, unless another has taken its name."""
     if _sessions.get(session.name) is session:
         del _sessions[session.name]
 

@@ -150,15 +150,15 @@ class Directory:
                 prefixes.add(uid)
         await self.look_up(sorted(prefixes))
 
-    def hidden(self, prefixes: Iterable[str]) -> dict[str, ExpertInfo]:
+    def suspended(self, prefixes: Iterable[str]) -> dict[str, ExpertInfo]:
         """Experts right below these prefixes that are declared and, after failures, not offered, by uid. From the cache
         alone; for displays (to be called in the trio thread)."""
         return self._cache.hidden(prefixes)
 
-    def resting(self, prefixes: Iterable[str]) -> dict[str, ExpertInfo]:
+    def backing_off(self, prefixes: Iterable[str]) -> dict[str, ExpertInfo]:
         """Those of the hidden experts that are only on back-off: where nobody else is left, they are worth a try."""
         now = trio.current_time()
-        hidden = self.hidden(prefixes).items()
+        hidden = self.suspended(prefixes).items()
         return {uid: info for uid, info in hidden if self._suspicions.hidden_until(info, now) < math.inf}
 
     def known(self) -> dict[str, ExpertInfo]:

@@ -1,6 +1,6 @@
 """An expert backend: one expert's module, its optimizer and its limits.
 
-The last station of a batch's way out: the runtime hands merged rows to `ExpertBackend.compute` on the compute thread.
+A batch's way out ends here: `server/batch` hands merged rows to `ExpertBackend.compute` on the compute thread.
 Everything here is synchronous, knows nothing of requests or the network, and is called by one thread at a time.
 
 Legend: rows = samples of a batch, always dimension 0 of every tensor; the other dimensions are the expert's own.
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from labkit.errors import BadRequest, CheckpointError, NonFiniteTensor
+from labkit.expert_protocol import Direction
 from labkit.server.optimizer import BackendConfig, laid_out, make_optimizer, optimizer_slots, take_step
 from labkit.server.validation import (
-    Direction,
     Schema,
     check_finite,
     checked_rows,
@@ -33,14 +33,20 @@ MAX_SCHEMAS = 64  # callers choose schemas, so we remember few
 
 
 class ExpertBackend:
-    """One expert: `forward` answers with outputs; `backward` answers with input gradients and trains (paper, Runtime).
+    """One expert: `forward` returns outputs; `backward` returns input gradients and trains (paper, Runtime).
 
     The module takes one or more tensors [rows, ...] and returns one tensor [rows, ...]; each row's output must not
     depend on the other rows, since the runtime merges requests. It runs in eval mode in both directions unless
     `config.train_mode`: then the forward pass that backward repeats is the same one, to the bit, and merging changes
     nothing. With `train_mode=True` dropout draws anew in each pass. Only a backward pass changes buffers.
 
-    `kind`: a name for what the module is, written into checkpoints. Not thread-safe: one caller at a time.
+    Not thread-safe: one caller at a time.
+
+    Args:
+        uid: The expert's uid.
+        module: The expert. It is moved to the configured device.
+        config: How it is trained and what it accepts.
+        kind: A name for what the module is, written into checkpoints; by default the name of its class.
     """
 
     def __init__(self, uid: str, module: nn.Module, config: BackendConfig | None = None, *, kind: str = "") -> None:
@@ -54,49 +60,63 @@ class ExpertBackend:
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._pending: dict[str, Tensor] = {}  # gradients of the passes since the last step, when accumulating
         self._pending_passes = 0
-        self._seen: dict[Schema, None] = {}  # inputs that have worked, newest last
+        self._working_schemas: dict[Schema, None] = {}  # of inputs that have worked, newest last
         self._has_buffers = any(True for _ in module.buffers())
         self.optimizer = make_optimizer(list(self._parameters.values()), self.config)
 
     @property
     def parameter_bytes(self) -> int:
-        """Bytes of parameters and buffers, without the optimizer's."""
+        """Bytes of parameters and buffers, without those of the optimizer."""
         return sum(t.nbytes for t in (*self.module.parameters(), *self.module.buffers()))
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of `state`, but for a few numbers, once there have been updates."""
+        """Bytes of `state` once there have been updates, except for a few numbers."""
         slots = [slot for slot in optimizer_slots(self.config) if slot != "step"]
         return self.parameter_bytes + len(slots) * sum(p.nbytes for p in self._parameters.values())
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Outputs [rows, ...] on the CPU, without gradient. Raises `BadRequest`, `NonFiniteTensor`; changes nothing."""
+        """Outputs [rows, ...] on the CPU, without a gradient. Changes nothing.
+
+        Raises `BadRequest`, `NonFiniteTensor`.
+        """
         self.check("forward", inputs)
         check_finite(inputs)
         return self.compute("forward", inputs)[0]
 
     def backward(self, *inputs_then_grad_output: Tensor) -> list[Tensor]:
-        """Gradients, on the CPU, of the floating-point inputs in their order; and one optimizer step for these rows.
+        """Take one optimizer step for these rows, and return the input gradients.
 
-        Takes the inputs of the forward pass and the gradient of its output; computes the outputs again, since nothing
-        is kept between calls. Raises `BadRequest` and `NonFiniteTensor` (the latter also when gradients overflow);
-        then parameters, buffers, optimizer state and counters are what they were, to the bit.
+        Args:
+            *inputs_then_grad_output: The inputs of the forward pass and the gradient of its output, each [rows, ...].
+                The outputs are computed again, since nothing is kept between calls.
+
+        Returns:
+            The gradients of the floating-point inputs in their order, on the CPU.
+
+        Raises:
+            BadRequest: The tensors do not fit the expert.
+            NonFiniteTensor: There is NaN or infinity among the numbers, or gradients overflow.
+
+        After an error parameters, buffers, optimizer state and counters are what they were, to the bit.
         """
         self.check("backward", inputs_then_grad_output)
         check_finite(inputs_then_grad_output)
         return self.compute("backward", inputs_then_grad_output)
 
     def check(self, direction: str, tensors: Sequence[Tensor]) -> int:
-        """The number of rows, if the tensors' shapes can be a request at all. Cheap. Raises `BadRequest`."""
+        """The number of rows. Raises `BadRequest` if the tensors' shapes cannot be a request at all. Cheap."""
         return checked_rows(self.uid, direction, tensors, self.config.max_batch_size)
 
-    def compute(self, direction: Direction, tensors: Sequence[Tensor], seen: float | None = None) -> list[Tensor]:
-        """`forward` or `backward` for tensors that went through `check` and `check_finite` already (the runtime's).
+    def compute(
+        self, direction: Direction, tensors: Sequence[Tensor], forward_updates: float | None = None
+    ) -> list[Tensor]:
+        """Do `forward` or `backward` with tensors that went through `check` and `check_finite` already.
 
-        `seen`: `updates` at the forward pass that a backward pass belongs to, if that is known.
+        `forward_updates`: `updates` at the forward pass that a backward pass belongs to, if that is known.
         """
         tensors = [t.to(self.config.device) for t in tensors]
-        results = [self._forward(tensors)] if direction == "forward" else self._backward(tensors, seen)
+        results = [self._forward(tensors)] if direction == "forward" else self._backward(tensors, forward_updates)
         self.rows_processed += tensors[0].shape[0]
         return [t.detach().cpu().contiguous() for t in results]
 
@@ -106,7 +126,7 @@ class ExpertBackend:
             check_finite([output], f"finite inputs gave expert {self.uid} an output")
         return output
 
-    def _backward(self, tensors: Sequence[Tensor], seen: float | None) -> list[Tensor]:
+    def _backward(self, tensors: Sequence[Tensor], forward_updates: float | None) -> list[Tensor]:
         *inputs, grad_output = tensors
         leaves = [t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
@@ -129,14 +149,14 @@ class ExpertBackend:
             ]
             check_finite(input_grads, f"finite inputs gave expert {self.uid} an input gradient")
             # 3. The step.
-            age = 0.0 if seen is None else max(0.0, self.updates - seen)
-            self._step(dict(zip(self._parameters, grads[len(wanted) :], strict=True)), age)
+            staleness = 0.0 if forward_updates is None else max(0.0, self.updates - forward_updates)
+            self._step(dict(zip(self._parameters, grads[len(wanted) :], strict=True)), staleness)
         return input_grads
 
-    def _step(self, grads: dict[str, Tensor | None], age: float) -> None:
+    def _step(self, grads: dict[str, Tensor | None], staleness: float) -> None:
         """Add gradients to the pending ones and, when it is time, step. Raises `NonFiniteTensor` before any change.
 
-        Of gradients that are accumulated the last one's age counts.
+        Of gradients that are accumulated the staleness of the last one counts.
         """
         total = dict(self._pending)
         for name, grad in grads.items():
@@ -157,31 +177,33 @@ class ExpertBackend:
             return
         factor = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))  # as `torch.nn.utils.clip_grad_norm_`
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr_at(self.updates, age)
+            group["lr"] = self.config.lr_at(self.updates, staleness)
         take_step(self.optimizer, [(p, total.get(name)) for name, p in self._parameters.items()], factor)
         self.updates += 1
         self._pending, self._pending_passes = {}, 0
 
     def _call(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Run the module. What it raises for inputs of a schema that never worked is the caller's: `BadRequest`."""
+        """Run the module. What it raises for a schema that has never worked is the caller's fault: `BadRequest`."""
         schema = schema_of(inputs)
         try:
             output: Any = self.module(*inputs)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-            if schema in self._seen:
+            if schema in self._working_schemas:
                 raise
-            takes = self.takes or (describe(next(iter(self._seen))) if self._seen else "something else")
+            takes = self.takes or (
+                describe(next(iter(self._working_schemas))) if self._working_schemas else "something else"
+            )
             said = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise BadRequest(f"expert {self.uid} takes {takes}; got {describe(schema)} ({said})") from error
         if not isinstance(output, Tensor) or output.ndim < 1 or output.shape[0] != inputs[0].shape[0]:
             got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise TypeError(f"an expert's module returns one tensor with a row per input row; this one returned {got}")
-        if schema not in self._seen:
-            if len(self._seen) >= MAX_SCHEMAS:
-                del self._seen[next(iter(self._seen))]
-            self._seen[schema] = None
+        if schema not in self._working_schemas:
+            if len(self._working_schemas) >= MAX_SCHEMAS:
+                del self._working_schemas[next(iter(self._working_schemas))]
+            self._working_schemas[schema] = None
             self._has_buffers = any(True for _ in self.module.buffers())  # the pass may have made some
         return output
 
@@ -214,7 +236,8 @@ class ExpertBackend:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Become what `state()` described, to the bit.
 
-        Raises `CheckpointError`, naming the tensor that is missing, superfluous or of another shape; nothing changes.
+        Raises `CheckpointError`, which names the tensor that is missing, superfluous or of another shape; then nothing
+        has changed.
         """
         module = self._module_tensors()
         slots = optimizer_slots(self.config) if self.optimizer else ()

@@ -12,30 +12,43 @@ import torch
 from torch import Tensor
 
 from labkit.errors import RemoteFailure, RPCError
+from labkit.expert_protocol import Direction
 from labkit.server.backend import ExpertBackend
-from labkit.server.validation import Direction, check_finite
+from labkit.server.validation import check_finite
 
 logger = logging.getLogger(__name__)
 
+MAX_ERROR_LENGTH = 500  # characters of an error that are sent to the caller
+
 
 class DeviceLost(RuntimeError):
-    """The device computes nothing any more until its process ends, whatever it is asked. The server is to end."""
+    """The device cannot compute anything any more until its process ends. The whole server has to end."""
 
 
 def compute_batch(
     backend: ExpertBackend,
     direction: Direction,
     requests: list[Sequence[Tensor]],
-    seen: Sequence[int | None] | None = None,
+    forward_updates: Sequence[int | None] | None = None,
 ) -> tuple[list[list[Tensor] | RPCError], int]:
-    """Compute one batch. Returns each request's tensors or its own error, in order, and the expert's updates after it.
-    `seen`: for a backward pass, of each request, the expert's updates at its forward pass, where the caller said so.
+    """Compute one batch.
 
     1. Refuse the requests with NaN or infinity, alone.
     2. Merge the others: one pass, and for a backward pass one optimizer step.
     3. If that fails, compute them one by one, so that only the guilty fail. (A failed pass has changed nothing.)
 
-    Raises `DeviceLost` where a pass failed and the device with it.
+    Args:
+        backend: The expert.
+        direction: "forward" or "backward".
+        requests: The tensors of each request, [rows, ...]; all requests have the same schema.
+        forward_updates: For a backward pass, the expert's updates at each request's forward pass, where the caller said
+            so.
+
+    Returns:
+        For each request, in order, its tensors or its own error; and the expert's updates after the batch.
+
+    Raises:
+        DeviceLost: A pass failed, and the device with it.
     """
     answers: list[list[Tensor] | RPCError] = [RemoteFailure("not computed")] * len(requests)
     # 1.
@@ -50,7 +63,7 @@ def compute_batch(
     if len(good) > 1:
         try:
             merged = [torch.cat(column) for column in zip(*(requests[i] for i in good), strict=True)]
-            results = backend.compute(direction, merged, _mean_seen(requests, seen, good))
+            results = backend.compute(direction, merged, _mean_forward_updates(requests, forward_updates, good))
         except Exception as error:
             _check_device(backend.config.device, error)
             logger.debug("a merged batch of %s failed (%s); its requests run one by one", backend.uid, error)
@@ -62,35 +75,38 @@ def compute_batch(
     # 3. (Or there was only one, which is neither copied nor merged.)
     for i in good:
         try:
-            answers[i] = backend.compute(direction, requests[i], _mean_seen(requests, seen, [i]))
+            answers[i] = backend.compute(direction, requests[i], _mean_forward_updates(requests, forward_updates, [i]))
         except Exception as error:
             _check_device(backend.config.device, error)
             answers[i] = _translate(error, backend, direction)
     return answers, backend.updates
 
 
-def _mean_seen(
-    requests: list[Sequence[Tensor]], seen: Sequence[int | None] | None, places: Sequence[int]
+def _mean_forward_updates(
+    requests: list[Sequence[Tensor]], forward_updates: Sequence[int | None] | None, places: Sequence[int]
 ) -> float | None:
-    """The mean over the rows of those requests that say it."""
-    rows = {place: len(requests[place][0]) for place in places}
-    said = [(value, rows[place]) for place in places if seen is not None and (value := seen[place]) is not None]
-    return sum(value * count for value, count in said) / sum(count for _, count in said) if said else None
+    """The mean of the forward updates over the rows of the requests at `places`, as far as they are known."""
+    if forward_updates is None:
+        return None
+    known = [(updates, len(requests[i][0])) for i in places if (updates := forward_updates[i]) is not None]
+    return sum(updates * rows for updates, rows in known) / sum(rows for _, rows in known) if known else None
 
 
 def _translate(error: Exception, backend: ExpertBackend, direction: str) -> RPCError:
-    """What to tell the caller. A new error, since a traceback would keep the batch's tensors alive."""
+    """The error to send to the caller. A new one, since a traceback would keep the batch's tensors alive."""
     if isinstance(error, RPCError):
         return type(error)(*error.args)
     logger.warning("expert %s failed in a %s pass", backend.uid, direction, exc_info=error)
-    return RemoteFailure(f"expert {backend.uid} failed in a {direction} pass: {type(error).__name__}: {error}"[:500])
+    return RemoteFailure(
+        f"expert {backend.uid} failed in a {direction} pass: {type(error).__name__}: {error}"[:MAX_ERROR_LENGTH]
+    )
 
 
 def _check_device(device: str, error: Exception) -> None:
     """Raise `DeviceLost` if the device no longer computes 1 + 1, as after an assertion that failed in a CUDA kernel.
 
-    It isn't asked in the usual cases, where memory is out or the pass was refused, but for a refusal that was made of
-    another error, which may be the device's. Nor is a device lost that has no memory for this sum.
+    The device isn't asked in the usual cases: memory has run out, or the pass was refused. It is asked about a refusal
+    that was made of another error, which may be the device's. A device that has no memory for this sum is not lost.
     """
     if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RPCError) and error.__cause__ is None):
         return
@@ -101,4 +117,4 @@ def _check_device(device: str, error: Exception) -> None:
     except RuntimeError as failure:
         if "out of memory" not in str(failure):  # a driver's own, which torch raises as another class
             said = f"{device} computes nothing any more, after {type(error).__name__}: {error}"
-            raise DeviceLost(said[:500]) from None
+            raise DeviceLost(said[:MAX_ERROR_LENGTH]) from None

@@ -19,17 +19,26 @@ logger = logging.getLogger(__name__)
 
 THREAD_END_TIMEOUT = 0.2  # seconds that closing waits for the batch being computed; a clean stop has waited before
 
-OnDone = Callable[[Any, BaseException | None, float], object]
-"""Told what came of a piece of work: its value or its error, and the seconds it took. In the thread of trio."""
+OnComputed = Callable[[Any, BaseException | None, float], object]
+"""Called in trio's thread with the outcome of a piece of work: its value or its error, and the seconds that it took."""
 
 
 class Executor(Protocol):
     """Runs one piece of work at a time."""
 
     def start(
-        self, work: Callable[[], Any], done: OnDone, nursery: trio.Nursery, *, uid: str, direction: str, rows: int
+        self, work: Callable[[], Any], done: OnComputed, nursery: trio.Nursery, *, uid: str, direction: str, rows: int
     ) -> None:
-        """Begin; `done` is called at the end, perhaps before this returns. `nursery`: for what has to wait."""
+        """Begin a piece of work.
+
+        Args:
+            work: Computes, and returns a value or raises.
+            done: Called at the end, perhaps before this returns.
+            nursery: Where an executor may start a task that waits.
+            uid: The expert that computes, for an executor that makes up how long it takes; like the next two.
+            direction: "forward", "backward", or "snapshot".
+            rows: The rows of the batch.
+        """
 
 
 class InlineCompute:
@@ -43,18 +52,18 @@ class InlineCompute:
         self._duration = duration
 
     def start(
-        self, work: Callable[[], Any], done: OnDone, nursery: trio.Nursery, *, uid: str, direction: str, rows: int
+        self, work: Callable[[], Any], done: OnComputed, nursery: trio.Nursery, *, uid: str, direction: str, rows: int
     ) -> None:
         if self._duration is None:
             self._compute(work, done, 0.0)
         else:
             nursery.start_soon(self._wait, work, done, self._duration(uid, direction, rows))
 
-    async def _wait(self, work: Callable[[], Any], done: OnDone, seconds: float) -> None:
+    async def _wait(self, work: Callable[[], Any], done: OnComputed, seconds: float) -> None:
         await trio.sleep(seconds)
         self._compute(work, done, seconds)
 
-    def _compute(self, work: Callable[[], Any], done: OnDone, seconds: float) -> None:
+    def _compute(self, work: Callable[[], Any], done: OnComputed, seconds: float) -> None:
         value, error = None, None
         try:
             value = work()
@@ -66,7 +75,9 @@ class InlineCompute:
 class ComputeThread:
     """The compute thread of one device, alive inside `async with`. One hand-over each way per piece of work.
 
-    `threads`: torch's number of threads for one operation, or None to leave it alone.
+    Args:
+        device: The name of the device, for the name of the thread.
+        threads: Torch's number of threads for one operation; None leaves it as it is.
     """
 
     def __init__(self, device: str = "cpu", *, threads: int | None = None) -> None:
@@ -77,6 +88,7 @@ class ComputeThread:
 
     @property
     def alive(self) -> bool:
+        """Whether the thread has not ended yet; it may outlive its block by one batch."""
         return self._thread.is_alive()
 
     async def __aenter__(self) -> ComputeThread:
@@ -94,7 +106,7 @@ class ComputeThread:
         logger.warning("%s is still computing after %s s; left behind", self._thread.name, THREAD_END_TIMEOUT)
 
     def start(
-        self, work: Callable[[], Any], done: OnDone, nursery: trio.Nursery, *, uid: str, direction: str, rows: int
+        self, work: Callable[[], Any], done: OnComputed, nursery: trio.Nursery, *, uid: str, direction: str, rows: int
     ) -> None:
         def job() -> None:
             value, error, started = None, None, time.perf_counter()

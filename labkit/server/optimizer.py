@@ -12,23 +12,46 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from labkit.server.validation import HALF
+from labkit.server.validation import HALF_PRECISION
 
 T = TypeVar("T", bound=torch.optim.Optimizer)
 
 
 @dataclass(frozen=True)
 class BackendConfig:
-    """How an expert is trained and what it accepts. Plain values only: a config travels to child processes as JSON.
+    """How an expert is trained and what it accepts.
 
-    `beta1`: of Adam, its momentum. Where many trainers make gradients stale, 0 is better: asynchrony is a momentum of
-    its own (Mitliagkas et al. 2016).
-    `accumulate`: backward passes (merged batches) whose gradients are summed into one optimizer step. `schedule`:
-    "linear" warms the learning rate up over `warmup_steps` and then lowers it to 0 at `total_steps`; "constant" may
-    have a warm-up too. `age_power`: p, where the learning rate of a step is multiplied by (1 + age)^-p; the age of its
-    gradient is how many steps the expert has made since the forward pass of the same rows, where the caller says so.
-    `clip_grad_norm`: bound on the norm of all parameter gradients of a step, or None.
-    `max_batch_size`: rows. `train_mode`: whether the module runs in train mode; see `ExpertBackend`.
+    Values are plain, since a config travels to server processes as JSON.
+
+    Example:
+        swarm.serve("ffn", hidden=256, grid=(4, 4), backend=lk.BackendConfig(lr=3e-4, clip_grad_norm=1.0))
+
+    Args:
+        optimizer: "adam" (default), "adamw" or "sgd".
+        lr: Learning rate, at least 0. Default 1e-3.
+        weight_decay: Weight decay of the optimizer. Default 0.
+        amsgrad: Whether "adam" and "adamw" use their AMSGrad variant. Default False.
+        beta1: Momentum of "adam" and "adamw", at least 0 and below 1. Default 0.9. Where many trainers make gradients
+            stale, 0 is better: asynchrony is a momentum of its own (Mitliagkas et al. 2016).
+        momentum: Momentum of "sgd". Default 0.
+        fused: Whether to use torch's fused optimizers, which are several times as fast. Default True; where a fused one
+            would be wrong, another is used in any case.
+        clip_grad_norm: Bound on the norm of all parameter gradients of a step together. Default None: no clipping.
+        accumulate: Backward passes (merged batches) whose gradients are summed into one optimizer step. Default 1.
+        schedule: Of the learning rate: "constant" (default), or "linear", which falls to 0 at `total_steps`. Both begin
+            with the warm-up, if there is one.
+        warmup_steps: Optimizer steps over which the learning rate rises to `lr`. Default 0.
+        total_steps: Optimizer steps until a "linear" schedule reaches 0; it needs more than `warmup_steps`.
+        age_power: p, where the learning rate of a step is multiplied by (1 + staleness)^-p. The staleness of a gradient
+            is the number of steps that the expert has made since the forward pass of the same rows, where the caller
+            says which that was. Default 0: stale gradients count like fresh ones.
+        max_batch_size: Rows that the expert computes at once, and accepts in one request. Default 4096.
+        device: Where the expert computes: "cpu" (default), "cuda", "cuda:1", ….
+        train_mode: Whether the module runs in train mode, so that dropout draws anew in each pass. Default False: it
+            runs in eval mode, and the forward pass that a backward pass repeats is the same one.
+
+    Raises:
+        ValueError: A value is out of its range.
     """
 
     optimizer: str = "adam"  # "adam" | "adamw" | "sgd"
@@ -72,20 +95,21 @@ class BackendConfig:
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise ValueError(f"clip_grad_norm={self.clip_grad_norm}: a positive number, or None for no clipping")
 
-    def lr_at(self, updates: int, age: float = 0.0) -> float:
+    def lr_at(self, updates: int, staleness: float = 0.0) -> float:
         """Learning rate of the step that follows `updates` steps. A pure function, so the schedule has no state."""
         factor = min(1.0, (updates + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         if self.schedule == "linear" and updates >= self.warmup_steps:
             factor = max(0.0, (self.total_steps - updates) / (self.total_steps - self.warmup_steps))
-        return self.lr * factor * math.pow(1.0 + age, -self.age_power)
+        return self.lr * factor * math.pow(1.0 + staleness, -self.age_power)
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: BackendConfig) -> torch.optim.Optimizer | None:
     """The optimizer that the config names, or None where there is nothing to train.
 
-    Not a fused one where that is wrong: 1. for a parameter with gaps in its memory, as a slice of a larger tensor has,
-    which would be read and written as if it had none; 2. SGD for half precision on the CPU, which moves only the last
-    few parameters of a tensor, if any, up to torch 2.13 (https://github.com/pytorch/pytorch/issues/191763).
+    It is not a fused one where that would be wrong: 1. for a parameter with gaps in its memory, such as a slice of a
+    larger tensor, which would be read and written as if it had none; 2. for SGD in half precision on the CPU, which
+    moves only the last few numbers of a tensor, if any, up to torch 2.13
+    (https://github.com/pytorch/pytorch/issues/191763).
     """
     sgd = config.optimizer == "sgd"
     if config.fused and not all(_is_dense(p) and not (sgd and _is_half_on_cpu(p)) for p in parameters):
@@ -98,17 +122,17 @@ def _is_dense(parameter: nn.Parameter) -> bool:
 
 
 def _is_half_on_cpu(parameter: nn.Parameter) -> bool:
-    return parameter.device.type == "cpu" and parameter.dtype in HALF
+    return parameter.device.type == "cpu" and parameter.dtype in HALF_PRECISION
 
 
 def take_step(
     optimizer: torch.optim.Optimizer, grads: Iterable[tuple[nn.Parameter, Tensor | None]], factor: float = 1.0
 ) -> None:
-    """One step by these gradients times `factor`. No gradient stays allocated.
+    """Take one step by these gradients times `factor`. No gradient stays allocated.
 
-    Where it fails, as for want of memory, what the optimizer began to keep for a parameter is dropped, so that of each
-    it has all of its tensors, or none yet, and can go on. Numbers that it had changed by then stay so; there are none
-    where it fails to allocate what it keeps, in the first step.
+    If the step fails, as when memory runs out, the tensors that the optimizer began to keep for a parameter are
+    dropped: it then has all of its tensors for each parameter, or none yet, and can go on. Parameters that it had
+    changed by then stay changed. In the first step, where it allocates what it keeps, there are none.
     """
     kept = {p for p, slots in optimizer.state.items() if slots}
     try:
@@ -126,10 +150,10 @@ def take_step(
 
 
 def laid_out(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
-    """The tensor, or a copy, with the strides of the parameter, whose shape it has (unless it is but a number).
+    """The tensor, or a copy of it, with the strides of the parameter. It has the parameter's shape, or is one number.
 
-    Fused optimizers read both as one row of numbers. `loss.backward()` sees to that; `torch.autograd.grad` returns
-    gradients as the module's operations left them: transposed, or expanded from one number.
+    Fused optimizers read both as one row of numbers. `loss.backward()` makes the strides equal; `torch.autograd.grad`
+    returns gradients as the module's operations left them: transposed, or expanded from one number.
     """
     fits = tensor.stride() == parameter.stride() or not tensor.ndim
     return tensor if fits else torch.empty_like(parameter).copy_(tensor)
@@ -143,7 +167,7 @@ def optimizer_slots(config: BackendConfig) -> tuple[str, ...]:
 
 
 def _uncompiled(kind: type[T]) -> type[T]:
-    """The same optimizer, that never imports torch's compiler, which takes two CPU-seconds: nothing here is compiled.
+    """The same optimizer without the import of torch's compiler, which takes two CPU-seconds: nothing is compiled here.
 
     `torch.optim` imports `torch._dynamo` 1. when a method is called that is marked as not to be compiled: here they are
     as they were before they were marked; 2. in each `step`, to tell the compiler where to break: here a step is one

@@ -1,7 +1,7 @@
 """An expert server: a node that holds experts, answers calls to them, declares them in the DHT and saves them.
 
 On a batch's way: `wire/rpc_server` hands a request to `rpc_forward` or `rpc_backward`, which queue it with the runtime
-and say later what came of it.
+and respond when its batch has been computed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 import trio
 
@@ -24,6 +23,7 @@ from labkit.contact import Contact
 from labkit.directory.grids import GridInfo, keep_grid_declared
 from labkit.errors import DeadlineExceeded, LabkitError, RPCError
 from labkit.events import Emit, ignore
+from labkit.expert_protocol import BACKWARD, FORWARD, STATISTICS, Direction, ExpertReply, ExpertRequest
 from labkit.expert_uid import check_inside, split_uid
 from labkit.faults import Faults
 from labkit.node import NodeConfig, open_node
@@ -31,8 +31,8 @@ from labkit.server.backend import ExpertBackend
 from labkit.server.checkpoints import Progress, keep_checkpoints, restore, save_all
 from labkit.server.layers import kind_name, make_expert
 from labkit.server.optimizer import BackendConfig
-from labkit.server.runtime import Executor, Queued, Result, Runtime
-from labkit.server.statistics import Count, ServerStatistics, statistics_of
+from labkit.server.runtime import Executor, QueuedRequest, Result, Runtime
+from labkit.server.statistics import ServerStatistics
 from labkit.wire.rpc_types import AsyncMethod, CallbackMethod, Methods, Reply, Request, RespondFn
 from labkit.wire.security import Admission, Identity
 from labkit.wire.timers import Timers
@@ -45,34 +45,23 @@ STOP_TIMEOUT = 30.0  # seconds that a whole clean stop may take, the saves inclu
 STOP_TIMEOUT_PER_GB = 20.0  # seconds more for each GB to save: a disk that takes 50 MB/s is slow
 
 
-class ExpertCall(msgspec.Struct, array_like=True):
-    """The body of a forward or backward call; the tensors are the inputs, then (backward) the output's gradient.
-
-    `seen`: for a backward call, the `updates` that the forward call of the same rows was answered with, if known.
-    """
-
-    uid: str
-    seen: Count | None = None
-
-
-class ExpertAnswer(msgspec.Struct, array_like=True):
-    """The body of the answer. Seconds in the queue and in the batch; optimizer steps the expert has made."""
-
-    queue: float
-    compute: float
-    updates: int
-
-
 @dataclass(frozen=True)
 class ServerConfig:
-    """What a server holds. Plain values (if `kind` is text), so that it can be handed to a child process as JSON.
+    """What a server holds. The values are plain (if `kind` is text), so that a child process can get them as JSON.
 
-    `grid`: sizes of the grid that the uids lie in; declared too, if given. `kind`, `options`: see `make_expert`.
-    `checkpoint_dir`: experts are loaded from there at the start and saved every `checkpoint_period` seconds (or as
-    `keep_checkpoints` sees fit) and at a clean stop. `threads`: torch's threads for one operation. `seed`: makes each
-    expert's fresh parameters a function of the seed and its uid, provided that nothing else in this process draws from
-    torch's generator meanwhile. In a server process nothing does. A trainer beside a server that is a task may; then
-    some of its own numbers come twice, too.
+    Args:
+        uids: The experts to serve, each once.
+        grid: Sizes of the grid that the uids lie in, which is declared with them; None to declare no grid.
+        kind: A registered name, `"package.module:factory"`, or a factory; see `make_expert`.
+        options: What the factory is given.
+        backend: How the experts are trained and what they accept.
+        checkpoint_dir: Experts are loaded from there at the start, and saved there regularly and at a clean stop.
+        checkpoint_period: Seconds between two saves; None for `usual_period`.
+        max_queue_rows: Rows that may wait before requests are turned away.
+        threads: Torch's threads for one operation; None leaves them as they are.
+        seed: Makes each expert's fresh parameters a function of the seed and its uid, provided that nothing else in
+            this process draws from torch's generator meanwhile. In a server process nothing does. A trainer beside a
+            server that is a task may; then some of the trainer's own numbers come twice, too.
     """
 
     uids: tuple[str, ...]
@@ -100,7 +89,15 @@ class ServerConfig:
 
 
 class ExpertServer:
-    """The experts of one server and the methods by which they are called."""
+    """The experts of one server and the methods by which they are called.
+
+    Args:
+        config: What the server holds.
+        faults: The delays and losses to inject; none by default.
+        emit: Gets a `BatchProcessed` for each batch.
+        executor: Where to compute; None for a thread per device.
+        timers: The network's, for injected delays.
+    """
 
     def __init__(
         self,
@@ -119,9 +116,9 @@ class ExpertServer:
             backends, emit=emit, executor=executor, max_queue_rows=config.max_queue_rows, threads=config.threads
         )
         self.methods: Methods = {
-            "expert.forward": CallbackMethod(self.rpc_forward, ExpertCall),
-            "expert.backward": CallbackMethod(self.rpc_backward, ExpertCall),
-            "server.statistics": AsyncMethod(self.rpc_statistics),
+            FORWARD: CallbackMethod(self.rpc_forward, ExpertRequest),
+            BACKWARD: CallbackMethod(self.rpc_backward, ExpertRequest),
+            STATISTICS: AsyncMethod(self.rpc_statistics),
         }
 
     def _make_backend(self, uid: str) -> ExpertBackend:
@@ -142,37 +139,39 @@ class ExpertServer:
         return backend
 
     def rpc_forward(self, request: Request, respond: RespondFn) -> Callable[[], object]:
-        """Inputs [rows, ...] -> outputs [rows, ...]."""
+        """Answer with the outputs [rows, ...] for inputs [rows, ...]."""
         return self._compute("forward", request, respond)
 
     def rpc_backward(self, request: Request, respond: RespondFn) -> Callable[[], object]:
-        """Inputs and output gradient -> input gradients; the expert takes an optimizer step."""
+        """Answer with the input gradients for inputs and an output gradient. The expert takes an optimizer step."""
         return self._compute("backward", request, respond)
 
-    def _compute(self, direction: str, request: Request, respond: RespondFn) -> Callable[[], object]:
-        """1. Wait, or lose it, as injected faults will have it; 2. queue it with the runtime, and answer."""
-        body: ExpertCall = request.body
-        queued: list[Queued] = []
+    def _compute(self, direction: Direction, request: Request, respond: RespondFn) -> Callable[[], object]:
+        """1. Delay the request, or lose it, as injected faults say; 2. queue it with the runtime; 3. answer."""
+        body: ExpertRequest = request.body
+        queued: list[QueuedRequest] = []
         forgotten = False
 
-        def begin() -> None:  # 2
+        def enqueue() -> None:  # 2
             if forgotten:
                 return
             try:
                 queued.append(
-                    self.runtime.put(body.uid, direction, request.tensors, request.deadline, finish, body.seen)
+                    self.runtime.put(
+                        body.uid, direction, request.tensors, request.deadline, on_result, body.forward_updates
+                    )
                 )
             except RPCError as error:
                 respond(error)
 
-        def finish(result: Result | Exception) -> None:
+        def on_result(result: Result | Exception) -> None:  # 3
             if self.runtime.stopped:
                 return  # so is the whole server, and the caller learns it when the connection breaks
             if isinstance(result, Exception):
                 respond(result)
             else:
-                body = ExpertAnswer(result.queue_seconds, result.compute_seconds, result.updates)
-                respond(Reply(body, result.tensors))
+                reply = ExpertReply(result.queue_seconds, result.compute_seconds, result.updates)
+                respond(Reply(reply, result.tensors))
 
         def forget() -> None:
             nonlocal forgotten
@@ -184,7 +183,7 @@ class ExpertServer:
         if lost:
             self._timers.at(request.deadline, respond, DeadlineExceeded("lost, as faults are injected here"))
         else:
-            self._timers.after(delay, begin)
+            self._timers.after(delay, enqueue)
         return forget
 
     async def rpc_statistics(self, request: Request) -> Reply:
@@ -193,7 +192,9 @@ class ExpertServer:
 
     def statistics(self) -> ServerStatistics:
         """How the server is doing."""
-        return statistics_of(self.runtime.statistics(), self.faults)
+        statistics = self.runtime.statistics()
+        statistics.latency, statistics.loss = self.faults.latency, self.faults.loss
+        return statistics
 
 
 async def serve_experts(
@@ -213,11 +214,22 @@ async def serve_experts(
 ) -> None:
     """Run an expert server until `stop` is set (a clean stop: every expert is saved) or until cancelled (a crash).
 
-    `executor`: where to compute, in a simulation `InlineCompute`, with which nothing leaves this thread. `allow`: is
-    told, before the server counts as started, how many seconds a clean stop may take (`stop_timeout`).
-
     1. build the experts, or load them; 2. start the runtime; 3. join the swarm; 4. declare the experts: from then on
     they can be found, and only then the server counts as started; 5. declare again and save, until the stop.
+
+    Args:
+        network: Where the server's node listens.
+        identity: The node's key pair.
+        config: What the server holds.
+        node_config: How the node listens.
+        join: Nodes of the swarm to join; none for a swarm of its own.
+        admission: Who may connect; None for everybody.
+        faults: The delays and losses to inject; none by default.
+        emit: Gets the events of the server and its node.
+        stop: Set it for a clean stop.
+        executor: Where to compute. In a simulation that is `InlineCompute`, with which nothing leaves this thread.
+        allow: Called before the server counts as started, with the seconds that a clean stop may take (`stop_timeout`).
+        task_status: Started with the node's contact.
     """
     server = await _build(partial(ExpertServer, config, faults, emit, executor, timers=network.timers), executor)  # 1
     if allow is not None:
@@ -243,7 +255,7 @@ async def serve_experts(
             task_status.started(node.contact)
             await stop.wait()  # 5
             keepers.cancel_scope.cancel()
-        with trio.move_on_after(SETTLE_TIMEOUT):  # or a batch that takes long would keep all experts from being saved
+        with trio.move_on_after(SETTLE_TIMEOUT):  # a batch that takes long must not keep all experts from being saved
             await server.runtime.settle()
         nursery.cancel_scope.cancel()
     if config.checkpoint_dir is not None:
@@ -251,34 +263,37 @@ async def serve_experts(
 
 
 def stop_timeout(backends: Iterable[ExpertBackend]) -> float:
-    """Seconds that a server of these experts may take for a clean stop before it is killed: thirty, and twenty more for
-    each GB of them and their optimizers. (A swarm that is closed does not wait so long.)"""
+    """Seconds that a server of these experts may take for a clean stop before it is killed.
+
+    They are thirty, and twenty more for each GB of the experts and their optimizers. (A swarm that is closed does not
+    wait so long.)
+    """
     return STOP_TIMEOUT + round(STOP_TIMEOUT_PER_GB * sum(backend.state_bytes for backend in backends) / 1e9)
 
 
 async def _build(make: Callable[[], ExpertServer], executor: Executor | None) -> ExpertServer:
-    """Build or load the experts in a thread, since that can take seconds, and the network goes on. (Virtual time would
-    not stand still for a thread.)
+    """Build or load the experts in a thread: that can take seconds, and the network has to go on. (With an `executor`
+    time is virtual and would not stand still for a thread.)
 
-    One server at a time, since torch has one generator a process, which a seed sets anew and which is put back
-    afterwards. What draws from it meanwhile in other threads is not kept from doing so: see `ServerConfig.seed`.
+    One server is built at a time, since a process has one torch generator, which a seed sets anew and which is put back
+    afterwards. Other threads may draw from it meanwhile: see `ServerConfig.seed`.
     """
     if executor is not None:
         await trio.lowlevel.checkpoint()
         return make()
     try:
-        one = _one_at_a_time.get()
+        limiter = _one_at_a_time.get()
     except LookupError:
-        one = trio.CapacityLimiter(1)
-        _one_at_a_time.set(one)
-    return await trio.to_thread.run_sync(make, limiter=one)
+        limiter = trio.CapacityLimiter(1)
+        _one_at_a_time.set(limiter)
+    return await trio.to_thread.run_sync(make, limiter=limiter)
 
 
 _one_at_a_time: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("building experts")
 
 
 def grid_info(config: ServerConfig) -> GridInfo:
-    """What others are told of a server's grid: of the experts only what is plain text and numbers."""
+    """The record of a server's grid that is declared; of the options only those that are plain text or numbers."""
     plain: dict[str, bool | int | float | str | None] = {
         key: value for key, value in config.options.items() if isinstance(value, (bool, int, float, str))
     }
@@ -286,7 +301,7 @@ def grid_info(config: ServerConfig) -> GridInfo:
 
 
 def checkpoint_directory(path: str | Path | None) -> str | None:
-    """A directory for checkpoints as text, made if need be. Raises `LabkitError` if it cannot be written to."""
+    """The path of a directory for checkpoints, made if need be. Raises `LabkitError` if it cannot be written to."""
     if path is None:
         return None
     directory = Path(path).expanduser()

@@ -1,25 +1,26 @@
 """Task pools: requests that wait for the compute thread, gathered by expert, direction and schema.
 
-Between `Runtime.submit`, which adds requests, and the runtime's loop, which takes batches. Plain state: the time is
-passed in, and nothing here waits.
+Between `Runtime.put`, which adds requests, and the runtime's loop, which takes batches. Plain state: the time is passed
+in, and nothing here waits.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from labkit.server.validation import Direction, Schema
+from labkit.expert_protocol import Direction
+from labkit.server.validation import Schema
 
 T = TypeVar("T")
 
 
 class PoolKey(NamedTuple):
-    """What requests must have in common to be merged."""
+    """What requests have in common that can be merged."""
 
     uid: str
     direction: Direction
@@ -28,9 +29,17 @@ class PoolKey(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Task(Generic[T]):
-    """One request in a pool. `arrived`, `deadline`: seconds on trio's clock. `finish` is told the result or error.
+    """One request in a pool.
 
-    `seen`: for a backward pass, the expert's updates at the forward pass, if the caller said so.
+    Args:
+        key: What it has in common with those that it can be merged with.
+        tensors: The inputs and, for a backward pass, the output gradient behind them.
+        rows: The size of the first dimension of each tensor.
+        arrived: When it came, in seconds on trio's clock.
+        deadline: When it is too late to compute it, on the same clock.
+        on_result: Called once with the result or the error.
+        forward_updates: For a backward pass, the expert's updates at the forward pass, if the caller said so.
+        number: Its place in the order of arrival, given by the pools.
     """
 
     key: PoolKey
@@ -38,9 +47,9 @@ class Task(Generic[T]):
     rows: int
     arrived: float
     deadline: float
-    finish: Callable[[T | Exception], None]
-    seen: int | None = None
-    number: int = field(default=-1)  # order of arrival, given by the pools
+    on_result: Callable[[T | Exception], None]
+    forward_updates: int | None = None
+    number: int = -1
 
 
 class TaskPool(Generic[T]):
@@ -50,7 +59,8 @@ class TaskPool(Generic[T]):
         self.tasks: OrderedDict[int, Task[T]] = OrderedDict()  # OrderedDict: cheap removal at the front and anywhere
 
     def pick(self, now: float, max_rows: int) -> tuple[list[Task[T]], list[Task[T]]]:
-        """The oldest requests that fit together into `max_rows` rows, and those met on the way that are too late."""
+        """Returns the oldest requests that fit into `max_rows` rows together, and those met on the way that are
+        too late."""
         picked: list[Task[T]] = []
         expired: list[Task[T]] = []
         rows = 0
@@ -66,7 +76,7 @@ class TaskPool(Generic[T]):
 
 
 class TaskPools(Generic[T]):
-    """All pools of one device. `rows` and `len()` count what waits."""
+    """All pools of one device. `len()` counts the requests that wait, `rows` their rows."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -96,9 +106,10 @@ class TaskPools(Generic[T]):
         return True
 
     def next_batch(self, now: float, max_rows: Callable[[str], int]) -> tuple[list[Task[T]], list[Task[T]]]:
-        """Take out the next batch: from the pool with the oldest request, as many as fit into `max_rows(uid)`.
+        """Take the next batch out of the pool with the oldest request: as many requests as fit into `max_rows(uid)`.
 
-        Returns the batch, empty when nothing waits, and the requests whose deadline has passed, taken out as well.
+        Returns the batch, which is empty when nothing waits, and the requests whose deadline has passed. They are taken
+        out as well.
         """
         late: list[Task[T]] = []
         while self._order:
@@ -112,7 +123,7 @@ class TaskPools(Generic[T]):
         return [], late
 
     def clear(self) -> list[Task[T]]:
-        """Take out everything."""
+        """Take out all requests, and return them in the order of their arrival."""
         tasks = list(self._order.values())
         self._take(tasks)
         return tasks

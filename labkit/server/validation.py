@@ -1,26 +1,25 @@
-"""What can be a request to an expert: shapes, numbers of rows, finite numbers. Plain functions of tensors.
+"""Checks of requests to an expert: shapes, numbers of rows, finite numbers. Plain functions of tensors.
 
-Used on both threads: the runtime checks shapes before a request is queued, the batch looks at the numbers.
+On a batch's way they run on both threads: the runtime checks shapes before it queues a request, the batch checks the
+numbers.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from labkit.errors import BadRequest, NonFiniteTensor
 
-Direction = Literal["forward", "backward"]
 Schema = tuple[tuple[torch.dtype, tuple[int, ...]], ...]  # per tensor: dtype and the shape without its rows
-HALF = (torch.float16, torch.bfloat16)
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
-def checked_rows(uid: str, direction: str, tensors: Sequence[Tensor], most: int) -> int:
-    """The number of rows, `most` at most, if tensors of these shapes can be a request at all. Raises `BadRequest`."""
+def checked_rows(uid: str, direction: str, tensors: Sequence[Tensor], max_batch_size: int) -> int:
+    """The number of rows of a request. Raises `BadRequest` if tensors of these shapes cannot be a request at all."""
     least = {"forward": 1, "backward": 2}.get(direction)
     if least is None:
         raise BadRequest(f"direction {direction!r}: forward or backward")
@@ -31,8 +30,8 @@ def checked_rows(uid: str, direction: str, tensors: Sequence[Tensor], most: int)
         shapes = ", ".join(str(list(t.shape)) for t in tensors)
         raise BadRequest(f"all tensors of a request have the same number of rows, at least one; got {shapes}")
     size = tensors[0].shape[0]
-    if size > most:
-        raise BadRequest(f"{size} rows in one request; expert {uid} takes at most {most} (max_batch_size)")
+    if size > max_batch_size:
+        raise BadRequest(f"{size} rows in one request; expert {uid} takes at most {max_batch_size} (max_batch_size)")
     return size
 
 
@@ -50,27 +49,28 @@ def check_finite(tensors: Sequence[Tensor], what: str = "the request has a tenso
 
 
 def squares_finite(tensors: Iterable[Tensor], *, kept: bool) -> bool:
-    """Whether their squares are: of no tensor with NaN or infinity, nor with numbers too large for an optimizer.
+    """Whether the squares of these tensors are finite: none has NaN, infinity, or numbers too large for an optimizer.
 
-    `kept`: the optimizer keeps a mean of the squares, as Adam does, in each tensor's own type. One that overflowed
-    would stay infinite, and its parameter never move again. In float16, which ends at 65504, it can if gradients stay
-    at 256 or more. A single one of 300 adds but a thousandth of its square, and need not harm: 256 is a safe bound.
+    `kept`: whether the optimizer keeps a mean of the squares in each tensor's own type, as Adam does. A mean that
+    overflowed would stay infinite, and its parameter would never move again. In float16, which ends at 65504, that can
+    happen if gradients stay at 256 or more. A single one of 300 adds only a thousandth of its square and need not harm:
+    256 is a safe bound.
     """
     return all(_is_finite(_size(tensor.detach(), kept)) for tensor in tensors)
 
 
 def norm_of(tensors: Iterable[Tensor]) -> float:
-    """The norm of all of them together, in float32 for those in half precision: in float16 it would end at 65504."""
-    sizes = (_norm(t.detach()) if t.dtype in HALF else t for t in tensors)
+    """The norm of all the tensors together, in float32 for those in half precision: float16 ends at 65504."""
+    sizes = (_norm(t.detach()) if t.dtype in HALF_PRECISION else t for t in tensors)
     return float(torch.nn.utils.get_total_norm(list(sizes)))
 
 
 def _size(tensor: Tensor, kept: bool) -> Tensor:
-    """The sum of its squares, which is several times as fast as the norm, for types that processors know; else that."""
+    """A number that is finite if the squares are: their sum, or the norm, which is several times as slow."""
     size: Tensor
     if tensor.dtype in (torch.float32, torch.float64) and tensor.is_contiguous():
         size = torch.dot(tensor.view(-1), tensor.view(-1))
-    elif tensor.dtype == torch.float16 and kept:  # each square in that, and only their sum in a type with room for it
+    elif tensor.dtype == torch.float16 and kept:  # squares in float16, and only their sum in a wider type
         size = tensor.square().sum(dtype=torch.float32)
     else:
         size = _norm(tensor)
@@ -78,7 +78,7 @@ def _size(tensor: Tensor, kept: bool) -> Tensor:
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float32 if tensor.dtype in HALF else None)
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float32 if tensor.dtype in HALF_PRECISION else None)
     return norm
 
 
