@@ -186,7 +186,9 @@ class _Call:
         """The task in the lab thread. It raises nothing but its cancellation by the lab thread's end."""
         try:
             with self._scope:
-                self.settle(await self._function(*self._args))
+                answer = self._function(*self._args)
+                del self._function, self._args  # or this thread might hold a batch when its caller goes on already
+                self.settle(await answer)
         except trio.Cancelled:
             self.settle(error=_GONE)
             raise
