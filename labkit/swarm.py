@@ -1,7 +1,6 @@
 """The swarm: what a notebook holds. It starts or joins one, serves experts in it, and makes layers that call them.
 
-One lab thread runs all of its network; the methods here may be called from any other thread and block until they are
-done.
+Here is put together what a batch passes: the lab thread with one node, and the session in which layers call experts.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from labkit.client.moe import MixtureOfExperts
 from labkit.client.session import Session, close_session, open_session
 from labkit.contact import Contact, Invitation
 from labkit.directory.grids import GridInfo
-from labkit.errors import RPCError, SwarmClosed
+from labkit.errors import SwarmClosed
 from labkit.events import Emit, Listeners
 from labkit.expert_uid import ExpertInfo, check_grid, split_uid
 from labkit.faults import Faults
@@ -47,8 +46,8 @@ from labkit.server.server import ServerConfig, checkpoint_directory
 from labkit.server.statistics import ServerStatistics
 from labkit.view.collect.inventory import ask_everybody
 from labkit.view.collect.telemetry import Telemetry
-from labkit.view.page.remote_service import Viewers
-from labkit.view.summary import Census, SwarmSummary, all_experts, all_grids, summarize, take_census
+from labkit.view.page.remote_service import RemoteService
+from labkit.view.summary import SwarmSummary, all_experts, all_grids
 from labkit.view.swarm_view import SwarmView
 from labkit.wire.security import Identity, Members, parse_key
 from labkit.wire.transport import LOOPBACK
@@ -62,32 +61,38 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT = 2.0  # seconds that `close` takes at most
-CLEAN_STOP_TIME = 1.2  # seconds of those that servers have to save their experts
+CLEAN_STOP_TIME = 1.2  # seconds of these that servers have to save their experts
+CLEAN_STOP_GRACE = 0.3  # seconds of these that the lab thread may be late with it
 
 _open: dict[str, Swarm] = {}
 
 
 class Swarm:
-    """Start a swarm: a lab thread with one node. `Swarm.join(invite)` joins one instead.
+    """A swarm of expert servers, as one notebook sees it. `Swarm()` starts one, and `Swarm.join(invite)` joins one.
 
-    `name`: a swarm of the same name in this process is closed first, so a cell may run twice. `listen`, `announce`,
-    `secure`: see `ZmqNetwork.listen`; the default listens on loopback only and does not encrypt. `key`: the file of a
-    key that stays the same (made by `labkit keygen`); by default it is new each time. `members`: public keys; makes the
-    swarm private. Use it as a context manager, or `close()` it; at exit it is closed anyway.
+    Its network runs in a thread of its own. Its methods may be called from any other thread, and block until they are
+    done. It ends with `close()`, with the block if it is used as a context manager, and at exit.
+
+    Args:
+        name: its name in this process; a swarm of the same name is closed first, so that a cell may run twice.
+        listen: where its node listens, `tcp://host:port` with port `*` for any; by default only on this machine.
+        announce: `host` or `host:port` that others use to reach it, where that differs, as behind a router.
+        secure: whether to encrypt; by default if it is private or can be reached from other machines.
+        key: the file of a key that stays the same, made by `labkit keygen`; by default the key is new each time.
+        members: public keys of those who may join, which makes the swarm private.
+        node: timeouts and limits of its node.
+
+    Example:
+        >>> swarm = lk.Swarm()
+        >>> swarm.serve("ffn", hidden=256, grid=(4, 4), servers=4)
+        >>> model = nn.Sequential(nn.Linear(784, 256), swarm.moe(256, k_best=4), nn.Linear(256, 10))
     """
 
     def __init__(
-        self,
-        name: str = "default",
-        *,
-        listen: str = LOOPBACK,
-        announce: str | None = None,
-        secure: bool | None = None,
-        key: str | Path | Identity | None = None,
-        members: Sequence[str] | None = None,
-        node: NodeConfig | None = None,
+        self, name: str = "default", *, listen: str = LOOPBACK, announce: str | None = None, secure: bool | None = None,
+        key: str | Path | Identity | None = None, members: Sequence[str] | None = None, node: NodeConfig | None = None,
         _join: tuple[Contact, ...] = (),
-    ) -> None:
+    ) -> None:  # fmt: skip
         identity = key if isinstance(key, Identity) else Identity.generate() if key is None else Identity.load(key)
         self.name = name
         self.servers: list[ServerHandle] = []
@@ -95,7 +100,7 @@ class Swarm:
         self.listeners = Listeners()
         self.listeners.add(self.telemetry)
         self._faults = Faults()
-        self.viewers = Viewers(lambda: getattr(self, "view", None))
+        self.remote_service = RemoteService(lambda: getattr(self, "view", None))
         keys = None if members is None else [identity.public_key, *map(parse_key, members)]
         self._node_config = replace(node or NodeConfig(), listen=listen, announce=announce, secure=secure)
         if name in _open:
@@ -114,26 +119,35 @@ class Swarm:
         experts = ExpertClient(self._node.client, self._node.directory, self.listeners)
         self._session = Session(name, self._portal, self._node.directory, experts, self.listeners)
         open_session(self._session)
-        self.view = SwarmView(self, self._lab, lambda: experts.in_flight)
+        self.view = SwarmView(
+            name, self._lab, self.servers, self.telemetry, self.listeners, in_flight=lambda: experts.in_flight,
+            inject_faults=self.faults,
+        )  # fmt: skip
         _open[name] = self
 
     @classmethod
     def join(cls, invite: str, *, name: str | None = None, **options: Any) -> Swarm:
-        """Join the swarm of an invitation. `options` as for `Swarm`.
+        """Join the swarm that an invitation leads to.
 
-        Raises `InviteError` for a text that is none, `JoinError` within 10 seconds if it cannot be joined: it says for
-        which address, why, and what to try.
+        Args:
+            invite: what `swarm.invite()` returned there, `labkit://<public key>@host:port`.
+            name: its name in this process; by default a name of its own.
+            options: as for `Swarm`.
+
+        Raises:
+            InviteError: the text is no invitation.
+            JoinError: the swarm cannot be joined, after at most 10 seconds; it says why, and what to try.
         """
         contact = Contact.from_invitation(invite)
         if contact.secure and not contact.is_loopback and "listen" not in options:
-            options["listen"] = "tcp://0.0.0.0:*"  # what is to be called back from another machine
+            options["listen"] = "tcp://0.0.0.0:*"  # to be called back from another machine
         elif contact.secure:
             options.setdefault("secure", True)
         return cls(name or f"joined {contact.endpoint}", _join=(contact,), **options)
 
     async def _run(self, identity: Identity, join: tuple[Contact, ...], *, task_status: trio.TaskStatus[Lab]) -> None:
-        """The life of the swarm's node, in the lab thread."""
-        config, admission, methods = self._node_config, self._members.admission(), self.viewers.methods
+        """Run the swarm's node in the lab thread, until it is cancelled."""
+        config, admission, methods = self._node_config, self._members.admission(), self.remote_service.methods
         async with (
             open_network(config.limits.frames) as network,
             open_node(
@@ -147,34 +161,36 @@ class Swarm:
     # ------------------------------------------------------------ serving
 
     def serve(
-        self,
-        kind: str | Factory = "ffn",
-        *,
-        grid: Sequence[int] | None = None,
-        experts: int | None = None,
-        servers: int = 1,
-        name: str | None = None,
-        uids: Sequence[str] | None = None,
-        isolation: str | None = None,
-        checkpoint_dir: str | Path | None = None,
-        checkpoint_period: float | None = None,
-        backend: BackendConfig | None = None,
-        threads: int | None = None,
-        seed: int | None = None,
-        **options: Any,
-    ) -> list[ServerHandle]:
-        """Start local expert servers and return when their experts can be found; they are in `swarm.servers` too.
+        self, kind: str | Factory = "ffn", *, grid: Sequence[int] | None = None, experts: int | None = None,
+        servers: int = 1, name: str | None = None, uids: Sequence[str] | None = None, isolation: str | None = None,
+        checkpoint_dir: str | Path | None = None, checkpoint_period: float | None = None,
+        backend: BackendConfig | None = None, threads: int | None = None, seed: int | None = None, **options: Any,
+    ) -> list[ServerHandle]:  # fmt: skip
+        """Start local expert servers. Returns them when their experts can be found; `swarm.servers` has them, too.
 
-        `kind`: "ffn", "transformer", "nop", a name given to `register_expert`, or any factory of an `nn.Module`, with
-        its `options` (`hidden=256`). `grid`: the grid to serve in (by default that of the running swarm, or one of
-        `experts`); `experts`: how many of its free places to take, all by default, or `uids`: which. `isolation`:
-        "process", or "task" for one in this process; by default a process wherever a process can import the kind, else
-        a task; a name that only this process knows needs "task". `checkpoint_dir`: where experts are loaded from and
-        saved to; by default a folder that goes with the swarm. `checkpoint_period`: every how many seconds; by
-        default ten, or more where saves would take over a fiftieth of the time. `backend`: optimizer and limits.
-        `threads`: torch's, in each server; by default the servers here share this process's number. `seed`: makes an
-        expert's fresh parameters a function of it and of the uid; of experts in this process only if nothing else draws
-        numbers from torch while they are made. Raises `ValueError`, `ServerFailed`.
+        Args:
+            kind: "ffn", "transformer", "nop", a name given to `register_expert`, or a factory of an `nn.Module`.
+            grid: sizes of the grid to serve in; by default those of the running swarm, or one that fits `experts`.
+            experts: how many free places of the grid to take, by default all.
+            servers: how many servers share the experts.
+            name: the grid's name, by default that of the kind.
+            uids: which places to take, instead of `experts`.
+            isolation: "process", or "task" for a server in this process; by default "process" if a process can import
+                the kind. A name that only this process knows needs "task".
+            checkpoint_dir: where experts are loaded from and saved to; by default a folder that ends with the swarm.
+            checkpoint_period: seconds between two saves; by default 10, or more if saving takes over 2 % of the time.
+            backend: optimizer and limits.
+            threads: torch's threads in each server; by default the servers here share this process's number.
+            seed: makes an expert's fresh parameters depend only on it and on the uid; with "task", only if nothing else
+                draws random numbers from torch meanwhile.
+            options: of the kind, such as `hidden=256`.
+
+        Raises:
+            ValueError: the arguments do not fit together, or do not fit the running swarm.
+            ServerFailed: a server did not start.
+
+        Example:
+            >>> swarm.serve("ffn", hidden=256, grid=(4, 4), servers=4)
         """
         if backend is not None and not isinstance(backend, BackendConfig):
             raise ValueError(f"backend={backend!r}: a BackendConfig, such as lk.BackendConfig(lr=1e-3)")
@@ -201,11 +217,14 @@ class Swarm:
         return handles
 
     def faults(self, latency: float | None = None, loss: float | None = None) -> Faults:
-        """Inject faults into all servers started here, from now on, and into those started later. `server.faults` is
-        for one of them.
+        """Inject faults into all servers started here, now and later. Returns the faults that hold from now on.
 
-        `latency`: mean in seconds of an exponentially distributed delay before each call; `loss`: share of calls that
-        get no answer. What is left out stays as it is. Returns what holds now. Raises `ValueError`.
+        Args:
+            latency: mean in seconds of an exponentially distributed delay before each call; by default as it is.
+            loss: share of the calls that get no answer, 0 to 1; by default as it is.
+
+        Raises:
+            ValueError: a number is out of range.
         """
         self._faults.set(latency, loss)
         if latency is not None or loss is not None:
@@ -217,30 +236,32 @@ class Swarm:
             await server.apply_faults(latency, loss)
 
     def statistics(self, timeout: float = 5.0) -> dict[str, ServerStatistics]:
-        """How all servers of the swarm are doing, wherever they were started, by address.
+        """Returns the statistics of all servers of the swarm, wherever they were started, by address.
 
-        They are looked up anew, so one that has just joined is among them, and this swarm's layers know its experts
-        from here on. Those that give no answer, or no sensible one, within `timeout` seconds are missing.
+        Servers are looked up anew: one that has just joined is asked, too, and layers call its experts from then on.
+        `timeout`: seconds; a server that gives no sensible answer within them is missing.
         """
         return self._portal.call(ask_everybody, self._node, self.servers, timeout)
 
     # ------------------------------------------------------------ layers
 
     def moe(
-        self,
-        dim: int,
-        grid: Sequence[int] | None = None,
-        name: str = "ffn",
-        *,
-        routing: str = "softmax",
-        jitter: float = 0.0,
-        grid_dropout: float = 0.0,
-        **dispatch: Any,
-    ) -> MixtureOfExperts:
-        """A layer [..., dim] -> [..., dim] over the grid `name` of this swarm. See `MixtureOfExperts`.
+        self, dim: int, grid: Sequence[int] | None = None, name: str = "ffn", *, routing: str = "softmax",
+        jitter: float = 0.0, grid_dropout: float = 0.0, **dispatch: Any,
+    ) -> MixtureOfExperts:  # fmt: skip
+        """Returns a mixture-of-experts layer, [..., dim] -> [..., dim], over a grid of this swarm.
 
-        `grid`: its sizes, by default those that its servers declare. `dispatch`: `k_best`, `k_min`, timeouts, and what
-        else `DispatchConfig` has. Raises `ValueError`.
+        Args:
+            dim: width of its inputs and outputs.
+            grid: sizes of the grid, by default those that its servers declare.
+            name: the grid's name.
+            routing: "softmax" over the k best experts of a row, or "switch" for the best one.
+            jitter: width of the random factors around 1 on the gate's inputs while training.
+            grid_dropout: share of the grid's coordinates that are left out at random while training.
+            dispatch: `k_best`, `k_min`, timeouts, and the other fields of `DispatchConfig`.
+
+        Raises:
+            ValueError: no such grid is served, its sizes are others, or an option is impossible.
         """
         grids = self.grids()
         sizes = check_grid(grid) if grid is not None else known_sizes(grids, name)
@@ -252,11 +273,17 @@ class Swarm:
         )  # fmt: skip
 
     def expert(self, uid: str, *, timeout: float = 10.0, codec: str = "none") -> RemoteExpert:
-        """One expert as a module: [rows, ...] -> [rows, ...]."""
+        """Returns one expert as a module, [rows, ...] -> [rows, ...].
+
+        Args:
+            uid: the expert, such as "ffn.0.3".
+            timeout: seconds that a call may take.
+            codec: how tensors are compressed on the wire, "none" by default.
+        """
         return RemoteExpert(uid, self.name, timeout=timeout, codec=codec)
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """Let the MoE layers of a model that was loaded or copied from elsewhere call this swarm's experts."""
+        """Let the MoE layers of a model that was loaded or copied call this swarm's experts. Returns the model."""
         for module in model.modules():
             if isinstance(module, (MixtureOfExperts, RemoteExpert)):
                 module.swarm = self.name
@@ -265,53 +292,53 @@ class Swarm:
     # ------------------------------------------------------------ looking
 
     def grids(self) -> dict[str, GridInfo]:
-        """The grids that are served in this swarm, by name."""
+        """Returns the grids that are served in this swarm, by name: their sizes, and the kind of their experts."""
         return self._portal.call(all_grids, self._node)
 
     def experts(self) -> dict[str, ExpertInfo]:
-        """All experts that are alive, by uid, of all grids."""
+        """Returns all experts that are alive, by uid: where each of them is served."""
         return self._portal.call(all_experts, self._node, self.grids())
 
     def experts_alive(self) -> int:
-        """How many experts the directory offers, without asking the network."""
+        """Returns how many experts are alive, as far as that is known here; asks no other node."""
         return self._portal.call(self._count_known)
 
     async def _count_known(self) -> int:
         return len(self._node.directory.known())
 
     def on_event(self, listener: Emit) -> Callable[[], None]:
-        """Hear every event of this process; called in the thread where it happens. Returns a function that ends it."""
+        """Call `listener` with every event, in the thread where it happens. Returns a function that ends this."""
         return self.listeners.add(listener)
 
     def invite(self) -> Invitation:
-        """The invitation to this swarm: `labkit://<public key>@host:port`."""
+        """Returns the invitation to this swarm, `labkit://<public key>@host:port`, for `Swarm.join`."""
         return Invitation(self._node.contact)
 
     def admit(self, key: str) -> None:
-        """Let the holder of this public key into a private swarm, from now on. Raises `ValueError`."""
+        """Let the holder of a public key join this private swarm. Raises `ValueError` if it is not private."""
         if not self._members.admit(parse_key(key)):
             raise ValueError("this swarm is open: everybody who has the invitation may join")
 
     def dashboard(self) -> Dashboard:
-        """The live view of this swarm, a widget; always the same one, wherever it is shown, until it is closed."""
+        """Returns the live view of this swarm, a widget. It is always the same one, until it is closed."""
         return self.view.dashboard()
 
     def snapshot(self, path: str | Path | None = None) -> Picture:
-        """The dashboard as it looks now, as a picture. `path`: where to save it as a PNG, too."""
+        """Returns the dashboard as it looks now, as a picture. `path`: a file in which to save it as a PNG, too."""
         return self.view.picture(path)
 
     def log_to(self, logger: Any, period: float = 1.0) -> Logging:
-        """Log training and, every `period` seconds, the swarm, until `.stop()` or `close`. `logger`: see `Logging`."""
+        """Log each training step, and the swarm again and again, until the logging's `stop()` or the swarm's end.
+
+        Args:
+            logger: a `WandbLogger`, a `JsonlLogger`, or any object with `log(dict)` and `finish()`.
+            period: seconds between two rows of the swarm.
+        """
         return self.view.log_to(logger, period)
 
     def summary(self) -> SwarmSummary:
-        """Servers, experts, calls and failures as they are now."""
-        census: Census | None = None
-        try:
-            census = self._portal.call(take_census, self._node)
-        except (SwarmClosed, RPCError):
-            pass
-        return summarize(self.name, self._node, self.servers, census, self.telemetry)
+        """Returns servers, experts, calls and failures as they are now: what the repr of a swarm shows."""
+        return self.view.summary()
 
     def __repr__(self) -> str:
         return self.summary().text()
@@ -323,13 +350,13 @@ class Swarm:
 
     @property
     def closed(self) -> bool:
-        """Whether it is closed."""
+        """Whether the swarm is closed."""
         return self._portal.closed
 
     def close(self) -> None:
-        """Stop the servers started here, leave the swarm and end the lab thread: within two seconds. Safe to repeat.
+        """Stop the servers started here, leave the swarm, and end its thread, within two seconds. Safe to repeat.
 
-        What servers cannot save in that time stays as it was saved last; `server.stop()` before waits for large ones.
+        What servers cannot save in that time stays as it was saved last; for large ones, call `server.stop()` before.
         """
         until = time.monotonic() + CLOSE_TIMEOUT
         self.view.end()  # its last scene shows the swarm as it was
@@ -337,12 +364,12 @@ class Swarm:
         if _open.get(self.name) is self:
             del _open[self.name]
         try:
-            # A little more than they have, and not for ever: a listener may be blocking the lab thread.
-            self._portal.call(end_all, list(self.servers), CLEAN_STOP_TIME, timeout=CLEAN_STOP_TIME + 0.3)
+            # A little more than they have, and not for ever: a listener may block the lab thread.
+            self._portal.call(end_all, list(self.servers), CLEAN_STOP_TIME, timeout=CLEAN_STOP_TIME + CLEAN_STOP_GRACE)
         except SwarmClosed:
             pass
-        finally:  # also when somebody cannot wait
-            if not self._portal.close(CLOSE_TIMEOUT - CLEAN_STOP_TIME - 0.3):
+        finally:  # also when this is interrupted
+            if not self._portal.close(CLOSE_TIMEOUT - CLEAN_STOP_TIME - CLEAN_STOP_GRACE):
                 logger.warning("the lab thread of swarm %r did not end in time", self.name)
             self.view.close(until - time.monotonic())
             self._folder.cleanup()

@@ -151,7 +151,7 @@ class Page:
         self.front_end = front_end
         self.comm = comm
         self.name = name
-        self._orders = 0
+        self._commands = 0
 
     def look(self, looking: bool = True, *, fresh: bool = False, mode: str = "load") -> None:
         """Say whether somebody looks at it."""
@@ -161,15 +161,15 @@ class Page:
         """Say that a frame was drawn."""
         self._say(type="ack", seq=seq)
 
-    def click(self, **order: Any) -> int:
-        """Order something. Returns the order's number."""
-        self._orders += 1
-        self._say(type="order", id=self._orders, order=order)
-        return self._orders
+    def click(self, **command: Any) -> int:
+        """Send the command of a button. Returns its number."""
+        self._commands += 1
+        self._say(type="command", id=self._commands, command=command)
+        return self._commands
 
-    def order(self, **order: Any) -> tuple[str, str]:
+    def execute(self, **command: Any) -> tuple[str, str]:
         """The same, and wait for how it went: done or failed, and a sentence."""
-        id = self.click(**order)
+        id = self.click(**command)
         self.front_end.until(lambda: self.answers(id, "done") + self.answers(id, "failed"))
         [answer] = self.answers(id, "done") + self.answers(id, "failed")
         return answer["type"], answer["text"]

@@ -52,19 +52,20 @@ model = nn.Sequential(nn.Linear(data.dim, 64), swarm.moe(64, k_best=4), nn.Linea
 run = lk.fit(model, data, steps=10_000_000, batch_size=64, trainers=4)
 """
 FASTER = """
-from labkit import polling, swarm_view
-from labkit.view import outputs, pages, recording, sampler
+from labkit.view import outputs, recording, swarm_view
+from labkit.view.collect import inventory, sampler
+from labkit.view.page import pages
 for module, names in (
-    (pages, "FRAME_PERIOD LONGEST_PERIOD"), (polling, "FIND_PERIOD"), (recording, "KEYFRAME_SPACING"),
+    (pages, "FRAME_PERIOD MAX_FRAME_PERIOD"), (inventory, "FIND_PERIOD"), (recording, "KEYFRAME_SPACING"),
     (sampler, "HISTOGRAM_PERIOD"),
-    (swarm_view, "RECORDING_PERIOD LONGEST_RECORDING_PERIOD FRESH LATE"),
+    (swarm_view, "RECORDING_PERIOD MAX_RECORDING_PERIOD SCENE_MAX_AGE RECORDED_SCENE_MAX_AGE"),
 ):
     for name in names.split():
         setattr(module, name, getattr(module, name) / TIMES)
-pages.SHARE *= TIMES
-outputs.SHARE *= TIMES
-polling.ASKED_PER_SECOND *= TIMES
-polling.EXPERTS_PER_SECOND *= TIMES
+pages.FRAME_CORE_SHARE *= TIMES
+outputs.SCENE_CORE_SHARE *= TIMES
+inventory.SERVERS_PER_SECOND *= TIMES
+inventory.EXPERTS_PER_SECOND *= TIMES
 """
 KINDS = ("none", "closed", "open")
 HERE = "(run.steps, time.monotonic())"

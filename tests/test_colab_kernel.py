@@ -53,10 +53,10 @@ def test_frames_and_orders_work_between_cells_while_a_run_trains_in_the_backgrou
     assert page.headers[0]["reset"] and page.headers[-1]["headline"]["running"]
     for _, header, buffers in page.frames:
         check_frame(header, buffers)
-    assert page.order(do="kill", server=1) == ("done", "servers[1] killed")
+    assert page.execute(do="kill", server=1) == ("done", "servers[1] killed")
     assert kernel.value("swarm.servers[1].state, run.running") == ("killed", True)
-    assert page.order(do="export", format="json") == ("done", "labkit-default.json saved")
-    assert page.order(do="stop_run")[1].startswith("run stopped after ")
+    assert page.execute(do="export", format="json") == ("done", "labkit-default.json saved")
+    assert page.execute(do="stop_run")[1].startswith("run stopped after ")
     kernel.until(lambda: "image/png" in cell.outputs[1])
 
 
@@ -74,7 +74,7 @@ def test_a_click_waits_for_the_cell_that_runs_and_is_obeyed_after_it(kernel, pag
 def test_nothing_is_sent_while_nobody_looks_and_nothing_is_left_behind(kernel, page):
     kernel.until(lambda: page.frames)
     page.look(False)
-    assert page.order(do="nothing at all")[0] == "failed"
+    assert page.execute(do="nothing at all")[0] == "failed"
     before = len(page.got)
     kernel.run("time.sleep(0.6)\nassert not threads('dashboard')")
     assert len(page.got) == before

@@ -1,4 +1,4 @@
-"""The dashboard and the view behind it, in plain Python: threads, orders, exports, ends. `test_dashboard_kernel` has
+"""The dashboard and the view behind it, in plain Python: threads, commands, exports, ends. `test_dashboard_kernel` has
 those in a kernel."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 import labkit as lk
 from labkit.server import checkpoints
-from labkit.view.page.dashboard import ORDERS, UNHEARD, Dashboard
+from labkit.view.page.dashboard import MAX_COMMANDS, MAX_MESSAGES, Dashboard
 from labkit.view.page.pages import LAST_FRAMES
 from labkit.view.scene import Scene
 from labkit.view.worker_thread import WorkerThread
@@ -26,14 +26,14 @@ PERIOD = 0.02
 
 
 class FakeSource:
-    """A swarm that is always the same. `hold`: what keeps orders from being done."""
+    """A swarm that is always the same. `hold`: what keeps commands from being executed."""
 
     def __init__(self) -> None:
         self.name = "fake"
         self.over = False
         self.broken = False
         self.asked: list[tuple[str, int, str, bool]] = []
-        self.orders: list[Mapping[str, Any]] = []
+        self.commands: list[Mapping[str, Any]] = []
         self.gone: list[str] = []
         self.hold = threading.Event()
         self.hold.set()
@@ -47,14 +47,14 @@ class FakeSource:
     def forget(self, page: str) -> None:
         self.gone.append(page)
 
-    def order(self, order: Mapping[str, Any]) -> str:
+    def execute(self, command: Mapping[str, Any]) -> str:
         assert self.hold.wait(10)
-        self.orders.append(order)
-        if order["do"] == "stop_run":
+        self.commands.append(command)
+        if command["do"] == "stop_run":
             raise lk.LabkitError("no run is training")
-        if order["do"] == "restart":
+        if command["do"] == "restart":
             raise ZeroDivisionError("a mistake of ours")
-        return f"{order['do']} is done"
+        return f"{command['do']} is done"
 
     def export(self, format: str) -> tuple[str, str, bytes]:
         return f"it.{format}", "image/png", b"x" * 100_000
@@ -73,13 +73,13 @@ class Shown(Dashboard):
             self.say(type="ack", page=content["page"], seq=content["seq"])
 
     def say(self, **content: Any) -> None:
-        self._put_away(self, content, [])
+        self._on_page_message(self, content, [])
 
     def look(self, page: str = "a", looking: bool = True, fresh: bool = True) -> None:
         self.say(type="look", page=page, looking=looking, fresh=fresh, layer=0, mode="load")
 
-    def click(self, id: int, **order: Any) -> None:
-        self.say(type="order", page="a", id=id, order=order)
+    def click(self, id: int, **command: Any) -> None:
+        self.say(type="command", page="a", id=id, command=command)
 
     def kinds(self, *kinds: str) -> list[dict[str, Any]]:
         return [content for content, _ in self.sent if content["type"] in kinds]
@@ -118,38 +118,38 @@ def train(swarm: lk.Swarm, steps: int) -> Any:
 # ---------------------------------------------------------------- a thread that comes and goes
 
 
-def test_a_pulse_beats_while_there_is_something_to_do():
-    left, beats = [3], []
+def test_a_worker_thread_works_while_there_is_something_to_do():
+    left, steps = [3], []
 
     def step() -> float | None:
-        beats.append(threading.current_thread().name)
+        steps.append(threading.current_thread().name)
         left[0] -= 1
         return 0.0 if left[0] > 0 else None
 
-    pulse = WorkerThread("labkit-test", step)
-    assert not pulse.beating
-    pulse.wake()
-    assert pulse.wait_for_end(5) and beats == ["labkit-test"] * 3
-    pulse.wake()
-    assert pulse.wait_for_end(5) and len(beats) == 4
+    worker = WorkerThread("labkit-test", step)
+    assert not worker.alive
+    worker.wake()
+    assert worker.wait_for_end(5) and steps == ["labkit-test"] * 3
+    worker.wake()
+    assert worker.wait_for_end(5) and len(steps) == 4
 
 
-def test_waking_a_pulse_that_is_about_to_end_is_not_lost():
+def test_waking_a_worker_thread_that_is_about_to_end_is_not_lost():
     for _ in range(300):
-        beats: list[int] = []
-        pulse = WorkerThread("labkit-test", lambda beats=beats: beats.append(len(beats)))  # type: ignore[misc]
-        pulse.wake()
-        while not beats:
+        steps: list[int] = []
+        worker = WorkerThread("labkit-test", lambda steps=steps: steps.append(len(steps)))  # type: ignore[misc]
+        worker.wake()
+        while not steps:
             pass  # it ends now
-        pulse.wake()
-        assert pulse.wait_for_end(5) and len(beats) == 2
+        worker.wake()
+        assert worker.wait_for_end(5) and len(steps) == 2
 
 
-def test_a_pulse_that_fails_is_logged_and_can_be_woken_again(caplog):
-    pulse = WorkerThread("labkit-test", lambda: 1 / 0)
+def test_a_worker_thread_that_fails_is_logged_and_can_be_woken_again(caplog):
+    worker = WorkerThread("labkit-test", lambda: 1 / 0)
     for count in (1, 2):
-        pulse.wake()
-        assert pulse.wait_for_end(5)
+        worker.wake()
+        assert worker.wait_for_end(5)
         assert len(caplog.records) == count
 
 
@@ -173,14 +173,14 @@ def test_frames_carry_their_page_and_number(shown):
     assert sorted(numbers) == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
 
 
-def test_what_a_page_says_is_put_away_without_waiting_and_bounded(shown, source):
+def test_what_a_page_says_is_on_page_message_without_waiting_and_bounded(shown, source):
     source.frame = lambda *_, **__: source.hold.wait(10) and ({}, [])  # the sender is busy
     source.hold.clear()
     shown.look()
-    eventually(lambda: not shown._unheard)
-    for _ in range(UNHEARD + 100):
+    eventually(lambda: not shown._messages)
+    for _ in range(MAX_MESSAGES + 100):
         shown.say(type="ack", page="a", seq=1)
-    assert len(shown._unheard) == UNHEARD
+    assert len(shown._messages) == MAX_MESSAGES
 
 
 def test_a_source_that_fails_is_logged_once_and_asked_again(shown, source, caplog):
@@ -194,10 +194,10 @@ def test_a_source_that_fails_is_logged_once_and_asked_again(shown, source, caplo
 
 
 def test_nonsense_from_a_page_changes_nothing(shown):
-    for content in ({}, {"type": "look"}, {"type": "order", "page": "a"}, {"type": "x" * 1000, "page": "a"}):
+    for content in ({}, {"type": "look"}, {"type": "command", "page": "a"}, {"type": "x" * 1000, "page": "a"}):
         shown.say(**content)
-    shown._put_away(shown, None, [])
-    shown._put_away(shown, ["look"], [])
+    shown._on_page_message(shown, None, [])
+    shown._on_page_message(shown, ["look"], [])
     eventually(lambda: threads() == [])
     assert shown.sent == []
 
@@ -209,20 +209,20 @@ def test_when_the_source_is_over_the_last_frames_go_out_and_the_thread_ends(show
     assert len(shown.kinds("frame")) == LAST_FRAMES
 
 
-# ---------------------------------------------------------------- orders
+# ---------------------------------------------------------------- commands
 
 
-def test_an_order_is_heard_and_then_done(shown, source):
+def test_a_command_is_heard_and_then_done(shown, source):
     shown.click(1, do="kill", server=2)
     eventually(lambda: shown.kinds("done"))
     assert [content for content, _ in shown.sent] == [
         {"type": "heard", "page": "a", "id": 1},
         {"type": "done", "page": "a", "id": 1, "text": "kill is done"},
     ]
-    assert source.orders == [{"do": "kill", "server": 2}]
+    assert source.commands == [{"do": "kill", "server": 2}]
 
 
-def test_an_order_that_fails_says_why(shown, caplog):
+def test_a_command_that_fails_says_why(shown, caplog):
     shown.click(1, do="stop_run")
     shown.click(2, do="restart", server=0)
     shown.click(3, do="fly")
@@ -230,24 +230,26 @@ def test_an_order_that_fails_says_why(shown, caplog):
     texts = {content["id"]: content["text"] for content in shown.kinds("failed")}
     assert texts[1] == "no run is training"
     assert texts[2] == "ZeroDivisionError: a mistake of ours"
-    assert "no order" in texts[3]
+    assert "no command" in texts[3]
     assert [record.exc_info[0] for record in caplog.records] == [ZeroDivisionError]
 
 
-def test_an_order_is_heard_at_once_while_others_are_carried_out_and_too_many_are_refused(shown, source):
+def test_a_command_is_heard_at_once_while_others_are_executed_and_too_many_are_refused(shown, source):
     source.hold.clear()
-    for id in range(ORDERS + 5):
+    for id in range(MAX_COMMANDS + 5):
         shown.click(id, do="kill", server=id)
-    eventually(lambda: len(shown.kinds("heard")) == ORDERS + 5)
+    eventually(lambda: len(shown.kinds("heard")) == MAX_COMMANDS + 5)
     refused = shown.kinds("failed")
     assert 4 <= len(refused) <= 5 and "busy" in refused[0]["text"]
     source.hold.set()
-    eventually(lambda: len(shown.kinds("done", "failed")) == ORDERS + 5)
-    assert [order["server"] for order in source.orders] == sorted(order["server"] for order in source.orders)
+    eventually(lambda: len(shown.kinds("done", "failed")) == MAX_COMMANDS + 5)
+    assert [command["server"] for command in source.commands] == sorted(
+        command["server"] for command in source.commands
+    )
     eventually(lambda: threads() == [])
 
 
-def test_frames_go_on_while_an_order_is_carried_out(shown, source):
+def test_frames_go_on_while_a_command_is_executed(shown, source):
     source.hold.clear()
     shown.look()
     shown.click(1, do="stop", server=0)
@@ -318,29 +320,29 @@ def local(swarm: lk.Swarm) -> Shown:
     return Shown(LocalSource(swarm.view), swarm.view)
 
 
-def test_orders_to_a_swarm(swarm):
+def test_commands_to_a_swarm(swarm):
     view = swarm.view
-    assert view.order({"do": "stop", "server": 0}) == "servers[0] stopped"
+    assert view.execute({"do": "stop", "server": 0}) == "servers[0] stopped"
     assert swarm.servers[0].state == "stopped"
-    assert view.order({"do": "restart", "server": 0}) == "servers[0] restarted"
+    assert view.execute({"do": "restart", "server": 0}) == "servers[0] restarted"
     eventually(lambda: swarm.servers[0].alive)
-    assert view.order({"do": "faults", "server": None, "latency": 0.01, "loss": None}).startswith(
+    assert view.execute({"do": "faults", "server": None, "latency": 0.01, "loss": None}).startswith(
         "all servers: latency"
     )
-    assert "loss 25%" in view.order({"do": "faults", "server": 1, "latency": None, "loss": 0.25})
+    assert "loss 25%" in view.execute({"do": "faults", "server": 1, "latency": None, "loss": 0.25})
     with pytest.raises(ValueError, match=r"there is no servers\[7\]: 2 were started here"):
-        view.order({"do": "kill", "server": 7})
+        view.execute({"do": "kill", "server": 7})
     with pytest.raises(ValueError, match="no run is training"):
-        view.order({"do": "stop_run"})
-    with pytest.raises(ValueError, match="no order"):
-        view.order({"do": "sing"})
+        view.execute({"do": "stop_run"})
+    with pytest.raises(ValueError, match="no command"):
+        view.execute({"do": "sing"})
     run = train(swarm, 100_000)
     eventually(lambda: run.steps)
-    assert view.order({"do": "stop_run"}).startswith("run stopped after ")
+    assert view.execute({"do": "stop_run"}).startswith("run stopped after ")
     assert not run.running
     swarm.close()
     with pytest.raises(lk.SwarmClosed):
-        view.order({"do": "kill", "server": 1})
+        view.execute({"do": "kill", "server": 1})
 
 
 def test_while_a_server_saves_its_experts_all_buttons_work(swarm, tmp_path, monkeypatch):
@@ -352,14 +354,14 @@ def test_while_a_server_saves_its_experts_all_buttons_work(swarm, tmp_path, monk
 
     monkeypatch.setattr(checkpoints, "save_expert", save)
     (server,) = swarm.serve("nop", grid=(1,), isolation="task", checkpoint_dir=tmp_path)
-    assert swarm.view.order({"do": "stop", "server": 2}) == "servers[2] stopped"
+    assert swarm.view.execute({"do": "stop", "server": 2}) == "servers[2] stopped"
     assert saving.wait(10)
-    swarm.view.order({"do": "stop", "server": 0})
-    swarm.view.order({"do": "restart", "server": 2})
+    swarm.view.execute({"do": "stop", "server": 0})
+    swarm.view.execute({"do": "restart", "server": 2})
     assert server.state == "starting"
-    swarm.view.order({"do": "kill", "server": 2})
+    swarm.view.execute({"do": "kill", "server": 2})
     assert server.state == "killed"
-    swarm.view.order({"do": "restart", "server": 2})
+    swarm.view.execute({"do": "restart", "server": 2})
     assert server.state == "starting" and not go.is_set()
     go.set()
     eventually(lambda: server.alive)
@@ -481,7 +483,7 @@ def test_an_export_is_written_by_its_suffix(swarm, tmp_path):
 
 
 def test_a_look_at_a_swarm_that_nobody_watches_asks_its_servers_first(swarm):
-    assert swarm.view.look().headline.experts_alive == 4
+    assert swarm.view.polled_scene().headline.experts_alive == 4
     eventually(lambda: threads("view") == [])
 
 

@@ -62,7 +62,7 @@ def check_frame(header: dict[str, Any], buffers: list[bytes]) -> None:
 
 def settle(page: Page) -> None:
     """Wait until the kernel has heard all that the page said."""
-    assert page.order(do="nothing at all")[0] == "failed"
+    assert page.execute(do="nothing at all")[0] == "failed"
 
 
 def test_a_cell_shows_a_widget_with_text_and_html_and_a_place_for_a_picture(kernel):
@@ -91,7 +91,7 @@ def test_there_are_at_most_five_frames_a_second(kernel, page):
 def test_frames_come_while_a_cell_runs_and_clicks_are_obeyed(kernel, page):
     cell = kernel.begin("while swarm.servers[1].alive or swarm.faults().loss < 0.1: time.sleep(0.005)")
     kernel.until(lambda: len(page.frames) >= 3)
-    assert page.order(do="kill", server=1) == ("done", "servers[1] killed")
+    assert page.execute(do="kill", server=1) == ("done", "servers[1] killed")
     assert not cell.done
     page.click(do="faults", server=None, latency=None, loss=0.1)
     kernel.until(lambda: cell.done)
@@ -147,7 +147,7 @@ def test_a_page_that_is_loaded_again_gets_everything_anew(kernel, page):
 
 @pytest.mark.parametrize("format", ["png", "json", "html"])
 def test_an_export_arrives_whole(kernel, page, format):
-    assert page.order(do="export", format=format) == ("done", f"labkit-default.{format} saved")
+    assert page.execute(do="export", format=format) == ("done", f"labkit-default.{format} saved")
     chunks = [(message, buffers) for _, message, buffers in page.got if message["type"] == "chunk"]
     assert [message["index"] for message, _ in chunks] == list(range(chunks[0][0]["total"]))
     data = b"".join(buffers[0] for _, buffers in chunks)
@@ -159,14 +159,14 @@ def test_nonsense_does_no_harm(kernel, page):
     nonsense: list[object] = [None, 7, [], {}, {"type": "look"}, {"type": "ack", "page": page.name, "seq": "x"}]
     for content in nonsense:
         kernel.say(page.comm, content)
-    assert page.order(do="kill", server=99) == ("failed", "there is no servers[99]: 4 were started here")
+    assert page.execute(do="kill", server=99) == ("failed", "there is no servers[99]: 4 were started here")
     before = len(page.frames)
     kernel.until(lambda: len(page.frames) > before + 2)
 
 
 def test_a_picture_stays_behind_when_a_run_ends(kernel, page):
     cell = kernel.run(DASHBOARD)
-    assert page.order(do="stop_run")[1].startswith("run stopped after ")
+    assert page.execute(do="stop_run")[1].startswith("run stopped after ")
     kernel.until(lambda: "image/png" in cell.outputs[1])
     assert len(cell.outputs[1]["image/png"]) > 10_000
 
@@ -186,7 +186,7 @@ def test_a_widget_that_is_closed_leaves_nothing_behind(kernel, page):
     kernel.until(lambda: page.frames)
     kernel.run("dashboard.close()")
     assert kernel.comms[page.comm].closed
-    kernel.run("while threads('view') or threads('dashboard') or threads('orders'): time.sleep(0.005)")
+    kernel.run("while threads('view') or threads('dashboard') or threads('commands'): time.sleep(0.005)")
     assert "closed" in kernel.run("dashboard").bundle["text/plain"]
 
 

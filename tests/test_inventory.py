@@ -25,8 +25,8 @@ from labkit.faults import Faults
 from labkit.histogram import BUCKETS
 from labkit.node import Node
 from labkit.server.statistics import ServerStatistics
-from labkit.view.collect import inventory as polling
-from labkit.view.collect.inventory import ASKED_PER_SECOND, UNSEEN, Inventory, ask_everybody, keep_polled
+from labkit.view.collect import inventory
+from labkit.view.collect.inventory import SERVERS_PER_SECOND, UNWATCHED_PACE, Inventory, ask_everybody, keep_polled
 from labkit.wire.rpc_types import CONTROL, Reply
 from tests.fake_network import make_contact
 from tests.fake_records import FakeRecords
@@ -100,10 +100,10 @@ class Lab:
 
     @asynccontextmanager
     async def polled(
-        self, *handles: Handle, seen: Callable[[], bool] = lambda: True
+        self, *handles: Handle, watched: Callable[[], bool] = lambda: True
     ) -> AsyncIterator[trio.CancelScope]:
         async with trio.open_nursery() as nursery:
-            poll = partial(keep_polled, self.node, cast(Any, handles), self.inventories.append, seen=seen)
+            poll = partial(keep_polled, self.node, cast(Any, handles), self.inventories.append, watched=watched)
             yield await nursery.start(poll)
             nursery.cancel_scope.cancel()
 
@@ -162,7 +162,7 @@ async def test_servers_are_asked_in_turn_where_there_are_many_and_the_silent_one
         await trio.sleep(10)
         asked = Counter(address for _, address in lab.asked[before:])
         assert set(asked) == {contact.endpoint for contact in lab.contacts}
-        assert sum(asked.values()) <= 10 * ASKED_PER_SECOND + 5, "the silent ones twice in a row"
+        assert sum(asked.values()) <= 10 * SERVERS_PER_SECOND + 5, "the silent ones twice in a row"
         lab.answers.clear()
         await trio.sleep(11)
         assert len(lab.last.statistics) == 40 and not lab.last.failures
@@ -176,19 +176,19 @@ async def test_while_nobody_looks_a_large_swarm_is_polled_more_rarely_and_a_smal
     uids = list(grid_uids("ffn", (50, 40)))
     await large.declare(uids, (50, 40))
     await small.declare()
-    async with large.polled(seen=lambda: looks), small.polled(seen=lambda: looks):
+    async with large.polled(watched=lambda: looks), small.polled(watched=lambda: looks):
         await trio.sleep(10.5)  # between two rounds
         assert sorted(large.last.experts) == sorted(uids), "once, to begin with"
         before, looked_up = len(large.asked), large.directory.statistics()["keys_read"]
         await trio.sleep(10)
-        assert len(large.asked) - before == 10 * UNSEEN * ASKED_PER_SECOND
+        assert len(large.asked) - before == 10 * UNWATCHED_PACE * SERVERS_PER_SECOND
         assert len(small.asked) == 20 * len(small.contacts), "each second, since they were found"
         rarely = large.directory.statistics()["keys_read"] - looked_up
         looks = True
         await trio.sleep(2)
         before, looked_up = len(large.asked), large.directory.statistics()["keys_read"]
         await trio.sleep(7)  # and then their declarations run out
-        assert len(large.asked) - before == 7 * ASKED_PER_SECOND
+        assert len(large.asked) - before == 7 * SERVERS_PER_SECOND
         assert large.directory.statistics()["keys_read"] - looked_up > 2 * rarely
 
 
@@ -201,11 +201,11 @@ async def test_at_most_sixteen_are_asked_at_once_and_the_silent_do_not_hold_the_
         await trio.sleep(15)
         before = len(lab.asked)
         await trio.sleep(13)
-        assert ASKED_PER_SECOND < lab.most_at_once <= 16
+        assert SERVERS_PER_SECOND < lab.most_at_once <= 16
         asked = [address for _, address in lab.asked[before:]]
         answering = [contact.endpoint for contact in lab.contacts[1::2]]
         assert all(asked.count(address) >= 1 for address in answering)
-        assert len(asked) <= 13 * (ASKED_PER_SECOND + 16)
+        assert len(asked) <= 13 * (SERVERS_PER_SECOND + 16)
         assert all(lab.last.failures[contact.endpoint] >= 2 for contact in lab.contacts[::2])
 
 
@@ -236,7 +236,7 @@ async def test_statistics_that_cannot_be_are_a_failure_of_that_server_alone(auto
 
 
 async def test_servers_that_speak_of_too_many_experts_are_heard_without_them(autojump_clock, monkeypatch):
-    monkeypatch.setattr(polling, "MAX_STRANGE", 10)
+    monkeypatch.setattr(inventory, "MAX_UNLISTED", 10)
     lab = Lab()
     await lab.declare()  # four each
     for contact, count in zip(lab.contacts, (4, 4, 20, 20), strict=True):

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from labkit.view.outputs import SHARE, SMALL, Output, Outputs
+from labkit.view.outputs import FREE_SCENE_SECONDS, SCENE_CORE_SHARE, Output, Outputs
 from tests.scenes import make_scene
 
 
@@ -25,13 +25,15 @@ class Machine:
     def seconds_between(self, period: float, longest: float) -> set[float]:
         """Seconds between the scenes of one output in two minutes."""
         shown: list[float] = []
-        outputs = Outputs(Output(lambda _: shown.append(self.now), period, self.now, longest=longest), "test")
+        outputs = Outputs(Output(lambda _: shown.append(self.now), period, self.now, max_period=longest), "test")
         while self.now < 220.0:
             self.now += outputs.show(self.scene, self.scene, lambda: self.now, lambda: self.computed)
         return {round(after - before, 6) for before, after in pairwise(shown)}
 
 
-@pytest.mark.parametrize(("takes", "seconds"), [(SMALL / 2, 1.0), (SMALL + 2 * SHARE, 2.0), (1.0, 2.4)])
+@pytest.mark.parametrize(
+    ("takes", "seconds"), [(FREE_SCENE_SECONDS / 2, 1.0), (FREE_SCENE_SECONDS + 2 * SCENE_CORE_SHARE, 2.0), (1.0, 2.4)]
+)
 def test_an_output_that_may_is_given_scenes_more_rarely_where_they_take_long(takes, seconds):
     assert Machine(takes).seconds_between(1.0, longest=2.4) == {seconds}
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from labkit.view.page.commands import check_order
+from labkit.view.page.commands import check_command
 from labkit.view.page.pages import (
-    CHUNK,
+    CHUNK_BYTES,
     FRAME_PERIOD,
     LAST_FRAMES,
-    LONGEST_PERIOD,
-    PAGES,
-    PATIENCE,
-    WINDOW,
+    MAX_FRAME_PERIOD,
+    MAX_PAGES,
+    MAX_UNACKNOWLEDGED,
+    PAGE_TIMEOUT,
     Chunk,
     FrameDue,
     Pages,
@@ -33,8 +33,8 @@ def ack(page: str, seq: int) -> dict:
     return {"type": "ack", "page": page, "seq": seq}
 
 
-def order(do: Any, page: str = "a", id: Any = 1) -> dict:
-    return {"type": "order", "page": page, "id": id, "order": do}
+def command(do: Any, page: str = "a", id: Any = 1) -> dict:
+    return {"type": "command", "page": page, "id": id, "command": do}
 
 
 class Kernel:
@@ -45,8 +45,8 @@ class Kernel:
         self.pages = Pages(self.gone.append)
         self.now = 100.0
 
-    def hear(self, *messages: object) -> list[Any]:
-        return [self.pages.hear(message, self.now) for message in messages]
+    def take(self, *messages: object) -> list[Any]:
+        return [self.pages.on_message(message, self.now) for message in messages]
 
     def send(self, over: bool = False) -> tuple[dict, FrameDue | None] | None:
         """What goes out at this moment: its header, and for a frame what it was to show."""
@@ -62,9 +62,9 @@ class Kernel:
             while (message := self.send(over)) is not None:
                 sent.append((self.now, message[0]))
                 if acknowledge and message[0].get("ack", True):
-                    self.hear(ack(message[0]["page"], message[0]["seq"]))
+                    self.take(ack(message[0]["page"], message[0]["seq"]))
             if tick % 500 == 499:
-                self.hear(*(look(page) for page in self.pages.known))
+                self.take(*(look(page) for page in self.pages.known))
             self.now += TICK
         return sent
 
@@ -80,16 +80,16 @@ def test_nobody_looks_and_nothing_is_sent(kernel):
 
 
 def test_a_page_that_looks_gets_four_frames_a_second(kernel):
-    kernel.hear(look(fresh=True))
+    kernel.take(look(fresh=True))
     times = [at for at, _ in kernel.run(10)]
     assert 39 <= len(times) <= 40
     assert min(b - a for a, b in pairwise(times)) >= FRAME_PERIOD - 1e-9
 
 
-@pytest.mark.parametrize(("took", "period"), [(0.001, FRAME_PERIOD), (0.0022, 0.6), (0.1, LONGEST_PERIOD)])
+@pytest.mark.parametrize(("took", "period"), [(0.001, FRAME_PERIOD), (0.0022, 0.6), (0.1, MAX_FRAME_PERIOD)])
 def test_frames_that_take_long_to_make_are_rarer(took, period):
     pages = Pages(lambda page: None)
-    pages.hear(look(fresh=True), 0.0)
+    pages.on_message(look(fresh=True), 0.0)
     due = pages.turn(0.0)
     assert isinstance(due, FrameDue)
     pages.sent(due, {}, took)
@@ -97,7 +97,7 @@ def test_frames_that_take_long_to_make_are_rarer(took, period):
 
 
 def test_several_pages_share_them(kernel):
-    kernel.hear(look("a", fresh=True), look("b", fresh=True), look("c", fresh=True))
+    kernel.take(look("a", fresh=True), look("b", fresh=True), look("c", fresh=True))
     sent = kernel.run(12)
     assert len(sent) <= 48
     counts = [sum(header["page"] == page for _, header in sent) for page in "abc"]
@@ -105,64 +105,64 @@ def test_several_pages_share_them(kernel):
 
 
 def test_two_frames_without_an_acknowledgement_and_then_silence(kernel):
-    kernel.hear(look(fresh=True))
+    kernel.take(look(fresh=True))
     sent = kernel.run(5, acknowledge=False)
-    assert [header["seq"] for _, header in sent] == [1, 2] == list(range(1, WINDOW + 1))
+    assert [header["seq"] for _, header in sent] == [1, 2] == list(range(1, MAX_UNACKNOWLEDGED + 1))
     assert kernel.pages.wait(kernel.now) is None
-    kernel.hear(ack("a", 1))
+    kernel.take(ack("a", 1))
     assert kernel.pages.wait(kernel.now) == 0
     assert [header["seq"] for _, header in kernel.run(5, acknowledge=False)] == [3]
 
 
 def test_every_second_frame_is_to_be_acknowledged_and_that_is_for_both(kernel):
-    kernel.hear(look(fresh=True))
+    kernel.take(look(fresh=True))
     acknowledged = [header["ack"] for _, header in kernel.run(2)]
     assert acknowledged == [False, True] * 4
 
 
 def test_a_late_acknowledgement_brings_one_frame_of_now_and_none_of_those_that_were_missed(kernel):
-    kernel.hear(look(fresh=True))
+    kernel.take(look(fresh=True))
     kernel.run(5, acknowledge=False)
-    kernel.hear(ack("a", 2))  # one for both
+    kernel.take(ack("a", 2))  # one for both
     assert kernel.send() is not None and kernel.send() is None
 
 
 def test_acknowledgements_of_what_was_never_sent_are_ignored(kernel):
-    kernel.hear(look(fresh=True))
+    kernel.take(look(fresh=True))
     kernel.run(1, acknowledge=False)
-    kernel.hear(ack("a", 99), ack("b", 1), ack("a", 0))
+    kernel.take(ack("a", 99), ack("b", 1), ack("a", 0))
     assert kernel.send() is None
     assert kernel.pages.known == ["a"]
 
 
 def test_a_page_out_of_sight_gets_nothing(kernel):
-    kernel.hear(look(fresh=True))
+    kernel.take(look(fresh=True))
     assert kernel.run(1)
-    kernel.hear(look(looking=False))
+    kernel.take(look(looking=False))
     assert [kernel.send(), kernel.pages.wait(kernel.now)] == [None, None]
 
 
 def test_a_page_that_went_silent_is_forgotten(kernel):
-    kernel.hear(look(fresh=True))
+    kernel.take(look(fresh=True))
     kernel.send()
-    kernel.now += PATIENCE + 0.1
+    kernel.now += PAGE_TIMEOUT + 0.1
     assert kernel.send() is None
     assert kernel.gone == ["a"] and kernel.pages.known == []
 
 
 def test_a_page_that_is_not_known_any_more_begins_anew(kernel):
-    kernel.hear(look(fresh=True))
+    kernel.take(look(fresh=True))
     assert kernel.send()[1].fresh
-    kernel.now += PATIENCE + 0.1
-    kernel.hear(look())
+    kernel.now += PAGE_TIMEOUT + 0.1
+    kernel.take(look())
     header, due = kernel.send()
     assert due.fresh and header["seq"] == 1
 
 
 def test_a_page_that_was_loaded_again_has_nothing_and_owes_nothing(kernel):
-    kernel.hear(look(fresh=True))
+    kernel.take(look(fresh=True))
     kernel.run(1, acknowledge=False)
-    kernel.hear(look(fresh=True))
+    kernel.take(look(fresh=True))
     header, due = kernel.send()
     assert due.fresh and header["seq"] == 3
     kernel.now += 1
@@ -170,7 +170,7 @@ def test_a_page_that_was_loaded_again_has_nothing_and_owes_nothing(kernel):
 
 
 def test_a_frame_that_could_not_be_made_is_followed_by_one_that_begins_anew(kernel):
-    kernel.hear(look(fresh=True))
+    kernel.take(look(fresh=True))
     kernel.run(1)
     kernel.now += 1
     due = kernel.pages.turn(kernel.now)
@@ -181,43 +181,43 @@ def test_a_frame_that_could_not_be_made_is_followed_by_one_that_begins_anew(kern
 
 
 def test_a_frame_is_of_the_layer_and_mode_that_the_page_looks_at(kernel):
-    kernel.hear(look(fresh=True), look(layer=2, mode="staleness"))
+    kernel.take(look(fresh=True), look(layer=2, mode="staleness"))
     header, due = kernel.send()
     assert (due.layer, due.mode) == (2, "staleness")
     assert header == {"type": "frame", "page": "a", "seq": 1, "ack": False, "at": 100.0}
 
 
 def test_too_many_pages_displace_the_one_that_is_silent_longest(kernel):
-    for number in range(PAGES + 1):
+    for number in range(MAX_PAGES + 1):
         kernel.now += 0.01
-        kernel.hear(look(f"page {number}", fresh=True))
-    assert kernel.gone == ["page 0"] and len(kernel.pages.known) == PAGES
+        kernel.take(look(f"page {number}", fresh=True))
+    assert kernel.gone == ["page 0"] and len(kernel.pages.known) == MAX_PAGES
 
 
 def test_when_all_is_over_a_page_gets_a_last_series_of_frames_and_then_none(kernel):
-    kernel.hear(look(fresh=True))
+    kernel.take(look(fresh=True))
     kernel.run(2)
     assert len(kernel.run(20, over=True)) == LAST_FRAMES
     assert kernel.pages.wait(kernel.now, True) is None
-    kernel.hear(look(mode="latency"))
+    kernel.take(look(mode="latency"))
     assert len(kernel.run(4, over=True)) == LAST_FRAMES
-    kernel.hear(look("b", fresh=True))
+    kernel.take(look("b", fresh=True))
     assert {header["page"] for _, header in kernel.run(4, over=True)} == {"b"}
 
 
 def test_an_export_goes_in_chunks_through_the_same_window(kernel):
-    kernel.hear(order({"do": "export", "format": "png"}))
+    kernel.take(command({"do": "export", "format": "png"}))
     data = bytes(range(256)) * 1000
-    assert kernel.pages.post("a", 1, "it.png", "image/png", data)
+    assert kernel.pages.send_file("a", 1, "it.png", "image/png", data)
     chunks: list[Chunk] = []
     while not chunks or not chunks[-1].last:
         chunk = kernel.pages.turn(kernel.now)
         if isinstance(chunk, Chunk):
-            assert len(chunk.data) <= CHUNK
+            assert len(chunk.data) <= CHUNK_BYTES
             chunks.append(chunk)
         elif kernel.pages.wait(kernel.now) is None:  # the window is full
-            assert len(chunks) % WINDOW == 0
-            kernel.hear(ack("a", chunks[-1].header["seq"]))
+            assert len(chunks) % MAX_UNACKNOWLEDGED == 0
+            kernel.take(ack("a", chunks[-1].header["seq"]))
         kernel.now += TICK
     assert b"".join(chunk.data for chunk in chunks) == data
     assert [chunk.header["index"] for chunk in chunks] == list(range(6))
@@ -228,22 +228,22 @@ def test_an_export_goes_in_chunks_through_the_same_window(kernel):
 
 
 def test_frames_go_on_while_an_export_is_fetched(kernel):
-    kernel.hear(look(fresh=True))
-    kernel.pages.post("a", 1, "it.html", "text/html", b"x" * CHUNK * 1000)
+    kernel.take(look(fresh=True))
+    kernel.pages.send_file("a", 1, "it.html", "text/html", b"x" * CHUNK_BYTES * 1000)
     kinds = [header["type"] for _, header in kernel.run(4)]
     assert 15 <= kinds.count("frame") <= 16
     assert kinds.count("chunk") >= 100
 
 
 def test_a_page_that_is_gone_or_has_much_to_fetch_is_sent_no_more_files(kernel):
-    kernel.hear(look(fresh=True))
-    assert not kernel.pages.post("b", 1, "it.png", "image/png", b"x")
-    assert [kernel.pages.post("a", id, "it.png", "image/png", b"x") for id in range(3)] == [True, True, False]
+    kernel.take(look(fresh=True))
+    assert not kernel.pages.send_file("b", 1, "it.png", "image/png", b"x")
+    assert [kernel.pages.send_file("a", id, "it.png", "image/png", b"x") for id in range(3)] == [True, True, False]
 
 
 def test_an_empty_file_is_one_empty_chunk(kernel):
-    kernel.hear(look())
-    kernel.pages.post("a", 1, "it.json", "application/json", b"")
+    kernel.take(look())
+    kernel.pages.send_file("a", 1, "it.json", "application/json", b"")
     kernel.send()  # a frame
     header, _ = kernel.send()
     assert (header["index"], header["total"]) == (0, 1)
@@ -256,12 +256,12 @@ def test_an_empty_file_is_one_empty_chunk(kernel):
         None, 7, "look", [], {}, {"type": "look"}, look(""), look("x" * 65), look(7), look(None),  # type: ignore[arg-type]
         {**look(), "looking": "yes"}, {**look(), "fresh": 1}, {**look(), "mode": "x" * 10**6}, {**look(), "mode": []},
         {**look(), "layer": -1}, {**look(), "layer": True}, {**look(), "layer": 1.5}, {**look(), "layer": 10**30},
-        {**look(), "type": "gaze"}, ack("a", 1), {**ack("a", 1), "seq": "1"}, {"type": "order", "page": "a"},
-        order({"do": "stop_run"}, id="1"), order({"do": "stop_run"}, id=-1),
+        {**look(), "type": "gaze"}, ack("a", 1), {**ack("a", 1), "seq": "1"}, {"type": "command", "page": "a"},
+        command({"do": "stop_run"}, id="1"), command({"do": "stop_run"}, id=-1),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_ignored(kernel, message):
-    assert kernel.hear(message) == [None]
+    assert kernel.take(message) == [None]
     assert kernel.pages.known == [] and kernel.send() is None
 
 
@@ -276,11 +276,11 @@ def test_what_makes_no_sense_is_ignored(kernel, message):
         {"do": "export", "format": "exe"}, {"do": "export"},
     ],
 )  # fmt: skip
-def test_an_order_that_makes_no_sense_says_so(kernel, do):
-    [heard] = kernel.hear(order(do))
+def test_a_command_that_makes_no_sense_says_so(kernel, do):
+    [heard] = kernel.take(command(do))
     assert heard.do is None and heard.problem
     with pytest.raises(ValueError, match=r".+"):
-        check_order(do)
+        check_command(do)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +291,6 @@ def test_an_order_that_makes_no_sense_says_so(kernel, do):
         {"do": "faults", "server": 1, "latency": None, "loss": 0.25},
     ],
 )  # fmt: skip
-def test_an_order_is_passed_on_without_what_does_not_belong_to_it(kernel, do):
-    [heard] = kernel.hear(order({**do, "surprise": "x" * 1000}, id=12))
+def test_a_command_is_passed_on_without_what_does_not_belong_to_it(kernel, do):
+    [heard] = kernel.take(command({**do, "surprise": "x" * 1000}, id=12))
     assert (heard.page, heard.id, heard.do) == ("a", 12, do)

@@ -14,10 +14,9 @@ import torch
 from labkit.contact import Contact
 from labkit.errors import BadReply, LabkitError, Overloaded, RequestRefused, RPCError
 from labkit.swarm import Swarm
-from labkit.view.page import remote_service as viewers
-from labkit.view.page import remote_source as remote_view
+from labkit.view.page import remote_service, remote_source
 from labkit.view.page.local_source import LocalSource
-from labkit.view.page.remote_service import ExportCall, FrameCall, OrderCall
+from labkit.view.page.remote_service import CommandCall, ExportCall, FrameCall
 from labkit.view.page.remote_source import RemoteSource
 from labkit.view.scene import Scene
 from labkit.wire.rpc_types import Reply
@@ -43,7 +42,7 @@ def watcher(swarm: Swarm) -> Iterator[Swarm]:
 
 
 def source_of(watcher: Swarm, swarm: Swarm, *, secret: bool = False) -> RemoteSource:
-    return RemoteSource(watcher, swarm._node.contact, swarm.viewers.secret if secret else None)
+    return watcher.view.remote_source(swarm._node.contact, swarm.remote_service.secret if secret else None)
 
 
 def ask(watcher: Swarm, swarm: Swarm, method: str, body: object, timeout: float = 10.0) -> Reply:
@@ -85,14 +84,14 @@ def test_the_largest_frame_crosses_unchanged(swarm, watcher, monkeypatch):
 
 
 def test_the_swarm_is_sampled_only_while_a_page_looks(swarm, watcher, monkeypatch):
-    monkeypatch.setattr(viewers, "PATIENCE", 0.4)
+    monkeypatch.setattr(remote_service, "PAGE_TIMEOUT", 0.4)
     assert lookers(swarm) == 0
     source = source_of(watcher, swarm)
     source.frame("one", **LOOK, fresh=True)
     source.frame("two", **LOOK, fresh=True)
     assert lookers(swarm) == 1
     eventually(lambda: lookers(swarm) == 0)
-    assert swarm.viewers._pages == {}
+    assert swarm.remote_service._pages == {}
     assert source.frame("one", **LOOK, fresh=False)[0]["reset"] is True  # it begins anew
     assert lookers(swarm) == 1
 
@@ -105,7 +104,7 @@ def test_a_swarm_closes_at_once_while_pages_look_at_it(watcher, swarm):
 
 def test_no_more_than_eight_pages_are_answered(swarm, watcher):
     source = source_of(watcher, swarm)
-    for number in range(viewers.PAGES):
+    for number in range(remote_service.MAX_PAGES):
         assert source.frame(f"page {number}", **LOOK, fresh=True)[0]["open"]
     with pytest.raises(Overloaded, match="8 pages look at this node already"):
         ask(watcher, swarm, "view.frame", FrameCall("one more", 0, "load", True))
@@ -118,34 +117,34 @@ def test_no_more_than_eight_pages_are_answered(swarm, watcher):
         ("view.frame", ("", 0, "load", True)),
         ("view.frame", ("page", 1 << 16, "load", True)),
         ("view.frame", ("page", 0, "colour", True)),
-        ("view.order", ("x" * 129, {})),
-        ("view.order", ("secret", {"do": {"do": "kill"}})),
-        ("view.order", ("secret", {str(n): 1 for n in range(9)})),
+        ("view.command", ("x" * 129, {})),
+        ("view.command", ("secret", {"do": {"do": "kill"}})),
+        ("view.command", ("secret", {str(n): 1 for n in range(9)})),
         ("view.export", ("page", "exe", 0)),
         ("view.export", ("page", "json", -1)),
-        ("view.export", ("page", "json", viewers.PARTS)),
+        ("view.export", ("page", "json", remote_service.MAX_PARTS)),
     ],
 )
 def test_what_makes_no_sense_is_refused_and_leaves_nothing(swarm, watcher, method, body):
     with pytest.raises(RequestRefused, match="bad body"):
         ask(watcher, swarm, method, body)
-    assert swarm.viewers._pages == {}
+    assert swarm.remote_service._pages == {}
 
 
-# ---------------------------------------------------------------- orders
+# ---------------------------------------------------------------- commands
 
 
-def test_an_order_with_the_control_secret_is_obeyed(swarm, watcher):
+def test_a_command_with_the_control_secret_is_obeyed(swarm, watcher):
     source = source_of(watcher, swarm, secret=True)
     assert source.frame("page", **LOOK, fresh=True)[0]["can"] == {"control": True}
-    assert source.order({"do": "kill", "server": 0}) == "servers[0] killed"
+    assert source.execute({"do": "kill", "server": 0}) == "servers[0] killed"
     eventually(lambda: not swarm.servers[0].alive)
 
 
 @pytest.mark.parametrize("secret", ["", "x" * 43, "ä"])
-def test_an_order_without_the_secret_is_refused_and_nothing_happens(swarm, watcher, secret):
+def test_a_command_without_the_secret_is_refused_and_nothing_happens(swarm, watcher, secret):
     with pytest.raises(RequestRefused, match="control secret"):
-        ask(watcher, swarm, "view.order", OrderCall(secret, {"do": "kill", "server": 0}))
+        ask(watcher, swarm, "view.command", CommandCall(secret, {"do": "kill", "server": 0}))
     assert swarm.servers[0].alive
 
 
@@ -153,48 +152,48 @@ def test_a_page_without_the_secret_has_no_buttons(swarm, watcher):
     source = source_of(watcher, swarm)
     assert source.frame("page", **LOOK, fresh=True)[0]["can"] == {"control": False}
     with pytest.raises(RequestRefused, match="control secret"):
-        source.order({"do": "stop_run"})
+        source.execute({"do": "stop_run"})
 
 
 def test_the_secret_is_in_nothing_that_is_shown(swarm):
-    assert len(swarm.viewers.secret) >= 43
-    shown = [swarm.invite(), repr(swarm), swarm._repr_html_(), repr(swarm.viewers)]
-    assert [text for text in shown if swarm.viewers.secret in text] == []
+    assert len(swarm.remote_service.secret) >= 43
+    shown = [swarm.invite(), repr(swarm), swarm._repr_html_(), repr(swarm.remote_service)]
+    assert [text for text in shown if swarm.remote_service.secret in text] == []
     with Swarm("another") as another:
-        assert another.viewers.secret != swarm.viewers.secret
+        assert another.remote_service.secret != swarm.remote_service.secret
 
 
-def test_an_order_that_cannot_be_done_says_why(swarm, watcher):
+def test_a_command_that_cannot_be_done_says_why(swarm, watcher):
     source = source_of(watcher, swarm, secret=True)
     with pytest.raises(RPCError, match=r"there is no servers\[7\]"):
-        source.order({"do": "kill", "server": 7})
+        source.execute({"do": "kill", "server": 7})
     with pytest.raises(RPCError, match="no run is training"):
-        source.order({"do": "stop_run"})
+        source.execute({"do": "stop_run"})
 
 
-def test_while_an_order_takes_long_pages_go_on_and_further_orders_are_told_to_wait(swarm, watcher, monkeypatch):
+def test_while_a_command_takes_long_pages_go_on_and_further_commands_are_told_to_wait(swarm, watcher, monkeypatch):
     done = threading.Event()
     begun = threading.Semaphore(0)
 
-    def order(_: object) -> str:
+    def execute(_: object) -> str:
         begun.release()
         done.wait(20)
         return "done"
 
-    monkeypatch.setattr(swarm.view, "order", order)
+    monkeypatch.setattr(swarm.view, "execute", execute)
     source = source_of(watcher, swarm, secret=True)
     said: list[str] = []
 
     def press() -> None:
-        said.append(source.order({"do": "stop_run"}))
+        said.append(source.execute({"do": "stop_run"}))
 
-    pressed = [threading.Thread(target=press) for _ in range(1 + viewers.WAITING)]
+    pressed = [threading.Thread(target=press) for _ in range(1 + remote_service.MAX_WAITING)]
     for thread in pressed:
         thread.start()
     assert begun.acquire(timeout=20)
-    eventually(lambda: swarm.viewers._ordering.statistics().tasks_waiting == viewers.WAITING)
+    eventually(lambda: swarm.remote_service._command_lock.statistics().tasks_waiting == remote_service.MAX_WAITING)
     with pytest.raises(Overloaded, match="one after the other"):
-        source.order({"do": "stop_run"})
+        source.execute({"do": "stop_run"})
     assert source.frame("page", **LOOK, fresh=True)[0]["open"]
     done.set()
     for thread in pressed:
@@ -206,13 +205,13 @@ def test_while_an_order_takes_long_pages_go_on_and_further_orders_are_told_to_wa
 
 
 def test_an_export_is_made_there_and_comes_in_parts(swarm, watcher, monkeypatch):
-    monkeypatch.setattr(viewers, "PART", 100)
+    monkeypatch.setattr(remote_service, "PART_BYTES", 100)
     source = source_of(watcher, swarm)
     name, mime, data = source.export("json")
     assert (name, mime) == ("labkit-far.json", "application/json")
     assert json.loads(data)["swarm"] == "far"
     assert len(data) > 300  # several parts
-    assert [page.export for page in swarm.viewers._pages.values()] == [None]  # nothing is kept
+    assert [page.export for page in swarm.remote_service._pages.values()] == [None]  # nothing is kept
 
 
 def test_a_picture_is_drawn_there(swarm, watcher):
@@ -226,7 +225,7 @@ def test_a_part_of_an_export_that_was_never_begun_is_refused(swarm, watcher):
 
 
 def test_an_export_that_is_too_large_is_refused(swarm, watcher, monkeypatch):
-    monkeypatch.setattr(viewers, "PART", 1)
+    monkeypatch.setattr(remote_service, "PART_BYTES", 1)
     with pytest.raises(RequestRefused, match="128 are sent at most"):
         source_of(watcher, swarm).export("json")
 
@@ -285,7 +284,7 @@ def test_a_page_that_never_had_a_frame_gets_an_empty_one(swarm, watcher):
 
 
 def test_after_a_frame_was_lost_a_page_begins_anew(swarm, watcher, monkeypatch):
-    monkeypatch.setattr(remote_view, "RETRY", 0.0)
+    monkeypatch.setattr(remote_source, "RETRY_DELAY", 0.0)
     source = source_of(watcher, swarm)
     assert source.frame("page", **LOOK, fresh=True)[0]["open"]
     go_on = threading.Event()
@@ -296,9 +295,9 @@ def test_after_a_frame_was_lost_a_page_begins_anew(swarm, watcher, monkeypatch):
         return scene()
 
     monkeypatch.setattr(swarm.view, "scene", late)
-    monkeypatch.setattr(remote_view, "FRAME_TIMEOUT", 0.2)
+    monkeypatch.setattr(remote_source, "FRAME_TIMEOUT", 0.2)
     assert not source.frame("page", **LOOK, fresh=False)[0]["open"]
-    monkeypatch.setattr(remote_view, "FRAME_TIMEOUT", 10.0)
+    monkeypatch.setattr(remote_source, "FRAME_TIMEOUT", 10.0)
     go_on.set()
     header, _ = source.frame("page", **LOOK, fresh=False)
     assert (header["open"], header["reset"]) == (True, True)
@@ -319,17 +318,17 @@ def reply(header: bytes, sizes: list[int], data: bytes) -> Reply:
         reply(b"\xff", [], b"x"),
         reply(b"{}", [2], b"x"),
         reply(b"{}", [-1], b"x"),
-        reply(b" " * (remote_view.FRAME_BYTES + 1), [], b"x"),
-        reply(b"{}", [], b"x" * (remote_view.FRAME_BYTES + 1)),
+        reply(b" " * (remote_source.MAX_FRAME_BYTES + 1), [], b"x"),
+        reply(b"{}", [], b"x" * (remote_source.MAX_FRAME_BYTES + 1)),
     ],
 )
 def test_a_frame_that_is_none_is_a_bad_reply(bad):
     with pytest.raises(BadReply):
-        remote_view._read_frame(bad)
+        remote_source._read_frame(bad)
 
 
 def test_what_belongs_in_no_frame_does_not_reach_the_page():
-    header, buffers = remote_view._read_frame(
+    header, buffers = remote_source._read_frame(
         reply(msgspec.json.encode({"type": "chunk", "name": "evil.exe", "seq": 7, "at": 1.0}), [1, 2], b"abc")
     )
     assert header == {"at": 1.0}
@@ -342,7 +341,7 @@ def test_what_belongs_in_no_frame_does_not_reach_the_page():
 def test_of_a_server_by_itself_is_shown_what_servers_report(swarm, watcher):
     contact: Contact = next(iter(swarm.experts().values())).contact
     assert contact != swarm._node.contact
-    source = RemoteSource(watcher, contact, "whatever")
+    source: RemoteSource = watcher.view.remote_source(contact, "whatever")
 
     def frame() -> dict[str, object]:
         return source.frame("page", **LOOK, fresh=False)[0]
@@ -352,6 +351,6 @@ def test_of_a_server_by_itself_is_shown_what_servers_report(swarm, watcher):
     assert lookers(watcher) == 1
     eventually(lambda: frame()["headline"]["experts_alive"] == 2)  # type: ignore[index]
     with pytest.raises(LabkitError):
-        source.order({"do": "kill", "server": 0})
+        source.execute({"do": "kill", "server": 0})
     source.forget("page")
     assert lookers(watcher) == 0

@@ -147,7 +147,7 @@ def shown(file, ticks=None):
 
 @pytest.fixture(autouse=True)
 def quick_looks(monkeypatch):
-    monkeypatch.setattr(progress, "PERIOD", 0.005)
+    monkeypatch.setattr(progress, "POLL_PERIOD", 0.005)
 
 
 def test_the_bar_says_loss_samples_per_second_and_experts():

@@ -161,7 +161,7 @@ def demo(config: DemoConfig, *, as_json: bool = False, page: bool = False, brows
 def _show_page(stack: ExitStack, swarm: Swarm, browser: bool) -> float:
     """Open the dashboard's page until the stack ends. Returns the seconds that it took."""
     before = time.monotonic()
-    page = stack.enter_context(open_page(swarm.invite(), swarm.viewers.secret))
+    page = stack.enter_context(open_page(swarm.invite(), swarm.remote_service.secret))
     print(f"dashboard: {page.url}", flush=True)
     if browser:
         page.open_browser()

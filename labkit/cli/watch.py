@@ -34,7 +34,6 @@ from labkit.contact import Contact
 from labkit.errors import LabkitError
 from labkit.launch.runners import OWN_GROUP
 from labkit.swarm import Swarm
-from labkit.view.page.remote_source import RemoteSource
 
 if TYPE_CHECKING:
     from labkit.view.page.dashboard import Dashboard
@@ -63,7 +62,7 @@ def watch(
 def open_page(invite: str, secret: str | None = None, port: int = 0, key: str | None = None) -> WatchPage:
     """Start a page server for the dashboard of a swarm, and return when it answers.
 
-    `secret`: the swarm's control secret, `swarm.viewers.secret`; without it the page has no buttons. `port`: 0 for any.
+    `secret`: `swarm.remote_service.secret`, the control secret; without it the page has no buttons. `port`: 0 for any.
     `key`: a key file, for a private swarm. Raises `InviteError`, and `JoinError` if the swarm cannot be joined, before
     anything is started; `LabkitError` if labkit was installed without what the page needs, or the port is taken.
     """
@@ -199,4 +198,4 @@ def show() -> Dashboard | None:
     except LabkitError as error:
         print(error)
         return None
-    return Dashboard(RemoteSource(swarm, Contact.from_invitation(order.invite), order.secret), alone=True)
+    return Dashboard(swarm.view.remote_source(Contact.from_invitation(order.invite), order.secret), alone=True)

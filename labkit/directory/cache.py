@@ -125,7 +125,7 @@ class PrefixCache:
         views = [record.children(now, self._suspicions) for record in self.records.values()]
         return {info.uid: info for view in views for info in view.experts.values()}
 
-    def hidden(self, prefixes: Iterable[str]) -> dict[str, ExpertInfo]:
+    def suspended(self, prefixes: Iterable[str]) -> dict[str, ExpertInfo]:
         """What is declared right below these prefixes, as far as they are cached, and not offered after failures."""
         now, hidden = trio.current_time(), dict[str, ExpertInfo]()
         for prefix in prefixes:

@@ -1,8 +1,8 @@
 """The directory: servers declare their experts here, and clients find them and say which ones failed.
 
-On a batch's way it stands between `client/beam_search`, which asks for the children of prefixes, and the DHT node, that
-stores the records (paper, section 3.2). Every call to an expert is reported here as a success or a failure, so that the
-next search leaves out who is gone.
+On a batch's way it stands between `client/beam_search`, which asks for the children of prefixes, and the DHT node,
+which stores the records (paper, section 3.2). Every call to an expert is reported here as a success or a failure, so
+that the next search leaves out the experts that are gone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
 
 import trio
 
@@ -24,12 +25,19 @@ from labkit.expert_uid import ExpertInfo, parent, split_uid
 
 logger = logging.getLogger(__name__)
 
+MAX_EXPLAINED = 64  # prefixes of which an error message tells
+
 
 class Directory:
-    """Experts in the DHT: `declare` writes them; `children`, `find` and `all_experts` find them.
+    """Experts in the DHT: `declare` writes them; `children`, `find`, `walk` and `all_experts` find them.
 
-    Reading costs nothing in the steady state, as long as somebody's nursery holds `run`. All of it belongs to one trio
+    Reading costs nothing in the steady state, as long as `run` runs in some nursery. All of it belongs to one trio
     thread.
+
+    Args:
+        dht: stores the records.
+        config: times and bounds.
+        emit: is told of declared experts and lost servers.
     """
 
     def __init__(self, dht: Records, config: DirectoryConfig | None = None, emit: Emit = ignore) -> None:
@@ -42,15 +50,17 @@ class Directory:
         self._cache = PrefixCache(dht, self.config, self._suspicions)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep what is in use fresh, until cancelled. Without it, whoever uses a stale prefix waits for it instead."""
+        """Keep the prefixes in use fresh, until cancelled. Without it, a call that uses a stale one waits for it."""
         await self._cache.run(task_status=task_status)
 
     # ---------------------------------------------------------------- writing
 
     async def declare(self, uids: Sequence[str], contact: Contact) -> None:
-        """Say that the experts `uids` live at `contact` for the next `ttl` seconds. One bulk store.
+        """Declare that the experts `uids` live at `contact` for the next `ttl` seconds. This is one bulk store.
 
-        Raises `ValueError` for what is no uid, `LabkitError` if some entry was stored nowhere, not even here.
+        Raises:
+            ValueError: a text is no uid.
+            LabkitError: an entry was stored nowhere, not even here.
         """
         self._declarations += 1
         stamp = make_stamp(self._boot, self._declarations)
@@ -99,22 +109,22 @@ class Directory:
     # ---------------------------------------------------------------- reading
 
     def cached(self, prefixes: Iterable[str]) -> dict[str, Children]:
-        """The children of those `prefixes` whose cached record may be used now. No waiting, no network."""
+        """Returns the children of those `prefixes` whose cached record may be used now. No waiting, no network."""
         return self._cache.cached(prefixes)
 
     async def children(self, prefixes: Iterable[str]) -> dict[str, Children]:
-        """The live children of each prefix, from the cache or by one bulk get; a prefix that nobody knows has none."""
+        """Returns the live children of each prefix, from the cache or by one bulk get. An unknown prefix has none."""
         return await self._cache.children(prefixes)
 
     async def look_up(self, prefixes: Iterable[str]) -> dict[str, Children]:
-        """The same, read now by one bulk get, cached or not."""
+        """Returns the live children of each prefix, read now by one bulk get, cached or not."""
         return await self._cache.read(list(dict.fromkeys(prefixes)))
 
     async def find(self, uids: Iterable[str]) -> dict[str, ExpertInfo | None]:
-        """Where each expert lives; None for one that is not declared, or hidden after failures.
+        """Returns where each expert lives; None for one that is not declared, or suspended after failures.
 
-        Raises `ValueError` for what is no uid. An expert that its cached prefix lacks is looked up again if that was
-        read `absence` seconds ago or earlier.
+        If the cached prefix lacks an expert, it is read again unless it was read in the last `absence` seconds. Raises
+        `ValueError` for a text that is no uid.
         """
         places: dict[str, tuple[str, int]] = {}
         for uid in uids:
@@ -130,19 +140,49 @@ class Directory:
         views |= await self._cache.read(sorted(ask))
         return {uid: views[prefix].experts.get(coordinate) for uid, (prefix, coordinate) in places.items()}
 
-    async def all_experts(self, name: str, dims: int) -> list[ExpertInfo]:
-        """Every live expert of the `dims`-dimensional grid `name`, by coordinates. For displays and tests: it walks the
-        whole index (at most `max_prefixes` prefixes a level), which a trainer never needs."""
+    async def walk(
+        self, name: str, dims: int, *, at_once: int | None = None, anew: bool = False, max_prefixes: int | None = None
+    ) -> AsyncGenerator[tuple[Mapping[str, Children], bool], None]:
+        """Walk the prefix index of a grid level by level, from its name to its experts.
+
+        Close it (`aclosing`) if you leave it early.
+
+        Args:
+            name: the grid's name, or any prefix.
+            dims: levels to walk: coordinates of an expert below `name`.
+            at_once: prefixes a step, which is one bulk get; by default all of a level.
+            anew: whether to ask the DHT for cached prefixes, too.
+            max_prefixes: the most prefixes of a level that are visited, by default as many as are cached.
+
+        Yields:
+            The prefixes of a step with their live children, in the order of coordinates, and whether this is the last
+            level, where the children are experts.
+        """
+        read = self.look_up if anew else self.children
+        limit = self.config.max_prefixes if max_prefixes is None else max_prefixes
         prefixes = [name]
-        for _ in range(dims - 1):
-            views = await self.children(prefixes)
-            below = [f"{prefix}.{coordinate}" for prefix in prefixes for coordinate in sorted(views[prefix].inner)]
-            prefixes = below[: self.config.max_prefixes]
-        views = await self.children(prefixes)
-        return [info for prefix in prefixes for _, info in sorted(views[prefix].experts.items())]
+        for level in range(1, dims + 1):
+            below: list[str] = []
+            size = at_once or max(1, len(prefixes))
+            for start in range(0, len(prefixes), size):
+                some = prefixes[start : start + size]
+                views = await read(some)
+                children = {prefix: views[prefix] for prefix in some}
+                below += [f"{prefix}.{c}" for prefix, view in children.items() for c in sorted(view.inner)]
+                yield children, level == dims
+            prefixes = below[:limit]
+
+    async def all_experts(self, name: str, dims: int) -> list[ExpertInfo]:
+        """Returns every live expert of the `dims`-dimensional grid `name`, by coordinates.
+
+        For displays and tests: it walks the whole index, which a trainer never needs.
+        """
+        async with aclosing(self.walk(name, dims)) as steps:
+            views = [view async for children, last in steps if last for view in children.values()]
+        return [info for view in views for _, info in sorted(view.experts.items())]
 
     async def refresh(self, uids: Iterable[str]) -> None:
-        """Read every prefix of these experts now, cached or not: for who knows that they have just been declared."""
+        """Read every prefix of these experts now, cached or not: for experts that have just been declared."""
         prefixes = set()
         for uid in uids:
             while "." in uid:
@@ -151,56 +191,63 @@ class Directory:
         await self.look_up(sorted(prefixes))
 
     def suspended(self, prefixes: Iterable[str]) -> dict[str, ExpertInfo]:
-        """Experts right below these prefixes that are declared and, after failures, not offered, by uid. From the cache
-        alone; for displays (to be called in the trio thread)."""
-        return self._cache.hidden(prefixes)
+        """Returns the experts right below these prefixes that are declared but not offered after failures, by uid.
+
+        From the cache alone; to be called in the trio thread.
+        """
+        return self._cache.suspended(prefixes)
 
     def backing_off(self, prefixes: Iterable[str]) -> dict[str, ExpertInfo]:
-        """Those of the hidden experts that are only on back-off: where nobody else is left, they are worth a try."""
+        """Returns those suspended experts that are only on back-off: where no other is left, they are worth a try."""
         now = trio.current_time()
-        hidden = self.suspended(prefixes).items()
-        return {uid: info for uid, info in hidden if self._suspicions.hidden_until(info, now) < math.inf}
+        suspended = self.suspended(prefixes).items()
+        return {uid: info for uid, info in suspended if self._suspicions.hidden_until(info, now) < math.inf}
 
     def known(self) -> dict[str, ExpertInfo]:
-        """All live experts in the cache, by uid. Asks nobody; for displays (to be called in the trio thread)."""
+        """Returns all live experts in the cache, by uid. Asks no other node; to be called in the trio thread."""
         return self._cache.known()
 
     def statistics(self) -> dict[str, int]:
-        """Counts since the start, and how many prefixes are cached."""
+        """Returns counts since the start, and how many prefixes are cached."""
         return {**self._cache.counts, "prefixes": len(self._cache.records)}
 
     async def explain(self, prefix: str) -> str:
-        """Where and how `prefix` is looked up, and what is there and one level below, in words, for error messages."""
+        """Returns where and how `prefix` is looked up, and what is there and one level below, for error messages."""
         asked = f"{NAMESPACE + prefix!r} was looked up through our DHT node at {self._dht.contact.endpoint}"
-        views = await self._cache.read([prefix])
-        if not (record := self._cache.records.get(prefix)) or not (record.leaves or record.markers):
-            return f"{asked}: no DHT node answered with a record of experts"
-        below = [f"{prefix}.{coordinate}" for coordinate in sorted(views[prefix].inner)[:64]]
-        views |= await self._cache.read(below)
-        alive = sum(len(view.experts) for view in views.values())
-        now, hidden = trio.current_time(), list[str]()
-        for path, view in views.items():
-            leaves = self._cache.records[path].leaves if path in self._cache.records else {}
-            for coordinate, (info, expires_at) in leaves.items():
-                if coordinate not in view.experts and now < expires_at:
-                    hidden.append(f"{info.uid} at {info.contact.endpoint}")
-        found = f"{alive} live experts" + (f" below {len(below)} prefixes" if below else "")
-        more = f" and {len(hidden) - 8} more" if len(hidden) > 8 else ""
-        return f"{asked}: {found}" + (f"; hidden after failures: {', '.join(hidden[:8])}{more}" if hidden else "")
+        views = dict[str, Children]()
+        async with aclosing(self.walk(prefix, 2, anew=True, max_prefixes=MAX_EXPLAINED)) as steps:
+            async for children, last in steps:
+                views |= children
+                record = self._cache.records.get(prefix)
+                if not last and (record is None or not (record.leaves or record.markers)):
+                    return f"{asked}: no DHT node answered with a record of experts"
+        alive, below = sum(len(view.experts) for view in views.values()), len(views) - 1
+        suspended = [f"{info.uid} at {info.contact.endpoint}" for info in self.suspended(views).values()]
+        found = f"{alive} live experts" + (f" below {below} prefixes" if below else "")
+        more = f" and {len(suspended) - 8} more" if len(suspended) > 8 else ""
+        return f"{asked}: {found}" + (f"; hidden after failures: {', '.join(suspended[:8])}{more}" if suspended else "")
 
     # ---------------------------------------------------------------- what calls have shown
 
     def report_failure(
         self, info: ExpertInfo, cause: str | RPCError, detail: str = "", *, sent: float | None = None
     ) -> tuple[str, ...]:
-        """A call to `info` failed; `cause` is the error, or a word of `errors.CAUSES`. Returns the uids that went.
-        `sent`: when the call was made, on trio's clock (by default now).
+        """Take note of a failed call.
 
-        "lost": all experts of that server are out at once, until it declares anew. `UnknownExpert` (or its code): this
-        expert is, likewise. "timeout", "bad_reply", "failed": after `patience` in a row the expert goes on back-off.
-        In these cases the prefix is looked up again when it is next used: at once if it has nothing left to offer, else
-        in the background. The other causes ("overloaded", "cancelled", "refused" for the request's sake) say nothing
-        about the expert.
+        "lost" suspends all experts of that server at once, until it declares them anew; `UnknownExpert` (or its code)
+        suspends this expert, likewise. "timeout", "bad_reply" and "failed" put the expert on back-off after `patience`
+        of them in a row. In these cases the prefix is looked up again when it is next used: at once if it has nothing
+        left to offer, else in the background. The other causes ("overloaded", "cancelled", "refused" because of the
+        request) say nothing about the expert.
+
+        Args:
+            info: the expert that was called.
+            cause: the error, or a word of `errors.CAUSES`.
+            detail: what else is known, for the event; by default the error's text.
+            sent: when the call was made, on trio's clock; by default now.
+
+        Returns:
+            The uids that are suspended now.
         """
         if isinstance(cause, RPCError):
             detail = detail or str(cause)
@@ -218,7 +265,7 @@ class Directory:
         return (info.uid,) if out else ()
 
     def report_success(self, info: ExpertInfo) -> None:
-        """A call to `info` was answered: its failures are forgotten."""
+        """Take note of an answered call: the failures of this expert are forgotten."""
         if self._suspicions.succeed(info):
             self._cache.changed(parent(info.uid)[0])
 

@@ -1,6 +1,6 @@
-"""Who is given scenes of a swarm, and when. No thread of its own, and the time is passed in.
+"""The outputs of a swarm's view: what is given scenes, and when. No thread of its own; the time is passed in.
 
-`labkit.view.swarm_view` asks, in the thread that it has while there is an output.
+`swarm_view` asks, in the thread that it has while there is an output.
 """
 
 from __future__ import annotations
@@ -15,91 +15,109 @@ from labkit.view.scene import Scene
 
 logger = logging.getLogger(__name__)
 
-SMALL = 0.001  # seconds of a core that a scene may take; what it takes beyond that is, on average,
-SHARE = 0.001  # of a core, where the output's period may grow
+FREE_SCENE_SECONDS = 0.001  # of computing that a scene may take without making scenes rarer
+SCENE_CORE_SHARE = 0.001  # of a core that what a scene takes beyond that may use, where the output's period may grow
 
 Show = Callable[[Scene], None]
 
 
 @dataclass(eq=False, slots=True)
 class Output:
-    """`show` is given a scene every `period` seconds, next `at`. `looks`: whether somebody is to see it.
+    """Something that is given a scene every so many seconds.
 
-    `longest`: what the period may grow to in a large swarm, where a scene takes long to make and to show.
+    Args:
+        show: called with the scene.
+        period: seconds between two scenes.
+        due_at: when the next scene is due, in seconds on a monotonic clock.
+        watched: whether someone sees what it shows.
+        max_period: what the period may grow to in a large swarm, where a scene takes long to make and to show.
     """
 
     show: Show
     period: float
-    at: float
-    looks: bool = True
-    longest: float = 0.0
+    due_at: float
+    watched: bool = True
+    max_period: float = 0.0
 
     def next_after(self, took: float) -> float:
-        """Seconds until its next scene, after one that took so many of a core."""
-        return max(self.period, min((took - SMALL) / SHARE, self.longest))
+        """Returns the seconds until the next scene, after one that took so many seconds of computing."""
+        return max(self.period, min((took - FREE_SCENE_SECONDS) / SCENE_CORE_SHARE, self.max_period))
 
 
 class Outputs:
-    """The outputs of one swarm, and one more, `beside` them: it is given scenes as long as there is any other. `name`:
-    of the swarm. Times: seconds, monotonic."""
+    """The outputs of one swarm. Times are seconds on a monotonic clock.
 
-    def __init__(self, beside: Output, name: str) -> None:
-        self._beside = beside
+    Args:
+        companion: one more output, which is given scenes as long as there is any other.
+        name: the name of the swarm, for the log.
+    """
+
+    def __init__(self, companion: Output, name: str) -> None:
+        self._companion = companion
         self._name = name
         self._all: tuple[Output, ...] = ()
-        self._over = False
+        self._ended = False
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._all)
 
     @property
-    def seen(self) -> bool:
-        """Whether one of them is there for somebody to see."""
-        return any(output.looks for output in self._all)
+    def watched(self) -> bool:
+        """Whether someone sees what one of them shows."""
+        return any(output.watched for output in self._all)
 
     def add(self, output: Output) -> bool:
-        """One more. False if it is all over."""
+        """Add an output. Returns False if the swarm's view has ended."""
         with self._lock:
-            if not self._over:
+            if not self._ended:
                 self._all = (*self._all, output)
-            return not self._over
+            return not self._ended
 
     def remove(self, output: Output) -> bool:
-        """Give it no more. Returns whether it was there."""
+        """Remove an output. Returns whether it was there."""
         with self._lock:
             known = output in self._all
             self._all = tuple(other for other in self._all if other is not output)
         return known
 
     def end(self) -> bool:
-        """Take no more. Returns whether that is news."""
+        """Accept no more outputs. Returns whether any were accepted until now."""
         with self._lock:
-            news, self._over = not self._over, True
-        return news
+            first, self._ended = not self._ended, True
+        return first
 
     def show(
         self, scene: Callable[[], Scene], late_scene: Callable[[], Scene], clock: Callable[[], float],
         cpu_clock: Callable[[], float] = time.thread_time,
     ) -> float:  # fmt: skip
-        """Give a scene to those whose time has come; for the one beside them a late one will do. Returns the seconds
-        until the next one's time has come."""
-        outputs, now = (self._beside, *self._all), clock()
-        due = [output for output in outputs if output.at <= now]
+        """Give a scene to each output that is due.
+
+        Args:
+            scene: makes a scene of this moment.
+            late_scene: makes one for the companion, which may be a little older.
+            clock: the time.
+            cpu_clock: seconds of computing of this thread.
+
+        Returns:
+            Seconds until the next output is due.
+        """
+        outputs, now = (self._companion, *self._all), clock()
+        due = [output for output in outputs if output.due_at <= now]
         for output in due:
             began = cpu_clock()
-            self._show(output, late_scene() if output is self._beside else scene())
-            output.at += output.next_after(cpu_clock() - began)
+            self._show(output, late_scene() if output is self._companion else scene())
+            output.due_at += output.next_after(cpu_clock() - began)
         now = clock()
         for output in due:
-            output.at = max(output.at, now)  # one that was late is not called twice for it
-        return max(0.0, min(output.at for output in outputs) - now)
+            output.due_at = max(output.due_at, now)  # a late output is not called twice to catch up
+        return max(0.0, min(output.due_at for output in outputs) - now)
 
     def show_last(self, scene: Callable[[], Scene]) -> None:
-        """Give the last scene to all, and then forget them."""
+        """Give the last scene to all outputs, and remove them."""
         with self._lock:
             outputs, self._all = self._all, ()
-        for output in (self._beside, *outputs) if outputs else ():
+        for output in (self._companion, *outputs) if outputs else ():
             self._show(output, scene())
 
     def _show(self, output: Output, scene: Scene) -> None:

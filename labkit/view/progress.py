@@ -10,8 +10,8 @@ from typing import Any, TextIO
 from labkit.errors import SwarmClosed
 from labkit.training.run import Run
 
-PERIOD = 0.1  # seconds between two looks at the run
-LOG_PERIOD = 10.0  # seconds between two lines where nobody watches: a file, a pipe
+POLL_PERIOD = 0.1  # seconds between two looks at the run
+LOG_PERIOD = 10.0  # seconds between two lines in a file or a pipe
 
 
 def show_progress(
@@ -22,28 +22,39 @@ def show_progress(
     on_tick: Callable[[int], None] | None = None,
     file: TextIO | None = None,
 ) -> Run:
-    """Show a progress bar until the run is over. Raises what ended it, if that was an error.
+    """Show a progress bar until the run is over. An interrupt ends the bar, not the run.
 
-    `on_tick`: called with the number of steps done, some ten times a second. An interrupt ends the bar, not the run.
+    Args:
+        run: the run.
+        experts_alive: returns how many experts are alive, as `swarm.experts_alive` does.
+        label: stands before the bar.
+        on_tick: called with the number of steps done, some ten times a second.
+        file: where the bar is written, by default standard error.
+
+    Returns:
+        The run.
+
+    Raises:
+        Exception: the error that ended the run, if there was one.
     """
     from tqdm.auto import tqdm  # here, since in a notebook it brings widgets
 
     shown = 0.0
     with tqdm(total=run.total_steps, desc=label, unit="step", file=file, dynamic_ncols=True) as bar:
-        period = PERIOD if _is_watched(bar, file) else LOG_PERIOD
+        period = POLL_PERIOD if _is_watched(bar, file) else LOG_PERIOD
         while run.running:
             if time.monotonic() >= shown + period:
                 shown = time.monotonic()
                 _show(bar, run, experts_alive)
             if on_tick is not None:
                 on_tick(run.steps)
-            time.sleep(PERIOD)
+            time.sleep(POLL_PERIOD)
         _show(bar, run, experts_alive)
     return run.wait()
 
 
 def _is_watched(bar: Any, file: TextIO | None) -> bool:
-    """Whether it is a widget, or text that overwrites itself."""
+    """Whether the bar is a widget, or text that overwrites itself."""
     return hasattr(bar, "container") or (file or sys.stderr).isatty()
 
 

@@ -1,4 +1,4 @@
-"""What a swarm looks like at one moment, as text and as HTML: the rich repr of `swarm`."""
+"""A swarm at one moment, as text and as HTML: the rich repr of `swarm`, made from a census of what there is."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ STYLE = """
 .labkit-swarm .gone { opacity: .65; }
 </style>"""
 
-MARKS = {"running": "●", "remote": "○", "starting": "◌"}  # a state is told by sign and word, not by colour alone
-GONE = "✕"
-HEADER = ("server", "state", "address", "experts", "calls", "mean", "failures")
-NUMBERS = {"experts", "calls", "mean"}
+STATE_SIGNS = {"running": "●", "remote": "○", "starting": "◌"}  # a state has a sign and a word, not only a colour
+ENDED_SIGN = "✕"
+COLUMN_NAMES = ("server", "state", "address", "experts", "calls", "mean", "failures")
+NUMBER_COLUMNS = {"experts", "calls", "mean"}
 
 
 @dataclass(frozen=True, slots=True)
 class ServerRow:
-    """One server. `experts_alive` is what the directory offers of `experts`."""
+    """One server. `experts_alive`: how many of its `experts` the directory offers."""
 
     label: str
     state: str
@@ -60,9 +60,9 @@ class SwarmSummary:
         """As plain text, a line for each server."""
         lines = [self._headline()]
         if self.servers:
-            rows = [("", *HEADER), *(self._cells(row) for row in self.servers)]
+            rows = [("", *COLUMN_NAMES), *(self._cells(row) for row in self.servers)]
             widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-            lines += ["  ".join(map(_justify, ("", *HEADER), row, widths)).rstrip() for row in rows]
+            lines += ["  ".join(map(_justify, ("", *COLUMN_NAMES), row, widths)).rstrip() for row in rows]
         lines.append(self._footline())
         return "\n".join(lines)
 
@@ -72,16 +72,20 @@ class SwarmSummary:
         def line(tag: str, cells: Sequence[str], css: str = "") -> str:
             number = ' class="number"'
             marked = (
-                f"<{tag}{number if name in NUMBERS else ''}>{html.escape(cell)}</{tag}>"
-                for name, cell in zip(HEADER, cells, strict=True)
+                f"<{tag}{number if name in NUMBER_COLUMNS else ''}>{html.escape(cell)}</{tag}>"
+                for name, cell in zip(COLUMN_NAMES, cells, strict=True)
             )
             return f"<tr{css}>{''.join(marked)}</tr>"
 
         rows = []
         for row in self.servers:
             mark, label, state, *rest = self._cells(row)
-            rows.append(line("td", (label, f"{mark} {state}", *rest), "" if row.state in MARKS else ' class="gone"'))
-        table = f"<table><thead>{line('th', HEADER)}</thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""
+            rows.append(
+                line("td", (label, f"{mark} {state}", *rest), "" if row.state in STATE_SIGNS else ' class="gone"')
+            )
+        table = (
+            f"<table><thead>{line('th', COLUMN_NAMES)}</thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""
+        )
         head, foot = html.escape(self._headline()), html.escape(self._footline())
         return f'{STYLE}<div class="labkit-swarm"><strong>{head}</strong>{table}<div>{foot}</div></div>'
 
@@ -100,12 +104,12 @@ class SwarmSummary:
     def _cells(self, row: ServerRow) -> tuple[str, ...]:
         alive = f"{row.experts_alive} of {row.experts}" if row.experts_alive != row.experts else str(row.experts)
         mean = f"{row.mean_ms:.1f} ms" if row.calls else "–"
-        mark = MARKS.get(row.state, GONE)
+        mark = STATE_SIGNS.get(row.state, ENDED_SIGN)
         return mark, row.label, row.state, row.address, alive, f"{row.calls:,}", mean, _failures(row.failed)
 
 
 def _justify(column: str, cell: str, width: int) -> str:
-    return cell.rjust(width) if column in NUMBERS else cell.ljust(width)
+    return cell.rjust(width) if column in NUMBER_COLUMNS else cell.ljust(width)
 
 
 def _failures(failed: dict[str, int]) -> str:
@@ -116,24 +120,24 @@ def _failures(failed: dict[str, int]) -> str:
     return f"{total} failed ({causes})"
 
 
-CENSUS_TIMEOUT = 2.0  # seconds; a repr must not hang
+CENSUS_TIMEOUT = 2.0  # seconds, since a repr must not hang
 
 
 @dataclass
 class Census:
-    """Grids by name, and the experts of all of them that are alive, by uid."""
+    """The grids of a swarm by name, and all experts that are alive by uid."""
 
     grids: dict[str, GridInfo] = field(default_factory=dict)
     experts: dict[str, ExpertInfo] = field(default_factory=dict)
 
 
 async def all_grids(node: Node) -> dict[str, GridInfo]:
-    """The grids that are declared in the swarm of `node`, by name."""
+    """Returns the grids that are declared in the swarm of `node`, by name."""
     return await find_grids(node.dht, node.directory.config.timeout)
 
 
 async def all_experts(node: Node, grids: Mapping[str, GridInfo]) -> dict[str, ExpertInfo]:
-    """All experts of these grids that are alive, by uid."""
+    """Returns all experts of these grids that are alive, by uid."""
     found = {}
     for name, grid in grids.items():
         for info in await node.directory.all_experts(name, len(grid.sizes)):
@@ -142,7 +146,7 @@ async def all_experts(node: Node, grids: Mapping[str, GridInfo]) -> dict[str, Ex
 
 
 async def take_census(node: Node) -> Census:
-    """Look at everything, for two seconds at most; after that, what is known here has to do."""
+    """Look up all grids and experts, for at most two seconds; if that is too short, return what is cached here."""
     census = Census()
     with trio.move_on_after(CENSUS_TIMEOUT):
         census.grids = await all_grids(node)
@@ -155,7 +159,15 @@ async def take_census(node: Node) -> Census:
 def summarize(
     name: str, node: Node, servers: Sequence[ServerHandle], census: Census | None, telemetry: Telemetry
 ) -> SwarmSummary:
-    """The census as rows, one for each server; None for a swarm that is closed."""
+    """Returns the summary of a swarm, with a row for each server.
+
+    Args:
+        name: the swarm's name.
+        node: its node in this process.
+        servers: the servers started here.
+        census: what there is in the swarm; None if the swarm is closed.
+        telemetry: the calls that were made here.
+    """
     total = telemetry.total
     if census is None:
         return SwarmSummary(name, "closed", "", False, {}, [], total.finished, dict(total.failed))
@@ -165,7 +177,7 @@ def summarize(
     rows = []
     for number, server in enumerate(servers):
         address = server.contact.endpoint if server.contact is not None else ""
-        declared = by_address.pop(address, [])  # for a while longer than it lives
+        declared = by_address.pop(address, [])  # which outlives it for a while
         offered = len(declared) if server.alive else 0
         rows.append(_row(telemetry, f"servers[{number}]", server.state, address, len(server.uids), offered))
     for address, uids in sorted(by_address.items()):

@@ -1,4 +1,7 @@
-"""A thread that is there only while there is something to do. What is done, and how often, others decide."""
+"""A thread that exists only while there is something to do.
+
+The view of a swarm has one that makes scenes; a dashboard has two: one sends messages, the other executes commands.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,19 @@ from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 
-_END_POLL = 0.005  # seconds
+_END_POLL = 0.005  # seconds between two looks whether the thread has ended
 
 
 class WorkerThread:
-    """Calls `step` in a thread of its own, and again after the seconds that it returned, or when it is woken.
+    """Calls `step` in a thread of its own, again and again.
 
     The thread ends when `step` returns None, and a later `wake` starts a new one; so steps never overlap, and need no
     locks among themselves. A step that raises is logged, and ends the thread as None does.
+
+    Args:
+        name: the thread's name.
+        step: does what there is to do. Returns the seconds after which it is called again (earlier if `wake` is
+            called), or None when there is nothing left to do.
     """
 
     def __init__(self, name: str, step: Callable[[], float | None]) -> None:
@@ -27,12 +35,12 @@ class WorkerThread:
         self._thread: threading.Thread | None = None
 
     @property
-    def beating(self) -> bool:
-        """Whether its thread is there."""
+    def alive(self) -> bool:
+        """Whether there is a thread now."""
         return self._thread is not None
 
     def wake(self) -> None:
-        """Have a step made soon. Never blocks; may be called from any thread."""
+        """Call `step` soon. Never blocks; may be called from any thread."""
         with self._lock:
             self._woken.set()
             if self._thread is None:
@@ -40,12 +48,12 @@ class WorkerThread:
                 self._thread = thread
                 try:
                     thread.start()
-                except RuntimeError:  # Python is ending, or there are too many: then it is not done
+                except RuntimeError:  # Python is ending, or there are too many threads: then there is no step
                     self._thread = None
                     logger.debug("%s could not start", self._name)
 
     def wait_for_end(self, timeout: float) -> bool:
-        """Wait until the thread has ended; from inside it, don't. Returns whether it has."""
+        """Wait until the thread has ended, unless called from inside it. Returns whether it has within `timeout`."""
         # Not `Thread.join`: if that is interrupted, Python before 3.13 takes the thread for dead (cpython issue 90882).
         deadline = time.monotonic() + timeout
         while (thread := self._thread) is not None and thread is not threading.current_thread():

@@ -71,7 +71,7 @@ def swarm() -> Iterator[Swarm]:
 @pytest.fixture(scope="module")
 def page(swarm: Swarm) -> Iterator[WatchPage]:
     """A page server that tests share, since it takes seconds to start."""
-    with open_page(swarm.invite(), swarm.viewers.secret) as page:
+    with open_page(swarm.invite(), swarm.remote_service.secret) as page:
         yield page
 
 
@@ -79,13 +79,13 @@ def page(swarm: Swarm) -> Iterator[WatchPage]:
 
 
 def test_who_has_the_token_gets_the_dashboard(page, swarm):
-    before = set(swarm.viewers._pages)
+    before = set(swarm.remote_service._pages)
     status, _, text = Browser().get(page.url)
     assert status == 200
     assert "application/vnd.jupyter.widget-view+json" in text  # what the cell showed is a widget
     assert "Traceback" not in text and "There was an error" not in text
-    assert swarm.viewers.secret not in text
-    assert set(swarm.viewers._pages) == before  # nothing is asked for before somebody looks
+    assert swarm.remote_service.secret not in text
+    assert set(swarm.remote_service._pages) == before  # nothing is asked for before somebody looks
 
 
 def test_without_the_token_there_is_a_login_and_no_dashboard(page):
@@ -129,13 +129,13 @@ def test_no_argument_list_has_a_secret_and_no_file_can_be_read_by_others(page, s
     token = page.url.partition("token=")[2]
     for process in family(page.pid):
         arguments = " ".join(process.cmdline())
-        assert token not in arguments and swarm.viewers.secret not in arguments
+        assert token not in arguments and swarm.remote_service.secret not in arguments
     folder = Path(page._folder.name)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     for name in ("dashboard.ipynb", "report"):
         assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
     notebook = (folder / "dashboard.ipynb").read_text()
-    assert token not in notebook and swarm.viewers.secret not in notebook
+    assert token not in notebook and swarm.remote_service.secret not in notebook
     assert json.loads(notebook)["cells"][0]["outputs"] == []
     assert token not in (folder / "log").read_text()
 

@@ -1,7 +1,7 @@
-"""Polling: what a swarm consists of, looked up again and again while somebody looks. For the dashboard only.
+"""The inventory of a swarm: which grids, experts and servers it has, polled while someone looks at the dashboard.
 
-A task of the lab thread, beside the calls: it asks the directory for grids and experts, and every server for its
-statistics, and publishes what it found as one immutable `Inventory`, which other threads may read.
+A task of the lab thread, beside the calls, asks the directory for grids and experts, and every server for its
+statistics. It publishes what it found as one immutable `Inventory`, from which the `Sampler` makes scenes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import islice, starmap
 from typing import NamedTuple
@@ -27,53 +28,47 @@ from labkit.server.statistics import ServerStatistics, call_statistics, without_
 
 logger = logging.getLogger(__name__)
 
-FIND_PERIOD = 2.0  # seconds, or longer, where there is more than this to look at:
+FIND_PERIOD = 2.0  # seconds between two look-ups of all experts; longer where there are many, because of:
 EXPERTS_PER_SECOND = 150  # that are looked up: each takes ten microseconds of the process that also trains
-ASKED_PER_SECOND = 6  # servers: each answer takes a third of a millisecond of it
-UNSEEN = 1 / 3  # of these rates, while nobody looks and all of it is only recorded
+SERVERS_PER_SECOND = 6  # that are asked: each answer takes a third of a millisecond of that process
+UNWATCHED_PACE = 1 / 3  # of these rates, while no one looks and all of it is only recorded
 STATISTICS_TIMEOUT = 1.0  # seconds
-LEAST_TIME = 0.25  # seconds: with less left of a round, a server is asked first in the next one
-REST = 5.0  # seconds by which the turn of a server comes later that failed twice
-AT_ONCE = 16  # servers that are asked at the same time
-AT_ONCE_FOR_ONE = 32  # the same, where somebody waits for the answers
+MIN_ANSWER_TIME = 0.25  # seconds: with less left of a round, a server is asked in the next one instead
+RETRY_DELAY = 5.0  # seconds by which the turn of a server is put off that failed twice
+ASKED_AT_ONCE = 16  # servers
+ASKED_AT_ONCE_FOR_CALLER = 32  # servers, where a caller waits for the answers
 PREFIXES_AT_ONCE = 4  # few, so that no step holds the lab thread for long
 MAX_GRIDS = 100
 MAX_EXPERTS = 20_000
-MAX_STRANGE = 20_000  # of which servers speak, all together, and of which the directory knows nothing
+MAX_UNLISTED = 20_000  # experts that servers report and the directory does not list, of all servers together
 MAX_SERVERS = 1_000
 
 
 class LocalServer(NamedTuple):
-    """A server started here. `word`: its handle's state. `latency`, `loss`: what is injected into it."""
+    """A server started here."""
 
-    word: str
+    word: str  # the state of its handle
     address: str  # empty before its first start
     uids: tuple[str, ...]
-    latency: float
-    loss: float
+    latency: float  # seconds, injected
+    loss: float  # share of the requests, injected
 
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """What there was in the swarm when it was last looked at. Do not change it: other threads read it.
-
-    `experts`: those that the directory offers, by uid; `suspects`: those that are declared and, after failures, not
-    offered. `statistics`: what servers said of themselves, and when (monotonic), by address. `locals`: as in
-    `swarm.servers`. `polled_at`: when the directory was last read, monotonic; -inf: never. `failures`: how often in a
-    row a server failed to answer, by address.
-    """
+    """What there was in the swarm when it was last looked up. Do not change it: other threads read it."""
 
     grids: Mapping[str, GridInfo] = field(default_factory=dict)
-    experts: Mapping[str, ExpertInfo] = field(default_factory=dict)
-    suspects: Mapping[str, ExpertInfo] = field(default_factory=dict)
-    statistics: Mapping[str, tuple[ServerStatistics, float]] = field(default_factory=dict)
-    locals: tuple[LocalServer, ...] = ()
-    polled_at: float = -math.inf
-    failures: Mapping[str, int] = field(default_factory=dict)
+    experts: Mapping[str, ExpertInfo] = field(default_factory=dict)  # uid -> what the directory offers
+    suspects: Mapping[str, ExpertInfo] = field(default_factory=dict)  # uid -> declared, but not offered after failures
+    statistics: Mapping[str, tuple[ServerStatistics, float]] = field(default_factory=dict)  # address -> ..., when
+    locals: tuple[LocalServer, ...] = ()  # as in `swarm.servers`
+    polled_at: float = -math.inf  # when the directory was last read, monotonic; -inf: never
+    failures: Mapping[str, int] = field(default_factory=dict)  # address -> how often in a row it did not answer
 
 
 def local_servers(servers: Sequence[ServerHandle]) -> tuple[LocalServer, ...]:
-    """The servers started here, as they are now. From any thread."""
+    """Returns the servers started here as they are now. May be called from any thread."""
     return tuple(_local(server) for server in list(servers))
 
 
@@ -89,16 +84,21 @@ async def keep_polled(
     publish: Callable[[Inventory], None],
     *,
     period: float = 1.0,
-    seen: Callable[[], bool] = lambda: True,
+    watched: Callable[[], bool] = lambda: True,
     task_status: trio.TaskStatus[trio.CancelScope] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Publish an inventory every `period` seconds and whenever experts were looked up, until cancelled.
 
-    `servers`: those started here, a list that may grow. `seen`: whether somebody looks at this moment; while nobody
-    does, more than two servers are polled more rarely. Ready at once, with the scope that ends it. Nothing that a peer
-    does ends it.
+    Ready at once, with the scope that ends it. Nothing that a peer does ends it.
+
+    Args:
+        node: our node in the swarm.
+        servers: the servers started here; the list may grow.
+        publish: called with each inventory.
+        period: seconds between two rounds of asking servers.
+        watched: whether someone looks at this moment; while no one does, more than two servers are polled more rarely.
     """
-    poll = _Poll(node, servers, publish, seen)
+    poll = _Poll(node, servers, publish, watched)
     with trio.CancelScope() as scope:
         poll.publish()
         async with trio.open_nursery() as nursery:
@@ -108,25 +108,25 @@ async def keep_polled(
 
 
 class _Poll:
-    """What is known, and the two tasks that keep it so."""
+    """What is known of the swarm, and the two tasks that keep it up to date."""
 
     def __init__(
         self, node: Node, servers: Sequence[ServerHandle], publish: Callable[[Inventory], None],
-        seen: Callable[[], bool],
+        watched: Callable[[], bool],
     ) -> None:  # fmt: skip
         self._node = node
         self._servers = servers
         self._publish = publish
-        self._seen = seen
+        self._watched = watched
         self._grids: Mapping[str, GridInfo] = {}
-        self._found = ExpertWalk()
+        self._found = FoundExperts()
         self._polled_at = -math.inf
         self._statistics: dict[str, tuple[ServerStatistics, float]] = {}
         self._failures: dict[str, int] = {}
         self._asked_at: dict[str, float] = {}
 
     def publish(self) -> None:
-        """Hand out what is known now."""
+        """Publish what is known now."""
         self._publish(
             Inventory(
                 self._grids, self._found.experts, self._found.suspects, dict(self._statistics),
@@ -137,7 +137,7 @@ class _Poll:
     # ------------------------------------------------------------ grids and experts
 
     async def keep_found(self) -> None:
-        """Look grids and experts up, through the directory's cache, every two seconds; rarely where there are many."""
+        """Look up grids and experts through the directory's cache, every two seconds; more rarely if there are many."""
         while True:
             began = trio.current_time()
             try:
@@ -150,27 +150,30 @@ class _Poll:
             except Exception:  # a mistake of ours here must not end the lab thread, and the training with it
                 logger.exception("looking the experts up failed")
             self.publish()
-            while True:  # somebody may begin to look meanwhile
+            while True:  # in steps, since someone may begin to look meanwhile
                 await trio.sleep(FIND_PERIOD / 4)
                 if trio.current_time() >= began + self._find_period() - FIND_PERIOD / 8:
                     break
 
     def _pace(self) -> float:
-        return 1.0 if self._seen() else UNSEEN
+        return 1.0 if self._watched() else UNWATCHED_PACE
 
     def _find_period(self) -> float:
         return max(FIND_PERIOD, len(self._found.experts) / EXPERTS_PER_SECOND / self._pace())
 
     def _pause(self) -> float:
-        """Seconds between two steps of a walk, so that half of the period is enough; none in the first walk."""
+        """Returns the seconds between two steps of a walk, so that it takes half of the period; 0 in the first walk."""
         chunks = self._found.chunks
         return self._find_period() / 2 / chunks if chunks > 1 else 0.0
 
     # ------------------------------------------------------------ statistics
 
     async def keep_asked(self, period: float) -> None:
-        """Ask every server how it is doing, every `period` seconds. Where there are more than a round is to ask, each
-        has its turn; one that failed once is asked again at once, beside them."""
+        """Ask every server for its statistics, every `period` seconds.
+
+        Where there are more servers than a round may ask, they take turns. One that failed once is asked again in the
+        next round, out of turn.
+        """
         while True:
             end = trio.current_time() + period
             contacts = contacts_of(self._servers, self._found)
@@ -179,16 +182,18 @@ class _Poll:
                     del table[address]
 
             def turn(address: str) -> float:
-                rest = REST if self._failures.get(address, 0) > 1 else 0.0
-                return self._asked_at.get(address, -math.inf) + rest
+                delay = RETRY_DELAY if self._failures.get(address, 0) > 1 else 0.0
+                return self._asked_at.get(address, -math.inf) + delay
 
             in_turn = sorted(contacts, key=turn)
-            chosen = in_turn[: math.ceil(ASKED_PER_SECOND * period * self._pace())]
-            chosen += [a for a in in_turn[len(chosen) :] if self._failures.get(a) == 1][:AT_ONCE]
-            chosen.sort(key=lambda address: self._failures.get(address, 0) > 0)  # who is silent holds nobody up
+            chosen = in_turn[: math.ceil(SERVERS_PER_SECOND * period * self._pace())]
+            chosen += [a for a in in_turn[len(chosen) :] if self._failures.get(a) == 1][:ASKED_AT_ONCE]
+            chosen.sort(
+                key=lambda address: self._failures.get(address, 0) > 0
+            )  # the silent ones last, so that they hold up no other
             async with trio.open_nursery() as nursery:
                 waiting = iter(chosen)
-                for _ in range(min(AT_ONCE, len(chosen))):
+                for _ in range(min(ASKED_AT_ONCE, len(chosen))):
                     nursery.start_soon(self._ask_some, waiting, contacts, end)
             self.publish()
             await trio.sleep_until(end)
@@ -196,7 +201,7 @@ class _Poll:
     async def _ask_some(self, waiting: Iterable[str], contacts: Mapping[str, Contact], end: float) -> None:
         for address in waiting:
             left = end - trio.current_time()
-            if left < LEAST_TIME:
+            if left < MIN_ANSWER_TIME:
                 return
             self._asked_at[address] = trio.current_time()
             try:
@@ -208,8 +213,8 @@ class _Poll:
                 self._failures[address] = self._failures.get(address, 0) + 1
                 logger.exception("asking %s for its statistics failed", address)
             else:
-                strange = sum(self._found.strange(a, s) for a, (s, _) in self._statistics.items() if a != address)
-                self._statistics[address] = (self._found.bounded(address, statistics, strange), time.monotonic())
+                others = sum(self._found.unlisted(a, s) for a, (s, _) in self._statistics.items() if a != address)
+                self._statistics[address] = (self._found.bounded(address, statistics, others), time.monotonic())
                 self._failures.pop(address, None)
 
 
@@ -217,72 +222,69 @@ class _Poll:
 
 
 @dataclass(slots=True)
-class ExpertWalk:
-    """All experts of the grids that were walked. `contacts`: their servers, by address; `held`: how many experts each
-    of those is said to hold. `chunks`: steps it took."""
+class FoundExperts:
+    """All experts of the grids that were looked up, and their servers."""
 
-    experts: dict[str, ExpertInfo] = field(default_factory=dict)
-    suspects: dict[str, ExpertInfo] = field(default_factory=dict)
-    contacts: dict[str, Contact] = field(default_factory=dict)
-    held: Counter[str] = field(default_factory=Counter)
-    chunks: int = 0
+    experts: dict[str, ExpertInfo] = field(default_factory=dict)  # uid -> what the directory offers
+    suspects: dict[str, ExpertInfo] = field(default_factory=dict)  # uid -> declared, but not offered after failures
+    contacts: dict[str, Contact] = field(default_factory=dict)  # address -> server
+    listed: Counter[str] = field(default_factory=Counter)  # address -> how many experts the directory lists there
+    chunks: int = 0  # steps that it took
 
-    def strange(self, address: str, statistics: ServerStatistics) -> int:
-        """Of how many experts a server speaks beyond those that the directory gives it."""
-        return max(0, len(statistics.experts) - self.held[address])
+    def unlisted(self, address: str, statistics: ServerStatistics) -> int:
+        """Returns how many experts a server reports beyond those that the directory lists for it."""
+        return max(0, len(statistics.experts) - self.listed[address])
 
     def bounded(self, address: str, statistics: ServerStatistics, others: int) -> ServerStatistics:
-        """What a server says; without its experts, where with the `others` too many are strange."""
-        strange = self.strange(address, statistics)
-        return without_experts(statistics) if strange and others + strange > MAX_STRANGE else statistics
+        """Returns a server's statistics, without its experts if there are too many unlisted ones.
+
+        `others`: how many unlisted experts the other servers report.
+        """
+        unlisted = self.unlisted(address, statistics)
+        return without_experts(statistics) if unlisted and others + unlisted > MAX_UNLISTED else statistics
 
 
 async def find_experts(
     node: Node, grids: Mapping[str, GridInfo], pause: Callable[[], float] = lambda: 0.0, *, anew: bool = False
-) -> ExpertWalk:
-    """Walk the directory's index of these grids, a few prefixes at a time, with a `pause` in seconds between.
+) -> FoundExperts:
+    """Returns all experts of these grids. Stops when it has 20,000.
 
-    So no step holds the lab thread for long, neither this walk nor the refreshing of what it used. At most 20,000
-    experts. `anew`: ask the DHT for what is cached, too.
+    It walks the directory's index a few prefixes at a time, so that no step holds the lab thread for long, neither of
+    this walk nor of refreshing what it used.
+
+    Args:
+        node: our node in the swarm.
+        grids: the grids, by name.
+        pause: returns the seconds to wait between two steps.
+        anew: whether to ask the DHT for cached prefixes, too.
     """
-    found, directory = ExpertWalk(), node.directory
-    look_up = directory.look_up if anew else directory.children
+    found, directory = FoundExperts(), node.directory
     for name, grid in grids.items():
-        prefixes = [name]
-        for _ in grid.sizes[1:]:
-            below: list[str] = []
-            for some in _in_chunks(prefixes):
-                views = await look_up(some)
-                below += [f"{prefix}.{coordinate}" for prefix in some for coordinate in sorted(views[prefix].inner)]
-                await trio.lowlevel.checkpoint()
-            prefixes = below[: directory.config.max_prefixes]
-        for some in _in_chunks(prefixes):
-            views = await look_up(some)
-            found.chunks += 1
-            for prefix in some:
-                found.experts.update((info.uid, info) for _, info in sorted(views[prefix].experts.items()))
-            hidden = directory.hidden(some)
-            found.suspects |= hidden
-            servers = Counter(info.contact for prefix in some for info in views[prefix].experts.values())
-            servers.update(info.contact for info in hidden.values())
-            for contact, count in servers.items():
-                found.contacts[contact.endpoint] = contact
-                found.held[contact.endpoint] += count
-            if len(found.experts) >= MAX_EXPERTS:
-                return found
-            await trio.sleep(pause())
+        walk = directory.walk(name, len(grid.sizes), at_once=PREFIXES_AT_ONCE, anew=anew)
+        async with aclosing(walk) as steps:
+            async for children, last in steps:
+                if not last:
+                    await trio.lowlevel.checkpoint()
+                    continue
+                found.chunks += 1
+                experts = [info for view in children.values() for _, info in sorted(view.experts.items())]
+                suspended = directory.suspended(children)
+                found.experts.update((info.uid, info) for info in experts)
+                found.suspects |= suspended
+                for contact, count in Counter(info.contact for info in (*experts, *suspended.values())).items():
+                    found.contacts[contact.endpoint] = contact
+                    found.listed[contact.endpoint] += count
+                if len(found.experts) >= MAX_EXPERTS:
+                    return found
+                await trio.sleep(pause())
     return found
-
-
-def _in_chunks(prefixes: Sequence[str]) -> Iterator[Sequence[str]]:
-    return (prefixes[start : start + PREFIXES_AT_ONCE] for start in range(0, len(prefixes), PREFIXES_AT_ONCE))
 
 
 # ---------------------------------------------------------------- asking servers
 
 
-def contacts_of(servers: Sequence[ServerHandle], found: ExpertWalk) -> dict[str, Contact]:
-    """Whom to ask, by address: the servers started here that run, and all others that were found."""
+def contacts_of(servers: Sequence[ServerHandle], found: FoundExperts) -> dict[str, Contact]:
+    """Returns the servers to ask, by address: those started here that run, and all others that were found."""
     handles = list(servers)
     own = {handle.plan.identity.public_key for handle in handles}
     contacts = {
@@ -294,8 +296,16 @@ def contacts_of(servers: Sequence[ServerHandle], found: ExpertWalk) -> dict[str,
 
 
 async def ask_everybody(node: Node, servers: Sequence[ServerHandle], timeout: float) -> dict[str, ServerStatistics]:
-    """The statistics of the servers started here and of all that the DHT knows now, by address, at most 32 asked at a
-    time. Those that do not answer within `timeout` seconds are missing."""
+    """Ask all servers for their statistics: those started here, and all that the DHT knows now.
+
+    Args:
+        node: our node in the swarm.
+        servers: the servers started here.
+        timeout: seconds; servers that do not answer within them are missing.
+
+    Returns:
+        The statistics by address.
+    """
     answers: dict[str, ServerStatistics] = {}
 
     async def ask(address: str, contact: Contact) -> None:
@@ -305,11 +315,11 @@ async def ask_everybody(node: Node, servers: Sequence[ServerHandle], timeout: fl
             except RPCError as error:
                 logger.debug("%s gave no statistics: %s", address, error)
             else:
-                strange = sum(starmap(found.strange, answers.items()))
-                answers[address] = found.bounded(address, said, strange)
+                others = sum(starmap(found.unlisted, answers.items()))
+                answers[address] = found.bounded(address, said, others)
 
-    end, limiter = trio.current_time() + timeout, trio.CapacityLimiter(AT_ONCE_FOR_ONE)
-    found = ExpertWalk(contacts={info.contact.endpoint: info.contact for info in node.directory.known().values()})
+    end, limiter = trio.current_time() + timeout, trio.CapacityLimiter(ASKED_AT_ONCE_FOR_CALLER)
+    found = FoundExperts(contacts={info.contact.endpoint: info.contact for info in node.directory.known().values()})
     with trio.move_on_at(end - timeout / 2):
         found = await find_experts(node, await find_grids(node.dht, timeout), anew=True)
     with trio.move_on_at(end):

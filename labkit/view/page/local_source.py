@@ -1,27 +1,42 @@
-"""What a dashboard shows of a swarm of this process: frames for its pages, and files. Made from scenes."""
+"""What a dashboard shows of a swarm of this process: frames for its pages, and files. Both are made from scenes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
+from labkit.view.outputs import Show
 from labkit.view.page.frame_writer import FrameWriter
 from labkit.view.page.pages import Header
+from labkit.view.scene import Scene
+from labkit.view.summary import SwarmSummary
 
-if TYPE_CHECKING:
-    from labkit.view.swarm_view import SwarmView
+MIME_TYPES = {"png": "image/png", "html": "text/html", "json": "application/json"}
 
-MIMES = {"png": "image/png", "html": "text/html", "json": "application/json"}
+
+class DashboardView(Protocol):
+    """What dashboards need of the view of a swarm. See `SwarmView`, which is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def over(self) -> bool: ...
+    def scene(self) -> Scene: ...
+    def scene_for_page(self) -> Scene: ...
+    def summary(self) -> SwarmSummary: ...
+    def add(self, show: Show, period: float, *, watched: bool = True) -> Callable[[], None]: ...
+    def execute(self, command: Mapping[str, Any]) -> str: ...
+    def export(self, format: str) -> bytes: ...
 
 
 class LocalSource:
     """What a dashboard shows of a swarm of this process; a `FrameSource`. Any thread may call it, one at a time."""
 
-    def __init__(self, view: SwarmView) -> None:
+    def __init__(self, view: DashboardView) -> None:
         self.name = view.name
         self._view = view
-        self._writers: dict[str, FrameWriter] = {}
+        self._writers: dict[str, FrameWriter] = {}  # page -> what it has been sent
 
     @property
     def over(self) -> bool:
@@ -29,30 +44,22 @@ class LocalSource:
         return self._view.over
 
     def frame(self, page: str, *, layer: int, mode: str, fresh: bool) -> tuple[Header, list[bytes]]:
-        """The next frame for a page."""
+        """Returns the next frame for a page, as `FrameSource.frame` does."""
         if fresh or page not in self._writers:
             self._writers[page] = FrameWriter()
-        scene = self._view.scene_for_a_page()
+        scene = self._view.scene_for_page()
         layer = min(layer, max(0, len(scene.layers) - 1))
         return self._writers[page].frame(scene, layer=layer, mode=mode, control=scene.open)
 
     def forget(self, page: str) -> None:
-        """A page is gone."""
+        """Drop what is kept for a page that is gone."""
         self._writers.pop(page, None)
 
-    def order(self, order: Mapping[str, Any]) -> str:
-        """See `SwarmView.order`."""
-        return self._view.order(order)
+    def execute(self, command: Mapping[str, Any]) -> str:
+        """Execute a button's command, as `SwarmView.execute` does."""
+        return self._view.execute(command)
 
     def export(self, format: str) -> tuple[str, str, bytes]:
-        """The dashboard as a file: its name, MIME type and bytes."""
+        """Returns the dashboard as a file (png, html or json): its name, MIME type and bytes."""
         name = re.sub(r"[^\w.-]+", "-", self.name).strip("-.") or "swarm"
-        return f"labkit-{name}.{format}", MIMES[format], export(self._view, format)
-
-
-def export(view: SwarmView, format: str) -> bytes:
-    """The dashboard as the bytes of a file. `format`: png, or html or json of all that was recorded."""
-    if format == "png":
-        return view.snapshot()
-    scene = view.look()
-    return view.recording.to_html(scene) if format == "html" else view.recording.to_json(scene)
+        return f"labkit-{name}.{format}", MIME_TYPES[format], self._view.export(format)

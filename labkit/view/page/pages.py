@@ -1,8 +1,8 @@
-"""Who looks at a dashboard, and what may be sent to whom, when. No I/O: the time is passed in.
+"""The pages that look at a dashboard, and what each of them may be sent when. No I/O: the time is passed in.
 
-A page is one load of the widget's front end in one browser tab. All pages of a dashboard hear every message, so each
-carries the page that it is for. A frame is built only when it can be sent at once: what comes too late is not made at
-all. The other end, and the messages themselves, are in frontend/src/types.ts.
+A page is one load of the widget's front end in one browser tab. Every message of a dashboard reaches all of its pages,
+so each message names the page that it is for. A frame is made only when it can be sent at once. The messages, and the
+other end, are in frontend/src/types.ts.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeGuard
 
-from labkit.view.page.commands import check_order
+from labkit.view.page.commands import check_command
 from labkit.view.scene import MODES
 
-PAGES = 16  # known at a time; one more takes the place of the one that has been silent longest
-PATIENCE = 12.0  # seconds after its last word that a page is forgotten; one that looks says so every 5
-FRAME_PERIOD = 0.25  # seconds between two frames, to whomever; more, where it takes long to make one:
-LONGEST_PERIOD = 2.0
-SMALL = 0.001  # seconds that making one may take anyway; what it takes beyond that is, on average,
-SHARE = 0.002  # of a core, unless `LONGEST_PERIOD` is over before
-WINDOW = 2  # frames and chunks that a page has not acknowledged
-CHUNK = 48_000  # bytes of an export in one message
+MAX_PAGES = 16  # known at a time; one more takes the place of the one that has been silent longest
+PAGE_TIMEOUT = 12.0  # seconds after its last message that a page is forgotten; one that looks sends one every 5
+FRAME_PERIOD = 0.25  # seconds between two frames, to whichever page; longer where it takes long to make one:
+MAX_FRAME_PERIOD = 2.0  # seconds
+FREE_FRAME_SECONDS = 0.001  # of computing that a frame may take without making frames rarer
+FRAME_CORE_SHARE = 0.002  # of a core that what a frame takes beyond that may use, on average
+MAX_UNACKNOWLEDGED = 2  # frames and chunks on their way to a page
+CHUNK_BYTES = 48_000  # of an export in one message
 CHUNK_PERIOD = 0.02  # seconds between two chunks
-PARCELS = 2  # exports on their way to a page
+MAX_EXPORTS = 2  # on their way to a page
 LAST_FRAMES = 10  # that a page gets of a scene that will not change any more: a large one takes several
 
 Header = dict[str, Any]
 
 
 class FrameSource(Protocol):
-    """What a dashboard shows: a swarm of this process, or one that is watched from afar. Its methods may block."""
+    """What a dashboard shows: a swarm of this process, or one in another process. Its methods may block."""
 
     name: str
 
@@ -41,21 +41,28 @@ class FrameSource(Protocol):
         """Whether nothing will ever change any more: the swarm is closed, and its last scene stays."""
 
     def frame(self, page: str, *, layer: int, mode: str, fresh: bool) -> tuple[Header, list[bytes]]:
-        """The next frame for a page. `fresh`: the page has nothing yet."""
+        """Returns the header and the buffers of the next frame for a page.
+
+        Args:
+            page: id of the page.
+            layer: number of the layer that it looks at.
+            mode: what its heat map shows, one of `MODES`.
+            fresh: whether the page has nothing yet.
+        """
 
     def forget(self, page: str) -> None:
-        """A page is gone."""
+        """Drop what is kept for a page that is gone."""
 
-    def order(self, order: Mapping[str, Any]) -> str:
-        """Do what a button says; returns a sentence. Raises `ValueError`, `LabkitError`."""
+    def execute(self, command: Mapping[str, Any]) -> str:
+        """Execute a checked command. Returns a sentence that says what was done. Raises `ValueError`, `LabkitError`."""
 
     def export(self, format: str) -> tuple[str, str, bytes]:
-        """The dashboard as a file: its name, MIME type and bytes. `format`: png, html, json. Raises as `order` does."""
+        """Returns the dashboard as a file (png, html or json): name, MIME type and bytes. Raises as `execute` does."""
 
 
 @dataclass(frozen=True, slots=True)
 class ButtonCommand:
-    """A page wants something done. `do`: see `check_order`; None if it makes no sense, `problem` says why."""
+    """A command that a page has sent. `do`: see `check_command`; None for an impossible one, and `problem` says why."""
 
     page: str
     id: int
@@ -75,7 +82,7 @@ class FrameDue:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of an export, to be sent now. `last`: after it, the export is done."""
+    """A piece of an export, to be sent now. `last`: whether it completes the export."""
 
     header: Header
     data: bytes
@@ -83,7 +90,7 @@ class Chunk:
 
 
 @dataclass(slots=True)
-class _Parcel:
+class _Export:
     id: int
     name: str
     mime: str
@@ -92,31 +99,39 @@ class _Parcel:
 
     @property
     def total(self) -> int:
-        return max(1, math.ceil(len(self.data) / CHUNK))
+        return max(1, math.ceil(len(self.data) / CHUNK_BYTES))
 
 
 @dataclass(slots=True)
 class _Page:
     id: str
-    heard: float
+    heard_at: float  # when it last sent a message
     looking: bool = False
     fresh: bool = True
     layer: int = 0
     mode: str = MODES[0]
     seq: int = 0
-    open: deque[int] = field(default_factory=deque)  # sequence numbers that it has not acknowledged
-    sent: float = -math.inf  # when it got its last frame
-    owed: int = LAST_FRAMES  # frames that it gets once nothing changes any more
-    parcels: deque[_Parcel] = field(default_factory=deque)
+    unacknowledged: deque[int] = field(default_factory=deque)  # sequence numbers
+    sent_at: float = -math.inf  # when it got its last frame
+    frames_left: int = LAST_FRAMES  # that it gets once nothing changes any more
+    exports: deque[_Export] = field(default_factory=deque)
 
-    def number(self) -> int:
+    @property
+    def has_room(self) -> bool:
+        return len(self.unacknowledged) < MAX_UNACKNOWLEDGED
+
+    def next_seq(self) -> int:
         self.seq += 1
-        self.open.append(self.seq)
+        self.unacknowledged.append(self.seq)
         return self.seq
 
 
 class Pages:
-    """The pages of one dashboard. `forget` is called with the id of each that is gone. Times: seconds, monotonic."""
+    """The pages of one dashboard. Times are seconds on a monotonic clock.
+
+    Args:
+        forget: called with the id of each page that is gone.
+    """
 
     def __init__(self, forget: Callable[[str], None]) -> None:
         self._forget = forget
@@ -126,25 +141,25 @@ class Pages:
 
     @property
     def known(self) -> list[str]:
-        """Ids of the pages that are not forgotten."""
+        """The ids of the pages that are not forgotten."""
         return list(self._pages)
 
-    # ------------------------------------------------------------ what pages say
+    # ------------------------------------------------------------ messages from pages
 
-    def hear(self, message: object, now: float) -> ButtonCommand | None:
-        """Take what a page said. Returns the order, if it is one. What makes no sense is ignored."""
+    def on_message(self, message: object, now: float) -> ButtonCommand | None:
+        """Take a message from a page. Returns the command, if it is one. A message that makes no sense is ignored."""
         if not isinstance(message, Mapping) or not _is_name(message.get("page")):
             return None
         kind, page = message.get("type"), message["page"]
         if kind == "look":
             self._look(page, message, now)
         elif kind == "ack" and page in self._pages and _is_int(message.get("seq")):
-            self._pages[page].heard = now
+            self._pages[page].heard_at = now
             self._acknowledge(self._pages[page], message["seq"])
-        elif kind == "order" and _is_int(message.get("id")):
-            self._meet(page, now)
+        elif kind == "command" and _is_int(message.get("id")):
+            self._get_page(page, now)
             try:
-                return ButtonCommand(page, message["id"], check_order(message.get("order")))
+                return ButtonCommand(page, message["id"], check_command(message.get("command")))
             except ValueError as error:
                 return ButtonCommand(page, message["id"], None, str(error))
         return None
@@ -154,31 +169,31 @@ class Pages:
         looking, fresh = message.get("looking"), message.get("fresh")
         if not _is_int(layer) or mode not in MODES or not isinstance(looking, bool) or not isinstance(fresh, bool):
             return
-        page = self._meet(id, now)
+        page = self._get_page(id, now)
         page.looking = looking
         if fresh:  # the front end began anew, and forgot what was under way
             page.fresh = True
-            page.open.clear()
+            page.unacknowledged.clear()
         if fresh or (layer, mode) != (page.layer, page.mode):
-            page.owed = LAST_FRAMES
+            page.frames_left = LAST_FRAMES
         page.layer, page.mode = layer, mode
 
     @staticmethod
     def _acknowledge(page: _Page, seq: int) -> None:
-        while page.open and page.open[0] <= seq <= page.seq:
-            page.open.popleft()
+        while page.unacknowledged and page.unacknowledged[0] <= seq <= page.seq:
+            page.unacknowledged.popleft()
 
-    def _meet(self, id: str, now: float) -> _Page:
+    def _get_page(self, id: str, now: float) -> _Page:
         self._prune(now)
-        if id not in self._pages and len(self._pages) >= PAGES:
-            self._drop(min(self._pages.values(), key=lambda page: page.heard).id)
+        if id not in self._pages and len(self._pages) >= MAX_PAGES:
+            self._drop(min(self._pages.values(), key=lambda page: page.heard_at).id)
         page = self._pages.setdefault(id, _Page(id, now))
-        page.heard = now
+        page.heard_at = now
         return page
 
     def _prune(self, now: float) -> None:
         for page in list(self._pages.values()):
-            if now - page.heard > PATIENCE:
+            if now - page.heard_at > PAGE_TIMEOUT:
                 self._drop(page.id)
 
     def _drop(self, id: str) -> None:
@@ -190,82 +205,88 @@ class Pages:
         for id in list(self._pages):
             self._drop(id)
 
-    # ------------------------------------------------------------ what they are sent
+    # ------------------------------------------------------------ messages to pages
 
     def turn(self, now: float, over: bool = False) -> FrameDue | Chunk | None:
-        """What is to be sent now, if anything. `over`: see `FrameSource`.
+        """Returns what is to be sent now, if anything. `over`: see `FrameSource`.
 
-        A `FrameDue` is a chance that is gone with this call; what came of it is told to `sent`, or to `missed`.
+        After a `FrameDue`, call `sent` with the frame, or `missed` if it could not be made.
         """
         self._prune(now)
-        if now >= self._frame_at and (lookers := self._lookers(over)):
-            page = min(lookers, key=lambda page: page.sent)
-            page.sent = now
+        if now >= self._frame_at and (pages := self._pages_for_frames(over)):
+            page = min(pages, key=lambda page: page.sent_at)
+            page.sent_at = now
             self._frame_at = now + FRAME_PERIOD
             if over:
-                page.owed -= 1
+                page.frames_left -= 1
             return FrameDue(page.id, page.layer, page.mode, page.fresh)
-        if now >= self._chunk_at and (takers := self._takers()):
+        if now >= self._chunk_at and (pages := self._pages_for_chunks()):
             self._chunk_at = now + CHUNK_PERIOD
-            return self._cut(takers[0])
+            return self._next_chunk(pages[0])
         return None
 
     def sent(self, due: FrameDue, header: Header, took: float = 0.0) -> Header:
-        """The header of the frame that goes out, with the page that it is for and its number. `took`: seconds to make.
+        """Returns the header of a frame with its page, its number, and whether the page is to acknowledge it.
 
-        `ack`: whether the page is to acknowledge it, and those before it. Not each: what a kernel does for a message
-        that it gets costs more than the frame.
+        An acknowledgement covers the frames before, too. Not every frame asks for one: what a kernel does for each
+        message that it receives costs more than the frame.
+
+        Args:
+            due: what `turn` returned.
+            header: the header from the frame source.
+            took: seconds of computing that the frame took.
         """
         page = self._pages[due.page]
         page.fresh = False
-        self._frame_at = max(self._frame_at, page.sent + min((took - SMALL) / SHARE, LONGEST_PERIOD))
-        seq = page.number()
-        return {**header, "type": "frame", "page": page.id, "seq": seq, "ack": len(page.open) >= WINDOW}
+        period = min((took - FREE_FRAME_SECONDS) / FRAME_CORE_SHARE, MAX_FRAME_PERIOD)
+        self._frame_at = max(self._frame_at, page.sent_at + period)
+        seq = page.next_seq()
+        return {**header, "type": "frame", "page": page.id, "seq": seq, "ack": not page.has_room}
 
     def missed(self, due: FrameDue) -> None:
-        """The frame could not be made; the next one has to begin anew."""
+        """The frame could not be made: the next one has to begin anew."""
         if due.page in self._pages:
             self._pages[due.page].fresh = True
 
     def wait(self, now: float, over: bool = False) -> float | None:
-        """Seconds until something is to be sent; None: not before some page says something."""
+        """Returns the seconds until something is to be sent, or None if that takes another message from a page."""
         times = []
-        if self._lookers(over):
+        if self._pages_for_frames(over):
             times.append(self._frame_at)
-        if self._takers():
+        if self._pages_for_chunks():
             times.append(self._chunk_at)
         return max(0.0, min(times) - now) if times else None
 
-    def _lookers(self, over: bool) -> list[_Page]:
+    def _pages_for_frames(self, over: bool) -> list[_Page]:
         return [
             page
             for page in self._pages.values()
-            if page.looking and len(page.open) < WINDOW and (page.owed > 0 or not over)
+            if page.looking and page.has_room and (page.frames_left > 0 or not over)
         ]
 
-    def _takers(self) -> list[_Page]:
-        return [page for page in self._pages.values() if page.parcels and len(page.open) < WINDOW]
+    def _pages_for_chunks(self) -> list[_Page]:
+        return [page for page in self._pages.values() if page.exports and page.has_room]
 
     # ------------------------------------------------------------ exports
 
-    def post(self, page: str, id: int, name: str, mime: str, data: bytes) -> bool:
-        """Send a file to a page, as the answer to its order `id`. False if the page is gone, or has enough to fetch."""
-        if page not in self._pages or len(self._pages[page].parcels) >= PARCELS:
+    def send_file(self, page: str, id: int, name: str, mime: str, data: bytes) -> bool:
+        """Send a file to a page, in answer to its command `id`. False if the page is gone, or has others to fetch."""
+        if page not in self._pages or len(self._pages[page].exports) >= MAX_EXPORTS:
             return False
-        self._pages[page].parcels.append(_Parcel(id, name, mime, data))
+        self._pages[page].exports.append(_Export(id, name, mime, data))
         return True
 
-    def _cut(self, page: _Page) -> Chunk:
-        parcel = page.parcels[0]
-        index, parcel.index = parcel.index, parcel.index + 1
-        last = parcel.index == parcel.total
+    def _next_chunk(self, page: _Page) -> Chunk:
+        export = page.exports[0]
+        index, export.index = export.index, export.index + 1
+        last = export.index == export.total
         if last:
-            page.parcels.popleft()
+            page.exports.popleft()
         header = {
-            "type": "chunk", "page": page.id, "id": parcel.id, "seq": page.number(), "index": index,
-            "total": parcel.total, "name": parcel.name, "mime": parcel.mime,
+            "type": "chunk", "page": page.id, "id": export.id, "seq": page.next_seq(), "index": index,
+            "total": export.total, "name": export.name, "mime": export.mime,
         }  # fmt: skip
-        return Chunk(header, parcel.data[index * CHUNK : (index + 1) * CHUNK], last)
+        return Chunk(header, export.data[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES], last)
 
 
 def _is_int(value: object) -> TypeGuard[int]:

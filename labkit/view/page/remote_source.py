@@ -1,6 +1,6 @@
-"""What a dashboard shows of a swarm that runs in another process: a `FrameSource` by remote calls.
+"""What a dashboard shows of a swarm that runs in another process: a `FrameSource` that makes remote calls.
 
-`labkit watch` and the page behind it are built on this. The side that answers is `viewers`.
+The page of `labkit watch` is built on this. The side that answers is `remote_service`.
 """
 
 from __future__ import annotations
@@ -11,100 +11,110 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import msgspec
 import torch
 from torch import Tensor
 
-from labkit.contact import Contact
 from labkit.errors import BadReply, RequestRefused, RPCError, SwarmClosed, UnknownMethod
 from labkit.view.collect.inventory import Inventory
 from labkit.view.collect.sampler import Sampler
 from labkit.view.collect.telemetry import Telemetry
 from labkit.view.page.frame_writer import FrameWriter
-from labkit.view.page.local_source import MIMES, LocalSource
+from labkit.view.page.local_source import MIME_TYPES, DashboardView, LocalSource
 from labkit.view.page.pages import Header
 from labkit.view.page.remote_service import (
+    MAX_PARTS,
     NO_SECRET,
-    PART,
-    PARTS,
+    PART_BYTES,
     SCENE_PERIOD,
+    CommandCall,
     ExportCall,
     ExportPart,
     FrameCall,
-    OrderCall,
 )
 from labkit.view.scene import MODES
-from labkit.wire.rpc_types import BULK, Reply
-
-if TYPE_CHECKING:
-    from labkit.swarm import Swarm
+from labkit.wire.rpc_types import Reply
 
 logger = logging.getLogger(__name__)
 
-FRAME_BYTES = 1 << 17  # that we take for a frame; a `FrameWriter` stays below half of it
+MAX_FRAME_BYTES = 1 << 17  # that are taken for a frame; a `FrameWriter` stays below half of it
 FRAME_TIMEOUT = 2.0  # seconds
-ORDER_TIMEOUT = 35.0  # seconds: orders come one after the other, and a run may take ten to stop
-EXPORT_TIMEOUT = 30.0  # seconds, for the first part, which waits until it is drawn
-RETRY = 1.0  # seconds after a failed call for which no page asks again
-KEYS = {
+COMMAND_TIMEOUT = 35.0  # seconds: commands are executed one after the other, and a run may take ten to stop
+EXPORT_TIMEOUT = 30.0  # seconds, for the first part, which waits until the export is made
+RETRY_DELAY = 1.0  # seconds after a failed call for which no page asks again
+HEADER_KEYS = {
     "reset", "at", "wall", "swarm", "open", "source", "can", "headline", "layers", "server_text", "marks", "series",
     "pieces",
 }  # fmt: skip
-LASTING = {"at", "wall", "swarm", "source", "headline"}  # of a header, when no other comes
+LASTING_KEYS = {"at", "wall", "swarm", "source", "headline"}  # of the last header, shown when no other comes
 MAX_LAYER = (1 << 16) - 1
-MAX_SAID = 500  # characters of a sentence that a button is answered with
+MAX_ANSWER = 500  # characters of the sentence that answers a command
+
+
+class RemoteCall(Protocol):
+    """Calls a method of the node that is shown, and blocks until it answers. Raises `RPCError`, `SwarmClosed`."""
+
+    def __call__(self, method: str, body: Any, *, returns: Any, timeout: float) -> Reply: ...
 
 
 class RemoteSource:
-    """What a dashboard shows of a swarm in another process; a `FrameSource`, by remote calls.
+    """What a dashboard shows of a swarm in another process; a `FrameSource` that makes remote calls.
 
-    `swarm`: ours, through which we ask. `contact`: the node that is asked. `secret`: its control secret; without it the
-    page has no buttons. While no answer comes, the last numbers stay, and the page says that they are old. A node that
-    has nothing to show (an expert server by itself) still is one of a swarm: then we show what the servers report.
+    While no answer comes, the last numbers stay, and the page says that they are old. A node that has nothing to show
+    (an expert server by itself) is one of a swarm all the same: then our own view shows what its servers report.
+
+    Args:
+        name: what the shown node is called, such as its address.
+        call: calls the node.
+        view: the view of our own node in that swarm.
+        secret: the control secret of the shown swarm; without it the page has no buttons.
+        closed: whether our own node is closed.
     """
 
-    def __init__(self, swarm: Swarm, contact: Contact, secret: str | None = None) -> None:
-        self.name = contact.endpoint
-        self._swarm = swarm
-        self._contact = contact
+    def __init__(
+        self, name: str, call: RemoteCall, view: DashboardView, secret: str | None, closed: Callable[[], bool]
+    ) -> None:
+        self.name = name
+        self._call = call
+        self._view = view
         self._secret = secret
-        self._id = secrets.token_hex(8)  # as whom we fetch exports
+        self._closed = closed
+        self._id = secrets.token_hex(8)  # in place of a page's, when we fetch exports
         self._last: Header = {}  # the last header that came
         self._lost: set[str] = set()  # pages that begin anew, since frames for them may have been lost
         self._failed = -math.inf  # when a call failed last, monotonic
-        self._own: LocalSource | None = None
+        self._own: LocalSource | None = None  # what our own view shows, if the node has nothing to show
         self._own_pages: set[str] = set()
         self._stop_sampling: Callable[[], None] = _do_nothing
 
     @property
     def over(self) -> bool:
-        """Whether our own node is closed. The other one may be back."""
-        return self._swarm.closed
+        """Whether our own node is closed. The shown one may come back."""
+        return self._closed()
 
     def frame(self, page: str, *, layer: int, mode: str, fresh: bool) -> tuple[Header, list[bytes]]:
-        """The next frame for a page. Waits for it at most 2 seconds; then it is one that is not `open`."""
-        if self._own is None and time.monotonic() >= self._failed + RETRY:
+        """Returns the next frame for a page. If none comes within 2 seconds, returns one that is not `open`."""
+        if self._own is None and time.monotonic() >= self._failed + RETRY_DELAY:
             try:
                 return self._ask(page, min(layer, MAX_LAYER), mode, fresh or page in self._lost)
             except UnknownMethod:
-                self._own, fresh = LocalSource(self._swarm.view), True
+                self._own, fresh = LocalSource(self._view), True
             except (RPCError, SwarmClosed) as error:
                 log = logger.warning if self._failed == -math.inf else logger.debug
                 log("%s shows nothing: %s", self.name, error)
                 self._failed = time.monotonic()
         if self._own is not None:
-            return self._frame_of_our_own(self._own, page, layer, mode, fresh)
+            return self._own_frame(self._own, page, layer, mode, fresh)
         self._lost.add(page)
-        known = {key: value for key, value in self._last.items() if key in LASTING}
+        known = {key: value for key, value in self._last.items() if key in LASTING_KEYS}
         rest = self._nothing_known() if fresh or not known else {"pieces": []}  # else the page keeps all that it has
         return {**rest, **known, "reset": fresh, "open": False, "can": {"control": False}}, []
 
     def _ask(self, page: str, layer: int, mode: str, fresh: bool) -> tuple[Header, list[bytes]]:
         call = FrameCall(page, layer, mode, fresh)  # type: ignore[arg-type]  # `Pages` has checked the mode
-        header, buffers = _read_frame(self._call("view.frame", call, list[int], FRAME_TIMEOUT))
+        header, buffers = _read_frame(self._call("view.frame", call, returns=list[int], timeout=FRAME_TIMEOUT))
         self._last, self._failed = header, -math.inf
         self._lost.discard(page)
         return {**header, "can": {"control": bool(header.get("open")) and self._secret is not None}}, buffers
@@ -113,17 +123,15 @@ class RemoteSource:
         scene = Sampler(Telemetry(), Inventory, lambda: 0, lambda: None, self.name).scene(open=False)
         return FrameWriter().frame(scene, layer=0, mode=MODES[0], control=False)[0]
 
-    def _frame_of_our_own(
-        self, own: LocalSource, page: str, layer: int, mode: str, fresh: bool
-    ) -> tuple[Header, list[bytes]]:
+    def _own_frame(self, own: LocalSource, page: str, layer: int, mode: str, fresh: bool) -> tuple[Header, list[bytes]]:
         if not self._own_pages:
-            self._stop_sampling = self._swarm.view.add(_do_nothing, SCENE_PERIOD)
+            self._stop_sampling = self._view.add(_do_nothing, SCENE_PERIOD)
         self._own_pages.add(page)
         header, buffers = own.frame(page, layer=layer, mode=mode, fresh=fresh)
         return {**header, "can": {"control": False}}, buffers
 
     def forget(self, page: str) -> None:
-        """A page is gone. The other side will notice."""
+        """Drop what is kept for a page that is gone. The other side notices by itself."""
         self._lost.discard(page)
         self._own_pages.discard(page)
         if self._own is not None:
@@ -131,38 +139,35 @@ class RemoteSource:
             if not self._own_pages:
                 self._stop_sampling()
 
-    def order(self, order: Mapping[str, Any]) -> str:
-        """Have it done at the other end. Raises `LabkitError`."""
+    def execute(self, command: Mapping[str, Any]) -> str:
+        """Have a button's command executed at the other end. Raises `LabkitError`."""
         if self._secret is None:
             raise RequestRefused(NO_SECRET)
-        reply = self._call("view.order", OrderCall(self._secret, dict(order)), str, ORDER_TIMEOUT)
-        return str(reply.body)[:MAX_SAID]
+        reply = self._call(
+            "view.command", CommandCall(self._secret, dict(command)), returns=str, timeout=COMMAND_TIMEOUT
+        )
+        return str(reply.body)[:MAX_ANSWER]
 
     def export(self, format: str) -> tuple[str, str, bytes]:
-        """The dashboard as a file that the other end makes: its name, MIME type and bytes. Raises `LabkitError`."""
+        """Returns a file that the other end makes: its name, MIME type and bytes. Raises `LabkitError`."""
         if self._own is not None:
             return self._own.export(format)
         name, data, parts = "", bytearray(), 1
-        for part in range(PARTS):
-            call = ExportCall(self._id, format, part)  # type: ignore[arg-type]  # `check_order` has checked it
-            reply = self._call("view.export", call, ExportPart, EXPORT_TIMEOUT)
+        for part in range(MAX_PARTS):
+            call = ExportCall(self._id, format, part)  # type: ignore[arg-type]  # `check_command` has checked it
+            reply = self._call("view.export", call, returns=ExportPart, timeout=EXPORT_TIMEOUT)
             name, parts = reply.body.name, reply.body.parts
-            data += _bytes(reply.tensors, 1, PART)[0]
+            data += _bytes(reply.tensors, 1, PART_BYTES)[0]
             if part + 1 >= parts:
                 break
         if not re.fullmatch(rf"\w[\w.-]{{0,93}}\.{format}", name):
             name = f"labkit.{format}"
-        return name, MIMES[format], bytes(data)
-
-    def _call(self, method: str, body: Any, returns: Any, timeout: float) -> Reply:
-        call = partial(self._swarm._node.client.call, returns=returns, timeout=timeout, lane=BULK)
-        reply: Reply = self._swarm._portal.call(call, self._contact, method, body)
-        return reply
+        return name, MIME_TYPES[format], bytes(data)
 
 
 def _read_frame(reply: Reply) -> tuple[Header, list[bytes]]:
-    """Header and buffers of a frame. What they say, a page checks. Raises `BadReply`."""
-    head, data = _bytes(reply.tensors, 2, FRAME_BYTES)
+    """Returns header and buffers of a frame, whose contents the page checks. Raises `BadReply`."""
+    head, data = _bytes(reply.tensors, 2, MAX_FRAME_BYTES)
     try:
         header = msgspec.json.decode(head, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
@@ -173,7 +178,7 @@ def _read_frame(reply: Reply) -> tuple[Header, list[bytes]]:
             raise BadReply("a frame that is shorter than it says")
         buffers.append(data[start : start + size])
         start += size
-    return {key: value for key, value in header.items() if key in KEYS}, buffers
+    return {key: value for key, value in header.items() if key in HEADER_KEYS}, buffers
 
 
 def _bytes(tensors: Sequence[Tensor], count: int, limit: int) -> list[bytes]:

@@ -8,7 +8,7 @@ import { ALIVE, DEAD, STARTING, SUSPECT, UNCLAIMED } from "./types";
 import type { Layer, Mode } from "./types";
 
 export const MOST_BINS = 4096;
-const SOME = 0.1, MOST = 0.5; // shares of a block: so many in trouble make it suspect, so many dead make it dead
+const SUSPECT_SHARE = 0.1, DEAD_SHARE = 0.5; // of the experts of a block: in trouble, and dead
 
 // Arrays have rows × cols entries, row by row; blocks begin at multiples of their size, so that they stay put when one pans.
 export interface Bins {
@@ -54,8 +54,8 @@ export function bin(
 // The worst that matters: one dead expert of a hundred does not make a block dead, nor does it go unseen when there are ten.
 export function stateOf(claimed: number, alive: number, suspect: number, dead: number): number {
   if (!claimed) return UNCLAIMED;
-  if (dead >= MOST * claimed) return DEAD;
-  if (suspect + dead >= SOME * claimed) return SUSPECT;
+  if (dead >= DEAD_SHARE * claimed) return DEAD;
+  if (suspect + dead >= SUSPECT_SHARE * claimed) return SUSPECT;
   return alive ? ALIVE : STARTING;
 }
 

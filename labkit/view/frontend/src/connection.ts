@@ -1,8 +1,8 @@
 // One conversation with the kernel for each widget model of a page load, shared by its views: says what is looked at,
-// takes frames into the store and acknowledges them once they are drawn, and carries orders there and answers back.
-import { Orders, type File } from "./orders";
+// takes frames into the store and acknowledges them once they are drawn, and carries commands there and answers back.
+import { Commands, type File } from "./commands";
 import { Store } from "./store";
-import { type Frame, type Mode, type Order, type Reply, type Say } from "./types";
+import { type ButtonCommand, type Frame, type Mode, type Reply, type Say } from "./types";
 
 // What anywidget gives us of a model (0.9.18 and later).
 export interface Model {
@@ -24,7 +24,7 @@ export class Connection {
   readonly store = new Store();
   readonly page = randomId();
   readonly view: { layer: number; mode: Mode } = { layer: 0, mode: "load" };
-  readonly orders: Orders;
+  readonly commands: Commands;
   saved: ((file: File) => void) | null = null;
   private heardAt = now(); // when anything came last, or we began to look
   private lookers = new Set<Looker>();
@@ -36,7 +36,7 @@ export class Connection {
   private ended = false;
 
   constructor(private model: Model) {
-    this.orders = new Orders((file) => this.saved?.(file));
+    this.commands = new Commands((file) => this.saved?.(file));
     model.on("msg:custom", this.take as never);
     document.addEventListener("visibilitychange", this.turned);
     this.timer = window.setInterval(() => this.tick(), LOOK_EVERY * 1000);
@@ -71,13 +71,13 @@ export class Connection {
   get closed(): boolean { return this.store.frame?.open === false; }
   // Nothing came for a while though we look.
   get silent(): boolean { return this.looking && !this.closed && now() - this.heardAt >= SILENT_AFTER; }
-  get clickWaits(): boolean { return this.orders.waiting(now()); }
+  get clickWaits(): boolean { return this.commands.waiting(now()); }
 
-  order(order: Order): Promise<string> {
-    const { id, answer } = this.orders.begin(order, now());
-    if (id) this.say({ type: "order", page: this.page, id, order });
+  execute(command: ButtonCommand): Promise<string> {
+    const { id, answer } = this.commands.begin(command, now());
+    if (id) this.say({ type: "command", page: this.page, id, command });
     // An export comes in pieces through the same window as frames: somebody has to look until it is here.
-    if (id && order.do === "export") void answer.catch(() => "").then(() => this.look());
+    if (id && command.do === "export") void answer.catch(() => "").then(() => this.look());
     return answer;
   }
 
@@ -91,18 +91,18 @@ export class Connection {
     clearTimeout(this.ackTimer);
     document.removeEventListener("visibilitychange", this.turned);
     this.model.off("msg:custom", this.take as never);
-    this.orders.drop("the dashboard was closed");
+    this.commands.drop("the dashboard was closed");
   }
 
   private turned = (): void => this.changed();
 
   private tick(): void {
-    if (this.looking || this.orders.exporting) this.look(); // also when it is closed: one seen from afar may come back
+    if (this.looking || this.commands.exporting) this.look(); // also when it is closed: one seen from afar may come back
   }
 
   // `fresh`: tell us everything; we have nothing yet, or something may have been lost.
   private look(): void {
-    const looking = this.looking || this.orders.exporting;
+    const looking = this.looking || this.commands.exporting;
     const { layer, mode } = this.view;
     this.say({ type: "look", page: this.page, looking, fresh: looking && (!this.gotFrame || this.silent), layer, mode });
   }
@@ -119,7 +119,7 @@ export class Connection {
       if (message.ack !== false) this.acknowledgeSoon(message.seq);
     } else if (message.type === "chunk" || message.type === "heard" || message.type === "done" || message.type === "failed") {
       this.heardAt = now();
-      this.orders.take(message, buffers);
+      this.commands.take(message, buffers);
       if (message.type === "chunk") this.acknowledge(message.seq);
     }
   };

@@ -1,8 +1,8 @@
 // What every panel is given: what the user looks at, and how to ask the kernel for something.
-import type { Mode, Order } from "./types";
+import type { ButtonCommand, Mode } from "./types";
 
 export interface Context {
-  order(order: Order): Promise<string>; // resolves to what was done, rejects with an Error that says why not
+  execute(command: ButtonCommand): Promise<string>; // resolves to what was done, rejects with an Error that says why not
   view: { layer: number; mode: Mode };
   setView(layer: number, mode: Mode): void; // also tells the kernel, which sends that mode first
   selected: number; // row of the expert table, -1: none

@@ -15,14 +15,14 @@ export function controls(store: Store, ctx: Context, paused: (is: boolean) => vo
     pause.classList.toggle("lk-on", pausing);
     paused(pausing);
   } }, "Pause view");
-  const stop = actionButton(["Stop run", ""], () => ctx.order({ do: "stop_run" }), "Really stop the run");
+  const stop = actionButton(["Stop run", ""], () => ctx.execute({ do: "stop_run" }), "Really stop the run");
   const exports = FORMATS.map((format) => {
     const el = h("button", { type: "button", class: "lk-button", onclick: () => void fetch() }, hidden("Export "), format.toUpperCase());
     const fetch = async () => {
       if (el.hasAttribute("aria-busy")) return;
       attribute(el, "aria-busy", "true");
       try {
-        await ctx.order({ do: "export", format });
+        await ctx.execute({ do: "export", format });
       } catch {
         // the status line has said why
       } finally {

@@ -2,9 +2,9 @@
 // (an iframe of a notebook may not start downloads by itself).
 import { h } from "./dom";
 import { bytes } from "./format";
-import type { File } from "./orders";
+import type { File } from "./commands";
 
-const STAYS = 60_000; // ms
+const LINK_STAYS_FOR = 60_000; // ms
 
 // `place` is inside the dashboard: VS Code saves only links that are part of the page it shows.
 export function download(file: File, place: HTMLElement): void {
@@ -15,7 +15,7 @@ export function download(file: File, place: HTMLElement): void {
   setTimeout(() => {
     URL.revokeObjectURL(url);
     link.remove();
-  }, STAYS);
+  }, LINK_STAYS_FOR);
 }
 
 export const safeName = (name: string): string => name.replace(/[^\w.() -]+/g, "_").replace(/^\.+/, "").slice(0, 120) || "labkit-export";

@@ -5,7 +5,7 @@ import { attribute, h, text } from "./dom";
 export const LATENCIES = [0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]; // seconds
 export const LOSSES = [0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5]; // share of the requests
 const DEBOUNCE = 200; // ms
-const OWN = 2000; // ms for which the user's own setting stands, whatever the kernel still reports
+const SETTING_STANDS_FOR = 2000; // ms for which the user's own setting stands, whatever the kernel still reports
 
 // Index of the step that is nearest to a value; the distance is relative, as the steps are.
 export function nearest(steps: readonly number[], value: number): number {
@@ -51,7 +51,7 @@ function slider(label: string, word: string, steps: readonly number[], format: (
     update(value, why) {
       if (input.disabled !== (why !== "")) input.disabled = why !== "";
       attribute(el, "title", why || null);
-      if (performance.now() - mine < OWN) return;
+      if (performance.now() - mine < SETTING_STANDS_FOR) return;
       const step = String(nearest(steps, value));
       if (input.value !== step) input.value = step;
       say(Number.isNaN(value) ? "mixed" : format(value));
@@ -62,10 +62,10 @@ function slider(label: string, word: string, steps: readonly number[], format: (
 
 // `server`: its local index; null: all of them.
 export function faultSliders(name: string, server: () => number | null, ctx: Context): Fader {
-  const order = (latency: number | null, loss: number | null) =>
-    void ctx.order({ do: "faults", server: server(), latency, loss }).catch(() => {}); // the status line has said why
-  const latency = slider(`Latency of ${name}`, "inject latency", LATENCIES, latencyText, (value) => order(value, null));
-  const loss = slider(`Loss of ${name}`, "loss", LOSSES, lossText, (value) => order(null, value));
+  const inject = (latency: number | null, loss: number | null) =>
+    void ctx.execute({ do: "faults", server: server(), latency, loss }).catch(() => {}); // the status line has said why
+  const latency = slider(`Latency of ${name}`, "inject latency", LATENCIES, latencyText, (value) => inject(value, null));
+  const loss = slider(`Loss of ${name}`, "loss", LOSSES, lossText, (value) => inject(null, value));
   return {
     el: h("div", { class: "lk-sliders", role: "group", "aria-label": `Injected faults of ${name}` }, latency.el, loss.el),
     update([seconds, share], why) {

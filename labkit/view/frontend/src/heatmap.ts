@@ -20,7 +20,7 @@ import { Viewpoint } from "./viewpoint";
 
 const HEIGHT = 380; // at most, pixels
 const TABLE_EVERY = 1000, TABLE_ROW = 2; // ms: at most once a second, and less often when it has more than 500 rows
-const DRAG = 4; // pixels, from which a press is a drag
+const DRAG_DISTANCE = 4; // pixels, from which a press is a drag
 const KEYS = "Arrow keys move, Enter selects or opens a block, plus and minus zoom, Escape shows the whole grid";
 let panels = 0; // radio buttons of one panel share a name that no other panel has
 
@@ -206,7 +206,7 @@ export function heatmapPanel(store: Store, ctx: Context): Panel {
   canvas.addEventListener("pointermove", (event) => {
     if (press && event.buttons && layout && view.zoomed) {
       const dx = event.clientX - press.x, dy = event.clientY - press.y, { blockRows, blockCols } = slices[0];
-      if (press.moved || Math.hypot(dx, dy) > DRAG) {
+      if (press.moved || Math.hypot(dx, dy) > DRAG_DISTANCE) {
         if (!press.moved) canvas.setPointerCapture(event.pointerId);
         press.moved = true;
         const row = press.row - Math.round(dy / layout.binHeight) * blockRows, col = press.col - Math.round(dx / layout.binWidth) * blockCols;

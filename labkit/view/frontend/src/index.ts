@@ -7,7 +7,7 @@ import { makeContext, shell } from "./shell";
 import { statusLine } from "./status";
 import type { Mode } from "./types";
 
-const TOLD_FOR = 8_000; // ms that the answer to an order stays in the status line
+const TOLD_FOR = 8_000; // ms that the answer to a command stays in the status line
 
 export default function widget() {
   let connection: Connection | null = null;
@@ -44,10 +44,10 @@ function showLive(connection: Connection, place: HTMLElement, alone: boolean): (
     },
     say,
     replay: false,
-    async order(order) {
-      if (order.do === "export") connection.saved = (file) => download(file, view.root.querySelector<HTMLElement>(".lk-saves")!);
+    async execute(command) {
+      if (command.do === "export") connection.saved = (file) => download(file, view.root.querySelector<HTMLElement>(".lk-saves")!);
       try {
-        const text = await connection.order(order);
+        const text = await connection.execute(command);
         say(text);
         return text;
       } catch (error) {

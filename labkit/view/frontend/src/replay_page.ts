@@ -86,7 +86,7 @@ export function showReplay(place: HTMLElement, recording: Recording): () => void
     },
     say() {},
     replay: true,
-    order: () => Promise.reject(new Error("this is a recording")),
+    execute: () => Promise.reject(new Error("this is a recording")),
   });
   const moved = () => { ctx.cursor = replay.cursor; };
   ctx.duration = replay.duration;

@@ -93,7 +93,7 @@ export class ServerView {
     attribute(this.head, "title", this.row.address || null);
     attribute(this.opener, "aria-label", `Details of ${name}`);
     for (const button of this.buttons) button.destroy();
-    this.buttons = DEEDS.map((deed) => actionButton([title(deed), ` ${name}`], () => this.ctx.order({ do: deed, server: this.row.local })));
+    this.buttons = DEEDS.map((deed) => actionButton([title(deed), ` ${name}`], () => this.ctx.execute({ do: deed, server: this.row.local })));
     this.buttonCell.replaceChildren(...this.buttons.map((button) => button.el));
   }
 }

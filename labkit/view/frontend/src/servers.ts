@@ -8,8 +8,8 @@ import { Strip } from "./server_strip";
 import type { Store } from "./store";
 import { readTheme } from "./theme";
 
-export const FEW = 50; // rows, unless all are asked for
-const MOST = 2000; // rows in any case
+export const WORST_SHOWN = 50; // rows, unless all are asked for
+const MAX_ROWS = 2000; // rows in any case
 
 export function serversPanel(store: Store, ctx: Context): Panel {
   const order = new SteadyOrder();
@@ -48,7 +48,7 @@ export function serversPanel(store: Store, ctx: Context): Panel {
 
   const update = () => {
     const rows = store.servers, frame = store.frame;
-    const listed = order.next(rows, performance.now() / 1000).slice(0, all ? MOST : FEW);
+    const listed = order.next(rows, performance.now() / 1000).slice(0, all ? MAX_ROWS : WORST_SHOWN);
     const slowest = Math.max(1e-9, ...rows.map((row) => (row.latency[1][1] || 0) + (row.latency[2][1] || 0) + (row.latency[3][1] || 0)));
     const elements: Element[] = [];
     for (const index of listed) {
@@ -63,8 +63,8 @@ export function serversPanel(store: Store, ctx: Context): Panel {
       one.destroy();
       views.delete(index);
     }
-    more.hidden = rows.length <= FEW;
-    text(more, all ? `show the worst ${FEW}` : `show all ${rows.length}`);
+    more.hidden = rows.length <= WORST_SHOWN;
+    text(more, all ? `show the worst ${WORST_SHOWN}` : `show all ${rows.length}`);
     const local = rows.filter((row) => row.local >= 0);
     everyone.update(common(local.map((row) => row.injected)), whyNoControl(frame, ctx.replay) || (local.length ? "" : "no server was started here"));
     const key = `${store.revision("servers")} ${scroller.clientWidth}`;

@@ -22,7 +22,7 @@ export interface Parts {
 
 const TICK = 250; // ms between two looks at the clock
 const GROUNDS = ["background", "--jp-layout-color0", "--jp-layout-color1"]; // what a page around us may be painted with
-const LATE = 500; // ms after a change of theme, when its colours have surely come
+const THEME_SETTLES_AFTER = 500; // ms after a change of theme, when its colours have surely come
 const PANELS: Record<string, MakePanel> = {
   routing: heatmapPanel, expert: detailPanel, training: trainingPanel, failures: failuresPanel, servers: serversPanel,
 };
@@ -93,7 +93,7 @@ export function shell(place: HTMLElement, store: Store, ctx: Context, parts: Par
   const turned = () => {
     restyle();
     clearTimeout(late);
-    late = window.setTimeout(restyle, LATE);
+    late = window.setTimeout(restyle, THEME_SETTLES_AFTER);
   };
   const look = (is: boolean) => {
     if (visible === is) return;
@@ -144,7 +144,7 @@ function watchSight(el: Element, told: (is: boolean) => void): () => void {
 }
 
 // What panels of one view share: what is looked at, and which expert was picked.
-export function makeContext(fields: Pick<Context, "order" | "view" | "setView" | "say" | "replay">): Context {
+export function makeContext(fields: Pick<Context, "execute" | "view" | "setView" | "say" | "replay">): Context {
   const listeners: (() => void)[] = [];
   return {
     ...fields,

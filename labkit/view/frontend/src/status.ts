@@ -3,7 +3,7 @@
 export interface Standing {
   first: boolean; // a frame has come
   closed: boolean; clickWaits: boolean; silent: boolean;
-  paused: boolean; told: string; // the answer to the last order, while it is fresh
+  paused: boolean; told: string; // the answer to the last command, while it is fresh
 }
 
 export const CLICK_WAITS = "a click is waiting: this kernel hears clicks between cells; train in the background with lk.fit(…)";

@@ -50,8 +50,8 @@ export interface Frame {
 export type Say =
   | { type: "look"; page: string; looking: boolean; fresh: boolean; layer: number; mode: Mode } // on change, and every 5 s
   | { type: "ack"; page: string; seq: number }
-  | { type: "order"; page: string; id: number; order: Order };
-export type Order =
+  | { type: "command"; page: string; id: number; command: ButtonCommand };
+export type ButtonCommand =
   | { do: "kill" | "stop" | "restart"; server: number } // its local index
   | { do: "faults"; server: number | null; latency: number | null; loss: number | null } // null: all of them; leave as is
   | { do: "stop_run" }
@@ -59,7 +59,7 @@ export type Order =
 // kernel → page, beside frames. `page`: whom it is for. An export's bytes come as chunks, each ≤ 48 KB, which are numbered
 // and acknowledged like frames (`seq`), then "done".
 export type Reply =
-  | { type: "heard"; page: string; id: number } // at once, when the order has reached the kernel
+  | { type: "heard"; page: string; id: number } // at once, when the command has reached the kernel
   | { type: "done"; page: string; id: number; text: string }
   | { type: "failed"; page: string; id: number; text: string }
   | { type: "chunk"; page: string; id: number; seq: number; index: number; total: number; name: string; mime: string }; // 1 buffer

@@ -150,11 +150,11 @@ describe("a frame", () => {
   });
 });
 
-describe("an order", () => {
+describe("a command", () => {
   it("goes out with a number, and its answer comes back", async () => {
-    const answer = connection.order({ do: "kill", server: 2 });
+    const answer = connection.execute({ do: "kill", server: 2 });
     const [said] = model.take();
-    expect(said).toMatchObject({ type: "order", page: connection.page, order: { do: "kill", server: 2 } });
+    expect(said).toMatchObject({ type: "command", page: connection.page, command: { do: "kill", server: 2 } });
     vi.advanceTimersByTime(1500);
     expect(connection.clickWaits).toBe(true);
     model.give({ type: "heard", page: connection.page, id: (said as { id: number }).id });
@@ -166,7 +166,7 @@ describe("an order", () => {
   it("for a file keeps us looking until it is here, and each piece is acknowledged at once", async () => {
     const saved = vi.fn();
     connection.saved = saved;
-    const answer = connection.order({ do: "export", format: "json" });
+    const answer = connection.execute({ do: "export", format: "json" });
     const id = (model.take()[0] as { id: number }).id, { page } = connection;
     vi.advanceTimersByTime(5000);
     expect(model.take()).toMatchObject([{ type: "look", looking: true }]);

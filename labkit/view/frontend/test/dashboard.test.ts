@@ -35,14 +35,14 @@ const give = ([made, buffers]: [Frame, DataView[]]) => {
   vi.advanceTimersByTime(40);
 };
 const answer = (type: "heard" | "done" | "failed", text = "") => {
-  const order = said.filter((one) => one.type === "order").at(-1) as { id: number };
-  for (const listener of listeners) listener({ type, page, id: order.id, text });
+  const command = said.filter((one) => one.type === "command").at(-1) as { id: number };
+  for (const listener of listeners) listener({ type, page, id: command.id, text });
 };
 const region = (name: string) => el.querySelector(`section[aria-label="${name}"]`) as HTMLElement;
 const button = (name: string) => [...el.querySelectorAll("button")].find((one) => (one.getAttribute("aria-label") ?? one.textContent) === name) as HTMLButtonElement;
 const status = () => el.querySelector("[role=status]")!.textContent;
 const words = (node: Element) => node.textContent!.replace(/\s+/g, " ");
-const orders = () => said.flatMap((one) => (one.type === "order" ? [one.order] : []));
+const commands = () => said.flatMap((one) => (one.type === "command" ? [one.command] : []));
 
 beforeEach(() => {
   vi.useFakeTimers();
@@ -96,11 +96,11 @@ describe("the servers", () => {
     const kill = button("Kill servers[1]");
     kill.focus();
     kill.click();
-    expect(orders()).toEqual([]);
+    expect(commands()).toEqual([]);
     expect(words(kill)).toBe("Really kill servers[1]?");
     expect(document.activeElement).toBe(kill);
     kill.click();
-    expect(orders()).toEqual([{ do: "kill", server: 1 }]);
+    expect(commands()).toEqual([{ do: "kill", server: 1 }]);
     answer("done", "servers[1] killed");
     await vi.advanceTimersByTimeAsync(300);
     expect(status()).toBe("servers[1] killed");
@@ -112,7 +112,7 @@ describe("the servers", () => {
     button("Kill servers[1]").click();
     vi.advanceTimersByTime(4100);
     button("Kill servers[1]").click();
-    expect(orders()).toEqual([]);
+    expect(commands()).toEqual([]);
   });
 
   it("started elsewhere have buttons that say why they cannot be pressed", () => {
@@ -133,9 +133,9 @@ describe("the servers", () => {
       slider.value = value;
       slider.dispatchEvent(new Event("input"));
     }
-    expect(orders()).toEqual([]);
+    expect(commands()).toEqual([]);
     vi.advanceTimersByTime(250);
-    expect(orders()).toEqual([{ do: "faults", server: 0, latency: 0.02, loss: null }]);
+    expect(commands()).toEqual([{ do: "faults", server: 0, latency: 0.02, loss: null }]);
     expect(slider.getAttribute("aria-valuetext")).toBe("20 ms");
   });
 
@@ -151,7 +151,7 @@ it("says that a click waits, when the kernel hears none", () => {
   give(swarm());
   button("Stop run").click();
   button("Really stop the run?").click();
-  expect(orders()).toEqual([{ do: "stop_run" }]);
+  expect(commands()).toEqual([{ do: "stop_run" }]);
   vi.advanceTimersByTime(1300);
   expect(status()).toBe(CLICK_WAITS);
   answer("heard");

@@ -15,7 +15,7 @@ function panels(...first: ReturnType<typeof grid>) {
   const store = new Store(), asked: [number, Mode][] = [];
   store.apply(...first);
   const ctx = makeContext({
-    view: { layer: 0, mode: "load" }, say() {}, replay: false, order: () => Promise.resolve(""),
+    view: { layer: 0, mode: "load" }, say() {}, replay: false, execute: () => Promise.resolve(""),
     setView(layer, mode) {
       asked.push([layer, mode]);
       Object.assign(ctx.view, { layer, mode });

@@ -1,9 +1,9 @@
 // What this page has asked of the kernel, and what came back: which click still waits, and the pieces of exports.
-import type { Order, Reply } from "./types";
+import type { ButtonCommand, Reply } from "./types";
 
 export interface File { name: string; mime: string; parts: DataView[]; size: number }
 interface Pending {
-  order: Order; sentAt: number; heard: boolean;
+  command: ButtonCommand; sentAt: number; heard: boolean;
   resolve(text: string): void; reject(error: Error): void;
   file: File | null; total: number; // chunks
 }
@@ -12,17 +12,17 @@ export const WAITING_AFTER = 1; // seconds without "heard", after which a click 
 const MAX_PENDING = 32;
 const MAX_CHUNKS = 8192;
 
-export class Orders {
+export class Commands {
   private next = 1;
   private pending = new Map<number, Pending>();
   constructor(private save: (file: File) => void) {}
 
   // Rejects at once when too many are under way already.
-  begin(order: Order, now: number): { id: number; answer: Promise<string> } {
+  begin(command: ButtonCommand, now: number): { id: number; answer: Promise<string> } {
     const id = this.next++;
     const answer = new Promise<string>((resolve, reject) => {
-      if (this.pending.size >= MAX_PENDING) reject(new Error("too many orders are waiting for the kernel"));
-      else this.pending.set(id, { order, sentAt: now, heard: false, resolve, reject, file: null, total: 0 });
+      if (this.pending.size >= MAX_PENDING) reject(new Error("too many commands are waiting for the kernel"));
+      else this.pending.set(id, { command, sentAt: now, heard: false, resolve, reject, file: null, total: 0 });
     });
     return { id: this.pending.has(id) ? id : 0, answer };
   }
@@ -38,7 +38,7 @@ export class Orders {
       entry.reject(new Error(reply.text));
     } else if (reply.type === "done") {
       this.pending.delete(reply.id);
-      if (entry.order.do === "export") {
+      if (entry.command.do === "export") {
         const file = entry.file;
         if (!file || !whole(file, entry.total)) return entry.reject(new Error("the export arrived incomplete; try again"));
         this.save(file);
@@ -56,13 +56,13 @@ export class Orders {
     entry.file.parts[index] = buffer;
   }
 
-  // Whether a click has reached nobody for a while.
+  // Whether a click has gone unheard for a while.
   waiting(now: number): boolean {
     return [...this.pending.values()].some((entry) => !entry.heard && now - entry.sentAt >= WAITING_AFTER);
   }
 
   get exporting(): boolean {
-    return [...this.pending.values()].some((entry) => entry.order.do === "export");
+    return [...this.pending.values()].some((entry) => entry.command.do === "export");
   }
 
   drop(why: string): void {

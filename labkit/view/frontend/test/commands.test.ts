@@ -1,102 +1,102 @@
 import { describe, expect, it } from "vitest";
-import { Orders, WAITING_AFTER, type File } from "../src/orders";
+import { Commands, WAITING_AFTER, type File } from "../src/commands";
 import { safeName } from "../src/download";
 import { CLICK_WAITS, statusLine, type Standing } from "../src/status";
-import type { Order, Reply } from "../src/types";
+import type { ButtonCommand, Reply } from "../src/types";
 
-const kill: Order = { do: "kill", server: 2 }, png: Order = { do: "export", format: "png" };
+const kill: ButtonCommand = { do: "kill", server: 2 }, png: ButtonCommand = { do: "export", format: "png" };
 const heard = (id: number): Reply => ({ type: "heard", page: "p", id });
 const done = (id: number, text = "done"): Reply => ({ type: "done", page: "p", id, text });
 const chunk = (id: number, index: number, total: number): Reply =>
   ({ type: "chunk", page: "p", id, seq: index + 1, index, total, name: "swarm.png", mime: "image/png" });
 const part = (...bytes: number[]) => new DataView(new Uint8Array(bytes).buffer);
 
-function fresh(): { orders: Orders; saved: File[] } {
+function fresh(): { commands: Commands; saved: File[] } {
   const saved: File[] = [];
-  return { orders: new Orders((file) => saved.push(file)), saved };
+  return { commands: new Commands((file) => saved.push(file)), saved };
 }
 
-describe("an order", () => {
+describe("a command", () => {
   it("is answered with what was done", async () => {
-    const { orders } = fresh();
-    const { id, answer } = orders.begin(kill, 0);
-    orders.take(heard(id), []);
-    orders.take(done(id, "servers[2] killed"), []);
+    const { commands } = fresh();
+    const { id, answer } = commands.begin(kill, 0);
+    commands.take(heard(id), []);
+    commands.take(done(id, "servers[2] killed"), []);
     expect(await answer).toBe("servers[2] killed");
   });
 
   it("is rejected with the reason", async () => {
-    const { orders } = fresh();
-    const { id, answer } = orders.begin(kill, 0);
-    orders.take({ type: "failed", page: "p", id, text: "busy" }, []);
+    const { commands } = fresh();
+    const { id, answer } = commands.begin(kill, 0);
+    commands.take({ type: "failed", page: "p", id, text: "busy" }, []);
     await expect(answer).rejects.toThrow("busy");
   });
 
   it("waits when nobody has heard it for a second, and no longer once it is heard", () => {
-    const { orders } = fresh();
-    const { id, answer } = orders.begin(kill, 10);
+    const { commands } = fresh();
+    const { id, answer } = commands.begin(kill, 10);
     answer.catch(() => {});
-    expect(orders.waiting(10 + WAITING_AFTER - 0.01)).toBe(false);
-    expect(orders.waiting(10 + WAITING_AFTER)).toBe(true);
-    orders.take(heard(id), []);
-    expect(orders.waiting(100)).toBe(false);
+    expect(commands.waiting(10 + WAITING_AFTER - 0.01)).toBe(false);
+    expect(commands.waiting(10 + WAITING_AFTER)).toBe(true);
+    commands.take(heard(id), []);
+    expect(commands.waiting(100)).toBe(false);
   });
 
   it("that nobody gave is not answered", () => {
-    const { orders, saved } = fresh();
-    orders.take(done(7), []);
-    orders.take(chunk(7, 0, 1), [part(1)]);
+    const { commands, saved } = fresh();
+    commands.take(done(7), []);
+    commands.take(chunk(7, 0, 1), [part(1)]);
     expect(saved).toEqual([]);
   });
 
   it("is refused when too many wait", async () => {
-    const { orders } = fresh();
-    const answers = Array.from({ length: 33 }, () => orders.begin(kill, 0));
+    const { commands } = fresh();
+    const answers = Array.from({ length: 33 }, () => commands.begin(kill, 0));
     for (const { answer } of answers.slice(0, 32)) answer.catch(() => {});
     expect(answers[32].id).toBe(0);
     await expect(answers[32].answer).rejects.toThrow("too many");
   });
 
   it("is dropped with the dashboard", async () => {
-    const { orders } = fresh();
-    const { answer } = orders.begin(kill, 0);
-    orders.drop("closed");
+    const { commands } = fresh();
+    const { answer } = commands.begin(kill, 0);
+    commands.drop("closed");
     await expect(answer).rejects.toThrow("closed");
-    expect(orders.waiting(100)).toBe(false);
+    expect(commands.waiting(100)).toBe(false);
   });
 });
 
 describe("an export", () => {
   it("is put together from its pieces, in their order", async () => {
-    const { orders, saved } = fresh();
-    const { id, answer } = orders.begin(png, 0);
-    expect(orders.exporting).toBe(true);
-    orders.take(chunk(id, 1, 2), [part(3)]);
-    orders.take(chunk(id, 0, 2), [part(1, 2)]);
-    orders.take(done(id), []);
+    const { commands, saved } = fresh();
+    const { id, answer } = commands.begin(png, 0);
+    expect(commands.exporting).toBe(true);
+    commands.take(chunk(id, 1, 2), [part(3)]);
+    commands.take(chunk(id, 0, 2), [part(1, 2)]);
+    commands.take(done(id), []);
     await answer;
     expect(saved).toHaveLength(1);
     const [{ name, mime, size, parts }] = saved;
     expect([name, mime, size]).toEqual(["swarm.png", "image/png", 3]);
     expect(parts.map((one) => one.getUint8(0))).toEqual([1, 3]);
-    expect(orders.exporting).toBe(false);
+    expect(commands.exporting).toBe(false);
   });
 
   it("of which a piece is missing is not saved", async () => {
-    const { orders, saved } = fresh();
-    const { id, answer } = orders.begin(png, 0);
-    orders.take(chunk(id, 1, 2), [part(3)]);
-    orders.take(done(id), []);
+    const { commands, saved } = fresh();
+    const { id, answer } = commands.begin(png, 0);
+    commands.take(chunk(id, 1, 2), [part(3)]);
+    commands.take(done(id), []);
     await expect(answer).rejects.toThrow("incomplete");
     expect(saved).toEqual([]);
   });
 
   it("takes no piece that makes no sense", async () => {
-    const { orders, saved } = fresh();
-    const { id, answer } = orders.begin(png, 0);
-    for (const [index, total] of [[-1, 2], [2, 2], [0.5, 2], [0, 1e9]]) orders.take(chunk(id, index, total), [part(1)]);
-    orders.take(chunk(id, 0, 1), []);
-    orders.take(done(id), []);
+    const { commands, saved } = fresh();
+    const { id, answer } = commands.begin(png, 0);
+    for (const [index, total] of [[-1, 2], [2, 2], [0.5, 2], [0, 1e9]]) commands.take(chunk(id, index, total), [part(1)]);
+    commands.take(chunk(id, 0, 1), []);
+    commands.take(done(id), []);
     await expect(answer).rejects.toThrow("incomplete");
     expect(saved).toEqual([]);
   });
