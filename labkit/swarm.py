@@ -71,7 +71,8 @@ class Swarm:
     """A swarm of expert servers, as one notebook sees it. `Swarm()` starts one, and `Swarm.join(invite)` joins one.
 
     Its network runs in a thread of its own. Its methods may be called from any other thread, and block until they are
-    done. It ends with `close()`, with the block if it is used as a context manager, and at exit.
+    done. It ends with `close()`, with the block if it is used as a context manager, and at exit. `servers` holds the
+    servers started here.
 
     Args:
         name: its name in this process; a swarm of the same name is closed first, so that a cell may run twice.
@@ -255,7 +256,7 @@ class Swarm:
             dim: width of its inputs and outputs.
             grid: sizes of the grid, by default those that its servers declare.
             name: the grid's name.
-            routing: "softmax" over the k best experts of a row, or "switch" for the best one.
+            routing: weights of the outputs: "softmax" over a row's experts, or "switch", the gate's probabilities.
             jitter: width of the random factors around 1 on the gate's inputs while training.
             grid_dropout: share of the grid's coordinates that are left out at random while training.
             dispatch: `k_best`, `k_min`, timeouts, and the other fields of `DispatchConfig`.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from labkit.view.page.columns import COLUMNS, server_numbers
-from labkit.view.page.frame_writer import BUDGET, FrameWriter
+from labkit.view.page.frame_writer import FRAME_BUDGET, FrameWriter
 from labkit.view.scene import MODES, Layer, Mark, Scene
 from tests.frame_store import FrameStore
 from tests.scenes import make_scene, play
@@ -19,7 +19,7 @@ from tests.scenes import make_scene, play
 class Page:
     """A page that is told of scenes, and what it looks at."""
 
-    def __init__(self, *, layer: int = 0, mode: str = "load", budget: int = BUDGET) -> None:
+    def __init__(self, *, layer: int = 0, mode: str = "load", budget: int = FRAME_BUDGET) -> None:
         self.writer = FrameWriter(budget)
         self.store = FrameStore()
         self.layer, self.mode, self.budget = layer, mode, budget

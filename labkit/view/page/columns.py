@@ -1,7 +1,7 @@
-"""How a scene is written down for a page: its tables as typed columns, its other words as JSON.
+"""How a scene is written for a page: its tables as typed columns, the rest of it as JSON.
 
-Below `encoding`, which decides what a page is told when, and `recording`, which keeps whole moments. What is written
-here is read by `frontend/src/store.ts`; `frontend/src/types.ts` has the format.
+`frame_writer`, which decides what a page is sent next, and `recording`, which keeps whole moments, are built on this.
+`frontend/src/store.ts` reads what is written here; `frontend/src/types.ts` has the format.
 """
 
 # rows: one for each expert, or server, of a table
@@ -21,8 +21,8 @@ from labkit.view.scene import MODES, SERIES, Floats, Layer, Mark, Scene, Servers
 
 MAX_TEXT = 120  # characters of a name, an address, a mark; what is longer is cut
 MAX_SIZES = 8  # dimensions of a grid
-UNKNOWN = 65535  # of a "scaled" column: NaN
-STEPS = 65534  # value = q / STEPS × max
+UNKNOWN_STEP = 65535  # NaN in a "scaled" column
+MAX_STEP = 65534  # of a "scaled" column: value = step / MAX_STEP × max
 
 Header = dict[str, Any]  # a message, as JSON has it
 Values = npt.NDArray[Any]
@@ -40,7 +40,7 @@ class Column:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes that a row takes."""
+        """The bytes that a row takes."""
         return _WIRE[self.dtype].itemsize * self.width
 
 
@@ -52,13 +52,14 @@ _WIRE: dict[str, np.dtype[Any]] = {
     "f32": np.dtype("<f4"),
     "scaled": np.dtype("<u2"),
 }
-NUMBERS = 5 + 4 * 3 + len(CAUSES) + 2 + 1
+SERVER_NUMBERS_WIDTH = 5 + 4 * 3 + len(CAUSES) + 2 + 1
 
 
 def server_numbers(servers: Servers) -> Floats:
-    """[rows, 27]: heard, experts, alive, calls, queue, latency (SPLIT × PERCENTILES), failed, injected, local index."""
+    """Returns the numbers of servers [rows, 27]: heard, experts, alive, calls, queue, latency (SPLIT × PERCENTILES),
+    failed, injected, local index."""
     rows = len(servers.labels)
-    numbers = np.empty((rows, NUMBERS), np.float32)
+    numbers = np.empty((rows, SERVER_NUMBERS_WIDTH), np.float32)
     first: tuple[Values, ...] = (servers.heard, servers.experts, servers.alive, servers.calls, servers.queue)
     for column, values in enumerate(first):
         numbers[:, column] = values
@@ -78,7 +79,9 @@ STATES = (
     Column("experts", "state", "u8", lambda scene: scene.experts.state),
     Column("servers", "state", "u8", lambda scene: scene.servers.state),
 )
-SERVER_NUMBERS = Column("servers", "numbers", "f32", lambda scene: server_numbers(scene.servers), width=NUMBERS)
+SERVER_NUMBERS = Column(
+    "servers", "numbers", "f32", lambda scene: server_numbers(scene.servers), width=SERVER_NUMBERS_WIDTH
+)
 SHADES = (  # the modes of the heat map
     Column("experts", "load", "scaled", lambda scene: scene.experts.load),
     Column("experts", "latency", "scaled", lambda scene: scene.experts.latency),
@@ -96,14 +99,14 @@ assert tuple(column.name for column in SHADES) == MODES
 
 
 def write_rows(column: Column, values: Values) -> tuple[bytes, float | None]:
-    """Rows as little-endian bytes; for a "scaled" column also its `max`, which all of these rows share."""
+    """Returns rows as little-endian bytes; for a "scaled" column also its `max`, which all of these rows share."""
     wire = _WIRE[column.dtype]
     if column.dtype == "scaled":
         known = np.isfinite(values)
         top = float(values.max(initial=0.0, where=known))
-        scale = STEPS / top if top > 0 else 0.0
-        steps = np.clip(np.rint(np.where(known, values, 0.0) * scale), 0, STEPS)  # in float64: scale may be huge
-        return np.where(known, steps, UNKNOWN).astype(wire).tobytes(), top
+        scale = MAX_STEP / top if top > 0 else 0.0
+        steps = np.clip(np.rint(np.where(known, values, 0.0) * scale), 0, MAX_STEP)  # in float64: scale may be huge
+        return np.where(known, steps, UNKNOWN_STEP).astype(wire).tobytes(), top
     if column.dtype != "f32":
         bounds = np.iinfo(wire)
         values = np.clip(values, bounds.min, bounds.max)
@@ -113,9 +116,18 @@ def write_rows(column: Column, values: Values) -> tuple[bytes, float | None]:
 def write_piece(
     column: Column, values: Values, start: int, stop: int, buffers: list[bytes], size: int | None = None
 ) -> dict[str, Any]:
-    """The rows from `start` to before `stop` as a `Piece`, whose bytes are put at the end of `buffers`.
+    """Write some rows of a column as a `Piece`.
 
-    `size`: rows of the table, by default as many as there are values.
+    Args:
+        column: the column.
+        values: its values, of all rows.
+        start: the first row to write.
+        stop: the row before which to stop.
+        buffers: the bytes are appended here.
+        size: rows of the table, by default as many as there are values.
+
+    Returns:
+        The piece, without its bytes.
     """
     rows, top = write_rows(column, values[start:stop])
     piece: dict[str, Any] = {
@@ -135,7 +147,7 @@ def write_piece(
 
 
 def write_opening(scene: Scene, *, reset: bool, control: bool) -> Header:
-    """What every frame begins with: when, of which swarm, and the headline. NaN becomes None, as JSON has none."""
+    """Returns what every frame begins with: time, swarm and headline. NaN becomes None, since JSON has no NaN."""
     headline = scene.headline
     return {
         "type": "frame",
@@ -169,27 +181,27 @@ def write_opening(scene: Scene, *, reset: bool, control: bool) -> Header:
 
 
 def write_layer(layer: Layer) -> dict[str, Any]:
-    """A layer as JSON."""
+    """Returns a layer as JSON."""
     return {"name": cut(layer.name), "sizes": [int(size) for size in layer.sizes[:MAX_SIZES]]}
 
 
 def write_server(servers: Servers, row: int) -> list[str]:
-    """Label, address and word of a server."""
+    """Returns label, address and word of a server."""
     return [cut(servers.labels[row]), cut(servers.addresses[row]), cut(servers.words[row])]
 
 
 def write_servers(servers: Servers) -> list[list[str]]:
-    """Those of all servers."""
+    """Returns label, address and word of all servers."""
     return [write_server(servers, row) for row in range(len(servers.labels))]
 
 
 def write_mark(mark: Mark) -> list[Any]:
-    """A mark as JSON: when, and its text."""
+    """Returns a mark as JSON: when it happened, and its text."""
     return [round(mark.at, 3), cut(mark.text)]
 
 
 def write_series(scene: Scene, skip: int, count: int, reset: bool, buffers: list[bytes]) -> dict[str, Any]:
-    """`count` bins of the series after the first `skip`, as `Frame.series`; their bytes go to the end of `buffers`."""
+    """Write `count` bins of the series after the first `skip`, as `Frame.series`; appends their bytes to `buffers`."""
     series = scene.series
     buffers.append(series.values[skip : skip + count].astype(_WIRE["f32"]).tobytes())
     return {
@@ -205,10 +217,10 @@ BIN_BYTES = 4 * len(SERIES)
 
 
 def number(value: float, digits: int = 6) -> float | None:
-    """To so many significant digits; None for what is not a finite number."""
+    """Returns a number to so many significant digits; None if it is not finite."""
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
 def cut(text: str) -> str:
-    """A text that a peer may have written, at no more than `MAX_TEXT` characters."""
+    """Returns a text, which a peer may have written, cut to `MAX_TEXT` characters."""
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"

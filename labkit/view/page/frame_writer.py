@@ -1,7 +1,7 @@
-"""What one page has been told of a swarm, and what it is told next: scenes in, frames out, each within a budget.
+"""Frames for one page: scenes in, frames out, each with what the page has not been sent yet, within a budget.
 
-A page's numbers may be a few frames old, but a frame never grows with the swarm. `pages` asks for a frame when the
-page has room for one; `columns` writes the pieces down; `frontend/src/types.ts` has the format.
+A page's numbers may be a few frames old, but a frame never grows with the swarm. `pages` decides when a page gets a
+frame; `columns` writes its pieces; `frontend/src/types.ts` has the format.
 """
 
 from __future__ import annotations
@@ -32,28 +32,33 @@ from labkit.view.page.columns import (
 )
 from labkit.view.scene import Mark, Scene
 
-BUDGET = 60_000  # bytes of a frame: its header as JSON, and its buffers
-MIN_BUDGET = 20_000  # room for the longest texts, and for something beside them
-PIECE = 220  # bytes of JSON that a piece takes at most; also those of any other part, beside its rows
-BLOCK = 2048  # bytes of a column that go together
+FRAME_BUDGET = 60_000  # bytes of a frame: its header as JSON, and its buffers
+MIN_FRAME_BUDGET = 20_000  # bytes: room for the longest texts, and for something beside them
+PIECE_OVERHEAD = 220  # bytes of JSON that a piece takes at most, or any other part beside its rows
+BLOCK_BYTES = 2048  # of a column that go together
 
 Row = TypeVar("Row")
 
-# A block that has changed waits for `age × weight`, so that all go in the end, the ones looked at soonest.
-NEW = 1000  # of an expert: without its place it cannot be drawn
-STATE, LOOKED_AT, SERVERS, OTHER_MODES, TOTALS = 20, 16, 8, 2, 1
-ELSEWHERE = 4  # a state in a layer that is not looked at
+# The block with the highest age × weight goes first: in the end all go, those that the page looks at soonest.
+NEW_EXPERT_WEIGHT = 1000  # without its place it cannot be drawn
+STATE_WEIGHT = 20
+SHOWN_MODE_WEIGHT = 16  # the mode of the heat map that the page looks at
+SERVER_WEIGHT = 8
+OTHER_LAYER_STATE_WEIGHT = 4  # a state in a layer that the page does not look at
+OTHER_MODE_WEIGHT = 2
+TOTAL_WEIGHT = 1
 
 
 class FrameWriter:
-    """The frames for one page. Every frame is taken to reach it; if one may not have, begin with a new writer.
+    """Makes the frames for one page. If a frame may not have reached the page, go on with a new writer.
 
-    `budget`: bytes that a frame takes at most, in all. Raises `ValueError` for one in which no frame fits.
+    Args:
+        budget: bytes that a frame takes at most, in all. Raises `ValueError` if no frame fits into it.
     """
 
-    def __init__(self, budget: int = BUDGET) -> None:
-        if budget < MIN_BUDGET:
-            raise ValueError(f"budget={budget}: a frame needs {MIN_BUDGET} bytes at least")
+    def __init__(self, budget: int = FRAME_BUDGET) -> None:
+        if budget < MIN_FRAME_BUDGET:
+            raise ValueError(f"budget={budget}: a frame needs {MIN_FRAME_BUDGET} bytes at least")
         self._budget = budget
         self._forget()
 
@@ -67,17 +72,22 @@ class FrameWriter:
         self._columns = [_Sent(column) for column in COLUMNS]
 
     def frame(self, scene: Scene, *, layer: int, mode: str, control: bool) -> tuple[Header, list[bytes]]:
-        """What the page is to be told now: a `Frame` without its `seq`, and its buffers.
+        """Returns what the page is to be sent now: a `Frame` without its `seq`, and its buffers.
 
-        `layer` and `mode` are those that the page looks at: their cells come first. `control`: whether its buttons
-        are obeyed. The writer's first frame has `reset`, and so has one after a table became shorter.
+        The writer's first frame has `reset`, and so has one after a table became shorter.
+
+        Args:
+            scene: the swarm as it looks now.
+            layer: number of the layer that the page looks at, whose cells come first.
+            mode: what its heat map shows, which comes first too.
+            control: whether its buttons work.
         """
         if any(sent.rows > _rows(scene, sent.column) for sent in self._columns):
             self._forget()
         header = write_opening(scene, reset=self._fresh, control=control)
         buffers: list[bytes] = []
         # 1. what is always whole
-        room = self._budget - _size(header) - PIECE
+        room = self._budget - _size(header) - PIECE_OVERHEAD
         room -= self._write_layers(scene, header, room // 2)
         room -= self._write_marks(scene, header, room // 4)
         # 2. what has been added
@@ -89,7 +99,7 @@ class FrameWriter:
         return header, buffers
 
     def _write_layers(self, scene: Scene, header: Header, room: int) -> int:
-        """All layers, when one is new; those that there is no room for are left out for good. Returns what it took."""
+        """Write all layers when one is new; those without room are never sent. Returns the bytes that they take."""
         layers = [write_layer(layer) for layer in scene.layers]
         if layers == self._layers and not self._fresh:
             return 0
@@ -111,7 +121,7 @@ class FrameWriter:
         """The bins since the last frame; when those do not follow on what was sent, or are too many, the last ones."""
         series, bins = scene.series, len(scene.series.values)
         skip = self._next_bin - series.first
-        new, fit = bins - skip, max(room - PIECE, 0) // BIN_BYTES
+        new, fit = bins - skip, max(room - PIECE_OVERHEAD, 0) // BIN_BYTES
         reset = series.width != self._width or not 0 <= skip <= bins or new > fit
         if reset:
             skip, new = max(bins - fit, 0), min(bins, fit)
@@ -119,11 +129,13 @@ class FrameWriter:
             return 0
         self._width, self._next_bin = series.width, series.first + bins
         header["series"] = write_series(scene, skip, new, reset, buffers)
-        return PIECE + new * BIN_BYTES
+        return PIECE_OVERHEAD + new * BIN_BYTES
 
     def _write_text(self, scene: Scene, header: Header, room: int) -> int:
-        """Rows of servers' text, from one that has changed to the last that has, or as many as there is room for. The
-        next frame goes on after them, so that words that change all the time do not hold up others."""
+        """Write the texts of servers, from one that has changed to the last that has, or as many as there is room for.
+
+        The next frame goes on after them, so that words that change all the time do not hold up others.
+        """
         servers = scene.servers
         text = list(zip(servers.labels, servers.addresses, servers.words, strict=True))
         if text == self._text:
@@ -151,13 +163,13 @@ class FrameWriter:
         chosen: list[set[int]] = [set() for _ in lengths]
         order = np.argsort(-everything, kind="stable")  # ties: in the order of COLUMNS
         for place in order[: np.count_nonzero(everything)].tolist():
-            if room < PIECE:
+            if room < PIECE_OVERHEAD:
                 break
             number, block = int(column_of[place]), int(block_of[place])
             mine = chosen[number]
             cost = self._columns[number].block_bytes(block)
             if block - 1 not in mine and block + 1 not in mine:
-                cost += PIECE  # a piece of its own
+                cost += PIECE_OVERHEAD  # it starts a piece of its own
             if cost <= room:
                 room -= cost
                 mine.add(block)
@@ -167,28 +179,28 @@ class FrameWriter:
 
 
 class _Sent:
-    """A column as the page has it. Rows are compared, and go, in blocks of about `BLOCK` bytes."""
+    """A column as the page has it. Rows are compared and sent in blocks of about `BLOCK_BYTES`."""
 
     def __init__(self, column: Column) -> None:
         self.column = column
-        self.step = max(BLOCK // column.row_bytes, 1)  # rows a block
+        self.step = max(BLOCK_BYTES // column.row_bytes, 1)  # rows a block
         self.values: Values = np.empty(0)  # [rows] or [rows, width], as of now
         self._sent: Values = np.empty(0)
         self.new = np.empty(0, bool)  # [blocks], has rows that were never sent
-        self._age = np.empty(0, np.int64)  # [blocks], for how many frames it has been another than what was sent
+        self._age = np.empty(0, np.int64)  # [blocks], for how many frames it has differed from what was sent
 
     @property
     def rows(self) -> int:
         return len(self.values)
 
     def look(self, values: Values) -> npt.NDArray[np.int64]:
-        """Take the column as it is now. Returns for each block for how many frames the page has had another."""
+        """Take the column as it is now. Returns for each block for how many frames the page has been without it."""
         if len(values) != len(self._sent):
             self._grow(values)
         self.values = values
         if not len(values):
             return self._age
-        other = _bits(values) != _bits(self._sent)  # [rows] or [rows, width]; by bits: NaN is no other than NaN
+        other = _bits(values) != _bits(self._sent)  # [rows] or [rows, width]; by bits, so that NaN equals NaN
         if other.ndim == 2:
             other = other.any(axis=1)
         changed = np.logical_or.reduceat(other, np.arange(0, len(values), self.step))  # [blocks]
@@ -205,11 +217,11 @@ class _Sent:
         self._age = np.concatenate([self._age, np.zeros(more, np.int64)])
 
     def block_bytes(self, block: int) -> int:
-        """Bytes that the rows of a block take."""
+        """Returns the bytes that the rows of a block take."""
         return (min((block + 1) * self.step, len(self.values)) - block * self.step) * self.column.row_bytes
 
     def take(self, blocks: set[int]) -> list[tuple[int, int]]:
-        """These blocks are sent now. Returns them as runs of rows."""
+        """Take note that these blocks are sent now. Returns them as runs of rows."""
         runs: list[tuple[int, int]] = []
         for block in sorted(blocks):
             start, stop = block * self.step, min((block + 1) * self.step, len(self.values))
@@ -223,21 +235,25 @@ class _Sent:
 
 
 def _weights(sent: _Sent, in_layer: npt.NDArray[np.bool_], mode: str) -> npt.NDArray[np.int64]:
-    """[blocks], how much it matters that a block is old. `in_layer`: [experts], are they in the layer looked at."""
+    """Returns how much the age of each block matters [blocks]. `in_layer`: experts in the layer looked at [experts]."""
     column, blocks = sent.column, len(sent.new)
     if column in STATIC:
-        return np.where(sent.new, NEW, STATE)
+        return np.where(sent.new, NEW_EXPERT_WEIGHT, STATE_WEIGHT)
     if column.table == "servers":
-        return np.full(blocks, SERVERS if column is SERVER_NUMBERS else STATE)
+        return np.full(blocks, SERVER_WEIGHT if column is SERVER_NUMBERS else STATE_WEIGHT)
     if blocks and (column in STATES or column.name == mode):
         here = np.logical_or.reduceat(in_layer, np.arange(0, len(in_layer), sent.step))  # [blocks]
-        return np.where(here, STATE, ELSEWHERE) if column in STATES else np.where(here, LOOKED_AT, OTHER_MODES)
-    return np.full(blocks, OTHER_MODES if column in SHADES else TOTALS)
+        return (
+            np.where(here, STATE_WEIGHT, OTHER_LAYER_STATE_WEIGHT)
+            if column in STATES
+            else np.where(here, SHOWN_MODE_WEIGHT, OTHER_MODE_WEIGHT)
+        )
+    return np.full(blocks, OTHER_MODE_WEIGHT if column in SHADES else TOTAL_WEIGHT)
 
 
 def _as_many(rows: Iterable[Row], room: int) -> tuple[list[Row], int]:
-    """The first rows, as many as there is room for as JSON; and the bytes that they take."""
-    taken, fitting = PIECE, list[Row]()
+    """Returns the first rows, as many as there is room for as JSON, and the bytes that they take."""
+    taken, fitting = PIECE_OVERHEAD, list[Row]()
     for row in rows:
         taken += _size(row) + 2
         if taken > room:
@@ -259,5 +275,5 @@ def _bits(values: Values) -> Values:
 
 
 def _size(value: Any) -> int:
-    """Bytes as JSON, whichever way it is written."""
+    """Returns the bytes of a value as JSON."""
     return len(json.dumps(value))

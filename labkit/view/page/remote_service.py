@@ -36,7 +36,7 @@ PART_BYTES = 1 << 20  # of an export in one answer
 MAX_PARTS = 128  # of an export
 SCENE_PERIOD = 1.0  # seconds between two scenes while pages look; their frames have a period of their own
 NO_SECRET = (
-    "buttons work only for who has the swarm's control secret, and this page has not: with an invitation one may look. "
+    "buttons need the swarm's control secret, which this page does not have: whoever has an invitation may look. "
     "labkit demo --watch has it"
 )
 
