@@ -44,7 +44,7 @@ from labkit.server.layers import Factory
 from labkit.server.optimizer import BackendConfig
 from labkit.server.server import ServerConfig, checkpoint_directory
 from labkit.server.statistics import ServerStatistics
-from labkit.view.collect.inventory import ask_everybody
+from labkit.view.collect.inventory import ask_all_servers
 from labkit.view.collect.telemetry import Telemetry
 from labkit.view.page.remote_service import RemoteService
 from labkit.view.summary import SwarmSummary, all_experts, all_grids
@@ -242,7 +242,7 @@ class Swarm:
         Servers are looked up anew: one that has just joined is asked, too, and layers call its experts from then on.
         `timeout`: seconds; a server that gives no sensible answer within them is missing.
         """
-        return self._portal.call(ask_everybody, self._node, self.servers, timeout)
+        return self._portal.call(ask_all_servers, self._node, self.servers, timeout)
 
     # ------------------------------------------------------------ layers
 

@@ -26,7 +26,7 @@ from labkit.histogram import BUCKETS
 from labkit.node import Node
 from labkit.server.statistics import ServerStatistics
 from labkit.view.collect import inventory
-from labkit.view.collect.inventory import SERVERS_PER_SECOND, UNWATCHED_PACE, Inventory, ask_everybody, keep_polled
+from labkit.view.collect.inventory import SERVERS_PER_SECOND, UNWATCHED_PACE, Inventory, ask_all_servers, keep_polled
 from labkit.wire.rpc_types import CONTROL, Reply
 from tests.fake_network import make_contact
 from tests.fake_records import FakeRecords
@@ -250,7 +250,7 @@ async def test_servers_that_speak_of_too_many_experts_are_heard_without_them(aut
         assert sorted(len(statistics.experts) for statistics in said) == [0, 0, 4, 4] and not lab.last.failures
         assert all(len(statistics.expert_rows) == len(statistics.experts) for statistics in said)
         assert all(statistics.rows == SAID["rows"] for statistics in said)
-    everybody = await ask_everybody(lab.node, [], 5.0)
+    everybody = await ask_all_servers(lab.node, [], 5.0)
     assert sorted(len(statistics.experts) for statistics in everybody.values()) == [0, 0, 4, 4]
 
 
@@ -283,7 +283,7 @@ async def test_asking_everybody_once_gives_those_who_answer_in_time(autojump_clo
     await lab.declare()
     lab.answers[lab.contacts[0].endpoint] = None
     began = trio.current_time()
-    answers = await ask_everybody(lab.node, cast(Any, [Handle(1, "killed"), Handle(9)]), 2.0)
+    answers = await ask_all_servers(lab.node, cast(Any, [Handle(1, "killed"), Handle(9)]), 2.0)
     assert set(answers) == {make_contact(number).endpoint for number in (2, 3, 9)}
     assert trio.current_time() - began <= 2.0
     assert isinstance(answers[make_contact(2).endpoint], ServerStatistics)
@@ -292,10 +292,10 @@ async def test_asking_everybody_once_gives_those_who_answer_in_time(autojump_clo
 async def test_everybody_is_also_who_declared_experts_a_moment_ago(autojump_clock):
     lab = Lab(servers=1)
     await lab.declare(UIDS[:8])
-    assert set(await ask_everybody(lab.node, [], 2.0)) == {lab.contacts[0].endpoint}
+    assert set(await ask_all_servers(lab.node, [], 2.0)) == {lab.contacts[0].endpoint}
     await Directory(lab.records).declare(UIDS[8:], make_contact(5))  # elsewhere
     assert len(await lab.directory.all_experts("ffn", 2)) == 8, "what is cached does not have them yet"
-    assert make_contact(5).endpoint in await ask_everybody(lab.node, [], 2.0)
+    assert make_contact(5).endpoint in await ask_all_servers(lab.node, [], 2.0)
     assert len(await lab.directory.all_experts("ffn", 2)) == 16, "and from now on layers call them"
 
 

@@ -295,7 +295,7 @@ def contacts_of(servers: Sequence[ServerHandle], found: FoundExperts) -> dict[st
     return contacts
 
 
-async def ask_everybody(node: Node, servers: Sequence[ServerHandle], timeout: float) -> dict[str, ServerStatistics]:
+async def ask_all_servers(node: Node, servers: Sequence[ServerHandle], timeout: float) -> dict[str, ServerStatistics]:
     """Ask all servers for their statistics: those started here, and all that the DHT knows now.
 
     Args:

@@ -7,7 +7,7 @@ export const ASKS_FOR = 4; // seconds
 export class ConfirmOnce {
   private until = -Infinity;
   asking(now: number): boolean { return now < this.until; }
-  // Whether to act. `double`: the second press of a double click, which nobody has read the question before.
+  // Whether to act. `double`: the second press of a double click: the question cannot have been read yet.
   press(now: number, double = false): boolean {
     if (this.asking(now)) {
       if (double) return false;

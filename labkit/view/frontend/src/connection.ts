@@ -76,7 +76,7 @@ export class Connection {
   execute(command: ButtonCommand): Promise<string> {
     const { id, answer } = this.commands.begin(command, now());
     if (id) this.say({ type: "command", page: this.page, id, command });
-    // An export comes in pieces through the same window as frames: somebody has to look until it is here.
+    // An export comes in pieces through the same window as frames: the page has to look until all of it is here.
     if (id && command.do === "export") void answer.catch(() => "").then(() => this.look());
     return answer;
   }

@@ -23,7 +23,7 @@ const slowness = (p95: number): number => (p95 > 0 ? Math.round(Math.log(p95) / 
 
 export const HOLD = 5; // seconds
 
-// Keeps the order while somebody is about to click: rows move only when nothing in the table was touched for a while.
+// Keeps the order while a click may be coming: rows move only when nothing in the table was touched for a while.
 export class SteadyOrder {
   private order: number[] = [];
   private touchedAt = -Infinity;
@@ -54,7 +54,7 @@ export function whyNot(deed: Deed, row: ServerRow, frame: Frame | null, replay: 
   return deed !== "restart" && ENDED.has(row.word) ? `it is ${row.word} already` : "";
 }
 
-// A restart of a server that has ended harms nobody.
+// A restart of a server that has ended does no harm.
 export const mustAsk = (deed: Deed, row: ServerRow): boolean => deed !== "restart" || !ENDED.has(row.word);
 
 // dead (killed), alive: the word of who started it is added where it says more.
