@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from labkit.wire.compression import BLOCK, CODECS, Codec, codec_for
+from labkit.wire.compression import BLOCK_SIZE, CODECS, Codec, codec_for
 
 EVERY_DTYPE = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -19,7 +19,7 @@ EVERY_DTYPE = [
 FLOATING = [dtype for dtype in EVERY_DTYPE if dtype.is_floating_point]
 LOSSY = [name for name in CODECS if name != "none"]
 finite32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
-vectors = st.lists(finite32, max_size=2 * BLOCK + 10).map(lambda numbers: torch.tensor(numbers, dtype=torch.float32))
+vectors = st.lists(finite32, max_size=2 * BLOCK_SIZE + 10).map(lambda values: torch.tensor(values, dtype=torch.float32))
 
 
 def there_and_back(codec: Codec, tensor: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def test_none_gives_back_every_dtype_and_shape_exactly(dtype, shape):
 
 @pytest.mark.parametrize("name", LOSSY)
 @pytest.mark.parametrize("dtype", FLOATING)
-@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (BLOCK,), (2, 3, BLOCK)])
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (BLOCK_SIZE,), (2, 3, BLOCK_SIZE)])
 def test_lossy_codecs_take_every_floating_dtype_and_shape(name, dtype, shape):
     tensor = torch.randn(shape, generator=torch.manual_seed(0)).to(dtype)
     torch.testing.assert_close(there_and_back(CODECS[name], tensor), tensor, atol=0.02, rtol=2**-6)
@@ -65,7 +65,7 @@ def test_bfloat16_stays_within_its_bound(x):
 @given(vectors)
 def test_blockwise8_stays_within_half_a_step_of_each_block(x):
     error = (there_and_back(CODECS["blockwise8"], x).double() - x.double()).abs()
-    for block, block_error in zip(x.double().split(BLOCK), error.split(BLOCK), strict=True):
+    for block, block_error in zip(x.double().split(BLOCK_SIZE), error.split(BLOCK_SIZE), strict=True):
         if len(block):
             largest = block.abs().max()
             rounding = largest * 2.0**-22 + 2.0**-149  # of the float32 arithmetic itself
@@ -73,16 +73,16 @@ def test_blockwise8_stays_within_half_a_step_of_each_block(x):
 
 
 def test_blockwise8_is_a_quarter_of_float32_and_a_little():
-    assert CODECS["blockwise8"].encoded_bytes(torch.float32, (1024, 1024)) == 1024 * 1024 * (1 + 4 / BLOCK)
+    assert CODECS["blockwise8"].encoded_bytes(torch.float32, (1024, 1024)) == 1024 * 1024 * (1 + 4 / BLOCK_SIZE)
     assert CODECS["blockwise8"].encoded_bytes(torch.float32, (1,)) == 5
 
 
 def test_one_outlier_spoils_only_its_own_block():
-    x = torch.randn(3 * BLOCK, generator=torch.manual_seed(0))
-    x[BLOCK] = 1e6
+    x = torch.randn(3 * BLOCK_SIZE, generator=torch.manual_seed(0))
+    x[BLOCK_SIZE] = 1e6
     error = (there_and_back(CODECS["blockwise8"], x) - x).abs()
-    assert error[:BLOCK].max() < 0.02
-    assert error[2 * BLOCK :].max() < 0.02
+    assert error[:BLOCK_SIZE].max() < 0.02
+    assert error[2 * BLOCK_SIZE :].max() < 0.02
 
 
 @pytest.mark.parametrize("name", LOSSY)
@@ -95,7 +95,7 @@ def test_a_finite_number_never_becomes_infinite(name):
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_non_finite_number_never_becomes_finite(name, bad):
-    x = torch.ones(BLOCK)
+    x = torch.ones(BLOCK_SIZE)
     x[3] = bad
     assert not there_and_back(CODECS[name], x)[3].isfinite()
 

@@ -33,7 +33,7 @@ from labkit.server.layers import FeedForward
 from labkit.server.optimizer import BackendConfig
 from labkit.training.trainer import evaluate
 from labkit.wire.compression import CODECS
-from labkit.wire.zmq_socket import COPIED
+from labkit.wire.zmq_socket import ZERO_COPY_SIZE
 from tests.local_moe import LocalMoE
 from tests.swarms import eventually
 
@@ -300,7 +300,7 @@ def test_so_they_are_with_all_that_makes_it_fast_and_safe(tmp_path):
         for server in swarm.servers:
             server.stop()  # it saves its experts
     rows = [event.rows.values() for event in chosen if isinstance(event, RoutingChosen)]
-    assert [len(some) for some in rows] == [4, 4, 4] and min(map(min, rows)) * WIDE * 4 >= COPIED
+    assert [len(some) for some in rows] == [4, 4, 4] and min(map(min, rows)) * WIDE * 4 >= ZERO_COPY_SIZE
     for uid, module in modules.items():
         assert_stepped_by_adam(tmp_path, uid, module)
 

@@ -18,7 +18,7 @@ from trio.testing import MockClock
 from labkit.contact import Contact
 from labkit.errors import ConnectionLost, DeadlineExceeded, LabkitError, RPCError
 from labkit.simulation.latency import constant, exponential, regions
-from labkit.simulation.network import SILENCE, SimNetwork, open_simnet
+from labkit.simulation.network import SILENCE_TIMEOUT, SimNetwork, open_simnet
 from labkit.simulation.virtual_clock import run_in_virtual_time
 from labkit.wire.frames import FrameLimits
 from labkit.wire.rpc_client import Client
@@ -168,7 +168,7 @@ async def test_a_node_without_power_is_silent_and_then_given_up(autojump_clock) 
         started = trio.current_time()
         with pytest.raises(ConnectionLost, match="broke"):
             await seconds_of(client, contact)
-        assert trio.current_time() - started == pytest.approx(SILENCE - 1.0)
+        assert trio.current_time() - started == pytest.approx(SILENCE_TIMEOUT - 1.0)
         network.heal(contact)
         assert await seconds_of(client, contact) == pytest.approx(0.02)
 
@@ -211,12 +211,12 @@ async def test_what_is_under_way_when_a_partition_comes_arrives_in_its_order_whe
 async def test_a_short_outage_loses_nothing_and_a_long_one_breaks_the_connection(autojump_clock) -> None:
     async with pair() as (network, contact, client):
         await seconds_of(client, contact)
-        for outage in (SILENCE - 1, SILENCE + 1):
+        for outage in (SILENCE_TIMEOUT - 1, SILENCE_TIMEOUT + 1):
             network.unplug(contact)
             async with trio.open_nursery() as nursery:
 
                 async def ask(outage: float = outage) -> None:
-                    if outage < SILENCE:
+                    if outage < SILENCE_TIMEOUT:
                         assert await seconds_of(client, contact) == pytest.approx(outage)
                     else:
                         with pytest.raises(ConnectionLost, match="broke"):
@@ -241,7 +241,7 @@ async def test_silence_counts_from_the_outage_that_lasts(autojump_clock) -> None
         network.unplug(client.endpoint.contact)  # no less cut than before
         with pytest.raises(ConnectionLost, match="broke"):
             await seconds_of(client, contact)
-        assert trio.current_time() - started == pytest.approx(SILENCE)
+        assert trio.current_time() - started == pytest.approx(SILENCE_TIMEOUT)
 
 
 async def test_a_connection_that_is_cut_while_it_opens_goes_on_when_that_heals(autojump_clock) -> None:
@@ -279,8 +279,8 @@ async def test_the_end_of_a_node_is_not_heard_while_it_is_cut_off(healed: bool, 
         assert not lost_at
         if healed:
             network.heal()
-        await trio.sleep(SILENCE)
-        assert lost_at == [pytest.approx(3.1 if healed else 1.0 + SILENCE)]
+        await trio.sleep(SILENCE_TIMEOUT)
+        assert lost_at == [pytest.approx(3.1 if healed else 1.0 + SILENCE_TIMEOUT)]
 
 
 @pytest.mark.parametrize("healed", [False, True])
@@ -296,7 +296,7 @@ async def test_a_link_closed_while_it_is_cut_off_is_a_peer_until_silence_or_the_
             network.heal()
         await trio.sleep(0.2)
         assert len(peers) == (0 if healed else 1)
-        await trio.sleep(SILENCE)
+        await trio.sleep(SILENCE_TIMEOUT)
         assert not peers and not network._held and not network._silent
 
 

@@ -1,4 +1,4 @@
-"""What is to be done later: each thing at its time and once, and what was called off never."""
+"""Timers run once, each at its time; a timer that was cancelled never runs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import trio
 
-from labkit.simulation.virtual_clock import run_in_virtual_time
-from labkit.wire import timers as timers
+from labkit.simulation.virtual_clock import make_timers, run_in_virtual_time
+from labkit.wire import timers
 from labkit.wire.timers import Timers
 
 
 @asynccontextmanager
 async def running() -> AsyncIterator[Timers]:
-    plan = Timers()
+    plan = make_timers()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(plan.run)
         yield plan
@@ -71,7 +71,7 @@ def test_what_is_called_off_is_never_done_and_holds_up_nothing(run):
 
 
 def test_what_is_called_off_does_not_pile_up(run, monkeypatch):
-    monkeypatch.setattr(timers, "MOST_VOID", 10)
+    monkeypatch.setattr(timers, "MAX_CANCELLED", 10)
 
     async def main() -> None:
         async with running() as plan:

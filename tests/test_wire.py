@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -21,10 +21,12 @@ from labkit.errors import (
     RPCError,
     SecurityMismatch,
     UnknownMethod,
+    VersionMismatch,
     WrongServerKey,
 )
 from labkit.simulation.network import open_simnet
-from labkit.wire.frames import FrameLimits
+from labkit.wire import frames
+from labkit.wire.frames import Frame, FrameLimits, Kind
 from labkit.wire.rpc_client import Call, Client
 from labkit.wire.rpc_types import (
     BULK,
@@ -38,6 +40,7 @@ from labkit.wire.rpc_types import (
     SyncMethod,
 )
 from labkit.wire.security import Admission, Identity
+from labkit.wire.transport import Peer
 from labkit.wire.zmq_transport import open_network
 from tests.nodes import Wire, calling, changed, echo, server_and_client, serving
 
@@ -548,6 +551,57 @@ async def test_a_message_over_the_limit_is_refused_before_it_is_sent(wire: Wire,
     async with wire() as network, serving(network) as server, calling(network, limits=limits) as client:
         with pytest.raises(MessageTooLarge):
             await client.call(server.contact, "echo", None, [torch.zeros(5000)], timeout=5, codec=codec)
+
+
+# ---------------------------------------------------------------- peers that speak another version of the protocol
+
+OLD, NEW = 1, 2
+REQUEST_OF_OLD = b"LK\x01\x01" + (7).to_bytes(8, "big") + b"\x94\xa4echo\xcd\x13\x88\xa4body\x90"
+"""How version 1 calls `echo` with "body": prelude (magic, version, kind, id), then method, ms, body and tensors."""
+
+
+async def test_an_old_peer_that_calls_is_told_which_version_we_speak(wire: Wire) -> None:
+    assert frames.VERSION == NEW
+    answered, answers = trio.Event(), list[bytes]()
+
+    def on_message(message: Sequence[Frame]) -> None:
+        answers.extend(bytes(frame) for frame in message)
+        answered.set()
+
+    async with wire() as network, serving(network) as server, network.listen(Identity.generate()) as old:
+        link = old.connect(server.contact, on_message, lambda error: None)
+        if link.send_nowait([REQUEST_OF_OLD]) is None:
+            link.when_ready(lambda: link.send_nowait([REQUEST_OF_OLD]))
+        with trio.fail_after(5):
+            await answered.wait()
+    assert answers == [b"LK" + bytes([NEW, Kind.VERSION]) + REQUEST_OF_OLD[4:12]]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(OLD, NEW), (NEW, OLD)])
+async def test_whoever_calls_a_peer_of_another_version_reads_which_each_speaks_and_what_to_do(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch, ours: int, theirs: int
+) -> None:
+    monkeypatch.setattr(frames, "VERSION", ours)
+    async with (
+        wire() as network,
+        network.listen(Identity.generate()) as other,
+        calling(network) as client,
+        trio.open_nursery() as nursery,
+    ):
+
+        def on_request(peer: Peer, request: Sequence[Frame]) -> None:
+            prelude = bytes(request[0])[:12]
+            assert prelude[:4] == b"LK" + bytes([ours, Kind.REQUEST])
+            other.send_nowait(peer, [b"LK" + bytes([theirs, Kind.VERSION]) + prelude[4:]])
+
+        nursery.start_soon(other.serve, on_request)
+        with pytest.raises(VersionMismatch) as caught, trio.fail_after(5):
+            await client.call(other.contact, "echo", "body", timeout=60)
+        nursery.cancel_scope.cancel()
+    assert str(caught.value) == (
+        f"{other.contact.endpoint} speaks version {theirs} of labkit's protocol, we speak {ours}; "
+        "install the same labkit on both sides"
+    )
 
 
 # ---------------------------------------------------------------- methods that are answered later: those of experts

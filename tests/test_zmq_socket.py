@@ -15,7 +15,7 @@ from labkit.swarm import Swarm
 from labkit.wire import zmq_transport as zeromq
 from labkit.wire.frames import Frame
 from labkit.wire.security import Identity
-from labkit.wire.zmq_socket import Arrived, Socket, UnsentFrames, make_context, make_dealer, make_router
+from labkit.wire.zmq_socket import Socket, UnsentFrames, ZmqMessage, make_context, make_dealer, make_router
 from labkit.wire.zmq_transport import open_network
 from tests.nodes import calling, serving
 
@@ -97,19 +97,19 @@ async def test_who_hears_a_socket_misses_no_edge_either(pair: tuple[Socket, Sock
     heard: dict[Socket, list[bytes]] = {router: [], dealer: []}
     answered, all_heard = trio.Event(), trio.Event()
 
-    def hear_request(message: Arrived) -> None:
+    def on_request(message: ZmqMessage) -> None:
         heard[router].append(message[-1].bytes)
         if len(heard[router]) == 1000:  # perhaps after the last answer has come, which is to the one before
             all_heard.set()
         if len(heard[router]) % 2:
             router.send_nowait([message[0].bytes, b"answer"])
 
-    def hear_answer(message: Arrived) -> None:
+    def on_answer(message: ZmqMessage) -> None:
         heard[dealer].append(message[-1].bytes)
         if len(heard[dealer]) == 500:
             answered.set()
 
-    router.hear, dealer.hear = hear_request, hear_answer
+    router.on_message, dealer.on_message = on_request, on_answer
     with trio.fail_after(20):
         for number in range(1000):
             await dealer.send([b"%d" % number])
@@ -125,7 +125,7 @@ async def test_what_had_arrived_when_a_socket_fails_is_still_heard(pair: tuple[S
     with trio.fail_after(5):
         while not router._events & zmq.POLLIN:
             await trio.lowlevel.checkpoint()
-    router.hear = lambda message: heard.append(message[-1].bytes)
+    router.on_message = lambda message: heard.append(message[-1].bytes)
     router.fail(ConnectionLost("over"))
     assert heard == [b"last words"]
 

@@ -1,4 +1,4 @@
-"""How long messages of a simulated network take, one way: what `SimNetwork(latency=…)` is given."""
+"""Distributions of one-way latencies, for `SimNetwork(latency=…)`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import random
 from collections.abc import Callable, Mapping
 from numbers import Real
 
-Latency = Callable[[random.Random, str, str], float]  # draws the seconds from one host to another
+Latency = Callable[[random.Random, str, str], float]  # (random, source host, target host) -> seconds
 
 
 def constant(seconds: float) -> Latency:
-    """Always the same. Raises `ValueError`."""
+    """Always this many seconds. Raises `ValueError`."""
     check_seconds("latency", seconds)
     return lambda draw, source, target: seconds
 
@@ -23,8 +23,12 @@ def exponential(mean: float) -> Latency:
 
 
 def gamma(mean: float, deviation: float) -> Latency:
-    """Drawn anew for each message: a `mean` in seconds with this standard deviation, and never below zero. Raises
-    `ValueError`."""
+    """Drawn anew for each message, gamma-distributed, so never below zero. Raises `ValueError`.
+
+    Args:
+        mean: seconds.
+        deviation: the standard deviation, seconds.
+    """
     check_seconds("latency", mean)
     check_seconds("deviation", deviation)
     if not mean or not deviation:
@@ -34,9 +38,13 @@ def gamma(mean: float, deviation: float) -> Latency:
 
 
 def regions(between: Mapping[tuple[str, str], float], within: float = 0.0005) -> Latency:
-    """That of places far apart: a node listens at `tcp://<region>:*`, and `between` says how many seconds lie between
-    two regions, in either direction; `within`, how many between two nodes of one. Raises `ValueError`.
+    """Fixed latencies between regions. A node of a region listens at `tcp://<region>:*`. Raises `ValueError`.
 
+    Args:
+        between: seconds between two regions, in either direction.
+        within: seconds between two nodes of the same region.
+
+    Example:
         regions({("eu", "us"): 0.045, ("us", "asia"): 0.045, ("eu", "asia"): 0.045})
     """
     check_seconds("latency", within)
@@ -62,11 +70,11 @@ def regions(between: Mapping[tuple[str, str], float], within: float = 0.0005) ->
 
 
 def is_number(value: object) -> bool:
-    """Whether it is one at all, numpy's among them."""
+    """Whether this is a real number, one of NumPy included."""
     return isinstance(value, Real)
 
 
 def check_seconds(name: str, value: float) -> None:
-    """Raises `ValueError`, which names the argument."""
+    """Raise `ValueError` that names the argument, unless `value` is a finite number, at least 0."""
     if not (is_number(value) and math.isfinite(value) and value >= 0):
         raise ValueError(f"{name}={value!r}: a finite number of seconds, at least 0")

@@ -1,8 +1,8 @@
-"""The network in memory: the seam of `wire/transport`, with the latency, loss and bandwidth that one asks for.
+"""The network in memory: the seam of `wire/transport`, with whatever latency, loss and bandwidth a simulation asks for.
 
 The code above it is the code that runs over ZeroMQ: the same frames, byte for byte, the same deadlines, and connections
-that are refused, break or fall silent as they do there. Under trio's `MockClock(autojump_threshold=0)` thousands of
-nodes run in one thread, and nothing waits for real. Whatever is random is drawn from one seed.
+that are refused, break or fall silent as they do there. In virtual time (`simulation/virtual_clock`) thousands of nodes
+run in one thread, and nothing waits for real. All that is random is drawn from one seed.
 """
 
 from __future__ import annotations
@@ -21,37 +21,43 @@ from trio._core import _run
 
 from labkit.contact import Contact
 from labkit.errors import ConnectionLost, LabkitError
-from labkit.simulation.endpoint import Place, SimEndpoint, SimLink, Way, place_of
+from labkit.simulation.endpoint import Deliver, Direction, Place, SimEndpoint, SimLink, place_of
 from labkit.simulation.latency import Latency, check_seconds, constant, is_number
+from labkit.simulation.virtual_clock import make_timers
 from labkit.wire.frames import Frame, FrameLimits
 from labkit.wire.security import Admission, Identity, must_encrypt
-from labkit.wire.timers import Timer, Timers
+from labkit.wire.timers import Timer
 from labkit.wire.transport import LOOPBACK, split_address
 
-SILENCE = 6.0  # seconds after which a connection over which nothing comes is given up, as by ZeroMQ's heartbeats
+SILENCE_TIMEOUT = 6.0  # seconds after which a connection that is cut breaks, as by ZeroMQ's heartbeats
 FIRST_PORT = 1024
 
 
 @dataclass(slots=True)
-class Held:
-    """What did not get through a way that is cut: TCP keeps it and sends it again."""
+class _Backlog:
+    """What did not get through a direction that is cut: TCP keeps it and sends it again."""
 
-    actions: list[tuple[Callable[..., object], tuple[Any, ...]]] = field(default_factory=list)  # as they left
-    again: Timer | None = None  # when it arrives after all, once the way is mended
+    actions: list[tuple[Callable[..., object], tuple[Any, ...]]] = field(default_factory=list)  # in their order
+    timer: Timer | None = None  # at which it arrives after all, once the direction is healed
 
 
 class SimNetwork:
     """A network of nodes in this trio run. `open_simnet` makes one.
 
-    `latency`: seconds that a message takes one way, or a distribution of them (`simulation/latency`). `loss`: share of
-    messages, requests and answers alike, that never arrive. `bandwidth`: bytes per second of each direction of a
-    connection. `handshake`: round trips before the first message of a connection leaves; TCP and ZeroMQ take two.
-    Raises `ValueError` for what cannot be; a latency that is drawn below zero raises it when it is drawn.
+    `partition` and `unplug` cut connections. What would arrive over one meanwhile arrives after `heal`, in its order,
+    as TCP sends it again, and so does the news that one end is gone. That takes the latency anew, but no bandwidth. A
+    connection that stays cut for `SILENCE_TIMEOUT` breaks on both sides, and what was held back is lost.
 
-    `partition` and `unplug` cut connections. What would arrive over one meanwhile comes after `heal`, in its order, as
-    TCP sends it again, the word that one end is gone among it; that takes the latency anew, and no bandwidth. A
-    connection that stays cut for `SILENCE` breaks on both sides, and what was held of it is lost. What `loss` takes
-    never arrives.
+    Args:
+        seed: of all that is random.
+        latency: seconds that a message takes one way, or a distribution of them (`simulation/latency`).
+        loss: share of messages, requests and answers alike, that never arrive; 0 to 1.
+        bandwidth: bytes per second in each direction of a connection.
+        handshake: round trips before the first message of a connection leaves; TCP and ZeroMQ take two.
+        limits: limits of a message.
+
+    Raises:
+        ValueError: an argument is out of its range. A latency that is drawn below zero raises it when it is drawn.
     """
 
     tcp = False
@@ -78,17 +84,17 @@ class SimNetwork:
         self.handshake = handshake
         self.limits = limits or FrameLimits()
         self.nodes: dict[Place, SimEndpoint] = {}
-        self.routes = itertools.count(1)
-        self.messages = 0  # sent so far, the lost ones too
-        self.over = False  # then nobody hears any more that others end
+        self._routes = itertools.count(1)
+        self.messages = 0  # messages sent so far, lost ones too
+        self.over = False  # set at the end of a simulation: nodes then end without telling each other
         self._random = random.Random(seed)
         self._hosts, self._ports = itertools.count(int(IPv4Address("127.0.0.1"))), itertools.count(FIRST_PORT)
-        self._behind: dict[Place, float] = {}
+        self._behind: dict[Place, float] = {}  # seconds by which nodes are slowed down
         self._known: set[Place] = set()  # where nodes are or were
-        self._group: dict[Place, object] = {}  # who is not here belongs to the rest
-        self._silent: dict[SimLink, Timer] = {}  # that are cut, and when they are given up
-        self._held: dict[Way, Held] = {}
-        self.timers = Timers()
+        self._group: dict[Place, object] = {}  # nodes that are not in it are one more group
+        self._silent: dict[SimLink, Timer] = {}  # links that are cut, and the timer that breaks them
+        self._held: dict[Direction, _Backlog] = {}
+        self.timers = make_timers()
 
     # ------------------------------------------------------------ nodes
 
@@ -102,8 +108,11 @@ class SimNetwork:
         secure: bool | None = None,
         admission: Admission | None = None,
     ) -> AsyncIterator[SimEndpoint]:
-        """As `ZmqNetwork.listen`; a host may be any name, such as that of a region. By default each node has a loopback
-        address of its own. Nothing is encrypted; a secure connection only knows whose it is, as one over CURVE does."""
+        """Listen at an address for the length of the block. The arguments are those of `ZmqNetwork.listen`.
+
+        A host may be any name, such as that of a region; by default each node gets a loopback address of its own.
+        Nothing is encrypted: a secure connection only proves the keys of both ends, as one over CURVE does.
+        """
         host, port = split_address(address)
         admission = admission or Admission()
         secure = must_encrypt(secure, host, admission)
@@ -122,13 +131,13 @@ class SimNetwork:
             del self.nodes[place]
             endpoint.end()
 
-    # ------------------------------------------------------------ what befalls them
+    # ------------------------------------------------------------ cutting connections
 
     def partition(self, *groups: Iterable[Contact]) -> None:
-        """From now on nodes of different groups hear nothing of each other; those in none are one more group.
+        """Cut the connections between nodes of different groups; nodes of no group are one more group.
 
-        A connection between them is taken for broken after `SILENCE`, on both sides. Raises `ValueError` for a contact
-        in two groups, or one at which no node ever was.
+        A connection that is cut breaks after `SILENCE_TIMEOUT`, on both sides. Raises `ValueError` for a contact in two
+        groups, or one at which there never was a node.
         """
         group: dict[Place, object] = {}
         for number, contacts in enumerate(groups):
@@ -140,14 +149,16 @@ class SimNetwork:
         self._regroup(self.nodes)
 
     def unplug(self, *contacts: Contact) -> None:
-        """Cut these off, each from everybody, as a machine that loses its power: nobody is told. Raises `ValueError`
-        for a contact at which no node ever was."""
+        """Cut these nodes off from all others, like machines that lose their power: no other node is told.
+
+        Raises `ValueError` for a contact at which there never was a node.
+        """
         group = {self._place_known(contact): contact for contact in contacts}
         self._group |= group
         self._regroup(group)
 
     def heal(self, *contacts: Contact) -> None:
-        """Plug these in again; without any, all, and partitions are over."""
+        """Undo `unplug` for these nodes. Without any, undo all of `unplug` and `partition`."""
         places = [place_of(contact) for contact in contacts]
         if places:
             for place in places:
@@ -157,7 +168,7 @@ class SimNetwork:
         self._regroup(places)
 
     def slow_down(self, contact: Contact, seconds: float) -> None:
-        """A node that runs behind: whatever it sends or hears comes that much later. Raises `ValueError`."""
+        """Delay all that a node sends or receives by `seconds`. Raises `ValueError`."""
         check_seconds("seconds", seconds)
         self._behind[place_of(contact)] = seconds
 
@@ -168,7 +179,7 @@ class SimNetwork:
         return place
 
     def _regroup(self, places: Iterable[Place]) -> None:
-        """The nodes at these places may be cut off from others now, and whoever was cut off may hear again."""
+        """Begin to break the links of these nodes that are cut now, and resume all links that are not cut any more."""
         for place in places:
             node = self.nodes.get(place)
             if node is not None:
@@ -181,10 +192,11 @@ class SimNetwork:
             self._send_again(link.back)
 
     def _fall_silent(self, link: SimLink) -> None:
+        """Break this link after `SILENCE_TIMEOUT`, unless it is resumed before."""
         if link not in self._silent:
-            self._silent[link] = self.timers.at(trio.current_time() + SILENCE, self._give_up, link)
+            self._silent[link] = self.timers.at(trio.current_time() + SILENCE_TIMEOUT, self._break, link)
 
-    def _give_up(self, link: SimLink) -> None:
+    def _break(self, link: SimLink) -> None:
         del self._silent[link]
         self._held.pop(link.out, None)
         self._held.pop(link.back, None)
@@ -193,37 +205,42 @@ class SimNetwork:
             far.forget(link)
         link.end(ConnectionLost(f"the connection to {link.contact.endpoint} broke"))
 
-    def _hold(self, way: Way, link: SimLink, action: Callable[..., object], *args: Any) -> None:
-        """Something does not get through; try it again when the way is mended."""
-        if way not in self._held:
-            self._held[way] = Held()
-        self._held[way].actions.append((action, args))
-        if not self.reaches(way):
+    def _hold(self, direction: Direction, link: SimLink, action: Callable[..., object], *args: Any) -> None:
+        """Keep what does not get through until its direction is healed."""
+        if direction not in self._held:
+            self._held[direction] = _Backlog()
+        self._held[direction].actions.append((action, args))
+        if not self.reaches(direction):
             self._fall_silent(link)
 
-    def _send_again(self, way: Way) -> None:
-        held = self._held.get(way)
-        if held is not None:
-            if held.again is not None:
-                self.timers.cancel(held.again)
-            way.arrival = max(way.arrival, self.soon(way))
-            held.again = self.timers.at(way.arrival, self._let_go, way)
+    def _send_again(self, direction: Direction) -> None:
+        """Let what was held back arrive after the latency."""
+        backlog = self._held.get(direction)
+        if backlog is not None:
+            if backlog.timer is not None:
+                self.timers.cancel(backlog.timer)
+            direction.arrival = max(direction.arrival, self.soon(direction))
+            backlog.timer = self.timers.at(direction.arrival, self._release, direction)
 
-    def _let_go(self, way: Way) -> None:
-        """What was held arrives, unless the way is cut again."""
-        held = self._held.pop(way, None)
-        for action, args in held.actions if held is not None else ():
+    def _release(self, direction: Direction) -> None:
+        """Let what was held back arrive now. What is cut off again is held again."""
+        backlog = self._held.pop(direction, None)
+        for action, args in backlog.actions if backlog is not None else ():
             action(*args)
 
     # ------------------------------------------------------------ messages
 
-    def reaches(self, way: Way) -> bool:
-        """Whether what comes to one of its ends now gets there from the other."""
-        return not self._group or self._group.get(way.source) == self._group.get(way.target)
+    def new_route(self) -> bytes:
+        """Returns the route of a new connection."""
+        return next(self._routes).to_bytes(8, "big")
 
-    def delay(self, way: Way) -> float:
-        """Seconds that a message of no size takes: drawn anew each time."""
-        seconds = self.latency(self._random, way.source[0], way.target[0])
+    def reaches(self, direction: Direction) -> bool:
+        """Whether the two ends of a direction are not cut off from each other."""
+        return not self._group or self._group.get(direction.source) == self._group.get(direction.target)
+
+    def delay(self, direction: Direction) -> float:
+        """Draw the seconds that a message of no size takes."""
+        seconds = self.latency(self._random, direction.source[0], direction.target[0])
         try:
             possible = 0.0 <= seconds < math.inf
         except TypeError:
@@ -234,62 +251,78 @@ class SimNetwork:
             )
         if not self._behind:
             return seconds
-        return seconds + self._behind.get(way.source, 0.0) + self._behind.get(way.target, 0.0)
+        return seconds + self._behind.get(direction.source, 0.0) + self._behind.get(direction.target, 0.0)
 
-    def soon(self, way: Way) -> float:
-        """When a message arrives that leaves now."""
-        return trio.current_time() + self.delay(way)
+    def soon(self, direction: Direction) -> float:
+        """Draw the time at which a message arrives that leaves now."""
+        return trio.current_time() + self.delay(direction)
 
     def transmit(
-        self, way: Way, frames: Sequence[Frame], hear: Callable[[SimLink, Sequence[Frame]], None], link: SimLink
+        self,
+        direction: Direction,
+        frames: Sequence[Frame],
+        deliver: Deliver,
+        link: SimLink,
     ) -> None:
-        """Send a message, which `hear` gets when it arrives."""
+        """Send a message. `deliver` is called with it when it arrives."""
         self.messages += 1
         size, now = sum(map(len, frames)), trio.current_time()
-        way.free_at = max(now, way.free_at) + size / self.bandwidth
-        way.arrival = max(way.arrival, way.free_at + self.delay(way))
-        if way.free_at > now:
-            way.leaves(now, size)
+        direction.free_at = max(now, direction.free_at) + size / self.bandwidth
+        direction.arrival = max(direction.arrival, direction.free_at + self.delay(direction))
+        if direction.free_at > now:
+            direction.add_unsent(now, size)
         if self.loss and self._random.random() < self.loss:
             return
-        way.under_way += 1
-        arguments = way, [bytes(frame) for frame in frames], hear, link
-        if way.arrival <= now and way.under_way == 1:
+        direction.under_way += 1
+        arguments = direction, [bytes(frame) for frame in frames], deliver, link
+        if direction.arrival <= now and direction.under_way == 1:
             self._deliver(*arguments)
         else:
-            self.timers.at(way.arrival, self._deliver, *arguments)
+            self.timers.at(direction.arrival, self._deliver, *arguments)
 
     def _deliver(
-        self, way: Way, frames: Sequence[bytes], hear: Callable[[SimLink, Sequence[Frame]], None], link: SimLink
+        self,
+        direction: Direction,
+        frames: Sequence[bytes],
+        deliver: Deliver,
+        link: SimLink,
     ) -> None:
-        if (self._group or self._held) and self._is_blocked(way):
-            self._hold(way, link, self._deliver, way, frames, hear, link)
+        if (self._group or self._held) and self._is_blocked(direction):
+            self._hold(direction, link, self._deliver, direction, frames, deliver, link)
             return
-        way.under_way -= 1
+        direction.under_way -= 1
         if any(len(frame) > self.limits.message_bytes for frame in frames):
             link.break_off()
         else:
-            hear(link, frames)
+            deliver(link, frames)
 
-    def arrive(self, way: Way, link: SimLink, action: Callable[..., object], *args: Any) -> None:
-        """Something other than a message arrives: one end has let the other in, or is gone."""
-        if self._is_blocked(way):
-            self._hold(way, link, self.arrive, way, link, action, *args)
+    def arrive(self, direction: Direction, link: SimLink, action: Callable[..., object], *args: Any) -> None:
+        """Call `action(*args)` at the end of a direction: now, or when it is healed.
+
+        For what is no message: that one end has accepted the other, or is gone.
+        """
+        if self._is_blocked(direction):
+            self._hold(direction, link, self.arrive, direction, link, action, *args)
         else:
             action(*args)
 
-    def _is_blocked(self, way: Way) -> bool:
-        """Whether it is cut, or something is held on it that comes first."""
-        return way in self._held or not self.reaches(way)
+    def _is_blocked(self, direction: Direction) -> bool:
+        """Whether a direction is cut, or something is held back that has to arrive first."""
+        return direction in self._held or not self.reaches(direction)
 
 
 @asynccontextmanager
 async def open_simnet(seed: int = 0, **options: Any) -> AsyncIterator[SimNetwork]:
-    """A network for the nodes of this trio run. The arguments are those of `SimNetwork`.
+    """Open a network for the nodes of this trio run, for the length of the block.
 
-    The seed also decides the order in which trio runs tasks that are ready at the same time: the same run, twice. For
-    this trio has one generator in a process, which is seeded here and put back at the end. Another trio run that is
-    busy in a second thread draws from it, too: a simulation that must be repeatable runs alone in its process.
+    The seed also decides the order in which trio runs tasks that are ready at the same time, so that a simulation can
+    be repeated exactly. For this trio has one random generator in a process; it is seeded here and restored at the end.
+    Another trio run in a second thread would draw from it, too: a simulation that must be repeatable runs alone in its
+    process.
+
+    Args:
+        seed: of all that is random.
+        options: the other arguments of `SimNetwork`.
     """
     network = SimNetwork(seed, **options)
     with _order_of_tasks(seed):
@@ -303,7 +336,7 @@ async def open_simnet(seed: int = 0, **options: Any) -> AsyncIterator[SimNetwork
 
 @contextmanager
 def _order_of_tasks(seed: int) -> Iterator[None]:
-    """Meanwhile a seed decides it. trio has no public way; its tests use this one."""
+    """Let a seed decide the order of tasks. trio has no public way for this; its own tests use this one."""
     allowed, state = _run._ALLOW_DETERMINISTIC_SCHEDULING, _run._r.getstate()
     _run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
     _run._r.seed(seed)

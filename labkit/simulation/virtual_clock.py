@@ -1,7 +1,7 @@
-"""Virtual time for simulations: when all tasks wait, it is at once the time of whatever comes next.
+"""Virtual time for simulations: as soon as all tasks wait, the clock jumps to the time of whatever comes next.
 
-trio's `MockClock(autojump_threshold=0)` does the same, and `simulation/network` works under it as well; but simulations
-of thousands of nodes spend a good part of their time in it, in timers, and in garbage collection.
+trio's `MockClock(autojump_threshold=0)` does the same, and `simulation/network` works under it as well. But simulations
+of thousands of nodes spend a good part of their time in that clock, in timers, and in garbage collection.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ from typing import Any, TypeVar
 
 import trio
 
+from labkit.wire.timers import Timers
+
 T = TypeVar("T")
 
-NEVER = 3600.0  # seconds of real time; something outside may wake the run meanwhile
-# As `gc.set_threshold`. Little of what nodes say to each other is ever in a cycle, and to look through all that
+IDLE_SLEEP = 3600.0  # seconds of real time to wait when nothing is due; something outside may wake the run meanwhile
+# As `gc.set_threshold` takes them. Little of what nodes send each other is ever in a cycle, and to search all that
 # thousands of them hold would take seconds each time.
-COLLECT_AFTER = (50_000, 50, 1000)
+GC_THRESHOLDS = (50_000, 50, 1000)
 
 
 class VirtualClock(trio.abc.Clock):
-    """A clock with one alarm, for a task that has much to do at times that change all the while."""
+    """A clock for `trio.run` that jumps. `alarm` is for the one task that has something to do at many times."""
 
     def __init__(self) -> None:
-        self.alarm = math.inf  # when to wake the task in `wait_for_alarm`
+        self.alarm = VirtualAlarm()
         self._now = 0.0
-        self._sleeper: trio.lowlevel.Task | None = None
 
     def start_clock(self) -> None:
         pass
@@ -36,32 +37,62 @@ class VirtualClock(trio.abc.Clock):
         return self._now
 
     def deadline_to_sleep_time(self, deadline: float) -> float:
-        """trio asks this when all tasks wait."""
-        then = min(deadline, self.alarm if self._sleeper is not None else math.inf)
+        """Jump to the next deadline, or to the alarm. trio asks this when all tasks wait."""
+        then = min(deadline, self.alarm.time if self.alarm.sleeper is not None else math.inf)
         if then == math.inf:
-            return NEVER
+            return IDLE_SLEEP
         self._now = max(self._now, then)
-        if self._sleeper is not None and self.alarm <= self._now:
-            trio.lowlevel.reschedule(self._sleeper)
-            self._sleeper = None
+        if self.alarm.time <= self._now:
+            self.alarm.ring()
         return 0.0
 
-    async def wait_for_alarm(self) -> None:
-        """Sleep until it is the time of the alarm. One task at a time."""
-        assert self._sleeper is None
-        self._sleeper = trio.lowlevel.current_task()
+
+class VirtualAlarm:
+    """The `wire.timers.Alarm` of a virtual clock, which rings it: a sleep without a deadline of trio's."""
+
+    def __init__(self) -> None:
+        self.time = math.inf
+        self.sleeper: trio.lowlevel.Task | None = None  # the task in `wait`
+
+    def set(self, time: float) -> None:
+        self.time = time
+
+    def postpone(self, time: float) -> None:
+        self.time = time  # else virtual time would go on to what was cancelled
+
+    async def wait(self) -> None:
+        assert self.sleeper is None, "one task at a time"
+        self.sleeper = trio.lowlevel.current_task()
 
         def abort(_: Any) -> trio.lowlevel.Abort:
-            self._sleeper = None
+            self.sleeper = None
             return trio.lowlevel.Abort.SUCCEEDED
 
         await trio.lowlevel.wait_task_rescheduled(abort)
 
+    def ring(self) -> None:
+        """Wake the task that sleeps, if there is one."""
+        if self.sleeper is not None:
+            trio.lowlevel.reschedule(self.sleeper)
+            self.sleeper = None
+
+
+def make_timers() -> Timers:
+    """The timers of a network in this trio run, in virtual time if the run is."""
+    clock = trio.lowlevel.current_clock()
+    return Timers(clock.alarm if isinstance(clock, VirtualClock) else None)
+
 
 def run_in_virtual_time(
-    function: Callable[..., Awaitable[T]], *args: Any, collect_after: tuple[int, int, int] = COLLECT_AFTER
+    function: Callable[..., Awaitable[T]], *args: Any, collect_after: tuple[int, int, int] = GC_THRESHOLDS
 ) -> T:
-    """`trio.run`, in virtual time. `collect_after`: as `gc.set_threshold`, meanwhile."""
+    """`trio.run(function, *args)`, in virtual time. Returns what `function` returns.
+
+    Args:
+        function: an async function.
+        args: its positional arguments.
+        collect_after: garbage collector's thresholds during the run, as `gc.set_threshold` takes them.
+    """
     before = gc.get_threshold()
     gc.set_threshold(*collect_after)
     try:

@@ -1,6 +1,6 @@
-"""Tensor codecs: how the numbers of one tensor become the bytes of one frame, and back.
+"""Tensor codecs: how the numbers of a tensor become the bytes of a frame, and back.
 
-`wire/frames.py` calls a codec for each tensor of a message; the header names the codec beside dtype and shape. Pure
+`wire/frames` calls a codec for each tensor of a message. The message's header names the codec, dtype and shape. Pure
 functions of tensors, no I/O. Bytes are little-endian, as everywhere that torch runs.
 
     none        the tensor's own bytes; every dtype, exact
@@ -10,8 +10,8 @@ functions of tensors, no I/O. Bytes are little-endian, as everywhere that torch 
                 is max|x| of the block (half a step, and the rounding of float32)
 
 An error bound is that of a float32 result; decoding to a narrower dtype adds that dtype's rounding. Finite numbers stay
-finite (one too large for the codec becomes its largest); NaN and infinity stay non-finite, so that a receiver that
-refuses them still sees them. Under blockwise8 they make their whole block NaN.
+finite (one that is too large for the codec becomes the largest that it has). NaN and infinity stay non-finite, so that
+a receiver that refuses them still sees them. Under blockwise8 they turn their whole block into NaN.
 """
 
 from __future__ import annotations
@@ -24,40 +24,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 256
+BLOCK_SIZE = 256  # numbers
 _LEVELS = 127  # int8 runs from -127 to 127 here: symmetric, -128 stays unused
 
 
 class Codec(Protocol):
-    """Turns a tensor into raw bytes and back. Codecs have no state; any thread may use them."""
+    """Turns a tensor into raw bytes and back. Codecs have no state, so any thread may use them."""
 
     @property
     def name(self) -> str: ...
 
     def encode(self, tensor: Tensor) -> Tensor:
-        """The frame of `tensor` (any device, any strides): uint8, 1-D, contiguous, on the CPU.
+        """Returns the frame of `tensor` (any device, any strides): uint8, 1-D, contiguous, on the CPU.
 
-        It may share `tensor`'s memory: do not change that before the frame is sent. Raises `ValueError` for a dtype
-        that the codec does not take.
+        It may share the tensor's memory: do not change the tensor before the frame is sent. Raises `ValueError` for a
+        dtype that the codec does not take.
         """
         ...
 
     def decode(self, raw: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """The tensor in a frame `raw` (uint8, 1-D, on the CPU; unaligned or read-only will do).
+        """Returns the tensor in a frame. It may share the frame's memory: clone it before writing to it.
 
-        It may share `raw`'s memory: clone it before writing to it. Raises `ValueError` if the frame's length is not
-        `encoded_bytes(dtype, shape)`, or for a dtype that the codec does not take.
+        Args:
+            raw: the frame: uint8, 1-D, on the CPU; it may be unaligned or read-only.
+            dtype: dtype of the tensor.
+            shape: shape of the tensor.
+
+        Raises:
+            ValueError: the frame's length is not `encoded_bytes(dtype, shape)`, or the codec does not take the dtype.
         """
         ...
 
     def encoded_bytes(self, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-        """How long the frame of such a tensor is. Raises `ValueError` as `encode` does. Allocates nothing."""
+        """Returns the size of such a tensor's frame. Raises `ValueError` as `encode` does. Allocates nothing."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """The tensor's own bytes, copied only where the tensor is not contiguous or not on the CPU."""
+    """The tensor's own bytes, copied only if the tensor is not contiguous or not on the CPU."""
 
     name: str = "none"
 
@@ -66,7 +71,7 @@ class Plain:
 
     def decode(self, raw: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         _check_frame(self, raw, dtype, shape)
-        if dtype == torch.bool:  # a byte other than 0 and 1 is no bool, and a peer can send one
+        if dtype == torch.bool:  # a peer may send bytes other than 0 and 1, which are no bools
             return (raw != 0).reshape(shape)
         return _view(raw, dtype).reshape(shape)
 
@@ -98,8 +103,8 @@ class Cast:
 class Blockwise8:
     """Blocks of 256 numbers in row-major order, each number a whole multiple of its block's max|x| / 127.
 
-    A frame is max|x| of every block (float32), then every number (int8). The maximum is sent and not the step, because
-    a step, 127 times smaller, would lose its bits where the numbers are tiny.
+    A frame holds max|x| of every block (float32), then every number (int8). It holds the maximum rather than the step,
+    because the step, which is 127 times smaller, would lose bits where the numbers are tiny.
     """
 
     name: str = "blockwise8"
@@ -109,10 +114,10 @@ class Blockwise8:
         n = tensor.numel()
         if n == 0:
             return torch.empty(0, dtype=torch.uint8)
-        blocks = _in_blocks(_cast(tensor.detach(), torch.float32).reshape(-1))  # [blocks, BLOCK]
+        blocks = _in_blocks(_cast(tensor.detach(), torch.float32).reshape(-1))  # [blocks, BLOCK_SIZE]
         low, high = blocks.aminmax(dim=1, keepdim=True)
         largest = torch.maximum(-low, high)  # [blocks, 1]
-        largest = torch.where(largest.isfinite(), largest, torch.nan)  # NaN is what the whole block shall become
+        largest = torch.where(largest.isfinite(), largest, torch.nan)  # then the whole block becomes NaN
         # 0 / 0 in a block of zeros and anything / NaN are NaN; the int8 numbers of such blocks do not matter.
         steps = (blocks / largest).mul_(_LEVELS).round_().nan_to_num_(0.0, 0.0, 0.0)
         numbers = steps.to(torch.int8).view(-1)[:n]
@@ -125,7 +130,7 @@ class Blockwise8:
             return torch.empty(shape, dtype=dtype)
         split = _blocks(n) * 4
         largest = _view(raw[:split], torch.float32)  # [blocks]
-        blocks = _in_blocks(raw[split:].view(torch.int8).to(torch.float32))  # [blocks, BLOCK]
+        blocks = _in_blocks(raw[split:].view(torch.int8).to(torch.float32))  # [blocks, BLOCK_SIZE]
         values = blocks.div_(_LEVELS).mul_(largest[:, None]).view(-1)[:n]
         return _cast(values, dtype).reshape(shape)
 
@@ -141,7 +146,7 @@ CODECS: dict[str, Codec] = {codec.name: codec for codec in _ALL}
 
 
 def codec_for(name: str, dtype: torch.dtype) -> Codec:
-    """The codec called `name`, or `none` for a dtype that only `none` takes. `ValueError` for an unknown name."""
+    """Returns the codec called `name`, or `none` for a dtype that only `none` takes. Raises `ValueError`."""
     if name not in CODECS:
         raise ValueError(f"there is no codec {name!r}; choose one of {', '.join(CODECS)}")
     return CODECS[name] if dtype.is_floating_point else NONE
@@ -151,13 +156,13 @@ def codec_for(name: str, dtype: torch.dtype) -> Codec:
 
 
 def _blocks(n: int) -> int:
-    return -(-n // BLOCK)
+    return -(-n // BLOCK_SIZE)
 
 
 def _in_blocks(flat: Tensor) -> Tensor:
-    """[n] -> [blocks, BLOCK], the last block filled up with zeros."""
-    missing = -len(flat) % BLOCK
-    return (F.pad(flat, (0, missing)) if missing else flat).view(-1, BLOCK)
+    """[n] -> [blocks, BLOCK_SIZE], the last block padded with zeros."""
+    missing = -len(flat) % BLOCK_SIZE
+    return (F.pad(flat, (0, missing)) if missing else flat).view(-1, BLOCK_SIZE)
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
@@ -165,13 +170,13 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 
 
 def _view(raw: Tensor, dtype: torch.dtype) -> Tensor:
-    """`raw` read as `dtype`. A frame may begin at any byte; torch wants numbers where their size says."""
+    """Returns `raw` read as `dtype`. A frame may begin at any byte, but torch wants numbers aligned."""
     aligned = raw.data_ptr() % dtype.itemsize == 0 and raw.storage_offset() % dtype.itemsize == 0
     return (raw if aligned else raw.clone()).view(dtype)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` as `dtype`; finite numbers beyond its range become its largest, not infinity."""
+    """Returns `tensor` as `dtype`. Finite numbers beyond its range become its largest, not infinity."""
     target = torch.finfo(dtype)
     if torch.finfo(tensor.dtype).max <= target.max or tensor.numel() == 0:
         return tensor.to(dtype)

@@ -1,9 +1,12 @@
-"""A message <-> the frames that cross the wire. No I/O and no pickle; everything is checked before it is allocated.
+"""Messages as the frames that cross the wire, and back. No I/O and no pickle; all is checked before it is allocated.
+
+On a batch's way `rpc_client` and `rpc_server` encode and decode their messages here.
 
     frame 0    prelude (12 bytes: magic, version, kind, request id), then a msgpack header
     frame 1…   one raw buffer a tensor, in the codec that the header names
 
-The prelude is the same in every version of the protocol, so that a node can tell any other which version it speaks.
+The prelude is the same in every version of the protocol. A node that gets a message of another version answers with its
+own version, so that both sides can say what is wrong.
 """
 
 from __future__ import annotations
@@ -24,17 +27,17 @@ from torch import Tensor
 from labkit.errors import MalformedMessage, MessageTooLarge
 from labkit.wire.compression import CODECS
 
-VERSION = 1
+VERSION = 2  # of the protocol; raise it when bodies or methods change in a way that an older node cannot read
 MAGIC = b"LK"
 MAX_NDIM = 8
-SMALL = 1 << 14  # bytes of a tensor that is quicker copied than looked at
+SMALL_TENSOR = 1 << 14  # bytes; up to here copying a tensor is quicker than checking whether it is aligned
 _PRELUDE = struct.Struct("!2sBBQ")
 
 Frame = bytes | bytearray | memoryview
 
 
 class Kind(IntEnum):
-    """What a message is."""
+    """The kinds of message."""
 
     REQUEST = 1
     REPLY = 2
@@ -52,7 +55,7 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestHeader(msgspec.Struct, array_like=True):
-    """`timeout_ms`: what is left of the caller's deadline; never a wall-clock time."""
+    """The header of a request. `timeout_ms`: milliseconds left until the caller's deadline, not a wall-clock time."""
 
     method: str
     timeout_ms: int
@@ -61,14 +64,14 @@ class RequestHeader(msgspec.Struct, array_like=True):
 
 
 class ReplyHeader(msgspec.Struct, array_like=True):
-    """The answer to a request."""
+    """The header of the answer to a request."""
 
     body: msgspec.Raw
     tensors: list[TensorSpec]
 
 
 class ErrorHeader(msgspec.Struct, array_like=True):
-    """The failure of a request: `code` is a key of `errors.BY_CODE`."""
+    """The header of a failure. `code` is a key of `errors.BY_CODE`."""
 
     code: str
     text: str
@@ -76,11 +79,16 @@ class ErrorHeader(msgspec.Struct, array_like=True):
 
 @dataclass(frozen=True, slots=True)
 class FrameLimits:
-    """Bounds on what a peer may send.
+    """Limits on a message that a peer may send.
 
-    `message_bytes`: all frames together, and all tensors when they are decoded, which a codec makes up to eight times
-    as large. ZeroMQ itself bounds each frame by it, and not how many come before the last one, without which a message
-    does not arrive: who never ends a message is not stopped here.
+    ZeroMQ itself refuses frames over `message_bytes`. It does not limit how many frames a message has, and delivers a
+    message with its last frame only: a peer that never ends a message is not stopped here.
+
+    Args:
+        message_bytes: bytes of all frames together, and bytes of all tensors after decoding, which may be eight times
+            as large.
+        header_bytes: bytes of the first frame.
+        tensors: how many tensors a message may have.
     """
 
     message_bytes: int = 256 << 20
@@ -89,9 +97,10 @@ class FrameLimits:
 
 
 class Message(NamedTuple):
-    """A decoded prelude and header; tensor frames still raw. `header` is None for CANCEL and VERSION.
+    """A message with its prelude and header decoded, and its tensor frames still raw.
 
-    `size`: bytes of its frames, or of its tensors when they are decoded, whichever are more.
+    `header` is None for CANCEL and VERSION. `size` is that of its frames, or of its tensors when they are decoded,
+    whichever is more, in bytes.
     """
 
     version: int
@@ -120,6 +129,7 @@ _decoders: dict[Kind, Any] = {
     Kind.REPLY: msgspec.msgpack.Decoder(ReplyHeader),
     Kind.ERROR: msgspec.msgpack.Decoder(ErrorHeader),
 }
+_KINDS = frozenset(Kind)
 _LIMITS = FrameLimits()
 
 
@@ -129,30 +139,30 @@ _LIMITS = FrameLimits()
 def encode_request(
     id: int, method: str, timeout: float, body: Any, tensors: Sequence[Tensor] = (), codec: str = "none"
 ) -> list[Frame]:
-    """A call. `timeout`: seconds that are left of the deadline."""
+    """Returns the frames of a call. `timeout`: seconds left until its deadline. Raises `ValueError`, as tensors can."""
     specs, buffers = _encode_tensors(tensors, codec)
     timeout_ms = max(1, min(int(timeout * 1000), 1 << 40))
     return [_head(Kind.REQUEST, id, RequestHeader(method, timeout_ms, _raw(body), specs)), *buffers]
 
 
 def encode_reply(id: int, body: Any, tensors: Sequence[Tensor] = (), codec: str = "none") -> list[Frame]:
-    """The answer to a call."""
+    """Returns the frames of the answer to a call."""
     specs, buffers = _encode_tensors(tensors, codec)
     return [_head(Kind.REPLY, id, ReplyHeader(_raw(body), specs)), *buffers]
 
 
 def encode_error(id: int, code: str, text: str) -> list[Frame]:
-    """The failure of a call; the text is cut at 2,000 characters."""
+    """Returns the frames of a call's failure. The text is cut at 2,000 characters."""
     return [_head(Kind.ERROR, id, ErrorHeader(code, text[:2000]))]
 
 
 def encode_cancel(id: int) -> list[Frame]:
-    """Tells the server that nobody waits for this answer any more."""
+    """Returns the frames that tell a server that the caller has given up."""
     return [_head(Kind.CANCEL, id, None)]
 
 
 def encode_version(id: int) -> list[Frame]:
-    """Tells a peer which version this node speaks."""
+    """Returns the frames that tell a peer which version of the protocol this node speaks."""
     return [_head(Kind.VERSION, id, None)]
 
 
@@ -191,10 +201,14 @@ def _buffer(tensor: Tensor, codec: str) -> memoryview:
 
 
 def decode(frames: Sequence[Frame], limits: FrameLimits = _LIMITS) -> Message:
-    """Read prelude and header, and check every tensor frame against it.
+    """Read a message's prelude and header, and check every tensor frame against the header.
 
-    Raises `MalformedMessage` for what is no labkit message, `MessageTooLarge` for one over the limits. A message of
-    another version comes back with `version` set and `header` None: what follows its prelude is not ours to read.
+    A message of another version comes back with its `version`, and with `header` None: only the prelude of it can be
+    read.
+
+    Raises:
+        MalformedMessage: the frames are no labkit message.
+        MessageTooLarge: the message is over the limits.
     """
     if not frames or len(frames[0]) < _PRELUDE.size:
         raise MalformedMessage("no prelude")
@@ -232,7 +246,7 @@ def decode(frames: Sequence[Frame], limits: FrameLimits = _LIMITS) -> Message:
 
 
 def peek_id(frames: Sequence[Frame]) -> int | None:
-    """The request id of a message that may be damaged behind its prelude, if it has one."""
+    """Returns the request id of a message that may be damaged behind its prelude; None if it has no prelude."""
     if not frames or len(frames[0]) < _PRELUDE.size:
         return None
     magic, _, _, id = _PRELUDE.unpack_from(memoryview(frames[0]))
@@ -240,7 +254,7 @@ def peek_id(frames: Sequence[Frame]) -> int | None:
 
 
 def decode_body(body: msgspec.Raw, type: Any) -> Any:
-    """A body as `type`. Raises `MalformedMessage`."""
+    """Decode a body as `type`. Raises `MalformedMessage`."""
     try:
         return _body_decoder(type).decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
@@ -253,17 +267,17 @@ def _body_decoder(type: Any) -> msgspec.msgpack.Decoder[Any]:
 
 
 def decode_tensors(specs: Sequence[TensorSpec], payload: Sequence[Frame]) -> list[Tensor]:
-    """Tensors that share memory with their frames where the codec and the alignment allow it."""
+    """Returns the tensors, which share memory with their frames where codec and alignment allow it."""
     tensors = []
     for spec, frame in zip(specs, payload, strict=True):
         dtype = _DTYPES[spec.dtype]
         if len(frame) == 0:
             tensors.append(torch.empty(spec.shape, dtype=dtype))
-        elif spec.codec == "none" and dtype in _NUMPY and len(frame) <= SMALL:
+        elif spec.codec == "none" and dtype in _NUMPY and len(frame) <= SMALL_TENSOR:
             # Copied by NumPy, which is quicker at it: ZeroMQ keeps small messages anywhere, so they may be unaligned.
             tensors.append(torch.from_numpy(np.frombuffer(frame, _NUMPY[dtype]).reshape(spec.shape).copy()))
         else:
-            plain = spec.codec == "none" and dtype != torch.bool  # any bytes are one, but for a bool
+            plain = spec.codec == "none" and dtype != torch.bool  # any bytes are a valid number, except for bool
             writable = bytearray(frame) if memoryview(frame).readonly else frame
             raw = torch.frombuffer(writable, dtype=dtype if plain else torch.uint8)
             if raw.data_ptr() % 8:
@@ -273,7 +287,7 @@ def decode_tensors(specs: Sequence[TensorSpec], payload: Sequence[Frame]) -> lis
 
 
 def _check(spec: TensorSpec, frame: Frame) -> int:
-    """How many bytes the tensor in this frame takes when it is decoded. Raises `MalformedMessage`."""
+    """Returns how many bytes the tensor in this frame takes when decoded. Raises `MalformedMessage`."""
     dtype = _DTYPES.get(spec.dtype)
     if dtype is None or spec.codec not in CODECS:
         raise MalformedMessage(f"unknown dtype {spec.dtype[:40]!r} or codec {spec.codec[:40]!r}")
@@ -285,6 +299,3 @@ def _check(spec: TensorSpec, frame: Frame) -> int:
     if len(frame) != CODECS[spec.codec].encoded_bytes(dtype, spec.shape):
         raise MalformedMessage(f"{len(frame)} bytes for {spec.dtype} of shape {spec.shape}")
     return len(frame) if plain else math.prod(spec.shape) * dtype.itemsize
-
-
-_KINDS = frozenset(Kind)

@@ -1,7 +1,8 @@
-"""Asking: a client makes calls to any node and waits for their answers. Every failure ends in a typed error.
+"""Remote calls, the calling side: `Client` calls methods of any node. Every failure ends in a typed error.
 
-Requests and answers cross in any order, matched by request id. A request carries what is left of its deadline, and a
-caller that gives up tells the server so. The other side is `wire/rpc_server.serve_rpc`.
+On a batch's way it stands between `client/expert_client` and the network (`wire/zmq_transport`). Replies come back in
+any order and are matched by request id. A request carries what is left of its deadline, and a caller that gives up
+tells the server so. The other side is `wire/rpc_server`; their types are in `wire/rpc_types`.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ from labkit.wire.rpc_types import BULK, CONTROL, ByteBudget, Reply, RPCLimits
 from labkit.wire.timers import Timer
 from labkit.wire.transport import Endpoint, Unsent, await_callback
 
-LEAVING_PERIOD = 0.1  # seconds between two looks at whether a request that nobody waits for any more has left
-LEAVING_TIMEOUT = 20.0  # seconds until it is given up, and the link with it
+LEAVING_PERIOD = 0.1  # seconds between two checks whether the frames of a call that has ended have left
+LEAVING_TIMEOUT = 20.0  # seconds after which they are given up, and the link with them
 
 OnDone = Callable[[Reply | RPCError], object]
 
 
 class Call:
-    """A call that is under way. It ends once: `done` is told the answer or the failure, or it is cancelled before."""
+    """A call under way. It ends once: `done` is called with the reply or the failure, or it is cancelled before."""
 
     __slots__ = (
-        "_alarm", "_client", "_connection", "_contact", "_done", "_frames", "_id", "_key", "_method", "_returns",
-        "_sent", "_size", "_taken", "_timeout", "_unsent",
+        "_client", "_connection", "_contact", "_done", "_frames", "_id", "_key", "_method", "_returns", "_sent",
+        "_size", "_taken", "_timeout", "_timer", "_unsent",
     )  # fmt: skip
 
     def __init__(
@@ -59,13 +60,13 @@ class Call:
         self._done: OnDone | None = done
         self._connection: _Connection | None = None
         self._frames: Sequence[wire.Frame] = ()
-        self._sent = self._size = 0  # bytes of the frames, and those that it takes of the budget
-        self._taken = False
-        self._unsent: Unsent | None = None  # None: it has not been sent
-        self._alarm: Timer | None = None
+        self._sent = self._size = 0  # bytes of the frames, and bytes that the call takes of the budget
+        self._taken = False  # whether it has taken them
+        self._unsent: Unsent | None = None  # None while it has not been sent
+        self._timer: Timer | None = None  # of the deadline
 
     def start(self, frames: Sequence[wire.Frame], sent: int, size: int) -> None:
-        """See `Client.begin`, 1 to 3."""
+        """Steps 1 to 3 of `Client.begin`."""
         client = self._client
         self._frames, self._sent, self._size = frames, sent, size
         try:
@@ -74,10 +75,10 @@ class Call:
             self.settle(error)
             return
         self._connection.pending[self._id] = self
-        self._alarm = client.timers.at(trio.current_time() + self._timeout, self._expire)
-        client.budget.take_when_it_fits(self._key, size, self._take)  # 2
+        self._timer = client.timers.at(trio.current_time() + self._timeout, self._expire)
+        client.budget.take_when_it_fits(self._key, size, self._on_taken)  # 2
 
-    def _take(self) -> None:
+    def _on_taken(self) -> None:
         self._taken = True
         self._send()
 
@@ -96,14 +97,14 @@ class Call:
         else:
             link.when_ready(self._send)
 
-    def hear(self, message: wire.Message) -> None:
-        """The answer has come."""
+    def on_reply(self, message: wire.Message) -> None:  # 4
+        """End the call with what the peer answered."""
         outcome: Reply | RPCError
         try:
             outcome = self._read(message)
         except RPCError as error:
             outcome = error
-        except Exception as error:  # it is the peer's doing, and must not end the link on which others wait, too
+        except Exception as error:  # the peer's fault: it must not end a link that other calls wait on
             outcome = BadReply(f"{self._contact.endpoint} sent an answer that cannot be read: {error!r}")
         self.settle(outcome)
 
@@ -126,17 +127,18 @@ class Call:
         return Reply(body, wire.decode_tensors(header.tensors, message.payload), self._sent + received)
 
     def settle(self, outcome: Reply | RPCError) -> None:
-        """It is over."""
+        """End the call with this outcome. Does nothing if it has ended."""
         done = self._end()
         if done is not None:
             done(outcome)
 
     def cancel(self) -> None:
-        """Nobody waits for the answer any more; the server is told so. Does nothing when it is over."""
+        """Give the call up and tell the server so. Does nothing if it has ended."""
         if self._end() is not None:
             self._tell_cancelled()
 
     def _expire(self) -> None:
+        """End the call at its deadline."""
         done, connection = self._end(), self._connection
         if done is None or connection is None:
             return
@@ -147,30 +149,31 @@ class Call:
         done(DeadlineExceeded(f"{self._contact.endpoint} {what} {self._method} within {self._timeout:.3g} s"))
 
     def _end(self) -> OnDone | None:
-        """Leave nothing behind. Returns whom to tell, if it is not over already."""
+        """Release all that the call holds. Returns the callback for the outcome; None if the call had ended before."""
         done, self._done = self._done, None
         if done is not None and self._connection is not None:
             self._frames = ()
             self._connection.pending.pop(self._id, None)
-            if self._alarm is not None:
-                self._client.timers.cancel(self._alarm)
+            if self._timer is not None:
+                self._client.timers.cancel(self._timer)
             if self._taken:
-                self._give_back(trio.current_time() + LEAVING_TIMEOUT)
+                self._return_bytes(trio.current_time() + LEAVING_TIMEOUT)
             else:
-                self._client.budget.forget(self._take)
+                self._client.budget.withdraw(self._on_taken)
         return done
 
-    def _give_back(self, at_last: float) -> None:
-        """Others may have its bytes of the budget, when its frames have left; until then they are in the way."""
+    def _return_bytes(self, deadline: float) -> None:
+        """Give the bytes back to the budget as soon as the frames have left this process; at `deadline` anyway, and
+        close the link then, on which they are stuck."""
         assert self._connection is not None
         client, now = self._client, trio.current_time()
-        gone = self._unsent is None or self._unsent.done or self._connection.link.error is not None
-        if gone or now >= at_last:
-            if not gone:
+        left = self._unsent is None or self._unsent.done or self._connection.link.error is not None
+        if left or now >= deadline:
+            if not left:
                 client.drop(*self._key, self._connection)
             client.budget.give(self._key, self._size)
         else:
-            client.timers.at(now + LEAVING_PERIOD, self._give_back, at_last)
+            client.timers.at(now + LEAVING_PERIOD, self._return_bytes, deadline)
 
     def _tell_cancelled(self) -> None:
         if self._unsent is not None and self._connection is not None:
@@ -181,7 +184,7 @@ class Call:
 
 
 class _Connection:
-    """A link and the calls that wait on it."""
+    """A link, and the calls that wait for replies over it."""
 
     __slots__ = ("_limits", "link", "pending", "where")
 
@@ -189,15 +192,15 @@ class _Connection:
         self.where = contact.endpoint
         self.pending: dict[int, Call] = {}
         self._limits = limits
-        self.link = endpoint.connect(contact, self._hear, self._end)
+        self.link = endpoint.connect(contact, self._on_message, self._on_end)
 
-    def _end(self, error: LabkitError) -> None:
-        """The link is over: every waiting call fails with the reason."""
+    def _on_end(self, error: LabkitError) -> None:
+        """Fail all waiting calls with the reason why the link has ended."""
         kind = type(error) if isinstance(error, RPCError) else ConnectionLost
         for call in list(self.pending.values()):
-            call.settle(kind(*error.args))  # each with an error of its own, since each may be raised
+            call.settle(kind(*error.args))  # an error of its own for each, since each may be raised
 
-    def _hear(self, frames: Sequence[wire.Frame]) -> None:
+    def _on_message(self, frames: Sequence[wire.Frame]) -> None:
         try:
             message = wire.decode(frames, self._limits)
         except LabkitError as error:
@@ -206,19 +209,22 @@ class _Connection:
                 call.settle(BadReply(f"{self.where} sent a reply that cannot be read: {error}"))
             return
         call = self.pending.get(message.id)
-        if call is not None:  # or it comes too late: its caller has given up
-            call.hear(message)
+        if call is not None:  # else the reply comes too late: its caller has given up
+            call.on_reply(message)
 
 
 class Client:
-    """Calls to any node from one endpoint."""
+    """Makes calls to any node, from one endpoint. All of it belongs to one trio thread.
+
+    It opens a link to a node when it is first called, one for each lane, and keeps it for later calls.
+    """
 
     def __init__(self, endpoint: Endpoint, limits: RPCLimits | None = None) -> None:
         self.endpoint = endpoint
         self.timers = endpoint.timers
         self.limits = limits or RPCLimits()
         self.budget = ByteBudget(self.limits.bytes_per_peer, self.limits.bytes_total)
-        self._connections: dict[tuple[Contact, str], _Connection] = {}  # the longest unused first
+        self._connections: dict[tuple[Contact, str], _Connection] = {}  # least recently used first
         self._ids = itertools.count(1)
 
     @property
@@ -238,9 +244,9 @@ class Client:
         lane: str = CONTROL,
         codec: str = "none",
     ) -> Reply:
-        """`begin`, awaited: ask a node and wait for the answer, at most `timeout` seconds.
+        """Call a method of a node and wait for the reply, at most `timeout` seconds.
 
-        Raises a kind of `RPCError`.
+        The arguments are those of `begin`. Cancelling the call tells the server so. Raises a kind of `RPCError`.
         """
 
         def begin(done: OnDone) -> Call:
@@ -263,12 +269,25 @@ class Client:
         lane: str = CONTROL,
         codec: str = "none",
     ) -> Call:
-        """Ask a node, without a task that waits: `done` is told the answer, or the failure, within `timeout` seconds.
+        """Call a method of a node without a task that waits (see `wire/transport` on callbacks).
 
-        1. take a link to the node, or open one; 2. as soon as the bytes fit into the budget, and 3. the link has room,
-        send; 4. hear the answer. `returns`: the type of the answer's body. `done` is called once, in the thread of
-        trio, perhaps before this returns. Failures are what the peer answered, or `DeadlineExceeded`, `ConnectionLost`,
-        `BadReply`, `MessageTooLarge`. Raises `ValueError` for what cannot be sent at all.
+        1. Take a link to the node, or open one. 2. Wait until the bytes fit into the budget, 3. and until the link has
+        room, and send. 4. Take the reply.
+
+        Args:
+            contact: the node to call.
+            method: name of the method.
+            body: anything that msgspec can encode, of the type that the method takes.
+            tensors: sent beside the body; leave them unchanged until the call has ended.
+            done: called once, within `timeout` seconds, with the reply or the failure: what the peer answered, or
+                `DeadlineExceeded`, `ConnectionLost`, `BadReply`, `MessageTooLarge`.
+            returns: type of the reply's body.
+            timeout: seconds.
+            lane: `CONTROL`, or `BULK` for what is large.
+            codec: how to send floating-point tensors; a name of `compression.CODECS`.
+
+        Raises:
+            ValueError: the body or a tensor cannot be sent at all.
         """
         id = next(self._ids)
         frames = wire.encode_request(id, method, timeout, body, tensors, codec)
@@ -283,12 +302,12 @@ class Client:
         return call
 
     def connection(self, contact: Contact, lane: str) -> _Connection:
-        """An open link to a node, or a new one. Raises `ConnectionLost`."""
+        """Returns the open link to a node, or a new one. Raises `ConnectionLost`."""
         key = (contact, lane)
         connection = self._connections.pop(key, None)
         if connection is None or connection.link.error is not None:
             connection = _Connection(self.endpoint, contact, self.limits.frames)
-        self._connections[key] = connection  # now the last to be closed
+        self._connections[key] = connection  # now the most recently used
         if len(self._connections) > min(self.limits.links, self.endpoint.most_links):
             idle = next((k for k, c in self._connections.items() if not c.pending and c is not connection), None)
             if idle is not None:
@@ -296,13 +315,13 @@ class Client:
         return connection
 
     def drop(self, contact: Contact, lane: str, connection: _Connection) -> None:
-        """Close a link."""
+        """Close this link, if it is still in use. Calls that wait on it fail."""
         if self._connections.get((contact, lane)) is connection:
             del self._connections[contact, lane]
             connection.link.close()
 
     def forget(self, contact: Contact) -> None:
-        """Close the links to a node; calls that wait on them fail."""
+        """Close the links to a node. Calls that wait on them fail."""
         for lane in (CONTROL, BULK):
             connection = self._connections.pop((contact, lane), None)
             if connection is not None:

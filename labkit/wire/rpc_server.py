@@ -1,7 +1,8 @@
-"""Remote calls, the side that answers. `wire/rpc_client` is the side that asks; their types are in `wire/rpc_types`.
+"""Remote calls, the answering side: `serve_rpc` answers the requests that arrive at an endpoint.
 
-A request carries what is left of its deadline; the server drops work that nobody waits for any more. Whatever fails
-here ends in a typed error at the caller. Both sides run over any `Endpoint`.
+On a batch's way it stands between the network (`wire/zmq_transport`) and the handlers of `server/server`. A request
+carries what is left of its deadline, and the server drops work that nobody waits for any more. Whatever fails here ends
+in a typed error at the caller. The other side is `wire/rpc_client`; their types are in `wire/rpc_types`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from labkit.wire.transport import Endpoint, Peer
 
 logger = logging.getLogger(__name__)
 
-SEND_TIMEOUT = 60.0  # seconds that an answer waits for room at most
+SEND_TIMEOUT = 60.0  # seconds that an answer waits for room, at most
 
 
 async def serve_rpc(
@@ -48,31 +49,38 @@ async def serve_rpc(
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Answer calls until cancelled. Whatever arrives, this goes on."""
+    """Answer calls until cancelled. No message that arrives can end this.
+
+    Args:
+        endpoint: where requests arrive.
+        methods: the methods that this node offers, by name.
+        limits: how much may be under way; beyond, requests are refused with `Overloaded`.
+        task_status: told when this is ready.
+    """
     server = _Server(endpoint, methods, limits or RPCLimits())
     try:
         async with trio.open_nursery() as nursery:
             task_status.started()
             await endpoint.serve(lambda peer, frames: server.accept(peer, frames, nursery))
     finally:
-        server.over = True
+        server.closed = True
 
 
 class _Server:
-    """The requests that are being answered."""
+    """Answers the requests of one endpoint, and knows those that are under way."""
 
     def __init__(self, endpoint: Endpoint, methods: Methods, limits: RPCLimits) -> None:
-        self.over = False  # then nobody is answered any more
+        self.closed = False  # whether answers are dropped
         self._endpoint = endpoint
         self._methods = methods
         self._limits = limits
         self._budget = ByteBudget(limits.bytes_per_peer, limits.bytes_total)
-        self._running: dict[tuple[bytes, int], trio.CancelScope | _PendingCallback] = {}
-        self._running_of = Counter[bytes]()  # by the route of the peer
-        self._turns: dict[bytes, trio.Lock] = {}  # of the answers that wait for room, by the same
+        self._running: dict[tuple[bytes, int], trio.CancelScope | _PendingRequest] = {}
+        self._running_of = Counter[bytes]()  # how many requests, by the peer's route
+        self._send_locks: dict[bytes, trio.Lock] = {}  # for answers that wait for room, by the peer's route
 
     def accept(self, peer: Peer, frames: Sequence[wire.Frame], nursery: trio.Nursery) -> None:
-        """Start to answer a request, or refuse it, or drop what is none."""
+        """Take a message: begin to answer a request, refuse it, cancel one, or drop what is no request."""
         try:
             message = wire.decode(frames, self._limits.frames)
         except LabkitError as error:
@@ -99,7 +107,11 @@ class _Server:
         size: int,
         nursery: trio.Nursery,
     ) -> None:
-        """Answer at once, if the method is quick and there is room for it; or later; or in a task; or refuse."""
+        """Answer a request in the way of its method.
+
+        A `SyncMethod` answers at once, if the network has room for the answer. A `CallbackMethod` answers later, all
+        others in a task of their own. If too much is under way, the request is refused.
+        """
         deadline = trio.current_time() + header.timeout_ms / 1000
         method, answer = self._methods.get(header.method), None
         if isinstance(method, SyncMethod) and self._takes_answers(peer, size):
@@ -108,19 +120,19 @@ class _Server:
             except Exception as error:
                 answer = _encode_failure(id, header, error)
             if self._endpoint.send_nowait(peer, answer):
-                return  # however much else is under way
+                return  # answered, however much else is under way
         if not self._has_room(peer, size):
             self._refuse(peer, id, Overloaded.code, "too much is under way; try again or ask another")
             return
         self._budget.take(peer.route, size)
         self._running_of[peer.route] += 1
         if isinstance(method, CallbackMethod):
-            later = self._running[peer.route, id] = _PendingCallback(self, peer, id, header, size, deadline, nursery)
+            pending = self._running[peer.route, id] = _PendingRequest(self, peer, id, header, size, deadline, nursery)
             try:
                 request = _request(peer, header, payload, method, deadline)
-                later.forget = method.handler(request, later.answer)
+                pending.on_cancel = method.handler(request, pending.respond)
             except Exception as error:
-                later.answer(error)
+                pending.respond(error)
             return
         scope = self._running[peer.route, id] = trio.CancelScope(deadline=deadline)
         nursery.start_soon(self._answer, peer, id, header, payload, size, scope, answer)
@@ -129,15 +141,15 @@ class _Server:
         most = self._limits.requests
         return (
             len(self._running) < most
-            and self._running_of[peer.route] < max(1, most - most // 8)  # some are left for others
+            and self._running_of[peer.route] < max(1, most - most // 8)  # one peer leaves some for others
             and self._budget.fits(peer.route, size)
             and self._takes_answers(peer, size)
         )
 
     def _takes_answers(self, peer: Peer, size: int) -> bool:
-        """Whether not too many bytes of answers wait to be taken, by this peer and by all."""
+        """Whether the answers that wait to be taken, by this peer and by all, leave room for one more request."""
         untaken, limits = self._endpoint.unsent_bytes(peer), self._limits
-        return untaken == 0 or (  # who takes them all is not refused for what others do
+        return untaken == 0 or (  # a peer that takes its answers is not refused because others do not
             untaken + size <= limits.bytes_per_peer and self._endpoint.unsent_total() + size <= limits.bytes_total
         )
 
@@ -145,19 +157,19 @@ class _Server:
         self._endpoint.send_nowait(peer, wire.encode_error(id, code, text))
 
     def end(self, peer: Peer, id: int, size: int) -> None:
-        """A request is over."""
+        """Forget a request that was answered, or is not to be answered any more."""
         del self._running[peer.route, id]
         self._running_of[peer.route] -= 1
         if not self._running_of[peer.route]:
             del self._running_of[peer.route]
-            self._turns.pop(peer.route, None)
+            self._send_locks.pop(peer.route, None)
         self._budget.give(peer.route, size)
 
     def send(
         self, peer: Peer, id: int, header: wire.RequestHeader, size: int, deadline: float,
         answer: Sequence[wire.Frame], nursery: trio.Nursery,
     ) -> None:  # fmt: skip
-        """Send the answer to a request that is running, in a task if there is no room."""
+        """Send the answer to a request. If there is no room now, a task waits for it."""
         if self._endpoint.send_nowait(peer, answer):
             self.end(peer, id, size)
         else:
@@ -174,14 +186,14 @@ class _Server:
         scope: trio.CancelScope,
         answer: Sequence[wire.Frame] | None,
     ) -> None:
-        """Send the answer, which is made here if it is not there yet."""
+        """Compute the answer, if it is None, and send it when there is room."""
         try:
             with scope:
                 if answer is None:
                     answer = await self._outcome(peer, id, header, payload, scope.deadline)
                 if not self._endpoint.send_nowait(peer, answer):
                     scope.deadline = min(scope.deadline, trio.current_time() + SEND_TIMEOUT)
-                    async with self._turns.setdefault(peer.route, trio.Lock()):
+                    async with self._send_locks.setdefault(peer.route, trio.Lock()):
                         await self._endpoint.send(peer, answer)
         except ConnectionLost:
             pass  # the caller is gone; its side knows
@@ -191,7 +203,7 @@ class _Server:
     async def _outcome(
         self, peer: Peer, id: int, header: wire.RequestHeader, payload: Sequence[wire.Frame], deadline: float
     ) -> list[wire.Frame]:
-        """The frames that answer a request: its result, or its failure as a code and a text."""
+        """Returns the frames that answer a request: its result, or its failure as a code and a text."""
         try:
             method = self._methods.get(header.method)
             if not isinstance(method, AsyncMethod):
@@ -201,10 +213,13 @@ class _Server:
             return _encode_failure(id, header, error)
 
 
-class _PendingCallback:
-    """A request that is answered by a call of `answer`. `forget`: see `CallbackMethod`."""
+class _PendingRequest:
+    """A request to a `CallbackMethod` that waits for the handler to call `respond`.
 
-    __slots__ = ("_arguments", "_nursery", "_over", "_server", "forget")
+    `on_cancel` is what the handler returned, to be called if the caller gives up.
+    """
+
+    __slots__ = ("_answered", "_arguments", "_nursery", "_server", "on_cancel")
 
     def __init__(
         self, server: _Server, peer: Peer, id: int, header: wire.RequestHeader, size: int, deadline: float,
@@ -213,16 +228,16 @@ class _PendingCallback:
         self._server = server
         self._arguments = peer, id, header, size, deadline
         self._nursery = nursery
-        self._over = False
-        self.forget: Callable[[], object] | None = None
+        self._answered = False  # or given up
+        self.on_cancel: Callable[[], object] | None = None
 
-    def answer(self, outcome: Reply | Exception) -> None:
-        """Send it, unless nobody wants it any more."""
-        if self._over:
+    def respond(self, outcome: Reply | Exception) -> None:
+        """Send this answer, unless there was one, or the caller has given up, or the deadline has passed."""
+        if self._answered:
             return
-        self._over, self.forget = True, None
+        self._answered, self.on_cancel = True, None
         peer, id, header, size, deadline = self._arguments
-        if trio.current_time() >= deadline or self._server.over:
+        if trio.current_time() >= deadline or self._server.closed:
             self._server.end(peer, id, size)
             return
         try:
@@ -234,14 +249,14 @@ class _PendingCallback:
         self._server.send(*self._arguments, frames, self._nursery)
 
     def cancel(self) -> None:
-        """Nobody waits for the answer any more."""
-        if not self._over:
-            self._over = True
+        """Give the request up, and tell its handler."""
+        if not self._answered:
+            self._answered = True
             peer, id, _, size, _ = self._arguments
             self._server.end(peer, id, size)
-            if self.forget is not None:
-                self.forget()
-                self.forget = None  # with all that it holds
+            if self.on_cancel is not None:
+                self.on_cancel()
+                self.on_cancel = None  # which lets go of all that it refers to
 
 
 def _request(
@@ -258,7 +273,7 @@ def _encode(id: int, header: wire.RequestHeader, reply: Reply) -> list[wire.Fram
 
 
 def _encode_failure(id: int, header: wire.RequestHeader, error: Exception) -> list[wire.Frame]:
-    """A handler's failure, as a code and a text."""
+    """Returns the frames of a handler's failure: a code and a text."""
     if isinstance(error, MalformedMessage):
         return wire.encode_error(id, BadRequest.code, str(error))
     if isinstance(error, RPCError):

@@ -1,6 +1,8 @@
-"""The words of remote calls: what a node offers, what a handler is given and answers, and what may ask.
+"""The types of remote calls: methods and their handlers, requests and replies, limits, and the budget of bytes.
 
-`wire/rpc_server.serve_rpc` answers, `wire/rpc_client.Client` asks.
+`wire/rpc_client.Client` makes calls, `wire/rpc_server.serve_rpc` answers them; both import this module.
+
+Order: limits, what a call carries, what a node offers (its methods), what callers need (`Caller`), bytes in flight.
 """
 
 from __future__ import annotations
@@ -16,24 +18,32 @@ from labkit.errors import RPCError
 from labkit.wire import frames as wire
 from labkit.wire.transport import Cancellable, Peer
 
-CONTROL = "control"  # pings and look-ups: small and quick
-BULK = "bulk"  # tensors
+CONTROL = "control"  # the lane of pings and look-ups: small and quick
+BULK = "bulk"  # the lane of tensors
 
 
 @dataclass(frozen=True, slots=True)
 class RPCLimits:
-    """Bounds of a node, as caller and as server."""
+    """The limits of a node, as caller and as server.
+
+    Args:
+        frames: limits of one message.
+        bytes_per_peer: bytes of one connection that are under way: decoded requests, and answers not taken yet.
+        bytes_total: the same of all connections together.
+        requests: how many requests are answered at the same time.
+        links: how many links may be open; beyond, the one that has been idle for longest is closed.
+    """
 
     frames: wire.FrameLimits = field(default_factory=wire.FrameLimits)
-    bytes_per_peer: int = 256 << 20  # requests, decoded, and untaken answers of one connection
+    bytes_per_peer: int = 256 << 20
     bytes_total: int = 1 << 30
-    requests: int = 4096  # answered at the same time
-    links: int = 512  # open at the same time; the one that was idle longest is closed first
+    requests: int = 4096
+    links: int = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One call as its handler sees it. `deadline`: on trio's clock of this process."""
+    """One call as its handler sees it. `deadline` is on trio's clock of this process."""
 
     method: str
     body: Any
@@ -44,9 +54,12 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a handler returns and `Client.call` gives: a body (anything msgspec can encode) and tensors.
+    """The answer to a call: what a handler returns, and what `Client.call` returns to the caller.
 
-    `bytes`: size of request and answer together, as the caller sees it.
+    Args:
+        body: anything that msgspec can encode.
+        tensors: sent as raw frames after the body.
+        bytes: size of request and reply together; set on the caller's side only.
     """
 
     body: Any = None
@@ -60,7 +73,11 @@ SyncHandler = Callable[[Request], Reply]
 
 @dataclass(frozen=True, slots=True)
 class AsyncMethod:
-    """A handler and the type of body that it takes (checked before the handler runs; the rest is `BadRequest`)."""
+    """A method whose handler may wait: each request gets a task of its own.
+
+    `body` is the type of body that it takes. A request with another body fails with `BadRequest` and never reaches the
+    handler.
+    """
 
     handler: AsyncHandler
     body: Any = None
@@ -68,7 +85,7 @@ class AsyncMethod:
 
 @dataclass(frozen=True, slots=True)
 class SyncMethod:
-    """A method whose handler waits for nothing, and so is answered without a task of its own."""
+    """A method whose handler waits for nothing. It is called right where a request arrives, without a task."""
 
     handler: SyncHandler
     body: Any = None
@@ -80,8 +97,10 @@ CallbackHandler = Callable[[Request, RespondFn], Callable[[], object]]
 
 @dataclass(frozen=True, slots=True)
 class CallbackMethod:
-    """A method that is answered later, without a task that waits: its handler is given what to call with the answer,
-    which it does once, at the latest soon after the deadline. It returns what is called if nobody wants one any more.
+    """A method that is answered later, without a task that waits. Calls to experts are such methods.
+
+    Its handler is called with the request and `respond`, which it calls once with the reply or the failure, at the
+    latest soon after the deadline. It returns a function that is called if the caller gives up before.
     """
 
     handler: CallbackHandler
@@ -92,7 +111,7 @@ Methods = Mapping[str, AsyncMethod | SyncMethod | CallbackMethod]
 
 
 class Caller(Protocol):
-    """What a user of the wire needs of it: `Client`, or a fake in a test."""
+    """Whatever can make remote calls: `Client`, or a fake in a test."""
 
     async def call(
         self, contact: Contact, method: str, body: Any = None, tensors: Sequence[Tensor] = (), *,
@@ -106,19 +125,22 @@ class Caller(Protocol):
     ) -> Cancellable: ...  # fmt: skip
 
 
-Go = Callable[[], object]
+OnTaken = Callable[[], object]
 
 
 @dataclass
 class ByteBudget:
-    """Bytes that are taken, by peer. A message over a limit may go when nothing else of that peer is under way."""
+    """Counts the bytes that are under way, by peer, and lets others wait for theirs.
 
-    per_peer: int
-    total: int
+    A message over a limit is let through when nothing else of that peer (or of all peers) is under way.
+    """
+
+    per_peer: int  # bytes
+    total: int  # bytes
     taken: int = 0
     by_peer: dict[Hashable, int] = field(default_factory=dict)
-    _waiting: dict[Go, tuple[Hashable, int]] = field(default_factory=dict)  # the longest first
-    _letting_go: bool = False
+    _waiting: dict[OnTaken, tuple[Hashable, int]] = field(default_factory=dict)  # peer and bytes; first come first
+    _admitting: bool = False
 
     def fits(self, peer: Hashable, size: int) -> bool:
         """Whether `size` more bytes for this peer are within the budget."""
@@ -126,36 +148,37 @@ class ByteBudget:
         return (mine == 0 or mine + size <= self.per_peer) and (self.taken == 0 or self.taken + size <= self.total)
 
     def take(self, peer: Hashable, size: int) -> None:
-        """Count bytes in; each is to be given back with `give`."""
+        """Count `size` bytes in. Each of them has to be given back by `give`."""
         self.taken += size
         self.by_peer[peer] = self.by_peer.get(peer, 0) + size
 
-    def take_when_it_fits(self, peer: Hashable, size: int, go: Go) -> None:
-        """Count the bytes in and call `go`, now or when others have been given back, unless it is told to `forget`."""
+    def take_when_it_fits(self, peer: Hashable, size: int, on_taken: OnTaken) -> None:
+        """Take the bytes and call `on_taken`: now, or when enough others were given back, unless `withdraw` is called
+        before."""
         if self.fits(peer, size):
             self.take(peer, size)
-            go()
+            on_taken()
         else:
-            self._waiting[go] = peer, size
+            self._waiting[on_taken] = peer, size
 
-    def forget(self, go: Go) -> None:
-        """It waits no more."""
-        self._waiting.pop(go, None)
+    def withdraw(self, on_taken: OnTaken) -> None:
+        """Stop waiting. Does nothing if the bytes were taken."""
+        self._waiting.pop(on_taken, None)
 
     def give(self, peer: Hashable, size: int) -> None:
-        """Count bytes out."""
+        """Count `size` bytes out, and let those that wait take theirs."""
         self.taken -= size
         self.by_peer[peer] -= size
         if self.by_peer[peer] == 0:
             del self.by_peer[peer]
-        if not self._letting_go:  # what goes may give back at once, and so let others go: in a loop, not ever deeper
-            self._letting_go = True
+        if not self._admitting:  # a callback may give bytes back at once: then this loop goes on, and does not nest
+            self._admitting = True
             try:
-                while (go := self._next()) is not None:
-                    self.take(*self._waiting.pop(go))
-                    go()
+                while (on_taken := self._next()) is not None:
+                    self.take(*self._waiting.pop(on_taken))
+                    on_taken()
             finally:
-                self._letting_go = False
+                self._admitting = False
 
-    def _next(self) -> Go | None:
-        return next((go for go, wanted in self._waiting.items() if self.fits(*wanted)), None)
+    def _next(self) -> OnTaken | None:
+        return next((on_taken for on_taken, wanted in self._waiting.items() if self.fits(*wanted)), None)

@@ -1,8 +1,10 @@
 """A node's identity, and who may connect to it.
 
 A node *is* its key pair: one 32-byte seed gives a CURVE25519 pair for the wire and an Ed25519 key for signing records.
-The seed lies in a file that only its owner can read. Whether a client may connect is asked by ZeroMQ over ZAP (RFC 27)
-and answered by an `Admission`.
+The seed is kept in a file that only its owner can read. ZeroMQ asks over ZAP (RFC 27) whether a client may connect, and
+an `Admission` decides.
+
+Order: identities and keys, admission, lists of keys in files (`Members` keeps the one of a private swarm), ZAP.
 """
 
 from __future__ import annotations
@@ -37,12 +39,12 @@ class Identity:
 
     @classmethod
     def generate(cls) -> Identity:
-        """A new identity that exists in memory only."""
+        """Make a new identity that exists in memory only."""
         return cls(secrets.token_bytes(32))
 
     @classmethod
     def load(cls, path: str | Path) -> Identity:
-        """Read a key file. Refuses one that other users can read."""
+        """Read a key file. Raises `LabkitError` if it cannot be used, or other users can read it."""
         path = Path(path).expanduser()
         try:
             if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
@@ -57,7 +59,7 @@ class Identity:
             raise LabkitError(f"the key file {path} cannot be used: {error}") from None
 
     def save(self, path: str | Path) -> None:
-        """Write a key file with mode 600. An existing file is never overwritten."""
+        """Write a key file with mode 600. Raises `LabkitError` if the file exists."""
         path = Path(path).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -69,26 +71,26 @@ class Identity:
 
     @cached_property
     def secret_key(self) -> bytes:
-        """CURVE secret key, 32 bytes."""
+        """The CURVE secret key, 32 bytes."""
         return self.derive(b"curve")
 
     @cached_property
     def public_key(self) -> bytes:
-        """CURVE public key, 32 bytes: what contacts and invitations carry."""
+        """The CURVE public key, 32 bytes: the one in contacts and invitations."""
         return z85.decode(zmq.curve_public(z85.encode(self.secret_key)))
 
     def derive(self, purpose: bytes) -> bytes:
-        """32 secret bytes for one purpose; those of different purposes tell nothing of each other."""
+        """Returns 32 secret bytes for one purpose. Those of different purposes reveal nothing of each other."""
         return hashlib.blake2b(self.seed, digest_size=32, person=purpose).digest()
 
 
 def key_text(key: bytes) -> str:
-    """A public key as people pass it around: 43 letters of URL-safe base64."""
+    """Returns a public key as people pass it around: 43 letters of URL-safe base64."""
     return base64.urlsafe_b64encode(key).decode().rstrip("=")
 
 
 def parse_key(text: str | bytes) -> bytes:
-    """The 32 bytes of a public key given as text (or as those bytes). Raises `ValueError`."""
+    """Returns the 32 bytes of a public key given as text (or as bytes). Raises `ValueError` if it is none."""
     if isinstance(text, bytes):
         return _check_key(text)
     try:
@@ -104,7 +106,12 @@ def _check_key(key: bytes) -> bytes:
 
 
 class Admission:
-    """Who may connect: anybody, or the keys on a list. The list may be a file, which is read again when it changes."""
+    """Decides who may connect: anybody, or the keys of a list.
+
+    Args:
+        keys: the public keys to admit.
+        file: a file of public keys to admit as well, read again whenever it changes. With neither, all are admitted.
+    """
 
     def __init__(self, keys: Iterable[bytes] | None = None, file: Path | None = None) -> None:
         self._keys = None if keys is None else frozenset(keys)
@@ -137,8 +144,10 @@ class Admission:
 
 
 def must_encrypt(secure: bool | None, host: str, admission: Admission) -> bool:
-    """Whether a node that listens at `host` encrypts: if it is told to (`secure`), and always beyond loopback and in
-    private swarms. Raises `ValueError` if it is told not to."""
+    """Whether a node that listens at `host` encrypts: always beyond loopback and in private swarms, else if `secure`.
+
+    Raises `ValueError` if `secure` is False where it must.
+    """
     always = not is_loopback(host) or not admission.is_open
     if secure is False and always:
         raise ValueError("secure=False is for open swarms on loopback only: beyond it every connection is encrypted")
@@ -146,23 +155,52 @@ def must_encrypt(secure: bool | None, host: str, admission: Admission) -> bool:
 
 
 def read_key_list(path: Path) -> frozenset[bytes]:
-    """The public keys in a file, one a line; `#` begins a comment."""
+    """Returns the public keys in a file, one a line; `#` begins a comment."""
     lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
     return frozenset(parse_key(line) for line in lines if line)
 
 
 def write_key_list(path: Path, keys: Iterable[bytes]) -> None:
-    """Replace a file of public keys in one step."""
+    """Replace a file of public keys, in one step."""
     new = path.with_name(path.name + ".new")
     new.write_text("".join(f"{key_text(key)}\n" for key in sorted(keys)))
     os.replace(new, path)
 
 
-def answer_zap(frames: Sequence[bytes], admissions: dict[bytes, Admission]) -> list[bytes] | None:
-    """The ZAP reply to a ZAP request (RFC 27), or None if it is not one.
+class Members:
+    """The members of a private swarm: the keys that may connect, and the file in which its servers read them.
 
-    `admissions` maps a ZAP domain (one a node) to who may connect there. The user id of an admitted connection is its
-    public key in hex, so that every message from it carries the key that the handshake proved.
+    Args:
+        keys: the public keys of the first members; None for an open swarm, which anybody may join.
+        file: where to keep them.
+    """
+
+    def __init__(self, keys: Iterable[str | bytes] | None, file: Path) -> None:
+        self._keys = None if keys is None else {parse_key(key) for key in keys}
+        self.file = None if keys is None else file
+
+    def admission(self) -> Admission:
+        """Returns the admission for a node of this swarm."""
+        return Admission(file=self.file)
+
+    def admit(self, *keys: bytes) -> bool:
+        """Let these keys connect from now on. Returns False if the swarm is open, and all may anyway."""
+        if self._keys is None or self.file is None:
+            return False
+        self._keys.update(keys)
+        write_key_list(self.file, self._keys)
+        return True
+
+
+def answer_zap(frames: Sequence[bytes], admissions: dict[bytes, Admission]) -> list[bytes] | None:
+    """Returns the ZAP reply to a ZAP request (RFC 27), or None if it is no request.
+
+    The user id of an admitted connection is its public key in hex, so that every message from it carries the key that
+    the handshake proved.
+
+    Args:
+        frames: a message of the ZAP socket.
+        admissions: who may connect, by ZAP domain; each node has one.
     """
     try:
         start = list(frames).index(b"") + 1
@@ -175,24 +213,3 @@ def answer_zap(frames: Sequence[bytes], admissions: dict[bytes, Admission]) -> l
     if ok and admission is not None and admission.admits(credentials[0]):
         return [*envelope, b"1.0", request_id, b"200", b"OK", credentials[0].hex().encode(), b""]
     return [*envelope, b"1.0", request_id, b"400", b"not admitted", b"", b""]
-
-
-class Members:
-    """The keys that may connect in a private swarm, and the file in which its servers read them; anybody, if `keys` is
-    None."""
-
-    def __init__(self, keys: Iterable[str | bytes] | None, file: Path) -> None:
-        self._keys = None if keys is None else {parse_key(key) for key in keys}
-        self.file = None if keys is None else file
-
-    def admission(self) -> Admission:
-        """As a node asks it."""
-        return Admission(file=self.file)
-
-    def admit(self, *keys: bytes) -> bool:
-        """Let these keys in, from now on. Returns False if anybody may come in."""
-        if self._keys is None or self.file is None:
-            return False
-        self._keys.update(keys)
-        write_key_list(self.file, self._keys)
-        return True

@@ -1,6 +1,7 @@
-"""What a network has to do later, at which time of trio's clock: one task, however much it is.
+"""Timers: one task of a network calls many functions, each at its time.
 
-A task of its own for each delay, with a cancel scope for its end, costs several times what most of them do.
+Deadlines of calls, and messages of the simulated network, wait here. A task of its own for each delay, with a cancel
+scope to end it, would cost several times what most of these functions do.
 """
 
 from __future__ import annotations
@@ -9,87 +10,113 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 
-from labkit.simulation.virtual_clock import VirtualClock
-
-Timer = list[Any]  # time, order, action, arguments; without an action when it is done, or is not to be done any more
+Timer = list[Any]  # time, number, action, arguments; the action is None once it was called or cancelled
 _ACTION = 2
-MOST_VOID = 1000  # entries that are not to be done and are kept nevertheless, if there are as many others
+MAX_CANCELLED = 1000  # timers; beyond, the heap is cleared of cancelled ones as soon as they are more than half of it
+
+
+class Alarm(Protocol):
+    """Wakes one task at a time that may change while it sleeps."""
+
+    time: float  # when it rings, on trio's clock; `math.inf` for never
+
+    def set(self, time: float) -> None:
+        """Ring at `time` instead."""
+
+    def postpone(self, time: float) -> None:
+        """The alarm has no use before `time`: ring then. It may ring at the earlier time all the same."""
+
+    async def wait(self) -> None:
+        """Sleep until the alarm rings."""
+
+
+class TrioAlarm:
+    """An `Alarm` on whatever clock trio runs with."""
+
+    def __init__(self) -> None:
+        self.time = math.inf
+        self._scope = trio.CancelScope()  # around the sleep
+
+    def set(self, time: float) -> None:
+        self.time = time
+        self._scope.deadline = time
+
+    def postpone(self, time: float) -> None:
+        pass  # to wake once for nothing is cheaper than to move the deadline each time
+
+    async def wait(self) -> None:
+        with trio.CancelScope(deadline=self.time) as self._scope:
+            await trio.sleep_forever()
 
 
 class Timers:
-    """Calls functions in the thread of trio, each at its time, while `run` runs. One for each trio run."""
+    """Calls functions in trio's thread, each at its time, while `run` runs.
 
-    def __init__(self) -> None:
+    A network has one. `alarm` tells it the time; simulations hand in that of their virtual clock.
+    """
+
+    def __init__(self, alarm: Alarm | None = None) -> None:
         self._due: list[Timer] = []  # a heap
-        self._void = 0  # how many of them are cancelled
-        self._entries = itertools.count()
-        self._clock = trio.lowlevel.current_clock()
-        self._sleep = trio.CancelScope()  # until the next thing is to be done
-        self._wake = math.inf  # when that ends
+        self._cancelled = 0  # how many timers of the heap are cancelled
+        self._numbers = itertools.count()
+        self._alarm: Alarm = alarm or TrioAlarm()
 
     def after(self, seconds: float, action: Callable[..., object], *args: Any) -> None:
-        """Do something so many seconds from now; if none, at once."""
+        """Call `action(*args)` in `seconds` seconds; at once if that is not above 0."""
         if seconds > 0:
             self.at(trio.current_time() + seconds, action, *args)
         else:
             action(*args)
 
     def at(self, time: float, action: Callable[..., object], *args: Any) -> Timer:
-        """Do something then. What is to be done at the same time is done in the order in which it was asked for.
-        Returns what `cancel` takes."""
-        entry = [time, next(self._entries), action, args]
-        heapq.heappush(self._due, entry)
-        if time < self._wake:
-            self._wake_at(time)
-        return entry
+        """Call `action(*args)` at `time`, on trio's clock. Returns the timer, for `cancel`.
 
-    def cancel(self, entry: Timer) -> None:
-        """Don't do it, if it is not done yet."""
-        if entry[_ACTION] is None:
+        Timers of the same time run in the order in which they were made.
+        """
+        timer = [time, next(self._numbers), action, args]
+        heapq.heappush(self._due, timer)
+        if time < self._alarm.time:
+            self._alarm.set(time)
+        return timer
+
+    def cancel(self, timer: Timer) -> None:
+        """Never run this timer. Does nothing if it has run."""
+        if timer[_ACTION] is None:
             return
-        entry[_ACTION:] = None, None  # and forget what it holds
-        self._void += 1
-        if self._due[0] is entry:
-            self._skip_void()
-            if isinstance(self._clock, VirtualClock):  # which would go on to that time; else waking once is cheaper
-                self._wake_at(self._due[0][0] if self._due else math.inf)
-        elif self._void > MOST_VOID and 2 * self._void > len(self._due):
+        timer[_ACTION:] = None, None  # which lets go of what they refer to
+        self._cancelled += 1
+        if self._due[0] is timer:
+            self._drop_cancelled()
+            self._alarm.postpone(self._next_time())
+        elif self._cancelled > MAX_CANCELLED and 2 * self._cancelled > len(self._due):
             self._due = [other for other in self._due if other[_ACTION] is not None]
             heapq.heapify(self._due)
-            self._void = 0
-
-    def _skip_void(self) -> None:
-        while self._due and self._due[0][_ACTION] is None:
-            heapq.heappop(self._due)
-            self._void -= 1
-
-    def _wake_at(self, time: float) -> None:
-        self._wake = time
-        if isinstance(self._clock, VirtualClock):
-            self._clock.alarm = time
-        else:
-            self._sleep.deadline = time
+            self._cancelled = 0
 
     async def run(self) -> None:
-        """Do what is to be done, when it is, until cancelled."""
+        """Run each timer when it is due, until cancelled."""
         while True:
-            if isinstance(self._clock, VirtualClock):
-                await self._clock.wait_for_alarm()
-            else:
-                with trio.CancelScope(deadline=self._wake) as self._sleep:
-                    await trio.sleep_forever()
+            await self._alarm.wait()
             now = trio.current_time()
             while self._due and self._due[0][0] <= now:
-                entry = heapq.heappop(self._due)
-                _, _, action, args = entry
+                timer = heapq.heappop(self._due)
+                _, _, action, args = timer
                 if action is None:
-                    self._void -= 1
+                    self._cancelled -= 1
                 else:
-                    entry[_ACTION:] = None, None
+                    timer[_ACTION:] = None, None
                     action(*args)
-            self._skip_void()
-            self._wake_at(self._due[0][0] if self._due else math.inf)
+            self._drop_cancelled()
+            self._alarm.set(self._next_time())
+
+    def _drop_cancelled(self) -> None:
+        while self._due and self._due[0][_ACTION] is None:
+            heapq.heappop(self._due)
+            self._cancelled -= 1
+
+    def _next_time(self) -> float:
+        return float(self._due[0][0]) if self._due else math.inf

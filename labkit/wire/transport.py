@@ -1,7 +1,16 @@
 """The seam between remote calls and the network: a node's endpoint, links from it to other nodes, and their addresses.
 
-`Endpoint` and `Link` move frames and know nothing of calls. `wire/zmq_transport` is the real network, and
-`simulation/network` one in memory. Both call back; `await_callback` is the way from code that has a task to them.
+On a batch's way this is what `rpc_client` and `rpc_server` talk to. An `Endpoint` and its `Link`s move frames and know
+nothing of calls. `wire/zmq_transport` is the real network, `simulation/network` one in memory; one suite of tests
+(`tests/test_wire.py`) says what both of them promise.
+
+**Callbacks on the hot path.** Everything between a layer's pass and the network calls back instead of waiting: a task
+with a cancel scope costs more than the rest of a small call, and a pass makes hundreds of calls. There is one pattern
+for it. `begin_x(…, done)` starts something and returns a `Cancellable`; `done` is called once with the outcome, a value
+or an exception, in trio's thread, perhaps before `begin_x` returns. After `cancel` it is not called any more. Code that
+has a task of its own awaits such a function by `await_callback`.
+
+Order: peers and callbacks, the seam itself, addresses, callbacks awaited.
 """
 
 from __future__ import annotations
@@ -24,35 +33,45 @@ from labkit.wire.timers import Timers
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who sent a request: the connection it came on and, over CURVE, the public key that the handshake proved."""
+    """The sender of a request.
+
+    `route` names the connection that it came on, `key` is the public key that the CURVE handshake proved, if there was
+    one.
+    """
 
     route: bytes
     key: bytes | None = None
 
 
-Heard = Callable[[Sequence[Frame]], object]
-Ended = Callable[[LabkitError], object]
-Hear = Callable[[Peer, Sequence[Frame]], object]
+OnMessage = Callable[[Sequence[Frame]], object]  # called with the frames of a message that arrived over a link
+OnEnd = Callable[[LabkitError], object]  # called with the reason why a link has ended
+OnRequest = Callable[[Peer, Sequence[Frame]], object]  # called with the sender and the frames of a request
 
 
 class Unsent(Protocol):
-    """A message that was sent. `done`: whether it has left this process."""
+    """A message that was handed to the network and may not have left this process yet."""
 
     @property
-    def done(self) -> bool: ...
+    def done(self) -> bool:
+        """Whether the message has left."""
 
 
 class Link(Protocol):
-    """A connection to one node. It is made in the background and never made again: when it breaks it is over."""
+    """A connection to one node. It is made in the background, and once: when it breaks, the link has ended."""
 
-    error: LabkitError | None  # why the link is over, None while it is not
+    error: LabkitError | None  # why the link has ended; None while it has not
 
     def send_nowait(self, frames: Sequence[Frame]) -> Unsent | None:
-        """Send if that is possible at once; None if not. Raises `ConnectionLost` (or a kind of it)."""
+        """Send a message if that is possible at once. Returns None if not.
+
+        Raises `ConnectionLost`, or a kind of it, if the link has ended.
+        """
 
     def when_ready(self, action: Callable[[], object]) -> None:
-        """After a `send_nowait` for which it was too early: call `action`, once, when the connection is there and has
-        room. When the link is over instead, `ended` is called, and this is not."""
+        """Call `action`, once, when the connection is there and has room. For use after a `send_nowait` that gave None.
+
+        If the link ends before, `on_end` is called, and `action` is not.
+        """
 
     def close(self) -> None:
         """End the connection."""
@@ -62,47 +81,58 @@ class Endpoint(Protocol):
     """One node's place on the network."""
 
     contact: Contact
-    timers: Timers  # the network's
-    most_links: int  # that the system lets it have
+    timers: Timers  # of the network
+    most_links: int  # how many links the operating system lets it have
 
-    def connect(self, contact: Contact, heard: Heard, ended: Ended) -> Link:
-        """A new link to a node; returns at once. `heard` is called with each message that arrives and, after the last
-        one, `ended` with the reason why the link is over. Raises `ConnectionLost` if this node is closing."""
+    def connect(self, contact: Contact, on_message: OnMessage, on_end: OnEnd) -> Link:
+        """Make a new link to a node. Returns at once; the connection is made in the background.
 
-    async def serve(self, hear: Hear) -> None:
-        """Call `hear` with each request that arrives, and who sent it, until cancelled."""
+        Args:
+            contact: the node to connect to.
+            on_message: called with each message that arrives.
+            on_end: called once, after the last message, with the reason why the link has ended.
+
+        Raises:
+            ConnectionLost: this node is closing.
+        """
+
+    async def serve(self, on_request: OnRequest) -> None:
+        """Call `on_request` with each request that arrives, until cancelled."""
 
     async def send(self, peer: Peer, frames: Sequence[Frame]) -> None:
-        """Answer a peer, waiting for room. Raises `ConnectionLost` if it is gone."""
+        """Answer a peer, waiting for room. Raises `ConnectionLost` if the peer is gone."""
 
     def send_nowait(self, peer: Peer, frames: Sequence[Frame]) -> bool:
-        """Answer a peer if that is possible at once. False if there is no room now; a peer that is gone needs none."""
+        """Answer a peer if that is possible at once. Returns False if there is no room now.
+
+        An answer to a peer that is gone is dropped, and counts as sent.
+        """
 
     def unsent_bytes(self, peer: Peer) -> int:
-        """Size of the answers that this peer has not taken yet."""
+        """The size of the answers that this peer has not taken yet."""
 
     def unsent_total(self) -> int:
-        """The same of all peers together."""
+        """The size of the answers that all peers together have not taken yet."""
 
 
 class Network(Protocol):
-    """Where nodes listen. `tcp`: whether any program can connect to their addresses. `timers`: for what comes later."""
+    """Where nodes listen."""
 
-    tcp: bool
+    tcp: bool  # whether any program can connect to their addresses
     timers: Timers
 
     def listen(
         self, identity: Identity, address: str = ..., *, announce: str | None = None, secure: bool | None = None,
         admission: Admission | None = None,
     ) -> AbstractAsyncContextManager[Endpoint]:  # fmt: skip
-        """Give a node its place for the length of the block. See `ZmqNetwork.listen`."""
+        """Give a node its endpoint for the length of the block. See `ZmqNetwork.listen` for the arguments."""
 
 
 LOOPBACK = "tcp://127.0.0.1:*"
 
 
 def split_address(address: str) -> tuple[str, str]:
-    """`tcp://host:port` as host and port (a number or `*`). Raises `ValueError`."""
+    """Split `tcp://host:port` into host and port (a number or `*`). Raises `ValueError` for anything else."""
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     host = "0.0.0.0" if host == "*" else host.strip("[]")
     if not address.startswith("tcp://") or not host or not (port == "*" or (port.isdigit() and int(port) < 65536)):
@@ -111,7 +141,7 @@ def split_address(address: str) -> tuple[str, str]:
 
 
 async def resolve(host: str) -> str:
-    """The IP address of a host. Raises `ConnectionLost` if there is none."""
+    """Returns the IP address of a host. Raises `ConnectionLost` if its name does not resolve."""
     if host == "localhost":
         return "127.0.0.1"
     try:
@@ -127,7 +157,11 @@ async def resolve(host: str) -> str:
 
 
 def announced_address(announce: str | None, host: str, port: int) -> tuple[str, int]:
-    """The host and port to put into the contact of a node that is bound to `host` and `port`."""
+    """Returns the host and port that belong into the contact of a node that is bound to `host` and `port`.
+
+    `announce`: the `HOST` or `HOST:PORT` that others should use; by default the bound one, and this machine's own
+    address where that is 0.0.0.0 or ::. Raises `ValueError` if it is neither.
+    """
     if announce is None:
         return (_own_address() if ipaddress.ip_address(host).is_unspecified else host), port
     name, colon, announced_port = announce.rpartition(":")
@@ -139,7 +173,7 @@ def announced_address(announce: str | None, host: str, port: int) -> tuple[str, 
 
 
 def _own_address() -> str:
-    """This machine's address on the interface of its default route; loopback if it has none."""
+    """Returns this machine's address on the interface of its default route; loopback if it has none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # a documentation address: connecting a datagram socket sends nothing
@@ -152,23 +186,31 @@ T = TypeVar("T")
 
 
 class Cancellable(Protocol):
-    """Something that calls back when it is done."""
+    """Something under way that calls back when it is done: see the head of this module."""
 
     def cancel(self) -> None:
-        """Nobody waits for it any more: it calls nobody back. Does nothing when it is done."""
+        """Give it up: it does not call back any more. Does nothing if it is done."""
 
 
 async def await_callback(begin: Callable[[Callable[[T | Exception], None]], Cancellable]) -> T:
-    """Begin something and wait until it calls back. Returns what it says, or raises it, if that is an error.
+    """Begin something and wait until it calls back. Cancelling the wait cancels it.
 
-    `begin` is given what to call with the outcome: once, in this thread, perhaps before it returns.
+    Args:
+        begin: called with `done`; starts the work and returns what can cancel it. `done` is to be called once with the
+            outcome, in trio's thread, perhaps before `begin` returns.
+
+    Returns:
+        The outcome, if it is no exception.
+
+    Raises:
+        Exception: the outcome, if it is one.
     """
     await trio.lowlevel.checkpoint_if_cancelled()
     task, waits = trio.lowlevel.current_task(), False
     outcome: list[T | Exception] = []
 
-    def done(what: T | Exception) -> None:
-        outcome.append(what)
+    def done(result: T | Exception) -> None:
+        outcome.append(result)
         if waits:
             trio.lowlevel.reschedule(task)
 
@@ -183,7 +225,7 @@ async def await_callback(begin: Callable[[Callable[[T | Exception], None]], Canc
             return trio.lowlevel.Abort.SUCCEEDED
 
         await trio.lowlevel.wait_task_rescheduled(abort)
-    what = outcome.pop()  # or the frame of an error would hold the error
-    if isinstance(what, Exception):
-        raise what
-    return what
+    result = outcome.pop()  # else the frame in an error's traceback would hold the error, in a cycle
+    if isinstance(result, Exception):
+        raise result
+    return result

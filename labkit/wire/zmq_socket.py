@@ -1,10 +1,12 @@
-"""One ZeroMQ socket, awaitable under trio: the only module that moves bytes with zmq. `making` makes them.
+"""ZeroMQ sockets under trio: the only module that moves bytes with zmq. `zmq_transport` makes links of them.
 
-ZeroMQ tells that something happened by an edge-triggered file descriptor. One pump task a socket owns it: it reads
-`EVENTS`, hands over what has arrived or wakes who waits for it, and only then waits for the descriptor. Any send or
-receive may swallow an edge that another task waits for, so `EVENTS` is read again after each; and who finds nothing
-looks at what was read then before it waits, since that reading may have swallowed its own edge. A receive takes a
-message off the socket only in the moment in which it returns it, so cancelling it loses nothing.
+ZeroMQ signals events by an edge-triggered file descriptor. Each socket has one pump task that owns it: the pump reads
+`EVENTS`, delivers what has arrived or wakes the tasks that wait for it, and only then waits for the descriptor. Any
+send or receive may swallow an edge that another task waits for, so `EVENTS` is read again after each of them. A task
+that finds nothing checks what was read then before it waits, since that reading may have swallowed its own edge. A
+receive takes a message off the socket only in the moment in which it returns it, so that cancelling it loses nothing.
+
+Order: `Socket`, how each kind of socket is made, what ZeroMQ says about connections.
 """
 
 from __future__ import annotations
@@ -23,18 +25,18 @@ from labkit.errors import ConnectionLost, HandshakeFailed, LabkitError, NotAdmit
 from labkit.wire.frames import Frame
 from labkit.wire.security import Identity
 
-QUEUE_LENGTH = 1000  # messages a connection and direction
-BURST = 64  # messages; then other tasks get a turn
-COPIED = 1 << 16  # bytes; ZeroMQ is given a copy of smaller frames, which then are nobody's any more
-PAUSE, LONGEST_PAUSE = 0.001, 0.05  # seconds between two attempts to send to a ROUTER's peer that has no room
+QUEUE_LENGTH = 1000  # messages that ZeroMQ queues for each connection and direction
+MESSAGES_PER_TURN = 64  # messages to deliver before other tasks get a turn
+ZERO_COPY_SIZE = 1 << 16  # bytes; messages whose frames are all smaller are copied into ZeroMQ, others are not
+FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.05  # seconds between two attempts to send to a peer of a ROUTER without room
 FLUSH_TIME = 0.2  # seconds that closing a listener waits for its last replies to leave
-# As plain numbers: what pyzmq has are flags of `enum`, which take a microsecond for each `&` and `|`.
+# As plain numbers: those of pyzmq are `enum` flags, and each `&` and `|` of them takes a microsecond.
 NOBLOCK, NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK) | int(zmq.SNDMORE)
 POLLIN, POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
 
 
 class UnsentFrames:
-    """Frames that ZeroMQ has not let go of yet. `bytes`: their size while `done` is False."""
+    """A message whose frames ZeroMQ may still be sending. `bytes` is their size while it is not `done`."""
 
     __slots__ = ("_trackers", "bytes")
 
@@ -44,18 +46,18 @@ class UnsentFrames:
 
     @property
     def done(self) -> bool:
-        return all(tracker is None or tracker.done for tracker in self._trackers)  # those of small frames are
+        return all(tracker is None or tracker.done for tracker in self._trackers)  # copied frames have none
 
 
-SENT = UnsentFrames((), 0)
+ALL_SENT = UnsentFrames((), 0)
 Context = zmq.Context[Any]
-Arrived = list[zmq.Frame]  # a message
+ZmqMessage = list[zmq.Frame]
 
 
 class Socket:
-    """A ZeroMQ socket whose sends and receives are awaited. `run` must be running while it is used.
+    """A ZeroMQ socket to be used with trio. `run` must be running while it is used.
 
-    `hear`: if there is one, it gets each message in the moment in which that arrives, and `receive` gets none.
+    If `on_message` is set, it is called with each message as soon as that arrives, and `receive` returns none.
     """
 
     def __init__(self, raw: zmq.Socket[bytes], *, monitored: bool = False) -> None:
@@ -65,21 +67,21 @@ class Socket:
         self._writers = trio.lowlevel.ParkingLot()
         self._when_writable: list[Callable[[], object]] = []
         self._events = 0  # as last read
-        self._looked = False  # whether that was after the last receive
-        # A ROUTER always says that it can be written to, since that depends on the peer.
+        self._events_fresh = False  # whether they were read after the last receive
+        # A ROUTER always claims to be writable, since that depends on the peer.
         self._tells_writable = raw.getsockopt(zmq.TYPE) != zmq.ROUTER
-        self._rest: list[Arrived] = []  # what had arrived when the socket failed
+        self._leftover: list[ZmqMessage] = []  # messages that had arrived when the socket failed
         self._descriptor = int(raw.getsockopt(zmq.FD))
         self._pump_waits = False
-        self.hear: Callable[[Arrived], object] | None = None
+        self.on_message: Callable[[ZmqMessage], object] | None = None
         self.error: LabkitError | None = None
 
     async def run(self) -> None:
-        """The pump: until cancelled or until the socket fails."""
+        """Deliver messages and wake tasks, until cancelled or until the socket fails. This is the pump."""
         while self.error is None:
-            self._look()
-            if self.hear is not None and self._events & POLLIN:
-                self._hand_over(BURST)
+            self._read_events()
+            if self.on_message is not None and self._events & POLLIN:
+                self._deliver(MESSAGES_PER_TURN)
                 if self._events & POLLIN or self.error is not None:
                     await trio.lowlevel.checkpoint()
                     continue
@@ -87,27 +89,27 @@ class Socket:
             try:
                 await trio.lowlevel.wait_readable(self._descriptor)
             except trio.ClosedResourceError:
-                pass  # it is not closed: `_look` has something for us
+                pass  # nothing is closed: `_read_events` wakes the pump so
             finally:
                 self._pump_waits = False
 
-    async def run_until_over(self) -> None:
-        """Wait until the socket fails, while `run` hands over what arrives. Raises what it fails with."""
-        self._look()  # something may have arrived before anybody heard it
+    async def run_until_failure(self) -> None:
+        """Wait until the socket fails, while `run` delivers messages. Raises what it fails with."""
+        self._read_events()  # a message may have arrived before `on_message` was set
         while self.error is None:
             await self._readers.park()
         raise self.error
 
     def fail(self, error: LabkitError) -> None:
-        """From now on sends raise `error`, and receives do when everything that had arrived is taken."""
+        """Let sends raise `error` from now on, and receives when all that had arrived is taken."""
         if self.error is None:
-            if self.hear is not None:
-                self._hand_over(QUEUE_LENGTH)
-            self._rest = self.receive_nowait(QUEUE_LENGTH)
+            if self.on_message is not None:
+                self._deliver(QUEUE_LENGTH)
+            self._leftover = self.receive_nowait(QUEUE_LENGTH)
             self._set_error(error)
 
-    async def receive(self) -> list[Arrived]:
-        """Wait for messages and take all that are there, up to a burst."""
+    async def receive(self) -> list[ZmqMessage]:
+        """Wait for messages. Returns all that are there, up to `MESSAGES_PER_TURN`."""
         await trio.lowlevel.checkpoint_if_cancelled()
         while True:
             burst = self.receive_nowait()
@@ -119,23 +121,23 @@ class Socket:
             if not self._events & POLLIN:
                 await self._readers.park()
 
-    def receive_nowait(self, limit: int = BURST) -> list[Arrived]:
-        """Take what is there."""
+    def receive_nowait(self, limit: int = MESSAGES_PER_TURN) -> list[ZmqMessage]:
+        """Returns the messages that are there, up to `limit`."""
         if self.error is not None:
-            burst, self._rest = self._rest[:limit], self._rest[limit:]
+            burst, self._leftover = self._leftover[:limit], self._leftover[limit:]
             return burst
         burst = []
         while len(burst) < limit and (message := self._take()) is not None:
             burst.append(message)
-            self._look()
+            self._read_events()
             if not self._events & POLLIN:
                 return burst
-        self._look()
+        self._read_events()
         return burst
 
-    def _take(self) -> Arrived | None:
-        """Take one message, if there is one. Look again afterwards, in any case."""
-        self._looked = False
+    def _take(self) -> ZmqMessage | None:
+        """Returns one message, if there is one. The events have to be read again afterwards, in any case."""
+        self._events_fresh = False
         try:
             frame = self._raw.recv(NOBLOCK, copy=False)
             message = [frame]
@@ -150,25 +152,25 @@ class Socket:
         return None
 
     async def send(self, frames: Sequence[Frame]) -> UnsentFrames:
-        """Hand a message to ZeroMQ, waiting for room. Large frames are not copied: leave them unchanged."""
+        """Pass a message to ZeroMQ, waiting for room. Large frames are not copied: leave them unchanged."""
         await trio.lowlevel.checkpoint_if_cancelled()
-        pause = PAUSE
+        pause = FIRST_PAUSE
         while True:
             unsent = self.send_nowait(frames)
             if unsent is not None:
                 await trio.lowlevel.cancel_shielded_checkpoint()
                 return unsent
-            if not self._tells_writable:  # nothing tells when this peer has room
+            if not self._tells_writable:  # ZeroMQ does not say when this peer has room
                 await trio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
             elif not self._events & POLLOUT:
                 await self._writers.park()
 
     def send_nowait(self, frames: Sequence[Frame]) -> UnsentFrames | None:
-        """Hand a message to ZeroMQ if there is room; None if not. Raises `ConnectionLost` if nobody is there."""
+        """Pass a message to ZeroMQ if there is room, else return None. Raises `ConnectionLost` if the peer is gone."""
         if self.error is not None:
             raise self.error
-        copy = max(map(len, frames)) < COPIED
+        copy = max(map(len, frames)) < ZERO_COPY_SIZE
         try:
             if copy:
                 for frame in frames[:-1]:
@@ -182,41 +184,43 @@ class Socket:
         except zmq.ZMQError as error:
             raise ConnectionLost(f"the peer is gone ({error})") from None
         finally:
-            self._look()
-        return SENT if copy else UnsentFrames(trackers, sum(map(len, frames)))
+            self._read_events()
+        return ALL_SENT if copy else UnsentFrames(trackers, sum(map(len, frames)))
 
     def when_writable(self, action: Callable[[], object]) -> None:
-        """After a `send_nowait` for which there was no room: call `action`, once, when there is; never, if the socket
-        fails before. Not for a ROUTER."""
+        """Call `action`, once, when there is room. For use after a `send_nowait` that gave None; not for a ROUTER.
+
+        If the socket fails before, `action` is not called.
+        """
         assert self._tells_writable
-        if self._events & POLLOUT:  # there is by now
+        if self._events & POLLOUT:  # there is room by now
             trio.lowlevel.current_trio_token().run_sync_soon(action)
         else:
             self._when_writable.append(action)
 
-    def _hand_over(self, limit: int) -> None:
-        """Give `hear` what is there, and look, unless `hear` sent something, which did."""
-        while limit > 0 and self.hear is not None and (message := self._take()) is not None:
-            self.hear(message)
+    def _deliver(self, limit: int) -> None:
+        """Call `on_message` with the messages that are there, up to `limit`, and leave the events freshly read."""
+        while limit > 0 and self.on_message is not None and (message := self._take()) is not None:
+            self.on_message(message)
             limit -= 1
-            if not self._looked:
-                self._look()
+            if not self._events_fresh:  # it is, if `on_message` has sent something
+                self._read_events()
             if not self._events & POLLIN:
                 return
-        self._look()
+        self._read_events()
 
-    def _look(self) -> None:
-        """Read what happened, and wake who waits for it."""
+    def _read_events(self) -> None:
+        """Read ZeroMQ's events, and wake the tasks that wait for them."""
         if self._raw.closed:
             return
-        # Read even if nobody waits: only this clears the descriptor.
+        # Read them even if no task waits: only this clears the descriptor.
         events = self._events = int(self._raw.get(zmq.EVENTS))
-        self._looked = True
+        self._events_fresh = True
         if events & POLLIN:
-            if self.hear is None:
+            if self.on_message is None:
                 self._readers.unpark_all()
             elif self._pump_waits:
-                trio.lowlevel.notify_closing(self._descriptor)  # wakes the pump; the edge it waited for is read away
+                trio.lowlevel.notify_closing(self._descriptor)  # wakes the pump, whose edge was just swallowed
         if events & POLLOUT and (self._writers or self._when_writable):
             self._writers.unpark_all()
             actions, self._when_writable = self._when_writable, []
@@ -230,20 +234,20 @@ class Socket:
         self._when_writable.clear()
 
     def close(self, linger: float = 0.0) -> None:
-        """Close at once; `linger`: seconds that ZeroMQ may go on sending in the background."""
+        """Close at once. `linger`: seconds that ZeroMQ may go on sending in the background."""
         self.fail(ConnectionLost("the socket is closed"))
         if self._monitored and not self._raw.closed:
-            # Or ZeroMQ's thread, which closes it later, would tell a monitor that is closed by then, and wait for ever
-            # for somebody to hear it: no connection of this context would get any further.
+            # Otherwise ZeroMQ's thread, which closes the socket later, would report that to a monitor that is closed by
+            # then, and wait for ever until it is read: no connection of this context would get any further.
             self._raw.disable_monitor()
         self._raw.close(math.ceil(linger * 1000))
 
 
-HEARTBEAT = 2.0  # seconds between ZMTP pings; a peer that is silent for three of them is gone
-STUCK_TIMEOUT = 15.0  # seconds after which a peer that takes no byte of what is sent to it is gone (on Linux)
+HEARTBEAT_PERIOD = 2.0  # seconds between ZMTP pings; a peer that is silent for three periods counts as gone
+STUCK_TIMEOUT = 15.0  # seconds after which a peer that takes none of the bytes sent to it counts as gone (Linux only)
 HANDSHAKE_TIMEOUT = 5.0  # seconds
 ZAP_ADDRESS = "inproc://zeromq.zap.01"
-MONITORED = (
+MONITORED_EVENTS = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 )  # fmt: skip
@@ -261,7 +265,19 @@ def make_context() -> Context:
 def make_router(
     context: Context, address: str, identity: Identity, *, secure: bool, domain: bytes, max_frame: int
 ) -> tuple[Socket, str, int]:
-    """A ROUTER bound to `address` (`tcp://host:port`, port `*` for any). Returns it with the host and port it got."""
+    """Make a ROUTER and bind it. Returns it with the host and port that it is bound to.
+
+    Args:
+        context: ZeroMQ's context.
+        address: `tcp://host:port`; port `*` for any that is free.
+        identity: the keys of the node.
+        secure: whether connections are encrypted (CURVE).
+        domain: ZAP domain under which `make_zap`'s socket is asked who may connect.
+        max_frame: size of the largest frame to accept, bytes.
+
+    Raises:
+        LabkitError: the address cannot be bound.
+    """
     raw = context.socket(zmq.ROUTER)
     _configure(raw, max_frame)
     raw.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -283,10 +299,21 @@ def make_router(
 def make_dealer(
     context: Context, host: str, port: int, identity: Identity, server_key: bytes | None, max_frame: int
 ) -> tuple[Socket, Socket]:
-    """A DEALER that connects to `host` (an IP address) once, and the socket on which ZeroMQ tells how that goes.
+    """Make a DEALER that connects once, and the monitor socket on which ZeroMQ reports how that goes. Returns both.
 
-    `server_key`: expect this CURVE key there; None speaks unencrypted. The DEALER sends only once connected and does
-    not reconnect: a connection that broke is a failure to be known, and the next call opens a new one.
+    The DEALER sends only once it is connected, and does not reconnect: a broken connection is a failure that the caller
+    has to know of, and the next call opens a new one.
+
+    Args:
+        context: ZeroMQ's context.
+        host: the IP address to connect to.
+        port: the port to connect to.
+        identity: the keys of the node that connects.
+        server_key: the CURVE key that the other side must hold; None for an unencrypted connection.
+        max_frame: size of the largest frame to accept, bytes.
+
+    Raises:
+        ConnectionLost: no socket is left.
     """
     sockets: list[zmq.Socket[bytes]] = []
     try:
@@ -300,8 +327,8 @@ def make_dealer(
             raw.setsockopt(zmq.CURVE_SERVERKEY, z85.encode(server_key))
             raw.setsockopt(zmq.CURVE_SECRETKEY, z85.encode(identity.secret_key))
             raw.setsockopt(zmq.CURVE_PUBLICKEY, z85.encode(identity.public_key))
-        # A name of its own: pyzmq's is made of the file descriptor, which may be that of a socket still being closed.
-        monitor = raw.get_monitor_socket(MONITORED, f"inproc://monitor-{next(_monitors)}")
+        # With a name of our own: that of pyzmq has the file descriptor in it, which a socket being closed may have had.
+        monitor = raw.get_monitor_socket(MONITORED_EVENTS, f"inproc://monitor-{next(_monitors)}")
         sockets.append(monitor)
         raw.connect(f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
     except zmq.ZMQError as error:
@@ -312,7 +339,7 @@ def make_dealer(
 
 
 def make_zap(context: Context) -> Socket:
-    """The socket on which ZeroMQ asks whether a client may connect."""
+    """Make the socket on which ZeroMQ asks whether a client may connect."""
     raw = context.socket(zmq.ROUTER)
     raw.bind(ZAP_ADDRESS)
     return Socket(raw)
@@ -323,17 +350,17 @@ def _configure(raw: zmq.Socket[bytes], max_frame: int) -> None:
     raw.setsockopt(zmq.MAXMSGSIZE, max_frame)
     raw.setsockopt(zmq.SNDHWM, QUEUE_LENGTH)
     raw.setsockopt(zmq.RCVHWM, QUEUE_LENGTH)
-    raw.setsockopt(zmq.HEARTBEAT_IVL, round(HEARTBEAT * 1000))
-    raw.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(3 * HEARTBEAT * 1000))
+    raw.setsockopt(zmq.HEARTBEAT_IVL, round(HEARTBEAT_PERIOD * 1000))
+    raw.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(3 * HEARTBEAT_PERIOD * 1000))
     raw.setsockopt(zmq.TCP_MAXRT, round(STUCK_TIMEOUT * 1000))
     raw.setsockopt(zmq.HANDSHAKE_IVL, round(HANDSHAKE_TIMEOUT * 1000))
 
 
-# ---------------------------------------------------------------- what ZeroMQ tells
+# ---------------------------------------------------------------- what ZeroMQ reports
 
 
 def read_monitor(frames: Sequence[zmq.Frame], where: str, secure: bool) -> LabkitError | None:
-    """The error that a monitor message means for the connection to `where`; None while all is well."""
+    """Returns the error that a monitor message means for the connection to `where`; None while all is well."""
     event = parse_monitor_message([frame.bytes for frame in frames])
     kind = event["event"]
     if kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
@@ -355,7 +382,7 @@ def read_monitor(frames: Sequence[zmq.Frame], where: str, secure: bool) -> Labki
 
 
 def user_id(frame: zmq.Frame) -> bytes | None:
-    """The public key that the sender of this frame proved in its handshake, if any."""
+    """Returns the public key that the sender of this frame proved in its handshake, if any."""
     try:
         text = frame.get("User-Id")
     except zmq.ZMQError:

@@ -1,7 +1,8 @@
-"""Endpoints and links over ZeroMQ, and the network that makes them.
+"""Endpoints and links over ZeroMQ (`wire/transport` says what they promise), and the network that makes them.
 
-A node has one ROUTER that others connect to and, for each node that it calls, a DEALER for control messages and one for
-bulk tensors, so that a ping never queues behind 8 MB.
+A batch's request leaves this process by a `ZmqLink` and enters a server by a `ZmqEndpoint`. A node has one ROUTER that
+others connect to and, for each node that it calls, a DEALER for control messages and one for bulk tensors, so that a
+ping never queues behind 8 MB of tensors.
 """
 
 from __future__ import annotations
@@ -19,13 +20,22 @@ from labkit.errors import ConnectionLost, LabkitError
 from labkit.wire.frames import Frame, FrameLimits
 from labkit.wire.security import Admission, Identity, answer_zap, must_encrypt
 from labkit.wire.timers import Timers
-from labkit.wire.transport import LOOPBACK, Ended, Hear, Heard, Peer, announced_address, resolve, split_address
+from labkit.wire.transport import (
+    LOOPBACK,
+    OnEnd,
+    OnMessage,
+    OnRequest,
+    Peer,
+    announced_address,
+    resolve,
+    split_address,
+)
 from labkit.wire.zmq_socket import (
     FLUSH_TIME,
-    Arrived,
     Context,
     Socket,
     UnsentFrames,
+    ZmqMessage,
     make_context,
     make_dealer,
     make_router,
@@ -36,21 +46,23 @@ from labkit.wire.zmq_socket import (
 
 logger = logging.getLogger(__name__)
 
-TERM_TIMEOUT = 1.0  # seconds
-FILES_PER_LINK = 4  # a signal for each of its two sockets, the connection, and a peer's to us
+TERM_TIMEOUT = 1.0  # seconds to wait for the end of ZeroMQ's own thread
+FILES_PER_LINK = 4  # open files: a signal for each of its two sockets, the connection, and one from a peer to us
+FEWEST_LINKS = 8  # however few files the system lets us open
+UNSENT_PEERS = 256  # peers; beyond, those that left without taking their answers are forgotten
 
 
 class ZmqLink:
     """A `Link` over a DEALER."""
 
-    def __init__(self, contact: Contact, heard: Heard, ended: Ended) -> None:
+    def __init__(self, contact: Contact, on_message: OnMessage, on_end: OnEnd) -> None:
         self.contact = contact
         self.error: LabkitError | None = None
-        self._heard = heard
-        self._ended = ended
+        self._on_message = on_message
+        self._on_end = on_end
         self._socket: Socket | None = None
         self._scope = trio.CancelScope()
-        self._waiting: list[Callable[[], object]] = []  # what to do when there is a socket that can be written to
+        self._waiting: list[Callable[[], object]] = []  # actions for when there is a socket with room
 
     async def run(self, context: Context, identity: Identity, max_frame: int) -> None:
         """Resolve the name, connect, and watch the connection until it breaks or the link is closed."""
@@ -62,7 +74,7 @@ class ZmqLink:
                 server_key = self.contact.key if secure else None
                 sockets += make_dealer(context, host, self.contact.port, identity, server_key, max_frame)
                 socket, monitor = sockets
-                socket.hear, monitor.hear = self._hear, self._learn
+                socket.on_message, monitor.on_message = self._on_zmq_message, self._on_monitor_message
                 self._socket = socket
                 for action in self._waiting:
                     socket.when_writable(action)
@@ -76,17 +88,17 @@ class ZmqLink:
         finally:
             self.error = self.error or ConnectionLost(f"the link to {where} is closed")
             if self._socket is not None:
-                self._socket.fail(self.error)  # which hands over what has arrived
+                self._socket.fail(self.error)  # which delivers what has arrived
             self._waiting.clear()
             for socket in sockets:
                 socket.close()
-            self._ended(self.error)
+            self._on_end(self.error)
 
-    def _hear(self, message: Arrived) -> None:
-        self._heard([frame.buffer for frame in message])
+    def _on_zmq_message(self, message: ZmqMessage) -> None:
+        self._on_message([frame.buffer for frame in message])
 
-    def _learn(self, message: Arrived) -> None:
-        """ZeroMQ says how the connection is: if it failed or broke, it is over."""
+    def _on_monitor_message(self, message: ZmqMessage) -> None:
+        """End the link if ZeroMQ reports that the connection failed or broke."""
         outcome = read_monitor(message, self.contact.endpoint, self.contact.secure)
         if outcome is not None:
             self.error = self.error or outcome
@@ -116,33 +128,34 @@ class ZmqEndpoint:
         self.contact = contact
         self.identity = identity
         self.timers = network.timers
-        self.most_links = max(8, open_files() * 3 // 4 // FILES_PER_LINK)  # a quarter for everything else
+        self.most_links = max(FEWEST_LINKS, open_files() * 3 // 4 // FILES_PER_LINK)  # a quarter is for all else
         self._network = network
         self._socket = socket
         self._nursery = nursery
         self._unsent: dict[bytes, deque[UnsentFrames]] = {}
 
-    def connect(self, contact: Contact, heard: Heard, ended: Ended) -> ZmqLink:
-        link, network = ZmqLink(contact, heard, ended), self._network
+    def connect(self, contact: Contact, on_message: OnMessage, on_end: OnEnd) -> ZmqLink:
+        link, network = ZmqLink(contact, on_message, on_end), self._network
         try:
             self._nursery.start_soon(link.run, network.context, self.identity, network.limits.message_bytes)
         except RuntimeError:  # the nursery has ended
             raise ConnectionLost(f"{contact.endpoint} was not called, as this node is closing") from None
         return link
 
-    async def serve(self, hear: Hear) -> None:
+    async def serve(self, on_request: OnRequest) -> None:
         secure = self.contact.secure
 
-        def hear_message(message: Arrived) -> None:
+        def on_message(message: ZmqMessage) -> None:
             route, *frames = message
             if frames:
-                hear(Peer(route.bytes, user_id(frames[0]) if secure else None), [frame.buffer for frame in frames])
+                peer = Peer(route.bytes, user_id(frames[0]) if secure else None)
+                on_request(peer, [frame.buffer for frame in frames])
 
-        self._socket.hear = hear_message
+        self._socket.on_message = on_message
         try:
-            await self._socket.run_until_over()
+            await self._socket.run_until_failure()
         finally:
-            self._socket.hear = None
+            self._socket.on_message = None
 
     async def send(self, peer: Peer, frames: Sequence[Frame]) -> None:
         self._remember(peer, await self._socket.send([peer.route, *frames]))
@@ -151,7 +164,7 @@ class ZmqEndpoint:
         try:
             unsent = self._socket.send_nowait([peer.route, *frames])
         except ConnectionLost:
-            return True  # nobody is left to hear it
+            return True  # the peer is gone
         if unsent is not None:
             self._remember(peer, unsent)
         return unsent is not None
@@ -173,12 +186,15 @@ class ZmqEndpoint:
         if unsent.done:
             return
         self._unsent.setdefault(peer.route, deque()).append(unsent)
-        if len(self._unsent) > 256:  # peers that left without taking their answers
-            self.unsent_total()  # which forgets them
+        if len(self._unsent) > UNSENT_PEERS:
+            self.unsent_total()  # which forgets those that have nothing unsent
 
 
 class ZmqNetwork:
-    """A ZeroMQ context and the tasks that all nodes of a lab thread share: one answers who may connect."""
+    """A network of ZeroMQ nodes in this trio run; `open_network` makes one.
+
+    All nodes share its ZeroMQ context, its timers, and the task that answers who may connect (ZAP).
+    """
 
     tcp = True
 
@@ -199,12 +215,20 @@ class ZmqNetwork:
         secure: bool | None = None,
         admission: Admission | None = None,
     ) -> AsyncIterator[ZmqEndpoint]:
-        """Bind a node to `address` (`tcp://host:port`, port `*` for any).
+        """Listen at an address, for the length of the block.
 
-        `announce`: the `host` or `host:port` that others should use, where that differs from what is bound (needed
-        behind a router; guessed for 0.0.0.0). `secure`: CURVE; on by default for private swarms and beyond loopback,
-        where `announce` counts, too.
-        Raises `ValueError` for arguments that do not go together, `LabkitError` if the address cannot be had.
+        Args:
+            identity: the keys of the node.
+            address: `tcp://host:port`; port `*` for any that is free.
+            announce: the `host` or `host:port` that others should use, where that differs from what is bound. Needed
+                behind a router; guessed for 0.0.0.0.
+            secure: whether connections are encrypted (CURVE). By default they are in private swarms, and in nodes that
+                listen, or are announced, beyond loopback.
+            admission: who may connect; by default anybody.
+
+        Raises:
+            ValueError: the arguments do not go together.
+            LabkitError: the address cannot be bound.
         """
         bind_host, bind_port = split_address(address)
         admission = admission or Admission()
@@ -240,7 +264,7 @@ class ZmqNetwork:
 
 @asynccontextmanager
 async def open_network(limits: FrameLimits | None = None) -> AsyncIterator[ZmqNetwork]:
-    """A network for the nodes of this trio run; closes every socket at the end."""
+    """Open a network for the nodes of this trio run, for the length of the block. Closes all sockets at its end."""
     context = make_context()
     network = ZmqNetwork(context, limits or FrameLimits())
     zap = make_zap(context)
@@ -259,10 +283,10 @@ async def open_network(limits: FrameLimits | None = None) -> AsyncIterator[ZmqNe
 
 
 async def _terminate(context: Context) -> None:
-    """End ZeroMQ's own thread. Its sockets are closed, so it has nothing to wait for but the last replies to leave.
+    """End ZeroMQ's own thread. Its sockets are closed, so it only waits for the last replies to leave.
 
-    With a deadline nevertheless: if that thread ever waits for something, as it did before monitors were ended in time
-    (`Socket.close`), a notebook is not to wait with it.
+    It gets a deadline nevertheless. If that thread ever waits for something else, as it did before monitors were closed
+    in time (`Socket.close`), a notebook must not wait with it.
     """
     with trio.CancelScope(shield=True, deadline=trio.current_time() + TERM_TIMEOUT) as scope:
         await trio.to_thread.run_sync(context.term, abandon_on_cancel=True)
@@ -271,7 +295,7 @@ async def _terminate(context: Context) -> None:
 
 
 def open_files() -> int:
-    """How many files and sockets this process may have open."""
+    """Returns how many files and sockets this process may have open."""
     try:
         import resource
     except ImportError:  # Windows, which sets no such limit
