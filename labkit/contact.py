@@ -1,7 +1,7 @@
-"""Who a node is and where it is reached: a public key and an address.
+"""Contacts: the public key and the address of a node. An invitation is a contact as text.
 
-A contact is what the DHT's routing tables hold, what an expert's record points to, and, as text, what an invitation
-is. A node id is the hash of the public key, so a peer proves its id by the CURVE handshake.
+The DHT's routing tables hold contacts, and an expert's record points to one. A node id is the hash of the public key,
+so a peer proves its id by the CURVE handshake.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ LOOPBACK_NOTE = (
     'machines, start it with listen="tcp://0.0.0.0:*" (labkit serve --listen tcp://0.0.0.0:*) and, behind a router, '
     'announce="HOST:PORT"'
 )
-_HOST = re.compile(r"[\w.:%-]{1,255}")  # nothing that a terminal would obey
+_HOST = re.compile(r"[\w.:%-]{1,255}")  # no control characters, which a terminal would obey
 
 
 class _NodeId:
-    """160-bit Kademlia id: the hash of the public key. Computed when it is first read, like a `cached_property`, but
-    without the lock of that, since there are many contacts."""
+    """The 160-bit Kademlia id: the hash of the public key.
+
+    It is computed when it is first read, as by `cached_property`, but without a lock, since there are many contacts.
+    """
 
     def __get__(self, contact: Contact, owner: type[Contact]) -> int:
         value: int = contact.__dict__.setdefault("node_id", node_id_of(contact.key))
@@ -38,7 +40,7 @@ class _NodeId:
 
 
 class Contact(msgspec.Struct, frozen=True, array_like=True, dict=True):
-    """A node's public key and address. `secure`: whether connections to it are encrypted (CURVE)."""
+    """A node's public key and address. `secure` says whether connections to it are encrypted (CURVE)."""
 
     key: bytes  # 32 bytes, CURVE25519 public key
     host: str
@@ -62,16 +64,16 @@ class Contact(msgspec.Struct, frozen=True, array_like=True, dict=True):
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only processes of the same machine can reach it."""
+        """Whether only processes of the same machine can reach the node."""
         return is_loopback(self.host)
 
     @property
     def is_safe(self) -> bool:
-        """Whether it may be called: encrypted, or without leaving this machine."""
+        """Whether the node may be called: encrypted, or without leaving this machine."""
         return self.secure or self.is_loopback
 
     def invitation(self) -> str:
-        """The contact as text: `labkit://<public key>@host:port`, with `?plain` where it does not encrypt."""
+        """Returns the contact as text: `labkit://<public key>@host:port`, with `?plain` if it does not encrypt."""
         key = base64.urlsafe_b64encode(self.key).decode().rstrip("=")
         return f"{SCHEME}{key}@{self.endpoint}{'' if self.secure else '?plain'}"
 
@@ -97,15 +99,17 @@ class Contact(msgspec.Struct, frozen=True, array_like=True, dict=True):
 
 
 @lru_cache(maxsize=1 << 14)
-def shared(contact: Contact) -> Contact:
-    """An equal contact that was met before, if any. Others name the same nodes again and again, and who remembers them
-    is to hold each once."""
+def intern_contact(contact: Contact) -> Contact:
+    """Returns an equal contact that was seen before, if there is one, so that each is in memory once.
+
+    Peers name the same nodes again and again.
+    """
     return contact
 
 
 @lru_cache(maxsize=1 << 14)
 def node_id_of(key: bytes) -> int:
-    """The 160-bit node id of a public key."""
+    """Returns the 160-bit node id of a public key."""
     return int.from_bytes(hashlib.blake2b(key, digest_size=ID_BITS // 8).digest(), "big")
 
 
@@ -121,7 +125,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Invitation(str):
-    """An invitation: a text, to be passed on. `note` says where it works, if that is not everywhere."""
+    """An invitation to a swarm: a text to pass on. `note` says where it works, if that is not everywhere."""
 
     note: str
 

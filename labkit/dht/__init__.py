@@ -1,7 +1,9 @@
 """The DHT: Kademlia over labkit's remote calls (paper: Maymounkov & Mazieres, "Kademlia", IPTPS 2002).
 
-Reading order: `routing` (whom we know), `storage` (what we hold), `search` (whom to ask next), `protocol` (what crosses
-the wire), `peers` (every call made), `node` (the DHT node itself). `signing` is for records that have an owner.
+Reading order: `routing` (the nodes that are known), `storage` (the records that are held), `protocol` (what crosses the
+wire), `lookup` (which nodes to ask next), `peers` (all calls to other nodes), `service` (the answers to theirs),
+`replicas` (where a record is stored), `maintenance` (background work), `node` (the DHT node itself). `signing` is for
+records that have an owner.
 """
 
 from labkit.dht.node import DHTConfig, DHTNode, Entry, Value

@@ -1,12 +1,15 @@
-"""Every call that a DHT node makes, and what is learned from it: who is alive, who is slow, who is left alone.
+"""The other nodes, as one DHT node sees them: every call to them, and what it learns from these calls.
 
-Sits between `node` (what to say) and `wire.rpc` (how it travels). Whoever answers or calls enters the routing table;
-contacts that third parties name do not, until they have answered themselves.
+Sits between `node`, which decides what to ask, and `wire/rpc_client`. A node that answers or calls enters the routing
+table. Contacts that third parties name do not, until they have answered themselves. Nodes that do not answer are left
+alone for a while (the blacklist), and pinged before they are relied on again.
+
+Order: the configuration of a DHT node, `Peers`, `FindCall` (one node asked about many keys).
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -15,7 +18,20 @@ import trio
 
 from labkit.contact import Contact
 from labkit.dht.lookup import OnAnswers
-from labkit.dht.protocol import Answered, Find, FindReply, NodeAnswer, Ping, Pong, read_reply
+from labkit.dht.protocol import (
+    Answered,
+    Find,
+    FindReply,
+    KeyItems,
+    NodeAnswer,
+    Ping,
+    Pong,
+    Store,
+    StoreReply,
+    WireItem,
+    batches,
+    read_reply,
+)
 from labkit.dht.routing import Blacklist, RoutingTable
 from labkit.dht.storage import Limits
 from labkit.errors import BadReply, RPCError
@@ -24,25 +40,41 @@ from labkit.wire.transport import Cancellable, await_callback
 
 R = TypeVar("R", bound=Answered)
 
-MAX_BACKGROUND = 64  # tasks; beyond, background work is dropped: all of it is repeated or repaired later
+MAX_BACKGROUND_TASKS = 64  # beyond, background work is dropped: all of it is repeated or repaired later
 
 
 @dataclass(frozen=True)
 class DHTConfig:
-    """How a DHT node behaves. Times in seconds."""
+    """How a DHT node behaves. Times are in seconds. Raises `ValueError` for values that make no sense.
 
-    k: int = 20  # replicas of a record, contacts per bucket
-    alpha: int = 3  # nodes that a look-up asks at a time
-    quorum: int = 3  # other nodes whose values a get merges, if there are as many
-    rpc_timeout: float = 2.0  # a node that has not answered by then has failed
-    slow_after: float = 0.3  # a look-up goes on without a node after this (or longer, where round trips are longer)
-    lookup_timeout: float = 10.0  # then a look-up makes do with what it has
+    Args:
+        k: replicas of a record, and contacts in a bucket.
+        alpha: nodes that a look-up asks at a time.
+        quorum: other nodes whose values a get merges, if there are as many.
+        rpc_timeout: a node that has not answered after this time has failed.
+        slow_after: a look-up goes on without a node after this time, or later where round trips take longer.
+        lookup_timeout: a look-up returns what it has after this time.
+        refresh_period: a bucket in which nothing was looked up for this time is refreshed.
+        republish_period: a record that was not stored again for this time is republished.
+        cache_ttl: how long the copies live that look-ups leave on their way; they may be stale.
+        blacklist_base: how long a node is left alone after its first failure; doubled with each further one in a row.
+        blacklist_max: how long it is left alone at most.
+        max_failures: a node is forgotten after this many failures in a row.
+        limits: what the node stores.
+    """
+
+    k: int = 20
+    alpha: int = 3
+    quorum: int = 3
+    rpc_timeout: float = 2.0
+    slow_after: float = 0.3
+    lookup_timeout: float = 10.0
     refresh_period: float = 300.0
     republish_period: float = 60.0
-    cache_ttl: float = 10.0  # of copies left by look-ups: how long a stale one can be met
+    cache_ttl: float = 10.0
     blacklist_base: float = 1.0
     blacklist_max: float = 60.0
-    max_failures: int = 5  # in a row; then a node is forgotten
+    max_failures: int = 5
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -54,21 +86,30 @@ class DHTConfig:
 
 
 class Peers:
-    """The other nodes, as one node sees them. `on_new(contact)` is called for each that enters the routing table."""
+    """The other nodes, as one node sees them, and the calls to them.
+
+    Args:
+        caller: makes the calls.
+        contact: this node.
+        config: how it behaves.
+        client_only: whether it answers no calls, and so does not name itself in those that it makes.
+        on_new: called with each contact that enters the routing table.
+    """
 
     __slots__ = (
         "_background", "_caller", "_deviation", "_on_new", "_probing", "_round_trip", "blacklist", "calls",
-        "calls_failed", "config", "contact", "lost", "routing", "sender",
+        "calls_failed", "client_only", "config", "contact", "lost", "routing", "sender",
     )  # fmt: skip
 
     def __init__(
         self, caller: Caller, contact: Contact, config: DHTConfig, client_only: bool, on_new: Callable[[Contact], None]
     ) -> None:
         self.contact = contact
-        self.sender = None if client_only else contact  # as requests name us
+        self.client_only = client_only
+        self.sender = None if client_only else contact  # how requests name this node
         self.routing = RoutingTable(contact.node_id, config.k)
         self.blacklist = Blacklist(config.blacklist_base, config.blacklist_max)
-        self.lost: dict[int, Contact] = {}  # the last k that were forgotten, to be tried when nobody else is left
+        self.lost: dict[int, Contact] = {}  # the last k that were forgotten, to try when no other node is left
         self.calls = 0
         self.calls_failed = 0
         self._caller = caller
@@ -81,18 +122,18 @@ class Peers:
 
     @property
     def slow_after(self) -> float:
-        """Seconds after which a look-up goes on without an answer, by the round trips seen (as TCP's RFC 6298 does)."""
+        """Seconds after which a look-up goes on without an answer. Follows the round trips, as in TCP (RFC 6298)."""
         return min(self.config.rpc_timeout, max(self.config.slow_after, self._round_trip + 4 * self._deviation))
 
     @property
     def round_trip(self) -> float:
-        """Smoothed round-trip time over all peers, seconds."""
+        """The smoothed round-trip time over all peers, seconds."""
         return self._round_trip
 
     def usable(self, contact: Contact) -> bool:
-        """Whether to call a node now: not ourselves, and not on the blacklist.
+        """Whether to call a node now: it is not this node, and not on the blacklist.
 
-        One whose back-off is over is pinged in the background first, so that no look-up waits for it a second time.
+        A node whose back-off is over is pinged in the background first, so that no look-up waits for it a second time.
         """
         node_id = contact.node_id
         if node_id not in self.blacklist:
@@ -103,37 +144,37 @@ class Peers:
         return False
 
     def usable_of(self, contacts: Sequence[Contact]) -> list[Contact]:
-        """Those of them to call now."""
+        """Returns those of `contacts` that may be called now."""
         if not self.blacklist:
             return [contact for contact in contacts if contact.node_id != self.contact.node_id]
         return [contact for contact in contacts if self.usable(contact)]
 
     def nearest_for(self, asker: Contact | None, target: int, count: int) -> list[Contact]:
-        """Up to `count` known and usable contacts other than the one who asks, by distance to `target`."""
+        """Returns up to `count` known and usable contacts, by distance to `target`, without the one that asks."""
         key = None if asker is None else asker.key
         found = self.routing.nearest(target, count + 1, self.usable if self.blacklist else None)
         return [contact for contact in found if contact.key != key][:count]
 
     def nearest(self, target: int, count: int) -> list[Contact]:
-        """Up to `count` known and usable contacts, by distance to `target`.
+        """Returns up to `count` known and usable contacts, by distance to `target`.
 
-        If there are none, as after an outage of our own: those on the blacklist whose back-off is over.
+        If there are none, as after an outage of our own network, it returns blacklisted ones whose back-off is over.
         """
         found = self.routing.nearest(target, count, self.usable)
         return found or self.routing.nearest(target, count, lambda c: not self.blacklist.blocks(c.node_id, _now()))
 
     async def call(self, contact: Contact, method: str, body: object, returns: type[R]) -> R | None:
-        """Call a node. Returns its reply, or None if there was none, whatever the reason."""
+        """Call a node. Returns its reply, or None if there was none, for whatever reason."""
         return await await_callback(partial(self.begin, contact, method, body, returns))
 
     def begin(
         self, contact: Contact, method: str, body: object, returns: type[R], done: Callable[[R | None], object]
     ) -> Cancellable:
-        """The same without a task: `done` is told the reply."""
+        """Do what `call` does without a task (see `wire/transport`): `done` is called with the reply or None."""
         self.calls += 1
         start = _now()
 
-        def hear(reply: Reply | RPCError) -> None:
+        def on_reply(reply: Reply | RPCError) -> None:
             answered = None if isinstance(reply, RPCError) else reply.body
             if not isinstance(answered, returns) or answered.key != contact.key:
                 self.failed(contact)
@@ -144,18 +185,39 @@ class Peers:
             self._seen(contact)
             done(answered)
 
-        return self._caller.begin(contact, method, body, done=hear, returns=returns, timeout=self.config.rpc_timeout)
+        return self._caller.begin(
+            contact, method, body, done=on_reply, returns=returns, timeout=self.config.rpc_timeout
+        )
 
     async def ping(self, contact: Contact) -> bool:
         """Whether a node answers."""
         return await self.call(contact, "dht.ping", Ping(self.sender), Pong) is not None
 
-    def called_by(self, request: Request, sender: Contact | None) -> None:
-        """A node called us and named itself. Ignored if the connection was proven to be someone else's, and if calling
-        it back would not be safe.
+    async def call_find(self, contact: Contact, queries: list[str | bytes]) -> list[NodeAnswer] | None:
+        """Ask a node about keys and ids. Returns an answer to each, or None if the node did not answer."""
+        return await await_callback(partial(self.begin_find, contact, queries))
 
-        A node that we had given up is pinged at once, and is back when it answers: it may be one that can call but
-        cannot be called. New callers are taken at their word.
+    def begin_find(self, contact: Contact, queries: list[str | bytes], done: OnAnswers) -> Cancellable:
+        """Do what `call_find` does without a task: `done` is called with the answers."""
+        return FindCall(self, contact, queries, done)
+
+    async def call_store(self, contact: Contact, records: list[KeyItems]) -> list[str] | None:
+        """Ask a node to hold items. Returns a text for each, empty for what it holds now, else the reason why not;
+        None if the node did not answer."""
+        reply = await self.call(contact, "dht.store", Store(self.sender, records), StoreReply)
+        return None if reply is None else reply.refusals
+
+    def store_in_background(self, contact: Contact, rows: Iterable[tuple[str, WireItem]]) -> None:
+        """Ask a node to hold items, by key, without waiting for it. It may fail."""
+        for records in batches(rows):
+            self.in_background(partial(self.call_store, records=records), contact)
+
+    def called_by(self, request: Request, sender: Contact | None) -> None:
+        """Note that a node called us and named itself.
+
+        It is ignored if the connection was proven to be someone else's, or if calling it back would not be safe. A node
+        that was on the blacklist is pinged at once and is back when it answers: it may be one that can call but cannot
+        be called. New callers are taken at their word.
         """
         if sender is None or request.peer.key not in (None, sender.key) or not sender.is_safe:
             return
@@ -167,7 +229,7 @@ class Peers:
         self._seen(sender)
 
     def failed(self, contact: Contact) -> None:
-        """A node did not answer, or answered nonsense."""
+        """Note that a node did not answer, or answered nonsense."""
         self.calls_failed += 1
         node_id = contact.node_id
         failures = self.blacklist.failed(node_id, _now())
@@ -191,12 +253,12 @@ class Peers:
             self._probing.discard(contact.node_id)
 
     def run_in(self, nursery: trio.Nursery | None) -> None:
-        """Where background work runs from now on; None: nowhere."""
+        """Run background work in this nursery from now on; with None, nowhere."""
         self._background = nursery
 
     def in_background(self, function: Callable[[Contact], Awaitable[object]], contact: Contact) -> bool:
-        """Start background work if there is somewhere to run it and not too much of it already."""
-        if self._background is None or len(self._background.child_tasks) > MAX_BACKGROUND:
+        """Start background work, unless there is no nursery for it, or too much of it. Returns whether it did."""
+        if self._background is None or len(self._background.child_tasks) > MAX_BACKGROUND_TASKS:
             return False
         try:
             self._background.start_soon(function, contact)
@@ -226,8 +288,10 @@ def _now() -> float:
 
 
 class FindCall:
-    """One node being asked about keys and ids: records that had no room in its reply are asked for again until all have
-    come."""
+    """A call that asks one node about keys and ids.
+
+    Records that had no room in the reply are asked for again until all of them have come.
+    """
 
     __slots__ = ("_answers", "_call", "_contact", "_done", "_peers", "_queries")
 
@@ -242,10 +306,10 @@ class FindCall:
 
     def _ask(self, missing: list[str | bytes]) -> None:
         body = Find.of(self._peers.sender, missing)
-        hear = partial(self._hear, body.queries(), trio.current_time())
-        self._call = self._peers.begin(self._contact, "dht.find", body, FindReply, hear)
+        on_reply = partial(self._on_reply, body.queries(), trio.current_time())
+        self._call = self._peers.begin(self._contact, "dht.find", body, FindReply, on_reply)
 
-    def _hear(self, asked: list[str | bytes], at: float, reply: FindReply | None) -> None:
+    def _on_reply(self, asked: list[str | bytes], at: float, reply: FindReply | None) -> None:
         if reply is None:
             self._done(None)
             return
@@ -257,7 +321,7 @@ class FindCall:
                     left_out.append(query)
                 self._answers[query] = answer._replace(contacts=peers.usable_of(answer.contacts))
             if len(left_out) == len(asked):
-                raise BadReply("nothing but promises")
+                raise BadReply("the reply leaves all records out")
         except BadReply:
             peers.failed(self._contact)
             self._done(None)
@@ -268,6 +332,6 @@ class FindCall:
             self._done([self._answers[query] for query in self._queries])
 
     def cancel(self) -> None:
-        """Nobody waits for the answers any more."""
+        """Give the call up."""
         if self._call is not None:
             self._call.cancel()

@@ -1,8 +1,8 @@
-"""What DHT nodes say to each other: the bodies of `dht.ping`, `dht.find` and `dht.store`, and what is believed of them.
+"""What DHT nodes send each other: the bodies of `dht.ping`, `dht.find` and `dht.store`, and the checks on them.
 
-Bodies are msgspec structs, checked for types and sizes by the wire before a handler or a caller sees them; the rest is
-checked here. Every request names its sender (unless that is a client that serves nobody), so that receivers learn of
-it; every reply carries the answering node's key, so that another process on a dead node's port is not taken for it.
+Bodies are msgspec structs. The wire checks their types and sizes before a handler or a caller sees them; the rest is
+checked here. Every request names its sender (unless that is a client that answers no calls), so that receivers learn of
+it. Every reply carries the answering node's key, so that another process on a dead node's port is not taken for it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Annotated, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from labkit.contact import ID_BITS, Contact, shared
-from labkit.dht.storage import Item, Limits, Role
+from labkit.contact import ID_BITS, Contact, intern_contact
+from labkit.dht.storage import ITEM_OVERHEAD, Item, Limits, Role
 from labkit.errors import BadReply
 
-MAX_QUERIES = 256  # keys and ids per find call
-MAX_ENTRIES = 1024  # items per store call
-MAX_STORE_BYTES = 1024 * 1024  # bytes of items per store call (one item always goes)
-MAX_CONTACT_BYTES = 2048  # as it is encoded; what was read before is remembered
+MAX_QUERIES = 256  # keys and ids in a find call
+MAX_ENTRIES = 1024  # items in a store call
+MAX_STORE_BYTES = 1024 * 1024  # bytes of the items in a store call, unless it is one item
+MAX_CONTACT_BYTES = 2048  # bytes of an encoded contact; those that were read are remembered
 
 ID_BYTES = ID_BITS // 8
 _encoder = msgspec.msgpack.Encoder()
@@ -31,7 +31,7 @@ _Id = Annotated[bytes, Meta(min_length=ID_BYTES, max_length=ID_BYTES)]
 
 
 class WireItem(msgspec.Struct, array_like=True, frozen=True):
-    """One value of a record. `ttl`: seconds that it has left to live."""
+    """One value of a record. `ttl` is the time that it has left to live, in seconds."""
 
     value: bytes
     ttl: float
@@ -43,13 +43,13 @@ class WireItem(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Ping(msgspec.Struct, array_like=True, frozen=True):
-    """Are you there? `sender`: None for a client that serves nobody, and for one that only wants to know."""
+    """Asks whether a node is there. `sender` is None if the caller does not want to be known as a node."""
 
     sender: Contact | None
 
 
 class Find(msgspec.Struct, array_like=True, frozen=True):
-    """For a key values and near contacts are wanted, for an id (20 bytes) contacts only."""
+    """Asks for the values of keys and the contacts near to them, and for the contacts near to ids (20 bytes)."""
 
     sender: Contact | None
     keys: Annotated[list[_Key], Meta(max_length=MAX_QUERIES)]
@@ -57,40 +57,40 @@ class Find(msgspec.Struct, array_like=True, frozen=True):
 
     @classmethod
     def of(cls, sender: Contact | None, queries: Sequence[str | bytes]) -> Find:
-        """Keys are strings, ids are bytes."""
+        """Make the body for these queries: keys are strings, ids are bytes."""
         return cls(sender, [q for q in queries if isinstance(q, str)], [q for q in queries if isinstance(q, bytes)])
 
     def queries(self) -> list[str | bytes]:
-        """All that is asked, in the order of the answers."""
+        """Returns all queries, in the order of their answers."""
         return [*self.keys, *self.ids]
 
 
 class KeyItems(msgspec.Struct, array_like=True, frozen=True):
-    """What is to be stored under one key."""
+    """Items to be stored under one key."""
 
     key: _Key
     items: Annotated[list[WireItem], Meta(max_length=MAX_ENTRIES)]
 
 
 class Store(msgspec.Struct, array_like=True, frozen=True):
-    """Hold these records, each for the time that its items say."""
+    """Asks a node to hold records, each item for its time to live."""
 
     sender: Contact | None
     records: Annotated[list[KeyItems], Meta(max_length=MAX_ENTRIES)]
 
 
 class Answered(msgspec.Struct, array_like=True, frozen=True):
-    """What every reply begins with: the public key of the node that answers."""
+    """The beginning of every reply: the public key of the node that answers."""
 
     key: bytes
 
 
 class Pong(Answered, frozen=True):
-    """I am here."""
+    """The answer to `Ping`."""
 
 
 class Found(msgspec.Struct, array_like=True, frozen=True):
-    """The answer to one query. `left_out`: there are items that had no room in this reply; ask for this key again."""
+    """The answer to one query. `left_out`: its items had no room in this reply; ask for this key again."""
 
     nearest: list[_Count]  # indices into the reply's contacts
     items: list[WireItem]
@@ -98,23 +98,26 @@ class Found(msgspec.Struct, array_like=True, frozen=True):
 
 
 class FindReply(Answered, frozen=True):
-    """One answer per query, in their order. Contacts are listed once, however many queries they are near to; they are
-    left encoded until `read_reply`, since most of them have been read before."""
+    """One answer per query, in their order.
+
+    A contact is listed once, however many queries it is near to. Contacts stay encoded until `read_reply`, since most
+    of them have been read before.
+    """
 
     contacts: list[msgspec.Raw]
     found: list[Found]
 
 
 class StoreReply(Answered, frozen=True):
-    """One text per item, in their order: why it was refused, or empty if it is held now."""
+    """One text per item, in their order: empty if the node holds it now, else the reason why not."""
 
     refusals: list[str]
 
 
 class NodeAnswer(NamedTuple):
-    """What one node said about one target: the contacts nearest to it that it knows, and what it holds.
+    """One node's answer about one target: the nearest contacts that it knows, and the items that it holds.
 
-    `at`: when the node was asked, from which on items' times to live count.
+    `at` is the time at which the node was asked; the items' times to live count from then.
     """
 
     contacts: Sequence[Contact]
@@ -123,19 +126,19 @@ class NodeAnswer(NamedTuple):
 
 
 def to_wire(subkey: str | None, item: Item, now: float) -> WireItem:
-    """An item as it leaves this node."""
+    """Returns an item as it leaves this node."""
     cached = item.role is Role.CACHED
     return WireItem(item.value, item.expires_at - now, subkey, item.sequence, cached, item.owner, item.signature)
 
 
 def from_wire(wire: WireItem, at: float, republish_at: float = float("inf")) -> Item:
-    """An item as it arrives; its time to live counts from `at`."""
+    """Returns an item as it arrives. Its time to live counts from `at`."""
     role = Role.CACHED if wire.cached else Role.REPLICA
     return Item(wire.value, at + wire.ttl, wire.sequence, wire.owner, wire.signature, role, republish_at)
 
 
 class ReplyBuilder:
-    """Puts a find reply together within `room` bytes of items. The first record always fits."""
+    """Builds a find reply with at most `room` bytes of items. A record that does not fit is marked as left out."""
 
     def __init__(self, key: bytes, room: int) -> None:
         self._key = key
@@ -144,7 +147,7 @@ class ReplyBuilder:
         self._found: list[Found] = []
 
     def add(self, nearest: Iterable[Contact], items: Mapping[str | None, Item], now: float) -> None:
-        """The answer to the next query."""
+        """Add the answer to the next query."""
         indices = []
         for contact in nearest:
             index, _ = self._contacts.setdefault(contact.node_id, (len(self._contacts), contact))
@@ -157,6 +160,7 @@ class ReplyBuilder:
         self._found.append(Found(indices, wire, not fits))
 
     def build(self) -> FindReply:
+        """Returns the reply."""
         contacts = [_write_contact(contact) for _, contact in self._contacts.values()]
         return FindReply(self._key, contacts, self._found)
 
@@ -173,13 +177,27 @@ def _read_contact(encoded: bytes) -> Contact:
     contact = msgspec.msgpack.decode(encoded, type=Contact)
     if not contact.is_safe:
         raise ValueError(f"{contact.endpoint} would be called without encryption")
-    return shared(contact)
+    return intern_contact(contact)
 
 
 def read_reply(
     reply: FindReply, queries: Sequence[str | bytes], at: float, k: int, limits: Limits
 ) -> list[tuple[NodeAnswer, bool]]:
-    """The answers of a find reply, each with whether it was left out. Raises `BadReply` if it makes no sense."""
+    """Read and check a find reply.
+
+    Args:
+        reply: the reply.
+        queries: what was asked.
+        at: when it was asked.
+        k: how many contacts an answer may name.
+        limits: limits of items.
+
+    Returns:
+        The answer to each query, and whether its items were left out.
+
+    Raises:
+        BadReply: the reply makes no sense.
+    """
     if len(reply.found) != len(queries) or len(reply.contacts) > k * len(queries):
         raise BadReply(f"{len(reply.found)} answers and {len(reply.contacts)} contacts to {len(queries)} queries")
     try:
@@ -201,11 +219,11 @@ def read_reply(
 
 
 def batches(records: Iterable[tuple[str, WireItem]]) -> Iterator[list[KeyItems]]:
-    """Items, key by key, in portions that fit into one store call."""
+    """Split items, given key by key, into portions that fit into one store call each."""
     portion: list[KeyItems] = []
     count = size = 0
     for key, item in records:
-        item_size = len(item.value) + len(item.subkey or "") + len(key) + 200
+        item_size = len(item.value) + len(item.subkey or "") + len(key) + ITEM_OVERHEAD
         if portion and (count >= MAX_ENTRIES or size + item_size > MAX_STORE_BYTES):
             yield portion
             portion, count, size = [], 0, 0

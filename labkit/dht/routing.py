@@ -1,7 +1,7 @@
-"""Whom a DHT node knows: the routing table of k-buckets, and the blacklist of nodes that did not answer.
+"""The nodes that a DHT node knows: the routing table of k-buckets, and the blacklist of nodes that did not answer.
 
-A batch comes by here when beam search misses its cache: a look-up starts from the contacts nearest to a key. Plain
-state: the time is passed in, and the table *returns* the node to ping rather than pinging it.
+On a batch's way, when beam search misses its cache, a look-up starts from the contacts nearest to a key. Plain state,
+no I/O: the time is passed in, and the table *returns* the node to ping rather than pinging it.
 Source: Kademlia, sections 2.1 to 2.4 (k-buckets, splitting), 4.1 (replacement cache, stale contacts).
 """
 
@@ -15,7 +15,7 @@ from labkit.contact import ID_BITS, Contact
 
 
 class KBucket:
-    """Up to k contacts whose ids lie in [low, low + 2**bits), the least recently seen first."""
+    """Up to k contacts whose ids are in [low, low + 2**bits), the least recently seen first."""
 
     __slots__ = ("bits", "contacts", "looked_up_at", "low", "probed_at", "replacements")
 
@@ -28,24 +28,29 @@ class KBucket:
         self.probed_at = float("-inf")  # when the table last asked for a ping of the least recently seen
 
     def covers(self, node_id: int) -> bool:
+        """Whether an id is in this range."""
         return node_id >> self.bits == self.low >> self.bits
 
     def distance(self, target: int) -> int:
-        """The least XOR distance to `target` that an id of this range can have."""
+        """Returns the smallest XOR distance to `target` that an id of this range can have."""
         return ((self.low ^ target) >> self.bits) << self.bits
 
     def random_id(self, random: Random) -> int:
-        """An id of this range, to be looked up when the bucket is refreshed."""
+        """Returns an id of this range, to look up when the bucket is refreshed."""
         return self.low | random.getrandbits(self.bits) if self.bits else self.low
 
 
 class RoutingTable:
-    """The contacts that a node has heard from itself, in k-buckets that split around its own id.
+    """The contacts that a node has heard from directly, in k-buckets that split around its own id.
 
-    A full bucket that covers the node's own id splits; any other keeps whom it has, because a node that has been up
+    A full bucket that covers the node's own id splits. Any other keeps its contacts, because a node that has been up
     for long is likely to stay up (Kademlia, section 2.1). A newcomer then waits in the bucket's replacement cache, and
-    `seen` returns the least recently seen contact for the caller to ping: at most one per bucket and `probe_period`
-    seconds.
+    `seen` returns the least recently seen contact for the caller to ping, at most one per bucket and `probe_period`.
+
+    Args:
+        node_id: the node's own id.
+        k: how many contacts a bucket holds.
+        probe_period: seconds.
     """
 
     __slots__ = ("buckets", "k", "node_id", "probe_period")
@@ -67,7 +72,7 @@ class RoutingTable:
             yield from bucket.contacts.values()
 
     def seen(self, contact: Contact, now: float) -> Contact | None:
-        """Note that `contact` answered or called. Returns the contact to ping if its bucket is full, else None."""
+        """Note that `contact` answered or called. Returns a contact to ping if its bucket is full, else None."""
         node_id = contact.node_id
         if node_id == self.node_id:
             return None
@@ -96,10 +101,10 @@ class RoutingTable:
         return next(iter(bucket.contacts.values()))
 
     def failed(self, node_id: int) -> None:
-        """A node did not answer: whoever waits in the replacement cache takes its place.
+        """Note that a node did not answer: a newcomer from the replacement cache takes its place.
 
-        With nobody to replace it the contact stays (section 4.1), so that a short outage of ours does not empty the
-        table; the blacklist keeps it from being asked, and `remove` is for when it has failed too often.
+        If there is none, the contact stays (section 4.1), so that a short outage of our own network does not empty the
+        table. The blacklist keeps the node from being asked; `remove` is for when it has failed too often.
         """
         bucket = self._bucket(node_id)
         if bucket.replacements:
@@ -116,7 +121,7 @@ class RoutingTable:
         return bucket.contacts.pop(node_id, None)
 
     def nearest(self, target: int, count: int, accept: Callable[[Contact], bool] | None = None) -> list[Contact]:
-        """Up to `count` contacts by growing XOR distance to `target`; `accept` may turn some down."""
+        """Returns up to `count` contacts by growing XOR distance to `target`, without those that `accept` rejects."""
         found: list[Contact] = []
         # The ranges are aligned powers of two, so whole buckets follow one another in distance.
         for bucket in sorted(self.buckets, key=lambda bucket: bucket.distance(target)):
@@ -129,18 +134,18 @@ class RoutingTable:
         return found
 
     def looked_up(self, target: int, now: float) -> None:
-        """Note a look-up of `target`: its bucket needs no refresh for a while."""
+        """Note that `target` was looked up: its bucket needs no refresh for a while."""
         self._bucket(target).looked_up_at = now
 
     def stale(self, now: float, period: float) -> list[KBucket]:
-        """The buckets in whose range nothing was looked up for `period` seconds (section 2.3)."""
+        """Returns the buckets in whose range nothing was looked up for `period` seconds (section 2.3)."""
         return [bucket for bucket in self.buckets if now - bucket.looked_up_at >= period]
 
     def _bucket(self, node_id: int) -> KBucket:
         return self.buckets[bisect_right(self.buckets, node_id, key=lambda bucket: bucket.low) - 1]
 
     def _split(self, bucket: KBucket) -> None:
-        """Two halves take the bucket's place. (It covers our own id, so that nobody ever had to wait in it.)"""
+        """Replace a bucket by two halves. (It covers our own id, so its replacement cache is empty.)"""
         bits = bucket.bits - 1
         halves = [KBucket(low, bits, bucket.looked_up_at) for low in (bucket.low, bucket.low | 1 << bits)]
         for node_id, contact in bucket.contacts.items():
@@ -150,15 +155,21 @@ class RoutingTable:
 
 
 class Blacklist:
-    """Nodes that did not answer, each left alone for a time that doubles with every failure in a row."""
+    """Nodes that did not answer. Each is left alone for a back-off time that doubles with every failure in a row.
+
+    Args:
+        base: the first back-off, seconds.
+        longest: the longest back-off, seconds.
+        capacity: how many nodes are remembered.
+    """
 
     __slots__ = ("_entries", "base", "capacity", "longest")
 
     def __init__(self, base: float = 1.0, longest: float = 60.0, capacity: int = 4096) -> None:
-        self.base = base  # seconds
-        self.longest = longest  # seconds
+        self.base = base
+        self.longest = longest
         self.capacity = capacity
-        self._entries: dict[int, tuple[int, float]] = {}  # node id -> failures in a row, until when
+        self._entries: dict[int, tuple[int, float]] = {}  # node id -> failures in a row, end of the back-off
 
     def __contains__(self, node_id: int) -> bool:
         return node_id in self._entries
@@ -167,7 +178,7 @@ class Blacklist:
         return len(self._entries)
 
     def failed(self, node_id: int, now: float) -> int:
-        """Note a failure. Returns how many there were in a row.
+        """Note a failure. Returns how many there were in a row by now.
 
         Calls that were in flight together count once: a failure during the back-off does not lengthen it.
         """
@@ -181,16 +192,16 @@ class Blacklist:
         return failures
 
     def clear(self, node_id: int) -> None:
-        """The node has answered."""
+        """Note that a node has answered."""
         self._entries.pop(node_id, None)
 
     def blocks(self, node_id: int, now: float) -> bool:
-        """Whether the node is to be left alone now. When its back-off is over it may be tried again."""
+        """Whether a node is to be left alone now. When its back-off is over it may be tried again."""
         entry = self._entries.get(node_id)
         return entry is not None and now < entry[1]
 
     def count(self, now: float) -> int:
-        """How many nodes are left alone now."""
+        """Returns how many nodes are left alone now."""
         return sum(now < until for _, until in self._entries.values())
 
     def forget(self, now: float) -> None:

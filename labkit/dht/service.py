@@ -1,6 +1,6 @@
-"""What a DHT node answers when other nodes call it: `dht.ping`, `dht.find` and `dht.store`.
+"""The answers of a DHT node to the calls of other nodes: `dht.ping`, `dht.find` and `dht.store`.
 
-Nothing here waits for anyone. Bodies have been checked by the wire; `storage` decides what is taken.
+Nothing here waits. The wire has checked the bodies; `storage` decides what is stored.
 Source: Kademlia, section 2.3.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import trio
 
-from labkit.contact import Contact, shared
+from labkit.contact import Contact, intern_contact
 from labkit.dht.peers import DHTConfig, Peers
 from labkit.dht.protocol import MAX_ENTRIES, Find, Ping, Pong, ReplyBuilder, Store, StoreReply, from_wire
 from labkit.dht.storage import Item, Role, Storage, key_id
@@ -19,7 +19,14 @@ from labkit.wire.rpc_types import Methods, Reply, Request, SyncMethod
 
 
 class Service:
-    """The handlers of one DHT node. `republish_at()`: when an item stored now is due to be republished."""
+    """The handlers of one DHT node.
+
+    Args:
+        storage: the records that it holds.
+        peers: the other nodes.
+        config: how it behaves.
+        republish_at: returns when an item that is stored now is due to be republished.
+    """
 
     __slots__ = ("_config", "_peers", "_republish_at", "_storage", "served")
 
@@ -32,7 +39,7 @@ class Service:
 
     @property
     def methods(self) -> Methods:
-        """By name, as `serve_rpc` takes them."""
+        """The methods by name, for `serve_rpc`."""
         return {
             "dht.ping": SyncMethod(self.rpc_ping, Ping),
             "dht.find": SyncMethod(self.rpc_find, Find),
@@ -40,12 +47,12 @@ class Service:
         }
 
     def rpc_ping(self, request: Request) -> Reply:
-        """NodeAnswer that we are there."""
+        """Answer that this node is there."""
         self._called(request, request.body.sender)
         return Reply(Pong(self._peers.contact.key))
 
     def rpc_find(self, request: Request) -> Reply:
-        """NodeAnswer with what we hold and whom we know near to each key or id."""
+        """Answer with the items that this node holds of each key, and the nodes it knows near to each key or id."""
         body: Find = request.body
         self._called(request, body.sender)
         now = trio.current_time()
@@ -60,7 +67,7 @@ class Service:
         return Reply(reply.build())
 
     def rpc_store(self, request: Request) -> Reply:
-        """Take items, or say for each why not."""
+        """Store items. Answers for each why it was refused, if it was."""
         body: Store = request.body
         self._called(request, body.sender)
         if sum(len(record.items) for record in body.records) > MAX_ENTRIES:
@@ -77,4 +84,4 @@ class Service:
 
     def _called(self, request: Request, sender: Contact | None) -> None:
         self.served += 1
-        self._peers.called_by(request, None if sender is None else shared(sender))
+        self._peers.called_by(request, None if sender is None else intern_contact(sender))

@@ -1,8 +1,10 @@
-"""Records that have an owner, and what several nodes say of one record, as one record.
+"""Signed records, and `merge`, which makes one record of the answers of several nodes and checks signatures on the way.
 
-A signature (Ed25519) is over (key, subkey, value, sequence). The time to live is not signed, because it is counted down
-on the way: whoever holds a signed record can keep it alive, but cannot change it, nor put it back once the owner has
-stored a higher sequence number.
+A signature (Ed25519) is over key, subkey, value and sequence. The time to live is not signed, because it is counted
+down on the way: any node that holds a signed record can keep it alive, but cannot change it, nor bring it back once the
+owner has stored a higher sequence number.
+
+Order: signing, verifying, merging.
 """
 
 from __future__ import annotations
@@ -19,18 +21,19 @@ from labkit.dht.storage import Entry, Item, supersedes
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-_DOMAIN = "labkit dht record 1"  # so that a signature made for something else is never one of a record
+_DOMAIN = "labkit dht record 1"  # so that no signature made for another purpose is valid for a record
 
 
 def signed_bytes(key: str, subkey: str | None, value: bytes, sequence: int) -> bytes:
-    """What the owner of a record signs."""
+    """Returns the bytes that the owner of a record signs."""
     return msgspec.msgpack.encode((_DOMAIN, key, subkey, value, sequence))
 
 
 class Signer:
-    """The owner of records. `seed`: 32 secret bytes, made up if not given.
+    """The owner of records. To replace a signed entry later, sign one with a higher `sequence`.
 
-    `sign(entry)` gives the entry with owner and signature; to replace it later, sign one with a higher `sequence`.
+    Args:
+        seed: 32 secret bytes; random by default.
     """
 
     def __init__(self, seed: bytes | None = None) -> None:
@@ -42,13 +45,13 @@ class Signer:
         self.owner: bytes = self._key.public_key().public_bytes_raw()  # 32 bytes, public
 
     def sign(self, entry: Entry) -> Entry:
-        """The entry, owned."""
+        """Returns the entry with its owner and signature."""
         signature = self._key.sign(signed_bytes(entry.key, entry.subkey, entry.value, entry.sequence))
         return replace(entry, owner=self.owner, signature=signature)
 
 
 def verify(key: str, subkey: str | None, item: Item) -> bool:
-    """Whether the item's owner has signed it."""
+    """Whether an item was signed by its owner."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -63,7 +66,7 @@ def verify(key: str, subkey: str | None, item: Item) -> bool:
 
 
 class Version(NamedTuple):
-    """One value of a record, of one store."""
+    """One value of a key and subkey, as one of several nodes has it."""
 
     sequence: int
     expires_at: float  # on the local clock
@@ -75,9 +78,16 @@ class Version(NamedTuple):
 def merge(
     key: str, held: Mapping[str | None, Item], answers: Iterable[tuple[float, Iterable[WireItem]]], now: float
 ) -> dict[str | None, Version]:
-    """What is `held` here and what others answered, by subkey, without what has expired or is not signed as it says.
+    """Merge what is held here with what other nodes answered, without what has expired or has no valid signature.
 
-    `answers`: each with the time from which its items' times to live count.
+    Args:
+        key: the key of the record.
+        held: the items that this node holds, by subkey.
+        answers: the items of each answer, with the time from which their times to live count.
+        now: the time.
+
+    Returns:
+        The version that supersedes all others, by subkey.
     """
     merged = {
         subkey: Version(item.sequence, item.expires_at, item.value, item.owner, item.signature)

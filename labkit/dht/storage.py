@@ -1,4 +1,4 @@
-"""What a DHT node holds: records with expirations, merged on store, bounded in every size a peer can choose.
+"""The records that a DHT node holds, with expirations, merged on store, and bounded in every size a peer can choose.
 
 A key's record is either one plain value or a dictionary of subkeys, each with its own expiration (the prefix index that
 beam search reads is such a dictionary). Plain state: the time is passed in. Times are on the local clock; between nodes
@@ -15,22 +15,30 @@ from typing import Protocol
 
 from labkit.contact import ID_BITS
 
-SCAN_PERIOD = 1.0  # seconds between two looks, at all that is held, for what has expired; where there is no room
-OVERHEAD = 200  # bytes that an item costs us beside its own; counted, so that empty values are not free
+SCAN_PERIOD = 1.0  # seconds between two scans of all records for expired ones, while a node is full
+ITEM_OVERHEAD = 200  # bytes counted for an item beside its own, so that empty values are not free
 
 
 def key_id(key: str) -> int:
-    """The 160-bit id of a key: where in the id space its record lives."""
+    """Returns the 160-bit id of a key: the place of its record in the id space."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=ID_BITS // 8).digest(), "big")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Something to store. `ttl`: seconds to live. With a `subkey` it is one entry of the key's dictionary.
+    """Something to store.
 
-    Among entries of the same key and subkey the higher `sequence` wins, then the later expiration, then the larger
-    bytes. `owner` (an Ed25519 public key) and `signature` are set by `Signer.sign`: then only the same owner can
-    replace it.
+    Of the entries of one key and subkey the one with the higher `sequence` wins, then the later expiration, then the
+    larger bytes.
+
+    Args:
+        key: the key to find it by.
+        value: the bytes to store.
+        ttl: time to live, seconds.
+        subkey: with one, this is an entry of the key's dictionary.
+        sequence: a number that grows with each new value.
+        owner: an Ed25519 public key; only the same owner can replace the entry. Set by `Signer.sign`.
+        signature: the owner's; set by `Signer.sign`.
     """
 
     key: str
@@ -44,7 +52,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """Something found. `expires_at`: on trio's clock of this process, in seconds."""
+    """A value that was found. `expires_at` is on trio's clock of this process, in seconds."""
 
     data: bytes
     expires_at: float
@@ -53,14 +61,14 @@ class Value:
 class Role(IntEnum):
     """Why a node holds an item."""
 
-    REPLICA = 0  # it is, or was, among the k nearest: republishes it
-    SPARE = 1  # others are nearer and have been given it: republishes only if it is among the nearest again
-    CACHED = 2  # left by a look-up on its way: short-lived, never republished
+    REPLICA = 0  # the node is, or was, among the k nearest, and republishes the item
+    SPARE = 1  # nearer nodes have been given the item; the node republishes it if it is among the nearest again
+    CACHED = 2  # a look-up left the item on its way: it is short-lived and never republished
 
 
 @dataclass(slots=True)
 class Item:
-    """One value as it is held: a plain record, or one subkey of a dictionary. Times on the local clock."""
+    """One value as it is held: a plain record, or one subkey of a dictionary. Times are on the local clock."""
 
     value: bytes
     expires_at: float
@@ -69,19 +77,19 @@ class Item:
     signature: bytes | None = None
     role: Role = Role.REPLICA
     republish_at: float = float("inf")
-    ours: bool = False  # whether this node stored it, and not another
+    ours: bool = False  # whether this node stored it, rather than another
 
     def size(self, subkey: str | None) -> int:
-        """What it counts for, in bytes. A little above what it takes on the wire."""
-        return OVERHEAD + len(self.value) + (len(subkey.encode()) if subkey else 0)
+        """Returns the size that is counted for the item, in bytes: a little more than it takes on the wire."""
+        return ITEM_OVERHEAD + len(self.value) + (len(subkey.encode()) if subkey else 0)
 
     def same_payload(self, other: Item) -> bool:
-        """Whether both are copies of one store."""
+        """Whether both are copies of the same value, stored once."""
         return self.value == other.value and self.sequence == other.sequence and self.owner == other.owner
 
 
 class Comparable(Protocol):
-    """What decides between two values of one key and subkey."""
+    """What `supersedes` compares: an `Item`, or a `Version`."""
 
     @property
     def sequence(self) -> int: ...
@@ -94,9 +102,10 @@ class Comparable(Protocol):
 
 
 def supersedes(new: Comparable, old: Comparable) -> bool:
-    """Whether `new` takes the place of `old`. Nodes that see the same items in another order end up with the same one.
+    """Whether `new` replaces `old`, a value of the same key and subkey.
 
-    (Except for two owners of one key: there, who came first stays.)
+    Nodes that see the same items in different orders end up with the same one, except if a key has two owners: then the
+    first one stays.
     """
     if new.owner != old.owner:
         return old.owner is None
@@ -108,36 +117,36 @@ Verify = Callable[[str, str | None, Item], bool]  # key, subkey, signed item -> 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a node takes. Sizes in bytes, times in seconds."""
+    """What a node stores at most. Sizes are in bytes, times in seconds."""
 
     max_key: int = 512
     max_subkey: int = 256
     max_value: int = 64 * 1024
     max_subkeys: int = 8192
-    max_record: int = 4 * 1024 * 1024  # also the size of a find reply, so that one record always fits into one
+    max_record: int = 4 * 1024 * 1024  # also the size of a find reply, so that each record fits into one
     max_keys: int = 65_536
     max_bytes: int = 256 * 1024 * 1024
     max_ttl: float = 24 * 3600.0
 
     def problem(self, key: str, subkey: str | None, value: bytes, ttl: float) -> str | None:
-        """Why such an entry cannot be stored, or None."""
+        """Returns the reason why such an entry cannot be stored, or None."""
         if not 0 < _utf8(key) <= self.max_key:
             return f"a key has 1 to {self.max_key} bytes of UTF-8"
         return self.problem_of_item(subkey, value, ttl)
 
     def problem_of_item(self, subkey: str | None, value: bytes, ttl: float) -> str | None:
-        """The same for an item of a key that is known to be in order."""
+        """Returns the same for an item of a key that has been checked."""
         if subkey is not None and not 0 <= _utf8(subkey) <= self.max_subkey:
             return f"a subkey has at most {self.max_subkey} bytes of UTF-8"
         if len(value) > self.max_value:
             return f"the value has {len(value)} bytes; at most {self.max_value}"
-        if not 0 < ttl <= self.max_ttl + 0.1:  # refuses NaN, too; what is above max_ttl was lost to rounding on the way
+        if not 0 < ttl <= self.max_ttl + 0.1:  # refuses NaN, too; 0.1 is for rounding on the way
             return f"ttl={ttl}: over 0 and at most {self.max_ttl:.0f} seconds"
         return None
 
 
 def _utf8(text: str) -> int:
-    """Length in bytes, or -1 for text that UTF-8 cannot carry (lone surrogates)."""
+    """Returns the length in bytes, or -1 for text that UTF-8 cannot encode (lone surrogates)."""
     if text.isascii():
         return len(text)
     try:
@@ -151,12 +160,17 @@ class _Record:
 
     def __init__(self) -> None:
         self.items: dict[str | None, Item] = {}  # a plain value has the subkey None
-        self.next_expiry = float("inf")  # nothing expires before
+        self.next_expiry = float("inf")  # the earliest expiration of its items
         self.size = 0
 
 
 class Storage:
-    """The records of one node. `verify` checks the signature of an item that has an owner."""
+    """The records of one node.
+
+    Args:
+        verify: checks the signature of an item that has an owner.
+        limits: how much is stored.
+    """
 
     __slots__ = ("_records", "_scanned_at", "limits", "size", "verify")
 
@@ -168,14 +182,14 @@ class Storage:
         self._scanned_at = float("-inf")
 
     def __len__(self) -> int:
-        """How many keys are held."""
+        """Returns how many keys are held."""
         return len(self._records)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._records)
 
     def get(self, key: str, now: float) -> Mapping[str | None, Item]:
-        """The key's unexpired items by subkey (a plain value has the subkey None); empty if there are none."""
+        """Returns the unexpired items of a key by subkey (a plain value has the subkey None)."""
         record = self._records.get(key)
         if record is None:
             return {}
@@ -183,7 +197,7 @@ class Storage:
         return record.items
 
     def put(self, key: str, subkey: str | None, item: Item, now: float) -> str | None:
-        """Store an item. Returns None if it (or another copy of it) is held now, else the reason why not."""
+        """Store an item. Returns None if it, or another copy of it, is held now, else the reason why not."""
         limits = self.limits
         problem = limits.problem(key, subkey, item.value, item.expires_at - now)
         if problem is not None:
@@ -197,7 +211,7 @@ class Storage:
             held.expires_at = max(held.expires_at, item.expires_at)
             held.role = min(held.role, item.role)
             if item.role is not Role.CACHED:
-                held.republish_at = item.republish_at  # someone has just republished it: we need not, for a while
+                held.republish_at = item.republish_at  # another node has just republished it: we need not, for a while
             return None
         if held is not None and not supersedes(item, held):
             return "signed by another owner" if item.owner != held.owner else "a later entry is held"
@@ -212,7 +226,7 @@ class Storage:
         if record is not None and record.size + growth > limits.max_record:
             return f"the record is full ({limits.max_record} bytes)"
         if (record is None and len(self._records) >= limits.max_keys) or self.size + growth > limits.max_bytes:
-            if now >= self._scanned_at + SCAN_PERIOD:  # or each item that is refused would cost a look at everything
+            if now >= self._scanned_at + SCAN_PERIOD:  # else each refused item would cost a scan of everything
                 self._scanned_at = now
                 self.expire(now)
             if record is None and len(self._records) >= limits.max_keys:
@@ -228,7 +242,7 @@ class Storage:
         return None
 
     def expire(self, now: float) -> None:
-        """Drop what has expired."""
+        """Drop all items that have expired."""
         for key, record in list(self._records.items()):
             self._expire_record(key, record, now)
 
