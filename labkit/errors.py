@@ -1,7 +1,7 @@
-"""Everything that labkit raises on purpose, as one family.
+"""All errors that labkit raises on purpose. They are one family: `except lk.LabkitError` catches them all.
 
-A failed remote call is an `RPCError`. Its `cause` is the word that events, counters and widgets show; its `code` is the
-word that crosses the wire, so that the caller gets the same class that the other side raised.
+A failed remote call is an `RPCError`. Its `cause` is the word that events, counters and widgets show. Its `code` is the
+word that crosses the wire, so that the caller gets the class that the other side raised.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from typing import ClassVar
 
 
 class LabkitError(Exception):
-    """Base of every error that labkit raises on purpose."""
+    """The base of all errors that labkit raises on purpose."""
 
 
 # ---------------------------------------------------------------- failed remote calls
 
 
 class RPCError(LabkitError):
-    """A remote call that did not return a result. `cause` says why, in one of the words of `CAUSES`."""
+    """A remote call returned no result. `cause` says why; it is one of the words in `CAUSES`."""
 
     cause: ClassVar[str] = "failed"
     code: ClassVar[str] = "failed"
 
 
 class DeadlineExceeded(RPCError):
-    """No answer came before the deadline, or the server dropped the work because the deadline had passed."""
+    """No answer came before the deadline."""
 
     cause = "timeout"
     code = "deadline"
@@ -42,7 +42,7 @@ class HandshakeFailed(ConnectionLost):
 
 
 class WrongServerKey(HandshakeFailed):
-    """The peer at this address does not hold the key that was expected (or does not speak labkit at all)."""
+    """The peer at this address does not hold the key that was expected, or is not labkit at all."""
 
 
 class SecurityMismatch(HandshakeFailed):
@@ -54,21 +54,21 @@ class NotAdmitted(HandshakeFailed):
 
 
 class Overloaded(RPCError):
-    """The peer is full and said so at once; nothing was computed."""
+    """The peer has too much to do and said so at once. It computed nothing."""
 
     cause = "overloaded"
     code = "overloaded"
 
 
 class RequestRefused(RPCError):
-    """The peer understood the request and will not do it."""
+    """The peer understood the request and refused it."""
 
     cause = "refused"
     code = "refused"
 
 
 class BadRequest(RequestRefused):
-    """The request's body or tensors are not what the method takes."""
+    """The method does not take such a body or such tensors."""
 
     code = "bad_request"
 
@@ -86,39 +86,39 @@ class UnknownExpert(RequestRefused):
 
 
 class NonFiniteTensor(RequestRefused):
-    """Inputs or gradients contain NaN or infinity; nothing was changed."""
+    """Inputs or gradients contain NaN or infinity. The expert was not changed."""
 
     code = "non_finite"
 
 
 class MessageTooLarge(RequestRefused):
-    """The message is over the size that the receiver accepts."""
+    """The message is larger than the receiver accepts."""
 
     code = "too_large"
 
 
 class VersionMismatch(RequestRefused):
-    """The peer speaks another version of the protocol."""
+    """The peer speaks another version of labkit's protocol."""
 
     code = "version"
 
 
 class BadReply(RPCError):
-    """The peer answered with something that is not a valid reply to this request."""
+    """The peer's answer is no valid reply to this request."""
 
     cause = "bad_reply"
     code = "bad_reply"
 
 
 class CallCancelled(RPCError):
-    """The caller gave the call up before it was answered."""
+    """The caller gave up before the call was answered."""
 
     cause = "cancelled"
     code = "cancelled"
 
 
 class RemoteFailure(RPCError):
-    """The peer failed while it worked on the request; the text is what it said."""
+    """The peer failed while it worked on the request. The text is the peer's."""
 
 
 CAUSES = ("timeout", "refused", "overloaded", "lost", "bad_reply", "cancelled", "failed")
@@ -136,33 +136,33 @@ BY_CODE: dict[str, type[RPCError]] = {
 
 
 class MalformedMessage(LabkitError):
-    """Frames that are not a labkit message. Raised by the decoder, never sent."""
+    """These frames are no labkit message. Raised by the decoder, never sent."""
 
 
 # ---------------------------------------------------------------- joining and finding
 
 
 class InviteError(LabkitError, ValueError):
-    """A text that is not an invitation."""
+    """This text is no invitation."""
 
 
 class JoinError(LabkitError):
-    """A swarm could not be joined; the text says for which address, why, and what to try."""
+    """A swarm could not be joined. The text says at which address, why, and what to try."""
 
 
 class NoExperts(LabkitError):
-    """No live expert was found where one was looked for."""
+    """No live expert was found."""
 
 
 class NotEnoughExperts(LabkitError):
-    """Rows of a batch that fewer than `k_min` experts answered; names the experts and the causes."""
+    """Fewer than `k_min` experts answered some rows of a batch. The text names the experts and the causes."""
 
 
 # ---------------------------------------------------------------- the notebook
 
 
 class SwarmClosed(LabkitError):
-    """The swarm (or its lab thread) is closed."""
+    """The swarm is closed, or its lab thread has ended."""
 
 
 class ServerFailed(LabkitError):
@@ -170,11 +170,11 @@ class ServerFailed(LabkitError):
 
 
 class CheckpointError(LabkitError):
-    """A checkpoint that cannot be read into this expert."""
+    """A checkpoint cannot be read into this expert."""
 
 
 class DataNotFound(LabkitError, FileNotFoundError):
-    """A data set is neither on disk nor to be had from the hub."""
+    """A data set is not on disk and cannot be loaded from the hub."""
 
 
 class TrainingFailed(LabkitError):

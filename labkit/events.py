@@ -1,7 +1,8 @@
-"""Facts that long-lived objects push while they work, as frozen records.
+"""Events: facts that long-lived objects report while they work, as frozen records.
 
-`emit` is called synchronously, never blocks and never raises into the one who emits. Listeners live in `view/` and
-`swarm.py`. Every record carries `at`: seconds on this process's monotonic clock, comparable only within one process.
+Such an object takes `emit` and calls it synchronously. `emit` must not block, and no error of a listener reaches the
+object that emits. `Swarm.on_event` adds a listener; telemetry is one. Every event has `at`, seconds on this process's
+monotonic clock, which can be compared only within one process.
 """
 
 from __future__ import annotations
@@ -16,42 +17,57 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Base of all events. `at`: seconds, monotonic, local to this process."""
+    """The base of all events. `at`: seconds on the monotonic clock of this process."""
 
     at: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingChosen(Event):
-    """One pass of an MoE layer chose its experts. `rows`: how many rows each expert gets."""
+    """A pass of an MoE layer has chosen its experts.
+
+    Args:
+        prefix: name of the grid.
+        rows: how many rows of the batch each expert gets, by uid.
+    """
 
     prefix: str
-    rows: dict[str, int]  # expert uid -> rows of this batch
+    rows: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallFinished(Event):
-    """An expert answered. Times in seconds; `queue` and `compute` are the server's own figures.
+    """An expert has answered a call.
 
-    `staleness`: optimizer steps that the expert made for others between the forward pass of these rows and this
-    backward pass; None for a forward pass, and where it is not known.
+    Args:
+        uid: the expert.
+        address: `host:port` of its server.
+        direction: "forward" or "backward".
+        rows: how many rows were sent.
+        seconds: time from the call to the answer.
+        queue: seconds that the request waited at the server, by the server's own count.
+        compute: seconds that the batch took to compute, by the server's own count.
+        bytes: size of request and answer.
+        updates: optimizer steps that the expert had made when it answered.
+        staleness: optimizer steps that the expert made for others between the forward pass of these rows and this
+            backward pass; None for a forward pass, and if it is not known.
     """
 
     uid: str
     address: str
-    direction: str  # "forward" | "backward"
+    direction: str
     rows: int
     seconds: float
     queue: float
     compute: float
     bytes: int
-    updates: int  # optimizer steps that the expert had made when it answered
+    updates: int
     staleness: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallFailed(Event):
-    """An expert did not answer. `cause` is one of `errors.CAUSES`; `detail` is the error's text."""
+    """An expert has not answered a call. `cause` is one of `errors.CAUSES`, `detail` is the error's text."""
 
     uid: str
     address: str
@@ -64,7 +80,7 @@ class CallFailed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowsUnanswered(Event):
-    """Rows of one pass of an MoE layer got fewer answers than they needed."""
+    """Some rows of a pass of an MoE layer got fewer answers than they needed."""
 
     prefix: str
     direction: str
@@ -73,7 +89,7 @@ class RowsUnanswered(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchProcessed(Event):
-    """A runtime ran one batch for one expert, gathered from `requests` requests. `seconds`: compute time."""
+    """A server has computed a batch of `requests` requests for one expert, in `seconds` seconds."""
 
     uid: str
     direction: str
@@ -84,7 +100,7 @@ class BatchProcessed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertDeclared(Event):
-    """A server announced an expert in the DHT. `ttl`: seconds until the record expires."""
+    """A server has declared an expert in the DHT, for `ttl` seconds."""
 
     uid: str
     address: str
@@ -93,7 +109,7 @@ class ExpertDeclared(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerLost(Event):
-    """A server was found to be gone. `uids`: the experts that went with it, as far as they were known here."""
+    """A server is found to be gone. `uids`: its experts, as far as they were known here."""
 
     address: str
     uids: tuple[str, ...]
@@ -102,7 +118,7 @@ class ServerLost(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFinished(Event):
-    """One training step was applied. `staleness`: updates that others applied since its forward pass began."""
+    """A training step was applied. `staleness`: updates that other trainers applied since its forward pass began."""
 
     step: int
     loss: float
@@ -113,7 +129,7 @@ class StepFinished(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFailed(Event):
-    """A trainer's batch was given up. `detail` says why."""
+    """A trainer has given up a batch. `detail` says why."""
 
     samples: int
     detail: str
@@ -123,21 +139,22 @@ Emit = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """The listener for nobody."""
+    """An `Emit` that does nothing."""
 
 
 class Listeners:
-    """Passes each event on to every listener; one that raises is logged and removed. Itself an `Emit`."""
+    """Passes each event on to all listeners. One that raises is logged and removed. It is an `Emit` itself."""
 
     def __init__(self) -> None:
         self._listeners: tuple[Emit, ...] = ()
 
     def add(self, listener: Emit) -> Callable[[], None]:
-        """Listen from now on. Returns a function that ends it."""
+        """Call `listener` with each event from now on. Returns a function that ends this."""
         self._listeners = (*self._listeners, listener)
         return lambda: self.remove(listener)
 
     def remove(self, listener: Emit) -> None:
+        """Stop calling `listener`."""
         self._listeners = tuple(other for other in self._listeners if other is not listener)
 
     def __call__(self, event: Event) -> None:

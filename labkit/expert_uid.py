@@ -1,7 +1,7 @@
 """Names of experts: `ffn.3.17` is the expert at coordinates (3, 17) of the grid `ffn`.
 
-A uid is a grid name and one coordinate per grid dimension. A prefix is a uid cut short: `ffn`, `ffn.3`. Beam search
-walks from the grid name to whole uids, one coordinate at a time (paper, section 3.2).
+A uid is a grid name and one coordinate per grid dimension. A prefix is the beginning of a uid: `ffn`, `ffn.3`. Beam
+search goes from the grid name to whole uids, one coordinate at a time (paper, section 3.2).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _UID = re.compile(rf"({_NAME.pattern})((?:\.(?:0|[1-9][0-9]{{0,6}})){{1,{MAX_DIM
 
 @dataclass(frozen=True, slots=True)
 class ExpertInfo:
-    """A live expert as the directory knows it. `stamp` changes with every declaration by its server."""
+    """A live expert, as the directory knows it. `stamp` changes with every declaration by its server."""
 
     uid: str
     contact: Contact
@@ -32,7 +32,7 @@ class ExpertInfo:
 
 
 def check_name(name: str) -> str:
-    """A grid's name, if it is one. Raises `ValueError`."""
+    """Returns `name`. Raises `ValueError` if it is not the name of a grid."""
     if not _NAME.fullmatch(name):
         raise ValueError(f"{name!r} is not a grid name: a letter, then up to 63 letters, digits, - or _ (no dots)")
     return name
@@ -43,7 +43,7 @@ def make_uid(name: str, coordinates: Sequence[int]) -> str:
     return ".".join((name, *map(str, coordinates)))
 
 
-@lru_cache(maxsize=1 << 14)  # callers name the same experts again and again
+@lru_cache(maxsize=1 << 14)  # the same experts are named again and again
 def split_uid(uid: str) -> tuple[str, tuple[int, ...]]:
     """`split_uid("ffn.3.17") == ("ffn", (3, 17))`. Raises `ValueError` for anything that is not a uid."""
     match = _UID.fullmatch(uid)
@@ -62,7 +62,7 @@ def parent(prefix: str) -> tuple[str, int]:
 
 
 def check_grid(grid: Sequence[int]) -> tuple[int, ...]:
-    """A grid's sizes, if they are one. Raises `ValueError`."""
+    """Returns `grid` as a tuple. Raises `ValueError` if these are not the sizes of a grid."""
     try:
         sizes = tuple(operator.index(size) for size in grid)
     except TypeError:
@@ -75,12 +75,12 @@ def check_grid(grid: Sequence[int]) -> tuple[int, ...]:
 
 
 def grid_uids(name: str, grid: Sequence[int]) -> Iterator[str]:
-    """Every uid of a grid, the last coordinate fastest."""
+    """Returns all uids of a grid; the last coordinate changes fastest."""
     return (make_uid(name, coordinates) for coordinates in product(*map(range, check_grid(grid))))
 
 
 def check_inside(uids: Iterable[str], grid: Sequence[int]) -> None:
-    """Raise `ValueError` unless all uids are of one grid of these sizes."""
+    """Raise `ValueError` unless all uids belong to one grid of these sizes."""
     sizes, names = check_grid(grid), set()
     for uid in uids:
         name, coordinates = split_uid(uid)
@@ -92,10 +92,10 @@ def check_inside(uids: Iterable[str], grid: Sequence[int]) -> None:
 
 
 def spread(uids: Iterable[str], servers: int) -> list[tuple[str, ...]]:
-    """Divide experts among servers, as evenly as can be, along the grid's diagonals: so no row and no column of a grid
-    is lost with one server, and beam search, which looks for the best row first, finds others in it.
+    """Divide experts among servers, as evenly as possible, along the diagonals of the grid.
 
-    Raises `ValueError` if there are fewer experts than servers.
+    So no row or column of the grid is lost with one server, and beam search, which looks for the best row first, finds
+    other experts in it. Raises `ValueError` if there are fewer experts than servers.
     """
     uids = sorted(uids, key=lambda uid: (split_uid(uid)[0], split_uid(uid)[1]))
     if not isinstance(servers, int) or not 1 <= servers <= len(uids):
@@ -106,7 +106,7 @@ def spread(uids: Iterable[str], servers: int) -> list[tuple[str, ...]]:
 
 
 def grid_for(experts: int) -> tuple[int, int]:
-    """The two-dimensional grid nearest to a square that `experts` fill: 16 -> (4, 4), 8 -> (2, 4), 7 -> (1, 7)."""
+    """Returns the grid of so many experts that is nearest to a square: 16 -> (4, 4), 8 -> (2, 4), 7 -> (1, 7)."""
     if experts < 1:
         raise ValueError(f"experts={experts}: at least one")
     rows = next(r for r in range(math.isqrt(experts), 0, -1) if experts % r == 0)

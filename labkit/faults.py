@@ -1,7 +1,7 @@
-"""Injected faults: the latency and loss of a bad network, put before a server's answers and changeable while it runs.
+"""Injected faults: the latency and loss of a bad network, added to a server's answers and changeable while it runs.
 
-An expert server applies them to each request before it computes anything, so the caller sees what a distant or failing
-volunteer would show it. The delays are exponentially distributed, as in the paper's experiments.
+An expert server applies them to each request before it computes anything, so that a caller sees it as a distant or
+failing volunteer. The delays are exponentially distributed, as in the paper's experiments.
 """
 
 from __future__ import annotations
@@ -11,10 +11,15 @@ import random
 
 
 class Faults:
-    """Delays with a mean of `latency` seconds, and a share `loss` (0 to 1) of requests that are never answered.
+    """Draws a delay for each request, and whether it is lost. Any thread may change the settings, by `set`.
 
-    The same `seed` gives the same draws, whatever the settings were in between. The settings are plain numbers: any
-    thread may change them, and the next request sees the change. Raises `ValueError` as `set` does.
+    Args:
+        latency: mean of the delays, seconds.
+        loss: share of requests that are never answered, 0 to 1.
+        seed: with the same seed the draws are the same, whatever the settings were in between.
+
+    Raises:
+        ValueError: as `set` does.
     """
 
     def __init__(self, latency: float = 0.0, loss: float = 0.0, seed: int | None = None) -> None:
@@ -24,7 +29,7 @@ class Faults:
         self.set(latency, loss)
 
     def set(self, latency: float | None = None, loss: float | None = None) -> None:
-        """Change what is given, keep the rest. On a `ValueError`, which names the argument, nothing has changed."""
+        """Change the settings that are given, or none: a `ValueError` names an argument that is out of its range."""
         if latency is not None and not (math.isfinite(latency) and latency >= 0):
             raise ValueError(f"latency={latency!r}: a finite number of seconds, at least 0")
         if loss is not None and not 0 <= loss <= 1:
@@ -33,8 +38,8 @@ class Faults:
         self.loss = self.loss if loss is None else float(loss)
 
     def draw(self) -> tuple[float, bool]:
-        """The next request's fate: seconds to wait, and whether it is lost."""
-        # Both numbers are drawn every time, so that one setting does not shift the other's sequence.
+        """Draw for the next request: seconds to wait, and whether it is lost."""
+        # Both numbers are drawn every time, so that neither setting shifts the sequence of the other.
         wait, chance = self._random.expovariate(1.0), self._random.random()
         return wait * self.latency, chance < self.loss
 

@@ -1,9 +1,12 @@
-"""Joining a swarm, and saying why not; who may join, and the text that invites.
+"""Joining a swarm: whether its node can be reached, and if not, why.
 
 Every way in which joining can fail ends in a `JoinError` that a person can act on. The steps are those of a connection,
-so the first that fails names the reason: 1. the name resolves, 2. something listens at the port, 3. it greets as ZeroMQ
-does, with or without encryption as the invitation says, 4. it holds the key of the invitation, admits ours and speaks
-our version.
+so that the first one that fails names the reason:
+
+1. the name resolves,
+2. something listens at the port,
+3. it greets as ZeroMQ does, with or without encryption as the invitation says,
+4. it holds the key of the invitation, admits our key and speaks our version of the protocol.
 """
 
 from __future__ import annotations
@@ -29,18 +32,25 @@ from labkit.wire.security import key_text
 from labkit.wire.transport import resolve
 
 JOIN_TIMEOUT = 8.0  # seconds for all four steps
-UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.EADDRNOTAVAIL}
+UNREACHABLE_ERRNOS = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.EADDRNOTAVAIL}
 
-# ZMTP (ZeroMQ RFC 23): a greeting has 64 bytes, signature, version, mechanism and padding. The first 11 of ours are
-# enough to be sent the whole of theirs.
-SIGNATURE = b"\xff\0\0\0\0\0\0\0\x01\x7f"
-GREETING_SIZE = 64
+# ZMTP (ZeroMQ RFC 23): a greeting is 64 bytes of signature, version, mechanism and padding. The first 11 bytes of ours
+# are enough to be sent the whole of theirs.
+ZMTP_SIGNATURE = b"\xff\0\0\0\0\0\0\0\x01\x7f"
+GREETING_SIZE = 64  # bytes
 
 
 async def check_reachable(caller: Caller, contact: Contact, own_key: bytes, *, tcp: bool = True) -> None:
-    """Return if a node of a swarm answers at `contact`. Raises `JoinError` that says why it does not.
+    """Return if a node of a swarm answers at `contact`.
 
-    `tcp`: whether the network is TCP's, so that steps 1 to 3 can be looked at one by one.
+    Args:
+        caller: makes the call of step 4.
+        contact: the node to reach.
+        own_key: our public key, which a private swarm has to admit.
+        tcp: whether the network is TCP's, so that steps 1 to 3 can be checked one by one.
+
+    Raises:
+        JoinError: it does not answer; the text says why, and what to try.
     """
     late = f"the name was not resolved within {JOIN_TIMEOUT:g} s. Check the network, or use the IP address"
     try:
@@ -82,7 +92,7 @@ async def _connect(address: str, contact: Contact) -> trio.SocketStream:
     except OSError as error:
         socket.close()
         reason = os.strerror(error.errno or 0)
-        if error.errno in UNREACHABLE:
+        if error.errno in UNREACHABLE_ERRNOS:
             raise ConnectionLost(f"there is no way to that address ({reason}). Check the network") from None
         raise ConnectionLost(
             f"nothing listens there ({reason}). Is the swarm still running? Ask for a fresh invitation, since "
@@ -97,7 +107,7 @@ async def _connect(address: str, contact: Contact) -> trio.SocketStream:
 async def _read_greeting(stream: trio.SocketStream, contact: Contact) -> None:
     greeting = b""
     try:
-        await stream.send_all(SIGNATURE + b"\x03")
+        await stream.send_all(ZMTP_SIGNATURE + b"\x03")
         while len(greeting) < GREETING_SIZE and (part := await stream.receive_some()):
             greeting += part
     except trio.BrokenResourceError:
@@ -112,7 +122,7 @@ async def _read_greeting(stream: trio.SocketStream, contact: Contact) -> None:
 
 
 def _explain(error: RPCError, contact: Contact, own_key: bytes) -> str:
-    """Why, and what to try."""
+    """Returns why step 4 failed, and what to try."""
     if isinstance(error, NotAdmitted):
         return (
             "it is a private swarm and our key is not on its list. Ask its owner to add this key: "

@@ -1,6 +1,6 @@
-"""A node of the swarm: an endpoint, a client for calls, a DHT node and the directory of experts on top of it.
+"""A node of a swarm: an endpoint, a client for calls, a DHT node, and the directory of experts on top of them.
 
-Servers and trainers are both nodes. A server adds methods of its own; a trainer adds none.
+Servers and notebooks are both nodes. A server adds methods of its own; a notebook that only trains adds none.
 """
 
 from __future__ import annotations
@@ -23,12 +23,21 @@ from labkit.wire.rpc_types import Methods, RPCLimits
 from labkit.wire.security import Admission, Identity
 from labkit.wire.transport import LOOPBACK, Endpoint, Network
 
-BOOTSTRAP_TRIES = 3  # a busy node may be late once
+BOOTSTRAP_ATTEMPTS = 3  # since a busy node may be late once
 
 
 @dataclass(frozen=True, slots=True)
 class NodeConfig:
-    """Where a node listens and how it behaves. See `ZmqNetwork.listen` for the first three."""
+    """Where a node listens and how it behaves.
+
+    Args:
+        listen: the address to listen at, `tcp://host:port`; port `*` for any that is free.
+        announce: the `host` or `host:port` that others should use, where that differs (see `ZmqNetwork.listen`).
+        secure: whether connections are encrypted; by default wherever that is needed.
+        dht: how its DHT node behaves.
+        directory: how experts are declared and cached.
+        limits: limits of its calls.
+    """
 
     listen: str = LOOPBACK
     announce: str | None = None
@@ -40,7 +49,7 @@ class NodeConfig:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What is held of a running node."""
+    """A running node."""
 
     identity: Identity
     endpoint: Endpoint
@@ -50,7 +59,7 @@ class Node:
 
     @property
     def contact(self) -> Contact:
-        """Where others reach this node."""
+        """The contact at which others reach this node."""
         return self.endpoint.contact
 
 
@@ -65,9 +74,19 @@ async def open_node(
     admission: Admission | None = None,
     emit: Emit = ignore,
 ) -> AsyncIterator[Node]:
-    """Run a node for the length of the block. `join`: nodes of the swarm that it joins; one that answers is enough.
+    """Run a node for the length of the block.
 
-    Raises `JoinError` if none of them does; the text is about the first.
+    Args:
+        network: where it listens.
+        identity: its keys.
+        config: how it behaves.
+        join: nodes of the swarm to join; one that answers is enough. Without any, it is the first of a swarm.
+        methods: methods that it offers beside those of the DHT, by name.
+        admission: who may connect; by default anybody.
+        emit: called with the events of its directory.
+
+    Raises:
+        JoinError: none of the nodes in `join` answered; the text is about the first.
     """
     config = config or NodeConfig()
     async with network.listen(
@@ -99,7 +118,7 @@ async def _join(
             failures.append(error)
     else:
         raise failures[0]
-    for _ in range(BOOTSTRAP_TRIES):
+    for _ in range(BOOTSTRAP_ATTEMPTS):
         if await dht.bootstrap(contacts):
             return
     raise JoinError(f"cannot join the swarm at {contact.endpoint}: it answered once, and then no more. Try again")

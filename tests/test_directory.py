@@ -495,7 +495,7 @@ def test_suspicions_are_bounded():
         suspicions.lose_server(info, info.stamp)
         suspicions.disown(info)
         suspicions.fail(info, 0.0, 0.0)
-    assert sum(suspicions.hidden_until(info, 0.0) > 0 for info in infos) == 10
+    assert sum(suspicions.suspended_until(info, 0.0) > 0 for info in infos) == 10
 
 
 def test_bad_configurations_are_refused():

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labkit.histogram import BUCKETS, HIGHEST, LOWEST, MIDDLES, RELATIVE_ERROR, Histogram, bucket, percentiles
+from labkit.histogram import BUCKET_MIDDLES, BUCKETS, LONGEST, RELATIVE_ERROR, SHORTEST, Histogram, bucket, percentiles
 
-DURATIONS = st.floats(LOWEST, HIGHEST * 0.999)
+DURATIONS = st.floats(SHORTEST, LONGEST * 0.999)
 
 
 def histogram(durations):
@@ -27,13 +27,13 @@ def test_every_float_has_a_bucket(seconds):
 
 
 def test_what_is_too_short_or_no_number_is_in_the_first_and_what_is_too_long_in_the_last():
-    assert [bucket(x) for x in (math.nan, -math.inf, -1.0, 0.0, LOWEST / 2)] == [0] * 5
-    assert [bucket(x) for x in (HIGHEST, 1e9, math.inf)] == [BUCKETS - 1] * 3
+    assert [bucket(x) for x in (math.nan, -math.inf, -1.0, 0.0, SHORTEST / 2)] == [0] * 5
+    assert [bucket(x) for x in (LONGEST, 1e9, math.inf)] == [BUCKETS - 1] * 3
 
 
 @given(DURATIONS)
 def test_a_duration_is_near_the_middle_of_its_bucket(seconds):
-    assert abs(MIDDLES[bucket(seconds)] / seconds - 1) <= RELATIVE_ERROR + 1e-6
+    assert abs(BUCKET_MIDDLES[bucket(seconds)] / seconds - 1) <= RELATIVE_ERROR + 1e-6
 
 
 @given(DURATIONS, DURATIONS)
@@ -61,10 +61,10 @@ def test_percentiles_of_many_at_once_with_weights_and_with_nothing():
     counts[1, 2, 50], counts[1, 2, 60] = 1e9, 1e7
     result = percentiles(counts)
     assert result.shape == (2, 3, 3)
-    assert result[0, 1].tolist() == pytest.approx([1000 * MIDDLES[40]] * 3)
-    assert result[1, 2].tolist() == pytest.approx([1000 * MIDDLES[n] for n in (50, 50, 50)])
+    assert result[0, 1].tolist() == pytest.approx([1000 * BUCKET_MIDDLES[40]] * 3)
+    assert result[1, 2].tolist() == pytest.approx([1000 * BUCKET_MIDDLES[n] for n in (50, 50, 50)])
     assert np.isnan(result[0, 0]).all() and np.isnan(result[1, 1]).all()
-    assert percentiles(counts, (99.5,))[1, 2, 0] == pytest.approx(1000 * MIDDLES[60])
+    assert percentiles(counts, (99.5,))[1, 2, 0] == pytest.approx(1000 * BUCKET_MIDDLES[60])
 
 
 def test_a_histogram_has_its_buckets_and_no_others():

@@ -18,7 +18,7 @@ import trio
 from labkit.contact import Contact
 from labkit.dht.node import Entry
 from labkit.directory import Directory
-from labkit.directory.grids import KEY, GridInfo
+from labkit.directory.grids import GRIDS_KEY, GridInfo
 from labkit.errors import BadReply, ConnectionLost, DeadlineExceeded, UnknownMethod
 from labkit.expert_uid import grid_uids
 from labkit.faults import Faults
@@ -70,7 +70,7 @@ class Lab:
 
     async def declare(self, uids: Sequence[str] = UIDS, sizes: tuple[int, ...] = (4, 4)) -> None:
         info = msgspec.msgpack.encode(GridInfo(sizes, "ffn", {}))
-        await self.records.store_many([Entry(KEY, info, 1000.0, "ffn")])
+        await self.records.store_many([Entry(GRIDS_KEY, info, 1000.0, "ffn")])
         for number, contact in enumerate(self.contacts):
             await self.directory.declare(uids[number :: len(self.contacts)], contact)
 

@@ -1,7 +1,7 @@
-"""How experts are written in the DHT and found again: the only place that knows.
+"""How experts are declared in the DHT and found again. No other package knows how their records look.
 
-Reading order: `index` (what the records hold), `directory` (declare, find, failures), `cache` (when the DHT is asked),
-`suspicion` (which declared experts are not offered, and until when).
+Reading order: `index` (what the records hold), `directory` (declaring, finding, failures), `cache` (when the DHT is
+asked), `suspicion` (which declared experts are not offered, and until when), `grids` (the sizes of grids).
 """
 
 from labkit.directory.cache import DirectoryConfig, Records

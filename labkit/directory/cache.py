@@ -1,7 +1,8 @@
-"""The cache of prefixes: when the DHT is asked, and when what is known will do.
+"""The cache of prefixes: when the DHT is asked, and when a cached record will do.
 
-It sits between `directory`, which is asked for the children of prefixes on each batch's way, and the DHT node. It makes
-beam search free in the steady state: what is cached is used, and refreshed in the background before it goes stale.
+On a batch's way it sits between `directory`, which beam search asks for the children of prefixes, and the DHT node. It
+makes beam search free in the steady state: cached records are used, and refreshed in the background before they go
+stale.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Records(Protocol):
-    """What the directory needs of the DHT: `dht.node.DHTNode`, or a dictionary in a test."""
+    """The DHT, as the directory uses it: `dht.node.DHTNode`, or a dictionary in a test."""
 
     @property
     def contact(self) -> Contact: ...
@@ -38,9 +39,20 @@ class Records(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DirectoryConfig:
-    """Times in seconds. A declaration lives for `ttl` and is renewed every `ttl / 3`. What is used and older than
-    `refresh` is asked for again in the background. An absence is believed for `absence`. A look-up, or a store, takes
-    `timeout` at most. `max_prefixes` and `max_children` (of one prefix) bound the cache."""
+    """How experts are declared, and how long cached records are used. Times are in seconds.
+
+    Args:
+        ttl: how long a declaration lives; it is renewed every `ttl / 3`.
+        refresh: a record that is used and older than this is read again in the background.
+        absence: how long it is believed that a prefix has no experts.
+        timeout: how long a look-up, or a store, may take.
+        max_prefixes: how many prefixes are cached.
+        max_children: how many children of a prefix are cached.
+        suspicion: which experts are not offered after failures.
+
+    Raises:
+        ValueError: unless 0 < absence <= refresh < ttl, all of them and timeout finite, and the counts at least 1.
+    """
 
     ttl: float = 30.0
     refresh: float = 3.0
@@ -58,24 +70,29 @@ class DirectoryConfig:
 
 
 class PrefixCache:
-    """The records of prefixes in use, least recently used first, each with the view of it that is still true.
+    """The records of the prefixes in use. `run` refreshes them in the background.
 
-    `run` refreshes in the background; without it, whoever uses a stale prefix waits for it instead.
+    Without `run`, a search that uses a stale prefix waits until it is read again.
+
+    Args:
+        dht: the DHT.
+        config: how long records are used.
+        suspicions: which experts are not offered.
     """
 
     def __init__(self, dht: Records, config: DirectoryConfig, suspicions: Suspicions) -> None:
         self.config = config
-        self.records: OrderedDict[str, PrefixRecord] = OrderedDict()
+        self.records: OrderedDict[str, PrefixRecord] = OrderedDict()  # by prefix, least recently used first
         self.counts = dict.fromkeys(("used", "missed", "gets", "keys_read", "malformed", "gets_failed"), 0)
         self._dht = dht
         self._suspicions = suspicions
-        self._reading: dict[str, trio.Event] = {}  # prefixes that are being read, and when they are done
+        self._reading: dict[str, trio.Event] = {}  # prefixes that are being read, and what is set afterwards
         self._stale: set[str] = set()  # prefixes that wait for `run`
         self._wake = trio.Event()
         self._running = False
 
     def cached(self, prefixes: Iterable[str]) -> dict[str, Children]:
-        """The children of those `prefixes` whose cached record may be used now."""
+        """Returns the children of those `prefixes` whose cached record may be used now."""
         now, views = trio.current_time(), dict[str, Children]()
         for prefix in prefixes:
             record = self.records.get(prefix)
@@ -89,15 +106,16 @@ class PrefixCache:
         return views
 
     async def children(self, prefixes: Iterable[str]) -> dict[str, Children]:
-        """The live children of each prefix, from the cache or else by one bulk get."""
+        """Returns the live children of each prefix, from the cache or else by one bulk get."""
         prefixes = list(dict.fromkeys(prefixes))
         views = self.cached(prefixes)
         return views | await self.read([prefix for prefix in prefixes if prefix not in views])
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Refresh the prefixes that are used and old, until cancelled. Those that come up during a get share the next.
+        """Refresh prefixes that are used and old, until cancelled. `task_status` is told when this is ready.
 
-        A refresh that fails is logged; what is cached serves on until it expires.
+        Prefixes that become due during a bulk get share the next one. A refresh that fails is logged, and the cached
+        records are used until they expire.
         """
         self._running = True
         task_status.started()
@@ -115,40 +133,43 @@ class PrefixCache:
             self._running = False
 
     def age(self, prefix: str) -> float:
-        """Seconds since the prefix was read; infinite if it is not cached."""
+        """Returns the seconds since the prefix was read; infinity if it is not cached."""
         record = self.records.get(prefix)
         return math.inf if record is None else trio.current_time() - record.read_at
 
     def known(self) -> dict[str, ExpertInfo]:
-        """All live experts in the cache, by uid."""
+        """Returns all live experts in the cache, by uid."""
         now = trio.current_time()
         views = [record.children(now, self._suspicions) for record in self.records.values()]
         return {info.uid: info for view in views for info in view.experts.values()}
 
     def suspended(self, prefixes: Iterable[str]) -> dict[str, ExpertInfo]:
-        """What is declared right below these prefixes, as far as they are cached, and not offered after failures."""
-        now, hidden = trio.current_time(), dict[str, ExpertInfo]()
+        """Returns the experts right below these prefixes that are declared, but not offered after failures, by uid.
+
+        Prefixes that are not cached have none.
+        """
+        now, suspended = trio.current_time(), dict[str, ExpertInfo]()
         for prefix in prefixes:
             if (record := self.records.get(prefix)) is not None:
                 for coordinate in record.leaves.keys() - record.children(now, self._suspicions).experts.keys():
                     info, expires_at = record.leaves[coordinate]
                     if now < expires_at:
-                        hidden[info.uid] = info
-        return hidden
+                        suspended[info.uid] = info
+        return suspended
 
     def changed(self, prefix: str) -> None:
-        """The suspicions about a prefix's experts changed."""
+        """Note that the suspicions about a prefix's experts have changed."""
         if (record := self.records.get(prefix)) is not None:
             record.changed()
 
     def doubt(self, prefix: str) -> None:
-        """An expert of this prefix failed: read it again when it is next used."""
+        """Note that an expert of this prefix failed: the prefix is read again when it is next used."""
         if (record := self.records.get(prefix)) is not None:
             record.doubted = True
             record.changed()
 
     def forget_absence(self, uid: str) -> None:
-        """Drop the cached records, on the way to `uid`, that say it is not there."""
+        """Drop those cached records on the way to `uid` that do not know of it."""
         prefix, last, now = uid, True, trio.current_time()
         while "." in prefix:
             prefix, coordinate = parent(prefix)
@@ -159,12 +180,13 @@ class PrefixCache:
             last = False
 
     def _usable(self, prefix: str, record: PrefixRecord, alive: bool, now: float) -> bool:
-        """Whether a cached record may be used now, or has to be read first. Requests its refresh where that is due.
+        """Whether a cached record may be used now, or has to be read first. Requests a refresh if one is due.
 
-        What has live children is usable until they expire, even after a failure: the failed expert is hidden, and the
-        others need not wait for its sake. What has none is believed for `absence` seconds. A prefix below a grid's
-        name is then refreshed in the background (a stale marker led there; nothing hangs on it), a grid's name is
-        waited for (everything hangs on it). A new failure under a prefix that has nothing left is worth the wait too.
+        A record with live children may be used until they expire, even after a failure: the failed expert is suspended,
+        and the others need not wait for its sake. A record without any is believed for `absence` seconds. After that, a
+        prefix below a grid's name is refreshed in the background (a stale marker led there, and nothing depends on it),
+        but a grid's name is waited for (everything depends on it). A new failure under a prefix that has no live
+        children left is worth the wait, too.
         """
         age, config = now - record.read_at, self.config
         if alive:
@@ -182,7 +204,7 @@ class PrefixCache:
         return True
 
     async def read(self, prefixes: list[str]) -> dict[str, Children]:
-        """Read the prefixes (no duplicates) now: one bulk get, shared with whoever reads some of them already."""
+        """Read the prefixes (no duplicates) now, by one bulk get. Those that are being read already are waited for."""
         if not prefixes:
             await trio.lowlevel.checkpoint()
         self.counts["missed"] += len(prefixes)
@@ -194,7 +216,7 @@ class PrefixCache:
             views |= await self._read(mine)
             for event in theirs.values():
                 await event.wait()
-            # A reader that failed or was cancelled leaves its prefixes as they were: then it is our turn.
+            # A reader that failed or was cancelled leaves its prefixes unread: then we read them.
             now = trio.current_time()
             for prefix in theirs:
                 record = self.records.get(prefix)
@@ -204,7 +226,7 @@ class PrefixCache:
         return views
 
     async def _read(self, prefixes: Sequence[str]) -> dict[str, Children]:
-        """One bulk get, taken into the cache. If it takes longer than `timeout`, nothing was found."""
+        """Read prefixes by one bulk get, into the cache. If it takes longer than `timeout`, nothing was found."""
         if not prefixes:
             return {}
         done = trio.Event()

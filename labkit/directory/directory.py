@@ -201,7 +201,7 @@ class Directory:
         """Returns those suspended experts that are only on back-off: where no other is left, they are worth a try."""
         now = trio.current_time()
         suspended = self.suspended(prefixes).items()
-        return {uid: info for uid, info in suspended if self._suspicions.hidden_until(info, now) < math.inf}
+        return {uid: info for uid, info in suspended if self._suspicions.suspended_until(info, now) < math.inf}
 
     def known(self) -> dict[str, ExpertInfo]:
         """Returns all live experts in the cache, by uid. Asks no other node; to be called in the trio thread."""

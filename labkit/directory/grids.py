@@ -1,6 +1,6 @@
-"""The grids of a swarm: their sizes, and what their experts are, so that a newcomer can add experts that fit.
+"""The grids of a swarm: their sizes and the kind of their experts, so that a newcomer can add experts that fit.
 
-One record in the DHT, a dictionary from grid name to `GridInfo`, kept alive by the servers of each grid.
+They are one record in the DHT, a dictionary from grid name to `GridInfo`. The servers of each grid keep it alive.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from labkit.expert_uid import check_grid, check_name
 
 logger = logging.getLogger(__name__)
 
-KEY = "grids"
+GRIDS_KEY = "grids"  # of the record in the DHT
 Text = Annotated[str, msgspec.Meta(max_length=200)]
 
 
 class GridInfo(msgspec.Struct, frozen=True, array_like=True):
-    """A grid's sizes, and the kind of its experts and their options, as far as those are plain values.
+    """A grid's sizes, the kind of its experts, and their options, as far as those are plain values.
 
-    It comes from a stranger: a kind is a name to compare with the kinds one knows, never something to import.
+    Anybody can declare one: a kind is a name to compare with known kinds, never something to import.
     """
 
     sizes: Annotated[tuple[int, ...], msgspec.Meta(max_length=8)]
@@ -35,10 +35,10 @@ class GridInfo(msgspec.Struct, frozen=True, array_like=True):
 
 
 async def find_grids(dht: Records, timeout: float) -> dict[str, GridInfo]:
-    """All grids that are declared, by name. What is malformed is left out."""
+    """Returns all grids that are declared, by name, without malformed ones. `timeout`: seconds."""
     record: Value | Mapping[str, Value] | None = None
     with trio.move_on_after(timeout):
-        record = (await dht.get_many([KEY]))[KEY]
+        record = (await dht.get_many([GRIDS_KEY]))[GRIDS_KEY]
     grids = {}
     if isinstance(record, Mapping):
         for name, value in record.items():
@@ -59,8 +59,8 @@ async def keep_grid_declared(
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Declare a grid every `ttl / 3` seconds until cancelled; ready after the first time."""
-    entry = Entry(KEY, msgspec.msgpack.encode(info), ttl, name)
+    """Declare a grid every `ttl / 3` seconds, until cancelled. `task_status` is told after the first time."""
+    entry = Entry(GRIDS_KEY, msgspec.msgpack.encode(info), ttl, name)
     while True:
         try:
             await dht.store_many([entry])

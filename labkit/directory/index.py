@@ -1,13 +1,13 @@
-"""The prefix index: how experts are written in the DHT, and what one of its records says. Plain state, no I/O.
+"""The prefix index: how experts are written in the DHT, and how its records are read. Plain state, no I/O.
 
 For the expert `ffn.3.17` there are two entries (paper, section 3.2):
 
     key "expert:ffn.3", subkey "17": a leaf, the server's contact and the stamp of its declaration
     key "expert:ffn",   subkey "3.": a marker, "something is alive below" (the dot keeps it apart from an expert ffn.3)
 
-So a prefix's record says which next coordinates are alive, and the leaf in its parent's record is the only place where
-an expert's address is written. Everything that comes out of the DHT was written by strangers: what does not parse is
-ignored and counted. A marker lives as long as the newest declaration below it, so it can outlive the last expert.
+So a prefix's record says which next coordinates are alive, and an expert's address is written in one place only, the
+leaf in its parent's record. Anybody can write to the DHT: what does not parse is ignored and counted. A marker lives as
+long as the newest declaration below it, so it can outlive the last expert.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _SUBKEY = re.compile(r"(0|[1-9][0-9]{0,6})(\.?)")
 
 
 class Leaf(msgspec.Struct, frozen=True, array_like=True, tag="e1"):
-    """An expert is here. The tag is the version too: an unknown one is ignored, added fields at the end are allowed."""
+    """An expert. The tag is a version, too: unknown tags are ignored, and new fields may be added at the end."""
 
     contact: Contact
     stamp: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Marker(msgspec.Struct, frozen=True, array_like=True, tag="p1"):
-    """Something is alive below this prefix."""
+    """A mark that some expert is alive below this prefix."""
 
 
 _DECODER: msgspec.msgpack.Decoder[Leaf | Marker] = msgspec.msgpack.Decoder(Leaf | Marker)
@@ -46,7 +46,17 @@ _MARKER = msgspec.msgpack.encode(Marker())
 
 
 def entries_of(uids: Iterable[str], contact: Contact, stamp: int, ttl: float) -> list[Entry]:
-    """A declaration as DHT entries: one leaf an expert, one marker for each prefix above. Raises `ValueError`."""
+    """Returns a declaration as DHT entries: a leaf for each expert, and a marker for each prefix above it.
+
+    Args:
+        uids: the experts.
+        contact: the node that holds them.
+        stamp: of this declaration (`suspicion.make_stamp`).
+        ttl: how long the declaration lives, seconds.
+
+    Raises:
+        ValueError: one of `uids` is no uid.
+    """
     leaf, entries = msgspec.msgpack.encode(Leaf(contact, stamp)), dict[str, Entry]()
     for uid in uids:
         _, coordinates = split_uid(uid)
@@ -61,11 +71,11 @@ def entries_of(uids: Iterable[str], contact: Contact, stamp: int, ttl: float) ->
     return list(entries.values())
 
 
-Decoded = dict[bytes, "Leaf | Marker | None"]  # values met in one read: all leaves of one declaration are equal
+Decoded = dict[bytes, "Leaf | Marker | None"]  # the values of one read: all leaves of one declaration are equal
 
 
 def decode(data: bytes) -> Leaf | Marker | None:
-    """What a stranger wrote, if it is a leaf or a marker that we would have written."""
+    """Decode a value that anybody may have written. Returns None if it is no valid leaf or marker."""
     try:
         entry = _DECODER.decode(data)
     except (msgspec.MsgspecError, RecursionError):
@@ -77,10 +87,12 @@ def decode(data: bytes) -> Leaf | Marker | None:
 
 
 class Children:
-    """The live next coordinates of one prefix, at one moment. Do not change it: it is shared by all who ask.
+    """The live next coordinates of one prefix, at one moment. It is shared: do not change it.
 
-    `inner`: coordinates below which something is alive. `experts`: coordinate -> expert, where the next coordinate is
-    the last one. Both are there if grids of different dimensions share a name.
+    Args:
+        inner: coordinates below which some expert is alive.
+        experts: the experts right below the prefix, by their last coordinate. A prefix has both if grids of different
+            dimensions share a name.
     """
 
     __slots__ = ("_masks", "experts", "inner")
@@ -97,20 +109,25 @@ class Children:
         return f"Children(inner={sorted(self.inner)}, experts={dict(self.experts)})"
 
     def mask(self, size: int, last: bool) -> npt.NDArray[np.bool_]:
-        """[size], True where a coordinate is alive; of `experts` if `last`, else of `inner`. Those beyond are cut."""
+        """Returns [size], True where a coordinate is alive: one of `experts` if `last`, else one of `inner`."""
         if (size, last) not in self._masks:
             mask = np.zeros(size, dtype=np.bool_)
             mask[[coordinate for coordinate in (self.experts if last else self.inner) if coordinate < size]] = True
             mask.flags.writeable = False
-            self._masks = {(size, last): mask}  # one: a prefix is searched in one grid, as a rule
+            self._masks = {(size, last): mask}  # only one: as a rule, a prefix is searched in one grid
         return self._masks[size, last]
 
 
-NOTHING = Children()
+NO_CHILDREN = Children()
 
 
 class PrefixRecord:
-    """What is cached of one prefix: its record as it was read, and the view of it that is still true."""
+    """The cached record of one prefix: what was read, and the view of it that is still true.
+
+    Args:
+        prefix: the prefix.
+        read_at: when it was read, on trio's clock.
+    """
 
     def __init__(self, prefix: str, read_at: float) -> None:
         self.prefix = prefix
@@ -118,12 +135,12 @@ class PrefixRecord:
         self.leaves: dict[int, tuple[ExpertInfo, float]] = {}  # coordinate -> expert, expiration
         self.markers: dict[int, float] = {}  # coordinate -> expiration
         self.asked_at = -math.inf  # when a refresh was last requested
-        self.doubted = False  # an expert of it failed since it was read
+        self.doubted = False  # whether one of its experts has failed since it was read
         self._view: Children | None = None
         self._view_until = -math.inf
 
     def take(self, record: Value | Mapping[str, Value] | None, limit: int, decoded: Decoded) -> int:
-        """Take what the DHT answered, at most `limit` children. Returns how many entries were malformed."""
+        """Take at most `limit` children from what the DHT returned. Returns how many entries were malformed."""
         if record is None:
             return 0
         if not isinstance(record, Mapping):
@@ -148,7 +165,10 @@ class PrefixRecord:
         return malformed
 
     def keep_unexpired(self, old: PrefixRecord, now: float, limit: int) -> None:
-        """Nothing in the DHT ends before its expiration: a read that lacks an entry only missed who holds it."""
+        """Keep the entries of an older record that have not expired, at most `limit`.
+
+        No entry of the DHT ends before its expiration: a read without one has only missed the node that holds it.
+        """
         for coordinate, expires_at in old.markers.items():
             if now < expires_at and (coordinate in self.markers or len(self.markers) < limit):
                 self.markers[coordinate] = max(expires_at, self.markers.get(coordinate, expires_at))
@@ -158,26 +178,29 @@ class PrefixRecord:
                 self.leaves[coordinate] = (info, expires_at)
 
     def changed(self) -> None:
-        """The suspicions about its experts changed."""
+        """Note that the suspicions about its experts have changed."""
         self._view = None
 
     def children(self, now: float, suspicions: Suspicions) -> Children:
-        """The view at `now`: without what has expired and without the experts that are hidden."""
+        """Returns the children at `now`, without those that have expired and without experts that are suspended."""
         if self._view is None or now >= self._view_until:
             until, experts = math.inf, dict[int, ExpertInfo]()
             for coordinate, (info, expires_at) in self.leaves.items():
                 if now < expires_at:
-                    shown_at = suspicions.hidden_until(info, now)
-                    until = min(until, expires_at, shown_at if shown_at > now else math.inf)
-                    if shown_at <= now:
+                    offered_at = suspicions.suspended_until(info, now)
+                    until = min(until, expires_at, offered_at if offered_at > now else math.inf)
+                    if offered_at <= now:
                         experts[coordinate] = info
             inner = [coordinate for coordinate, expires_at in self.markers.items() if now < expires_at]
             self._view_until = min([until, *(self.markers[coordinate] for coordinate in inner)])
-            self._view = Children(inner, experts) if inner or experts else NOTHING
+            self._view = Children(inner, experts) if inner or experts else NO_CHILDREN
         return self._view
 
 
 def _is_older(info: ExpertInfo, than: ExpertInfo) -> bool:
-    """Of two declarations by one server the later one holds; between servers, the one that the DHT answers with."""
+    """Whether `info` is an earlier declaration than `than`, by the same server in the same life.
+
+    Between servers, the declaration counts that the DHT returns.
+    """
     same_life = (info.contact, boot_of(info.stamp)) == (than.contact, boot_of(than.stamp))
     return same_life and info.stamp < than.stamp

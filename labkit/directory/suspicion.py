@@ -1,8 +1,8 @@
-"""Which experts are not offered at present, and until when: plain state, no I/O, the time passed in.
+"""Suspicions: which experts are not offered for a while, because calls to them failed. Plain state, the time passed in.
 
-The directory knows from the DHT who *declared* an expert; this module remembers, from the calls made here, who does not
-keep that promise. Beam search sees the difference of the two. A server that is gone takes all its experts with it at
-once; an expert that keeps failing is put on an exponential back-off; a declaration made after the loss clears it.
+The directory knows from the DHT which experts are *declared*; this module remembers, from the calls made here, which of
+them do not answer. Beam search sees the rest. If a server is gone, all its experts are suspended at once, until it
+declares them anew. An expert that keeps failing is put on an exponential back-off.
 """
 
 from __future__ import annotations
@@ -16,26 +16,35 @@ from labkit.contact import Contact
 from labkit.expert_uid import ExpertInfo
 
 BOOT_BITS = 43
-COUNTER_BITS = 20  # a stamp has 63 bits: which life of a server, and which declaration of that life
+COUNTER_BITS = 20  # a stamp has 63 bits: the life of a server, and the number of the declaration in that life
 
 K = TypeVar("K")
 V = TypeVar("V")
 
 
 def make_stamp(boot: int, declaration: int) -> int:
-    """The stamp of a server's n-th declaration in the life `boot`. After a million of them a new life begins."""
+    """Returns the stamp of a server's n-th declaration in its life `boot`. After a million a new life begins."""
     return ((boot << COUNTER_BITS) + declaration) % (1 << (BOOT_BITS + COUNTER_BITS))
 
 
 def boot_of(stamp: int) -> int:
-    """The life of the server in which a stamp was made."""
+    """Returns the life of the server in which a stamp was made."""
     return stamp >> COUNTER_BITS
 
 
 @dataclass(frozen=True, slots=True)
 class SuspicionConfig:
-    """`patience`: failures in a row before the first back-off, which takes `backoff` seconds; each further failure
-    doubles it, up to `max_backoff` seconds. `max_tracked`: how many servers, and experts, are remembered."""
+    """When experts are suspended, and for how long.
+
+    Args:
+        patience: failures in a row before the first back-off.
+        backoff: seconds that the first back-off takes; each further failure doubles it.
+        max_backoff: seconds that a back-off takes at most.
+        max_tracked: how many servers, and how many experts, are remembered.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
 
     patience: int = 2
     backoff: float = 1.0
@@ -49,7 +58,7 @@ class SuspicionConfig:
 
 @dataclass(slots=True)
 class _Failures:
-    """Failures in a row of one expert at one server. `last`: when one was counted; `until`: the end of its back-off."""
+    """Failures in a row of one expert at one server: when the last was counted, and when its back-off ends."""
 
     contact: Contact
     boot: int
@@ -59,17 +68,19 @@ class _Failures:
 
 
 class Suspicions:
-    """What calls have shown about servers and experts. All times are seconds on one monotonic clock."""
+    """What calls have shown about servers and experts. All times are in seconds, on one monotonic clock."""
 
     def __init__(self, config: SuspicionConfig | None = None) -> None:
         self.config = config or SuspicionConfig()
-        # The newest declaration known at the loss: that one and those before it, of the same life, are void.
+        # (server, life) -> the newest declaration known at the loss. It is void, and so are all before it in that life.
         self._lost: OrderedDict[tuple[Contact, int], int] = OrderedDict()
-        self._unknown: OrderedDict[str, tuple[Contact, int]] = OrderedDict()  # uid -> who disowned it, at which stamp
+        self._unknown: OrderedDict[str, tuple[Contact, int]] = (
+            OrderedDict()
+        )  # uid -> the server without it, and the stamp
         self._failing: OrderedDict[str, _Failures] = OrderedDict()
 
-    def hidden_until(self, info: ExpertInfo, now: float) -> float:
-        """When `info` may be offered: `inf` for "not before a new declaration", `now` or earlier for "at once"."""
+    def suspended_until(self, info: ExpertInfo, now: float) -> float:
+        """Returns when `info` may be offered: `now` or earlier for at once, infinity for after a new declaration."""
         if not (self._lost or self._unknown or self._failing):
             return now
         if self.is_lost(info) or self._is_unknown(info):
@@ -78,14 +89,18 @@ class Suspicions:
         return now if failures is None else failures.until
 
     def is_lost(self, info: ExpertInfo) -> bool:
-        """Whether the loss of the server that made this declaration is known already."""
+        """Whether the server that made this declaration is known to be lost."""
         return info.stamp <= self._lost.get((info.contact, boot_of(info.stamp)), -1)
 
     def lose_server(self, info: ExpertInfo, newest: int) -> bool:
-        """The server behind `info` is gone; `newest` is its last known stamp. True if this life was not lost before.
+        """Note that the server of `info` is gone. Returns True if that is news.
 
         A life that is found lost twice, with no success in between, was lost once: the second report concerns a
         declaration that was made before the loss and seen after it.
+
+        Args:
+            info: an expert of the server.
+            newest: the latest stamp of the server that is known.
         """
         key = (info.contact, boot_of(info.stamp))
         first = key not in self._lost
@@ -93,17 +108,22 @@ class Suspicions:
         return first
 
     def disown(self, info: ExpertInfo) -> bool:
-        """The server says that it does not hold this expert: out until it is declared anew. True if that is news."""
+        """Note that the server does not hold this expert. It is suspended until it is declared anew. True if news."""
         if self._is_unknown(info):
             return False
         self._remember(self._unknown, info.uid, (info.contact, info.stamp))
         return True
 
     def fail(self, info: ExpertInfo, now: float, sent: float) -> bool:
-        """One more failure of an expert, by a call that was `sent` then. True if it goes on back-off now.
+        """Note a failed call to an expert. Returns True if the expert goes on back-off now.
 
-        Calls that were sent before the last failure was known are no further one, however many there were at once: a
-        server that is slow for a moment is not one that keeps failing.
+        Calls that were sent before the last failure was known do not count, however many there were at once: a server
+        that is slow for a moment does not keep failing.
+
+        Args:
+            info: the expert.
+            now: the time.
+            sent: when the call was sent.
         """
         failures = self._failures(info) or _Failures(info.contact, boot_of(info.stamp))
         if now < failures.until or sent < failures.last:
@@ -114,15 +134,15 @@ class Suspicions:
         beyond = failures.count - self.config.patience
         if beyond < 0:
             return False
-        # min(beyond, 64): a float's exponent is bounded, a count of failures is not.
+        # min(beyond, 64), since the exponent of a float is bounded and a count of failures is not.
         failures.until = now + min(self.config.max_backoff, self.config.backoff * 2.0 ** min(beyond, 64))
         return True
 
     def succeed(self, info: ExpertInfo) -> bool:
-        """The expert answered: its failures are forgotten. True if something about it was remembered.
+        """Note that the expert answered, and forget its failures. Returns True if there were any.
 
-        A lost server is cleared only by the answer to a call made after its new declaration: an answer to an older
-        call may have been on its way when the server went.
+        A lost server is cleared only by the answer to a call that was made after its new declaration: an answer to an
+        older call may have been on its way when the server went.
         """
         forgotten = self._failures(info) is not None
         if forgotten:
@@ -137,7 +157,7 @@ class Suspicions:
         return contact == info.contact and boot_of(stamp) == boot_of(info.stamp) and info.stamp <= stamp
 
     def _failures(self, info: ExpertInfo) -> _Failures | None:
-        """Those of this expert at this server, in this life of it: another one starts with a clean slate."""
+        """Returns the failures of this expert at this server in this life; another life begins without any."""
         failures = self._failing.get(info.uid)
         same = failures is not None and (failures.contact, failures.boot) == (info.contact, boot_of(info.stamp))
         return failures if same else None

@@ -30,6 +30,15 @@ MESSAGES_PER_TURN = 64  # messages to deliver before other tasks get a turn
 ZERO_COPY_SIZE = 1 << 16  # bytes; messages whose frames are all smaller are copied into ZeroMQ, others are not
 FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.05  # seconds between two attempts to send to a peer of a ROUTER without room
 FLUSH_TIME = 0.2  # seconds that closing a listener waits for its last replies to leave
+HEARTBEAT_PERIOD = 2.0  # seconds between ZMTP pings; a peer that is silent for three periods counts as gone
+STUCK_TIMEOUT = 15.0  # seconds after which a peer that takes none of the bytes sent to it counts as gone (Linux only)
+HANDSHAKE_TIMEOUT = 5.0  # seconds that a handshake may take
+MAX_SOCKETS = 8192  # of a context
+ZAP_ADDRESS = "inproc://zeromq.zap.01"
+MONITORED_EVENTS = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+)  # fmt: skip
 # As plain numbers: those of pyzmq are `enum` flags, and each `&` and `|` of them takes a microsecond.
 NOBLOCK, NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK) | int(zmq.SNDMORE)
 POLLIN, POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
@@ -89,7 +98,7 @@ class Socket:
             try:
                 await trio.lowlevel.wait_readable(self._descriptor)
             except trio.ClosedResourceError:
-                pass  # nothing is closed: `_read_events` wakes the pump so
+                pass  # nothing was closed: this is how `_read_events` wakes the pump
             finally:
                 self._pump_waits = False
 
@@ -238,27 +247,20 @@ class Socket:
         self.fail(ConnectionLost("the socket is closed"))
         if self._monitored and not self._raw.closed:
             # Otherwise ZeroMQ's thread, which closes the socket later, would report that to a monitor that is closed by
-            # then, and wait for ever until it is read: no connection of this context would get any further.
+            # then, and wait for ever until the report is read: no connection of this context would get any further.
             self._raw.disable_monitor()
         self._raw.close(math.ceil(linger * 1000))
 
 
-HEARTBEAT_PERIOD = 2.0  # seconds between ZMTP pings; a peer that is silent for three periods counts as gone
-STUCK_TIMEOUT = 15.0  # seconds after which a peer that takes none of the bytes sent to it counts as gone (Linux only)
-HANDSHAKE_TIMEOUT = 5.0  # seconds
-ZAP_ADDRESS = "inproc://zeromq.zap.01"
-MONITORED_EVENTS = (
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
-)  # fmt: skip
+# ---------------------------------------------------------------- how each kind of socket is made
 
 _monitors = itertools.count()
 
 
 def make_context() -> Context:
-    """A ZeroMQ context with one I/O thread."""
+    """Make a ZeroMQ context, with one I/O thread."""
     context: Context = zmq.Context()
-    context.set(zmq.MAX_SOCKETS, 8192)
+    context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
     return context
 
 
