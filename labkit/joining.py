@@ -41,7 +41,7 @@ GREETING_SIZE = 64  # bytes
 
 
 async def check_reachable(caller: Caller, contact: Contact, own_key: bytes, *, tcp: bool = True) -> None:
-    """Return if a node of a swarm answers at `contact`.
+    """Check that a node of a swarm answers at `contact`.
 
     Args:
         caller: makes the call of step 4.

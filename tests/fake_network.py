@@ -1,4 +1,4 @@
-"""Many DHT nodes in one process, in virtual time: an in-memory `Caller` for each, with latency and nodes that can die.
+"""Many DHT nodes in one process, in virtual time: each has a `Caller` in memory, with latency, and can be killed.
 
 Bodies are encoded and decoded on the way, as on the real wire, so that a node sees only what it could be sent.
 """
@@ -24,13 +24,13 @@ from labkit.wire.transport import Peer
 
 
 def make_contact(number: int) -> Contact:
-    """The same contact for the same number, with an id anywhere in the id space."""
+    """Returns the contact of a number: always the same, with an id anywhere in the id space."""
     return Contact(hashlib.blake2b(b"%d" % number, digest_size=32).digest(), "127.0.0.1", 1 + number % 65_535)
 
 
 @asynccontextmanager
 async def running(nodes: Sequence[DHTNode]) -> AsyncIterator[None]:
-    """The nodes' background work, for as long as the block lasts."""
+    """Run the background work of nodes for the length of the block."""
     async with trio.open_nursery() as nursery:
         for node in nodes:
             await nursery.start(node.run)
@@ -43,33 +43,34 @@ def _methods_of(node: DHTNode) -> dict[str, SyncMethod]:
 
 
 class FakeNetwork:
-    """The wire between the nodes. `latency`: seconds, one way."""
+    """The network between the nodes. `latency`: seconds, one way."""
 
     def __init__(self, latency: float = 0.05) -> None:
         self.latency = latency
-        self.methods: dict[bytes, dict[str, SyncMethod]] = {}  # by public key; who is not here does not answer
+        self.methods: dict[bytes, dict[str, SyncMethod]] = {}  # by public key; a node that is not in it does not answer
         self.calls: Counter[str] = Counter()  # by method
 
     def node(self, number: int, config: DHTConfig | None = None, *, client_only: bool = False) -> DHTNode:
-        """A new node that can call and be called."""
+        """Make a node that can call and be called."""
         contact = make_contact(number)
         node = DHTNode(FakeCaller(self, contact), contact, config, client_only=client_only)
         self.methods[contact.key] = _methods_of(node)
         return node
 
     async def nodes(self, count: int, config: DHTConfig | None = None) -> list[DHTNode]:
-        """Nodes that all joined through the first."""
+        """Make nodes that all have joined through the first."""
         nodes = [self.node(number, config) for number in range(count)]
         for node in nodes[1:]:
             await node.bootstrap([nodes[0].contact])
         return nodes
 
     def kill(self, *nodes: DHTNode) -> None:
-        """From now on these do not answer."""
+        """Let these nodes answer no more."""
         for node in nodes:
             self.methods.pop(node.contact.key, None)
 
     def revive(self, node: DHTNode) -> None:
+        """Let a node answer again."""
         self.methods[node.contact.key] = _methods_of(node)
 
     def replace(self, node: DHTNode, method: str, answer: Any) -> None:
@@ -79,7 +80,7 @@ class FakeNetwork:
 
 
 class TaskCaller(ABC):
-    """A fake `Caller` that has only to say what a call comes to: what calls back is a task of its own."""
+    """A fake `Caller` that has `call` only: `begin` runs it in a task of its own."""
 
     @abstractmethod
     async def call(

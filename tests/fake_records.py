@@ -1,4 +1,4 @@
-"""A dictionary that stands for the DHT: what is stored is found, until it expires. It counts, and takes its time."""
+"""A dictionary in place of the DHT: what is stored is found until it expires. It counts calls and can be slow."""
 
 from collections.abc import Sequence
 

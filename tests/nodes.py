@@ -1,4 +1,4 @@
-"""What several tests need: a node's worth of wire on a real socket, in one line."""
+"""Nodes on a real or a simulated network, in one line each, for several tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Wire = Callable[..., AbstractAsyncContextManager[Network]]
 
 
 def changed(contact: Contact, **changes: object) -> Contact:
-    """The same contact but for these fields."""
+    """Returns the contact with some fields changed."""
     fields = {name: getattr(contact, name) for name in ("key", "host", "port", "secure")}
     return Contact(**{**fields, **changes})
 
@@ -39,7 +39,7 @@ async def serving(
     identity: Identity | None = None,
     address: str = LOOPBACK,
 ) -> AsyncIterator[Endpoint]:
-    """A node that answers `methods` (by default an `echo`)."""
+    """Run a node that answers `methods` (by default an `echo`)."""
     async with (
         network.listen(identity or Identity.generate(), address, secure=secure, admission=admission) as endpoint,
         trio.open_nursery() as nursery,
@@ -53,7 +53,7 @@ async def serving(
 async def calling(
     network: Network, identity: Identity | None = None, limits: RPCLimits | None = None, address: str = LOOPBACK
 ) -> AsyncIterator[Client]:
-    """A client with a key of its own."""
+    """Run a client with a key of its own."""
     async with network.listen(identity or Identity.generate(), address) as endpoint:
         yield Client(endpoint, limits)
 
@@ -66,7 +66,7 @@ async def server_and_client(
     secure: bool | None = None,
     limits: RPCLimits | None = None,
 ) -> AsyncIterator[tuple[Endpoint, Client]]:
-    """Both of them on a network of their own."""
+    """Run a server and a client on a network of their own."""
     async with (
         wire() as network,
         serving(network, methods, secure=secure, limits=limits) as server,

@@ -51,13 +51,13 @@ async def serving(faults: Faults) -> AsyncIterator[Callable[..., Awaitable[Reply
     async def ask(within: float = 1000.0) -> Reply | Exception:
         answers, answered = [], trio.Event()
 
-        def hear(answer: Reply | Exception) -> None:
+        def respond(answer: Reply | Exception) -> None:
             answers.append(answer)
             answered.set()
 
         deadline = trio.current_time() + within
         call = Request("expert.forward", ExpertRequest("nop.0"), [torch.ones(1, 1)], Peer(b""), deadline)
-        server.rpc_forward(call, hear)
+        server.rpc_forward(call, respond)
         await answered.wait()
         [answer] = answers
         return answer

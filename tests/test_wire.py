@@ -515,15 +515,15 @@ async def test_thousands_of_calls_that_wait_for_each_others_bytes_all_get_their_
             bodies: list[int] = []
             all_there = trio.Event()
 
-            def hear(reply: Reply | RPCError) -> None:
+            def on_reply(reply: Reply | RPCError) -> None:
                 bodies.append(reply.body if isinstance(reply, Reply) else -1)
                 if len(bodies) == 3000:
                     all_there.set()
 
             await client.call(server.contact, "echo", "connect", timeout=5)
-            client.begin(server.contact, "wait", 0, done=hear, timeout=30)
+            client.begin(server.contact, "wait", 0, done=on_reply, timeout=30)
             for number in range(1, 3000):
-                client.begin(server.contact, "echo", number, done=hear, timeout=30)
+                client.begin(server.contact, "echo", number, done=on_reply, timeout=30)
             assert not bodies
             release.set()
             with trio.fail_after(30):

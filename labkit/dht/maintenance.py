@@ -188,7 +188,7 @@ class Maintenance:
                 nursery.start_soon(self._store_at, contact, rows)
 
     async def hand_over(self, newcomer: Contact) -> None:
-        """Give a newly seen node the records to whose keys it is among the k nearest.
+        """Give a newly seen node the records that belong to it: it is among the k nearest to their keys.
 
         Of the nodes that hold a record only the nearest does so (section 2.5), so that a newcomer gets it once. The
         node that stored an item itself does so, too: if two nodes join at the same time, one may store the item before

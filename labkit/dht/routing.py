@@ -178,7 +178,7 @@ class Blacklist:
         return len(self._entries)
 
     def failed(self, node_id: int, now: float) -> int:
-        """Note a failure. Returns how many there were in a row by now.
+        """Note a failure. Returns how many there were in a row so far.
 
         Calls that were in flight together count once: a failure during the back-off does not lengthen it.
         """

@@ -24,7 +24,7 @@ GC_THRESHOLDS = (50_000, 50, 1000)
 
 
 class VirtualClock(trio.abc.Clock):
-    """A clock for `trio.run` that jumps. `alarm` is for the one task that has something to do at many times."""
+    """A clock for `trio.run` that jumps. `alarm` is for one task that wakes at many times, such as that of `Timers`."""
 
     def __init__(self) -> None:
         self.alarm = VirtualAlarm()
@@ -78,7 +78,7 @@ class VirtualAlarm:
 
 
 def make_timers() -> Timers:
-    """The timers of a network in this trio run, in virtual time if the run is."""
+    """Make the timers of a network in this trio run, on its virtual clock if it has one."""
     clock = trio.lowlevel.current_clock()
     return Timers(clock.alarm if isinstance(clock, VirtualClock) else None)
 

@@ -139,7 +139,10 @@ _LIMITS = FrameLimits()
 def encode_request(
     id: int, method: str, timeout: float, body: Any, tensors: Sequence[Tensor] = (), codec: str = "none"
 ) -> list[Frame]:
-    """Returns the frames of a call. `timeout`: seconds left until its deadline. Raises `ValueError`, as tensors can."""
+    """Returns the frames of a call. Raises `ValueError` for a tensor that cannot be sent.
+
+    `timeout`: seconds left until the deadline.
+    """
     specs, buffers = _encode_tensors(tensors, codec)
     timeout_ms = max(1, min(int(timeout * 1000), 1 << 40))
     return [_head(Kind.REQUEST, id, RequestHeader(method, timeout_ms, _raw(body), specs)), *buffers]

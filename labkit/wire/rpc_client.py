@@ -229,7 +229,7 @@ class Client:
 
     @property
     def links(self) -> int:
-        """How many links are open."""
+        """The number of open links."""
         return len(self._connections)
 
     async def call(

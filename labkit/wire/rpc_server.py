@@ -1,7 +1,7 @@
 """Remote calls, the answering side: `serve_rpc` answers the requests that arrive at an endpoint.
 
 On a batch's way it stands between the network (`wire/zmq_transport`) and the handlers of `server/server`. A request
-carries what is left of its deadline, and the server drops work that nobody waits for any more. Whatever fails here ends
+carries what is left of its deadline, and the server drops work whose caller has given up. Whatever fails here ends
 in a typed error at the caller. The other side is `wire/rpc_client`; their types are in `wire/rpc_types`.
 """
 

@@ -28,7 +28,7 @@ class Alarm(Protocol):
         """Ring at `time` instead."""
 
     def postpone(self, time: float) -> None:
-        """The alarm has no use before `time`: ring then. It may ring at the earlier time all the same."""
+        """Put the alarm off until `time`, since nothing is due before. It may still ring at the earlier time."""
 
     async def wait(self) -> None:
         """Sleep until the alarm rings."""
@@ -56,7 +56,7 @@ class TrioAlarm:
 class Timers:
     """Calls functions in trio's thread, each at its time, while `run` runs.
 
-    A network has one. `alarm` tells it the time; simulations hand in that of their virtual clock.
+    A network has one. `alarm` wakes it, by default on trio's clock; a simulation passes that of its virtual clock.
     """
 
     def __init__(self, alarm: Alarm | None = None) -> None:

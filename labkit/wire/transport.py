@@ -109,10 +109,10 @@ class Endpoint(Protocol):
         """
 
     def unsent_bytes(self, peer: Peer) -> int:
-        """The size of the answers that this peer has not taken yet."""
+        """Returns the size of the answers that this peer has not taken yet, in bytes."""
 
     def unsent_total(self) -> int:
-        """The size of the answers that all peers together have not taken yet."""
+        """Returns the size of the answers that all peers together have not taken yet, in bytes."""
 
 
 class Network(Protocol):
@@ -157,7 +157,7 @@ async def resolve(host: str) -> str:
 
 
 def announced_address(announce: str | None, host: str, port: int) -> tuple[str, int]:
-    """Returns the host and port that belong into the contact of a node that is bound to `host` and `port`.
+    """Returns the host and port for the contact of a node that is bound to `host` and `port`.
 
     `announce`: the `HOST` or `HOST:PORT` that others should use; by default the bound one, and this machine's own
     address where that is 0.0.0.0 or ::. Raises `ValueError` if it is neither.
