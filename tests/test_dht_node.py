@@ -22,7 +22,7 @@ SMALL = DHTConfig(k=4, republish_period=20.0)  # few replicas, so that few nodes
 
 
 def data(found: Value | dict[str, Value] | None) -> Any:
-    """What was found, without its expirations."""
+    """Returns what was found, without its expirations."""
     if isinstance(found, dict):
         return {subkey: value.data for subkey, value in found.items()}
     return None if found is None else found.data
@@ -61,7 +61,7 @@ async def test_what_is_stored_again_is_looked_up_again_only_after_a_while_or_whe
     await trio.sleep(SMALL.republish_period + 1)
     assert await look_ups() > 0
     network.kill(next(node for node in holders(nodes, "key") if node is not nodes[7]))
-    assert await look_ups() == 0  # and now it is known that one is gone
+    assert await look_ups() == 0  # it has learned by now that one is gone
     assert await look_ups() > 0
     assert await nodes[7].store("key", b"value", ttl=100.0) == 4
 

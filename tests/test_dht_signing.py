@@ -1,4 +1,4 @@
-"""What several nodes say of one record becomes one record. Plain values, no network."""
+"""The answers of several nodes about one record become one record. Plain values, no network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A message to frames and back; and whatever else arrives is refused before anything is allocated."""
+"""Messages become frames and messages again; whatever else arrives is refused before anything is allocated."""
 
 from __future__ import annotations
 

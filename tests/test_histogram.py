@@ -1,4 +1,4 @@
-"""Histograms of durations: where a duration falls, what can be computed of them, and how exact it is."""
+"""Histograms of durations: which bucket a duration falls into, and how exact percentiles are."""
 
 from __future__ import annotations
 

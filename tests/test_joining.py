@@ -1,4 +1,4 @@
-"""Joining a swarm: whom one gets in touch with, and that every way in which it fails says which it was."""
+"""Joining a swarm: through which nodes, and what each of the ways in which it can fail says."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def invitation(port: int, *, host: str = "127.0.0.1", key: bytes = KEY, secure: 
 
 
 def why_not(invite: str, **options: Any) -> str:
-    """What `Swarm.join` says; it has to name the address, and to say it in time."""
+    """Returns the error of `Swarm.join`, which has to name the address and to come in time."""
     started = time.monotonic()
     with pytest.raises(JoinError) as caught:
         Swarm.join(invite, **options)
@@ -58,7 +58,7 @@ def encrypted() -> Iterator[Swarm]:
 
 @pytest.fixture
 def impatient(monkeypatch) -> None:
-    """So that a test need not wait for as long as a person may."""
+    """Shorten the timeout, so that a test does not wait for as long as a person would."""
     assert joining.JOIN_TIMEOUT < 10
     monkeypatch.setattr(joining, "JOIN_TIMEOUT", 0.3)
 

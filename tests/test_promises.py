@@ -27,7 +27,7 @@ from tests.nodes import calling, echo, serving
 
 REPLICAS = 4
 SMALL = NodeConfig(dht=DHTConfig(k=REPLICAS, republish_period=20.0, refresh_period=60.0))
-SETTLED = 60.0  # seconds after which each record was republished since the last crash
+SETTLING_TIME = 60.0  # seconds after which each record was republished since the last crash
 
 
 def in_virtual_time(function: Callable[..., Awaitable[None]], *args: object) -> None:
@@ -47,7 +47,7 @@ class Crowd:
 
 @asynccontextmanager
 async def crowd(count: int, seed: int) -> AsyncIterator[Crowd]:
-    """So many nodes, that joined one after the other, each through one that was there."""
+    """Yields so many nodes, which joined one after the other, each through one that was there."""
     draw = random.Random(seed)
     async with open_simnet(seed, latency=exponential(0.02)) as network, trio.open_nursery() as nursery:
         nodes: list[Node] = []
@@ -74,7 +74,7 @@ async def store(node: Node, records: Mapping[str, Content]) -> None:
 
 
 async def assert_found_by_all(nodes: list[Node], records: Mapping[str, Content]) -> None:
-    """Each node finds each record, and in it what was stored."""
+    """Check that each node finds each record, and in it what was stored."""
     for node in nodes:
         found = await node.dht.get_many(list(records))
         contents = {
@@ -99,7 +99,7 @@ def test_every_unexpired_record_is_kept_while_fewer_nodes_crash_than_hold_it(see
         async with crowd(12, seed) as swarm:
             await store(swarm.nodes[0], records)
             gone: set[int] = set()
-            for _ in range(2):  # between the two, what was lost of the replicas is made good
+            for _ in range(2):  # in between, lost replicas are made good
                 holding = [
                     number for number in range(12) if number not in gone and key in swarm.nodes[number].dht.storage
                 ]
@@ -107,7 +107,7 @@ def test_every_unexpired_record_is_kept_while_fewer_nodes_crash_than_hold_it(see
                 gone |= crashing
                 swarm.network.unplug(*(swarm.nodes[number].contact for number in crashing))
                 await assert_found_by_all(swarm.alive(gone), records)
-                await trio.sleep(SETTLED)
+                await trio.sleep(SETTLING_TIME)
             await assert_found_by_all(swarm.alive(gone), records)
 
     in_virtual_time(main)
@@ -227,16 +227,16 @@ def test_a_cancelled_call_leaves_nothing_behind(
                     raise AssertionError("nobody answers")
 
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(cancelled, 30.0, LARGE)  # one of which the server hears
+                nursery.start_soon(cancelled, 30.0, LARGE)  # the server takes this one
                 await started.wait()
                 network.loss = loss
                 for after, size in calls:
                     nursery.start_soon(cancelled, after, size)
-            await trio.sleep(30.0)  # what was being sent has left, and a word of the end has reached the server
+            await trio.sleep(30.0)  # all that was being sent has left, and the server knows of the end
             assert (client.budget.taken, client.budget.by_peer, client.budget._waiting) == (0, {}, {})
             assert not any(connection.pending for connection in client._connections.values())
             if loss:
-                await trio.sleep(100.0)  # or has not, and it is over nevertheless
+                await trio.sleep(100.0)  # or does not, and the requests end nevertheless
             else:
                 assert not any(action for _, _, action, _ in network.timers._due)
             assert running == 0

@@ -1,4 +1,4 @@
-"""Calls over ZeroMQ: what only real sockets can show. What holds over any network is in test_wire.py."""
+"""Calls over ZeroMQ: what only real sockets can show. What holds for any network is in test_wire.py."""
 
 from __future__ import annotations
 

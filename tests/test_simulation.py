@@ -1,4 +1,4 @@
-"""The network in memory, in virtual time: what calls see of its latency, loss, bandwidth, and of nodes that vanish."""
+"""The network in memory, in virtual time: its latency, loss and bandwidth, and nodes that vanish."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("autojump_clock")
 
 @asynccontextmanager
 async def pair(**options: Any) -> AsyncIterator[tuple[SimNetwork, Contact, Client]]:
-    """A network, where a server is on it, and a client."""
+    """Yields a network, the contact of a server on it, and a client."""
     async with open_simnet(**options) as network, serving(network) as server, calling(network) as client:
         yield network, server.contact, client
 
@@ -41,7 +41,7 @@ async def forever(request: Request) -> Reply:
 
 
 async def seconds_of(client: Client, contact: Contact, size: int = 0, timeout: float = 100.0) -> float:
-    """How long a call takes that carries so many bytes, there and back."""
+    """Returns how long a call takes that carries so many bytes there and back."""
     started = trio.current_time()
     await client.call(contact, "echo", None, [torch.zeros(size, dtype=torch.uint8)], timeout=timeout)
     return trio.current_time() - started
@@ -110,7 +110,9 @@ async def test_bandwidth_delays_by_size_and_one_message_after_the_other(autojump
         async with trio.open_nursery() as nursery:
             for _ in range(4):
                 nursery.start_soon(seconds_of, client, contact, 500_000)
-        assert trio.current_time() - started == pytest.approx(2.5, rel=0.01)  # the ways there follow one another
+        assert trio.current_time() - started == pytest.approx(
+            2.5, rel=0.01
+        )  # the two ways there take their time one after the other
 
 
 async def test_a_node_that_runs_behind_hears_and_answers_later(autojump_clock) -> None:
@@ -127,7 +129,7 @@ async def test_a_request_that_nobody_waits_for_any_more_holds_its_bytes_until_it
         with pytest.raises(DeadlineExceeded):
             await seconds_of(client, contact, 3_000_000, timeout=0.5)
         await trio.sleep(1.5)
-        assert client.budget.taken > 3_000_000  # what is sent now would only come after it
+        assert client.budget.taken > 3_000_000  # what is sent now arrives only after it
         await trio.sleep(1.2)
         assert client.budget.taken == 0
 
@@ -198,7 +200,7 @@ async def test_what_is_under_way_when_a_partition_comes_arrives_in_its_order_whe
         await client.call(server.contact, "hear", 0, timeout=1.0)
         started = trio.current_time()
         async with trio.open_nursery() as nursery:
-            for number, pause in enumerate([0.05, 0.03, 0.03], 1):  # the second would overtake the first
+            for number, pause in enumerate([0.05, 0.03, 0.03], 1):  # else the second would overtake the first
                 nursery.start_soon(partial(client.call, server.contact, "hear", number, timeout=1.0))
                 await trio.sleep(pause)
                 if number == 2:
@@ -238,7 +240,7 @@ async def test_silence_counts_from_the_outage_that_lasts(autojump_clock) -> None
         network.unplug(contact)
         started = trio.current_time()
         await trio.sleep(1.0)
-        network.unplug(client.endpoint.contact)  # no less cut than before
+        network.unplug(client.endpoint.contact)  # this cuts it no less than before
         with pytest.raises(ConnectionLost, match="broke"):
             await seconds_of(client, contact)
         assert trio.current_time() - started == pytest.approx(SILENCE_TIMEOUT)
@@ -252,7 +254,7 @@ async def test_a_connection_that_is_cut_while_it_opens_goes_on_when_that_heals(a
             seconds.append(await seconds_of(client, contact, timeout=50.0))
 
         nursery.start_soon(ask)
-        await trio.sleep(0.3)  # the server has heard of it, the client does not know that yet
+        await trio.sleep(0.3)  # the server has accepted it, the client does not know that yet
         network.unplug(contact)
         await trio.sleep(3.0)
         network.heal(contact)
@@ -287,7 +289,7 @@ async def test_the_end_of_a_node_is_not_heard_while_it_is_cut_off(healed: bool, 
 async def test_a_link_closed_while_it_is_cut_off_is_a_peer_until_silence_or_the_heal(healed, autojump_clock) -> None:
     async with pair(latency=0.1) as (network, contact, client):
         await seconds_of(client, contact)
-        client.forget(contact)  # the word of it is under way
+        client.forget(contact)  # the server does not know that yet
         network.unplug(client.endpoint.contact)
         peers = network.nodes[contact.host, contact.port].peers
         await trio.sleep(3.0)
@@ -345,7 +347,7 @@ async def test_what_was_sent_does_not_change_when_the_sender_writes_over_it(auto
 
 
 async def history() -> list[tuple[float, str]]:
-    """What becomes of a hundred calls, and when."""
+    """Returns how a hundred calls end, and when."""
     events: list[tuple[float, str]] = []
     started = trio.current_time()
     async with pair(seed=7, latency=exponential(0.1), loss=0.1, bandwidth=1e6) as (network, contact, client):
@@ -476,4 +478,4 @@ async def test_only_nodes_of_this_network_are_cut_off_and_each_is_in_one_group(a
             network.partition([contact], [stranger])
         with pytest.raises(ValueError, match="in two groups"):
             network.partition([contact], [client.endpoint.contact, contact])
-        await seconds_of(client, contact)  # nothing came of it
+        await seconds_of(client, contact)  # all works as before

@@ -1,4 +1,4 @@
-"""Calls over any network, the real one and the one in memory: what comes back, and how each way of failing ends."""
+"""Calls over any network, the real one and the one in memory: what they return, and how each failure ends."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ async def test_answers_come_back_out_of_order(wire: Wire) -> None:
 
 
 async def test_the_first_call_over_a_new_connection_is_never_left_waiting(wire: Wire) -> None:
-    """A new connection is ready at any moment: between a send that finds it is not, and the wait for it, too."""
+    """A new connection may become ready at any moment, also between a send that was too early and the wait for it."""
     async with wire() as network, serving(network) as server:
         for number in range(150):
             async with calling(network) as client:

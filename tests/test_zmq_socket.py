@@ -22,7 +22,7 @@ from tests.nodes import calling, serving
 
 @pytest.fixture
 async def pair(nursery: trio.Nursery) -> AsyncIterator[tuple[Socket, Socket]]:
-    """A ROUTER, and a DEALER that is connected to it."""
+    """Yields a ROUTER, and a DEALER that is connected to it."""
     context = make_context()
     identity = Identity.generate()
     router, host, port = make_router(
@@ -57,7 +57,7 @@ async def test_cancelling_a_receive_loses_no_message(pair: tuple[Socket, Socket]
     received: list[bytes] = []
 
     async def receive_and_be_cancelled() -> None:
-        """Cancelled in all the moments in which that can happen: before, while and after a message comes."""
+        """Receive and be cancelled at all possible moments: before, while and after a message arrives."""
         deadline = 0.0
         while len(received) < 200:
             with trio.move_on_after(deadline):
@@ -74,7 +74,7 @@ async def test_cancelling_a_receive_loses_no_message(pair: tuple[Socket, Socket]
 
 
 async def test_sending_and_receiving_at_once_misses_no_edge(pair: tuple[Socket, Socket]) -> None:
-    """Sends swallow the edges that receivers wait for; so both sides talk at the same time, a thousand times."""
+    """Sends swallow the edges that receivers wait for, so both sides send at the same time, a thousand times."""
     router, dealer = pair
     await dealer.send([b"hello"])
     with trio.fail_after(5):
@@ -91,22 +91,22 @@ async def test_sending_and_receiving_at_once_misses_no_edge(pair: tuple[Socket, 
             assert await texts(socket, 1000) == [b"%d" % number for number in range(1000)]
 
 
-async def test_who_hears_a_socket_misses_no_edge_either(pair: tuple[Socket, Socket]) -> None:
-    """Half of what is heard is answered in the same moment, and meanwhile others send, too."""
+async def test_a_callback_on_a_socket_misses_no_edge_either(pair: tuple[Socket, Socket]) -> None:
+    """Half of the messages are answered as they arrive, while others send, too."""
     router, dealer = pair
-    heard: dict[Socket, list[bytes]] = {router: [], dealer: []}
-    answered, all_heard = trio.Event(), trio.Event()
+    received: dict[Socket, list[bytes]] = {router: [], dealer: []}
+    answered, all_received = trio.Event(), trio.Event()
 
     def on_request(message: ZmqMessage) -> None:
-        heard[router].append(message[-1].bytes)
-        if len(heard[router]) == 1000:  # perhaps after the last answer has come, which is to the one before
-            all_heard.set()
-        if len(heard[router]) % 2:
+        received[router].append(message[-1].bytes)
+        if len(received[router]) == 1000:  # perhaps after the last answer, which is to the message before
+            all_received.set()
+        if len(received[router]) % 2:
             router.send_nowait([message[0].bytes, b"answer"])
 
     def on_answer(message: ZmqMessage) -> None:
-        heard[dealer].append(message[-1].bytes)
-        if len(heard[dealer]) == 500:
+        received[dealer].append(message[-1].bytes)
+        if len(received[dealer]) == 500:
             answered.set()
 
     router.on_message, dealer.on_message = on_request, on_answer
@@ -114,20 +114,20 @@ async def test_who_hears_a_socket_misses_no_edge_either(pair: tuple[Socket, Sock
         for number in range(1000):
             await dealer.send([b"%d" % number])
         await answered.wait()
-        await all_heard.wait()
-    assert heard == {router: [b"%d" % number for number in range(1000)], dealer: [b"answer"] * 500}
+        await all_received.wait()
+    assert received == {router: [b"%d" % number for number in range(1000)], dealer: [b"answer"] * 500}
 
 
-async def test_what_had_arrived_when_a_socket_fails_is_still_heard(pair: tuple[Socket, Socket]) -> None:
+async def test_what_had_arrived_when_a_socket_fails_is_still_delivered(pair: tuple[Socket, Socket]) -> None:
     router, dealer = pair
-    heard: list[bytes] = []
+    received: list[bytes] = []
     await dealer.send([b"last words"])
     with trio.fail_after(5):
         while not router._events & zmq.POLLIN:
             await trio.lowlevel.checkpoint()
-    router.on_message = lambda message: heard.append(message[-1].bytes)
+    router.on_message = lambda message: received.append(message[-1].bytes)
     router.fail(ConnectionLost("over"))
-    assert heard == [b"last words"]
+    assert received == [b"last words"]
 
 
 async def test_what_had_arrived_when_the_socket_fails_is_still_received(pair: tuple[Socket, Socket]) -> None:
@@ -161,7 +161,7 @@ async def test_failing_wakes_who_waits(pair: tuple[Socket, Socket]) -> None:
 @pytest.mark.parametrize("rest", [[], [b"a small one"]])
 async def test_large_frames_are_tracked_until_the_peer_has_them(pair: tuple[Socket, Socket], rest: list[bytes]) -> None:
     router, dealer = pair
-    for _ in range(2):  # more than the system takes before somebody reads
+    for _ in range(2):  # more than the system buffers
         unsent = await dealer.send([bytes(30_000_000), *rest])
     assert unsent.bytes == 30_000_000 + sum(map(len, rest)) and not unsent.done
     assert len((await texts(router, 2))[1]) == len([bytes(30_000_000), *rest][-1])
@@ -177,7 +177,7 @@ async def test_who_waits_for_a_peer_that_does_not_read_lets_others_have_their_tu
     await dealer.send([b"hello"])
     [[route, _]] = await router.receive()
     full_since = trio.current_time()
-    while trio.current_time() < full_since + 0.2:  # until there is no room, and none is made
+    while trio.current_time() < full_since + 0.2:  # until there has been no room for a while
         if router.send_nowait([route.bytes, bytes(50_000)]) is not None:
             full_since = trio.current_time()
         await trio.lowlevel.checkpoint()
@@ -214,7 +214,7 @@ def test_a_connection_is_watched_though_a_closed_one_had_the_same_file_descripto
 
 
 def test_connections_that_are_refused_hold_up_no_other():
-    with Swarm("private", members=[]) as private:  # in a thread of its own, or it would not refuse just as we close
+    with Swarm("private", members=[]) as private:  # in a thread of its own, so that it refuses just as we close
 
         async def knock(contact: Contact) -> None:
             async with open_network() as network, serving(network) as server:
@@ -236,7 +236,7 @@ def test_where_no_socket_is_left_a_connection_is_lost_and_none_leaks(sockets_lef
         make_dealer(context, "127.0.0.1", 1, Identity.generate(), None, 1 << 26)
     for socket in held:
         socket.close()
-    context.term()  # would wait for one that is open
+    context.term()  # which would wait for a socket that is open
 
 
 async def test_a_library_that_does_not_end_its_thread_does_not_hold_the_network_up(monkeypatch, caplog):
