@@ -95,13 +95,7 @@ class Medium(Protocol):
     def soon(self, direction: Direction) -> float:
         """Draw the time at which a message arrives that leaves now."""
 
-    def transmit(
-        self,
-        direction: Direction,
-        frames: Sequence[Frame],
-        deliver: Deliver,
-        link: SimLink,
-    ) -> None:
+    def transmit(self, direction: Direction, frames: Sequence[Frame], deliver: Deliver, link: SimLink) -> None:
         """Send a message. `deliver` is called with it when it arrives."""
 
     def arrive(self, direction: Direction, link: SimLink, action: Callable[..., object], *args: Any) -> None:

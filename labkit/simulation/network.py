@@ -257,13 +257,7 @@ class SimNetwork:
         """Draw the time at which a message arrives that leaves now."""
         return trio.current_time() + self.delay(direction)
 
-    def transmit(
-        self,
-        direction: Direction,
-        frames: Sequence[Frame],
-        deliver: Deliver,
-        link: SimLink,
-    ) -> None:
+    def transmit(self, direction: Direction, frames: Sequence[Frame], deliver: Deliver, link: SimLink) -> None:
         """Send a message. `deliver` is called with it when it arrives."""
         self.messages += 1
         size, now = sum(map(len, frames)), trio.current_time()

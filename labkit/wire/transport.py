@@ -5,8 +5,8 @@ nothing of calls. `wire/zmq_transport` is the real network, `simulation/network`
 (`tests/test_wire.py`) says what both of them promise.
 
 **Callbacks on the hot path.** Everything between a layer's pass and the network calls back instead of waiting: a task
-with a cancel scope costs more than the rest of a small call, and a pass makes hundreds of calls. There is one pattern
-for it. `begin_x(…, done)` starts something and returns a `Cancellable`; `done` is called once with the outcome, a value
+with a cancel scope costs more than the rest of a small call, and a pass makes many calls. There is one pattern for
+it. `begin_x(…, done)` starts something and returns a `Cancellable`; `done` is called once with the outcome, a value
 or an exception, in trio's thread, perhaps before `begin_x` returns. After `cancel` it is not called any more. Code that
 has a task of its own awaits such a function by `await_callback`.
 

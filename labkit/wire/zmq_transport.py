@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 TERM_TIMEOUT = 1.0  # seconds to wait for the end of ZeroMQ's own thread
 FILES_PER_LINK = 4  # open files: a signal for each of its two sockets, the connection, and one from a peer to us
 FEWEST_LINKS = 8  # however few files the system lets us open
-UNSENT_PEERS = 256  # peers; beyond, those that left without taking their answers are forgotten
+MAX_UNSENT_PEERS = 256  # beyond, peers that left without taking their answers are looked for and forgotten
 
 
 class ZmqLink:
@@ -186,7 +186,7 @@ class ZmqEndpoint:
         if unsent.done:
             return
         self._unsent.setdefault(peer.route, deque()).append(unsent)
-        if len(self._unsent) > UNSENT_PEERS:
+        if len(self._unsent) > MAX_UNSENT_PEERS:
             self.unsent_total()  # which forgets those that have nothing unsent
 
 
