@@ -17,22 +17,22 @@ def test_a_worker_that_died_when_it_was_ready_is_named_and_the_others_end_with_t
     with pytest.raises(RuntimeError, match=r"a process of the benchmark \(limits:serve_echo\) ended with exit code -9"):
         with ProcessGroup() as group:
             dead, other = group.start("limits:serve_echo", ORDER, ORDER)
-            dead.hear()
+            dead.receive()
             dead.process.kill()
             dead.process.wait()
-            dead.tell()
+            dead.send()
     assert has_ended(dead) and has_ended(other)
 
 
 def test_workers_that_were_started_end_with_the_block_also_if_the_next_cannot_be(monkeypatch):
     started: list[Worker] = []
-    tell = Worker.tell
+    send = Worker.send
 
     def note(worker: Worker, order: object = None) -> None:
         started.append(worker)
-        tell(worker, order)
+        send(worker, order)
 
-    monkeypatch.setattr(Worker, "tell", note)
+    monkeypatch.setattr(Worker, "send", note)
     with pytest.raises(TypeError, match="not JSON serializable"), ProcessGroup() as group:
         group.start("limits:serve_echo", ORDER, object())
     assert len(started) == 2 and all(map(has_ended, started))

@@ -68,7 +68,7 @@ def test_a_child_that_cannot_be_started_fails_its_run_by_name(tmp_path, monkeypa
 
 
 def test_a_file_keeps_how_long_its_run_took_and_with_what(tmp_path, monkeypatch):
-    monkeypatch.setattr("labkit.experiments.runner.end_with_parent", lambda: None)
+    monkeypatch.setattr("labkit.experiments.runner.watch_parent", lambda: None)
     path = tmp_path / "one.parquet"
     run_one(json.dumps(asdict(DENSE)), str(path), "digits", "")
     assert is_done(path, DENSE)

@@ -66,13 +66,13 @@ def measure(config: DHTBenchConfig) -> dict[str, Any]:
         for _ in range(config.peers):
             join = draw.choice(invitations) if invitations else None
             peers += group.start("dht:live", {"join": join, "secure": config.secure})
-            invitations.append(peers[-1].hear())
+            invitations.append(peers[-1].receive())
         for _ in range(config.rounds):
             key, value = f"{draw.getrandbits(128):x}", f"{draw.getrandbits(128):x}"
             writer, *readers = draw.sample(peers, min(3, config.peers))
-            store.append(writer.ask({"key": key, "value": value})["seconds"])
+            store.append(writer.request({"key": key, "value": value})["seconds"])
             for reader, seconds, latest in (readers[0], get, True), (readers[-1], get_any, False):
-                answer = reader.ask({"key": key, "latest": latest})
+                answer = reader.request({"key": key, "latest": latest})
                 seconds.append(answer["seconds"])
                 found += answer["value"] == value
     quorum = min(DHTConfig().quorum, config.peers - 1)

@@ -186,10 +186,10 @@ def echo(
             "round_trips": round_trips,
             "calls": calls,
             "min_seconds": MIN_ECHO_SECONDS,
-            "servers": [server.hear() for server in echoes],
+            "servers": [server.receive() for server in echoes],
         }
         for server in echoes:
-            server.tell()
+            server.send()
         results = all_at_once(group.start("limits:call_echo", *[{**order, "clients": number} for number in clients]))
     return [(calls, seconds) for process in results for calls, seconds in process]
 

@@ -1,13 +1,13 @@
-"""`labkit watch`: the dashboard as a web page, for who trains from a shell. Served by Voilà, which runs a notebook and
-shows its outputs; ours has one cell, and its output is the same widget that a notebook shows.
+"""`labkit watch`: the dashboard as a web page, for those who train from a shell.
 
-Why Voilà and not Solara: it asks for a token by itself, where Solara leaves access to a separate product; each page has
-a kernel of its own, which joins the swarm and ends with the page, where Solara's pages share a process; and its front
-end comes with its package, where Solara's is fetched from a CDN. Voilà's template names two style sheets there as well,
-but takes a header that forbids them. Messages and binary buffers of an anywidget pass in both directions.
+Voilà serves it: it runs a notebook of one cell and shows the output, which is the same widget that a notebook shows.
+Three processes take part: this one, which stays in the terminal; `page_server`, which ends with it; and a kernel for
+each page, which ends with the page server, and which shows a `RemoteSource`.
 
-Three processes take part: this one, which stays in the terminal; `page_server`, whose life is tied to it; and a kernel
-for each page, whose life is tied to the server's, and which shows a `RemoteSource`.
+Why Voilà and not Solara: Voilà asks for a token by itself, where Solara leaves access to a separate product; each page
+has a kernel of its own, which joins the swarm and ends with the page, where Solara's pages share a process; and its
+front end comes with its package, where Solara's is fetched from a CDN. Voilà's template names two style sheets of a CDN
+as well, but a header can forbid them. Messages and binary buffers of an anywidget pass in both directions.
 """
 
 from __future__ import annotations
@@ -28,8 +28,15 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from labkit.cli import page_server
-from labkit.cli.page_server import LOOPBACK, PLACE, REPORT, STOP_TIME, PageServerConfig, PageServerReport, write_private
+from labkit.cli.page_server import (
+    CONFIG_VARIABLE,
+    LOOPBACK,
+    REPORT_FILE,
+    STOP_TIME,
+    PageServerConfig,
+    PageServerReport,
+    write_private,
+)
 from labkit.contact import Contact
 from labkit.errors import LabkitError
 from labkit.launch.runners import OWN_GROUP
@@ -38,18 +45,28 @@ from labkit.swarm import Swarm
 if TYPE_CHECKING:
     from labkit.view.page.dashboard import Dashboard
 
-COMMAND = [sys.executable, "-P", page_server.__file__]  # as a script: it has no use for torch
+# -P: a file in the user's folder cannot take the place of a module.
+COMMAND = [sys.executable, "-P", "-m", "labkit.cli.page_server"]
 START_TIMEOUT = 60.0  # seconds until the page server answers; it is mostly imports
 LONELY_TIME = 60  # seconds after which a kernel is ended whose page has gone, or never connected
-POLL = 0.05  # seconds
+POLL_INTERVAL = 0.05  # seconds between two looks at the page server
+LAST_CHARACTERS = 2000  # of the page server's log, in the error that says why it failed
 
 
 def watch(
     invite: str, secret: str | None = None, open_browser: bool = True, port: int = 0, key: str | None = None
 ) -> None:
-    """Show the dashboard of a swarm as a web page, until Ctrl-C. The arguments are those of `open_page`.
+    """Show the dashboard of a swarm as a web page, until Ctrl-C.
 
-    Raises as `open_page` does, and `LabkitError` when the page server ends by itself.
+    Args:
+        invite: The invitation of the swarm.
+        secret: As for `open_page`.
+        open_browser: Open the page in a browser, if there is one.
+        port: As for `open_page`.
+        key: As for `open_page`.
+
+    Raises:
+        LabkitError: As `open_page`, or the page server has ended by itself.
     """
     with open_page(invite, secret, port, key) as page:
         print(f"dashboard: {page.url}", flush=True)
@@ -62,9 +79,16 @@ def watch(
 def open_page(invite: str, secret: str | None = None, port: int = 0, key: str | None = None) -> WatchPage:
     """Start a page server for the dashboard of a swarm, and return when it answers.
 
-    `secret`: `swarm.remote_service.secret`, the control secret; without it the page has no buttons. `port`: 0 for any.
-    `key`: a key file, for a private swarm. Raises `InviteError`, and `JoinError` if the swarm cannot be joined, before
-    anything is started; `LabkitError` if labkit was installed without what the page needs, or the port is taken.
+    Args:
+        invite: The invitation of the swarm.
+        secret: The swarm's control secret, `swarm.remote_service.secret`; without it the page has no buttons.
+        port: Where the page server listens on 127.0.0.1; 0 for any free port.
+        key: The key file of a member, for a private swarm.
+
+    Raises:
+        InviteError: The text is no invitation. Nothing has been started.
+        JoinError: The swarm cannot be joined. Nothing has been started.
+        LabkitError: labkit was installed without what the page needs, or the port is taken.
     """
     check_installed()
     if not 0 <= port < 65536:
@@ -74,7 +98,7 @@ def open_page(invite: str, secret: str | None = None, port: int = 0, key: str | 
 
 
 def check_installed() -> None:
-    """Raises `LabkitError` if labkit was installed without what the page needs."""
+    """Check that labkit was installed with what the page needs. Raises `LabkitError`."""
     if importlib.util.find_spec("voila") is None:
         raise LabkitError(
             f'the page needs Voilà, which is not installed: {sys.executable} -m pip install "labkit[watch]", or in a '
@@ -87,14 +111,19 @@ def _join(invite: str, key: str | None, name: str) -> Swarm:
 
 
 class WatchPage:
-    """A page server that runs. `url` opens the page; `close()` ends it, within two seconds. A context manager."""
+    """A running page server. It is a context manager; `close()` ends the server within two seconds.
+
+    Attributes:
+        url: The address of the page, with the token that opens it.
+        port: The port that the server listens at, on 127.0.0.1.
+    """
 
     def __init__(self, invite: str, secret: str | None, port: int, key: str | None) -> None:
         token = secrets.token_urlsafe(32)
         self._folder = tempfile.TemporaryDirectory(prefix="labkit-watch-", ignore_cleanup_errors=True)
         self._log = Path(self._folder.name) / "log"
         key = None if key is None else str(Path(key).expanduser().resolve())
-        order = PageServerConfig(str(invite), secret, key, port, token, self._folder.name, LONELY_TIME)
+        config = PageServerConfig(str(invite), secret, key, port, token, self._folder.name, LONELY_TIME)
         try:
             with self._log.open("wb") as log:
                 self._process = subprocess.Popen(
@@ -105,8 +134,8 @@ class WatchPage:
             raise
         try:
             assert self._process.stdin is not None
-            with contextlib.suppress(OSError):  # it has ended, which `_wait_for_report` notices
-                self._process.stdin.write(msgspec.json.encode(order) + b"\n")
+            with contextlib.suppress(OSError):  # if it has ended, `_wait_for_report` notices
+                self._process.stdin.write(msgspec.json.encode(config) + b"\n")
                 self._process.stdin.flush()
             self.port = self._wait_for_report()
         except BaseException:
@@ -115,13 +144,13 @@ class WatchPage:
         self.url = f"http://{LOOPBACK}:{self.port}/?token={token}"
 
     def _wait_for_report(self) -> int:
-        file, deadline = Path(self._folder.name) / REPORT, time.monotonic() + START_TIMEOUT
+        file, deadline = Path(self._folder.name) / REPORT_FILE, time.monotonic() + START_TIMEOUT
         while not file.exists():
             if self._process.poll() is not None:
-                raise LabkitError(self._account())
+                raise LabkitError(self._describe_end())
             if time.monotonic() > deadline:
-                raise LabkitError(f"the page server did not start within {START_TIMEOUT:g} s: {self._last_words()}")
-            time.sleep(POLL)
+                raise LabkitError(f"the page server did not start within {START_TIMEOUT:g} s: {self._last_lines()}")
+            time.sleep(POLL_INTERVAL)
         report = msgspec.json.decode(file.read_bytes(), type=PageServerReport)
         if report.failed is not None:
             raise LabkitError(report.failed)
@@ -133,16 +162,16 @@ class WatchPage:
         return self._process.pid
 
     def wait(self) -> None:
-        """Until it ends, which it does not by itself: then this raises `LabkitError`."""
+        """Wait for the end of the page server, which should not end by itself, and raise `LabkitError` then."""
         while self._process.poll() is None:
-            time.sleep(4 * POLL)  # in pieces, since on Windows an interrupt does not end a wait for a process
-        raise LabkitError(self._account())
+            time.sleep(4 * POLL_INTERVAL)  # in pieces, since on Windows an interrupt does not end a wait for a process
+        raise LabkitError(self._describe_end())
 
     def open_browser(self) -> bool:
-        """Open the page in a browser, if there is one. Returns whether there is."""
+        """Open the page in a browser. Returns whether there is one."""
         if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-            return False  # what would be found there is a text browser, in this terminal
-        # By way of a file, since others can see a browser's arguments, and the token would be among them.
+            return False  # `webbrowser` would find a text browser, and start it in this terminal
+        # By way of a file: other users can see a browser's arguments, and the token would be among them.
         file = Path(self._folder.name) / "open.html"
         url = html.escape(self.url)
         page = f'<!doctype html><meta http-equiv="refresh" content="0; url={url}"><a href="{url}">labkit</a>'
@@ -153,10 +182,10 @@ class WatchPage:
             return False
 
     def close(self) -> None:
-        """End the server and its kernels. Safe to repeat."""
+        """End the page server and its kernels. Safe to repeat."""
         if self._process.stdin is not None:
             with contextlib.suppress(OSError):
-                self._process.stdin.close()  # it ends when that ends
+                self._process.stdin.close()  # the server ends when its input ends
         try:
             self._process.wait(STOP_TIME)
         except subprocess.TimeoutExpired:
@@ -175,12 +204,12 @@ class WatchPage:
     ) -> None:
         self.close()
 
-    def _account(self) -> str:
-        return f"the page server ended with code {self._process.returncode}: {self._last_words()}"
+    def _describe_end(self) -> str:
+        return f"the page server ended with code {self._process.returncode}: {self._last_lines()}"
 
-    def _last_words(self) -> str:
+    def _last_lines(self) -> str:
         try:
-            return self._log.read_text(errors="replace")[-2000:].strip() or "it said nothing"
+            return self._log.read_text(errors="replace")[-LAST_CHARACTERS:].strip() or "it said nothing"
         except OSError:
             return "it said nothing"
 
@@ -189,13 +218,13 @@ class WatchPage:
 
 
 def show() -> Dashboard | None:
-    """The dashboard of the page: what the notebook's one cell calls. If the swarm is gone, the page says that."""
+    """The dashboard of the page, for the notebook's one cell. If the swarm is gone, this prints so on the page."""
     from labkit.view.page.dashboard import Dashboard
 
-    order = msgspec.json.decode(os.environ.pop(PLACE), type=PageServerConfig)
+    config = msgspec.json.decode(os.environ.pop(CONFIG_VARIABLE), type=PageServerConfig)
     try:
-        swarm = _join(order.invite, order.key, "watch")
+        swarm = _join(config.invite, config.key, "watch")
     except LabkitError as error:
         print(error)
         return None
-    return Dashboard(swarm.view.remote_source(Contact.from_invitation(order.invite), order.secret), alone=True)
+    return Dashboard(swarm.view.remote_source(Contact.from_invitation(config.invite), config.secret), alone=True)

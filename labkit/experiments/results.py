@@ -20,7 +20,7 @@ import torch
 
 from labkit.experiments.convergence import ConvergenceConfig, History
 from labkit.experiments.expert_search import SearchConfig, measure
-from labkit.launch.parent import end_with_parent
+from labkit.launch.parent import watch_parent
 
 COUNTS_BY_STALENESS = ("staleness", "expert_staleness")  # counters of a `History`
 COUNTS_BY_NAME = ("usage", "failures")
@@ -154,7 +154,7 @@ def _measure_in_child(fields: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Run a child of `measure_all`: `python -m labkit.experiments.results CONFIG`."""
-    end_with_parent()
+    watch_parent()
     fields = json.loads(sys.argv[1])
     print(json.dumps(measure(SearchConfig(**fields | {"grid": tuple(fields["grid"])}))))
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from labkit.experiments.convergence import ConvergenceConfig, run
 from labkit.experiments.results import load, save
-from labkit.launch.parent import end_with_parent
+from labkit.launch.parent import watch_parent
 from labkit.training.datasets import load as load_data
 
 PROGRESS_STEP = 32  # updates from one line of progress to the next
@@ -180,7 +180,7 @@ def is_done(path: Path, config: ConvergenceConfig) -> bool:
 
 def run_one(fields: str, path: str, dataset: str, data_dir: str) -> None:
     """Run a child of `run_all`: do one run, save it and print the progress, as numbers of updates."""
-    end_with_parent()
+    watch_parent()
     config = ConvergenceConfig.of(json.loads(fields))
     told = 0
 

@@ -1,8 +1,9 @@
 """An expert server as a child process: what its parent tells it, and what it runs.
 
-The parent (`lives`) talks to the child through its standard input, one JSON object a line: first its order (with its
-secret key, which thus appears in no argument list), then commands. End of input means that the parent is gone, and the
-child stops cleanly: a killed kernel leaves no orphan. The child answers on its standard output: ready, or why not.
+The parent (`runners.ServerProcess`) writes to the child's standard input, one JSON object a line: first the
+configuration (with the secret key, which thus appears in no argument list), then commands. The end of the input means
+that the parent is gone, and the child stops cleanly: a killed kernel leaves no orphan. The child reports on its standard
+output: that it is ready, or why not. Batches do not come this way; they reach `server.server` through the network.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import os
 import signal
 import sys
-import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -22,6 +23,7 @@ import trio
 from labkit.contact import Contact
 from labkit.errors import LabkitError
 from labkit.faults import Faults
+from labkit.launch.parent import watch_parent
 from labkit.node import NodeConfig
 from labkit.portal import unwrap
 from labkit.server.server import STOP_TIMEOUT, ServerConfig, serve_experts
@@ -32,31 +34,31 @@ logger = logging.getLogger(__name__)
 
 
 class ChildConfig(msgspec.Struct):
-    """The first line that a child reads."""
+    """The first line that a child reads: what to serve, and how."""
 
     seed: str  # of its identity, hex
     server: ServerConfig
     node: NodeConfig
     join: list[Contact]
     member_file: str | None
-    latency: float
+    latency: float  # seconds
     loss: float
     path: list[str]  # where modules are imported from: what the parent can import, so can the child
 
 
 class ChildCommand(msgspec.Struct):
-    """A later line."""
+    """Any later line that a child reads: a change of the faults that it injects, or a stop."""
 
     stop: bool = False
-    latency: float | None = None
+    latency: float | None = None  # seconds
     loss: float | None = None
 
 
 class ChildReport(msgspec.Struct):
-    """What a child prints. `stop_timeout`: seconds that a clean stop may take, by the size of its experts."""
+    """The line that a child prints: where it serves, or why it does not."""
 
     ready: Contact | None = None
-    stop_timeout: float = STOP_TIMEOUT
+    stop_timeout: float = STOP_TIMEOUT  # seconds that a clean stop may take, by the size of its experts
     failed: str | None = None
 
 
@@ -68,10 +70,10 @@ def run_child() -> NoReturn:
     try:
         line = sys.stdin.buffer.readline()
         if line:  # else the parent has gone already
-            order = msgspec.json.decode(line, type=ChildConfig)
-            sys.path[:] = order.path
+            config = msgspec.json.decode(line, type=ChildConfig)
+            sys.path[:] = config.path
             gc.freeze()  # what was imported stays: to look through torch for garbage holds all calls up for 60 ms
-            trio.run(_child_main, order, reports)
+            trio.run(_serve, config, reports)
             status = 0
     except BaseException as error:
         failure = unwrap(error)
@@ -80,52 +82,47 @@ def run_child() -> NoReturn:
         _report(reports, ChildReport(failed=str(failure) or type(failure).__name__))
     finally:
         sys.stderr.flush()
-        os._exit(status)  # waits for no thread: one may be reading orders, or computing
+        os._exit(status)  # waits for no thread: one may be reading commands, or computing
 
 
-async def _child_main(order: ChildConfig, reports: BinaryIO) -> None:
-    faults, stop = Faults(order.latency, order.loss), trio.Event()
+async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
+    """Serve until a command, a signal or the parent's end asks for a stop, and experts are saved."""
+    faults, stop = Faults(config.latency, config.loss), trio.Event()
     token = trio.lowlevel.current_trio_token()
     stop_timeout = STOP_TIMEOUT
 
-    def allow(seconds: float) -> None:
+    def set_stop_timeout(seconds: float) -> None:
         nonlocal stop_timeout
         stop_timeout = seconds
 
-    def obey() -> None:
-        """Read commands until the parent is gone. A thread, since only that reads a pipe on every system."""
-        for line in sys.stdin.buffer:
-            command = msgspec.json.decode(line, type=ChildCommand)
-            faults.set(command.latency, command.loss)
-            if command.stop:
-                break
-        try:
+    def execute(line: bytes) -> bool:
+        """Execute a command. Returns whether it was a stop."""
+        command = msgspec.json.decode(line, type=ChildCommand)
+        faults.set(command.latency, command.loss)
+        return command.stop
+
+    def stop_soon() -> None:
+        with suppress(trio.RunFinishedError):
             token.run_sync_soon(stop.set)
-        except trio.RunFinishedError:
-            return
-        # Nobody may be left to kill us if the stop hangs.
-        last_resort = threading.Timer(stop_timeout, os._exit, [1])
-        last_resort.daemon = True
-        last_resort.start()
 
     async def serve(*, task_status: trio.TaskStatus[Contact]) -> None:
-        admission = Admission(file=Path(order.member_file) if order.member_file else None)
-        identity = Identity(bytes.fromhex(order.seed))
-        async with open_network(order.node.limits.frames) as network:
+        admission = Admission(file=Path(config.member_file) if config.member_file else None)
+        identity = Identity(bytes.fromhex(config.seed))
+        async with open_network(config.node.limits.frames) as network:
             await serve_experts(
-                network, identity, order.server, order.node, join=order.join, admission=admission, faults=faults,
-                stop=stop, allow=allow, task_status=task_status,
+                network, identity, config.server, config.node, join=config.join, admission=admission, faults=faults,
+                stop=stop, allow=set_stop_timeout, task_status=task_status,
             )  # fmt: skip
 
-    async def heed_signals(*, task_status: trio.TaskStatus[None]) -> None:
+    async def watch_signals(*, task_status: trio.TaskStatus[None]) -> None:
         with trio.open_signal_receiver(signal.SIGTERM) as signals:
             task_status.started()
             async for _ in signals:
                 stop.set()
 
-    threading.Thread(target=obey, daemon=True, name="labkit-orders").start()
+    watch_parent(on_end=stop_soon, on_line=execute, exit_after=lambda: stop_timeout)
     async with trio.open_nursery() as background:
-        await background.start(heed_signals)
+        await background.start(watch_signals)
         async with trio.open_nursery() as nursery:
             contact: Contact = await nursery.start(serve)
             _report(reports, ChildReport(ready=contact, stop_timeout=stop_timeout))

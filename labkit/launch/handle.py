@@ -1,11 +1,14 @@
-"""Local expert servers: what a notebook holds of one. A server is a task of the lab thread or a child process."""
+"""What a notebook holds of a local expert server: start, stop, kill and restart it, and ask it how it is doing.
+
+A server serves as a child process or as a task of the lab thread (see `runners`). A handle has one runner after
+another; what each order and event leads to is in the table of `states`. No batch passes here.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import trio
 
@@ -13,7 +16,8 @@ from labkit.contact import Contact
 from labkit.errors import LabkitError, ServerFailed
 from labkit.events import Emit
 from labkit.faults import Faults
-from labkit.launch.runners import Runner, ServerPlan, ServerProcess, ServerTask, same_address
+from labkit.launch.runners import Runner, ServerPlan, ServerProcess, ServerTask, keep_port
+from labkit.launch.states import ServerEvent, ServerState, next_state
 from labkit.node import Node
 from labkit.portal import Portal, unwrap
 from labkit.server.statistics import ServerStatistics, call_statistics
@@ -22,12 +26,13 @@ from labkit.wire.zmq_transport import ZmqNetwork
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT = 90.0  # seconds; a first import of torch from a slow disk takes most of it
-STARTING = 8  # servers at the same time
+MAX_STARTING = 8  # servers that start at the same time; hundreds would hold each other up beyond their deadlines
+FIND_INTERVAL = 0.1  # seconds between two look-ups of the experts of a server that has just started
 
 
 @dataclass(frozen=True)
 class Lab:
-    """Where local servers live: the lab thread of a swarm and what it holds. `faults`: what they begin with."""
+    """Where local servers live: the lab thread of a swarm and what it holds. `faults`: what servers begin with."""
 
     portal: Portal
     nursery: trio.Nursery
@@ -38,22 +43,40 @@ class Lab:
 
 
 class ServerHandle:
-    """A local expert server. `state` is one of starting, running, stopped, killed, failed.
+    """A local expert server. `Swarm.serve` returns handles, and `swarm.servers` lists them.
 
-    Its methods block until they are done and may be called from any thread but the lab thread.
+    Its methods may be called from any thread but the lab thread. Those that change something return when it is done,
+    unless they are called with `wait=False`.
+
+    Attributes:
+        state: "starting", "running", "stopped", "killed" or "failed". A server that was told to stop is "stopped" at
+            once, also while it still saves its experts.
+        failure: What went wrong, if the state is "failed".
+        alive: Whether it is running.
+        uids: The experts that it holds.
+        contact: Its address and public key; `None` before its first start.
+        pid: The process that it runs in; `None` while it is not running.
+        isolation: "process" or "task".
+        plan: All that it takes to start it.
     """
 
     def __init__(self, lab: Lab, plan: ServerPlan, isolation: str) -> None:
         self.plan = plan
         self.isolation = isolation
-        self.state = "stopped"
         self.contact: Contact | None = None
         self.failure: str = ""
         self._lab = lab
         self._faults = Faults(lab.faults.latency, lab.faults.loss)
-        self._life: Runner | None = None  # what starts or serves
-        self._ending: set[Runner] = set()  # what is to end and has not yet; before that, no other begins
-        self._saving: Runner | None = None  # that of them which saves its experts first
+        self._state = ServerState.STOPPED
+        self._changes = trio.lowlevel.ParkingLot()  # where tasks wait for the state to change
+        self._orders = 0  # so that a start knows whether a later order has overtaken it
+        self._runner: Runner | None = None  # what starts, serves or saves
+        self._dying: set[Runner] = set()  # killed, and not ended yet; before that, no other runner starts
+
+    @property
+    def state(self) -> str:
+        """One of starting, running, stopped, killed, failed."""
+        return self._state.word
 
     @property
     def uids(self) -> tuple[str, ...]:
@@ -61,46 +84,70 @@ class ServerHandle:
         return self.plan.server.uids
 
     @property
-    def _label(self) -> str:
-        return f"the server of {self.uids[0]}{' …' if len(self.uids) > 1 else ''}"
-
-    @property
     def alive(self) -> bool:
-        """Whether it serves."""
-        return self.state == "running"
+        """Whether it is running."""
+        return self._state is ServerState.RUNNING
 
     @property
     def pid(self) -> int | None:
-        """The process it runs in."""
-        return self._life.pid if self._life is not None and self.alive else None
+        """The process that it runs in; `None` while it is not running."""
+        return self._runner.pid if self._runner is not None and self.alive else None
 
     def kill(self, *, wait: bool = True) -> None:
-        """End it as a crash would: SIGKILL for a process. Nothing is saved and nobody is told. Returns when it has
-        ended, or at once if not `wait`."""
-        self._lab.portal.call(self._kill if wait else self._kill_later)
+        """End it as a crash would: SIGKILL for a process. Nothing is saved, and no other node is told.
+
+        Args:
+            wait: Return when it has ended; if false, return at once.
+        """
+        self._lab.portal.call(self.order, ServerEvent.KILL, wait)
 
     def stop(self, *, wait: bool = True) -> None:
-        """End it cleanly: it saves its experts, in thirty seconds and twenty more for each GB of them and their
-        optimizers. It goes on doing so if this is interrupted. Raises `ServerFailed` if it could not; if not `wait`,
-        this returns at once, and `state` tells."""
-        self._lab.portal.call(self._stop if wait else self._stop_later)
+        """End it cleanly: it saves its experts first. It goes on doing so if this call is interrupted.
+
+        It is killed if that takes more than thirty seconds, and twenty more for each GB of its experts and their
+        optimizers.
+
+        Args:
+            wait: Return when it has ended; if false, return at once, and `state` tells how it went.
+
+        Raises:
+            ServerFailed: It could not save its experts (only if `wait`).
+        """
+        self._lab.portal.call(self.order, ServerEvent.STOP, wait)
 
     def wait(self) -> str:
-        """Wait until it does not run any more, for whatever reason. Returns what went wrong, if something did."""
-        return self._lab.portal.call(self._wait)
+        """Wait until it does not run any more, for whatever reason.
+
+        Returns:
+            What went wrong; an empty string if nothing did.
+        """
+        return self._lab.portal.call(self.until_at_rest)
 
     def restart(self, *, wait: bool = True) -> None:
-        """Start it again, as the same node with the same experts (from their checkpoints, if it keeps them).
+        """Start it again as the same node with the same experts, from their checkpoints if it keeps them.
 
-        Returns when its experts can be found, or at once if not `wait`: then `state` tells. One that is running is
-        stopped first. Raises `ServerFailed` (if `wait`).
+        A server that is running is stopped first.
+
+        Args:
+            wait: Return when its experts can be found; if false, return at once, and `state` tells how it went.
+
+        Raises:
+            ServerFailed: It did not start, or could not save its experts before (only if `wait`).
         """
-        self._lab.portal.call(self.begin if wait else self._restart_later)
+        self._lab.portal.call(self.order, ServerEvent.START, wait)
 
     def faults(self, latency: float | None = None, loss: float | None = None) -> Faults:
         """Inject faults into this server alone, from now on, and after a restart too. See `Swarm.faults`.
 
-        Returns what holds now; with no arguments that is all it does, and any thread may ask. Raises `ValueError`.
+        Args:
+            latency: Mean of an exponentially distributed delay before each call, in seconds; `None` leaves it as it is.
+            loss: Share of calls that get no answer, from 0 to 1; `None` leaves it as it is.
+
+        Returns:
+            What holds now. With no arguments that is all that this method does.
+
+        Raises:
+            ValueError: A number is out of its range.
         """
         self._faults.set(latency, loss)
         if latency is not None or loss is not None:
@@ -108,8 +155,22 @@ class ServerHandle:
         return self._faults
 
     def statistics(self, timeout: float = 2.0) -> ServerStatistics:
-        """Ask it how it is doing. Raises a kind of `RPCError` if it does not answer."""
+        """Ask it how it is doing: its experts and their updates, its queues and its speed.
+
+        Args:
+            timeout: Seconds to wait for its answer.
+
+        Raises:
+            ServerFailed: It has never been started.
+            RPCError: It does not answer; a subclass says why.
+        """
         return self._lab.portal.call(self.ask_statistics, timeout)
+
+    def __repr__(self) -> str:
+        where = f" at {self.contact.endpoint}" if self.contact is not None and self.alive else ""
+        return f"<server {self.state}{where}: {len(self.uids)} experts, {self.uids[0]} … {self.uids[-1]}>"
+
+    # ------------------------------------------------------------ in the lab thread
 
     async def ask_statistics(self, timeout: float) -> ServerStatistics:
         """`statistics` from inside the lab thread."""
@@ -117,66 +178,141 @@ class ServerHandle:
             raise ServerFailed("this server has not been started")
         return await call_statistics(self._lab.node.client, self.contact, timeout)
 
-    async def _kill(self) -> None:
-        await self.end("killed", save=False)
+    async def apply_faults(self, latency: float | None = None, loss: float | None = None) -> None:
+        """`faults` from inside the lab thread: change what is given, and tell a running server what holds now."""
+        self._faults.set(latency, loss)
+        if self._runner is not None and not self._state.saves:
+            self._runner.apply_faults(self._faults)
 
-    async def _stop(self) -> None:
-        await self._have_saved(self._tell_to_end("stopped"))
-
-    async def begin(self) -> None:
-        """Start it, and return when its experts can be found. One that is running is stopped first.
-
-        Raises `ServerFailed`; `ValueError` for a kind of expert or options that cannot be.
-        """
-        await self._begin(*self._next_life())
-
-    async def _kill_later(self) -> None:  # these three: what is to be done has begun when they return
-        self._tell_to_end("killed", save=False)
-        self._later(self._reap)
-
-    async def _stop_later(self) -> None:
-        self._later(self._have_saved, self._tell_to_end("stopped"))
-
-    async def _restart_later(self) -> None:
-        self._later(self._begin, *self._next_life())
-
-    def _later(self, rest: Callable[..., Awaitable[None]], *args: Any) -> None:
-        async def finish() -> None:
-            try:
-                await rest(*args)
-            except (LabkitError, ValueError) as error:
-                logger.warning("%s", error)
-
-        self._lab.nursery.start_soon(finish)
-
-    async def _wait(self) -> str:
-        while life := self._life or next(iter(self._ending), None):
-            await life.wait()
-            self._ending.discard(life)
-            await trio.lowlevel.checkpoint()
+    async def until_at_rest(self) -> str:
+        """`wait` from inside the lab thread."""
+        while self._dying or not self._state.at_rest:
+            if self._dying:
+                await self._reap()
+            else:
+                await self._changes.park()
         return self.failure
 
-    def _next_life(self) -> tuple[Runner, Runner | None]:
-        """One that is to begin, and what saves its experts before, if something does."""
-        saving = self._tell_to_end("stopped")
-        life = self._life = (
-            ServerProcess() if self.isolation == "process" else ServerTask(self._lab.network, self._lab.emit)
-        )
-        self.state, self.failure = "starting", ""
-        return life, saving
+    async def order(self, order: ServerEvent, wait: bool = True) -> None:
+        """`restart`, `stop` or `kill` from inside the lab thread.
 
-    async def _begin(self, life: Runner, saving: Runner | None) -> None:
+        Raises:
+            ServerFailed: As those do.
+            ValueError: Of a start: there is no such kind of expert, or it does not take these options.
+        """
+        saving, number = self._take(order), self._orders
+        if wait:
+            await self._carry_out(order, saving, number)
+        else:
+            self._lab.nursery.start_soon(self._carry_out_alone, order, saving, number)
+
+    async def end(self, order: ServerEvent, timeout: float | None = None) -> str:
+        """End it by `order`: STOP, DISCARD or KILL. If this is cancelled, it ends all the same.
+
+        Args:
+            timeout: Seconds that it has to save its experts; by default as many as their size takes.
+
+        Returns:
+            What went wrong; an empty string if nothing did.
+        """
+        return await self._finish(self._take(order), timeout)
+
+    def _take(self, order: ServerEvent) -> Runner | None:
+        """Take an order. Returns the runner that saves its experts now, if one does, for the caller to wait for."""
+        self._orders += 1
+        self._advance(order)
+        return self._runner if self._state.saves else None
+
+    def _advance(self, event: ServerEvent, failure: str = "") -> None:
+        """Change the state as the table says, and tell the runner what that means for it."""
+        before, self._state = self._state, next_state(self._state, event)
+        if self.state != before.word:
+            self.failure = failure
+        if self._runner is not None:
+            if self._state.saves and not before.saves:
+                self._runner.stop()
+            elif self._state.at_rest or self._state is ServerState.STARTING:
+                self._kill(self._runner)
+        self._changes.unpark_all()
+
+    def _kill(self, runner: Runner) -> None:
+        if self._runner is runner:
+            self._runner = None
+        self._dying.add(runner)
+        runner.kill()
+
+    async def _carry_out(self, order: ServerEvent, saving: Runner | None, number: int) -> None:
+        """Do what is left of an order once `_take` has taken it."""
+        if order is ServerEvent.START:
+            await self._start(saving, number)
+        elif failure := await self._finish(saving):
+            raise ServerFailed(f"{self._label} did not end cleanly: {failure}")
+
+    async def _carry_out_alone(self, order: ServerEvent, saving: Runner | None, number: int) -> None:
+        """As `_carry_out`, for a caller who does not wait: errors are logged."""
+        try:
+            await self._carry_out(order, saving, number)
+        except (LabkitError, ValueError) as error:
+            logger.warning("%s", error)
+
+    async def _finish(self, saving: Runner | None, timeout: float | None = None) -> str:
+        """Wait until its experts are saved and all of its runners have ended. Returns what went wrong."""
+        failure = "" if saving is None else await self._until_saved(saving, timeout)
+        await self._reap()
+        return failure
+
+    async def _until_saved(self, saving: Runner, timeout: float | None = None) -> str:
+        """Wait until a runner has saved its experts, and kill it if that takes too long. Returns what went wrong."""
+        timeout = saving.stop_timeout if timeout is None else timeout
+        failure = f"it had not saved its experts after {timeout:g} s, and was killed"
+        with trio.move_on_after(timeout) as limit:
+            failure = await saving.wait()
+        self._note_end(saving, failure)
+        if limit.cancelled_caught:
+            self._kill(saving)
+        return failure
+
+    def _note_end(self, runner: Runner, failure: str) -> None:
+        """Record the end of a runner, and what went wrong. Every task that waits for it calls this; the first counts."""
+        self._dying.discard(runner)
+        if self._runner is not runner:
+            return  # it was killed, or its end is known
+        self._runner = None
+        if self._state is ServerState.RUNNING:
+            self._advance(ServerEvent.ENDED, failure or "it ended by itself")
+            logger.warning("%s has ended: %s", self._label, self.failure)
+        elif failure:
+            before = self._state is ServerState.RESTARTING
+            self._advance(ServerEvent.NOT_SAVED, f"it did not end cleanly before: {failure}" if before else failure)
+        else:
+            self._advance(ServerEvent.SAVED)
+
+    async def _reap(self) -> None:
+        """Wait until all runners that were killed have ended."""
+        while self._dying:
+            runner = next(iter(self._dying))
+            await runner.wait()
+            self._dying.discard(runner)
+
+    async def _start(self, saving: Runner | None, number: int) -> None:
+        """Carry out order `number`, a start: wait for the runner before it, and bring up the next.
+
+        Returns when its experts can be found. Raises as `order` does.
+        """
         failure, cause = "it was interrupted", BaseException()
         try:
-            unsaved = await self._wait_for(saving)
+            if saving is not None:
+                await self._until_saved(saving)
             with trio.fail_after(START_TIMEOUT):
                 await self._reap()
-                if unsaved:
-                    raise ServerFailed(f"it did not end cleanly before: {unsaved}")
-                if self._life is not life:
-                    raise ServerFailed("another order came between")
-                await self._lab.nursery.start(self._live, life, await same_address(self.plan, self.contact))
-                await self._be_found()
+                plan = await keep_port(self.plan, self.contact)
+                if self._orders != number or self.state != "starting":
+                    raise ServerFailed(self.failure)
+                runner = self._runner = (
+                    ServerProcess() if self.isolation == "process" else ServerTask(self._lab.network, self._lab.emit)
+                )
+                await self._lab.nursery.start(self._run, runner, plan)
+                await self._until_found()
             return
         except trio.TooSlowError as error:
             failure, cause = f"it was not ready after {START_TIMEOUT:.0f} s", error
@@ -184,18 +320,27 @@ class ServerHandle:
             cause = unwrap(error)
             failure = str(cause) or repr(cause)
         finally:
-            ended = self._life is not life and self.state != "failed"
-            if self._life is life and self.state == "starting":
-                self._life, self.state, self.failure = None, "failed", failure
-                life.kill()  # where it has not begun, it never will, and somebody may be waiting for its end
-        if ended:
+            if self._orders == number and self.state == "starting":
+                self._advance(ServerEvent.START_FAILED, failure)
+        if self._orders != number:
             raise ServerFailed(f"{self._label} was ended while it was starting")
         if isinstance(cause, ValueError):
             raise cause
         hide = isinstance(cause, (LabkitError, trio.TooSlowError))  # says it all; else it is an expert's own code
         raise ServerFailed(f"{self._label} did not start: {failure}") from None if hide else cause
 
-    async def _be_found(self) -> None:
+    async def _run(self, runner: Runner, plan: ServerPlan, *, task_status: trio.TaskStatus[None]) -> None:
+        """The whole life of a runner."""
+        async with trio.open_nursery() as nursery:
+            contact = await nursery.start(runner.run, plan, self._faults)
+            if self._runner is runner:
+                self.contact = contact
+                self._advance(ServerEvent.READY)
+                await self.apply_faults()  # they may have changed meanwhile
+            task_status.started()
+            self._note_end(runner, await runner.wait())
+
+    async def _until_found(self) -> None:
         """Wait until this process's own directory, which may know older records, finds the experts."""
         directory = self._lab.node.directory
         while True:
@@ -205,95 +350,11 @@ class ServerHandle:
             found = await directory.find(self.uids)
             if all(info is not None and info.contact == self.contact for info in found.values()):
                 return
-            await trio.sleep(0.1)
+            await trio.sleep(FIND_INTERVAL)
 
-    async def _live(self, life: Runner, plan: ServerPlan, *, task_status: trio.TaskStatus[None]) -> None:
-        """One life, from its start to its end, for whatever reason."""
-        async with trio.open_nursery() as nursery:
-            contact = await nursery.start(life.run, plan, self._faults)
-            if self._life is life:
-                self.contact, self.state = contact, "running"
-                await self.apply_faults()  # they may have changed meanwhile
-            task_status.started()
-            failure = await life.wait()
-            if self._life is life:
-                self._life, self.state, self.failure = None, "failed", failure or "it ended by itself"
-                logger.warning("%s has ended: %s", self._label, self.failure)
-            self._ending.discard(life)
-            if self._saving is life:  # whoever wanted that may have been interrupted
-                self._saving = None
-                self._note_failure(failure)
-
-    async def end(self, state: str, timeout: float | None = None, *, save: bool = True) -> str:
-        """`kill` or `stop` from inside the lab thread; one that is still starting is killed. One that somebody else has
-        stopped, and that still saves its experts, is waited for, or killed.
-
-        `timeout`: seconds to save them in; by default as many as their size takes. It ends in `state`, or as failed if
-        it was to save its experts and did not. Returns what went wrong, or nothing. If this is cancelled, it ends all
-        the same.
-        """
-        failure = await self._wait_for(self._tell_to_end(state, save=save), timeout)
-        await self._reap()
-        return failure
-
-    def _tell_to_end(self, state: str, *, save: bool = True) -> Runner | None:
-        """Returns what saves its experts now, if they are to be saved: to be waited for, and then to be buried."""
-        life, self._life = self._life, None
-        if life is not None:
-            self._ending.add(life)
-            if save and self.state == "running":
-                self._saving = life
-                life.stop()
-            else:
-                life.kill()
-            self.state = state
-        elif self._saving is not None and not save:  # that takes too long for somebody
-            self.state = state
-        if not save:
-            self._saving = None
-        return self._saving
-
-    async def _wait_for(self, saving: Runner | None, timeout: float | None = None) -> str:
-        """Wait until its experts are saved. Returns what went wrong."""
-        if saving is None:
-            return ""
-        timeout = saving.stop_timeout if timeout is None else timeout
-        failure = f"it had not saved its experts after {timeout:g} s, and was killed"
-        with trio.move_on_after(timeout):
-            failure = await saving.wait()
-        self._note_failure(failure)
-        return failure
-
-    async def _have_saved(self, saving: Runner | None) -> None:
-        failure = await self._wait_for(saving)
-        await self._reap()
-        if failure:
-            raise ServerFailed(f"{self._label} did not end cleanly: {failure}")
-
-    def _note_failure(self, failure: str) -> None:
-        """What went wrong with a stop, unless somebody has killed it meanwhile."""
-        if failure and self.state == "stopped":
-            self.state, self.failure = "failed", failure
-
-    async def _reap(self) -> None:
-        """Kill what is still ending, and wait until nothing is."""
-        self._saving = None
-        for life in self._ending:
-            life.kill()
-        while self._ending:
-            life = next(iter(self._ending))
-            await life.wait()
-            self._ending.discard(life)
-
-    async def apply_faults(self, latency: float | None = None, loss: float | None = None) -> None:
-        """`faults` from inside the lab thread: change what is given, and tell a running server what holds now."""
-        self._faults.set(latency, loss)
-        if self._life is not None:
-            self._life.apply_faults(self._faults)
-
-    def __repr__(self) -> str:
-        where = f" at {self.contact.endpoint}" if self.contact is not None and self.alive else ""
-        return f"<server {self.state}{where}: {len(self.uids)} experts, {self.uids[0]} … {self.uids[-1]}>"
+    @property
+    def _label(self) -> str:
+        return f"the server of {self.uids[0]}{' …' if len(self.uids) > 1 else ''}"
 
 
 # ---------------------------------------------------------------- several at once
@@ -302,12 +363,12 @@ class ServerHandle:
 async def begin_all(handles: Sequence[ServerHandle]) -> None:
     """Start servers side by side, a few at a time; if one fails, none is left. Raises what the first to fail raises."""
     failures: list[Exception] = []
-    few = trio.CapacityLimiter(STARTING)  # hundreds at once would hold each other up beyond their deadlines
+    limiter = trio.CapacityLimiter(MAX_STARTING)
 
     async def begin(handle: ServerHandle) -> None:
         try:
-            async with few:
-                await handle.begin()
+            async with limiter:
+                await handle.order(ServerEvent.START)
         except (LabkitError, ValueError) as error:
             failures.append(error)
             nursery.cancel_scope.cancel()
@@ -321,7 +382,7 @@ async def begin_all(handles: Sequence[ServerHandle]) -> None:
     except BaseException:
         with trio.CancelScope(shield=True):
             for handle in handles:
-                await handle.end("killed", save=False)
+                await handle.end(ServerEvent.KILL)
         raise
 
 
@@ -329,7 +390,8 @@ async def end_all(handles: Sequence[ServerHandle], timeout: float) -> None:
     """Stop servers side by side, and kill those that take longer than `timeout` seconds to save their experts."""
 
     async def end(handle: ServerHandle) -> None:
-        failure = await handle.end("stopped", timeout, save=handle.plan.lasting)
+        order = ServerEvent.STOP if handle.plan.lasting else ServerEvent.DISCARD
+        failure = await handle.end(order, timeout)
         if failure:
             logger.warning("%r did not end cleanly: %s", handle, failure)
 

@@ -1,6 +1,8 @@
-"""One life of a local server, from its start to its end: as a child process, or as a task of the lab thread.
+"""The runners of a local server: each serves once, from its start to its end, as a process or as a task.
 
-A `ServerHandle` has one life after another, and treats both forms alike. What a child process does is in `child`.
+`ServerProcess` starts a child process, whose side is in `child`; `ServerTask` serves in the lab thread. A
+`ServerHandle` has one runner after another, and treats both kinds alike. A runner starts the server that batches reach
+through the network; no batch passes here.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import sys
 from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import trio
@@ -32,7 +34,11 @@ from labkit.wire.zmq_transport import ZmqNetwork
 
 logger = logging.getLogger(__name__)
 
-LAST_WORDS_TIME = 0.5  # seconds that what a dead child has said may take to be read
+STDERR_TIMEOUT = 0.5  # seconds to read the rest of what a dead child wrote to its standard error
+LAST_LINES = 30  # of the standard error of a child that failed, in the error that says so
+MAX_LINE = 10_000  # bytes of a line of standard error that is not complete
+PORT_TRIES, PORT_INTERVAL = 25, 0.02  # attempts to get the port of the last runner; seconds between two
+COMMAND_QUEUE = 100  # commands that a child has not read yet
 COMMAND = [sys.executable, "-m", "labkit", "serve", "--child"]
 # A session of its own, so that Ctrl-C in a terminal and the kernel's stop button reach the parent only.
 OWN_GROUP: dict[str, Any]
@@ -46,30 +52,58 @@ else:
 class ServerPlan:
     """All that it takes to start a server, and to start it again as the same node.
 
-    `lasting`: whether its checkpoints outlive the swarm, and so are worth saving when that ends.
+    Attributes:
+        server: What it serves.
+        node: How its node listens, and its limits.
+        identity: Its key pair.
+        join: Contacts of the swarm that it joins.
+        member_file: The public keys that may connect, in a private swarm.
+        lasting: Whether its checkpoints outlive the swarm, and so are worth saving when the swarm ends.
     """
 
     server: ServerConfig
     node: NodeConfig
     identity: Identity
     join: tuple[Contact, ...]
-    member_file: Path | None = None  # public keys that may connect, in a private swarm
+    member_file: Path | None = None
     lasting: bool = True
 
 
-class ServerProcess:
-    """A server as a child process.
+class Runner(Protocol):
+    """What serves once, from its start to its end. `stop_timeout`: seconds that a clean stop may take."""
 
-    `stop_timeout`: seconds that a clean stop may take; a child says how many when it is ready.
-    """
+    stop_timeout: float
+
+    @property
+    def pid(self) -> int | None:
+        """The process that it runs in."""
+
+    async def run(self, plan: ServerPlan, faults: Faults, *, task_status: trio.TaskStatus[Contact]) -> None:
+        """Serve until the end, whatever the reason for it. Raises if it does not come to serve."""
+
+    async def wait(self) -> str:
+        """Wait until `run` has ended. Returns what went wrong, or an empty string after a clean stop."""
+
+    def stop(self) -> None:
+        """Ask it to save its experts and to end."""
+
+    def kill(self) -> None:
+        """End it at once, also while it starts. Nothing is saved."""
+
+    def apply_faults(self, faults: Faults) -> None:
+        """Tell it which faults to inject from now on."""
+
+
+class ServerProcess:
+    """A server as a child process."""
 
     def __init__(self) -> None:
-        self.stop_timeout = STOP_TIMEOUT
+        self.stop_timeout = STOP_TIMEOUT  # until the child, when it is ready, says how long its own stop may take
         self._process: trio.Process | None = None
         self._scope = trio.CancelScope()
-        self._begun, self._ended = False, trio.Event()
-        self._last_words: deque[str] = deque(maxlen=30)
-        self._all_heard = trio.Event()
+        self._ended = trio.Event()
+        self._last_lines: deque[str] = deque(maxlen=LAST_LINES)
+        self._stderr_read = trio.Event()
         self._commands: trio.MemorySendChannel[bytes] | None = None
 
     @property
@@ -77,8 +111,7 @@ class ServerProcess:
         return self._process.pid if self._process is not None else None
 
     async def run(self, plan: ServerPlan, faults: Faults, *, task_status: trio.TaskStatus[Contact]) -> None:
-        """From its start to its end, for whatever reason. Raises `ServerFailed` if it does not come to serve."""
-        self._begun = True
+        """Start the process and wait for its end. Raises `ServerFailed` if it does not come to serve."""
         try:
             with self._scope:
                 await self._run(plan, faults, task_status)
@@ -96,12 +129,12 @@ class ServerProcess:
         )
         try:
             async with trio.open_nursery() as nursery:
-                self._commands, to_send = trio.open_memory_channel[bytes](100)
-                nursery.start_soon(self._feed, to_send)
-                nursery.start_soon(self._listen)
-                self._send(_order(plan, faults))
-                task_status.started(await self._first_report(process))
-                await self._hear_its_end(process)
+                self._commands, to_send = trio.open_memory_channel[bytes](COMMAND_QUEUE)
+                nursery.start_soon(self._write_commands, to_send)
+                nursery.start_soon(self._read_stderr)
+                self._send(_config(plan, faults))
+                task_status.started(await self._read_report(process))
+                await self._wait_for_end(process)
                 nursery.cancel_scope.cancel()
         finally:
             if process.returncode is None:
@@ -112,70 +145,64 @@ class ServerProcess:
                     assert stream is not None
                     await trio.aclose_forcefully(stream)
 
-    async def _first_report(self, process: trio.Process) -> Contact:
+    async def _read_report(self, process: trio.Process) -> Contact:
         assert process.stdout is not None
         data = b""
         while b"\n" not in data:
             part = await process.stdout.receive_some()
             if not part:
-                await self._hear_its_end(process)
-                raise ServerFailed(self._account())
+                await self._wait_for_end(process)
+                raise ServerFailed(self._describe_end())
             data += part
         report = msgspec.json.decode(data.partition(b"\n")[0], type=ChildReport)
         if report.ready is None:
-            raise ServerFailed(report.failed or self._account())
+            raise ServerFailed(report.failed or self._describe_end())
         self.stop_timeout = report.stop_timeout
         return report.ready
 
-    async def _hear_its_end(self, process: trio.Process) -> None:
+    async def _wait_for_end(self, process: trio.Process) -> None:
         await process.wait()
-        with trio.move_on_after(LAST_WORDS_TIME):  # a child of its own may hold its standard error open
-            await self._all_heard.wait()
+        with trio.move_on_after(STDERR_TIMEOUT):  # a child of its own may hold its standard error open
+            await self._stderr_read.wait()
 
-    def _account(self) -> str:
-        words = "\n".join(self._last_words)
+    def _describe_end(self) -> str:
+        lines = "\n".join(self._last_lines)
         code = self._process.returncode if self._process is not None else None
-        return f"its process ended with code {code}" + (f" after saying\n{words}" if words else "")
+        return f"its process ended with code {code}" + (f" after saying\n{lines}" if lines else "")
 
-    async def _feed(self, commands: trio.MemoryReceiveChannel[bytes]) -> None:
+    async def _write_commands(self, commands: trio.MemoryReceiveChannel[bytes]) -> None:
         assert self._process is not None and self._process.stdin is not None
         try:
             async for line in commands:
                 await self._process.stdin.send_all(line)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # the child is gone; `run` notices
+            pass  # the child is gone, which `run` notices
 
-    async def _listen(self) -> None:
-        """What the child says on its standard error goes to our log."""
+    async def _read_stderr(self) -> None:
+        """Copy the child's standard error to our log."""
         assert self._process is not None and self._process.stderr is not None
         rest = b""
         async for part in self._process.stderr:  # ends when the child does
             *lines, rest = (rest + part).split(b"\n")
-            rest = rest[-10_000:]
+            rest = rest[-MAX_LINE:]
             for line in lines:
                 text = line.decode(errors="replace").rstrip()
-                self._last_words.append(text)
+                self._last_lines.append(text)
                 logger.info("server %d: %s", self._process.pid, text)
-        self._all_heard.set()
+        self._stderr_read.set()
 
     async def wait(self) -> str:
-        """Wait for its end. Returns what went wrong, or nothing for a clean stop."""
         await self._ended.wait()
         clean = self._process is not None and self._process.returncode == 0
-        return "" if clean else self._account()
+        return "" if clean else self._describe_end()
 
     def stop(self) -> None:
-        """Ask it to save its experts and end."""
         self._send(ChildCommand(stop=True))
 
     def kill(self) -> None:
-        """End it at once: SIGKILL. One that has not begun never will."""
-        self._scope.cancel()
-        if not self._begun:
-            self._ended.set()
+        self._scope.cancel()  # which `_run` answers with SIGKILL
 
     def apply_faults(self, faults: Faults) -> None:
-        """Tell it."""
         self._send(ChildCommand(latency=faults.latency, loss=faults.loss))
 
     def _send(self, line: ChildConfig | ChildCommand) -> None:
@@ -183,11 +210,11 @@ class ServerProcess:
             try:
                 self._commands.send_nowait(msgspec.json.encode(line) + b"\n")
             except (trio.WouldBlock, trio.BrokenResourceError):
-                pass  # it is gone, or stuck and about to be killed
+                pass  # the child is gone, or hangs and will be killed
 
 
 def environment() -> dict[str, str]:
-    """Of a server process: torch's threads sleep while there is nothing to do, unless the user says otherwise.
+    """The environment of a server process: torch's threads sleep when idle, unless the user says otherwise.
 
     By default they spin for milliseconds after each operation, on cores that callers need. Asleep, they let two
     clients of one server make half as many calls of 2 MB again, on two cores, and the longest took a third of the time.
@@ -195,7 +222,7 @@ def environment() -> dict[str, str]:
     return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
 
 
-def _order(plan: ServerPlan, faults: Faults) -> ChildConfig:
+def _config(plan: ServerPlan, faults: Faults) -> ChildConfig:
     member_file = None if plan.member_file is None else str(plan.member_file)
     return ChildConfig(
         plan.identity.seed.hex(), plan.server, plan.node, list(plan.join), member_file, faults.latency, faults.loss,
@@ -204,7 +231,7 @@ def _order(plan: ServerPlan, faults: Faults) -> ChildConfig:
 
 
 class ServerTask:
-    """A server as a task of the lab thread. The same methods as `ServerProcess`."""
+    """A server as a task of the lab thread."""
 
     pid = os.getpid()
 
@@ -214,18 +241,17 @@ class ServerTask:
         self._emit = emit
         self._scope = trio.CancelScope()
         self._stop = trio.Event()
-        self._begun, self._ended = False, trio.Event()
+        self._ended = trio.Event()
         self._failure = ""
 
     async def run(self, plan: ServerPlan, faults: Faults, *, task_status: trio.TaskStatus[Contact]) -> None:
-        self._begun = True
         status = _Status(task_status)
         try:
             with self._scope:
                 await serve_experts(
                     self._network, plan.identity, plan.server, plan.node, join=plan.join,
                     admission=Admission(file=plan.member_file), faults=faults, emit=self._emit, stop=self._stop,
-                    allow=self._allow, task_status=status,  # type: ignore[arg-type]
+                    allow=self._set_stop_timeout, task_status=status,  # type: ignore[arg-type]
                 )  # fmt: skip
             if self._scope.cancelled_caught:
                 self._failure = "it was killed"
@@ -238,7 +264,7 @@ class ServerTask:
         finally:
             self._ended.set()
 
-    def _allow(self, seconds: float) -> None:
+    def _set_stop_timeout(self, seconds: float) -> None:
         self.stop_timeout = seconds
 
     async def wait(self) -> str:
@@ -250,15 +276,13 @@ class ServerTask:
 
     def kill(self) -> None:
         self._scope.cancel()
-        if not self._begun:
-            self._ended.set()
 
     def apply_faults(self, faults: Faults) -> None:
-        """Nothing to do: the server draws from this object itself."""
+        pass  # the server holds this very object
 
 
 class _Status:
-    """A task status that remembers whether it was told."""
+    """A task status that remembers whether `started` was called."""
 
     def __init__(self, inner: trio.TaskStatus[Contact]) -> None:
         self._inner = inner
@@ -269,23 +293,23 @@ class _Status:
         self._inner.started(value)
 
 
-Runner = ServerProcess | ServerTask
+# ---------------------------------------------------------------- ports
 
 
-async def same_address(plan: ServerPlan, contact: Contact | None) -> ServerPlan:
-    """The plan, with the port of the last life if that is free: others know the server by it."""
+async def keep_port(plan: ServerPlan, contact: Contact | None) -> ServerPlan:
+    """The plan, with the port of the last runner if that is free, since other nodes know the server by it."""
     if contact is None:
         return plan
-    for _ in range(25):
+    for _ in range(PORT_TRIES):
         if is_free(split_address(plan.node.listen)[0], contact.port):
             listen = f"{plan.node.listen.rpartition(':')[0]}:{contact.port}"
             return replace(plan, node=replace(plan.node, listen=listen))
-        await trio.sleep(0.02)  # the last life's socket may be closing
+        await trio.sleep(PORT_INTERVAL)  # the last runner's socket may be closing
     return plan
 
 
 def is_free(host: str, port: int) -> bool:
-    """Whether a server can listen there, where its last life did."""
+    """Whether a server can listen at an address at which an earlier one has listened."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         if os.name == "posix":
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
