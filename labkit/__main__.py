@@ -1,4 +1,7 @@
-"""The `labkit` command: demo, serve, watch, bench, keygen."""
+"""The `labkit` command: its options, and what runs for `demo`, `serve`, `watch`, `bench` and `keygen`.
+
+The commands are in `labkit.cli`, which imports torch, and so they are imported when the options have been read.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,26 @@ import sys
 from collections.abc import Sequence
 
 from labkit import quick_imports
-from labkit.cli.bench import add_options
+from labkit.cli.bench import add_bench_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the console script. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="labkit", description="Decentralized mixture-of-experts training.")
+    """Run the console script with these arguments, by default those of the process. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="labkit",
+        description="Train a mixture of experts over a swarm of servers.",
+        epilog="labkit COMMAND --help lists the options of a command.",
+    )
     parser.add_argument("--verbose", "-v", action="store_true", help="log what happens to standard error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_demo(commands.add_parser("demo", help="train on digits while a server is killed and brought back"))
-    add_serve(commands.add_parser("serve", help="serve experts, in a new swarm or in one that is running"))
-    add_watch(commands.add_parser("watch", help="show the dashboard of a running swarm as a web page"))
-    add_options(commands.add_parser("bench", help="measure how fast it is"))
-    keygen = commands.add_parser("keygen", help="make a key file, and print its public key")
-    keygen.add_argument("file", help="where to write it; an existing file is never overwritten")
+    for name, summary, add in (
+        ("demo", "train on digits while a server is killed and brought back", add_demo_options),
+        ("serve", "serve experts, in a new swarm or in one that is running", add_serve_options),
+        ("watch", "show the dashboard of a running swarm as a web page", add_watch_options),
+        ("bench", "measure how fast labkit is", add_bench_options),
+        ("keygen", "make a key file, and print its public key", add_keygen_options),
+    ):
+        add(commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."))
     options = parser.parse_args(arguments)
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
@@ -30,54 +39,97 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return COMMANDS[options.command](options)
 
 
-def add_demo(parser: argparse.ArgumentParser) -> None:
-    """The options of `labkit demo`."""
-    parser.add_argument("--dataset", default="digits", metavar="digits|mnist|HUB_NAME", help="(default: digits)")
-    parser.add_argument("--data-dir", metavar="DIR", help="where the data set's parquet files are")
-    parser.add_argument("--servers", type=int, default=4, help="expert servers, each a process (default: 4)")
-    parser.add_argument("--experts", type=int, default=16, help="experts, in a grid near to square (default: 16)")
-    parser.add_argument("--k-best", type=int, default=4, help="experts that each row is sent to (default: 4)")
-    parser.add_argument("--trainers", type=int, default=4, help="batches in flight (default: 4)")
-    parser.add_argument("--steps", type=int, help="training steps (default: 500 for digits, else 3000)")
-    parser.add_argument("--kill", type=int, default=1, metavar="N", help="servers to kill and bring back (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
-    parser.add_argument("--watch", action="store_true", help="open the dashboard as a web page")
-    parser.add_argument("--no-browser", action="store_true", help="with --watch: print its address, and open nothing")
-
-
-def add_serve(parser: argparse.ArgumentParser) -> None:
-    """The options of `labkit serve`."""
-    parser.add_argument("--join", metavar="INVITE", help="the invitation of a running swarm (default: start a new one)")
-    parser.add_argument("--experts", type=int, help="how many experts (default: the free places; in a new swarm 8)")
-    parser.add_argument("--grid", type=int, nargs="+", metavar="SIZE", help="sizes of the expert grid")
+def add_demo_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `labkit demo`."""
     parser.add_argument(
-        "--expert", default="ffn", metavar="KIND", help="ffn, transformer, nop or package.module:factory"
+        "--dataset", default="digits", metavar="NAME",
+        help="data set: digits, mnist, or the name of one on the Hugging Face Hub (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data-dir", metavar="DIR", help="folder with the parquet files of the data set (default: find or fetch them)"
     )
-    parser.add_argument("--hidden", type=int, help="width of the experts (default: the running grid's, or 64)")
-    parser.add_argument("--name", help="name of the grid (default: the kind's)")
-    parser.add_argument("--listen", metavar="tcp://HOST:PORT", help="(default: loopback, or as wide as what is joined)")
-    parser.add_argument("--announce", metavar="HOST[:PORT]", help="the address that others should use")
-    parser.add_argument("--secure", action="store_true", help="encrypt on loopback too; beyond it that is always on")
-    parser.add_argument("--key", metavar="FILE", help="a key file made by labkit keygen (default: a new key)")
-    parser.add_argument("--member", action="append", metavar="KEY", help="make it private: admit this public key")
-    parser.add_argument("--checkpoint-dir", metavar="DIR", help="load experts from there, and save them")
-    parser.add_argument("--checkpoint-period", type=float, metavar="S", help="seconds (default: 10, or more)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the experts (default: 0.001)")
-    parser.add_argument("--device", default="cpu", help="where they compute (default: cpu)")
+    _add_count(parser, "--servers", 4, "expert servers to start, each a process")
+    _add_count(parser, "--experts", 16, "experts in all, in a grid that is about square")
+    _add_count(parser, "--k-best", 4, "experts that each row is sent to")
+    _add_count(parser, "--trainers", 4, "batches in flight at the same time")
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps (default: 500 for digits, else 3000)")
+    _add_count(parser, "--kill", 1, "servers to kill, and to bring back later")
+    _add_count(parser, "--seed", 0, "seed of the random numbers")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
+    parser.add_argument("--watch", action="store_true", help="show the dashboard as a web page, in a browser")
+    parser.add_argument("--no-browser", action="store_true", help="with --watch: print the address, open no browser")
+
+
+def add_serve_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `labkit serve`."""
+    parser.add_argument("--join", metavar="INVITE", help="invitation of a running swarm (default: start a new one)")
+    parser.add_argument(
+        "--experts", type=int, metavar="N",
+        help="experts to serve (default: as many as the grid has free places; 8 in a new grid)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--grid", type=int, nargs="+", metavar="SIZE",
+        help="sizes of the expert grid, such as 4 4 (default: the running grid's, or one for the experts)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--expert", default="ffn", metavar="KIND",
+        help="kind of the experts: ffn, transformer, nop or package.module:factory (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--hidden", type=int, metavar="N", help="width of the experts (default: the running grid's, or 64)"
+    )
+    parser.add_argument("--name", help="name of the grid (default: that of the kind)")
+    parser.add_argument(
+        "--listen", metavar="tcp://HOST:PORT",
+        help="where to listen (default: a free port of loopback, or of all interfaces if the swarm to join is on "
+        "another machine)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--announce", metavar="HOST[:PORT]", help="address at which others reach it (default: the one it listens at)"
+    )
+    parser.add_argument("--secure", action="store_true", help="encrypt on loopback too; elsewhere that is always on")
+    parser.add_argument("--key", metavar="FILE", help="key file made by labkit keygen (default: a new key)")
+    parser.add_argument(
+        "--member", action="append", metavar="KEY",
+        help="make the swarm private, and admit the holder of this public key; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint-dir", metavar="DIR", help="folder to load experts from and to save them to (default: none)"
+    )
+    parser.add_argument(
+        "--checkpoint-period", type=float, metavar="SECONDS",
+        help="seconds between two saves (default: 10, or more where saving takes long)",
+    )  # fmt: skip
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the experts (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cpu", help="where the experts compute, such as cuda or cuda:1 (default: %(default)s)"
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
 
 
-def add_watch(parser: argparse.ArgumentParser) -> None:
-    """The options of `labkit watch`."""
-    parser.add_argument("invite", metavar="INVITE", help="the invitation of the swarm; quote it, for the shell")
-    parser.add_argument("--port", type=int, default=0, metavar="N", help="of the page, on 127.0.0.1 (default: any)")
-    parser.add_argument("--no-browser", action="store_true", help="print the page's address, and open nothing")
-    parser.add_argument("--key", metavar="FILE", help="for a private swarm: a key file made by labkit keygen")
+def add_watch_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `labkit watch`."""
+    parser.add_argument("invite", metavar="INVITE", help="invitation of the swarm; put it in quotes")
+    parser.add_argument(
+        "--port", type=int, default=0, metavar="N", help="port of the page on 127.0.0.1 (default: any free port)"
+    )
+    parser.add_argument("--no-browser", action="store_true", help="print the address of the page, open no browser")
+    parser.add_argument(
+        "--key", metavar="FILE", help="key file made by labkit keygen; only a private swarm needs one (default: none)"
+    )
+
+
+def add_keygen_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `labkit keygen`."""
+    parser.add_argument("file", metavar="FILE", help="where to write the key; an existing file is never overwritten")
+
+
+def _add_count(parser: argparse.ArgumentParser, option: str, default: int, text: str) -> None:
+    parser.add_argument(option, type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)")
 
 
 def run_demo(options: argparse.Namespace) -> int:
-    """`labkit demo`."""
+    """Run `labkit demo`. Returns the exit status."""
     with quick_imports():
         from labkit.cli.demo import DemoConfig, demo
         from labkit.errors import LabkitError
@@ -86,7 +138,7 @@ def run_demo(options: argparse.Namespace) -> int:
     try:
         demo(DemoConfig(**fields), as_json=options.json, page=options.watch, browser=not options.no_browser)
     except (LabkitError, ValueError) as error:
-        return _complain(error)
+        return _fail(error)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -94,7 +146,7 @@ def run_demo(options: argparse.Namespace) -> int:
 
 
 def run_serve(options: argparse.Namespace) -> int:
-    """`labkit serve`."""
+    """Run `labkit serve`. Returns the exit status."""
     if options.child:
         with quick_imports():
             from labkit.launch.child import run_child
@@ -107,15 +159,15 @@ def run_serve(options: argparse.Namespace) -> int:
     try:
         serve(options)
     except (LabkitError, ValueError) as error:
-        return _complain(error)
-    except KeyboardInterrupt:  # before it served, or while it was saving
+        return _fail(error)
+    except KeyboardInterrupt:  # before it serves, or while it saves
         print("stopped", file=sys.stderr)
         return 130
     return 0
 
 
 def run_watch(options: argparse.Namespace) -> int:
-    """`labkit watch`."""
+    """Run `labkit watch`. Returns the exit status."""
     with quick_imports():
         from labkit.cli.watch import watch
         from labkit.errors import LabkitError
@@ -124,7 +176,7 @@ def run_watch(options: argparse.Namespace) -> int:
     try:
         watch(options.invite, open_browser=not options.no_browser, port=options.port, key=options.key)
     except (LabkitError, ValueError) as error:
-        return _complain(error)
+        return _fail(error)
     except KeyboardInterrupt:
         pass  # the usual end
     finally:
@@ -133,7 +185,7 @@ def run_watch(options: argparse.Namespace) -> int:
 
 
 def run_bench(options: argparse.Namespace) -> int:
-    """`labkit bench`."""
+    """Run `labkit bench`. Returns the exit status."""
     with quick_imports():
         from labkit.cli.bench import bench
         from labkit.errors import LabkitError
@@ -141,7 +193,7 @@ def run_bench(options: argparse.Namespace) -> int:
     try:
         bench(options)
     except (LabkitError, ValueError) as error:
-        return _complain(error)
+        return _fail(error)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -149,7 +201,7 @@ def run_bench(options: argparse.Namespace) -> int:
 
 
 def run_keygen(options: argparse.Namespace) -> int:
-    """`labkit keygen`."""
+    """Run `labkit keygen`. Returns the exit status."""
     from labkit.errors import LabkitError
     from labkit.wire.security import Identity, key_text
 
@@ -157,14 +209,15 @@ def run_keygen(options: argparse.Namespace) -> int:
     try:
         identity.save(options.file)
     except LabkitError as error:
-        return _complain(error)
+        return _fail(error)
     except OSError as error:
-        return _complain(f"{options.file} cannot be written: {error.strerror}")
+        return _fail(f"{options.file} cannot be written: {error.strerror}")
     print(key_text(identity.public_key))
     return 0
 
 
-def _complain(error: Exception | str) -> int:
+def _fail(error: Exception | str) -> int:
+    """Print why a command has failed. Returns its exit status."""
     print(f"labkit: {error}", file=sys.stderr)
     return 1
 

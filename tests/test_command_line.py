@@ -227,3 +227,11 @@ def test_a_command_that_is_misspelt_is_explained(capsys):
         with pytest.raises(SystemExit, match="2"):
             main(wrong)
         assert "usage: labkit" in capsys.readouterr().err
+
+
+def test_the_page_server_and_whatever_watches_its_parent_import_no_torch():
+    code = (
+        "import sys, labkit.cli.page_server, labkit.launch.parent; "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'trio', 'zmq')))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

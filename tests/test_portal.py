@@ -187,7 +187,7 @@ def test_an_interrupt_cancels_the_call_that_it_interrupts_and_nothing_else(porta
 
 
 def test_an_interrupt_does_not_wait_for_a_call_that_refuses_to_end(portal, monkeypatch):
-    monkeypatch.setattr("labkit.portal._PATIENCE", 0.1)
+    monkeypatch.setattr("labkit.portal._GRACE_PERIOD", 0.1)
     begun, released = threading.Semaphore(0), threading.Event()
     with interrupted_when(begun):
         portal.call(refuse_to_end, begun, released)
@@ -298,7 +298,7 @@ def test_a_task_that_crashes_closes_the_swarm_and_every_caller_hears_the_reason(
 
 
 def test_a_crash_leaves_nobody_waiting_for_a_task_that_refuses_to_end(portal, monkeypatch):
-    monkeypatch.setattr("labkit.portal._PATIENCE", 0.1)
+    monkeypatch.setattr("labkit.portal._GRACE_PERIOD", 0.1)
 
     async def crash(*, task_status):
         task_status.started()

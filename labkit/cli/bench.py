@@ -1,4 +1,8 @@
-"""`labkit bench WHAT`: the options of each benchmark, and running it."""
+"""`labkit bench WHAT`: the options of each benchmark, and the function that runs one.
+
+Each option is a field of the benchmark's config. The benchmarks are in `labkit.bench`, and `search` is in
+`labkit.experiments`; they are imported when they are run.
+"""
 
 from __future__ import annotations
 
@@ -11,70 +15,135 @@ from typing import Any
 from labkit.bench.report import ratios_to, read_peer, show
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `labkit bench`."""
+def add_bench_options(parser: argparse.ArgumentParser) -> None:
+    """Add the benchmarks and their options to the parser of `labkit bench`."""
     benches = parser.add_subparsers(dest="bench", required=True, metavar="WHAT")
-    rpc = benches.add_parser("rpc", help="calls to experts, from several processes")
-    rpc.add_argument("--expert", default="nop", metavar="KIND", help="nop, ffn, or the peer's ffn2 (default: nop)")
-    _add_numbers(rpc, experts=4, servers=1, hidden=1024, batch=1, clients=2)
-    rpc.add_argument("--calls", type=int, default=500, metavar="N", help="of each client (default: 500)")
-    rpc.add_argument("--backward", action="store_true", help="a backward pass after each forward pass")
-    rpc.add_argument("--codec", default="none", help="of tensors on the wire (default: none)")
-    moe = benches.add_parser("moe", help="forward and backward passes of an MoE layer over one server")
-    moe.add_argument("--expert", default="ffn", metavar="KIND", help="as of rpc (default: ffn)")
-    _add_numbers(moe, batch=64, hidden=256)
-    moe.add_argument("--side", type=int, default=4, metavar="N", help="the grid is side x side (default: 4)")
-    _add_numbers(moe, k_best=4, passes=10)
-    dht = benches.add_parser("dht", help="stores and gets among DHT nodes in processes of their own")
-    _add_numbers(dht, peers=8, rounds=20)
+
+    rpc = _add_bench(benches, "rpc", "calls to experts from several processes")
+    _add_kind(rpc, "nop")
+    _add_number(rpc, "--experts", 4, "experts in all, spread over the servers")
+    _add_number(rpc, "--servers", 1, "expert servers, each a process")
+    _add_number(rpc, "--hidden", 1024, "width of the experts")
+    _add_number(rpc, "--batch", 1, "rows of a call")
+    _add_number(rpc, "--clients", 2, "clients that call at the same time, in up to eight processes")
+    _add_number(rpc, "--calls", 500, "calls that each client makes")
+    rpc.add_argument("--backward", action="store_true", help="make a backward pass after each forward pass")
+    rpc.add_argument(
+        "--codec", default="none", metavar="NAME",
+        help="how tensors are compressed on the wire: none, float16, bfloat16 or blockwise8 (default: %(default)s)",
+    )  # fmt: skip
+
+    moe = _add_bench(benches, "moe", "forward and backward passes of an MoE layer over one server")
+    _add_kind(moe, "ffn")
+    _add_number(moe, "--batch", 64, "rows of a batch")
+    _add_number(moe, "--hidden", 256, "width of the layer and its experts")
+    _add_number(moe, "--side", 4, "the grid has N x N experts")
+    _add_number(moe, "--k-best", 4, "experts that each row is sent to")
+    _add_number(moe, "--passes", 10, "forward and backward passes to measure")
+
+    dht = _add_bench(benches, "dht", "stores and gets among DHT nodes, each a process")
+    _add_number(dht, "--peers", 8, "DHT nodes")
+    _add_number(dht, "--rounds", 20, "records that are stored and read")
+
     for bench in (rpc, moe, dht):
-        bench.add_argument("--secure", action="store_true", help="encrypt connections (CURVE)")
-        bench.add_argument("--peer-json", metavar="FILE", help="what a peer's script printed; adds the ratios to it")
-    latency = benches.add_parser("latency", help="throughput of many trainers, and of a pipeline, where calls are slow")
-    latency.add_argument("--block", default="ffn", metavar="KIND", help="ffn or transformer (default: ffn)")
-    _add_numbers(latency, blocks=4, servers=2, hidden=512, trainers=64)
+        bench.add_argument("--secure", action="store_true", help="encrypt the connections (CURVE)")
+        bench.add_argument(
+            "--peer-json", metavar="FILE",
+            help="what a script printed that measures the same of another library; adds the ratios to it",
+        )  # fmt: skip
+
+    latency = _add_bench(benches, "latency", "throughput of many trainers, and of a pipeline, if calls are slow")
+    latency.add_argument(
+        "--block", default="ffn", metavar="KIND", help="kind of the blocks: ffn or transformer (default: %(default)s)"
+    )
+    _add_number(latency, "--blocks", 4, "blocks of the model, one after the other")
+    _add_number(latency, "--servers", 2, "expert servers, each a process")
+    _add_number(latency, "--hidden", 512, "width of the blocks")
+    _add_number(latency, "--trainers", 64, "trainers, each with a batch in flight")
     latency.add_argument(
         "--delays-ms", type=float, nargs="+", default=[0.0, 50.0, 100.0, 200.0], metavar="MS",
-        help="mean delays of a call (default: 0 50 100 200)",
+        help="mean delays of a call to measure, in milliseconds (default: 0 50 100 200)",
     )  # fmt: skip
-    latency.add_argument("--seconds", type=float, default=10.0, help="that each delay is measured (default: 10)")
-    latency.add_argument("--runs", type=int, default=1, metavar="N", help="of each; prints medians (default: 1)")
-    search = benches.add_parser("search", help="the search for experts in a large swarm, simulated, in virtual time")
-    _add_numbers(search, nodes=100)
-    search.add_argument("--grid", type=int, nargs="+", default=[32, 32], metavar="SIZE", help="(default: 32 32)")
-    search.add_argument("--k-best", type=int, default=4, help="experts that are looked for (default: 4)")
-    search.add_argument("--rtt-ms", type=float, default=92.0, help="mean round trip, in milliseconds (default: 92)")
+    latency.add_argument(
+        "--seconds", type=float, default=10.0, metavar="S", help="seconds to measure each delay (default: 10)"
+    )
+    _add_number(latency, "--runs", 1, "runs of the whole; prints their medians")
+
+    search = _add_bench(benches, "search", "the search for experts in a large simulated swarm, in virtual time")
+    _add_number(search, "--nodes", 100, "nodes of the swarm")
     search.add_argument(
-        "--dead", type=float, default=0.0, help="share of nodes that fail before the search (default: 0)"
+        "--grid",
+        type=int,
+        nargs="+",
+        default=[32, 32],
+        metavar="SIZE",
+        help="sizes of the expert grid (default: 32 32)",
+    )
+    _add_number(search, "--k-best", 4, "experts to search for")
+    search.add_argument(
+        "--rtt-ms", type=float, default=92.0, metavar="MS", help="mean round trip, in milliseconds (default: 92)"
     )
     search.add_argument(
-        "--churn", type=float, default=0.0, help="mean life of a node in minutes; 0 for ever (default: 0)"
-    )
+        "--dead", type=float, default=0.0, metavar="SHARE",
+        help="share of the nodes that fail before the search, from 0 to 1 (default: 0)",
+    )  # fmt: skip
     search.add_argument(
-        "--handshake", type=float, default=0.0, help="round trips before a new connection's first message (default: 0)"
+        "--churn", type=float, default=0.0, metavar="MINUTES",
+        help="mean life of a node, in minutes; 0 means that nodes live for ever (default: 0)",
+    )  # fmt: skip
+    search.add_argument(
+        "--handshake", type=float, default=0.0, metavar="N",
+        help="round trips before the first message of a new connection (default: 0)",
+    )  # fmt: skip
+    _add_number(search, "--searches", 100, "searches to measure")
+    _add_number(search, "--seed", 0, "seed of the random numbers")
+
+    suite = _add_bench(benches, "all", "all benchmarks but search, in every size that counts, several times over")
+    suite.add_argument(
+        "--out", required=True, metavar="FILE", help="where to write a line for each measurement that FILE lacks"
     )
-    _add_numbers(search, searches=100, seed=0)
-    suite = benches.add_parser("all", help="the others in all sizes that count, several times over, into a file")
-    suite.add_argument("--out", required=True, metavar="FILE", help="gets a line for each measurement that it lacks")
-    suite.add_argument("--runs", type=int, default=5, metavar="N", help="of each (default: 5)")
-    suite.add_argument("--only", default="", metavar="TEXT", help="rows with this in their name")
-    suite.add_argument("--peer-scripts", metavar="FOLDER", help="with a peer's scripts, which are run beside")
-    suite.add_argument("--peer-python", default=sys.executable, metavar="PYTHON", help="that has the peer installed")
+    _add_number(suite, "--runs", 5, "runs of each measurement")
+    suite.add_argument(
+        "--only", default="", metavar="TEXT", help="measure only the rows with TEXT in their name (default: all)"
+    )
+    suite.add_argument(
+        "--peer-scripts", metavar="FOLDER", help="scripts that measure another library, to run in turn (default: none)"
+    )
+    suite.add_argument(
+        "--peer-python", default=sys.executable, metavar="PYTHON",
+        help="Python that has the other library installed (default: this one)",
+    )  # fmt: skip
+
     for bench in (rpc, moe, dht, latency, search, suite):
         bench.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
 
 
-def _add_numbers(parser: argparse.ArgumentParser, **defaults: int) -> None:
-    for name, default in defaults.items():
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=default, metavar="N", help=f"(default: {default})")
+def _add_bench(benches: Any, name: str, summary: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = benches.add_parser(name, help=summary, description=f"Measure {summary}.")
+    return parser
+
+
+def _add_kind(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--expert", default=default, metavar="KIND",
+        help="kind of the experts: nop, ffn, or ffn2, which is hivemind's ffn (default: %(default)s)",
+    )  # fmt: skip
+
+
+def _add_number(parser: argparse.ArgumentParser, option: str, default: int, text: str) -> None:
+    parser.add_argument(option, type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)")
 
 
 def bench(options: argparse.Namespace) -> None:
-    """Measure, and print it. Raises `ValueError`, and a kind of `LabkitError`."""
-    kind, measure = _find(options.bench)
-    given = {name: getattr(options, name) for name in kind.__dataclass_fields__}
-    config = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    """Run a benchmark and print its result.
+
+    Raises:
+        ValueError: An option is wrong.
+        LabkitError: The measurement has failed.
+    """
+    config_class, measure = _find(options.bench)
+    given = {name: getattr(options, name) for name in config_class.__dataclass_fields__}
+    config = config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
     path = getattr(options, "peer_json", None)
     peer = {} if path is None else read_peer(path, options.bench, asdict(config))
     print(f"measuring {options.bench} …", file=sys.stderr)
@@ -83,7 +152,7 @@ def bench(options: argparse.Namespace) -> None:
 
 
 def _find(name: str) -> tuple[Any, Callable[[Any], dict[str, Any]]]:
-    """A benchmark's config and function. Each imports what it needs only now."""
+    """The config class and the function of a benchmark, which is imported only now."""
     if name == "rpc":
         from labkit.bench import rpc
 

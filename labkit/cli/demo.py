@@ -1,7 +1,10 @@
-"""`labkit demo`: the whole thing in a minute. Train over live servers, kill some of them, bring them back.
+"""`labkit demo`: all of labkit in a minute. Train over live servers, kill some of them, and bring them back.
 
-1. Start expert servers as processes. 2. Train a small classifier with one MoE layer. 3. After a third of the steps kill
-servers with SIGKILL. 4. After two thirds bring them back, from their checkpoints. 5. Say how it went.
+1. Start expert servers as processes.
+2. Train a small classifier with one MoE layer.
+3. After a third of the steps, kill servers with SIGKILL.
+4. After two thirds, bring them back from their checkpoints.
+5. Print how it went.
 """
 
 from __future__ import annotations
@@ -26,13 +29,25 @@ from labkit.training.run import Run, fit
 from labkit.training.trainer import evaluate
 from labkit.view.progress import show_progress
 
-HIDDEN = 64  # width of the model
+HIDDEN = 64  # width of the model and its experts
 CHECKPOINT_PERIOD = 2.0  # seconds
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What to demonstrate; the options of `labkit demo`."""
+    """What to demonstrate: the options of `labkit demo`. Raises `ValueError`.
+
+    Attributes:
+        dataset: Name of the data set: digits, mnist, or one of the Hugging Face Hub.
+        data_dir: Folder with the parquet files of the data set.
+        servers: Expert servers to start.
+        experts: Experts in all.
+        k_best: Experts that each row is sent to.
+        trainers: Batches in flight at the same time.
+        steps: Training steps; `None` for the recipe's.
+        kill: Servers to kill and to bring back.
+        seed: Of the random numbers.
+    """
 
     dataset: str = "digits"
     data_dir: str | None = None
@@ -59,11 +74,11 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a data set is trained. `noise`: standard deviation of the noise on inputs while training."""
+    """How to train on a data set."""
 
     steps: int = 3000
     batch_size: int = 128
-    noise: float = 0.0
+    noise: float = 0.0  # standard deviation of the noise on the inputs while training
 
 
 RECIPES = {"digits": Recipe(steps=500, batch_size=64, noise=0.5)}  # 1,437 rows: noise keeps it from learning by heart
@@ -89,7 +104,7 @@ class Classifier(nn.Module):
 
 @dataclass
 class _Killer:
-    """Kills servers after a third of the steps and restarts them after two thirds."""
+    """Kills servers after a third of the steps, and restarts them after two thirds."""
 
     swarm: Swarm
     total: int
@@ -99,7 +114,7 @@ class _Killer:
     restarted: bool = False
 
     def __call__(self, steps: int) -> None:
-        """Called some ten times a second with the number of steps done."""
+        """Do what is due after so many steps. Called about ten times a second."""
         if not self.killed and self.count and steps >= self.total / 3:
             for number in range(len(self.swarm.servers))[-self.count :]:
                 self.swarm.servers[number].kill()
@@ -111,16 +126,26 @@ class _Killer:
         self.alive_min = min(self.alive_min, self.swarm.experts_alive())
 
     def wait_until_back(self) -> None:
-        """Return when the servers that were restarted run, or have failed to start."""
+        """Wait until the servers that were restarted run, or have failed to start."""
         while any(self.swarm.servers[number].state == "starting" for number in self.killed):
             time.sleep(0.05)
 
 
 def demo(config: DemoConfig, *, as_json: bool = False, page: bool = False, browser: bool = True) -> dict[str, Any]:
-    """Run the demonstration and print how it went; returns the same as a dictionary.
+    """Run the demonstration and print how it went.
 
-    `page`: show the dashboard as a web page meanwhile (`browser`: in a browser that is opened for it), and in a
-    terminal afterwards too, until Ctrl-C.
+    Args:
+        config: What to demonstrate.
+        as_json: Print the result as a JSON object on the last line, too.
+        page: Show the dashboard as a web page; in a terminal it stays until Ctrl-C.
+        browser: Open a browser for the page.
+
+    Returns:
+        How it went, as a dictionary.
+
+    Raises:
+        DataNotFound: The data set is not here.
+        LabkitError: labkit was installed without what the page needs, or servers did not start.
     """
     if page:
         check_installed()
@@ -159,7 +184,7 @@ def demo(config: DemoConfig, *, as_json: bool = False, page: bool = False, brows
 
 
 def _show_page(stack: ExitStack, swarm: Swarm, browser: bool) -> float:
-    """Open the dashboard's page until the stack ends. Returns the seconds that it took."""
+    """Open the dashboard's page, which closes with the stack. Returns the seconds that it took."""
     before = time.monotonic()
     page = stack.enter_context(open_page(swarm.invite(), swarm.remote_service.secret))
     print(f"dashboard: {page.url}", flush=True)
@@ -201,7 +226,7 @@ def _result(
 
 
 def _table(result: dict[str, Any], swarm: Swarm) -> str:
-    """The summary, for people."""
+    """The result as a table for people."""
     servers, failed = result["servers"], result["calls_failed"]
     causes = f" ({', '.join(f'{cause} {count}' for cause, count in failed.items())})" if failed else ""
     rows = {

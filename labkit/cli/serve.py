@@ -1,4 +1,7 @@
-"""`labkit serve`: expert servers from a terminal, in a new swarm or in one that is running, until Ctrl-C."""
+"""`labkit serve`: serve experts from a terminal, in a new swarm or in one that is running, until Ctrl-C.
+
+What a notebook does with `Swarm()` or `Swarm.join`, and then `swarm.serve`, with options of a command line.
+"""
 
 from __future__ import annotations
 
@@ -15,28 +18,34 @@ from labkit.server.layers import BUILTIN_KINDS
 from labkit.server.optimizer import BackendConfig
 from labkit.swarm import Swarm
 
-DEFAULT_HIDDEN = 64
-DEFAULT_EXPERTS = 8
+DEFAULT_HIDDEN = 64  # width of the experts of a new grid
+DEFAULT_EXPERTS = 8  # of a new grid
 
 
 def serve(options: argparse.Namespace) -> None:
     """Start or join a swarm, serve experts in this process, print the invitation, and stay until stopped.
 
-    Ctrl-C or SIGTERM is a clean stop: the experts are saved, where there is a directory for it. A second one does not
-    wait for that. Raises `ValueError`, and a kind of `LabkitError` that says why a swarm could not be joined, or why
-    the server ended.
+    Ctrl-C or SIGTERM is a clean stop: the experts are saved, if there is a folder for it. A second one does not wait
+    for that.
+
+    Args:
+        options: The options of `labkit serve`.
+
+    Raises:
+        ValueError: An option is wrong.
+        LabkitError: The swarm could not be joined, or the server has ended by itself. The message says why.
     """
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _raise_interrupt)
     try:
-        _serve(options)
+        _serve_until_stopped(options)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _serve(options: argparse.Namespace) -> None:
-    with _swarm(options) as swarm:
+def _serve_until_stopped(options: argparse.Namespace) -> None:
+    with _open_swarm(options) as swarm:
         try:
-            (server,) = swarm.serve(options.expert, isolation="task", **_what(options, swarm))
+            (server,) = swarm.serve(options.expert, isolation="task", **_serve_arguments(options, swarm))
             print(repr(swarm))
             invitation = swarm.invite()
             print(f"\ninvitation: {invitation}")
@@ -51,29 +60,29 @@ def _serve(options: argparse.Namespace) -> None:
                 server.stop()
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def _raise_interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _swarm(options: argparse.Namespace) -> Swarm:
-    """Start or join one."""
+def _open_swarm(options: argparse.Namespace) -> Swarm:
+    """Start or join a swarm."""
     given = {
         "listen": options.listen,
         "announce": options.announce,
         "secure": options.secure or None,
         "key": options.key,
     }
-    how: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    network: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if options.join is None:
-        return Swarm("serve", members=options.member, **how)
+        return Swarm("serve", members=options.member, **network)
     if options.member:
         raise ValueError("--member is for whoever starts a private swarm: leave it out with --join")
-    return Swarm.join(options.join, name="serve", **how)
+    return Swarm.join(options.join, name="serve", **network)
 
 
-def _what(options: argparse.Namespace, swarm: Swarm) -> dict[str, Any]:
+def _serve_arguments(options: argparse.Namespace, swarm: Swarm) -> dict[str, Any]:
     """The arguments of `Swarm.serve`."""
-    what: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "grid": options.grid,
         "experts": options.experts,
         "name": options.name,
@@ -83,9 +92,9 @@ def _what(options: argparse.Namespace, swarm: Swarm) -> dict[str, Any]:
     }
     new = grid_name(options.expert, options.name, None) not in swarm.grids()
     if new and options.experts is None and options.grid is None:
-        what["experts"] = DEFAULT_EXPERTS
+        arguments["experts"] = DEFAULT_EXPERTS
     if options.hidden is not None:
-        what["hidden"] = options.hidden
+        arguments["hidden"] = options.hidden
     elif new and options.expert in BUILTIN_KINDS:
-        what["hidden"] = DEFAULT_HIDDEN
-    return what
+        arguments["hidden"] = DEFAULT_HIDDEN
+    return arguments

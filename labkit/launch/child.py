@@ -2,8 +2,8 @@
 
 The parent (`runners.ServerProcess`) writes to the child's standard input, one JSON object a line: first the
 configuration (with the secret key, which thus appears in no argument list), then commands. The end of the input means
-that the parent is gone, and the child stops cleanly: a killed kernel leaves no orphan. The child reports on its standard
-output: that it is ready, or why not. Batches do not come this way; they reach `server.server` through the network.
+that the parent is gone, and the child stops cleanly: a killed kernel leaves no orphan. On its standard output the child
+reports that it is ready, or why not. Batches do not come this way; they reach `server.server` through the network.
 """
 
 from __future__ import annotations

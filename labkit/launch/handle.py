@@ -273,7 +273,7 @@ class ServerHandle:
         return failure
 
     def _note_end(self, runner: Runner, failure: str) -> None:
-        """Record the end of a runner, and what went wrong. Every task that waits for it calls this; the first counts."""
+        """Record the end of a runner. Every task that waits for it calls this; the first call counts."""
         self._dying.discard(runner)
         if self._runner is not runner:
             return  # it was killed, or its end is known

@@ -1,7 +1,7 @@
-"""What to serve: from what a caller of `Swarm.serve` says, and what the swarm has already, to experts that fit in.
+"""Plans of servers: turns the arguments of `Swarm.serve`, and what the swarm already has, into `ServerPlan`s.
 
-Before any batch: `swarm` asks here which grid, which of its places, which options and which kind of isolation; and for
-a layer, which grid it calls and how.
+This comes before any batch. For servers, `swarm` asks here which grid they serve, which places of it, with which
+options, and in which kind of isolation; for a layer, which grid it calls and how.
 """
 
 from __future__ import annotations
@@ -31,13 +31,22 @@ from labkit.wire.transport import LOOPBACK, announced_address
 
 DEFAULT_EXPERTS = 16
 PING_TIMEOUT = 1.0  # seconds
-MAX_STRANGE_BYTES = 1 << 30  # of one expert whose options somebody else in the swarm chose
-MAX_STRANGE_TOTAL = 4 << 30  # of all that are taken if nobody says how many
+MAX_UNASKED_EXPERT_BYTES = 1 << 30  # of one expert whose options come from the swarm, not from the caller
+MAX_UNASKED_TOTAL_BYTES = 4 << 30  # of all experts, if their number comes from the swarm too
 MAX_PLACES = 1 << 20  # of a grid whose free places are looked for
 
 
 def grid_name(kind: str | Factory, name: str | None, uids: Sequence[str] | None) -> str:
-    """The grid to serve in: the one given, that of the uids, or else one called after the kind. Raises `ValueError`."""
+    """The name of the grid to serve in.
+
+    Args:
+        kind: The kind of the experts; the grid is named after it unless another argument says otherwise.
+        name: The name that the caller gives.
+        uids: The experts that the caller wants; they name their grid.
+
+    Raises:
+        ValueError: The name is no grid's name, or the uids are of another grid.
+    """
     if uids:
         of_uids = split_uid(uids[0])[0]
         if name not in (None, of_uids):
@@ -51,12 +60,20 @@ def grid_name(kind: str | Factory, name: str | None, uids: Sequence[str] | None)
 
 
 def fit_options(kind: str | Factory, options: dict[str, Any], name: str, known: GridInfo | None) -> dict[str, Any]:
-    """The options of an expert of grid `name`: where it runs with a kind of ours, those left out are as there.
+    """The options of an expert. Those that the caller leaves out are the running grid's, if its kind is built in.
 
-    Raises `ValueError` for options that a kind of ours does not take, or that do not fit the running grid.
+    Args:
+        kind: The kind of the experts.
+        options: The options that the caller gives, such as `hidden`.
+        name: The grid to serve in.
+        known: What the swarm says of this grid; `None` if it has no such grid.
+
+    Raises:
+        ValueError: A built-in kind does not take these options, or they do not fit the running grid, or the options
+            that come from the swarm make an expert of over 1 GiB.
     """
     if not isinstance(kind, str) or kind not in BUILTIN_KINDS:
-        return options  # a stranger's word about a kind of the user's own is worth nothing
+        return options  # what others in the swarm say about a kind of the user's own cannot be trusted
     chosen = options
     if known is not None and known.kind in BUILTIN_KINDS:
         other = {key: value for key, value in options.items() if known.options.get(key, value) != value}
@@ -69,12 +86,12 @@ def fit_options(kind: str | Factory, options: dict[str, Any], name: str, known: 
             )
         chosen = {**known.options, **options}
     try:
-        with torch.device("meta"):  # costs nothing, and tells what is wrong before a process is started
+        with torch.device("meta"):  # costs nothing, and shows what is wrong before a process is started
             expert = make_expert(kind, **chosen)
     except (RuntimeError, TypeError, ArithmeticError) as error:
         raise ValueError(f"no {kind} expert can be made with {chosen}: {str(error).splitlines()[0]}") from None
     size = _bytes_of(expert)
-    if size > MAX_STRANGE_BYTES and chosen != options:
+    if size > MAX_UNASKED_EXPERT_BYTES and chosen != options:
         raise ValueError(
             f"this swarm says that an expert of the grid {name!r} takes {size / 2**30:.1f} GiB ({chosen}); if that is "
             "what you want, give these options yourself"
@@ -83,11 +100,20 @@ def fit_options(kind: str | Factory, options: dict[str, Any], name: str, known: 
 
 
 def check_all_places(kind: str | Factory, options: dict[str, Any], name: str, places: int) -> None:
-    """Whether so many experts may be served though nobody said how many, and these `options` are somebody else's.
-    Raises `ValueError`."""
+    """Check the size of all experts together, if neither their number nor their options come from the caller.
+
+    Args:
+        kind: The kind of the experts, a built-in one.
+        options: The options of the running grid.
+        name: The grid to serve in.
+        places: Its free places, all of which would be served.
+
+    Raises:
+        ValueError: They take over 4 GiB.
+    """
     with torch.device("meta"):
         size = places * _bytes_of(make_expert(kind, **options))
-    if size > MAX_STRANGE_TOTAL:
+    if size > MAX_UNASKED_TOTAL_BYTES:
         raise ValueError(
             f"the {places} free places of the grid {name!r} take {size / 2**30:.1f} GiB, without the optimizer, as "
             f"this swarm describes its experts ({options}); say how many to serve: experts=…"
@@ -99,9 +125,18 @@ def _bytes_of(expert: torch.nn.Module) -> int:
 
 
 def isolate(isolation: str | None, kind: str | Factory, options: dict[str, Any]) -> tuple[str, str | Factory]:
-    """Task or process, and the kind as the server will be given it.
+    """Where a server runs, and the kind as it is handed to the server.
 
-    Left open, it is a process wherever a process can have the kind and its options. Raises `ValueError`.
+    Args:
+        isolation: "process" or "task"; `None` means a process wherever a process can be given the kind and its options.
+        kind: The kind of the experts.
+        options: Their options.
+
+    Returns:
+        "process" or "task", and the kind: for a process always a name that it can import.
+
+    Raises:
+        ValueError: There is no such isolation, or a process cannot be given the kind or the options.
     """
     if isolation not in (None, "process", "task"):
         raise ValueError(f"isolation={isolation!r}: 'process' or 'task'")
@@ -136,9 +171,21 @@ async def choose_places(
     experts: int | None,
     uids: Sequence[str] | None,
 ) -> tuple[tuple[int, ...], list[str]]:
-    """The sizes of grid `name` and the uids to serve: those asked for, or `experts` of its free places (None: all).
+    """The sizes of a grid, and the experts of it to serve.
 
-    `known`: what the swarm says of this grid, if it has it. Raises `ValueError`.
+    Args:
+        node: A node of the swarm; it asks which places are taken.
+        name: The grid to serve in.
+        known: What the swarm says of this grid; `None` if it has no such grid.
+        grid: The sizes that the caller gives.
+        experts: How many free places to take; `None` for all.
+        uids: Which experts to serve instead; then `experts` is `None`.
+
+    Returns:
+        The sizes, and the uids of the experts.
+
+    Raises:
+        ValueError: The arguments do not fit each other, or the running grid.
     """
     if uids is not None and experts is not None:
         raise ValueError("give either uids=… or experts=…")
@@ -160,7 +207,7 @@ async def choose_places(
     places = math.prod(sizes)
     if places > MAX_PLACES:
         raise ValueError(f"a grid of {places} places is too large to look for free ones; say which with uids=…")
-    free = await trio.to_thread.run_sync(_free_places, name, sizes, taken)  # which may take seconds
+    free = await trio.to_thread.run_sync(_free_places, name, sizes, taken)  # may take seconds
     wanted = len(free) if experts is None else experts
     if not 1 <= wanted <= len(free):
         misfit = f"so {experts} more experts do not fit" if experts else "so there is none to take"
@@ -172,7 +219,7 @@ async def choose_places(
 
 
 def _free_places(name: str, sizes: tuple[int, ...], taken: set[str]) -> list[str]:
-    """Along the diagonals, so that a part of a grid has something in every row."""
+    """The places that are not taken, along the diagonals, so that a part of a grid has experts in every row."""
 
     def diagonal(uid: str) -> int:
         *before, last = split_uid(uid)[1]
@@ -182,12 +229,12 @@ def _free_places(name: str, sizes: tuple[int, ...], taken: set[str]) -> list[str
 
 
 async def _taken(node: Node, name: str, dimensions: int) -> set[str]:
-    """The uids of a grid whose servers are there. One that is gone stays in the directory for a while, so we ask."""
+    """The uids of a grid that are served. A server that has gone stays in the directory for a while, so this pings all."""
     experts = await node.directory.all_experts(name, dimensions)
-    one_of_each = {info.contact: info for info in experts if info.contact != node.contact}
+    one_a_server = {info.contact: info for info in experts if info.contact != node.contact}
     gone: set[Contact] = set()
 
-    async def ask(info: ExpertInfo) -> None:
+    async def ping(info: ExpertInfo) -> None:
         try:
             await node.client.call(info.contact, "dht.ping", Ping(None), returns=Pong, timeout=PING_TIMEOUT)
         except ConnectionLost as error:
@@ -197,15 +244,15 @@ async def _taken(node: Node, name: str, dimensions: int) -> set[str]:
             pass  # slow or overloaded, perhaps; it may come back
 
     async with trio.open_nursery() as nursery:
-        for info in one_of_each.values():
-            nursery.start_soon(ask, info)
+        for info in one_a_server.values():
+            nursery.start_soon(ping, info)
     return {info.uid for info in experts if info.contact not in gone}
 
 
 def _sizes(
     known: GridInfo | None, grid: Sequence[int] | None, experts: int | None, uids: Sequence[str] | None
 ) -> tuple[int, ...]:
-    """The grid's sizes: as given, as they are known, or as many as are needed."""
+    """The sizes of a grid: as the caller gives them, as the swarm knows them, or large enough for the experts."""
     if grid is not None:
         return check_grid(grid)
     if known is not None:
@@ -222,15 +269,24 @@ def plan_servers(
     config: ServerConfig, servers: int, node: NodeConfig, join: Contact, *, member_file: Path | None, lasting: bool,
     beside: int = 0,
 ) -> list[ServerPlan]:  # fmt: skip
-    """Divide the experts of `config` among servers, each with a key of its own, that join the swarm at `join`.
+    """Divide experts among servers, each with a key of its own.
 
-    `node`: the configuration of the swarm's own node; the servers listen like it, on ports of their own. `beside`: how
-    many run here already. Raises `ValueError` if there are fewer experts than servers.
+    Args:
+        config: What to serve: all of the experts.
+        servers: The number of servers.
+        node: The configuration of the swarm's own node; the servers listen like it, at ports of their own.
+        join: The contact of the swarm to join.
+        member_file: The public keys that may connect, in a private swarm.
+        lasting: Whether the checkpoints outlive the swarm.
+        beside: Number of servers that run here already and share this process's threads.
+
+    Raises:
+        ValueError: There are fewer experts than servers.
     """
     parts = spread(config.uids, servers)
     if config.threads is None:
-        # With more threads than cores each operation waits until all of its threads have had their turn, and those that
-        # wait spin: a first batch took four times as long with four servers on two cores.
+        # With more threads than cores, each operation waits until all of its threads have had their turn, and those
+        # that wait spin: a first batch took four times as long with four servers on two cores.
         config = replace(config, threads=max(1, torch.get_num_threads() // (len(parts) + beside)))
     announce = node.announce and announced_address(node.announce, LOOPBACK, 0)[0]
     listen = f"{node.listen.rpartition(':')[0]}:*"
@@ -245,7 +301,7 @@ def plan_servers(
 
 
 def known_sizes(grids: Mapping[str, GridInfo], name: str) -> tuple[int, ...]:
-    """The sizes of a grid that is served. Raises `ValueError`."""
+    """The sizes of the grid `name` among those that are served. Raises `ValueError` if it is not one of them."""
     if name not in grids:
         if not grids:
             raise ValueError(f"no grid is served in this swarm; serve {name!r} first, or give its sizes: grid=…")
@@ -257,7 +313,15 @@ def known_sizes(grids: Mapping[str, GridInfo], name: str) -> tuple[int, ...]:
 
 
 def dispatch_config(sizes: Sequence[int], options: Mapping[str, Any]) -> DispatchConfig:
-    """How a layer over a grid of these sizes calls its experts; by default the best four. Raises `ValueError`."""
+    """How a layer calls its experts.
+
+    Args:
+        sizes: The sizes of its grid.
+        options: Fields of `DispatchConfig`; without `k_best` a row is sent to the best four experts.
+
+    Raises:
+        ValueError: An option is unknown or wrong.
+    """
     unknown = set(options) - set(DispatchConfig.__dataclass_fields__)
     if unknown:
         known = ", ".join(DispatchConfig.__dataclass_fields__)

@@ -72,10 +72,12 @@ def _table() -> dict[tuple[ServerState, ServerEvent], ServerState]:
         given_up:   (restarting, given_up, stopped, killed,  never,   never,        never,  failed,   failed),
     }
     # fmt: on
-    pairs = (
-        (state, event, after) for state, row in rows.items() for event, after in zip(ServerEvent, row, strict=True)
-    )
-    return {(state, event): after for state, event, after in pairs if after is not None}
+    return {
+        (state, event): after
+        for state, row in rows.items()
+        for event, after in zip(ServerEvent, row, strict=True)
+        if after is not None
+    }
 
 
 TRANSITIONS = _table()
