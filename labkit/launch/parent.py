@@ -31,7 +31,8 @@ def watch_parent(
     """
 
     def watch() -> None:
-        for line in sys.stdin.buffer:
+        stdin = sys.stdin  # held, or Python would close it at its exit, and abort since this thread is reading
+        for line in stdin.buffer:
             if on_line(line):
                 break
         on_end()

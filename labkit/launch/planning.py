@@ -229,7 +229,7 @@ def _free_places(name: str, sizes: tuple[int, ...], taken: set[str]) -> list[str
 
 
 async def _taken(node: Node, name: str, dimensions: int) -> set[str]:
-    """The uids of a grid that are served. A server that has gone stays in the directory for a while, so this pings all."""
+    """The uids of a grid that are served now. The directory keeps those that are gone for a while, so ping each."""
     experts = await node.directory.all_experts(name, dimensions)
     one_a_server = {info.contact: info for info in experts if info.contact != node.contact}
     gone: set[Contact] = set()
