@@ -27,7 +27,8 @@ from labkit.errors import SwarmClosed
 from labkit.events import Emit, Listeners
 from labkit.expert_uid import ExpertInfo, check_grid, split_uid
 from labkit.faults import Faults
-from labkit.launch.handle import Lab, ServerHandle, begin_all, end_all
+from labkit.launch.handle import ServerHandle, begin_all, end_all
+from labkit.launch.lifecycle import Lab
 from labkit.launch.planning import (
     check_all_places,
     choose_places,
@@ -234,7 +235,7 @@ class Swarm:
 
     async def _apply_faults(self, latency: float | None, loss: float | None) -> None:
         for server in self.servers:
-            await server.apply_faults(latency, loss)
+            await server.lifecycle.apply_faults(latency, loss)
 
     def statistics(self, timeout: float = 5.0) -> dict[str, ServerStatistics]:
         """Returns the statistics of all servers of the swarm, wherever they were started, by address.

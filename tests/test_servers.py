@@ -187,7 +187,7 @@ def test_a_process_says_how_long_its_experts_may_take_to_be_saved(tmp_path, monk
     monkeypatch.syspath_prepend(tmp_path)
     with Swarm("large") as swarm:
         (server,) = swarm.serve("large_experts:Large", grid=(1,), isolation="process")
-        assert server._runner is not None and server._runner.stop_timeout == 50.0
+        assert server.lifecycle._runner is not None and server.lifecycle._runner.stop_timeout == 50.0
 
 
 # ---------------------------------------------------------------- orphans

@@ -1,7 +1,7 @@
 """The life of a local server as a state machine: a table of what each order and each event leads to.
 
-`ServerHandle` asks `next_state` before it does anything, and does what the change of state calls for. No batch passes
-here. A runner is what does the serving: a child process, or a task of the lab thread (see `runners`).
+`ServerLifecycle` asks `next_state` before it does anything, and does what the change of state calls for. A runner is
+what serves: a child process, or a task of the lab thread (see `runners`). No batch passes here.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ServerEvent(Enum):
     # By itself
     READY = "ready"  # the runner serves
     START_FAILED = "start failed"  # the start raised, took too long, or was interrupted
-    ENDED = "ended"  # the runner has ended, though nobody asked it to
+    ENDED = "ended"  # the runner has ended without an order
     SAVED = "saved"  # the runner has saved its experts and ended
     NOT_SAVED = "not saved"  # the runner has ended without saving its experts, or takes too long
 

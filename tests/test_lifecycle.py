@@ -1,4 +1,4 @@
-"""A server's handle through interrupts and orders at once: no runner starts before the last one has ended.
+"""A server's life through interrupts and orders at once: no runner starts before the last one has ended.
 
 In virtual time: the servers here are tasks that hold nothing. `test_swarm` and `test_servers` are about real ones.
 """
@@ -19,7 +19,7 @@ from labkit.errors import ServerFailed
 from labkit.events import ignore
 from labkit.faults import Faults
 from labkit.launch import runners
-from labkit.launch.handle import Lab, ServerHandle
+from labkit.launch.lifecycle import Lab, ServerLifecycle
 from labkit.launch.runners import ServerPlan
 from labkit.launch.states import TRANSITIONS, ServerEvent, ServerState, next_state
 from labkit.node import NodeConfig
@@ -66,7 +66,7 @@ def servers(monkeypatch) -> Servers:
 
 
 @pytest.fixture
-def handle(servers, nursery) -> ServerHandle:
+def lifecycle(servers, nursery) -> ServerLifecycle:
     class Directory:
         async def refresh(self, uids: Sequence[str]) -> None: ...
 
@@ -76,238 +76,242 @@ def handle(servers, nursery) -> ServerHandle:
     unused: Any = None
     node: Any = SimpleNamespace(directory=Directory())
     plan = ServerPlan(ServerConfig(("nop.0",), kind="nop"), NodeConfig(), Identity.generate(), join=())
-    return ServerHandle(Lab(unused, nursery, unused, node, Faults(), ignore), plan, "task")
+    return ServerLifecycle(Lab(unused, nursery, unused, node, Faults(), ignore), plan, "task")
 
 
-async def test_a_restart_after_an_interrupted_stop_waits_until_the_experts_are_saved(servers, handle, autojump_clock):
-    await handle.order(START)
+async def test_a_restart_after_an_interrupted_stop_waits_until_the_experts_are_saved(
+    servers, lifecycle, autojump_clock
+):
+    await lifecycle.order(START)
     with trio.move_on_after(5):  # Ctrl-C
-        await handle.end(STOP)
-    await handle.order(START)
+        await lifecycle.end(STOP)
+    await lifecycle.order(START)
     assert servers.did == ["begins", "has saved", "ends", "begins"]
-    assert handle.alive
+    assert lifecycle.alive
 
 
-async def test_a_restart_while_somebody_else_stops_it_waits_for_that(servers, handle, nursery, autojump_clock):
-    await handle.order(START)
-    nursery.start_soon(handle.end, STOP)
+async def test_a_restart_while_somebody_else_stops_it_waits_for_that(servers, lifecycle, nursery, autojump_clock):
+    await lifecycle.order(START)
+    nursery.start_soon(lifecycle.end, STOP)
     await trio.sleep(5)
-    await handle.order(START, wait=False)
+    await lifecycle.order(START, wait=False)
     await trio.sleep(10)
-    assert servers.did == ["begins"] and handle.state == "starting"
+    assert servers.did == ["begins"] and lifecycle.state == "starting"
     await trio.sleep(6)
     assert servers.did == ["begins", "has saved", "ends", "begins"]
-    assert handle.alive
+    assert lifecycle.alive
 
 
-async def test_who_restarts_what_does_not_end_kills_it_in_the_end(servers, handle, autojump_clock):
+async def test_who_restarts_what_does_not_end_kills_it_in_the_end(servers, lifecycle, autojump_clock):
     servers.save = 1000.0
-    await handle.order(START)
+    await lifecycle.order(START)
     with trio.move_on_after(5):
-        await handle.end(STOP)
+        await lifecycle.end(STOP)
     with pytest.raises(ServerFailed, match="had not saved its experts after 30 s, and was killed"):
-        await handle.order(START)
-    assert servers.did == ["begins", "ends"] and handle.state == "failed"
-    await handle.order(START)
-    assert handle.alive
+        await lifecycle.order(START)
+    assert servers.did == ["begins", "ends"] and lifecycle.state == "failed"
+    await lifecycle.order(START)
+    assert lifecycle.alive
 
 
-async def test_what_still_saves_after_an_interrupted_stop_can_be_killed(servers, handle, autojump_clock):
-    await handle.order(START)
+async def test_what_still_saves_after_an_interrupted_stop_can_be_killed(servers, lifecycle, autojump_clock):
+    await lifecycle.order(START)
     with trio.move_on_after(5):
-        await handle.end(STOP)
-    await handle.end(KILL)
-    assert servers.did == ["begins", "ends"] and handle.state == "killed"
+        await lifecycle.end(STOP)
+    await lifecycle.end(KILL)
+    assert servers.did == ["begins", "ends"] and lifecycle.state == "killed"
 
 
-async def test_who_waits_for_its_end_waits_for_an_interrupted_stop_too(servers, handle, autojump_clock):
-    await handle.order(START)
+async def test_who_waits_for_its_end_waits_for_an_interrupted_stop_too(servers, lifecycle, autojump_clock):
+    await lifecycle.order(START)
     with trio.move_on_after(5):
-        await handle.end(STOP)
-    assert await handle.until_at_rest() == ""
-    assert servers.did == ["begins", "has saved", "ends"] and handle.state == "stopped"
+        await lifecycle.end(STOP)
+    assert await lifecycle.until_at_rest() == ""
+    assert servers.did == ["begins", "has saved", "ends"] and lifecycle.state == "stopped"
 
 
-async def test_an_interrupted_stop_that_cannot_save_leaves_a_server_that_failed(servers, handle, autojump_clock):
+async def test_an_interrupted_stop_that_cannot_save_leaves_a_server_that_failed(servers, lifecycle, autojump_clock):
     servers.failure = "no space left"
-    await handle.order(START)
+    await lifecycle.order(START)
     with trio.move_on_after(5):
-        await handle.end(STOP)
-    assert await handle.until_at_rest() == "no space left"
-    assert handle.state == "failed"
+        await lifecycle.end(STOP)
+    assert await lifecycle.until_at_rest() == "no space left"
+    assert lifecycle.state == "failed"
 
 
 async def test_a_restart_that_is_interrupted_before_it_begins_leaves_nothing_to_wait_for(
-    servers, handle, nursery, autojump_clock
+    servers, lifecycle, nursery, autojump_clock
 ):
     servers.start = 10.0
-    await handle.order(START, wait=False)
+    await lifecycle.order(START, wait=False)
     await trio.sleep(1)
     with trio.move_on_after(5):  # while the first one, which is killed, still builds its experts
-        await handle.order(START)
+        await lifecycle.order(START)
     with trio.fail_after(10):
-        await handle.end(KILL)
-    assert servers.did == ["begins", "ends"] and not handle.alive
+        await lifecycle.end(KILL)
+    assert servers.did == ["begins", "ends"] and not lifecycle.alive
 
 
-async def test_large_experts_have_longer_to_be_saved(servers, handle, autojump_clock):
+async def test_large_experts_have_longer_to_be_saved(servers, lifecycle, autojump_clock):
     servers.save, servers.limit = 100.0, 150.0
-    await handle.order(START)
-    assert await handle.end(STOP) == ""
+    await lifecycle.order(START)
+    assert await lifecycle.end(STOP) == ""
     assert servers.did == ["begins", "has saved", "ends"]
 
 
 async def test_who_waits_beside_a_start_that_is_interrupted_before_it_begins_learns_of_it(
-    servers, handle, nursery, autojump_clock
+    servers, lifecycle, nursery, autojump_clock
 ):
     async def interrupted() -> None:
         with trio.move_on_after(5):
-            await handle.order(START)
+            await lifecycle.order(START)
 
     servers.start = 10.0
-    await handle.order(START, wait=False)
+    await lifecycle.order(START, wait=False)
     await trio.sleep(1)
     nursery.start_soon(interrupted)  # while the first one, which is killed, still builds its experts
     await trio.sleep(1)
     with trio.fail_after(20):
-        assert await handle.until_at_rest() == "it was interrupted"
-    assert handle.state == "failed"
+        assert await lifecycle.until_at_rest() == "it was interrupted"
+    assert lifecycle.state == "failed"
 
 
-async def test_who_waits_for_a_stop_learns_that_somebody_killed_it(servers, handle, nursery, autojump_clock):
+async def test_who_waits_for_a_stop_learns_that_somebody_killed_it(servers, lifecycle, nursery, autojump_clock):
     said: list[str] = []
 
     async def stop() -> None:
-        said.append(await handle.end(STOP))
+        said.append(await lifecycle.end(STOP))
 
-    await handle.order(START)
+    await lifecycle.order(START)
     nursery.start_soon(stop)
     await trio.sleep(5)
-    await handle.end(KILL)
+    await lifecycle.end(KILL)
     await trio.sleep(1)
     assert said == ["it was killed"]
-    assert (handle.state, handle.failure) == ("killed", "")  # as somebody wanted
+    assert (lifecycle.state, lifecycle.failure) == ("killed", "")  # as somebody wanted
 
 
 # ---------------------------------------------------------------- orders that nobody waits for
 
 
-async def test_a_stop_that_nobody_waits_for_saves_all_the_same(servers, handle, autojump_clock):
-    await handle.order(START)
-    await handle.order(STOP, wait=False)
-    assert servers.did == ["begins"] and handle.state == "stopped"
+async def test_a_stop_that_nobody_waits_for_saves_all_the_same(servers, lifecycle, autojump_clock):
+    await lifecycle.order(START)
+    await lifecycle.order(STOP, wait=False)
+    assert servers.did == ["begins"] and lifecycle.state == "stopped"
     await trio.sleep(21)
-    assert servers.did == ["begins", "has saved", "ends"] and handle.state == "stopped"
+    assert servers.did == ["begins", "has saved", "ends"] and lifecycle.state == "stopped"
 
 
 @pytest.mark.parametrize(("save", "failure"), [(20.0, "no space left"), (1000.0, "not saved its experts after 30 s")])
 async def test_a_stop_that_nobody_waits_for_tells_when_it_could_not_save(
-    servers, handle, autojump_clock, caplog, save, failure
+    servers, lifecycle, autojump_clock, caplog, save, failure
 ):
     servers.save, servers.failure = save, "no space left"
-    await handle.order(START)
-    await handle.order(STOP, wait=False)
+    await lifecycle.order(START)
+    await lifecycle.order(STOP, wait=False)
     await trio.sleep(31)
     assert servers.did == ["begins", "ends"]
-    assert handle.state == "failed" and failure in handle.failure and failure in caplog.text
+    assert lifecycle.state == "failed" and failure in lifecycle.failure and failure in caplog.text
 
 
 @pytest.mark.parametrize(("order", "state"), [(STOP, "stopped"), (KILL, "killed"), (DISCARD, "stopped")])
-async def test_what_is_ended_while_it_is_to_restart_does_not_begin(servers, handle, autojump_clock, order, state):
-    await handle.order(START)
-    await handle.order(START, wait=False)
+async def test_what_is_ended_while_it_is_to_restart_does_not_begin(servers, lifecycle, autojump_clock, order, state):
+    await lifecycle.order(START)
+    await lifecycle.order(START, wait=False)
     await trio.sleep(5)
-    await handle.end(order)
+    await lifecycle.end(order)
     await trio.sleep(100)
     assert servers.did == ["begins", *(["has saved"] if order is STOP else []), "ends"]
-    assert handle.state == state
+    assert lifecycle.state == state
 
 
-async def test_what_could_not_be_saved_is_not_started_again_at_once(servers, handle, autojump_clock, caplog):
+async def test_what_could_not_be_saved_is_not_started_again_at_once(servers, lifecycle, autojump_clock, caplog):
     servers.failure = "no space left"
-    await handle.order(START)
-    await handle.order(START, wait=False)
+    await lifecycle.order(START)
+    await lifecycle.order(START, wait=False)
     await trio.sleep(21)
-    assert servers.did == ["begins", "ends"] and handle.state == "failed"
-    assert "no space left" in handle.failure and "no space left" in caplog.text
-    await handle.order(START, wait=False)
+    assert servers.did == ["begins", "ends"] and lifecycle.state == "failed"
+    assert "no space left" in lifecycle.failure and "no space left" in caplog.text
+    await lifecycle.order(START, wait=False)
     await trio.sleep(1)
-    assert handle.alive
+    assert lifecycle.alive
 
 
-async def test_a_kill_that_nobody_waits_for_ends_what_saves_and_what_is_to_begin(servers, handle, autojump_clock):
-    await handle.order(START)
-    await handle.order(START, wait=False)
-    await handle.order(KILL, wait=False)
-    assert handle.state == "killed"
-    await handle.order(START, wait=False)
+async def test_a_kill_that_nobody_waits_for_ends_what_saves_and_what_is_to_begin(servers, lifecycle, autojump_clock):
+    await lifecycle.order(START)
+    await lifecycle.order(START, wait=False)
+    await lifecycle.order(KILL, wait=False)
+    assert lifecycle.state == "killed"
+    await lifecycle.order(START, wait=False)
     await trio.sleep(1)
-    assert servers.did == ["begins", "ends", "begins"] and handle.alive
+    assert servers.did == ["begins", "ends", "begins"] and lifecycle.alive
 
 
 # ---------------------------------------------------------------- every state, and all that may happen in it
 
 
-async def reach(handle: ServerHandle, state: ServerState, scope: trio.CancelScope) -> None:
-    """Bring a new handle into a state. If it is starting or restarting, `scope` is that of whoever waits for it."""
+async def reach(lifecycle: ServerLifecycle, state: ServerState, scope: trio.CancelScope) -> None:
+    """Bring a new server into a state. If it is starting or restarting, `scope` is that of whoever waits for it."""
     if state in (ServerState.RUNNING, ServerState.SAVING, ServerState.RESTARTING, ServerState.GIVEN_UP):
-        await handle.order(START)
+        await lifecycle.order(START)
     if state is ServerState.SAVING:
-        await handle.order(STOP, wait=False)
+        await lifecycle.order(STOP, wait=False)
     elif state is ServerState.GIVEN_UP:
         with trio.move_on_after(5):
-            await handle.order(START)
+            await lifecycle.order(START)
     elif state in (ServerState.STARTING, ServerState.RESTARTING, ServerState.KILLED, ServerState.FAILED):
 
         async def start() -> None:
             with scope, suppress(ServerFailed):
-                await handle.order(START)
+                await lifecycle.order(START)
 
-        handle._lab.nursery.start_soon(start)
+        lifecycle._lab.nursery.start_soon(start)
         await trio.sleep(1)
     if state is ServerState.KILLED:
-        await handle.end(KILL)
+        await lifecycle.end(KILL)
     elif state is ServerState.FAILED:
         scope.cancel()
-        await handle.until_at_rest()
-    assert handle._state is state
+        await lifecycle.until_at_rest()
+    assert lifecycle._state is state
 
 
-async def bring_about(event: ServerEvent, handle: ServerHandle, servers: Servers, scope: trio.CancelScope) -> None:
+async def bring_about(
+    event: ServerEvent, lifecycle: ServerLifecycle, servers: Servers, scope: trio.CancelScope
+) -> None:
     """Let something happen, and return when the state has changed."""
-    before = handle._state
+    before = lifecycle._state
     if event in (START, STOP, DISCARD, KILL):
-        await handle.order(event, wait=False)
+        await lifecycle.order(event, wait=False)
         return
     if event is START_FAILED:
         scope.cancel()
     elif event is ENDED:
-        assert handle._runner is not None
-        handle._runner.kill()  # as somebody else does, who kills the process
+        assert lifecycle._runner is not None
+        lifecycle._runner.kill()  # as somebody else does, who kills the process
     elif event is NOT_SAVED:
         servers.failure = "no space left"
-    while handle._state is before:
-        await handle._changes.park()
+    while lifecycle._state is before:
+        await lifecycle._changes.park()
 
 
 @pytest.mark.parametrize(("state", "event"), list(itertools.product(ServerState, ServerEvent)), ids=str)
-async def test_a_handle_does_what_the_table_says_of_every_state_and_event(
-    servers, handle, autojump_clock, caplog, state, event
+async def test_a_server_does_what_the_table_says_of_every_state_and_event(
+    servers, lifecycle, autojump_clock, caplog, state, event
 ):
     if (state, event) not in TRANSITIONS:
         with pytest.raises(ValueError, match=f"that is {state.value} cannot see the event '{event.value}'"):
             next_state(state, event)
         return
     servers.start, scope = 10.0, trio.CancelScope()
-    await reach(handle, state, scope)
-    await bring_about(event, handle, servers, scope)
-    assert handle._state is next_state(state, event)
-    assert handle.alive == (handle.state == "running")
+    await reach(lifecycle, state, scope)
+    await bring_about(event, lifecycle, servers, scope)
+    assert lifecycle._state is next_state(state, event)
+    assert lifecycle.alive == (lifecycle.state == "running")
     await trio.sleep(100)
     runs = [what for what in servers.did if what != "has saved"]
-    assert runs == ["begins", "ends"] * (len(runs) // 2) + ["begins"] * handle.alive  # one after the other
-    assert handle._state.at_rest or handle.alive
-    assert bool(handle.failure) == (handle.state == "failed")
+    assert runs == ["begins", "ends"] * (len(runs) // 2) + ["begins"] * lifecycle.alive  # one after the other
+    assert lifecycle._state.at_rest or lifecycle.alive
+    assert bool(lifecycle.failure) == (lifecycle.state == "failed")
 
 
 def test_every_order_may_come_in_every_state_and_users_see_five_words():
