@@ -1,8 +1,8 @@
 """The runners of a local server: each serves once, from its start to its end, as a process or as a task.
 
 `ServerProcess` starts a child process, whose side is in `child`; `ServerTask` serves in the lab thread. A
-`ServerLifecycle` has one runner after another, and treats both kinds alike. A runner starts the server that batches reach
-through the network; no batch passes here.
+`ServerLifecycle` has one runner after another, and treats both kinds alike. A runner starts the server that batches
+reach through the network; no batch passes here.
 """
 
 from __future__ import annotations
