@@ -23,6 +23,16 @@ export CHROMIUM
 
 .PHONY: demo test test-browser lint frontend frontend-check clean
 
+# An environment cannot be moved: its programs, and its link to this checkout, are absolute paths. That of a checkout which
+# was copied or moved is made anew.
+HERE = from importlib.util import find_spec; from os import path; \
+    print(path.samefile("labkit", path.dirname(find_spec("labkit").origin)))
+ifneq ($(wildcard .venv/ready),)
+ifneq ($(shell $(BIN)/python -I -c '$(HERE)' 2>/dev/null),True)
+.PHONY: .venv/ready
+endif
+endif
+
 demo: .venv/ready
 	@$(BIN)/python -m labkit demo $(ARGS)
 

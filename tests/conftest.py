@@ -1,4 +1,5 @@
-"""What every test has: one compute thread for torch, reproducible property tests, and a check that nothing is left."""
+"""What every test has: one compute thread for torch, a home folder of the suite's, reproducible property tests, and a
+check that nothing is left."""
 
 from __future__ import annotations
 
@@ -11,6 +12,10 @@ import pytest
 from hypothesis import settings
 
 GRACE = 2.0  # seconds: what `close()` may take
+ELSEWHERE = (
+    "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR", "XDG_CACHE_HOME",
+    "XDG_CONFIG_HOME", "XDG_DATA_HOME",
+)  # fmt: skip  # what can lead Jupyter, IPython and matplotlib out of the home folder
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins with interrupts ignored
 settings.register_profile("labkit", deadline=None, derandomize=True, database=None, max_examples=60)
@@ -23,6 +28,18 @@ def one_thread() -> None:
     import torch  # not by the process that only hands out the tests
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's home may be read-only, or have settings that change what Jupyter, IPython and matplotlib do."""
+    home = str(tmp_path_factory.mktemp("home"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", home)
+        patch.setenv("USERPROFILE", home)  # on Windows
+        for name in ELSEWHERE:
+            patch.delenv(name, raising=False)
+        yield
 
 
 def _threads() -> set[threading.Thread]:

@@ -104,6 +104,13 @@ def test_a_folder_of_the_data_sets_name_is_found_within_data_dir(tmp_path):
     assert repr(colours) == "ClassificationData('colours', 2 + 2 rows of 48, 2 classes)"
 
 
+def test_a_folders_name_is_no_pattern(tmp_path):
+    folder = tmp_path / "my data [v2] {a,b}"
+    for split in ("train", "test"):
+        parquet(folder, split, {"width": [1.5, 2.5], "label": [0, 1]})
+    assert data.load("iris", folder).dim == 1
+
+
 def test_columns_of_numbers_become_rows_in_the_order_of_the_columns(tmp_path):
     for split in ("train", "test"):
         parquet(tmp_path, split, {"width": [1.5, 2.5], "label": [0, 2], "height": [3, 4], "note": ["a", "b"]})

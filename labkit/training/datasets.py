@@ -8,6 +8,7 @@ when a data set is asked for and not before, so that `import labkit` stays quick
 
 from __future__ import annotations
 
+import glob
 import gzip
 import io
 import tempfile
@@ -171,7 +172,8 @@ def _from_files(dataset: str, root: Path) -> Iterator[tuple[Any, Any]]:
     # `datasets` unpacks parquet into a cache. That takes less than a second, so the cache need not outlive this.
     with tempfile.TemporaryDirectory(prefix="labkit-data-", ignore_cleanup_errors=True) as cache, _no_progress_bars():
         try:
-            loaded = datasets.load_dataset("parquet", data_files=found, cache_dir=cache)
+            patterns = {split: [glob.escape(file) for file in files] for split, files in found.items()}
+            loaded = datasets.load_dataset("parquet", data_files=patterns, cache_dir=cache)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise DataNotFound(f"the parquet files of {dataset} in {folder} cannot be read: {error}") from error
         yield loaded["train"], loaded["test"]
