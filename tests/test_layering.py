@@ -63,7 +63,6 @@ ONLY = {
         "view/picture/canvas.py",
         "view/log/rows.py",
         "view/log/swarm_logging.py",
-        "bench/processes.py",
         "experiments/runner.py",
     },
     "_thread": set[str](),
