@@ -138,26 +138,26 @@ async def test_a_request_that_nobody_waits_for_any_more_holds_its_bytes_until_it
 
 
 async def test_a_share_of_requests_and_of_answers_is_lost(autojump_clock) -> None:
-    heard = 0
+    received = 0
 
-    async def hear(request: Request) -> Reply:
-        nonlocal heard
-        heard += 1
+    async def receive(request: Request) -> Reply:
+        nonlocal received
+        received += 1
         return Reply()
 
     async with (
         open_simnet(3, loss=0.2) as network,
-        serving(network, {"hear": AsyncMethod(hear)}) as server,
+        serving(network, {"receive": AsyncMethod(receive)}) as server,
         calling(network) as client,
     ):
         answered = 0
         for _ in range(1000):
             try:
-                await client.call(server.contact, "hear", timeout=1.0)
+                await client.call(server.contact, "receive", timeout=1.0)
                 answered += 1
             except DeadlineExceeded:
                 pass
-    assert heard == pytest.approx(800, abs=40)
+    assert received == pytest.approx(800, abs=40)
     assert answered == pytest.approx(640, abs=50)
 
 
@@ -186,28 +186,28 @@ async def test_a_partition_cuts_groups_off_from_each_other_until_it_heals(autoju
 
 
 async def test_what_is_under_way_when_a_partition_comes_arrives_in_its_order_when_it_heals(autojump_clock) -> None:
-    heard: list[int] = []
+    received: list[int] = []
 
-    def hear(request: Request) -> Reply:
-        heard.append(request.body)
+    def receive(request: Request) -> Reply:
+        received.append(request.body)
         return Reply()
 
     async with (
         open_simnet(latency=0.1) as network,
-        serving(network, {"hear": SyncMethod(hear, int)}) as server,
+        serving(network, {"receive": SyncMethod(receive, int)}) as server,
         calling(network) as client,
     ):
-        await client.call(server.contact, "hear", 0, timeout=1.0)
+        await client.call(server.contact, "receive", 0, timeout=1.0)
         started = trio.current_time()
         async with trio.open_nursery() as nursery:
             for number, pause in enumerate([0.05, 0.03, 0.03], 1):  # else the second would overtake the first
-                nursery.start_soon(partial(client.call, server.contact, "hear", number, timeout=1.0))
+                nursery.start_soon(partial(client.call, server.contact, "receive", number, timeout=1.0))
                 await trio.sleep(pause)
                 if number == 2:
                     network.unplug(server.contact)
             network.heal()
         assert trio.current_time() - started == pytest.approx(0.11 + 0.2)
-    assert heard == [0, 1, 2, 3]
+    assert received == [0, 1, 2, 3]
 
 
 async def test_a_short_outage_loses_nothing_and_a_long_one_breaks_the_connection(autojump_clock) -> None:

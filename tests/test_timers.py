@@ -10,16 +10,16 @@ import pytest
 import trio
 
 from labkit.simulation.virtual_clock import make_timers, run_in_virtual_time
-from labkit.wire import timers
+from labkit.wire import timers as timers_module
 from labkit.wire.timers import Timers
 
 
 @asynccontextmanager
 async def running() -> AsyncIterator[Timers]:
-    plan = make_timers()
+    timers = make_timers()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(plan.run)
-        yield plan
+        nursery.start_soon(timers.run)
+        yield timers
         nursery.cancel_scope.cancel()
 
 
@@ -37,57 +37,57 @@ def run(request: pytest.FixtureRequest) -> Callable[[Callable[[], Any]], None]:
     return runner
 
 
-def test_each_thing_is_done_at_its_time_in_the_order_in_which_it_was_asked_for(run):
+def test_each_timer_runs_at_its_time_and_those_of_one_time_in_the_order_in_which_they_were_made(run):
     done: list[tuple[float, str]] = []
 
     async def main() -> None:
         start = trio.current_time()
-        async with running() as plan:
+        async with running() as timers:
             for seconds, name in ((2.0, "c"), (1.0, "a"), (1.0, "b"), (3.0, "d")):
-                plan.after(seconds, lambda name=name: done.append((trio.current_time() - start, name)))
+                timers.after(seconds, lambda name=name: done.append((trio.current_time() - start, name)))
             await trio.sleep(5)
 
     run(main)
     assert done == [(1.0, "a"), (1.0, "b"), (2.0, "c"), (3.0, "d")]
 
 
-def test_what_is_called_off_is_never_done_and_holds_up_nothing(run):
+def test_a_cancelled_timer_never_runs_and_holds_up_no_other(run):
     done: list[str] = []
 
     async def main() -> None:
-        async with running() as plan:
+        async with running() as timers:
             now = trio.current_time()
-            first, second, third = (plan.at(now + at, done.append, str(at)) for at in (1, 2, 3))
-            plan.cancel(first)
-            plan.cancel(first)
+            first, second, third = (timers.at(now + at, done.append, str(at)) for at in (1, 2, 3))
+            timers.cancel(first)
+            timers.cancel(first)
             await trio.sleep(2.5)
-            plan.cancel(second)  # too late
+            timers.cancel(second)  # too late
             assert done == ["2"]
-            plan.cancel(third)
+            timers.cancel(third)
             await trio.sleep(5)
 
     run(main)
     assert done == ["2"]
 
 
-def test_what_is_called_off_does_not_pile_up(run, monkeypatch):
-    monkeypatch.setattr(timers, "MAX_CANCELLED", 10)
+def test_cancelled_timers_do_not_pile_up(run, monkeypatch):
+    monkeypatch.setattr(timers_module, "MAX_CANCELLED", 10)
 
     async def main() -> None:
-        async with running() as plan:
+        async with running() as timers:
             now = trio.current_time()
-            plan.at(now + 1, lambda: None)  # before all others, so that they are not at its head when called off
+            timers.at(now + 1, lambda: None)  # before all others, so that they are not at its head when cancelled
             for _ in range(1000):
-                plan.cancel(plan.at(now + 100, lambda: None))
-            assert len(plan._due) <= 22
+                timers.cancel(timers.at(now + 100, lambda: None))
+            assert len(timers._due) <= 22
 
     run(main)
 
 
-def test_time_does_not_go_on_to_what_was_called_off():
+def test_virtual_time_does_not_go_on_to_a_timer_that_was_cancelled():
     async def main() -> None:
-        async with running() as plan:
-            plan.cancel(plan.at(trio.current_time() + 1000, lambda: None))
+        async with running() as timers:
+            timers.cancel(timers.at(trio.current_time() + 1000, lambda: None))
             with trio.move_on_after(7):
                 await trio.sleep_forever()
             assert trio.current_time() == 7

@@ -129,7 +129,7 @@ async def test_the_caller_gets_the_error_that_the_server_raised(
     ("method", "body", "error"),
     [("quick", "text", BadRequest), ("quick", 0, RemoteFailure), ("quick", -1, Overloaded)],
 )
-async def test_a_quick_method_is_answered_without_a_task_and_fails_as_others_do(
+async def test_a_sync_method_is_answered_without_a_task_and_fails_as_others_do(
     wire: Wire, method: str, body: object, error: type[Exception]
 ) -> None:
     tasks: set[trio.lowlevel.Task] = set()
@@ -149,7 +149,7 @@ async def test_a_quick_method_is_answered_without_a_task_and_fails_as_others_do(
         assert len(tasks) == 1
 
 
-async def test_the_answers_of_a_quick_method_wait_for_a_peer_that_does_not_read(wire: Wire) -> None:
+async def test_the_answers_of_a_sync_method_wait_for_a_peer_that_does_not_read(wire: Wire) -> None:
     """Many large answers at once: more than a connection holds."""
     big = torch.zeros(300_000)
 
@@ -380,7 +380,7 @@ async def test_a_full_server_refuses_at_once_and_serves_again(wire: Wire) -> Non
                     await trio.lowlevel.checkpoint()
 
 
-async def test_one_peer_cannot_have_all_places_and_quick_methods_need_none(wire: Wire) -> None:
+async def test_one_peer_cannot_have_all_places_and_sync_methods_need_none(wire: Wire) -> None:
     async def hold(request: Request) -> Reply:
         await trio.sleep_forever()
         raise AssertionError
@@ -473,7 +473,7 @@ async def test_a_server_has_room_for_what_tensors_are_when_they_are_decoded(wire
 
 
 async def test_a_call_without_a_task_tells_its_outcome_once_and_a_cancelled_one_tells_none(wire: Wire) -> None:
-    heard: list[Reply | RPCError] = []
+    outcomes: list[Reply | RPCError] = []
     cancelled = trio.Event()
 
     async def echo_or_wait(request: Request) -> Reply:
@@ -486,19 +486,19 @@ async def test_a_call_without_a_task_tells_its_outcome_once_and_a_cancelled_one_
 
     async with server_and_client(wire, {"m": AsyncMethod(echo_or_wait, str)}) as (server, client):
         await client.call(server.contact, "m", "connect", timeout=5)
-        client.begin(server.contact, "m", "a", done=heard.append, timeout=5)
-        client.begin(server.contact, "m", "b", done=heard.append, returns=int, timeout=5)
-        client.begin(server.contact, "m", "wait", done=heard.append, timeout=0.1)
-        waiting = client.begin(server.contact, "m", "wait", done=heard.append, timeout=60)
+        client.begin(server.contact, "m", "a", done=outcomes.append, timeout=5)
+        client.begin(server.contact, "m", "b", done=outcomes.append, returns=int, timeout=5)
+        client.begin(server.contact, "m", "wait", done=outcomes.append, timeout=0.1)
+        waiting = client.begin(server.contact, "m", "wait", done=outcomes.append, timeout=60)
         with trio.fail_after(5):
-            while len(heard) < 3:
+            while len(outcomes) < 3:
                 await trio.lowlevel.checkpoint()
             waiting.cancel()
             waiting.cancel()
             await cancelled.wait()
         assert client.budget.taken == 0
-    assert [reply.body for reply in heard if isinstance(reply, Reply)] == ["a"]
-    assert {type(outcome) for outcome in heard} == {Reply, BadReply, DeadlineExceeded} and len(heard) == 3
+    assert [reply.body for reply in outcomes if isinstance(reply, Reply)] == ["a"]
+    assert {type(outcome) for outcome in outcomes} == {Reply, BadReply, DeadlineExceeded} and len(outcomes) == 3
 
 
 async def test_thousands_of_calls_that_wait_for_each_others_bytes_all_get_their_turn(wire: Wire) -> None:
@@ -604,22 +604,22 @@ async def test_whoever_calls_a_peer_of_another_version_reads_which_each_speaks_a
     )
 
 
-# ---------------------------------------------------------------- methods that are answered later: those of experts
+# ---------------------------------------------------------------- methods that call back: those of experts
 
 
-async def test_a_later_method_is_answered_when_it_calls_back(wire: Wire) -> None:
+async def test_a_callback_method_is_answered_when_its_handler_responds(wire: Wire) -> None:
     waiting: list[tuple[Request, RespondFn]] = []
     all_wait = trio.Event()
 
-    def later(request: Request, answer: RespondFn) -> Callable[[], object]:
-        waiting.append((request, answer))
+    def handler(request: Request, respond: RespondFn) -> Callable[[], object]:
+        waiting.append((request, respond))
         if len(waiting) == 3:
             all_wait.set()
         return lambda: None
 
     bodies: list[int] = []
     async with (
-        server_and_client(wire, {"m": CallbackMethod(later, int)}) as (server, client),
+        server_and_client(wire, {"m": CallbackMethod(handler, int)}) as (server, client),
         trio.open_nursery() as nursery,
     ):
 
@@ -633,8 +633,8 @@ async def test_a_later_method_is_answered_when_it_calls_back(wire: Wire) -> None
             nursery.start_soon(ask, number)
         with trio.fail_after(5):
             await all_wait.wait()
-        for request, answer in waiting:
-            answer(Reply(request.body, [2 * request.tensors[0]]))
+        for request, respond in waiting:
+            respond(Reply(request.body, [2 * request.tensors[0]]))
     assert sorted(bodies) == [0, 1, 2]
 
 
@@ -642,16 +642,16 @@ async def test_a_later_method_is_answered_when_it_calls_back(wire: Wire) -> None
     ("body", "error"),
     [("text", BadRequest), (0, RemoteFailure), (1, Overloaded), (2, RemoteFailure)],
 )
-async def test_a_later_method_fails_as_others_do(wire: Wire, body: object, error: type[Exception]) -> None:
-    def later(request: Request, answer: RespondFn) -> Callable[[], object]:
+async def test_a_callback_method_fails_as_others_do(wire: Wire, body: object, error: type[Exception]) -> None:
+    def handler(request: Request, respond: RespondFn) -> Callable[[], object]:
         if request.body == 0:
             raise ZeroDivisionError("a bug")
-        answer(
+        respond(
             Overloaded("not now") if request.body == 1 else KeyError("a bug") if request.body == 2 else Reply("well")
         )
         return lambda: None
 
-    async with server_and_client(wire, {"m": CallbackMethod(later, int)}, limits=RPCLimits(requests=1)) as (
+    async with server_and_client(wire, {"m": CallbackMethod(handler, int)}, limits=RPCLimits(requests=1)) as (
         server,
         client,
     ):
@@ -660,26 +660,26 @@ async def test_a_later_method_fails_as_others_do(wire: Wire, body: object, error
         assert (await client.call(server.contact, "m", 3, timeout=5)).body == "well"
 
 
-async def test_a_later_method_hears_that_nobody_wants_its_answer_and_one_too_late_is_not_sent(
+async def test_a_callback_method_learns_that_its_caller_gave_up_and_no_answer_is_sent_too_late(
     wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers: list[RespondFn] = []
-    begun, forgotten = trio.Event(), trio.Event()
+    responds: list[RespondFn] = []
+    begun, given_up = trio.Event(), trio.Event()
 
-    def later(request: Request, answer: RespondFn) -> Callable[[], object]:
-        answers.append(answer)
+    def handler(request: Request, respond: RespondFn) -> Callable[[], object]:
+        responds.append(respond)
         begun.set()
-        return forgotten.set
+        return given_up.set
 
-    heard: list[Reply | RPCError] = []
-    methods: Methods = {"m": CallbackMethod(later), "echo": AsyncMethod(echo, object)}
+    outcomes: list[Reply | RPCError] = []
+    methods: Methods = {"m": CallbackMethod(handler), "echo": AsyncMethod(echo, object)}
     async with server_and_client(wire, methods, limits=RPCLimits(requests=1)) as (server, client):
-        call = client.begin(server.contact, "m", done=heard.append, timeout=60)
+        call = client.begin(server.contact, "m", done=outcomes.append, timeout=60)
         with trio.fail_after(5):
             await begun.wait()
             call.cancel()
-            await forgotten.wait()
-        answers[0](Reply("for nobody"))
+            await given_up.wait()
+        responds[0](Reply("for nobody"))
         monkeypatch.setattr(Call, "_tell_cancelled", lambda call: None)
         with pytest.raises(DeadlineExceeded):
             await client.call(server.contact, "m", timeout=0.3)
@@ -691,7 +691,7 @@ async def test_a_later_method_hears_that_nobody_wants_its_answer_and_one_too_lat
             return True
 
         monkeypatch.setattr(server, "send_nowait", send)
-        answers[1](Reply("too late"))
+        responds[1](Reply("too late"))
         monkeypatch.undo()
-        assert not sent and not heard
+        assert not sent and not outcomes
         assert (await client.call(server.contact, "echo", "next", timeout=5)).body == "next"  # there is room for it
