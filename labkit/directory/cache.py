@@ -151,9 +151,9 @@ class PrefixCache:
         now, suspended = trio.current_time(), dict[str, ExpertInfo]()
         for prefix in prefixes:
             if (record := self.records.get(prefix)) is not None:
-                for coordinate in record.leaves.keys() - record.children(now, self._suspicions).experts.keys():
-                    info, expires_at = record.leaves[coordinate]
-                    if now < expires_at:
+                offered = record.children(now, self._suspicions).experts
+                for coordinate, (info, expires_at) in record.leaves.items():
+                    if coordinate not in offered and now < expires_at:
                         suspended[info.uid] = info
         return suspended
 
