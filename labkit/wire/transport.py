@@ -4,13 +4,23 @@ On a batch's way this is what `rpc_client` and `rpc_server` talk to. An `Endpoin
 nothing of calls. `wire/zmq_transport` is the real network, `simulation/network` one in memory; one suite of tests
 (`tests/test_wire.py`) says what both of them promise.
 
-**Callbacks on the hot path.** Everything between a layer's pass and the network calls back instead of waiting: a task
-with a cancel scope costs more than the rest of a small call, and a pass makes many calls. There is one pattern for
-it. `begin_x(…, done)` starts something and returns a `Cancellable`; `done` is called once with the outcome, a value
-or an exception, in trio's thread, perhaps before `begin_x` returns. After `cancel` it is not called any more. Code that
-has a task of its own awaits such a function by `await_callback`.
+**Callbacks on the hot path.** A pass through an MoE layer makes many small calls, and a task with a cancel scope for
+each of them would cost more than all the rest of the call. So no task waits for a call: the call is begun, and calls a
+function when it is done. There is one pattern for this:
 
-Order: peers and callbacks, the seam itself, addresses, callbacks awaited.
+    call = client.begin(contact, method, body, done=done, timeout=5.0)  # returns at once, with a `Cancellable`
+    call.cancel()  # to give the call up; does nothing if it is done
+
+1. `done` is called once, with the outcome: a value or an exception (a DHT node's calls have None for a failure).
+2. It is called in trio's thread, perhaps before `begin` has returned. It must not block.
+3. After `cancel` it is not called any more.
+
+`rpc_client.Client.begin`, `ExpertClient.forward` and `backward`, and the DHT's `Peers.begin` and `begin_find` follow
+it. On the answering side, the handler of a `rpc_types.CallbackMethod` is given `respond`, to call when it has the
+answer, and the server's `Runtime.put` is given `on_result`. A task that needs an outcome waits for it by
+`await_callback`, as `Client.call` does.
+
+Order: peers and callbacks, the seam itself, addresses, `await_callback`.
 """
 
 from __future__ import annotations
@@ -186,7 +196,7 @@ T = TypeVar("T")
 
 
 class Cancellable(Protocol):
-    """Something under way that calls back when it is done: see the head of this module."""
+    """Something that was begun and calls back when it is done: see the head of this module."""
 
     def cancel(self) -> None:
         """Give it up: it does not call back any more. Does nothing if it is done."""
