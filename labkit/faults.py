@@ -29,7 +29,10 @@ class Faults:
         self.set(latency, loss)
 
     def set(self, latency: float | None = None, loss: float | None = None) -> None:
-        """Change the settings that are given, or none: a `ValueError` names an argument that is out of its range."""
+        """Change the settings that are given.
+
+        Raises `ValueError`, and changes none, if one of them is out of its range.
+        """
         if latency is not None and not (math.isfinite(latency) and latency >= 0):
             raise ValueError(f"latency={latency!r}: a finite number of seconds, at least 0")
         if loss is not None and not 0 <= loss <= 1:

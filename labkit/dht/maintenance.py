@@ -204,10 +204,10 @@ class Maintenance:
             others = [contact for contact in nearest if contact.node_id != newcomer.node_id]
             if len(others) == len(nearest):
                 continue
-            are_nearest = not others or peers.contact.node_id ^ target < others[0].node_id ^ target
+            we_are_nearest = not others or peers.contact.node_id ^ target < others[0].node_id ^ target
             now = trio.current_time()
             for subkey, item in self._storage.get(key, now).items():
-                if item.ours or (are_nearest and item.role is not Role.CACHED):
+                if item.ours or (we_are_nearest and item.role is not Role.CACHED):
                     rows.append((key, to_wire(subkey, item, now)))
         await self._store_at(newcomer, rows)
 

@@ -202,8 +202,10 @@ class Peers:
         return FindCall(self, contact, queries, done)
 
     async def call_store(self, contact: Contact, records: list[KeyItems]) -> list[str] | None:
-        """Ask a node to hold items. Returns a text for each, empty for what it holds now, else the reason why not;
-        None if the node did not answer."""
+        """Ask a node to hold items.
+
+        Returns a text for each: empty if the node holds it now, else the reason why not. None if it did not answer.
+        """
         reply = await self.call(contact, "dht.store", Store(self.sender, records), StoreReply)
         return None if reply is None else reply.refusals
 

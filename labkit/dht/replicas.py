@@ -60,8 +60,10 @@ class Replicas:
         self._remembered.pop(key_id(key), None)
 
     def _recall(self, target: int) -> list[Contact]:
-        """Returns the replicas of an id from what was looked up not long ago, and from the nodes that came to be known
-        since; empty if they have to be looked up."""
+        """Returns the replicas of an id from a recent look-up and the nodes that came to be known since.
+
+        The list is empty if they have to be looked up.
+        """
         peers, (at, contacts) = self._peers, self._remembered.get(target, (-math.inf, []))
         k = peers.config.k
         if trio.current_time() - at > peers.config.republish_period:

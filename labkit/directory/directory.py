@@ -25,7 +25,7 @@ from labkit.expert_uid import ExpertInfo, parent, split_uid
 
 logger = logging.getLogger(__name__)
 
-MAX_EXPLAINED = 64  # prefixes of which an error message tells
+MAX_EXPLAINED = 64  # prefixes below a name that are looked up for an error message
 
 
 class Directory:
@@ -37,7 +37,7 @@ class Directory:
     Args:
         dht: stores the records.
         config: times and bounds.
-        emit: is told of declared experts and lost servers.
+        emit: called with the events of declared experts and lost servers.
     """
 
     def __init__(self, dht: Records, config: DirectoryConfig | None = None, emit: Emit = ignore) -> None:
@@ -150,9 +150,9 @@ class Directory:
         Args:
             name: the grid's name, or any prefix.
             dims: levels to walk: coordinates of an expert below `name`.
-            at_once: prefixes a step, which is one bulk get; by default all of a level.
+            at_once: how many prefixes a step reads, by one bulk get; by default all of a level.
             anew: whether to ask the DHT for cached prefixes, too.
-            max_prefixes: the most prefixes of a level that are visited, by default as many as are cached.
+            max_prefixes: how many prefixes of a level are visited, at most; by default the config's `max_prefixes`.
 
         Yields:
             The prefixes of a step with their live children, in the order of coordinates, and whether this is the last

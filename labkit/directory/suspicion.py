@@ -74,9 +74,8 @@ class Suspicions:
         self.config = config or SuspicionConfig()
         # (server, life) -> the newest declaration known at the loss. It is void, and so are all before it in that life.
         self._lost: OrderedDict[tuple[Contact, int], int] = OrderedDict()
-        self._unknown: OrderedDict[str, tuple[Contact, int]] = (
-            OrderedDict()
-        )  # uid -> the server without it, and the stamp
+        # uid -> the server that does not hold it, and the stamp of the declaration that said so
+        self._unknown: OrderedDict[str, tuple[Contact, int]] = OrderedDict()
         self._failing: OrderedDict[str, _Failures] = OrderedDict()
 
     def suspended_until(self, info: ExpertInfo, now: float) -> float:

@@ -1,6 +1,7 @@
-"""Views of the directory that offer other experts than it does, for the searches of a batch that finds too few.
+"""Views of the directory: one that adds the experts on back-off, one that leaves some experts out.
 
-On a batch's way: `client/dispatch` gives them to `client/beam_search` in place of the directory itself.
+On a batch's way, `client/dispatch` hands one of them to `client/beam_search`, instead of the directory itself, when the
+first search has found no expert, or when experts have failed and their rows need others.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from labkit.expert_uid import parent
 
 
 class _View:
-    """A directory that is read as usual, and whose children then pass through `_change`."""
+    """Reads the directory and changes what it returns, by `_change`."""
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory

@@ -93,7 +93,7 @@ class SimNetwork:
         self._known: set[Place] = set()  # where nodes are or were
         self._group: dict[Place, object] = {}  # nodes that are not in it are one more group
         self._silent: dict[SimLink, Timer] = {}  # links that are cut, and the timer that breaks them
-        self._held: dict[Direction, _Backlog] = {}
+        self._held: dict[Direction, _Backlog] = {}  # what did not get through, by direction
         self.timers = make_timers()
 
     # ------------------------------------------------------------ nodes
@@ -274,13 +274,7 @@ class SimNetwork:
         else:
             self.timers.at(direction.arrival, self._deliver, *arguments)
 
-    def _deliver(
-        self,
-        direction: Direction,
-        frames: Sequence[bytes],
-        deliver: Deliver,
-        link: SimLink,
-    ) -> None:
+    def _deliver(self, direction: Direction, frames: Sequence[bytes], deliver: Deliver, link: SimLink) -> None:
         if (self._group or self._held) and self._is_blocked(direction):
             self._hold(direction, link, self._deliver, direction, frames, deliver, link)
             return

@@ -163,13 +163,15 @@ class Call:
         return done
 
     def _return_bytes(self, deadline: float) -> None:
-        """Give the bytes back to the budget as soon as the frames have left this process; at `deadline` anyway, and
-        close the link then, on which they are stuck."""
+        """Give the bytes back to the budget as soon as the frames have left this process.
+
+        If they have not at `deadline`, the link is stuck: close it, and give them back.
+        """
         assert self._connection is not None
         client, now = self._client, trio.current_time()
-        left = self._unsent is None or self._unsent.done or self._connection.link.error is not None
-        if left or now >= deadline:
-            if not left:
+        have_left = self._unsent is None or self._unsent.done or self._connection.link.error is not None
+        if have_left or now >= deadline:
+            if not have_left:
                 client.drop(*self._key, self._connection)
             client.budget.give(self._key, self._size)
         else:

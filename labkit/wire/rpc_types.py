@@ -153,8 +153,10 @@ class ByteBudget:
         self.by_peer[peer] = self.by_peer.get(peer, 0) + size
 
     def take_when_it_fits(self, peer: Hashable, size: int, on_taken: OnTaken) -> None:
-        """Take the bytes and call `on_taken`: now, or when enough others were given back, unless `withdraw` is called
-        before."""
+        """Take the bytes as soon as they fit, now or when others are given back, and call `on_taken`.
+
+        `withdraw` ends the wait.
+        """
         if self.fits(peer, size):
             self.take(peer, size)
             on_taken()
@@ -162,7 +164,7 @@ class ByteBudget:
             self._waiting[on_taken] = peer, size
 
     def withdraw(self, on_taken: OnTaken) -> None:
-        """Stop waiting. Does nothing if the bytes were taken."""
+        """End the wait of `take_when_it_fits`. Does nothing if the bytes were taken."""
         self._waiting.pop(on_taken, None)
 
     def give(self, peer: Hashable, size: int) -> None:

@@ -16,11 +16,11 @@ import trio
 
 Timer = list[Any]  # time, number, action, arguments; the action is None once it was called or cancelled
 _ACTION = 2
-MAX_CANCELLED = 1000  # timers; beyond, the heap is cleared of cancelled ones as soon as they are more than half of it
+MAX_CANCELLED = 1000  # timers; beyond, cancelled ones are removed from the heap when they are more than half of it
 
 
 class Alarm(Protocol):
-    """Wakes one task at a time that may change while it sleeps."""
+    """Wakes one task. The time at which it does may be changed while the task sleeps."""
 
     time: float  # when it rings, on trio's clock; `math.inf` for never
 
@@ -28,7 +28,7 @@ class Alarm(Protocol):
         """Ring at `time` instead."""
 
     def postpone(self, time: float) -> None:
-        """Put the alarm off until `time`, since nothing is due before. It may still ring at the earlier time."""
+        """Note that nothing is due before `time` any more. The alarm may still ring at the earlier time."""
 
     async def wait(self) -> None:
         """Sleep until the alarm rings."""
@@ -84,7 +84,7 @@ class Timers:
         return timer
 
     def cancel(self, timer: Timer) -> None:
-        """Never run this timer. Does nothing if it has run."""
+        """Never run this timer. Does nothing if it has run or was cancelled."""
         if timer[_ACTION] is None:
             return
         timer[_ACTION:] = None, None  # which lets go of what they refer to
