@@ -7,7 +7,7 @@ import { NOWHERE } from "./store";
 import { ALIVE, DEAD, STARTING, SUSPECT, UNCLAIMED } from "./types";
 import type { Layer, Mode } from "./types";
 
-export const MOST_BINS = 4096;
+export const MAX_BINS = 4096;
 const SUSPECT_SHARE = 0.1, DEAD_SHARE = 0.5; // of the experts of a block: in trouble, and dead
 
 // Arrays have rows × cols entries, row by row; blocks begin at multiples of their size, so that they stay put when one pans.
@@ -21,7 +21,7 @@ export interface Bins {
 }
 
 export function bin(
-  experts: ExpertTable, layer: number, plane: Plane, slice: number, window: Window, mode: Mode, most = MOST_BINS,
+  experts: ExpertTable, layer: number, plane: Plane, slice: number, window: Window, mode: Mode, most = MAX_BINS,
 ): Bins {
   const bins = emptyBins(plane, slice, window, most);
   const { row, col, rows, cols, blockRows, blockCols } = bins;

@@ -7,7 +7,7 @@ import { makeContext, shell } from "./shell";
 import { statusLine } from "./status";
 import type { Mode } from "./types";
 
-const TOLD_FOR = 8_000; // ms that the answer to a command stays in the status line
+const ANSWER_STAYS_FOR = 8_000; // ms that the answer to a command stays in the status line
 
 export default function widget() {
   let connection: Connection | null = null;
@@ -29,11 +29,11 @@ export default function widget() {
 function showLive(connection: Connection, place: HTMLElement, alone: boolean): () => void {
   const { store } = connection;
   const looker: Looker = { looking: false };
-  let seen = false, paused = false, told = "", toldAt = -Infinity;
+  let seen = false, paused = false, answer = "", answeredAt = -Infinity;
 
   const say = (words: string) => {
-    told = words;
-    toldAt = performance.now();
+    answer = words;
+    answeredAt = performance.now();
     view?.draw();
   };
   const ctx = makeContext({
@@ -75,7 +75,7 @@ function showLive(connection: Connection, place: HTMLElement, alone: boolean): (
     status: () => statusLine({
       first: store.frame !== null, closed: connection.closed, paused, clickWaits: connection.clickWaits,
       silent: connection.silent,
-      told: performance.now() - toldAt < TOLD_FOR ? told : "",
+      answer: performance.now() - answeredAt < ANSWER_STAYS_FOR ? answer : "",
     }),
   });
   const detach = connection.attach(looker);

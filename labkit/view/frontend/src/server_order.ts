@@ -21,7 +21,7 @@ export function worstFirst(rows: readonly ServerRow[]): number[] {
 
 const slowness = (p95: number): number => (p95 > 0 ? Math.round(Math.log(p95) / Math.log(1.5)) : -100);
 
-export const HOLD = 5; // seconds
+export const ORDER_STAYS_FOR = 5; // seconds
 
 // Keeps the order while a click may be coming: rows move only when nothing in the table was touched for a while.
 export class SteadyOrder {
@@ -29,7 +29,7 @@ export class SteadyOrder {
   private touchedAt = -Infinity;
   touch(now: number): void { this.touchedAt = now; }
   next(rows: readonly ServerRow[], now: number): number[] {
-    const held = now - this.touchedAt < HOLD && this.order.length > 0 && this.order.every((i) => i < rows.length);
+    const held = now - this.touchedAt < ORDER_STAYS_FOR && this.order.length > 0 && this.order.every((i) => i < rows.length);
     if (!held) return (this.order = worstFirst(rows));
     for (let i = this.order.length; i < rows.length; i++) this.order.push(i); // new ones at the end
     return this.order;

@@ -133,12 +133,12 @@ function every(ms: number, work: () => void): () => void {
   return () => clearInterval(timer);
 }
 
-function watchSight(el: Element, told: (is: boolean) => void): () => void {
+function watchSight(el: Element, onSight: (is: boolean) => void): () => void {
   if (typeof IntersectionObserver !== "function") {
-    told(true);
+    onSight(true);
     return () => {};
   }
-  const observer = new IntersectionObserver((entries) => told(entries[entries.length - 1].isIntersecting));
+  const observer = new IntersectionObserver((entries) => onSight(entries[entries.length - 1].isIntersecting));
   observer.observe(el);
   return () => observer.disconnect();
 }

@@ -3,14 +3,14 @@
 export interface Standing {
   first: boolean; // a frame has come
   closed: boolean; clickWaits: boolean; silent: boolean;
-  paused: boolean; told: string; // the answer to the last command, while it is fresh
+  paused: boolean; answer: string; // the answer to the last command, while it is fresh
 }
 
 export const CLICK_WAITS = "a click is waiting: this kernel hears clicks between cells; train in the background with lk.fit(…)";
 
 export function statusLine(standing: Standing): string {
   if (standing.clickWaits) return CLICK_WAITS;
-  if (standing.told) return standing.told;
+  if (standing.answer) return standing.answer;
   if (standing.closed) return "the swarm is closed, or cannot be reached";
   if (standing.paused) return "paused";
   if (standing.silent) return "the kernel is silent: it is busy with a cell, or gone";

@@ -33,7 +33,7 @@ export interface Piece {
 //   (that is 5 + 12 + 7 + 2 = 26) | local index, -1 for one started elsewhere; NaN: nothing known
 
 export interface Frame {
-  type: "frame"; page?: string; // whom it is for; a recorded frame is for nobody in particular
+  type: "frame"; page?: string; // the page that it is for; a recorded frame has none
   seq: number; reset: boolean; // reset: forget all that was before
   ack?: boolean; // false: it need not be acknowledged; a later one will be, for both
   at: number; wall: number; swarm: string; open: boolean; source: "calls" | "servers";
@@ -56,7 +56,7 @@ export type ButtonCommand =
   | { do: "faults"; server: number | null; latency: number | null; loss: number | null } // null: all of them; leave as is
   | { do: "stop_run" }
   | { do: "export"; format: "png" | "html" | "json" };
-// kernel → page, beside frames. `page`: whom it is for. An export's bytes come as chunks, each ≤ 48 KB, which are numbered
+// kernel → page, beside frames. `page`: the page that it is for. An export's bytes come as chunks, each ≤ 48 KB, which are numbered
 // and acknowledged like frames (`seq`), then "done".
 export type Reply =
   | { type: "heard"; page: string; id: number } // at once, when the command has reached the kernel

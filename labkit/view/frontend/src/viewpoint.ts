@@ -1,7 +1,7 @@
 // What part of a grid the heat map shows, and where its keyboard cursor is. No DOM: the heat map asks, this answers.
 import { cellAt, follow, isWhole, moved, wholeOf, zoom } from "./grid";
 import type { Place, Plane, Window } from "./grid";
-import { MOST_BINS } from "./binning";
+import { MAX_BINS } from "./binning";
 
 const MOST_TILES = 9; // slices that are shown side by side
 
@@ -19,7 +19,7 @@ export class Viewpoint {
     const whole = fresh || isWhole(this.plane, this.window), tiled = fresh || plane.slices !== this.plane.slices;
     this.plane = plane;
     this.slice = fresh ? 0 : Math.min(this.slice, plane.slices - 1);
-    if (tiled) this.overview = this.canOverview && plane.cells <= MOST_BINS;
+    if (tiled) this.overview = this.canOverview && plane.cells <= MAX_BINS;
     const { rows, cols } = this.window;
     this.window = whole ? wholeOf(plane) : moved(plane, { ...this.window, rows: Math.min(rows, plane.rows), cols: Math.min(cols, plane.cols) });
     if (fresh || (this.cursor && cellAt(plane, this.cursor) < 0)) this.cursor = null;
@@ -39,7 +39,7 @@ export class Viewpoint {
 
   // Bins that each slice may have, so that all together are at most 4,096.
   get most(): number {
-    return Math.floor(MOST_BINS / (this.overview ? this.plane.slices : 1));
+    return Math.floor(MAX_BINS / (this.overview ? this.plane.slices : 1));
   }
 
   showSlice(slice: number): void {

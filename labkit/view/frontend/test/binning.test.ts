@@ -1,5 +1,5 @@
 import { describe, expect, it } from "vitest";
-import { MOST_BINS, bin, binAt, binName, placeOfBin, rowOf, stateOf, stateText } from "../src/binning";
+import { MAX_BINS, bin, binAt, binName, placeOfBin, rowOf, stateOf, stateText } from "../src/binning";
 import { cellAt, coordinates, follow, moved, placeOf, planeOf, sliceName, uidOf, wholeOf, zoom } from "../src/grid";
 import { Store } from "../src/store";
 import { ALIVE, DEAD, STARTING, SUSPECT, UNCLAIMED } from "../src/types";
@@ -10,7 +10,7 @@ const storeOf = (...frame: ReturnType<typeof grid>) => {
   store.apply(...frame);
   return store;
 };
-const binsOf = (sizes: number[], load?: (cell: number) => number, state?: (cell: number) => number, slice = 0, most = MOST_BINS) => {
+const binsOf = (sizes: number[], load?: (cell: number) => number, state?: (cell: number) => number, slice = 0, most = MAX_BINS) => {
   const store = storeOf(...grid(sizes, load, state)), plane = planeOf(sizes);
   return { store, plane, bins: bin(store.experts, 0, plane, slice, wholeOf(plane), "load", most), layer: store.layers[0] };
 };
@@ -91,7 +91,7 @@ describe("bins", () => {
 
   it.each([[[1 << 20, 1 << 20]], [[2, 1 << 20]], [[1 << 20]], [[5000, 3]], [[9, 500, 500]]])("of %j are never more than 4,096", (sizes) => {
     const plane = planeOf(sizes), bins = bin(new Store().experts, 0, plane, 0, wholeOf(plane), "load");
-    expect(bins.rows * bins.cols).toBeLessThanOrEqual(MOST_BINS);
+    expect(bins.rows * bins.cols).toBeLessThanOrEqual(MAX_BINS);
     expect(bins.rows * bins.blockRows).toBeGreaterThanOrEqual(plane.rows);
     expect(bins.cols * bins.blockCols).toBeGreaterThanOrEqual(plane.cols);
   });

@@ -109,14 +109,14 @@ describe("an export", () => {
 });
 
 describe("the status line", () => {
-  const calm: Standing = { first: true, closed: false, clickWaits: false, silent: false, paused: false, told: "" };
+  const calm: Standing = { first: true, closed: false, clickWaits: false, silent: false, paused: false, answer: "" };
   it("says what matters most", () => {
     expect(statusLine(calm)).toBe("");
     expect(statusLine({ ...calm, first: false })).toBe("waiting for the first frame …");
     expect(statusLine({ ...calm, silent: true, first: false })).toMatch(/^the kernel is silent/);
     expect(statusLine({ ...calm, paused: true })).toBe("paused");
     expect(statusLine({ ...calm, closed: true, paused: true })).toBe("the swarm is closed, or cannot be reached");
-    expect(statusLine({ ...calm, told: "servers[2] killed", closed: true })).toBe("servers[2] killed");
-    expect(statusLine({ ...calm, clickWaits: true, told: "servers[2] killed" })).toBe(CLICK_WAITS);
+    expect(statusLine({ ...calm, answer: "servers[2] killed", closed: true })).toBe("servers[2] killed");
+    expect(statusLine({ ...calm, clickWaits: true, answer: "servers[2] killed" })).toBe(CLICK_WAITS);
   });
 });

@@ -1,6 +1,6 @@
 import { describe, expect, it } from "vitest";
 import { common, LATENCIES, latencyText, lossText, nearest } from "../src/faults";
-import { HOLD, mustAsk, SteadyOrder, stateText, whyNot, worstFirst } from "../src/server_order";
+import { ORDER_STAYS_FOR, mustAsk, SteadyOrder, stateText, whyNot, worstFirst } from "../src/server_order";
 import { layOut, summary } from "../src/server_strip";
 import type { ServerRow } from "../src/store";
 import { ALIVE, DEAD, STARTING, SUSPECT } from "../src/types";
@@ -29,8 +29,8 @@ describe("the order of servers", () => {
     expect(order.next(two, 0)).toEqual([0, 1]);
     order.touch(10);
     two[1].state = DEAD;
-    expect(order.next([...two, server({ state: DEAD })], 10 + HOLD - 0.1)).toEqual([0, 1, 2]);
-    expect(order.next([...two, server()], 10 + HOLD)).toEqual([1, 0, 2]);
+    expect(order.next([...two, server({ state: DEAD })], 10 + ORDER_STAYS_FOR - 0.1)).toEqual([0, 1, 2]);
+    expect(order.next([...two, server()], 10 + ORDER_STAYS_FOR)).toEqual([1, 0, 2]);
   });
   it("does not name servers of a swarm that is gone", () => {
     const order = new SteadyOrder();
