@@ -48,7 +48,7 @@ from labkit.server.statistics import ServerStatistics
 from labkit.view.collect.inventory import ask_all_servers
 from labkit.view.collect.telemetry import Telemetry
 from labkit.view.page.remote_service import RemoteService
-from labkit.view.summary import SwarmSummary, all_experts, all_grids
+from labkit.view.summary import SwarmSummary
 from labkit.view.swarm_view import SwarmView
 from labkit.wire.security import Identity, Members, parse_key
 from labkit.wire.transport import LOOPBACK
@@ -75,6 +75,11 @@ class Swarm:
     done. It ends with `close()`, with the block if it is used as a context manager, and at exit. `servers` holds the
     servers started here.
 
+    Example:
+        swarm = lk.Swarm()
+        swarm.serve("ffn", hidden=256, grid=(4, 4), servers=4)
+        model = nn.Sequential(nn.Linear(784, 256), swarm.moe(256, k_best=4), nn.Linear(256, 10))
+
     Args:
         name: its name in this process; a swarm of the same name is closed first, so that a cell may run twice.
         listen: where its node listens, `tcp://host:port` with port `*` for any; by default only on this machine.
@@ -83,11 +88,6 @@ class Swarm:
         key: the file of a key that stays the same, made by `labkit keygen`; by default the key is new each time.
         members: public keys of those who may join, which makes the swarm private.
         node: timeouts and limits of its node.
-
-    Example:
-        >>> swarm = lk.Swarm()
-        >>> swarm.serve("ffn", hidden=256, grid=(4, 4), servers=4)
-        >>> model = nn.Sequential(nn.Linear(784, 256), swarm.moe(256, k_best=4), nn.Linear(256, 10))
     """
 
     def __init__(
@@ -170,6 +170,9 @@ class Swarm:
     ) -> list[ServerHandle]:  # fmt: skip
         """Start local expert servers. Returns them when their experts can be found; `swarm.servers` has them, too.
 
+        Example:
+            swarm.serve("ffn", hidden=256, grid=(4, 4), servers=4)
+
         Args:
             kind: "ffn", "transformer", "nop", a name given to `register_expert`, or a factory of an `nn.Module`.
             grid: sizes of the grid to serve in; by default those of the running swarm, or one that fits `experts`.
@@ -190,9 +193,6 @@ class Swarm:
         Raises:
             ValueError: the arguments do not fit together, or do not fit the running swarm.
             ServerFailed: a server did not start.
-
-        Example:
-            >>> swarm.serve("ffn", hidden=256, grid=(4, 4), servers=4)
         """
         if backend is not None and not isinstance(backend, BackendConfig):
             raise ValueError(f"backend={backend!r}: a BackendConfig, such as lk.BackendConfig(lr=1e-3)")
@@ -253,6 +253,9 @@ class Swarm:
     ) -> MixtureOfExperts:  # fmt: skip
         """Returns a mixture-of-experts layer, [..., dim] -> [..., dim], over a grid of this swarm.
 
+        Example:
+            layer = swarm.moe(256, grid=(4, 4), k_best=4)
+
         Args:
             dim: width of its inputs and outputs.
             grid: sizes of the grid, by default those that its servers declare.
@@ -295,11 +298,11 @@ class Swarm:
 
     def grids(self) -> dict[str, GridInfo]:
         """Returns the grids that are served in this swarm, by name: their sizes, and the kind of their experts."""
-        return self._portal.call(all_grids, self._node)
+        return self._portal.call(self._node.directory.grids)
 
     def experts(self) -> dict[str, ExpertInfo]:
         """Returns all experts that are alive, by uid: where each of them is served."""
-        return self._portal.call(all_experts, self._node, self.grids())
+        return self._portal.call(self._node.directory.experts_of, self.grids())
 
     def experts_alive(self) -> int:
         """Returns how many experts are alive, as far as that is known here; asks no other node."""
@@ -331,6 +334,9 @@ class Swarm:
 
     def log_to(self, logger: Any, period: float = 1.0) -> Logging:
         """Log each training step, and the swarm again and again, until the logging's `stop()` or the swarm's end.
+
+        Example:
+            logging = swarm.log_to(lk.JsonlLogger("run.jsonl"))
 
         Args:
             logger: a `WandbLogger`, a `JsonlLogger`, or any object with `log(dict)` and `finish()`.

@@ -17,6 +17,7 @@ import trio
 
 from labkit.contact import Contact
 from labkit.directory.cache import DirectoryConfig, PrefixCache, Records
+from labkit.directory.grids import GridInfo, find_grids
 from labkit.directory.index import NAMESPACE, Children, entries_of
 from labkit.directory.suspicion import BOOT_BITS, Suspicions, boot_of, make_stamp
 from labkit.errors import LabkitError, RPCError, UnknownExpert
@@ -29,7 +30,7 @@ MAX_EXPLAINED = 64  # prefixes below a name that are looked up for an error mess
 
 
 class Directory:
-    """Experts in the DHT: `declare` writes them; `children`, `find`, `walk` and `all_experts` find them.
+    """Experts in the DHT: `declare` writes them; `children`, `find`, `walk`, `all_experts` and `experts_of` find them.
 
     Reading costs nothing in the steady state, as long as `run` runs in some nursery. All of it belongs to one trio
     thread.
@@ -180,6 +181,15 @@ class Directory:
         async with aclosing(self.walk(name, dims)) as steps:
             views = [view async for children, last in steps if last for view in children.values()]
         return [info for view in views for _, info in sorted(view.experts.items())]
+
+    async def grids(self) -> dict[str, GridInfo]:
+        """Returns all grids that are declared, by name."""
+        return await find_grids(self._dht, self.config.timeout)
+
+    async def experts_of(self, grids: Mapping[str, GridInfo]) -> dict[str, ExpertInfo]:
+        """Returns every live expert of these grids, by uid. For displays: see `all_experts`."""
+        found = [info for name, grid in grids.items() for info in await self.all_experts(name, len(grid.sizes))]
+        return {info.uid: info for info in found}
 
     async def refresh(self, uids: Iterable[str]) -> None:
         """Read every prefix of these experts now, cached or not: for experts that have just been declared."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import trio
 
-from labkit.directory.grids import GridInfo, find_grids
+from labkit.directory.grids import GridInfo
 from labkit.expert_uid import ExpertInfo, split_uid
 from labkit.launch.handle import ServerHandle
 from labkit.node import Node
@@ -23,7 +23,11 @@ STYLE = """
 .labkit-swarm .gone { opacity: .65; }
 </style>"""
 
-STATE_SIGNS = {"running": "●", "remote": "○", "starting": "◌"}  # a state has a sign and a word, not only a colour
+SERVER_STATE_SIGNS = {
+    "running": "●",
+    "remote": "○",
+    "starting": "◌",
+}  # a state has a sign and a word, not only a colour
 ENDED_SIGN = "✕"
 COLUMN_NAMES = ("server", "state", "address", "experts", "calls", "mean", "failures")
 NUMBER_COLUMNS = {"experts", "calls", "mean"}
@@ -81,7 +85,9 @@ class SwarmSummary:
         for row in self.servers:
             mark, label, state, *rest = self._cells(row)
             rows.append(
-                line("td", (label, f"{mark} {state}", *rest), "" if row.state in STATE_SIGNS else ' class="gone"')
+                line(
+                    "td", (label, f"{mark} {state}", *rest), "" if row.state in SERVER_STATE_SIGNS else ' class="gone"'
+                )
             )
         table = (
             f"<table><thead>{line('th', COLUMN_NAMES)}</thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""
@@ -104,7 +110,7 @@ class SwarmSummary:
     def _cells(self, row: ServerRow) -> tuple[str, ...]:
         alive = f"{row.experts_alive} of {row.experts}" if row.experts_alive != row.experts else str(row.experts)
         mean = f"{row.mean_ms:.1f} ms" if row.calls else "–"
-        mark = STATE_SIGNS.get(row.state, ENDED_SIGN)
+        mark = SERVER_STATE_SIGNS.get(row.state, ENDED_SIGN)
         return mark, row.label, row.state, row.address, alive, f"{row.calls:,}", mean, _failures(row.failed)
 
 
@@ -131,26 +137,12 @@ class Census:
     experts: dict[str, ExpertInfo] = field(default_factory=dict)
 
 
-async def all_grids(node: Node) -> dict[str, GridInfo]:
-    """Returns the grids that are declared in the swarm of `node`, by name."""
-    return await find_grids(node.dht, node.directory.config.timeout)
-
-
-async def all_experts(node: Node, grids: Mapping[str, GridInfo]) -> dict[str, ExpertInfo]:
-    """Returns all experts of these grids that are alive, by uid."""
-    found = {}
-    for name, grid in grids.items():
-        for info in await node.directory.all_experts(name, len(grid.sizes)):
-            found[info.uid] = info
-    return found
-
-
 async def take_census(node: Node) -> Census:
     """Look up all grids and experts, for at most two seconds; if that is too short, return what is cached here."""
     census = Census()
     with trio.move_on_after(CENSUS_TIMEOUT):
-        census.grids = await all_grids(node)
-        census.experts = await all_experts(node, census.grids)
+        census.grids = await node.directory.grids()
+        census.experts = await node.directory.experts_of(census.grids)
         return census
     census.experts = node.directory.known()
     return census

@@ -34,14 +34,14 @@ SERVERS_PER_SECOND = 6  # that are asked: each answer takes a third of a millise
 UNWATCHED_PACE = 1 / 3  # of these rates, while no one looks and all of it is only recorded
 STATISTICS_TIMEOUT = 1.0  # seconds
 MIN_ANSWER_TIME = 0.25  # seconds: with less left of a round, a server is asked in the next one instead
-RETRY_DELAY = 5.0  # seconds by which the turn of a server is put off that failed twice
+SERVER_RETRY_DELAY = 5.0  # seconds by which the turn of a server is put off that failed twice
 ASKED_AT_ONCE = 16  # servers
 ASKED_AT_ONCE_FOR_CALLER = 32  # servers, where a caller waits for the answers
 PREFIXES_AT_ONCE = 4  # few, so that no step holds the lab thread for long
-MAX_GRIDS = 100
+MAX_GRIDS = 100  # that are shown, and so for the next two
 MAX_EXPERTS = 20_000
-MAX_UNLISTED = 20_000  # experts that servers report and the directory does not list, of all servers together
 MAX_SERVERS = 1_000
+MAX_UNLISTED = 20_000  # experts that servers report and the directory does not list, of all servers together
 
 
 class LocalServer(NamedTuple):
@@ -141,7 +141,7 @@ class _Poll:
         while True:
             began = trio.current_time()
             try:
-                grids = await find_grids(self._node.dht, self._node.directory.config.timeout)
+                grids = await self._node.directory.grids()
                 self._grids = dict(islice(grids.items(), MAX_GRIDS)) or self._grids
                 self._found = await find_experts(self._node, self._grids, self._pause)
                 self._polled_at = time.monotonic()
@@ -182,15 +182,14 @@ class _Poll:
                     del table[address]
 
             def turn(address: str) -> float:
-                delay = RETRY_DELAY if self._failures.get(address, 0) > 1 else 0.0
+                delay = SERVER_RETRY_DELAY if self._failures.get(address, 0) > 1 else 0.0
                 return self._asked_at.get(address, -math.inf) + delay
 
             in_turn = sorted(contacts, key=turn)
             chosen = in_turn[: math.ceil(SERVERS_PER_SECOND * period * self._pace())]
             chosen += [a for a in in_turn[len(chosen) :] if self._failures.get(a) == 1][:ASKED_AT_ONCE]
-            chosen.sort(
-                key=lambda address: self._failures.get(address, 0) > 0
-            )  # the silent ones last, so that they hold up no other
+            # Silent servers come last, since they hold up others.
+            chosen.sort(key=lambda address: self._failures.get(address, 0) > 0)
             async with trio.open_nursery() as nursery:
                 waiting = iter(chosen)
                 for _ in range(min(ASKED_AT_ONCE, len(chosen))):
