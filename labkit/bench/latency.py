@@ -28,7 +28,7 @@ from labkit.swarm import Swarm
 
 CALL_TIMEOUT = 120.0  # seconds; long, since no call is to fail here
 WARM_UP_TIMEOUT = 300.0  # seconds that all have for their first round, once all have begun
-STATISTICS_TIMEOUT = 30.0  # seconds that busy servers have to report their statistics
+BUSY_STATISTICS_TIMEOUT = 30.0  # seconds that busy servers have to report their statistics
 POLL_PERIOD = 0.02  # seconds
 BATCH_SHAPES = {"ffn": (64,), "transformer": (4, 64)}  # batch size, and length of a sequence
 
@@ -143,7 +143,8 @@ def samples_per_s(
     5. The rows computed since before the first round must be exactly those of the samples of all rounds.
 
     Args:
-        swarm: The swarm whose servers are called, by nobody else. It is closed if something fails before step 4.
+        swarm: The swarm whose servers are called; no other client may call them. It is closed if something fails
+            before step 4.
         rounds: For each worker, the function that does a round and returns how many samples that were.
         rows_per_sample: Rows that the servers compute for a sample: with a forward and a backward pass, two per block.
         seconds: Length of the window.
@@ -154,7 +155,7 @@ def samples_per_s(
 
     Raises:
         ValueError: No batch was computed within `seconds`.
-        LabkitError: A call failed, the warm-up took too long, or rows were computed for somebody else.
+        LabkitError: A call failed, the warm-up took too long, or rows were computed for another client.
     """
     finished, ending = [0] * len(rounds), False
 
@@ -204,10 +205,10 @@ def _pause(workers: Sequence[Future[None]], seconds: float) -> None:
 
 def _look(swarm: Swarm) -> Mapping[str, ServerStatistics]:
     """Return the statistics of each server, by address."""
-    found = swarm.statistics(timeout=STATISTICS_TIMEOUT)
+    found = swarm.statistics(timeout=BUSY_STATISTICS_TIMEOUT)
     if len(found) != len(swarm.servers):
         raise LabkitError(
-            f"{len(found)} of {len(swarm.servers)} servers said within {STATISTICS_TIMEOUT:g} s what they have"
+            f"{len(found)} of {len(swarm.servers)} servers said within {BUSY_STATISTICS_TIMEOUT:g} s what they have"
             " computed; has one ended, or is the machine too busy?"
         )
     return found

@@ -60,6 +60,7 @@ class JsonlLogger(RichLogger):
     A histogram is written as `{"bins": […], "counts": […]}`, and a table as `{"columns": […], "rows": […]}`. Pictures
     are left out: `{"png_bytes": …}` says how large one was.
 
+    Example:
         swarm.log_to(lk.JsonlLogger("run.jsonl"))
         frame = pandas.read_json("run.jsonl", lines=True)
 
@@ -127,6 +128,7 @@ class WandbLogger(RichLogger):
     Charts of `train/…` have `train/step` as their x axis, and those of `swarm/…` the seconds since the swarm's start.
     So do not pass a `step` to your own `run.log`: W&B drops rows whose step is earlier than the last one.
 
+    Example:
         run = wandb.init(project="my-swarm")
         swarm.log_to(lk.WandbLogger(run))
 
