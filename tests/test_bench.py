@@ -164,11 +164,11 @@ def test_a_layer_is_measured_beside_the_same_arithmetic_without_a_network():
 
 def test_records_are_measured_among_nodes_in_processes_of_their_own_that_encrypt_if_told_to(monkeypatch):
     joined: list[str] = []
-    hire = ProcessGroup.start
+    start = ProcessGroup.start
 
     def note(group: ProcessGroup, role: str, *orders: Any) -> list[Worker]:
         joined.extend(order["join"] for order in orders if role == "dht:live" and order["join"])
-        return hire(group, role, *orders)
+        return start(group, role, *orders)
 
     monkeypatch.setattr(ProcessGroup, "start", note)
     result = bench("dht", "--peers", "3", "--rounds", "4", "--secure")

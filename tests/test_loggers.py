@@ -289,7 +289,7 @@ def test_a_logger_that_raises_is_let_go_with_one_line_and_the_others_go_on(view,
 
 
 def test_stop_does_not_wait_for_ever_for_a_logger_that_hangs(view, monkeypatch, caplog):
-    monkeypatch.setattr(swarm_logging, "STOP_TIMEOUT", 0.05)
+    monkeypatch.setattr(swarm_logging, "LOGGER_TIMEOUT", 0.05)
     begun, go_on = threading.Event(), threading.Event()
 
     class Slow(Plain):

@@ -84,7 +84,7 @@ def test_the_largest_frame_crosses_unchanged(swarm, watcher, monkeypatch):
 
 
 def test_the_swarm_is_sampled_only_while_a_page_looks(swarm, watcher, monkeypatch):
-    monkeypatch.setattr(remote_service, "PAGE_TIMEOUT", 0.4)
+    monkeypatch.setattr(remote_service, "REMOTE_PAGE_TIMEOUT", 0.4)
     assert lookers(swarm) == 0
     source = source_of(watcher, swarm)
     source.frame("one", **LOOK, fresh=True)
@@ -104,7 +104,7 @@ def test_a_swarm_closes_at_once_while_pages_look_at_it(watcher, swarm):
 
 def test_no_more_than_eight_pages_are_answered(swarm, watcher):
     source = source_of(watcher, swarm)
-    for number in range(remote_service.MAX_PAGES):
+    for number in range(remote_service.MAX_REMOTE_PAGES):
         assert source.frame(f"page {number}", **LOOK, fresh=True)[0]["open"]
     with pytest.raises(Overloaded, match="8 pages look at this node already"):
         ask(watcher, swarm, "view.frame", FrameCall("one more", 0, "load", True))
@@ -284,7 +284,7 @@ def test_a_page_that_never_had_a_frame_gets_an_empty_one(swarm, watcher):
 
 
 def test_after_a_frame_was_lost_a_page_begins_anew(swarm, watcher, monkeypatch):
-    monkeypatch.setattr(remote_source, "RETRY_DELAY", 0.0)
+    monkeypatch.setattr(remote_source, "FRAME_RETRY_DELAY", 0.0)
     source = source_of(watcher, swarm)
     assert source.frame("page", **LOOK, fresh=True)[0]["open"]
     go_on = threading.Event()

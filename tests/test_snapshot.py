@@ -19,7 +19,7 @@ from PIL import Image
 from labkit.expert_uid import MAX_COORDINATE
 from labkit.view.picture.canvas import Picture, Sheet, clip, shorten, text_width
 from labkit.view.picture.formatting import age, amount, clock, failures, figures, rate
-from labkit.view.picture.heat_map import MAX_CELLS, draw_heat_map, lay_out
+from labkit.view.picture.heat_map import MAX_DRAWN_CELLS, draw_heat_map, lay_out
 from labkit.view.picture.snapshot import LINED_MARKS, draw
 from labkit.view.scene import SERIES, Layer, Mark, State
 from tests.scenes import make_scene
@@ -192,7 +192,7 @@ def test_whatever_the_sizes_of_a_grid_it_has_few_cells_and_every_expert_is_in_on
     table = make_scene(4, 1, outages=[]).experts
     table = replace(table, cell=np.array(where), state=np.full(4, State.ALIVE), load=np.ones(4, np.float32))
     cells = lay_out(table, 0, Layer("ffn", tuple(sizes)))
-    assert len(cells.load) == len(cells.row) <= MAX_CELLS
+    assert len(cells.load) == len(cells.row) <= MAX_DRAWN_CELLS
     assert 1 <= np.isfinite(cells.load).sum() <= 4
     assert cells.plane.max() < cells.planes and cells.row.max() < cells.rows and cells.column.max() < cells.columns
     assert set(cells.state.tolist()) <= {State.ALIVE, State.UNCLAIMED}

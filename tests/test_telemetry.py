@@ -65,8 +65,8 @@ def test_every_cause_has_its_column_and_an_unknown_one_counts_as_failed():
 
 
 def test_what_is_beyond_the_limits_is_counted_in_the_totals_only(monkeypatch):
-    monkeypatch.setattr(telemetry, "MAX_EXPERTS", 100)
-    monkeypatch.setattr(telemetry, "MAX_SERVERS", 10)
+    monkeypatch.setattr(telemetry, "MAX_COUNTED_EXPERTS", 100)
+    monkeypatch.setattr(telemetry, "MAX_COUNTED_SERVERS", 10)
     seen = Telemetry(START)
     for number in range(1000):
         seen(finished(f"ffn.{number}", f"a:{number}"))

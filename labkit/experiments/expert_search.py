@@ -34,7 +34,7 @@ from labkit.wire.security import Identity
 
 GRID_NAME = "ffn"
 RTT_DEVIATION = 32 / 92  # of a round trip, as a share of its mean: our choice, for a network of a few regions
-MAX_EXPERTS = 1 << 20  # in the grid
+MAX_SIMULATED_EXPERTS = 1 << 20  # in the grid
 NODES_PER_JOIN = 4  # nodes in the swarm for each node that joins at the same time
 GC_THRESHOLDS = (1_000_000, 10, 1000)  # for `gc.set_threshold`: no garbage is large, as there are no tensors
 CHURN_SEARCH_TIME = 60.0  # virtual seconds over which searches are spread under churn
@@ -80,8 +80,8 @@ class SearchConfig:
             raise ValueError(f"k_best={self.k_best}: the grid has {places} experts")
         if not (math.isfinite(self.rtt_ms) and self.rtt_ms >= 0):
             raise ValueError(f"rtt_ms={self.rtt_ms}: milliseconds, at least 0")
-        if places > MAX_EXPERTS:
-            raise ValueError(f"grid={self.grid}: {places:,} experts; at most {MAX_EXPERTS:,} are simulated")
+        if places > MAX_SIMULATED_EXPERTS:
+            raise ValueError(f"grid={self.grid}: {places:,} experts; at most {MAX_SIMULATED_EXPERTS:,} are simulated")
         if not (math.isfinite(self.handshake) and self.handshake >= 0):
             raise ValueError(f"handshake={self.handshake}: round trips, at least 0")
         if not 0 <= self.dead < 1 or self.nodes - self.dead_nodes < 1:

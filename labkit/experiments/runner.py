@@ -182,13 +182,13 @@ def run_one(fields: str, path: str, dataset: str, data_dir: str) -> None:
     """Run a child of `run_all`: do one run, save it and print the progress, as numbers of updates."""
     watch_parent()
     config = ConvergenceConfig.of(json.loads(fields))
-    told = 0
+    reported = 0
 
     def progress(updates: int) -> None:
-        nonlocal told
-        if updates - told >= PROGRESS_STEP or updates == config.updates:
-            print(updates - told, flush=True)
-            told = updates
+        nonlocal reported
+        if updates - reported >= PROGRESS_STEP or updates == config.updates:
+            print(updates - reported, flush=True)
+            reported = updates
 
     data = load_data(dataset, data_dir or None)
     began = time.perf_counter()

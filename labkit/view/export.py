@@ -57,7 +57,7 @@ PAGE_TEMPLATE = """<!DOCTYPE html>
 </body>
 </html>
 """
-CONTENT_POLICY = (
+REPLAY_POLICY = (
     "default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 )
 
@@ -110,7 +110,7 @@ def to_html(scene: Scene, keyframes: Iterable[tuple[Header, list[bytes]]]) -> by
     script = re.sub(r"<(?=/script|!--)", r"\\x3c", _read("replay.js"), flags=re.IGNORECASE)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = PAGE_TEMPLATE.format(
-        policy=CONTENT_POLICY.format(digest=digest),
+        policy=REPLAY_POLICY.format(digest=digest),
         title=html.escape(f"labkit: swarm {scene.swarm}"),
         style=_read("dashboard.css").replace("</", r"<\/"),
         recording=base64.b64encode(packed).decode(),

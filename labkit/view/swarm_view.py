@@ -52,7 +52,7 @@ SCENE_MAX_AGE = 0.1  # seconds for which a scene is not made anew
 RECORDED_SCENE_MAX_AGE = 0.8  # seconds for which the recording takes a scene that was made for something else
 PAGE_LOOK_TIME = 3.0  # seconds for which a page is watched after it was shown something
 FIRST_POLL_TIMEOUT = 2.0  # seconds that new outputs wait for the servers to report
-CLOSE_TIMEOUT = 1.0  # seconds that outputs have for the last scene
+LAST_SCENE_TIMEOUT = 1.0  # seconds that outputs have for the last scene
 MARK_WORDS = {"running": "back", "starting": "restarting"}  # the words of a mark, where they differ from the state
 
 _dashboards: dict[str, Dashboard] = {}  # by the name of their swarm
@@ -345,7 +345,7 @@ class SwarmView:
         if self._worker.alive:
             self._worker.wake()
 
-    def close(self, timeout: float = CLOSE_TIMEOUT) -> bool:
+    def close(self, timeout: float = LAST_SCENE_TIMEOUT) -> bool:
         """`end`, and wait until outputs have had the last scene, for at most `timeout`. Returns whether they have."""
         self.end()
-        return self._worker.wait_for_end(min(timeout, CLOSE_TIMEOUT))
+        return self._worker.wait_for_end(min(timeout, LAST_SCENE_TIMEOUT))

@@ -21,7 +21,7 @@ from labkit.view.collect.inventory import MAX_EXPERTS, MAX_GRIDS, MAX_SERVERS, I
 from labkit.view.collect.rates import pad_rows
 from labkit.view.scene import Doubles, Ints, Layer, State
 
-MAX_CELLS = 1 << 24  # of a grid that is shown whole; of a larger grid only the cells with experts are shown
+MAX_GRID_CELLS = 1 << 24  # of a grid that is shown whole; a larger one is shown as far as it has experts
 SUSPECT_AFTER_POLLS = 2  # failed polls in a row that make a server suspect
 DEAD_AFTER_SILENCE = 10.0  # seconds after which a suspect server counts as dead
 UNDECLARED, OFFERED, SUSPENDED = range(3)  # how the directory lists an expert
@@ -113,7 +113,7 @@ class Registry:
         return row
 
     def _add_layer(self, name: str, sizes: tuple[int, ...], *, known: bool) -> int:
-        if len(self.layers) >= MAX_GRIDS or math.prod(sizes) > MAX_CELLS:
+        if len(self.layers) >= MAX_GRIDS or math.prod(sizes) > MAX_GRID_CELLS:
             return -1
         self._layers[name] = len(self.layers)
         self.layers.append(Layer(name, sizes))
@@ -127,7 +127,7 @@ class Registry:
         if len(sizes) != len(old.sizes):
             return False
         both = tuple(map(max, sizes, old.sizes))
-        if both != old.sizes and math.prod(both) <= MAX_CELLS:
+        if both != old.sizes and math.prod(both) <= MAX_GRID_CELLS:
             self.layers[layer] = Layer(old.name, both)
             self._cells_outdated, self._declarations = True, None
         return self.layers[layer].sizes == both

@@ -26,10 +26,10 @@ from labkit.view.collect import time_series as series
 from labkit.view.collect.time_series import Bins
 from labkit.view.scene import SPLIT, Doubles, Mark
 
-MAX_EXPERTS = 20_000  # the calls to further experts are counted in the totals only
-MAX_SERVERS = 1_000
+MAX_COUNTED_EXPERTS = 20_000  # the calls to further experts are counted in the totals only
+MAX_COUNTED_SERVERS = 1_000  # likewise
 MAX_MARKS = 200
-MAX_STEPS = 100_000  # waiting for the sampler; as many as a run keeps in its `history`, of the same objects
+MAX_WAITING_STEPS = 100_000  # waiting for the sampler; as many as a run keeps in its `history`, of the same objects
 
 # Columns of an expert. SERVER: number of the server that was last called for it.
 CALLS, FAILED, ROWS, SECONDS, STALENESS_SUM, STALENESS_COUNT, UPDATES, SERVER = range(8)
@@ -93,10 +93,10 @@ class Telemetry:
         self.started = time.monotonic() if started is None else started
         self.servers_lost = 0
         self.unanswered_rows = 0  # in forward passes
-        self.experts = CounterTable(EXPERT_COLUMNS, MAX_EXPERTS)
-        self.servers = CounterTable(SERVER_COLUMNS, MAX_SERVERS)
+        self.experts = CounterTable(EXPERT_COLUMNS, MAX_COUNTED_EXPERTS)
+        self.servers = CounterTable(SERVER_COLUMNS, MAX_COUNTED_SERVERS)
         self.bins = Bins(series.CALL_COLUMNS, self.started)
-        self.steps: deque[StepFinished] = deque(maxlen=MAX_STEPS)
+        self.steps: deque[StepFinished] = deque(maxlen=MAX_WAITING_STEPS)
         self.marks: deque[Mark] = deque(maxlen=MAX_MARKS)
         self._causes: dict[str, Counter[str]] = {}  # of experts that have failed
         self._take: dict[type[Event], Callable[..., None]] = {

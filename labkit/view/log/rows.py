@@ -25,7 +25,7 @@ from labkit.view.scene import PERCENTILES, SPLIT, Doubles, Experts, Floats, Scen
 HISTOGRAM_BINS = 32
 MAX_TABLE_ROWS = 1_000  # servers in a table
 MAX_MIXED_SERVERS = 100  # the busiest servers, from which percentiles over all servers are made
-MAX_STEPS = 500  # rows of steps waiting to be logged
+MAX_STEP_ROWS = 500  # rows of steps waiting to be logged
 RATE_STEPS = 20  # rows of steps over which samples/s are computed
 
 
@@ -198,7 +198,7 @@ class StepQueue:
     Trainers add steps and the view's thread takes them. Both are quick, so trainers never wait for a logger.
     """
 
-    def __init__(self, limit: int = MAX_STEPS) -> None:
+    def __init__(self, limit: int = MAX_STEP_ROWS) -> None:
         self._limit = limit
         self._lock = threading.Lock()
         self._waiting: list[StepMeans] = []

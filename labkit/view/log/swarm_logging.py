@@ -20,7 +20,7 @@ from labkit.view.scene import Scene
 
 logger = logging.getLogger(__name__)
 
-STOP_TIMEOUT = 2.0  # seconds that `stop` waits for a logger that is writing
+LOGGER_TIMEOUT = 2.0  # seconds that `stop` waits for a logger that is writing
 
 
 class LoggedView(Protocol):
@@ -80,7 +80,7 @@ class Logging:
         """Log what is left and a last row about the swarm, then call the logger's `finish`. Safe to call again."""
         self._stopping = True
         self._disconnect()
-        if not self._lock.acquire(timeout=STOP_TIMEOUT):
+        if not self._lock.acquire(timeout=LOGGER_TIMEOUT):
             logger.warning("%r is still at work, and finishes when it is done", self._logger)
             return
         try:

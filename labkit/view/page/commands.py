@@ -15,7 +15,7 @@ from labkit.launch.handle import ServerHandle
 from labkit.training.run import latest_run
 from labkit.view.collect.telemetry import Telemetry
 
-MAX_SERVERS = 10_000
+SERVER_NUMBER_LIMIT = 10_000  # the number of a server in a command is below it
 MAX_LATENCY = 3600.0  # seconds
 EXPORT_FORMATS = ("png", "html", "json")
 
@@ -40,7 +40,7 @@ def check_command(command: object) -> dict[str, Any]:
 
 def _server(command: Mapping[str, Any]) -> int:
     server = command.get("server")
-    if not isinstance(server, int) or isinstance(server, bool) or not 0 <= server < MAX_SERVERS:
+    if not isinstance(server, int) or isinstance(server, bool) or not 0 <= server < SERVER_NUMBER_LIMIT:
         raise ValueError("`server` is the number of a server in `swarm.servers`")
     return server
 

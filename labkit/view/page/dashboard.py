@@ -32,7 +32,7 @@ MAX_MESSAGES = 256  # of pages that wait; more are dropped
 MAX_COMMANDS = 8  # that wait; beyond that, a page is told to try again
 WATCH_PERIOD = 1.0  # seconds between two looks whether a run has ended
 MAX_PICTURES = 8  # outputs of cells that get a picture
-CLOSE_TIMEOUT = 0.5  # seconds
+SENDER_END_TIMEOUT = 0.5  # seconds that `close` waits for the thread that sends
 
 
 class Dashboard(anywidget.AnyWidget):
@@ -236,7 +236,7 @@ class Dashboard(anywidget.AnyWidget):
         self._ended = True
         self._unwatch()
         self._sender.wake()
-        self._sender.wait_for_end(CLOSE_TIMEOUT)
+        self._sender.wait_for_end(SENDER_END_TIMEOUT)
         self.layout.close()
         super().close()
 

@@ -27,9 +27,9 @@ from labkit.wire.rpc_types import AsyncMethod, Reply, Request
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-MAX_PAGES = 8  # in other processes, that one node makes frames for
-PAGE_TIMEOUT = 12.0  # seconds after its last call that a page is forgotten
-FRAME_PERIOD = 0.1  # seconds between two frames for one page, however often it asks
+MAX_REMOTE_PAGES = 8  # in other processes, that one node makes frames for
+REMOTE_PAGE_TIMEOUT = 12.0  # seconds after its last call that a page is forgotten
+REMOTE_FRAME_PERIOD = 0.1  # seconds between two frames for one page, however often it asks
 FRAME_THREADS = 2  # that make frames
 MAX_WAITING = 2  # calls for one page, or commands, that may wait for the one before
 PART_BYTES = 1 << 20  # of an export in one answer
@@ -40,7 +40,7 @@ NO_SECRET = (
     "labkit demo --watch has it"
 )
 
-Page = Annotated[str, Meta(min_length=1, max_length=64)]
+PageId = Annotated[str, Meta(min_length=1, max_length=64)]
 
 
 class FrameCall(msgspec.Struct, array_like=True):
@@ -50,7 +50,7 @@ class FrameCall(msgspec.Struct, array_like=True):
     list of the buffers' sizes.
     """
 
-    page: Page
+    page: PageId
     layer: Annotated[int, Meta(ge=0, lt=1 << 16)]
     mode: Literal["load", "latency", "failures", "staleness"]
     fresh: bool
@@ -69,7 +69,7 @@ class CommandCall(msgspec.Struct, array_like=True):
 class ExportCall(msgspec.Struct, array_like=True):
     """The body of `view.export`. Part 0 makes the export, which is kept until its last part has been fetched."""
 
-    page: Page
+    page: PageId
     format: Literal["png", "html", "json"]
     part: Annotated[int, Meta(ge=0, lt=MAX_PARTS)]
 
@@ -125,7 +125,7 @@ class RemoteService:
         page = self._get_page(call.page)
         async with _turn(page.turn):
             await trio.sleep_until(page.next_frame_at)
-            page.next_frame_at = trio.current_time() + FRAME_PERIOD
+            page.next_frame_at = trio.current_time() + REMOTE_FRAME_PERIOD
             try:
                 return await _in_thread(self._frame_threads, _frame, page.source, call)
             except trio.Cancelled:  # the frame is lost, and its writer perhaps still at work
@@ -172,9 +172,9 @@ class RemoteService:
         self._prune()
         page = self._pages.get(id)
         if page is None:
-            if len(self._pages) >= MAX_PAGES:
+            if len(self._pages) >= MAX_REMOTE_PAGES:
                 raise Overloaded(
-                    f"{MAX_PAGES} pages look at this node already; close one, or wait until it is forgotten"
+                    f"{MAX_REMOTE_PAGES} pages look at this node already; close one, or wait until it is forgotten"
                 )
             page = self._pages[id] = _Page(LocalSource(self._open_view()), 0.0)
         page.called_at = trio.current_time()
@@ -186,7 +186,7 @@ class RemoteService:
     def _prune(self) -> None:
         now = trio.current_time()
         for id, page in list(self._pages.items()):
-            if now - page.called_at > PAGE_TIMEOUT:
+            if now - page.called_at > REMOTE_PAGE_TIMEOUT:
                 del self._pages[id]
 
     async def _keep_sampled(self) -> None:
@@ -195,7 +195,7 @@ class RemoteService:
         try:
             remove = self._open_view().add(_do_nothing, SCENE_PERIOD)
             while self._pages:
-                await trio.sleep(PAGE_TIMEOUT / 10)
+                await trio.sleep(REMOTE_PAGE_TIMEOUT / 10)
                 self._prune()
         except Exception:  # nothing above a system task would handle it
             logger.exception("pages elsewhere see numbers that stand still")

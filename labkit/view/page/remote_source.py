@@ -43,7 +43,7 @@ MAX_FRAME_BYTES = 1 << 17  # that are taken for a frame; a `FrameWriter` stays b
 FRAME_TIMEOUT = 2.0  # seconds
 COMMAND_TIMEOUT = 35.0  # seconds: commands are executed one after the other, and a run may take ten to stop
 EXPORT_TIMEOUT = 30.0  # seconds, for the first part, which waits until the export is made
-RETRY_DELAY = 1.0  # seconds after a failed call for which no page asks again
+FRAME_RETRY_DELAY = 1.0  # seconds after a failed call for which no page asks again
 HEADER_KEYS = {
     "reset", "at", "wall", "swarm", "open", "source", "can", "headline", "layers", "server_text", "marks", "series",
     "pieces",
@@ -96,7 +96,7 @@ class RemoteSource:
 
     def frame(self, page: str, *, layer: int, mode: str, fresh: bool) -> tuple[Header, list[bytes]]:
         """Returns the next frame for a page. If none comes within 2 seconds, returns one that is not `open`."""
-        if self._own is None and time.monotonic() >= self._failed + RETRY_DELAY:
+        if self._own is None and time.monotonic() >= self._failed + FRAME_RETRY_DELAY:
             try:
                 return self._ask(page, min(layer, MAX_LAYER), mode, fresh or page in self._lost)
             except UnknownMethod:

@@ -1,7 +1,7 @@
 """The expert grids as a heat map of load: the layout of its cells, and drawing them on a sheet.
 
 `snapshot` draws it as a part of the dashboard, and `swarm_logging` logs it by itself. Other people choose the sizes of
-grids, so any grid is drawn as at most `MAX_CELLS` cells, and never laid out in full.
+grids, so any grid is drawn as at most `MAX_DRAWN_CELLS` cells, and never laid out in full.
 """
 
 # n: cells to draw
@@ -17,7 +17,7 @@ from labkit.view.picture.canvas import DIM, INK, Sheet, cividis, shorten, text_w
 from labkit.view.picture.formatting import rate, whole
 from labkit.view.scene import Doubles, Experts, Ints, Layer, Scene, State
 
-MAX_CELLS = 4_096  # per layer
+MAX_DRAWN_CELLS = 4_096  # per layer
 MAX_PLANES = 64  # two-dimensional slices of a grid with three dimensions or more
 MAX_LAYERS = 4
 MAX_ASPECT = 16  # longer grids are wrapped into several lines
@@ -56,14 +56,14 @@ def lay_out(experts: Experts, number: int, layer: Layer) -> Cells:
     planes = math.prod(sizes[:-2])
     if planes > MAX_PLANES or max(high, wide) > MAX_ASPECT * min(high, wide):
         total = min(math.prod(sizes), 2**62)  # cells beyond have no number
-        factor = -(-total // MAX_CELLS)
+        factor = -(-total // MAX_DRAWN_CELLS)
         drawn = -(-total // factor)
         columns = min(drawn, max(MAX_ASPECT, math.isqrt(drawn - 1) + 1))
         planes, rows, place = 1, -(-drawn // columns), cell // factor
         what = "" if factor == 1 else f"{whole(factor)} places"
     else:
         factor = 1
-        while planes * -(-high // factor) * -(-wide // factor) > MAX_CELLS:
+        while planes * -(-high // factor) * -(-wide // factor) > MAX_DRAWN_CELLS:
             factor += max(1, factor // 8)
         rows, columns = -(-high // factor), -(-wide // factor)
         drawn = planes * rows * columns

@@ -284,6 +284,6 @@ def _draw_marks(sheet: Sheet, scene: Scene, span: tuple[float, float], box: tupl
         at = x + (mark.at - span[0]) / (span[1] - span[0]) * width
         sheet.line([at, at], [y, y + height], color=INK, width=0.8, dashed=True)
         sheet.text(at, y + 1, "▼", size=9, align="center")
-    told = [f"▼ {clock(mark.at)} {shorten(mark.text, 44)}" for mark in seen[-SHOWN_MARKS:]]
-    if told:
-        sheet.text(x, y + height + 34, clip("   ".join(told), 84), size=10.5)
+    texts = [f"▼ {clock(mark.at)} {shorten(mark.text, 44)}" for mark in seen[-SHOWN_MARKS:]]
+    if texts:
+        sheet.text(x, y + height + 34, clip("   ".join(texts), 84), size=10.5)
