@@ -261,12 +261,12 @@ class Swarm:
             grid: sizes of the grid, by default those that its servers declare.
             name: the grid's name.
             routing: weights of the outputs: "softmax" over a row's experts, or "switch", the gate's probabilities.
-            jitter: width of the random factors around 1 on the gate's inputs while training.
+            jitter: the gate's inputs are multiplied by random factors within 1 ± jitter while training.
             grid_dropout: share of the grid's coordinates that are left out at random while training.
             dispatch: `k_best`, `k_min`, timeouts, and the other fields of `DispatchConfig`.
 
         Raises:
-            ValueError: no such grid is served, its sizes are others, or an option is impossible.
+            ValueError: no such grid is served and `grid` is left out, its sizes are others, or an option is impossible.
         """
         grids = self.grids()
         sizes = check_grid(grid) if grid is not None else known_sizes(grids, name)

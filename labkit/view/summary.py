@@ -31,6 +31,7 @@ SERVER_STATE_SIGNS = {
 ENDED_SIGN = "✕"
 COLUMN_NAMES = ("server", "state", "address", "experts", "calls", "mean", "failures")
 NUMBER_COLUMNS = {"experts", "calls", "mean"}
+CENSUS_TIMEOUT = 2.0  # seconds, since a repr must not hang
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +84,10 @@ class SwarmSummary:
 
         rows = []
         for row in self.servers:
-            mark, label, state, *rest = self._cells(row)
+            sign, label, state, *rest = self._cells(row)
             rows.append(
                 line(
-                    "td", (label, f"{mark} {state}", *rest), "" if row.state in SERVER_STATE_SIGNS else ' class="gone"'
+                    "td", (label, f"{sign} {state}", *rest), "" if row.state in SERVER_STATE_SIGNS else ' class="gone"'
                 )
             )
         table = (
@@ -110,8 +111,8 @@ class SwarmSummary:
     def _cells(self, row: ServerRow) -> tuple[str, ...]:
         alive = f"{row.experts_alive} of {row.experts}" if row.experts_alive != row.experts else str(row.experts)
         mean = f"{row.mean_ms:.1f} ms" if row.calls else "–"
-        mark = SERVER_STATE_SIGNS.get(row.state, ENDED_SIGN)
-        return mark, row.label, row.state, row.address, alive, f"{row.calls:,}", mean, _failures(row.failed)
+        sign = SERVER_STATE_SIGNS.get(row.state, ENDED_SIGN)
+        return sign, row.label, row.state, row.address, alive, f"{row.calls:,}", mean, _failures(row.failed)
 
 
 def _justify(column: str, cell: str, width: int) -> str:
@@ -124,9 +125,6 @@ def _failures(failed: dict[str, int]) -> str:
     total = sum(failed.values())
     causes = ", ".join(f"{cause} {count}" for cause, count in sorted(failed.items(), key=lambda item: -item[1]))
     return f"{total} failed ({causes})"
-
-
-CENSUS_TIMEOUT = 2.0  # seconds, since a repr must not hang
 
 
 @dataclass
