@@ -314,6 +314,24 @@ async def test_a_server_does_what_the_table_says_of_every_state_and_event(
     assert bool(lifecycle.failure) == (lifecycle.state == "failed")
 
 
+def test_the_table_says_of_each_event_what_it_leads_to():
+    stopped, killed, failed, starting, running, saving, restarting, given_up = ServerState
+    at_rest = {state: state for state in (stopped, killed, failed)}  # there is nothing to end
+    not_at_rest = (starting, running, saving, restarting, given_up)
+    assert {event: {a: b for (a, of), b in TRANSITIONS.items() if of is event} for event in ServerEvent} == {
+        START: dict.fromkeys((*at_rest, starting), starting)
+        | dict.fromkeys((running, saving, restarting, given_up), restarting),
+        STOP: at_rest | {starting: stopped, given_up: given_up} | dict.fromkeys((running, saving, restarting), saving),
+        DISCARD: at_rest | dict.fromkeys(not_at_rest, stopped),
+        KILL: at_rest | dict.fromkeys(not_at_rest, killed),
+        READY: {starting: running},
+        START_FAILED: {starting: failed, restarting: given_up},
+        ENDED: {running: failed},
+        SAVED: {saving: stopped, restarting: starting, given_up: failed},
+        NOT_SAVED: dict.fromkeys((saving, restarting, given_up), failed),
+    }
+
+
 def test_every_order_may_come_in_every_state_and_users_see_five_words():
     for state in ServerState:
         assert next_state(state, START).word == "starting"
