@@ -229,9 +229,7 @@ def test_a_command_that_is_misspelt_is_explained(capsys):
         assert "usage: labkit" in capsys.readouterr().err
 
 
-def test_the_page_server_and_whatever_watches_its_parent_import_no_torch():
-    code = (
-        "import sys, labkit.cli.page_server, labkit.launch.parent; "
-        "sys.exit(any(name in sys.modules for name in ('torch', 'trio', 'zmq')))"
-    )
+@pytest.mark.parametrize("module", ["labkit.__main__", "labkit.cli.page_server", "labkit.launch.parent"])
+def test_options_are_read_and_parents_are_watched_without_an_import_of_torch(module):
+    code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in ('torch', 'trio', 'zmq')))"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

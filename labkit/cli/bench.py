@@ -1,7 +1,7 @@
 """`labkit bench WHAT`: the options of each benchmark, and the function that runs one.
 
 Each option is a field of the benchmark's config. The benchmarks are in `labkit.bench`, and `search` is in
-`labkit.experiments`; they are imported when they are run.
+`labkit.experiments`. They import torch, and so they are imported when they are run: every command reads this module.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
-
-from labkit.bench.report import ratios_to, read_peer, show
 
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
@@ -141,6 +139,8 @@ def bench(options: argparse.Namespace) -> None:
         ValueError: An option is wrong.
         LabkitError: The measurement has failed.
     """
+    from labkit.bench.report import ratios_to, read_peer, show
+
     config_class, measure = _find(options.bench)
     given = {name: getattr(options, name) for name in config_class.__dataclass_fields__}
     config = config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
