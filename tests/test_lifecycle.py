@@ -231,7 +231,7 @@ async def test_what_could_not_be_saved_is_not_started_again_at_once(servers, lif
     await lifecycle.order(START, wait=False)
     await trio.sleep(21)
     assert servers.did == ["begins", "ends"] and lifecycle.state == "failed"
-    assert "no space left" in lifecycle.failure and "no space left" in caplog.text
+    assert lifecycle.failure == "it did not end cleanly before: no space left" and "no space left" in caplog.text
     await lifecycle.order(START, wait=False)
     await trio.sleep(1)
     assert lifecycle.alive
