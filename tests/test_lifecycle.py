@@ -159,6 +159,15 @@ async def test_large_experts_have_longer_to_be_saved(servers, lifecycle, autojum
     assert servers.did == ["begins", "has saved", "ends"]
 
 
+async def test_what_has_only_so_long_to_be_saved_is_killed_then(servers, lifecycle, autojump_clock):
+    failure = "it had not saved its experts after 5 s, and was killed"
+    await lifecycle.order(START)
+    with trio.fail_after(6):
+        assert await lifecycle.end(STOP, timeout=5.0) == failure
+    assert servers.did == ["begins", "ends"]
+    assert (lifecycle.state, lifecycle.failure) == ("failed", failure)
+
+
 async def test_who_waits_beside_a_start_that_is_interrupted_before_it_begins_learns_of_it(
     servers, lifecycle, nursery, autojump_clock
 ):
