@@ -159,6 +159,35 @@ async def test_large_experts_have_longer_to_be_saved(servers, lifecycle, autojum
     assert servers.did == ["begins", "has saved", "ends"]
 
 
+async def test_who_waits_for_its_end_waits_for_what_was_killed_too(servers, lifecycle, autojump_clock):
+    servers.start = 10.0
+    await lifecycle.order(START, wait=False)
+    await trio.sleep(1)
+    await lifecycle.order(KILL, wait=False)
+    assert lifecycle.state == "killed" and servers.did == ["begins"]
+    assert await lifecycle.until_at_rest() == ""
+    assert servers.did == ["begins", "ends"]
+
+
+@pytest.mark.parametrize("order", [START, STOP, KILL])
+async def test_who_waits_for_a_start_learns_that_another_order_has_overtaken_it(
+    servers, lifecycle, nursery, autojump_clock, order
+):
+    said: list[str] = []
+
+    async def start() -> None:
+        with pytest.raises(ServerFailed) as raised:
+            await lifecycle.order(START)
+        said.append(str(raised.value))
+
+    servers.start = 10.0
+    nursery.start_soon(start)
+    await trio.sleep(1)
+    await lifecycle.order(order)
+    await trio.sleep(1)
+    assert said == ["the server of nop.0 was ended while it was starting"]
+
+
 async def test_what_has_only_so_long_to_be_saved_is_killed_then(servers, lifecycle, autojump_clock):
     failure = "it had not saved its experts after 5 s, and was killed"
     await lifecycle.order(START)
@@ -316,6 +345,7 @@ async def test_a_server_does_what_the_table_says_of_every_state_and_event(
     await bring_about(event, lifecycle, servers, scope)
     assert lifecycle._state is next_state(state, event)
     assert lifecycle.alive == (lifecycle.state == "running")
+    assert ("the server of nop.0 has ended: it was killed" in caplog.text) == (event is ENDED)
     await trio.sleep(100)
     runs = [what for what in servers.did if what != "has saved"]
     assert runs == ["begins", "ends"] * (len(runs) // 2) + ["begins"] * lifecycle.alive  # one after the other
