@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from labkit import quick_imports
-from labkit.cli.bench import add_bench_options
+from labkit.cli.bench import add_bench_options, add_number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,13 +48,13 @@ def add_demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-dir", metavar="DIR", help="folder with the parquet files of the data set (default: find or fetch them)"
     )
-    _add_count(parser, "--servers", 4, "expert servers to start, each a process")
-    _add_count(parser, "--experts", 16, "experts in all, in a grid that is about square")
-    _add_count(parser, "--k-best", 4, "experts that each row is sent to")
-    _add_count(parser, "--trainers", 4, "batches in flight at the same time")
+    add_number(parser, "--servers", 4, "expert servers to start, each a process")
+    add_number(parser, "--experts", 16, "experts in all, in a grid that is about square")
+    add_number(parser, "--k-best", 4, "experts that each row is sent to")
+    add_number(parser, "--trainers", 4, "batches in flight at the same time")
     parser.add_argument("--steps", type=int, metavar="N", help="training steps (default: 500 for digits, else 3000)")
-    _add_count(parser, "--kill", 1, "servers to kill, and to bring back later")
-    _add_count(parser, "--seed", 0, "seed of the random numbers")
+    add_number(parser, "--kill", 1, "servers to kill, and to bring back later")
+    add_number(parser, "--seed", 0, "seed of the random numbers")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
     parser.add_argument("--watch", action="store_true", help="show the dashboard as a web page, in a browser")
     parser.add_argument("--no-browser", action="store_true", help="with --watch: print the address, open no browser")
@@ -122,10 +122,6 @@ def add_watch_options(parser: argparse.ArgumentParser) -> None:
 def add_keygen_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `labkit keygen`."""
     parser.add_argument("file", metavar="FILE", help="where to write the key; an existing file is never overwritten")
-
-
-def _add_count(parser: argparse.ArgumentParser, option: str, default: int, text: str) -> None:
-    parser.add_argument(option, type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)")
 
 
 def run_demo(options: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from labkit.errors import BadRequest, DeadlineExceeded, NonFiniteTensor, Overloaded, RemoteFailure, UnknownExpert
 from labkit.events import BatchProcessed
-from labkit.server import executor as compute
+from labkit.server import executor
 from labkit.server.backend import ExpertBackend
 from labkit.server.batch import DeviceLost, compute_batch
 from labkit.server.layers import make_expert
@@ -471,7 +471,7 @@ async def test_numbers_too_small_to_matter_are_nought_on_the_compute_thread_and_
 
 
 async def test_closing_does_not_wait_for_ever_for_a_computation(monkeypatch, caplog):
-    monkeypatch.setattr(compute, "THREAD_END_TIMEOUT", 0.05)
+    monkeypatch.setattr(executor, "THREAD_END_TIMEOUT", 0.05)
     go_on = threading.Event()
     async with trio.open_nursery() as nursery:
         async with ComputeThread() as thread:

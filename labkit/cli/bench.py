@@ -19,12 +19,12 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
 
     rpc = _add_bench(benches, "rpc", "calls to experts from several processes")
     _add_kind(rpc, "nop")
-    _add_number(rpc, "--experts", 4, "experts in all, spread over the servers")
-    _add_number(rpc, "--servers", 1, "expert servers, each a process")
-    _add_number(rpc, "--hidden", 1024, "width of the experts")
-    _add_number(rpc, "--batch", 1, "rows of a call")
-    _add_number(rpc, "--clients", 2, "clients that call at the same time, in up to eight processes")
-    _add_number(rpc, "--calls", 500, "calls that each client makes")
+    add_number(rpc, "--experts", 4, "experts in all, spread over the servers")
+    add_number(rpc, "--servers", 1, "expert servers, each a process")
+    add_number(rpc, "--hidden", 1024, "width of the experts")
+    add_number(rpc, "--batch", 1, "rows of a call")
+    add_number(rpc, "--clients", 2, "clients that call at the same time, in up to eight processes")
+    add_number(rpc, "--calls", 500, "calls that each client makes")
     rpc.add_argument("--backward", action="store_true", help="make a backward pass after each forward pass")
     rpc.add_argument(
         "--codec", default="none", metavar="NAME",
@@ -33,15 +33,15 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
 
     moe = _add_bench(benches, "moe", "forward and backward passes of an MoE layer over one server")
     _add_kind(moe, "ffn")
-    _add_number(moe, "--batch", 64, "rows of a batch")
-    _add_number(moe, "--hidden", 256, "width of the layer and its experts")
-    _add_number(moe, "--side", 4, "the grid has N x N experts")
-    _add_number(moe, "--k-best", 4, "experts that each row is sent to")
-    _add_number(moe, "--passes", 10, "forward and backward passes to measure")
+    add_number(moe, "--batch", 64, "rows of a batch")
+    add_number(moe, "--hidden", 256, "width of the layer and its experts")
+    add_number(moe, "--side", 4, "the grid has N x N experts")
+    add_number(moe, "--k-best", 4, "experts that each row is sent to")
+    add_number(moe, "--passes", 10, "forward and backward passes to measure")
 
     dht = _add_bench(benches, "dht", "stores and gets among DHT nodes, each a process")
-    _add_number(dht, "--peers", 8, "DHT nodes")
-    _add_number(dht, "--rounds", 20, "records that are stored and read")
+    add_number(dht, "--peers", 8, "DHT nodes")
+    add_number(dht, "--rounds", 20, "records that are stored and read")
 
     for bench in (rpc, moe, dht):
         bench.add_argument("--secure", action="store_true", help="encrypt the connections (CURVE)")
@@ -54,10 +54,10 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     latency.add_argument(
         "--block", default="ffn", metavar="KIND", help="kind of the blocks: ffn or transformer (default: %(default)s)"
     )
-    _add_number(latency, "--blocks", 4, "blocks of the model, one after the other")
-    _add_number(latency, "--servers", 2, "expert servers, each a process")
-    _add_number(latency, "--hidden", 512, "width of the blocks")
-    _add_number(latency, "--trainers", 64, "trainers, each with a batch in flight")
+    add_number(latency, "--blocks", 4, "blocks of the model, one after the other")
+    add_number(latency, "--servers", 2, "expert servers, each a process")
+    add_number(latency, "--hidden", 512, "width of the blocks")
+    add_number(latency, "--trainers", 64, "trainers, each with a batch in flight")
     latency.add_argument(
         "--delays-ms", type=float, nargs="+", default=[0.0, 50.0, 100.0, 200.0], metavar="MS",
         help="mean delays of a call to measure, in milliseconds (default: 0 50 100 200)",
@@ -65,10 +65,10 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     latency.add_argument(
         "--seconds", type=float, default=10.0, metavar="S", help="seconds to measure each delay (default: 10)"
     )
-    _add_number(latency, "--runs", 1, "runs of the whole; prints their medians")
+    add_number(latency, "--runs", 1, "runs of the whole; prints their medians")
 
     search = _add_bench(benches, "search", "the search for experts in a large simulated swarm, in virtual time")
-    _add_number(search, "--nodes", 100, "nodes of the swarm")
+    add_number(search, "--nodes", 100, "nodes of the swarm")
     search.add_argument(
         "--grid",
         type=int,
@@ -77,7 +77,7 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="sizes of the expert grid (default: 32 32)",
     )
-    _add_number(search, "--k-best", 4, "experts to search for")
+    add_number(search, "--k-best", 4, "experts to search for")
     search.add_argument(
         "--rtt-ms", type=float, default=92.0, metavar="MS", help="mean round trip, in milliseconds (default: 92)"
     )
@@ -93,14 +93,14 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
         "--handshake", type=float, default=0.0, metavar="N",
         help="round trips before the first message of a new connection (default: 0)",
     )  # fmt: skip
-    _add_number(search, "--searches", 100, "searches to measure")
-    _add_number(search, "--seed", 0, "seed of the random numbers")
+    add_number(search, "--searches", 100, "searches to measure")
+    add_number(search, "--seed", 0, "seed of the random numbers")
 
     suite = _add_bench(benches, "all", "all benchmarks but search, in every size that counts, several times over")
     suite.add_argument(
         "--out", required=True, metavar="FILE", help="where to write a line for each measurement that FILE lacks"
     )
-    _add_number(suite, "--runs", 5, "runs of each measurement")
+    add_number(suite, "--runs", 5, "runs of each measurement")
     suite.add_argument(
         "--only", default="", metavar="TEXT", help="measure only the rows with TEXT in their name (default: all)"
     )
@@ -128,7 +128,8 @@ def _add_kind(parser: argparse.ArgumentParser, default: str) -> None:
     )  # fmt: skip
 
 
-def _add_number(parser: argparse.ArgumentParser, option: str, default: int, text: str) -> None:
+def add_number(parser: argparse.ArgumentParser, option: str, default: int, text: str) -> None:
+    """Add an option that is a whole number; its help is `text` and the default."""
     parser.add_argument(option, type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)")
 
 

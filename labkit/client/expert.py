@@ -24,8 +24,9 @@ from labkit.wire.transport import await_callback
 class RemoteExpert(nn.Module):
     """One expert of a swarm, called like any module: `expert(x)`, or `expert(x, y)` for several inputs.
 
-    Inputs are [rows, ...], the output is [rows, ...]. The expert's parameters stay at its server: a backward pass
-    trains them there. A call raises `NoExperts` if no server has the expert, and a kind of `RPCError` if it fails.
+    Inputs are [rows, ...], the output is [rows, ...]. The expert's parameters stay at its server: a
+    backward pass trains them there. A call raises `NoExperts` if no server has the expert, a kind of
+    `RPCError` if it fails, and `SwarmClosed` if the swarm is not open.
 
     Example:
         expert = swarm.expert("ffn.0.3")
@@ -33,7 +34,7 @@ class RemoteExpert(nn.Module):
 
     Args:
         uid: The expert, such as "ffn.0.3".
-        swarm: Name of the swarm, which has to be open in this process when the expert is called. Default "default".
+        swarm: Name of the swarm, which has to be open when the expert is called. Default "default".
         timeout: Seconds that a call may take. Default 10.
         codec: How tensors are compressed on the wire; see `DispatchConfig`. Default "none".
 

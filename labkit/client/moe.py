@@ -26,11 +26,12 @@ _DROPPED_PENALTY = 1e9  # subtracted from the scores of dropped coordinates
 
 
 class MixtureOfExperts(nn.Module):
-    """A layer over the experts of a swarm: input [..., dim] -> output [..., dim]. Usually made by `swarm.moe`.
+    """A layer over the experts of a swarm: [..., dim] -> [..., dim]. Usually made by `swarm.moe`.
 
-    Each row goes to the `k_best` live experts with the highest grid scores. Its output is the softmax-weighted mean
-    over those that answered. `moe(x, y, …)` hands the experts further inputs [..., *] beside x. A forward pass raises
-    `NoExperts` or `NotEnoughExperts`, and a backward pass the latter; an output is never NaN.
+    Each row goes to the `k_best` live experts with the highest grid scores. Its output is the
+    softmax-weighted mean over those that answered. `moe(x, y, …)` hands the experts further inputs
+    [..., *] beside x. A forward pass raises `NoExperts` or `NotEnoughExperts`, and a backward pass the
+    latter; an output is never NaN.
 
     Example:
         moe = swarm.moe(256, grid=(4, 4), k_best=4)
@@ -40,17 +41,17 @@ class MixtureOfExperts(nn.Module):
         dim: Size of the last dimension of input and output.
         grid: Sizes of the expert grid, such as (4, 4). The gate has one map for each dimension.
         name: Name of the grid, the first part of its experts' uids. Default "ffn".
-        swarm: Name of the swarm, which has to be open in this process when the layer is called. Default "default".
-        routing: "softmax" (default), or "switch": weights are the gate's probabilities, as in the Switch Transformer;
-            meant for k_best=1.
-        jitter: In training, the gate's input is multiplied by random factors within 1 ± jitter. Default 0.
-        grid_dropout: In training, the share of grid coordinates that each batch does without. Default 0.
-        dispatch: How many experts a row is sent to, and how long it waits: see `DispatchConfig`. By default four
-            experts, or all if there are fewer.
+        swarm: Name of the swarm, which has to be open when the layer is called. Default "default".
+        routing: "softmax" (default), or "switch": weights are the gate's probabilities, as in the
+            Switch Transformer; meant for k_best=1.
+        jitter: In training, the gate's input is multiplied by random factors, 1 ± jitter. Default 0.
+        grid_dropout: In training, the share of grid coordinates that a batch does without. Default 0.
+        dispatch: How many experts a row is sent to, and how long it waits: see `DispatchConfig`. By
+            default four experts, or all if there are fewer.
 
     Attributes:
-        balance_loss: Load-balancing loss of the last forward pass: a scalar tensor, 1 for an even load, whose gradient
-            reaches the gate. None before the first pass.
+        balance_loss: Load-balancing loss of the last forward pass: a scalar tensor, 1 for an even load,
+            whose gradient reaches the gate. None before the first pass.
         gate: The linear layer that gives the grid scores.
 
     Raises:

@@ -44,9 +44,10 @@ def register_expert(name: str, factory: F_co | None = None) -> F_co | Callable[[
 
     Args:
         name: Letters, digits and _ only; not one of labkit's own: "ffn", "transformer", "nop".
-        factory: A class or function that returns a new `nn.Module`, whose keyword arguments become options of
-            `swarm.serve`. The module takes one or more tensors [rows, ...] and returns one [rows, ...], in which each
-            row depends on the same row of the inputs only. Leave it out to use `register_expert` as a decorator.
+        factory: A class or function that returns a new `nn.Module`, whose keyword arguments become
+            options of `swarm.serve`. The module takes one or more tensors [rows, ...] and returns one
+            [rows, ...], in which each row depends on the same row of the inputs only. Leave it out to
+            use `register_expert` as a decorator.
 
     Returns:
         The factory; without one, a decorator that registers what it decorates.

@@ -24,31 +24,33 @@ class BackendConfig:
     Values are plain, since a config travels to server processes as JSON.
 
     Example:
-        swarm.serve("ffn", hidden=256, grid=(4, 4), backend=lk.BackendConfig(lr=3e-4, clip_grad_norm=1.0))
+        swarm.serve("ffn", hidden=256, grid=(4, 4), backend=lk.BackendConfig(lr=3e-4, clip_grad_norm=1))
 
     Args:
         optimizer: "adam" (default), "adamw" or "sgd".
         lr: Learning rate, at least 0. Default 1e-3.
         weight_decay: Weight decay of the optimizer. Default 0.
         amsgrad: Whether "adam" and "adamw" use their AMSGrad variant. Default False.
-        beta1: Momentum of "adam" and "adamw", at least 0 and below 1. Default 0.9. Where many trainers make gradients
-            stale, 0 is better: asynchrony is a momentum of its own (Mitliagkas et al. 2016).
+        beta1: Momentum of "adam" and "adamw", at least 0 and below 1. Default 0.9. Where many trainers
+            make gradients stale, 0 is better: asynchrony is a momentum, too (Mitliagkas et al. 2016).
         momentum: Momentum of "sgd". Default 0.
-        fused: Whether to use torch's fused optimizers, which are several times as fast. Default True; where a fused one
-            would be wrong, another is used in any case.
-        clip_grad_norm: Bound on the norm of all parameter gradients of a step together. Default None: no clipping.
-        accumulate: Backward passes (merged batches) whose gradients are summed into one optimizer step. Default 1.
-        schedule: Of the learning rate: "constant" (default), or "linear", which falls to 0 at `total_steps`. Both begin
-            with the warm-up, if there is one.
+        fused: Whether to use torch's fused optimizers, which are several times as fast. Default True;
+            where a fused one would be wrong, another is used in any case.
+        clip_grad_norm: Bound on the norm of all gradients of a step together. Default None: no bound.
+        accumulate: Backward passes (merged batches) that make one optimizer step together. Default 1.
+        schedule: Of the learning rate: "constant" (default), or "linear", which falls to 0 at
+            `total_steps`. Both begin with the warm-up, if there is one.
         warmup_steps: Optimizer steps over which the learning rate rises to `lr`. Default 0.
-        total_steps: Optimizer steps until a "linear" schedule reaches 0; it needs more than `warmup_steps`.
-        age_power: p, where the learning rate of a step is multiplied by (1 + staleness)^-p. The staleness of a gradient
-            is the number of steps that the expert has made since the forward pass of the same rows, where the caller
-            says which that was. Default 0: stale gradients count like fresh ones.
+        total_steps: Optimizer steps until a "linear" schedule reaches 0: more than `warmup_steps`. Default 0.
+        age_power: p, where the learning rate of a step is multiplied by (1 + staleness)^-p. The
+            staleness of a gradient is the number of steps that the expert has made since the forward
+            pass of the same rows, where the caller says which that was. Default 0: stale gradients
+            count like fresh ones.
         max_batch_size: Rows that the expert computes at once, and accepts in one request. Default 4096.
         device: Where the expert computes: "cpu" (default), "cuda", "cuda:1", ….
-        train_mode: Whether the module runs in train mode, so that dropout draws anew in each pass. Default False: it
-            runs in eval mode, and the forward pass that a backward pass repeats is the same one.
+        train_mode: Whether the module runs in train mode, so that dropout draws anew in each pass.
+            Default False: it runs in eval mode, and the forward pass that a backward pass repeats is
+            the same one.
 
     Raises:
         ValueError: A value is out of its range.

@@ -30,7 +30,7 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 class TrainConfig:
     """How to train a model: the options of `lk.fit`.
 
-    They concern the model's own parameters. Experts are trained by their servers, as `BackendConfig` says.
+    They concern the model's own parameters. Servers train their experts as `BackendConfig` says.
 
     Args:
         steps: Batches to train on. Give either `steps` or `epochs`.
@@ -40,15 +40,15 @@ class TrainConfig:
         lr: Learning rate of the default optimizer, Adam. Default 1e-3.
         balance: Weight of the MoE layers' load-balancing losses in the loss. Default 0.
         seed: For the order of the rows. Default 0.
-        max_failures: The run ends when so many batches in a row have failed, over all trainers. Default 50.
-        schedule: Of the learning rate: "constant" (default), or "linear", which falls to 0 over the run.
-        beta1: Momentum of the default optimizer, at least 0 and below 1. Default 0.9; less may be better where
-            gradients are stale.
+        max_failures: The run ends after so many failed batches in a row, over all trainers. Default 50.
+        schedule: Of the learning rate: "constant" (default), or "linear", down to 0 over the run.
+        beta1: Momentum of the default optimizer, at least 0 and below 1. Default 0.9; less may be
+            better where gradients are stale.
         warmup: Steps over which the learning rate rises to its value. Default 0.
-        clip_grad_norm: Bound on the norm of each gradient, all parameters together. Default None: no clipping.
+        clip_grad_norm: Bound on the norm of all gradients of a step together. Default None: no bound.
         age_power: p, where the learning rate of a step is multiplied by (1 + staleness)^-p. Default 0.
-        compensation: λ of delay compensation, which corrects a stale gradient for how far the parameters have moved
-            (Zheng et al. 2017). Default 0.
+        compensation: λ of delay compensation, which corrects a stale gradient for how far the
+            parameters have moved (Zheng et al. 2017). Default 0.
 
     Raises:
         ValueError: A value is out of its range.
@@ -141,8 +141,8 @@ def train_step(
 def evaluate(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 256) -> float:
     """The accuracy of a model: the share of rows that it classifies correctly, 0 to 1.
 
-    It works on a copy of the model in eval mode, so a run may go on meanwhile. The experts are asked like in training,
-    and do not learn from it.
+    It works on a copy of the model in eval mode, so a run may go on meanwhile. The experts are asked
+    like in training, and do not learn from it.
 
     Example:
         data = lk.load("digits")
