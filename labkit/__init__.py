@@ -82,8 +82,10 @@ def __getattr__(name: str) -> object:
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """In this block torch is imported in two thirds of the time: without garbage collection, which would go through all
-    that has been imported, again and again, and find none."""
+    """In this block torch is imported in two thirds of the time, since nothing is collected as garbage.
+
+    The collector would go through everything that has been imported, again and again, and find no garbage.
+    """
     collects = gc.isenabled()
     gc.disable()
     try:

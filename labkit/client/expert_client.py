@@ -44,7 +44,7 @@ class ExpertClient:
 
     Args:
         caller: Sends the requests.
-        directory: Hears of successes and failures.
+        directory: Gets reports of successes and failures.
         emit: Gets a `CallFinished` or `CallFailed` for each call.
     """
 

@@ -29,8 +29,8 @@ from labkit.server.server import ServerConfig
 from labkit.wire.security import Identity
 from labkit.wire.transport import LOOPBACK, announced_address
 
-DEFAULT_EXPERTS = 16
-PING_TIMEOUT = 1.0  # seconds
+DEFAULT_EXPERTS = 16  # of a new grid, if nothing says how many
+PING_TIMEOUT = 1.0  # seconds; a server that has not answered by then counts as alive
 MAX_UNASKED_EXPERT_BYTES = 1 << 30  # of one expert whose options come from the swarm, not from the caller
 MAX_UNASKED_TOTAL_BYTES = 4 << 30  # of all experts, if their number comes from the swarm too
 MAX_PLACES = 1 << 20  # of a grid whose free places are looked for

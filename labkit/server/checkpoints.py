@@ -120,7 +120,7 @@ def _short(kind: str) -> str:
 
 
 def restore(directory: str | os.PathLike[str], backend: ExpertBackend) -> bool:
-    """Carry on from the expert's checkpoint, if there is one. Returns whether there was. Call it before `run`.
+    """Carry on from the expert's checkpoint, if there is one. Returns whether there was. Call it before the runtime runs.
 
     Removes what a crashed save of this expert left, and leaves other experts' files alone: servers may share a
     directory, but not an expert.
@@ -156,7 +156,7 @@ async def keep_checkpoints(
         runtime: Holds the experts.
         directory: Where to save them.
         period: Seconds between two rounds; None for `usual_period`.
-        saved: Is told how far each expert had learnt when it was saved, for `save_all`.
+        saved: Filled in with how far each expert had learnt when it was saved, for `save_all`.
     """
     period = usual_period(runtime.backends.values()) if period is None else period
     saved = {} if saved is None else saved
@@ -180,8 +180,10 @@ async def keep_checkpoints(
 
 
 def usual_period(backends: Iterable[ExpertBackend]) -> float:
-    """Seconds between two saves of these experts: a hundred for each GB of them and their optimizers, at least ten
-    seconds and at most ten minutes."""
+    """Seconds between two saves of these experts.
+
+    They are a hundred for each GB of the experts and their optimizers, at least ten, and at most ten minutes.
+    """
     size = sum(backend.state_bytes for backend in backends) / 1e9
     return min(max(SHORTEST_PERIOD, SECONDS_PER_GB * size), LONGEST_PERIOD)
 
@@ -235,8 +237,10 @@ async def _save(runtime: Runtime, directory: str | os.PathLike[str], uid: str) -
 
 
 def _progress(backend: ExpertBackend, updates: int, rows: int) -> Progress:
-    """What changes when an expert learns: its updates and, where gradients are accumulated for the next update, its
-    rows. Elsewhere rows do not count, since forward passes add to them, too."""
+    """What changes when an expert learns: its updates, and its rows where gradients wait for the next update.
+
+    Elsewhere rows do not count, since forward passes add to them, too.
+    """
     return updates, rows if backend.config.accumulate > 1 else 0
 
 
@@ -246,8 +250,10 @@ def _path(directory: str | os.PathLike[str], uid: str) -> Path:
 
 
 def _file_mode(directory: int) -> int:
-    """The mode of a file in a directory of this mode. Where everybody may write, as in /tmp, they may add files
-    of their own, but not change ours."""
+    """The mode of a file in a directory of this mode.
+
+    Where everybody may write, as in /tmp, that is to add files of their own, not to change ours.
+    """
     open_to_all = directory & (stat.S_ISVTX | stat.S_IWOTH)
     return 0o600 | directory & (0o044 if open_to_all else 0o064)
 

@@ -272,8 +272,9 @@ def stop_timeout(backends: Iterable[ExpertBackend]) -> float:
 
 
 async def _build(make: Callable[[], ExpertServer], executor: Executor | None) -> ExpertServer:
-    """Build or load the experts in a thread: that can take seconds, and the network has to go on. (With an `executor`
-    time is virtual and would not stand still for a thread.)
+    """Build or load the experts in a thread: that can take seconds, and the network has to go on.
+
+    With an `executor` there is no thread, since time is virtual and would not stand still for one.
 
     One server is built at a time, since a process has one torch generator, which a seed sets anew and which is put back
     afterwards. Other threads may draw from it meanwhile: see `ServerConfig.seed`.

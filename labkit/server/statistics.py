@@ -34,8 +34,8 @@ class ServerStatistics(msgspec.Struct):
         experts: Optimizer steps of each expert, by uid.
         queued_requests: Requests that wait now.
         queued_rows: Rows that wait now.
-        batches: Batches computed.
-        rows: Rows computed.
+        batches: Batches in which a request was answered.
+        rows: Rows of the requests that were answered.
         busy_seconds: Seconds spent computing.
         overloaded: Requests turned away because too many rows waited.
         expired: Requests whose deadline passed while they waited.

@@ -59,8 +59,10 @@ class TaskPool(Generic[T]):
         self.tasks: OrderedDict[int, Task[T]] = OrderedDict()  # OrderedDict: cheap removal at the front and anywhere
 
     def pick(self, now: float, max_rows: int) -> tuple[list[Task[T]], list[Task[T]]]:
-        """Returns the oldest requests that fit into `max_rows` rows together, and those met on the way that are
-        too late."""
+        """Pick the oldest requests that fit into `max_rows` rows together.
+
+        Returns them, and those met on the way that are too late.
+        """
         picked: list[Task[T]] = []
         expired: list[Task[T]] = []
         rows = 0

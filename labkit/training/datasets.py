@@ -148,8 +148,11 @@ def _digits(seed: int) -> ClassificationData:
 
 
 def _read_digits() -> tuple[Tensor, Tensor]:
-    """Pixels [n, dim], from 0 to 1, and classes [n]. They are read from scikit-learn's own file, since it takes
-    seconds to import; it is imported only if the file is not where it should be."""
+    """Pixels [n, dim], from 0 to 1, and classes [n].
+
+    They are read from scikit-learn's own file. It takes seconds to import, and so it is imported only if the file is
+    not where it should be.
+    """
     try:
         file = metadata.distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
         with gzip.open(str(file)) as lines:
