@@ -6,7 +6,7 @@ In virtual time: the servers here are tasks that hold nothing. `test_swarm` and 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -33,12 +33,14 @@ CONTACT = Contact(bytes(32), "127.0.0.1", 1, False)
 class Servers:
     """What stands in for `serve_experts`: starts in `start` seconds, saves in `save` seconds, and notes what it does.
 
-    `failure`: what it ends with instead of being saved. `limit`: seconds that it says a stop may take.
+    `failure`: what it ends with instead of being saved. `limit`: seconds that it says a stop may take. `when_ready` is
+    called in the moment in which it is ready.
     """
 
     def __init__(self) -> None:
         self.start, self.save, self.limit, self.failure = 0.0, 20.0, 30.0, ""
         self.did: list[str] = []
+        self.when_ready: Callable[[], object] = lambda: None
 
     async def serve(self, *_: Any, stop: trio.Event, allow: Any = None, task_status: Any, **__: Any) -> None:
         self.did.append("begins")
@@ -49,6 +51,7 @@ class Servers:
             if allow is not None:
                 allow(self.limit)
             task_status.started(CONTACT)
+            self.when_ready()
             await stop.wait()
             await trio.sleep(self.save)
             if self.failure:
@@ -212,6 +215,17 @@ async def test_who_waits_beside_a_start_that_is_interrupted_before_it_begins_lea
     with trio.fail_after(20):
         assert await lifecycle.until_at_rest() == "it was interrupted"
     assert lifecycle.state == "failed"
+
+
+async def test_a_start_that_is_interrupted_in_the_moment_in_which_it_is_ready_has_failed(
+    servers, lifecycle, autojump_clock
+):
+    with trio.CancelScope() as scope:
+        servers.when_ready = scope.cancel
+        await lifecycle.order(START)
+    assert scope.cancelled_caught
+    assert servers.did == ["begins", "ends"]
+    assert (lifecycle.state, lifecycle.failure) == ("failed", "it was interrupted")
 
 
 async def test_who_waits_for_a_stop_learns_that_somebody_killed_it(servers, lifecycle, nursery, autojump_clock):

@@ -238,6 +238,7 @@ class ServerLifecycle:
         """The whole life of a runner."""
         async with trio.open_nursery() as nursery:
             contact = await nursery.start(runner.run, plan, self.faults)
+            await trio.lowlevel.checkpoint_if_cancelled()  # else it would be running, and end with the start
             if self._runner is runner:
                 self.contact = contact
                 self._advance(ServerEvent.READY)

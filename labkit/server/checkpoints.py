@@ -120,7 +120,9 @@ def _short(kind: str) -> str:
 
 
 def restore(directory: str | os.PathLike[str], backend: ExpertBackend) -> bool:
-    """Carry on from the expert's checkpoint, if there is one. Returns whether there was. Call it before the runtime runs.
+    """Carry on from the expert's checkpoint, if there is one. Returns whether there was.
+
+    Call it before the runtime runs.
 
     Removes what a crashed save of this expert left, and leaves other experts' files alone: servers may share a
     directory, but not an expert.
