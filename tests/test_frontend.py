@@ -56,10 +56,20 @@ def test_the_lock_file_pins_everything_and_names_no_registry():
     assert all(re.fullmatch(r"\d+\.\d+\.\d+", version) for version in ranges)
 
 
-def test_the_wheel_holds_the_bundles_and_not_their_sources():
+def test_the_wheel_holds_every_module_and_the_bundles_and_not_their_sources():
     from hatchling.builders.wheel import WheelBuilder
 
     paths = {file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
+    files = {path for path in (ROOT / "labkit").rglob("*.py") if FRONTEND not in path.parents}
+    assert {path.relative_to(ROOT).as_posix() for path in files} | {"labkit/swarm.py"} <= paths
     assert {f"labkit/view/static/{name}" for name in BUNDLES} <= paths
     assert [path for path in paths if "frontend" in path or "node_modules" in path] == []
-    assert "labkit/swarm.py" in paths
+
+
+def test_the_source_distribution_holds_what_the_tests_and_the_bundles_are_made_of():
+    from hatchling.builders.sdist import SdistBuilder
+
+    paths = {file.distribution_path for file in SdistBuilder(str(ROOT)).recurse_included_files()}
+    sources = {"labkit/view/frontend/package-lock.json", "tests/conftest.py", "constraints.txt", "Makefile"}
+    assert {f"labkit/view/static/{name}" for name in BUNDLES} | sources <= paths
+    assert [path for path in paths if "node_modules" in path or "/shots/" in path] == []
