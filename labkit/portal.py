@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -154,6 +155,12 @@ class Portal:
             self._token.run_sync_soon(function, *args)
         except trio.RunFinishedError:
             pass  # the lab thread has ended, and has answered every call that waited
+        except BaseException:
+            # On Python 3.14 an interrupt just after `with lock` has acquired a lock leaves it acquired (cpython issue
+            # 148874). With trio's lock in our hands no other thread could call, and the lab thread could not end.
+            with suppress(RuntimeError, AttributeError):  # not acquired, or a trio that is made otherwise
+                self._token._reentry_queue.lock.release()
+            raise
 
     def _closed_error(self, grace_period: float = _GRACE_PERIOD) -> SwarmClosed:
         if not self._closed:
