@@ -11,10 +11,10 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import trio
 from torch import nn
 
 from labkit.client.expert import RemoteExpert
@@ -27,19 +27,10 @@ from labkit.errors import SwarmClosed
 from labkit.events import Emit, Listeners
 from labkit.expert_uid import ExpertInfo, check_grid, split_uid
 from labkit.faults import Faults
+from labkit.launch import planning
 from labkit.launch.handle import ServerHandle, begin_all, end_all
-from labkit.launch.lifecycle import Lab
-from labkit.launch.planning import (
-    check_all_places,
-    choose_places,
-    dispatch_config,
-    fit_options,
-    grid_name,
-    isolate,
-    known_sizes,
-    plan_servers,
-)
-from labkit.node import NodeConfig, open_node
+from labkit.launch.lab import Lab, run_lab
+from labkit.node import NodeConfig
 from labkit.portal import Portal
 from labkit.server.layers import Factory
 from labkit.server.optimizer import BackendConfig
@@ -52,7 +43,6 @@ from labkit.view.summary import SwarmSummary
 from labkit.view.swarm_view import SwarmView
 from labkit.wire.security import Identity, Members, parse_key
 from labkit.wire.transport import LOOPBACK
-from labkit.wire.zmq_transport import open_network
 
 if TYPE_CHECKING:
     from labkit.view.log.swarm_logging import Logging
@@ -112,7 +102,12 @@ class Swarm:
         self._members.admit()
         self._portal = Portal(name)
         try:
-            self._lab: Lab = self._portal.start(self._run, identity, _join)
+            self._lab: Lab = self._portal.start(
+                partial(
+                    run_lab, self._portal, identity, self._node_config, join=_join, methods=self.remote_service.methods,
+                    admission=self._members.admission(), faults=self._faults, emit=self.listeners,
+                )
+            )  # fmt: skip
         except BaseException:
             self._portal.close()
             self._folder.cleanup()
@@ -146,19 +141,6 @@ class Swarm:
         elif contact.secure:
             options.setdefault("secure", True)
         return cls(name or f"joined {contact.endpoint}", _join=(contact,), **options)
-
-    async def _run(self, identity: Identity, join: tuple[Contact, ...], *, task_status: trio.TaskStatus[Lab]) -> None:
-        """Run the swarm's node in the lab thread, until it is cancelled."""
-        config, admission, methods = self._node_config, self._members.admission(), self.remote_service.methods
-        async with (
-            open_network(config.limits.frames) as network,
-            open_node(
-                network, identity, config, join=join, methods=methods, admission=admission, emit=self.listeners
-            ) as node,
-            trio.open_nursery() as nursery,
-        ):
-            task_status.started(Lab(self._portal, nursery, network, node, self._faults, self.listeners))
-            await trio.sleep_forever()
 
     # ------------------------------------------------------------ serving
 
@@ -196,19 +178,19 @@ class Swarm:
         """
         if backend is not None and not isinstance(backend, BackendConfig):
             raise ValueError(f"backend={backend!r}: a BackendConfig, such as lk.BackendConfig(lr=1e-3)")
-        name = grid_name(kind, name, uids)
+        name = planning.grid_name(kind, name, uids)
         known = self.grids().get(name)
-        given, options = options, fit_options(kind, options, name, known)
-        isolation, kind = isolate(isolation, kind, options)
-        sizes, chosen = self._portal.call(choose_places, self._node, name, known, grid, experts, uids)
+        given, options = options, planning.fit_options(kind, options, name, known)
+        isolation, kind = planning.isolate(isolation, kind, options)
+        sizes, chosen = self._portal.call(planning.choose_places, self._node, name, known, grid, experts, uids)
         if options != given and experts is None and uids is None:
-            check_all_places(kind, options, name, len(chosen))
+            planning.check_all_places(kind, options, name, len(chosen))
         directory = checkpoint_directory(checkpoint_dir or Path(self._folder.name) / "checkpoints")
         config = ServerConfig(
             uids=tuple(chosen), grid=sizes, kind=kind, options=options, backend=backend or BackendConfig(),
             checkpoint_dir=directory, checkpoint_period=checkpoint_period, threads=threads, seed=seed,
         )  # fmt: skip
-        plans = plan_servers(
+        plans = planning.plan_servers(
             config, servers, self._node_config, self._node.contact, member_file=self._members.file,
             lasting=checkpoint_dir is not None, beside=sum(server.alive for server in self.servers),
         )  # fmt: skip
@@ -269,12 +251,12 @@ class Swarm:
             ValueError: no such grid is served and `grid` is left out, its sizes are others, or an option is impossible.
         """
         grids = self.grids()
-        sizes = check_grid(grid) if grid is not None else known_sizes(grids, name)
+        sizes = check_grid(grid) if grid is not None else planning.known_sizes(grids, name)
         if name in grids and grids[name].sizes != sizes and any(split_uid(uid)[0] == name for uid in self.experts()):
             raise ValueError(f"grid={sizes}: the grid {name!r} has the sizes {grids[name].sizes}; leave grid=… out")
         return MixtureOfExperts(
             dim, sizes, name, swarm=self.name, routing=routing, jitter=jitter, grid_dropout=grid_dropout,
-            dispatch=dispatch_config(sizes, dispatch),
+            dispatch=planning.dispatch_config(sizes, dispatch),
         )  # fmt: skip
 
     def expert(self, uid: str, *, timeout: float = 10.0, codec: str = "none") -> RemoteExpert:

@@ -19,7 +19,8 @@ from labkit.errors import ServerFailed
 from labkit.events import ignore
 from labkit.faults import Faults
 from labkit.launch import runners
-from labkit.launch.lifecycle import Lab, ServerLifecycle
+from labkit.launch.lab import Lab
+from labkit.launch.lifecycle import ServerLifecycle
 from labkit.launch.runners import ServerPlan
 from labkit.launch.states import TRANSITIONS, ServerEvent, ServerState, next_state
 from labkit.node import NodeConfig

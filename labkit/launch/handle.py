@@ -14,7 +14,8 @@ import trio
 from labkit.contact import Contact
 from labkit.errors import LabkitError, ServerFailed
 from labkit.faults import Faults
-from labkit.launch.lifecycle import Lab, ServerLifecycle
+from labkit.launch.lab import Lab
+from labkit.launch.lifecycle import ServerLifecycle
 from labkit.launch.runners import ServerPlan
 from labkit.launch.states import ServerEvent
 from labkit.server.statistics import ServerStatistics, call_statistics

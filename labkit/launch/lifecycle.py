@@ -7,36 +7,21 @@ A `ServerHandle` passes a notebook's orders on to it. What each order and each e
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 import trio
 
 from labkit.contact import Contact
 from labkit.errors import LabkitError, ServerFailed
-from labkit.events import Emit
 from labkit.faults import Faults
+from labkit.launch.lab import Lab
 from labkit.launch.runners import Runner, ServerPlan, ServerProcess, ServerTask, keep_port
 from labkit.launch.states import ServerEvent, ServerState, next_state
-from labkit.node import Node
-from labkit.portal import Portal, unwrap
-from labkit.wire.zmq_transport import ZmqNetwork
+from labkit.portal import unwrap
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT = 90.0  # seconds; a first import of torch from a slow disk takes most of it
 FIND_INTERVAL = 0.1  # seconds between two look-ups of the experts of a server that has just started
-
-
-@dataclass(frozen=True)
-class Lab:
-    """Where local servers live: the lab thread of a swarm and what it holds. `faults`: what servers begin with."""
-
-    portal: Portal
-    nursery: trio.Nursery
-    network: ZmqNetwork
-    node: Node
-    faults: Faults
-    emit: Emit
 
 
 class ServerLifecycle:

@@ -24,7 +24,7 @@ from labkit.errors import RPCError, SwarmClosed
 from labkit.events import Emit, Listeners
 from labkit.faults import Faults
 from labkit.launch.handle import ServerHandle
-from labkit.launch.lifecycle import Lab
+from labkit.launch.lab import Lab
 from labkit.training.run import latest_run
 from labkit.view.collect.inventory import Inventory, keep_polled, local_servers
 from labkit.view.collect.sampler import Sampler
