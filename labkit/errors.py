@@ -38,7 +38,7 @@ class ConnectionLost(RPCError):
 
 
 class HandshakeFailed(ConnectionLost):
-    """A connection was made, but the two sides could not agree: wrong key, wrong protocol, or not admitted."""
+    """The two sides of a connection could not agree: wrong key or protocol, or not admitted."""
 
 
 class WrongServerKey(HandshakeFailed):
@@ -155,7 +155,7 @@ class NoExperts(LabkitError):
 
 
 class NotEnoughExperts(LabkitError):
-    """Fewer than `k_min` experts answered some rows of a batch. The text names the experts and the causes."""
+    """Fewer than `k_min` experts answered some rows. The text names experts and causes."""
 
 
 # ---------------------------------------------------------------- the notebook

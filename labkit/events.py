@@ -27,8 +27,8 @@ class RoutingChosen(Event):
     """A pass of an MoE layer has chosen its experts.
 
     Args:
-        prefix: name of the grid.
-        rows: how many rows of the batch each expert gets, by uid.
+        prefix: Name of the grid.
+        rows: How many rows of the batch each expert gets, by uid.
     """
 
     prefix: str
@@ -40,16 +40,16 @@ class CallFinished(Event):
     """An expert has answered a call.
 
     Args:
-        uid: the expert.
+        uid: The expert.
         address: `host:port` of its server.
         direction: "forward" or "backward".
-        rows: how many rows were sent.
-        seconds: time from the call to the answer.
-        queue: seconds that the request waited at the server, by the server's own count.
-        compute: seconds that the batch took to compute, by the server's own count.
-        bytes: size of request and answer.
-        updates: optimizer steps that the expert had made when it answered.
-        staleness: optimizer steps that the expert made for others between the forward pass of these rows and this
+        rows: How many rows were sent.
+        seconds: Time from the call to the answer.
+        queue: Seconds that the request waited at the server, by the server's own count.
+        compute: Seconds that the batch took to compute, by the server's own count.
+        bytes: Size of request and answer.
+        updates: Optimizer steps that the expert had made when it answered.
+        staleness: Optimizer steps that the expert made for others between the forward pass of these rows and this
             backward pass; None for a forward pass, and if it is not known.
     """
 

@@ -14,12 +14,12 @@ class Faults:
     """Draws a delay for each request, and whether it is lost. Any thread may change the settings, by `set`.
 
     Args:
-        latency: mean of the delays, seconds.
-        loss: share of requests that are never answered, 0 to 1.
-        seed: with the same seed the draws are the same, whatever the settings were in between.
+        latency: Mean of the delays, seconds.
+        loss: Share of requests that are never answered, 0 to 1.
+        seed: With the same seed the draws are the same, whatever the settings were in between.
 
     Raises:
-        ValueError: as `set` does.
+        ValueError: As `set` does.
     """
 
     def __init__(self, latency: float = 0.0, loss: float = 0.0, seed: int | None = None) -> None:

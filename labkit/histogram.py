@@ -38,7 +38,7 @@ def percentiles(counts: npt.NDArray[Any], shares: Sequence[float] = (50, 95, 99)
 
     Args:
         counts: [..., BUCKETS], whole or weighted.
-        shares: which percentiles, 0 to 100.
+        shares: Which percentiles, 0 to 100.
 
     Returns:
         [..., len(shares)] in milliseconds; NaN where nothing was counted.
@@ -59,7 +59,7 @@ class Histogram:
     """Counts how many durations fell into each bucket.
 
     Args:
-        counts: how many so far, one number a bucket; by default none.
+        counts: How many so far, one number a bucket; by default none.
     """
 
     __slots__ = ("counts",)

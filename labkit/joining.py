@@ -44,13 +44,13 @@ async def check_reachable(caller: Caller, contact: Contact, own_key: bytes, *, t
     """Check that a node of a swarm answers at `contact`.
 
     Args:
-        caller: makes the call of step 4.
-        contact: the node to reach.
-        own_key: our public key, which a private swarm has to admit.
-        tcp: whether the network is TCP's, so that steps 1 to 3 can be checked one by one.
+        caller: Makes the call of step 4.
+        contact: The node to reach.
+        own_key: Our public key, which a private swarm has to admit.
+        tcp: Whether the network is TCP's, so that steps 1 to 3 can be checked one by one.
 
     Raises:
-        JoinError: it does not answer; the text says why, and what to try.
+        JoinError: It does not answer; the text says why, and what to try.
     """
     late = f"the name was not resolved within {JOIN_TIMEOUT:g} s. Check the network, or use the IP address"
     try:

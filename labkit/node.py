@@ -31,12 +31,12 @@ class NodeConfig:
     """Where a node listens and how it behaves.
 
     Args:
-        listen: the address to listen at, `tcp://host:port`; port `*` for any that is free.
-        announce: the `host` or `host:port` that others should use, where that differs (see `ZmqNetwork.listen`).
-        secure: whether connections are encrypted; by default wherever that is needed.
-        dht: how its DHT node behaves.
-        directory: how experts are declared and cached.
-        limits: limits of its calls.
+        listen: The address to listen at, `tcp://host:port`; port `*` for any that is free.
+        announce: The `host` or `host:port` that others should use, where that differs (see `ZmqNetwork.listen`).
+        secure: Whether connections are encrypted; by default wherever that is needed.
+        dht: How its DHT node behaves.
+        directory: How experts are declared and cached.
+        limits: Limits of its calls.
     """
 
     listen: str = LOOPBACK
@@ -77,16 +77,16 @@ async def open_node(
     """Run a node for the length of the block.
 
     Args:
-        network: where it listens.
-        identity: its keys.
-        config: how it behaves.
-        join: nodes of the swarm to join; one that answers is enough. Without any, it is the first of a swarm.
-        methods: methods that it offers beside those of the DHT, by name.
-        admission: who may connect; by default anybody.
-        emit: called with the events of its directory.
+        network: Where it listens.
+        identity: Its keys.
+        config: How it behaves.
+        join: Nodes of the swarm to join; one that answers is enough. Without any, it is the first of a swarm.
+        methods: Methods that it offers beside those of the DHT, by name.
+        admission: Who may connect; by default anybody.
+        emit: Called with the events of its directory.
 
     Raises:
-        JoinError: none of the nodes in `join` answered; the text is about the first.
+        JoinError: None of the nodes in `join` answered; the text is about the first.
     """
     config = config or NodeConfig()
     async with network.listen(

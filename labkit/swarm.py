@@ -59,25 +59,30 @@ _open: dict[str, Swarm] = {}
 
 
 class Swarm:
-    """A swarm of expert servers, as one notebook sees it. `Swarm()` starts one, and `Swarm.join(invite)` joins one.
+    """A swarm of expert servers. `Swarm()` starts one, `Swarm.join(invite)` joins one.
 
-    Its network runs in a thread of its own. Its methods may be called from any other thread, and block until they are
-    done. It ends with `close()`, with the block if it is used as a context manager, and at exit. `servers` holds the
-    servers started here.
+    Its network runs in a thread of its own. Its methods may be called from any other thread,
+    and block until they are done. It ends with `close()`, with the block if it is used as a
+    context manager, and at exit. `servers` holds the servers started here.
 
     Example:
         swarm = lk.Swarm()
         swarm.serve("ffn", hidden=256, grid=(4, 4), servers=4)
-        model = nn.Sequential(nn.Linear(784, 256), swarm.moe(256, k_best=4), nn.Linear(256, 10))
+        model = nn.Sequential(nn.Linear(784, 256), swarm.moe(256), nn.Linear(256, 10))
 
     Args:
-        name: its name in this process; a swarm of the same name is closed first, so that a cell may run twice.
-        listen: where its node listens, `tcp://host:port` with port `*` for any; by default only on this machine.
-        announce: `host` or `host:port` that others use to reach it, where that differs, as behind a router.
-        secure: whether to encrypt; by default if it is private or can be reached from other machines.
-        key: the file of a key that stays the same, made by `labkit keygen`; by default the key is new each time.
-        members: public keys of those who may join, which makes the swarm private.
-        node: timeouts and limits of its node.
+        name: Its name in this process; a swarm of the same name is closed first, so that a
+            cell may run twice.
+        listen: Where its node listens, `tcp://host:port` with port `*` for any; by default
+            only on this machine.
+        announce: `host` or `host:port` that others use to reach it, where that differs, as
+            behind a router.
+        secure: Whether to encrypt; by default if it is private or can be reached from other
+            machines.
+        key: The file of a key that stays the same, made by `labkit keygen`; by default the
+            key is new each time.
+        members: Public keys of those who may join, which makes the swarm private.
+        node: Timeouts and limits of its node.
     """
 
     def __init__(
@@ -127,13 +132,14 @@ class Swarm:
         """Join the swarm that an invitation leads to.
 
         Args:
-            invite: what `swarm.invite()` returned there, `labkit://<public key>@host:port`.
-            name: its name in this process; by default a name of its own.
-            options: as for `Swarm`.
+            invite: What `swarm.invite()` returned there, `labkit://<public key>@host:port`.
+            name: Its name in this process; by default a name of its own.
+            options: As for `Swarm`.
 
         Raises:
-            InviteError: the text is no invitation.
-            JoinError: the swarm cannot be joined, after at most 10 seconds; it says why, and what to try.
+            InviteError: The text is no invitation.
+            JoinError: The swarm cannot be joined, after at most 10 seconds; it says why, and what
+                to try.
         """
         contact = Contact.from_invitation(invite)
         if contact.secure and not contact.is_loopback and "listen" not in options:
@@ -150,31 +156,36 @@ class Swarm:
         checkpoint_dir: str | Path | None = None, checkpoint_period: float | None = None,
         backend: BackendConfig | None = None, threads: int | None = None, seed: int | None = None, **options: Any,
     ) -> list[ServerHandle]:  # fmt: skip
-        """Start local expert servers. Returns them when their experts can be found; `swarm.servers` has them, too.
+        """Start local expert servers, and return them when their experts can be found.
 
         Example:
             swarm.serve("ffn", hidden=256, grid=(4, 4), servers=4)
 
         Args:
-            kind: "ffn", "transformer", "nop", a name given to `register_expert`, or a factory of an `nn.Module`.
-            grid: sizes of the grid to serve in; by default those of the running swarm, or one that fits `experts`.
-            experts: how many free places of the grid to take, by default all.
-            servers: how many servers share the experts.
-            name: the grid's name, by default that of the kind.
-            uids: which places to take, instead of `experts`.
-            isolation: "process", or "task" for a server in this process; by default "process" if a process can import
-                the kind. A name that only this process knows needs "task".
-            checkpoint_dir: where experts are loaded from and saved to; by default a folder that ends with the swarm.
-            checkpoint_period: seconds between two saves; by default 10, or more if saving takes over 2 % of the time.
-            backend: optimizer and limits.
-            threads: torch's threads in each server; by default the servers here share this process's number.
-            seed: makes an expert's fresh parameters depend only on it and on the uid; with "task", only if nothing else
-                draws random numbers from torch meanwhile.
-            options: of the kind, such as `hidden=256`.
+            kind: "ffn", "transformer", "nop", a name given to `register_expert`, or a factory of
+                an `nn.Module`.
+            grid: Sizes of the grid to serve in; by default those of the running swarm, or one
+                that fits `experts`.
+            experts: How many free places of the grid to take, by default all.
+            servers: How many servers share the experts.
+            name: The grid's name, by default that of the kind.
+            uids: Which places to take, instead of `experts`.
+            isolation: "process", or "task" for a server in this process; by default "process" if
+                a process can import the kind. A name that only this process knows needs "task".
+            checkpoint_dir: Where experts are loaded from and saved to; by default a folder that
+                ends with the swarm.
+            checkpoint_period: Seconds between two saves; by default 10, or more if saving takes
+                over 2 % of the time.
+            backend: Optimizer and limits.
+            threads: Torch's threads in each server; by default the servers here share this
+                process's number.
+            seed: Makes an expert's fresh parameters depend only on it and on the uid; with
+                "task", only if nothing else draws random numbers from torch meanwhile.
+            options: Of the kind, such as `hidden=256`.
 
         Raises:
-            ValueError: the arguments do not fit together, or do not fit the running swarm.
-            ServerFailed: a server did not start.
+            ValueError: The arguments do not fit together, or do not fit the running swarm.
+            ServerFailed: A server did not start.
         """
         if backend is not None and not isinstance(backend, BackendConfig):
             raise ValueError(f"backend={backend!r}: a BackendConfig, such as lk.BackendConfig(lr=1e-3)")
@@ -201,14 +212,15 @@ class Swarm:
         return handles
 
     def faults(self, latency: float | None = None, loss: float | None = None) -> Faults:
-        """Inject faults into all servers started here, now and later. Returns the faults that hold from now on.
+        """Inject faults into all servers started here. Returns the faults that hold now.
 
         Args:
-            latency: mean in seconds of an exponentially distributed delay before each call; by default as it is.
-            loss: share of the calls that get no answer, 0 to 1; by default as it is.
+            latency: Mean in seconds of an exponentially distributed delay before each call; by
+                default as it is.
+            loss: Share of the calls that get no answer, 0 to 1; by default as it is.
 
         Raises:
-            ValueError: a number is out of range.
+            ValueError: A number is out of range.
         """
         self._faults.set(latency, loss)
         if latency is not None or loss is not None:
@@ -220,10 +232,11 @@ class Swarm:
             await server.lifecycle.apply_faults(latency, loss)
 
     def statistics(self, timeout: float = 5.0) -> dict[str, ServerStatistics]:
-        """Returns the statistics of all servers of the swarm, wherever they were started, by address.
+        """Returns the statistics of all servers of the swarm, by address.
 
-        Servers are looked up anew: one that has just joined is asked, too, and layers call its experts from then on.
-        `timeout`: seconds; a server that gives no sensible answer within them is missing.
+        Servers are looked up anew, wherever they were started: one that has just joined is asked,
+        too, and layers call its experts from then on. `timeout`: seconds; a server that gives no
+        sensible answer within them is missing.
         """
         return self._portal.call(ask_all_servers, self._node, self.servers, timeout)
 
@@ -239,16 +252,20 @@ class Swarm:
             layer = swarm.moe(256, grid=(4, 4), k_best=4)
 
         Args:
-            dim: width of its inputs and outputs.
-            grid: sizes of the grid, by default those that its servers declare.
-            name: the grid's name.
-            routing: weights of the outputs: "softmax" over a row's experts, or "switch", the gate's probabilities.
-            jitter: the gate's inputs are multiplied by random factors within 1 ± jitter while training.
-            grid_dropout: share of the grid's coordinates that are left out at random while training.
+            dim: Width of its inputs and outputs.
+            grid: Sizes of the grid, by default those that its servers declare.
+            name: The grid's name.
+            routing: Weights of the outputs: "softmax" over a row's experts, or "switch", the
+                gate's probabilities.
+            jitter: The gate's inputs are multiplied by random factors within 1 ± jitter while
+                training.
+            grid_dropout: Share of the grid's coordinates that are left out at random while
+                training.
             dispatch: `k_best`, `k_min`, timeouts, and the other fields of `DispatchConfig`.
 
         Raises:
-            ValueError: no such grid is served and `grid` is left out, its sizes are others, or an option is impossible.
+            ValueError: No such grid is served and `grid` is left out, its sizes are others, or an
+                option is impossible.
         """
         grids = self.grids()
         sizes = check_grid(grid) if grid is not None else planning.known_sizes(grids, name)
@@ -263,14 +280,14 @@ class Swarm:
         """Returns one expert as a module, [rows, ...] -> [rows, ...].
 
         Args:
-            uid: the expert, such as "ffn.0.3".
-            timeout: seconds that a call may take.
-            codec: how tensors are compressed on the wire, "none" by default.
+            uid: The expert, such as "ffn.0.3".
+            timeout: Seconds that a call may take.
+            codec: How tensors are compressed on the wire, "none" by default.
         """
         return RemoteExpert(uid, self.name, timeout=timeout, codec=codec)
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """Let the MoE layers of a model that was loaded or copied call this swarm's experts. Returns the model."""
+        """Let a model that was loaded or copied call this swarm's experts. Returns the model."""
         for module in model.modules():
             if isinstance(module, (MixtureOfExperts, RemoteExpert)):
                 module.swarm = self.name
@@ -279,7 +296,7 @@ class Swarm:
     # ------------------------------------------------------------ looking
 
     def grids(self) -> dict[str, GridInfo]:
-        """Returns the grids that are served in this swarm, by name: their sizes, and the kind of their experts."""
+        """Returns the grids of this swarm, by name: their sizes and the kind of their experts."""
         return self._portal.call(self._node.directory.grids)
 
     def experts(self) -> dict[str, ExpertInfo]:
@@ -294,7 +311,7 @@ class Swarm:
         return len(self._node.directory.known())
 
     def on_event(self, listener: Emit) -> Callable[[], None]:
-        """Call `listener` with every event, in the thread where it happens. Returns a function that ends this."""
+        """Call `listener` with every event, in its thread. Returns a function that ends this."""
         return self.listeners.add(listener)
 
     def invite(self) -> Invitation:
@@ -302,32 +319,33 @@ class Swarm:
         return Invitation(self._node.contact)
 
     def admit(self, key: str) -> None:
-        """Let the holder of a public key join this private swarm. Raises `ValueError` if it is not private."""
+        """Let the holder of a public key join this swarm. Raises `ValueError` if it is open."""
         if not self._members.admit(parse_key(key)):
             raise ValueError("this swarm is open: everybody who has the invitation may join")
 
     def dashboard(self) -> Dashboard:
-        """Returns the live view of this swarm, a widget. It is always the same one, until it is closed."""
+        """Returns the live view of this swarm, a widget; always the same one until it is closed."""
         return self.view.dashboard()
 
     def snapshot(self, path: str | Path | None = None) -> Picture:
-        """Returns the dashboard as it looks now, as a picture. `path`: a file in which to save it as a PNG, too."""
+        """Returns a picture of the dashboard as it looks now; with `path`, saves it as a PNG, too."""
         return self.view.picture(path)
 
     def log_to(self, logger: Any, period: float = 1.0) -> Logging:
-        """Log each training step, and the swarm again and again, until the logging's `stop()` or the swarm's end.
+        """Log training steps and the swarm, until `stop()` of what this returns or the swarm's end.
 
         Example:
             logging = swarm.log_to(lk.JsonlLogger("run.jsonl"))
 
         Args:
-            logger: a `WandbLogger`, a `JsonlLogger`, or any object with `log(dict)` and `finish()`.
-            period: seconds between two rows of the swarm.
+            logger: A `WandbLogger`, a `JsonlLogger`, or any object with `log(dict)` and
+                `finish()`.
+            period: Seconds between two rows of the swarm.
         """
         return self.view.log_to(logger, period)
 
     def summary(self) -> SwarmSummary:
-        """Returns servers, experts, calls and failures as they are now: what the repr of a swarm shows."""
+        """Returns servers, experts, calls and failures as they are now, as the repr shows them."""
         return self.view.summary()
 
     def __repr__(self) -> str:
@@ -344,9 +362,10 @@ class Swarm:
         return self._portal.closed
 
     def close(self) -> None:
-        """Stop the servers started here, leave the swarm, and end its thread, within two seconds. Safe to repeat.
+        """Stop the servers started here, leave the swarm, and end its thread. Safe to repeat.
 
-        What servers cannot save in that time stays as it was saved last; for large ones, call `server.stop()` before.
+        It takes two seconds at most. What servers cannot save in that time stays as it was saved
+        last; for large ones, call `server.stop()` before.
         """
         until = time.monotonic() + CLOSE_TIMEOUT
         self.view.end()  # its last scene shows the swarm as it was

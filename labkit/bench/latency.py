@@ -204,7 +204,7 @@ def _pause(workers: Sequence[Future[None]], seconds: float) -> None:
 
 
 def _look(swarm: Swarm) -> Mapping[str, ServerStatistics]:
-    """Return the statistics of each server, by address."""
+    """Returns the statistics of each server, by address."""
     found = swarm.statistics(timeout=BUSY_STATISTICS_TIMEOUT)
     if len(found) != len(swarm.servers):
         raise LabkitError(

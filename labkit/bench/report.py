@@ -36,7 +36,7 @@ def check_at_least(least: int, config: object, *names: str) -> None:
 
 
 def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
-    """Return percentiles of durations, in milliseconds: `p50_ms`, `p95_ms`, `p99_ms`."""
+    """Returns percentiles of durations, in milliseconds: `p50_ms`, `p95_ms`, `p99_ms`."""
     ordered = sorted(seconds)
     return {
         f"p{percent}_ms": round(1000 * ordered[min(len(ordered) - 1, len(ordered) * percent // 100)], 3)
@@ -45,7 +45,7 @@ def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def ratios_to(result: Mapping[str, Any], peer: Mapping[str, float]) -> dict[str, float]:
-    """Return how many times better each figure is than the peer's, unless one of the two is 0.
+    """Returns how many times better each figure is than the peer's, unless one of the two is 0.
 
     A peer's get accepts any copy of a value, so both of our gets are compared with it.
     """

@@ -116,13 +116,13 @@ def measure(config: RPCConfig) -> dict[str, Any]:
 
 
 def _work(swarm: Swarm) -> Counter[str]:
-    """Return how many rows and batches the servers have computed so far."""
+    """Returns how many rows and batches the servers have computed so far."""
     statistics = swarm.statistics().values()
     return Counter(rows=sum(s.rows for s in statistics), batches=sum(s.batches for s in statistics))
 
 
 def _seeds(config: RPCConfig) -> list[list[int]]:
-    """Return the seeds of the clients of each process."""
+    """Returns the seeds of the clients of each process."""
     processes = min(config.clients, MAX_CLIENT_PROCESSES)
     return [list(range(first, config.clients, processes)) for first in range(processes)]
 

@@ -192,7 +192,7 @@ def medians(path: Path, rows: Sequence[SuiteRow] = ROWS) -> list[dict[str, Any]]
         rows: The rows of the table, in their order.
 
     Returns:
-        A dictionary for each row that was measured: the medians of its figures, the number of `runs`, and the smallest
+        A dictionary for each row that was measured: The medians of its figures, the number of `runs`, and the smallest
         and largest share of the limit (`of_limit_range`). Where the peer was measured too, also `peer_runs`, and how
         many times better each rate or time is than the peer's (`…_to_peer`).
     """
@@ -223,7 +223,7 @@ def _median(lines: Sequence[dict[str, Any]], name: str, who: str) -> dict[str, A
 
 
 def _middle(values: Sequence[Any]) -> Any:
-    """Return the median of numbers, or element by element of lists of them; None for other values."""
+    """Returns the median of numbers, or element by element of lists of them; None for other values."""
     if all(type(value) in (int, float) for value in values):
         return median(values)
     if all(type(value) is list and len(value) == len(values[0]) for value in values):

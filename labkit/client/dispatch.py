@@ -35,24 +35,28 @@ MAX_CAUSES = 6  # failures that an error text lists
 
 @dataclass(frozen=True)
 class DispatchConfig:
-    """How many experts a row is sent to, and how long it waits for them. Times are in seconds, and finite.
+    """How many experts a row is sent to, and how long it waits for them.
 
-    Each row waits for `k_min` answers. When every row has them, or can't have them any more, the pass
-    waits `timeout_after_k_min` longer for the others.
+    Times are in seconds, and finite. Each row waits for `k_min` answers. When every row has
+    them, or can't have them any more, the pass waits `timeout_after_k_min` longer for the
+    others.
 
     Example:
-        swarm.moe(256, grid=(4, 4), k_best=4, k_min=2, forward_timeout=5.0)  # a DispatchConfig's options
+        swarm.moe(256, grid=(4, 4), k_best=4, k_min=2, forward_timeout=5.0)
 
     Args:
         k_best: Experts that each row is sent to. Default 4.
         k_min: Answers that each row needs, 1 to `k_best`. Default 1.
         forward_timeout: Longest time of a forward pass. Default 10.
         backward_timeout: Longest time of a backward pass. Default 10.
-        timeout_after_k_min: Time left to experts that no row needs any more; may be 0. Default 1.
-        allow_zero_outputs: What happens to a row with fewer than `k_min` answers. False (default): the
-            pass raises `NotEnoughExperts`. True: the output of the row is zero.
-        codec: How tensors are compressed on the wire: "none" (default), "float16" or "bfloat16" (half
-            of float32), or "blockwise8" (a quarter). All but "none" round the numbers.
+        timeout_after_k_min: Time left to experts that no row needs any more; may be 0.
+            Default 1.
+        allow_zero_outputs: What happens to a row with fewer than `k_min` answers. False
+            (default): the pass raises `NotEnoughExperts`. True: the output of the row is
+            zero.
+        codec: How tensors are compressed on the wire: "none" (default), "float16" or
+            "bfloat16" (half of float32), or "blockwise8" (a quarter). All but "none" round
+            the numbers.
 
     Raises:
         ValueError: A value is out of its range.
@@ -115,7 +119,7 @@ async def dispatch_forward(
         name: The grid.
         inputs: Each [n, ...].
         grid_scores: One tensor [n, size] for each dimension of the grid.
-        output_shape: out, the shape of one row's output.
+        output_shape: Out, the shape of one row's output.
 
     Returns:
         Which experts were asked, and which answered; and the outputs [n, k, *out], zero where there was no answer.

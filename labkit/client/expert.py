@@ -22,11 +22,11 @@ from labkit.wire.transport import await_callback
 
 
 class RemoteExpert(nn.Module):
-    """One expert of a swarm, called like any module: `expert(x)`, or `expert(x, y)` for several inputs.
+    """One expert of a swarm, called like any module: `expert(x)`, or `expert(x, y)`.
 
-    Inputs are [rows, ...], the output is [rows, ...]. The expert's parameters stay at its server: a
-    backward pass trains them there. A call raises `NoExperts` if no server has the expert, a kind of
-    `RPCError` if it fails, and `SwarmClosed` if the swarm is not open.
+    Inputs are [rows, ...], the output is [rows, ...]. The expert's parameters stay at its
+    server: a backward pass trains them there. A call raises `NoExperts` if no server has the
+    expert, a kind of `RPCError` if it fails, and `SwarmClosed` if the swarm is not open.
 
     Example:
         expert = swarm.expert("ffn.0.3")
@@ -34,7 +34,8 @@ class RemoteExpert(nn.Module):
 
     Args:
         uid: The expert, such as "ffn.0.3".
-        swarm: Name of the swarm, which has to be open when the expert is called. Default "default".
+        swarm: Name of the swarm, which has to be open when the expert is called. Default
+            "default".
         timeout: Seconds that a call may take. Default 10.
         codec: How tensors are compressed on the wire; see `DispatchConfig`. Default "none".
 
@@ -65,7 +66,19 @@ class RemoteExpert(nn.Module):
         return f"{self.uid}, swarm={self.swarm!r}"
 
     async def call(self, session: Session, direction: str, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Look the expert up and call it; runs in the lab thread. `direction` is "forward" or "backward"."""
+        """Look the expert up and call it, in the lab thread.
+
+        Args:
+            session: The calls that layers make.
+            direction: "forward" or "backward".
+            tensors: The inputs and, in a backward pass, the gradient of the output.
+
+        Returns:
+            The output, or the gradients of the floating-point inputs.
+
+        Raises:
+            NoExperts: No server has it.
+        """
         info = (await session.directory.find([self.uid]))[self.uid]
         if info is None:
             raise NoExperts(f"nobody serves {self.uid}: {await session.directory.explain(parent(self.uid)[0])}")

@@ -49,7 +49,7 @@ class Gathering:
 
     Args:
         needed: [n], how many answers each row needs.
-        slots: k.
+        slots: K.
     """
 
     # The books are kept in NumPy, which takes a tenth of torch's time for arrays as small as most batches.

@@ -26,12 +26,12 @@ _DROPPED_PENALTY = 1e9  # subtracted from the scores of dropped coordinates
 
 
 class MixtureOfExperts(nn.Module):
-    """A layer over the experts of a swarm: [..., dim] -> [..., dim]. Usually made by `swarm.moe`.
+    """A layer over the experts of a swarm: [..., dim] -> [..., dim].
 
-    Each row goes to the `k_best` live experts with the highest grid scores. Its output is the
-    softmax-weighted mean over those that answered. `moe(x, y, …)` hands the experts further inputs
-    [..., *] beside x. A forward pass raises `NoExperts` or `NotEnoughExperts`, and a backward pass the
-    latter; an output is never NaN.
+    `swarm.moe` makes one. Each row goes to the `k_best` live experts with the highest grid
+    scores. Its output is the softmax-weighted mean over those that answered. `moe(x, y, …)`
+    hands the experts further inputs [..., *] beside x. A forward pass raises `NoExperts` or
+    `NotEnoughExperts`, and a backward pass the latter; an output is never NaN.
 
     Example:
         moe = swarm.moe(256, grid=(4, 4), k_best=4)
@@ -39,19 +39,23 @@ class MixtureOfExperts(nn.Module):
 
     Args:
         dim: Size of the last dimension of input and output.
-        grid: Sizes of the expert grid, such as (4, 4). The gate has one map for each dimension.
+        grid: Sizes of the expert grid, such as (4, 4). The gate has one map for each
+            dimension.
         name: Name of the grid, the first part of its experts' uids. Default "ffn".
-        swarm: Name of the swarm, which has to be open when the layer is called. Default "default".
-        routing: "softmax" (default), or "switch": weights are the gate's probabilities, as in the
-            Switch Transformer; meant for k_best=1.
-        jitter: In training, the gate's input is multiplied by random factors, 1 ± jitter. Default 0.
-        grid_dropout: In training, the share of grid coordinates that a batch does without. Default 0.
-        dispatch: How many experts a row is sent to, and how long it waits: see `DispatchConfig`. By
-            default four experts, or all if there are fewer.
+        swarm: Name of the swarm, which has to be open when the layer is called. Default
+            "default".
+        routing: "softmax" (default), or "switch": weights are the gate's probabilities, as in
+            the Switch Transformer; meant for k_best=1.
+        jitter: In training, the gate's input is multiplied by random factors, 1 ± jitter.
+            Default 0.
+        grid_dropout: In training, the share of grid coordinates that a batch does without.
+            Default 0.
+        dispatch: How many experts a row is sent to, and how long it waits: see
+            `DispatchConfig`. By default four experts, or all if there are fewer.
 
     Attributes:
-        balance_loss: Load-balancing loss of the last forward pass: a scalar tensor, 1 for an even load,
-            whose gradient reaches the gate. None before the first pass.
+        balance_loss: Load-balancing loss of the last forward pass: a scalar tensor, 1 for an
+            even load, whose gradient reaches the gate. None before the first pass.
         gate: The linear layer that gives the grid scores.
 
     Raises:
@@ -89,14 +93,15 @@ class MixtureOfExperts(nn.Module):
         self.balance_loss: Tensor | None = None
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
-        """One batch's way: 1. grid scores, 2. experts, 3. weights over those that answered, 4. the weighted mean.
+        """Compute one batch: 1. grid scores, 2. experts, 3. their weights, 4. the weighted mean.
 
         Args:
             x: Input [..., dim], on which the gate decides.
             *others: Further inputs [..., *] for the experts.
 
         Returns:
-            The output [..., dim], on the device and of the dtype of x (under autocast, of its dtype).
+            The output [..., dim], on the device and of the dtype of x (under autocast, of its
+                dtype).
 
         Raises:
             NoExperts: The grid has no live expert.
@@ -138,7 +143,15 @@ class MixtureOfExperts(nn.Module):
         return sent, outputs.to(inputs[0].device)  # [n, k, dim], in full precision
 
     def weights(self, scores: Sequence[Tensor], sent: Dispatched) -> Tensor:
-        """The weights [n, k] of the experts that answered each row; zeros where none did. Differentiable."""
+        """The weights of the experts that answered each row, differentiable; 0 for others.
+
+        Args:
+            scores: Grid scores, [n, size] for each dimension.
+            sent: Which experts were asked, and which answered.
+
+        Returns:
+            Weights [n, k].
+        """
         device = scores[0].device
         coordinates, answered = sent.coordinates.to(device), sent.answered.to(device)
         if self.routing == "switch":

@@ -52,12 +52,12 @@ class Lookup:
        a copy that was cached on the way may be stale, so it is never enough alone.
 
     Args:
-        query: what nodes are asked for: a key, for its values, or an id (20 bytes), for the nodes near to it.
-        target: the 160-bit id that the look-up is after.
-        start: the nodes to begin with.
-        k: how many of the nearest nodes have to answer.
-        alpha: how many nodes to ask at a time.
-        quorum: how many nodes have to return values; 0 if no values are wanted.
+        query: What nodes are asked for: a key, for its values, or an id (20 bytes), for the nodes near to it.
+        target: The 160-bit id that the look-up is after.
+        start: The nodes to begin with.
+        k: How many of the nearest nodes have to answer.
+        alpha: How many nodes to ask at a time.
+        quorum: How many nodes have to return values; 0 if no values are wanted.
     """
 
     __slots__ = (
@@ -194,15 +194,15 @@ async def run_lookups(
     """Run look-ups until all are done, or for `timeout` seconds.
 
     Args:
-        lookups: the look-ups; they hold the results.
+        lookups: The look-ups; they hold the results.
         ask: `ask(contact, queries, done)` puts queries to a node in one call. `done` is called with an answer to each,
             or with None if the node did not answer.
-        slow_after: seconds after which a call no longer counts against `alpha`.
-        timeout: seconds.
-        max_queries: how many queries fit into one call.
+        slow_after: Seconds after which a call no longer counts against `alpha`.
+        timeout: Seconds.
+        max_queries: How many queries fit into one call.
 
     Returns:
-        The nodes that still owed an answer and were late: slow, or overtaken by a node that was asked after them.
+        The nodes that still owed an answer and were late: Slow, or overtaken by a node that was asked after them.
     """
     calls: dict[_Call, None] = {}  # in flight, in their order
     changed = list(lookups)  # look-ups that have news

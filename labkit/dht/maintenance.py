@@ -27,10 +27,10 @@ class Maintenance:
     """What a DHT node does unasked.
 
     Args:
-        peers: the other nodes.
-        storage: the records that this node holds.
-        replicas: knows on which nodes a record is stored.
-        find_nodes: looks up the nodes nearest to ids.
+        peers: The other nodes.
+        storage: The records that this node holds.
+        replicas: Knows on which nodes a record is stored.
+        find_nodes: Looks up the nodes nearest to ids.
     """
 
     __slots__ = ("_find_nodes", "_jitter", "_joined_through", "_peers", "_random", "_replicas", "_storage")

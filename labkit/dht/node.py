@@ -41,10 +41,10 @@ class DHTNode:
     """A node of the DHT. Its `methods` have to be served (`serve_rpc`) at its contact; `run` is its background work.
 
     Args:
-        caller: makes the calls to other nodes.
-        contact: this node's own contact.
-        config: how it behaves.
-        client_only: whether it only stores and finds. Then it holds nothing, answers no calls, and other nodes do not
+        caller: Makes the calls to other nodes.
+        contact: This node's own contact.
+        config: How it behaves.
+        client_only: Whether it only stores and finds. Then it holds nothing, answers no calls, and other nodes do not
             learn of it.
     """
 
@@ -90,16 +90,16 @@ class DHTNode:
         """Store a value.
 
         Args:
-            key: the key to find it by.
-            value: the bytes to store.
-            ttl: seconds for which to store it.
-            subkey: with one, the value becomes an entry of the key's dictionary.
+            key: The key to find it by.
+            value: The bytes to store.
+            ttl: Seconds for which to store it.
+            subkey: With one, the value becomes an entry of the key's dictionary.
 
         Returns:
             How many nodes, this one included, hold it now.
 
         Raises:
-            ValueError: no node would take it.
+            ValueError: No node would take it.
         """
         return (await self.store_many([Entry(key, value, ttl, subkey)]))[0]
 
@@ -150,8 +150,8 @@ class DHTNode:
         """Find what is stored under a key.
 
         Args:
-            key: the key.
-            latest: whether to ask other replicas, too, for what was stored last. If not, the first copy will do: much
+            key: The key.
+            latest: Whether to ask other replicas, too, for what was stored last. If not, the first copy will do: much
                 faster if this node holds one, but it may miss what others have stored since.
 
         Returns:

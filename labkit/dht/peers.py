@@ -48,19 +48,19 @@ class DHTConfig:
     """How a DHT node behaves. Times are in seconds. Raises `ValueError` for values that make no sense.
 
     Args:
-        k: replicas of a record, and contacts in a bucket.
-        alpha: nodes that a look-up asks at a time.
-        quorum: other nodes whose values a get merges, if there are as many.
-        rpc_timeout: a node that has not answered after this time has failed.
-        slow_after: a look-up goes on without a node after this time, or later where round trips take longer.
-        lookup_timeout: a look-up returns what it has after this time.
-        refresh_period: a bucket in which nothing was looked up for this time is refreshed.
-        republish_period: a record that was not stored again for this time is republished.
-        cache_ttl: how long the copies live that look-ups leave on their way; they may be stale.
-        blacklist_base: how long a node is left alone after its first failure; doubled with each further one in a row.
-        blacklist_max: how long it is left alone at most.
-        max_failures: a node is forgotten after this many failures in a row.
-        limits: what the node stores.
+        k: Replicas of a record, and contacts in a bucket.
+        alpha: Nodes that a look-up asks at a time.
+        quorum: Other nodes whose values a get merges, if there are as many.
+        rpc_timeout: A node that has not answered after this time has failed.
+        slow_after: A look-up goes on without a node after this time, or later where round trips take longer.
+        lookup_timeout: A look-up returns what it has after this time.
+        refresh_period: A bucket in which nothing was looked up for this time is refreshed.
+        republish_period: A record that was not stored again for this time is republished.
+        cache_ttl: How long the copies live that look-ups leave on their way; they may be stale.
+        blacklist_base: How long a node is left alone after its first failure; doubled with each further one in a row.
+        blacklist_max: How long it is left alone at most.
+        max_failures: A node is forgotten after this many failures in a row.
+        limits: What the node stores.
     """
 
     k: int = 20
@@ -89,11 +89,11 @@ class Peers:
     """The other nodes, as one node sees them, and the calls to them.
 
     Args:
-        caller: makes the calls.
-        contact: this node.
-        config: how it behaves.
-        client_only: whether it answers no calls, and so does not name itself in those that it makes.
-        on_new: called with each contact that enters the routing table.
+        caller: Makes the calls.
+        contact: This node.
+        config: How it behaves.
+        client_only: Whether it answers no calls, and so does not name itself in those that it makes.
+        on_new: Called with each contact that enters the routing table.
     """
 
     __slots__ = (

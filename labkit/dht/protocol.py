@@ -186,17 +186,17 @@ def read_reply(
     """Read and check a find reply.
 
     Args:
-        reply: the reply.
-        queries: what was asked.
-        at: when it was asked.
-        k: how many contacts an answer may name.
-        limits: limits of items.
+        reply: The reply.
+        queries: What was asked.
+        at: When it was asked.
+        k: How many contacts an answer may name.
+        limits: Limits of items.
 
     Returns:
         The answer to each query, and whether its items were left out.
 
     Raises:
-        BadReply: the reply makes no sense.
+        BadReply: The reply makes no sense.
     """
     if len(reply.found) != len(queries) or len(reply.contacts) > k * len(queries):
         raise BadReply(f"{len(reply.found)} answers and {len(reply.contacts)} contacts to {len(queries)} queries")

@@ -22,8 +22,8 @@ class Replicas:
     """Knows on which nodes to store a record.
 
     Args:
-        peers: the other nodes.
-        find_nodes: looks up the nodes nearest to ids.
+        peers: The other nodes.
+        find_nodes: Looks up the nodes nearest to ids.
     """
 
     __slots__ = ("_find_nodes", "_peers", "_remembered")

@@ -48,9 +48,9 @@ class RoutingTable:
     `seen` returns the least recently seen contact for the caller to ping, at most one per bucket and `probe_period`.
 
     Args:
-        node_id: the node's own id.
-        k: how many contacts a bucket holds.
-        probe_period: seconds.
+        node_id: The node's own id.
+        k: How many contacts a bucket holds.
+        probe_period: Seconds.
     """
 
     __slots__ = ("buckets", "k", "node_id", "probe_period")
@@ -158,9 +158,9 @@ class Blacklist:
     """Nodes that did not answer. Each is left alone for a back-off time that doubles with every failure in a row.
 
     Args:
-        base: the first back-off, seconds.
-        longest: the longest back-off, seconds.
-        capacity: how many nodes are remembered.
+        base: The first back-off, seconds.
+        longest: The longest back-off, seconds.
+        capacity: How many nodes are remembered.
     """
 
     __slots__ = ("_entries", "base", "capacity", "longest")

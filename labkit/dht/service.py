@@ -22,10 +22,10 @@ class Service:
     """The handlers of one DHT node.
 
     Args:
-        storage: the records that it holds.
-        peers: the other nodes.
-        config: how it behaves.
-        republish_at: returns when an item that is stored now is due to be republished.
+        storage: The records that it holds.
+        peers: The other nodes.
+        config: How it behaves.
+        republish_at: Returns when an item that is stored now is due to be republished.
     """
 
     __slots__ = ("_config", "_peers", "_republish_at", "_storage", "served")

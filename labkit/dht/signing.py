@@ -81,10 +81,10 @@ def merge(
     """Merge what is held here with what other nodes answered, without what has expired or has no valid signature.
 
     Args:
-        key: the key of the record.
-        held: the items that this node holds, by subkey.
-        answers: the items of each answer, with the time from which their times to live count.
-        now: the time.
+        key: The key of the record.
+        held: The items that this node holds, by subkey.
+        answers: The items of each answer, with the time from which their times to live count.
+        now: The time.
 
     Returns:
         The version that supersedes all others, by subkey.

@@ -32,13 +32,13 @@ class Entry:
     larger bytes.
 
     Args:
-        key: the key to find it by.
-        value: the bytes to store.
-        ttl: time to live, seconds.
-        subkey: with one, this is an entry of the key's dictionary.
-        sequence: a number that grows with each new value.
-        owner: an Ed25519 public key; only the same owner can replace the entry. Set by `Signer.sign`.
-        signature: the owner's; set by `Signer.sign`.
+        key: The key to find it by.
+        value: The bytes to store.
+        ttl: Time to live, seconds.
+        subkey: With one, this is an entry of the key's dictionary.
+        sequence: A number that grows with each new value.
+        owner: An Ed25519 public key; only the same owner can replace the entry. Set by `Signer.sign`.
+        signature: The owner's; set by `Signer.sign`.
     """
 
     key: str
@@ -168,8 +168,8 @@ class Storage:
     """The records of one node.
 
     Args:
-        verify: checks the signature of an item that has an owner.
-        limits: how much is stored.
+        verify: Checks the signature of an item that has an owner.
+        limits: How much is stored.
     """
 
     __slots__ = ("_records", "_scanned_at", "limits", "size", "verify")

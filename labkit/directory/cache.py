@@ -42,16 +42,16 @@ class DirectoryConfig:
     """How experts are declared, and how long cached records are used. Times are in seconds.
 
     Args:
-        ttl: how long a declaration lives; it is renewed every `ttl / 3`.
-        refresh: a record that is used and older than this is read again in the background.
-        absence: how long it is believed that a prefix has no experts.
-        timeout: how long a look-up, or a store, may take.
-        max_prefixes: how many prefixes are cached.
-        max_children: how many children of a prefix are cached.
-        suspicion: which experts are not offered after failures.
+        ttl: How long a declaration lives; it is renewed every `ttl / 3`.
+        refresh: A record that is used and older than this is read again in the background.
+        absence: How long it is believed that a prefix has no experts.
+        timeout: How long a look-up, or a store, may take.
+        max_prefixes: How many prefixes are cached.
+        max_children: How many children of a prefix are cached.
+        suspicion: Which experts are not offered after failures.
 
     Raises:
-        ValueError: unless 0 < absence <= refresh < ttl, all of them and timeout finite, and the counts at least 1.
+        ValueError: Unless 0 < absence <= refresh < ttl, all of them and timeout finite, and the counts at least 1.
     """
 
     ttl: float = 30.0
@@ -75,9 +75,9 @@ class PrefixCache:
     Without `run`, a search that uses a stale prefix waits until it is read again.
 
     Args:
-        dht: the DHT.
-        config: how long records are used.
-        suspicions: which experts are not offered.
+        dht: The DHT.
+        config: How long records are used.
+        suspicions: Which experts are not offered.
     """
 
     def __init__(self, dht: Records, config: DirectoryConfig, suspicions: Suspicions) -> None:

@@ -36,9 +36,9 @@ class Directory:
     thread.
 
     Args:
-        dht: stores the records.
-        config: times and bounds.
-        emit: called with the events of declared experts and lost servers.
+        dht: Stores the records.
+        config: Times and bounds.
+        emit: Called with the events of declared experts and lost servers.
     """
 
     def __init__(self, dht: Records, config: DirectoryConfig | None = None, emit: Emit = ignore) -> None:
@@ -60,8 +60,8 @@ class Directory:
         """Declare that the experts `uids` live at `contact` for the next `ttl` seconds. This is one bulk store.
 
         Raises:
-            ValueError: a text is no uid.
-            LabkitError: an entry was stored nowhere, not even here.
+            ValueError: A text is no uid.
+            LabkitError: An entry was stored nowhere, not even here.
         """
         self._declarations += 1
         stamp = make_stamp(self._boot, self._declarations)
@@ -149,11 +149,11 @@ class Directory:
         Close it (`aclosing`) if you leave it early.
 
         Args:
-            name: the grid's name, or any prefix.
-            dims: levels to walk: coordinates of an expert below `name`.
-            at_once: how many prefixes a step reads, by one bulk get; by default all of a level.
-            anew: whether to ask the DHT for cached prefixes, too.
-            max_prefixes: how many prefixes of a level are visited, at most; by default the config's `max_prefixes`.
+            name: The grid's name, or any prefix.
+            dims: Levels to walk: coordinates of an expert below `name`.
+            at_once: How many prefixes a step reads, by one bulk get; by default all of a level.
+            anew: Whether to ask the DHT for cached prefixes, too.
+            max_prefixes: How many prefixes of a level are visited, at most; by default the config's `max_prefixes`.
 
         Yields:
             The prefixes of a step with their live children, in the order of coordinates, and whether this is the last
@@ -251,10 +251,10 @@ class Directory:
         request) say nothing about the expert.
 
         Args:
-            info: the expert that was called.
-            cause: the error, or a word of `errors.CAUSES`.
-            detail: what else is known, for the event; by default the error's text.
-            sent: when the call was made, on trio's clock; by default now.
+            info: The expert that was called.
+            cause: The error, or a word of `errors.CAUSES`.
+            detail: What else is known, for the event; by default the error's text.
+            sent: When the call was made, on trio's clock; by default now.
 
         Returns:
             The uids that are suspended now.

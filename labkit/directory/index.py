@@ -49,13 +49,13 @@ def entries_of(uids: Iterable[str], contact: Contact, stamp: int, ttl: float) ->
     """Returns a declaration as DHT entries: a leaf for each expert, and a marker for each prefix above it.
 
     Args:
-        uids: the experts.
-        contact: the node that holds them.
-        stamp: of this declaration (`suspicion.make_stamp`).
-        ttl: how long the declaration lives, seconds.
+        uids: The experts.
+        contact: The node that holds them.
+        stamp: Of this declaration (`suspicion.make_stamp`).
+        ttl: How long the declaration lives, seconds.
 
     Raises:
-        ValueError: one of `uids` is no uid.
+        ValueError: One of `uids` is no uid.
     """
     leaf, entries = msgspec.msgpack.encode(Leaf(contact, stamp)), dict[str, Entry]()
     for uid in uids:
@@ -90,8 +90,8 @@ class Children:
     """The live next coordinates of one prefix, at one moment. It is shared: do not change it.
 
     Args:
-        inner: coordinates below which some expert is alive.
-        experts: the experts right below the prefix, by their last coordinate. A prefix has both if grids of different
+        inner: Coordinates below which some expert is alive.
+        experts: The experts right below the prefix, by their last coordinate. A prefix has both if grids of different
             dimensions share a name.
     """
 
@@ -125,8 +125,8 @@ class PrefixRecord:
     """The cached record of one prefix: what was read, and the view of it that is still true.
 
     Args:
-        prefix: the prefix.
-        read_at: when it was read, on trio's clock.
+        prefix: The prefix.
+        read_at: When it was read, on trio's clock.
     """
 
     def __init__(self, prefix: str, read_at: float) -> None:

@@ -37,13 +37,13 @@ class SuspicionConfig:
     """When experts are suspended, and for how long.
 
     Args:
-        patience: failures in a row before the first back-off.
-        backoff: seconds that the first back-off takes; each further failure doubles it.
-        max_backoff: seconds that a back-off takes at most.
-        max_tracked: how many servers, and how many experts, are remembered.
+        patience: Failures in a row before the first back-off.
+        backoff: Seconds that the first back-off takes; each further failure doubles it.
+        max_backoff: Seconds that a back-off takes at most.
+        max_tracked: How many servers, and how many experts, are remembered.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: A value is out of its range.
     """
 
     patience: int = 2
@@ -98,8 +98,8 @@ class Suspicions:
         declaration that was made before the loss and seen after it.
 
         Args:
-            info: an expert of the server.
-            newest: the latest stamp of the server that is known.
+            info: An expert of the server.
+            newest: The latest stamp of the server that is known.
         """
         key = (info.contact, boot_of(info.stamp))
         first = key not in self._lost
@@ -120,9 +120,9 @@ class Suspicions:
         that is slow for a moment does not keep failing.
 
         Args:
-            info: the expert.
-            now: the time.
-            sent: when the call was sent.
+            info: The expert.
+            now: The time.
+            sent: When the call was sent.
         """
         failures = self._failures(info) or _Failures(info.contact, boot_of(info.stamp))
         if now < failures.until or sent < failures.last:

@@ -281,17 +281,17 @@ class _Crowd:
         self._network.unplug(*(self.nodes.pop(place).contact for place in gone))
 
     def share_alive(self, routing: Routing) -> float:
-        """Return the share of the experts found whose server is alive now."""
+        """Returns the share of the experts found whose server is alive now."""
         alive = {node.contact for node in self.nodes.values()}
         return sum(info.contact in alive for info in routing.experts) / max(1, len(routing.experts))
 
     def seekers(self, count: int) -> list[int]:
-        """Return random places to search from, each as rarely as possible."""
+        """Returns random places to search from, each as rarely as possible."""
         places = self._draw.sample(sorted(self.nodes), len(self.nodes))
         return [places[number % len(places)] for number in range(count)]
 
     async def node_at(self, place: int) -> Node:
-        """Return the node at a place, once there is one."""
+        """Returns the node at a place, once there is one."""
         await trio.lowlevel.checkpoint()
         while place not in self.nodes:
             await self._change.wait()
@@ -308,7 +308,7 @@ def _scores(grid: Sequence[int], draw: random.Random) -> list[Tensor]:
 
 
 def _recall(routing: Routing, scores: Sequence[Tensor], experts: Sequence[str], places: Tensor, k_best: int) -> float:
-    """Return the share of the best experts that the search found. `places` [experts, dims] are their coordinates."""
+    """Returns the share of the best experts that the search found. `places` [experts, dims] are their coordinates."""
     totals = torch.stack([row[0, column] for row, column in zip(scores, places.T, strict=True)]).sum(0)
     best = {experts[number] for number in totals.topk(k_best).indices.tolist()}
     return len({info.uid for info in routing.experts} & best) / k_best

@@ -171,7 +171,7 @@ def run_all(
 
 
 def is_done(path: Path, config: ConvergenceConfig) -> bool:
-    """Return whether the file exists and holds the run of this config."""
+    """Returns whether the file exists and holds the run of this config."""
     try:
         return load(path)[0] == config
     except (OSError, ValueError, TypeError, KeyError):

@@ -28,12 +28,12 @@ MAX_STARTING = 8  # servers that start at the same time; hundreds would hold eac
 class ServerHandle:
     """A local expert server. `Swarm.serve` returns handles, and `swarm.servers` lists them.
 
-    Its methods may be called from any thread but the lab thread. Those that change something return
-    when it is done, unless they are called with `wait=False`.
+    Its methods may be called from any thread but the lab thread. Those that change something
+    return when it is done, unless they are called with `wait=False`.
 
     Attributes:
-        state: "starting", "running", "stopped", "killed" or "failed". A server that was told to stop is
-            "stopped" at once, also while it still saves its experts.
+        state: "starting", "running", "stopped", "killed" or "failed". A server that was told
+            to stop is "stopped" at once, also while it still saves its experts.
         failure: What went wrong, if the state is "failed".
         alive: Whether it is running.
         uids: The experts that it holds.
@@ -81,7 +81,7 @@ class ServerHandle:
         return self.lifecycle.pid
 
     def kill(self, *, wait: bool = True) -> None:
-        """End it as a crash would: SIGKILL for a process. Nothing is saved, and no other node is told.
+        """End it as a crash would, a process by SIGKILL: nothing is saved, no node is told.
 
         Args:
             wait: Return when it has ended; if false, return at once.
@@ -89,13 +89,14 @@ class ServerHandle:
         self._lab.portal.call(self.lifecycle.order, ServerEvent.KILL, wait)
 
     def stop(self, *, wait: bool = True) -> None:
-        """End it cleanly: it saves its experts first. It goes on doing so if this call is interrupted.
+        """End it cleanly: it saves its experts first.
 
-        It is killed if that takes more than thirty seconds, and twenty more for each GB of its experts
-        and their optimizers.
+        It goes on doing so if this call is interrupted. It is killed if that takes more than
+        thirty seconds, and twenty more for each GB of its experts and their optimizers.
 
         Args:
-            wait: Return when it has ended; if false, return at once, and `state` tells how it went.
+            wait: Return when it has ended; if false, return at once, and `state` tells how it
+                went.
 
         Raises:
             ServerFailed: It could not save its experts (only if `wait`).
@@ -111,13 +112,13 @@ class ServerHandle:
         return self._lab.portal.call(self.lifecycle.until_at_rest)
 
     def restart(self, *, wait: bool = True) -> None:
-        """Start it again as the same node with the same experts, from their checkpoints if it keeps them.
+        """Start it again as the same node with the same experts, from their checkpoints.
 
-        A server that is running is stopped first.
+        Experts without a checkpoint begin afresh. A server that is running is stopped first.
 
         Args:
-            wait: Return when its experts can be found; if false, return at once, and `state` tells how
-                it went.
+            wait: Return when its experts can be found; if false, return at once, and `state`
+                tells how it went.
 
         Raises:
             ServerFailed: It did not start, or could not save its experts before (only if `wait`).
@@ -125,11 +126,11 @@ class ServerHandle:
         self._lab.portal.call(self.lifecycle.order, ServerEvent.START, wait)
 
     def faults(self, latency: float | None = None, loss: float | None = None) -> Faults:
-        """Inject faults into this server alone, from now on, and after a restart too. See `Swarm.faults`.
+        """Inject faults into this server alone, now and after a restart. See `Swarm.faults`.
 
         Args:
-            latency: Mean of an exponentially distributed delay before each call, in seconds; `None`
-                leaves it as it is.
+            latency: Mean of an exponentially distributed delay before each call, in seconds;
+                `None` leaves it as it is.
             loss: Share of calls that get no answer, from 0 to 1; `None` leaves it as it is.
 
         Returns:

@@ -43,11 +43,12 @@ def register_expert(name: str, factory: F_co | None = None) -> F_co | Callable[[
         swarm.serve("mine", hidden=256, grid=(4, 4))
 
     Args:
-        name: Letters, digits and _ only; not one of labkit's own: "ffn", "transformer", "nop".
-        factory: A class or function that returns a new `nn.Module`, whose keyword arguments become
-            options of `swarm.serve`. The module takes one or more tensors [rows, ...] and returns one
-            [rows, ...], in which each row depends on the same row of the inputs only. Leave it out to
-            use `register_expert` as a decorator.
+        name: Letters, digits and _ only; not one of labkit's own: "ffn", "transformer",
+            "nop".
+        factory: A class or function that returns a new `nn.Module`, whose keyword arguments
+            become options of `swarm.serve`. The module takes one or more tensors [rows, ...]
+            and returns one [rows, ...], in which each row depends on the same row of the
+            inputs only. Leave it out to use `register_expert` as a decorator.
 
     Returns:
         The factory; without one, a decorator that registers what it decorates.
@@ -167,10 +168,11 @@ def _check_options(label: str, factory: Factory, options: dict[str, Any]) -> Non
 
 
 class FeedForward(nn.Module):
-    """The kind "ffn", the paper's expert: hidden -> inner -> inner -> hidden with LayerNorm and ReLU, and a residual.
+    """The kind "ffn", the paper's feed-forward expert: hidden -> inner -> inner -> hidden.
 
-    Input [rows, ..., hidden] -> output of the same shape. The paper has 512 -> 2048 -> 2048 -> 512 in its MNIST run and
-    1024 -> 4096 -> 4096 -> 1024 in its throughput run.
+    LayerNorm and ReLU stand between the layers, and a residual around all of them. Input
+    [rows, ..., hidden] -> output of the same shape. The paper has 512 -> 2048 -> 2048 -> 512
+    in its MNIST run and 1024 -> 4096 -> 4096 -> 1024 in its throughput run.
 
     Args:
         hidden: Size of the last dimension of input and output.
@@ -193,17 +195,18 @@ class FeedForward(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The kind "transformer": a pre-LayerNorm block of self-attention and a feed-forward part, each with a residual.
+    """The kind "transformer": a pre-LayerNorm block of self-attention and a feed-forward part.
 
-    Input [rows, seq, hidden] -> output of the same shape. Rows do not see each other. The paper's block has hidden
-    1024, 16 heads and inner 2048.
+    Both have a residual. Input [rows, seq, hidden] -> output of the same shape. Rows do not
+    see each other. The paper's block has hidden 1024, 16 heads and inner 2048.
 
     Args:
         hidden: Size of the last dimension of input and output, a multiple of `heads`.
         heads: Number of attention heads.
         inner: Width of the feed-forward part; by default 2 * hidden.
         causal: Whether a position sees only itself and those before it.
-        max_length: The longest seq that is accepted, since callers choose it and attention costs its square.
+        max_length: The longest seq that is accepted, since callers choose it and attention
+            costs its square.
     """
 
     def __init__(
@@ -238,7 +241,7 @@ class Transformer(nn.Module):
 
 
 class Nop(nn.Module):
-    """The kind "nop": returns its first input unchanged. It has no parameters and is for measuring everything else.
+    """The kind "nop": returns its first input, to measure all that is not the expert's work.
 
     Args:
         hidden: Ignored. It is there so that "nop" can stand in for the other kinds.

@@ -24,33 +24,39 @@ class BackendConfig:
     Values are plain, since a config travels to server processes as JSON.
 
     Example:
-        swarm.serve("ffn", hidden=256, grid=(4, 4), backend=lk.BackendConfig(lr=3e-4, clip_grad_norm=1))
+        backend = lk.BackendConfig(lr=3e-4, clip_grad_norm=1)
+        swarm.serve("ffn", hidden=256, grid=(4, 4), backend=backend)
 
     Args:
         optimizer: "adam" (default), "adamw" or "sgd".
         lr: Learning rate, at least 0. Default 1e-3.
         weight_decay: Weight decay of the optimizer. Default 0.
         amsgrad: Whether "adam" and "adamw" use their AMSGrad variant. Default False.
-        beta1: Momentum of "adam" and "adamw", at least 0 and below 1. Default 0.9. Where many trainers
-            make gradients stale, 0 is better: asynchrony is a momentum, too (Mitliagkas et al. 2016).
+        beta1: Momentum of "adam" and "adamw", at least 0 and below 1. Default 0.9. Where many
+            trainers make gradients stale, 0 is better: asynchrony is a momentum, too
+            (Mitliagkas et al. 2016).
         momentum: Momentum of "sgd". Default 0.
-        fused: Whether to use torch's fused optimizers, which are several times as fast. Default True;
-            where a fused one would be wrong, another is used in any case.
-        clip_grad_norm: Bound on the norm of all gradients of a step together. Default None: no bound.
-        accumulate: Backward passes (merged batches) that make one optimizer step together. Default 1.
+        fused: Whether to use torch's fused optimizers, which are several times as fast.
+            Default True; where a fused one would be wrong, another is used in any case.
+        clip_grad_norm: Bound on the norm of all gradients of a step together. Default None:
+            no bound.
+        accumulate: Backward passes (merged batches) that make one optimizer step together.
+            Default 1.
         schedule: Of the learning rate: "constant" (default), or "linear", which falls to 0 at
             `total_steps`. Both begin with the warm-up, if there is one.
         warmup_steps: Optimizer steps over which the learning rate rises to `lr`. Default 0.
-        total_steps: Optimizer steps until a "linear" schedule reaches 0: more than `warmup_steps`. Default 0.
-        age_power: p, where the learning rate of a step is multiplied by (1 + staleness)^-p. The
-            staleness of a gradient is the number of steps that the expert has made since the forward
-            pass of the same rows, where the caller says which that was. Default 0: stale gradients
-            count like fresh ones.
-        max_batch_size: Rows that the expert computes at once, and accepts in one request. Default 4096.
+        total_steps: Optimizer steps until a "linear" schedule reaches 0: more than
+            `warmup_steps`. Default 0.
+        age_power: P, where the learning rate of a step is multiplied by (1 + staleness)^-p.
+            The staleness of a gradient is the number of steps that the expert has made since
+            the forward pass of the same rows, where the caller says which that was. Default
+            0: stale gradients count like fresh ones.
+        max_batch_size: Rows that the expert computes at once, and accepts in one request.
+            Default 4096.
         device: Where the expert computes: "cpu" (default), "cuda", "cuda:1", ….
-        train_mode: Whether the module runs in train mode, so that dropout draws anew in each pass.
-            Default False: it runs in eval mode, and the forward pass that a backward pass repeats is
-            the same one.
+        train_mode: Whether the module runs in train mode, so that dropout draws anew in each
+            pass. Default False: it runs in eval mode, and the forward pass that a backward
+            pass repeats is the same one.
 
     Raises:
         ValueError: A value is out of its range.
@@ -98,7 +104,12 @@ class BackendConfig:
             raise ValueError(f"clip_grad_norm={self.clip_grad_norm}: a positive number, or None for no clipping")
 
     def lr_at(self, updates: int, staleness: float = 0.0) -> float:
-        """Learning rate of the step that follows `updates` steps. A pure function, so the schedule has no state."""
+        """The learning rate of a step: a schedule without state.
+
+        Args:
+            updates: Steps made before this one.
+            staleness: That of the gradient, in updates. Default 0.
+        """
         factor = min(1.0, (updates + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         if self.schedule == "linear" and updates >= self.warmup_steps:
             factor = max(0.0, (self.total_steps - updates) / (self.total_steps - self.warmup_steps))

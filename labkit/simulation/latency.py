@@ -26,8 +26,8 @@ def gamma(mean: float, deviation: float) -> Latency:
     """Drawn anew for each message, gamma-distributed, so never below zero. Raises `ValueError`.
 
     Args:
-        mean: seconds.
-        deviation: the standard deviation, seconds.
+        mean: Seconds.
+        deviation: The standard deviation, seconds.
     """
     check_seconds("latency", mean)
     check_seconds("deviation", deviation)
@@ -41,8 +41,8 @@ def regions(between: Mapping[tuple[str, str], float], within: float = 0.0005) ->
     """Fixed latencies between regions. A node of a region listens at `tcp://<region>:*`. Raises `ValueError`.
 
     Args:
-        between: seconds between two regions, in either direction.
-        within: seconds between two nodes of the same region.
+        between: Seconds between two regions, in either direction.
+        within: Seconds between two nodes of the same region.
 
     Example:
         regions({("eu", "us"): 0.045, ("us", "asia"): 0.045, ("eu", "asia"): 0.045})

@@ -49,15 +49,15 @@ class SimNetwork:
     connection that stays cut for `SILENCE_TIMEOUT` breaks on both sides, and what was held back is lost.
 
     Args:
-        seed: of all that is random.
-        latency: seconds that a message takes one way, or a distribution of them (`simulation/latency`).
-        loss: share of messages, requests and answers alike, that never arrive; 0 to 1.
-        bandwidth: bytes per second in each direction of a connection.
-        handshake: round trips before the first message of a connection leaves; TCP and ZeroMQ take two.
-        limits: limits of a message.
+        seed: Of all that is random.
+        latency: Seconds that a message takes one way, or a distribution of them (`simulation/latency`).
+        loss: Share of messages, requests and answers alike, that never arrive; 0 to 1.
+        bandwidth: Bytes per second in each direction of a connection.
+        handshake: Round trips before the first message of a connection leaves; TCP and ZeroMQ take two.
+        limits: Limits of a message.
 
     Raises:
-        ValueError: an argument is out of its range. A latency that is drawn below zero raises it when it is drawn.
+        ValueError: An argument is out of its range. A latency that is drawn below zero raises it when it is drawn.
     """
 
     tcp = False
@@ -309,8 +309,8 @@ async def open_simnet(seed: int = 0, **options: Any) -> AsyncIterator[SimNetwork
     process.
 
     Args:
-        seed: of all that is random.
-        options: the other arguments of `SimNetwork`.
+        seed: Of all that is random.
+        options: The other arguments of `SimNetwork`.
     """
     network = SimNetwork(seed, **options)
     with _order_of_tasks(seed):

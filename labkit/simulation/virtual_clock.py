@@ -89,9 +89,9 @@ def run_in_virtual_time(
     """`trio.run(function, *args)`, in virtual time. Returns what `function` returns.
 
     Args:
-        function: an async function.
-        args: its positional arguments.
-        collect_after: garbage collector's thresholds during the run, as `gc.set_threshold` takes them.
+        function: An async function.
+        args: Its positional arguments.
+        collect_after: Garbage collector's thresholds during the run, as `gc.set_threshold` takes them.
     """
     before = gc.get_threshold()
     gc.set_threshold(*collect_after)

@@ -60,11 +60,11 @@ class ClassificationData:
 
 
 def load(dataset: str = "digits", data_dir: str | Path | None = None, *, seed: int = 0) -> ClassificationData:
-    """Load a data set: "digits" (needs no download), "mnist", or any name on the Hugging Face hub.
+    """Load a data set: "digits", which needs no download, "mnist", or a name on the hub.
 
-    A data set has a `label` column and either an image column, whose pixels become 0 to 1, or columns
-    of numbers, which stay as they are. It comes in two parts, for training and testing. "digits" is
-    split here and standardised.
+    A data set has a `label` column and either an image column, whose pixels become 0 to 1, or
+    columns of numbers, which stay as they are. It comes in two parts, for training and
+    testing. "digits" is split here and standardised.
 
     Example:
         data = lk.load("digits")
@@ -73,17 +73,19 @@ def load(dataset: str = "digits", data_dir: str | Path | None = None, *, seed: i
 
     Args:
         dataset: Name of the data set. Default "digits".
-        data_dir: A folder with `train-*.parquet` and `test-*.parquet`, or with a folder of the data
-            set's name that has them. Then nothing is downloaded. Default None: from the hub, or from
-            what was downloaded before.
+        data_dir: A folder with `train-*.parquet` and `test-*.parquet`, or with a folder of
+            the data set's name that has them. Then nothing is downloaded. Default None: from
+            the hub, or from what was downloaded before.
         seed: For the split of "digits". Default 0.
 
     Returns:
-        An object with the rows `train_x` and `test_x`, [n, dim] float32, their classes `train_y` and
+        An object with the rows `train_x` and `test_x`, [n, dim] float32, their classes
+            `train_y` and
         `test_y`, [n] int64, and the numbers `dim` and `classes`.
 
     Raises:
-        DataNotFound: The data set is not there, and cannot be downloaded. This comes within seconds.
+        DataNotFound: The data set is not there, and cannot be downloaded. This comes within
+            seconds.
         ValueError: The data set is of another form.
     """
     if dataset == "digits":

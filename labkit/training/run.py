@@ -42,8 +42,8 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 class Run:
     """A training run in the background, started by `lk.fit`.
 
-    One run at a time trains a model: an earlier one is stopped first, so a cell may run twice. A run
-    ends when a swarm that it uses is closed.
+    One run at a time trains a model: an earlier one is stopped first, so a cell may run
+    twice. A run ends when a swarm that it uses is closed.
 
     Example:
         run = lk.fit(model, data, epochs=1)
@@ -65,11 +65,6 @@ class Run:
         loss: Mean loss of the last 20 steps.
         samples_per_s: Rows per second, over the whole run.
         staleness: Mean staleness of the last 100 steps, in updates.
-
-    Methods:
-        wait: Wait until the run has ended.
-        stop: End the run.
-        evaluate: The accuracy of the model now.
     """
 
     def __init__(
@@ -146,7 +141,7 @@ class Run:
 
     @property
     def staleness(self) -> float:
-        """Mean staleness of the last 100 steps: updates by other trainers between the two ends of a step."""
+        """Mean staleness of the last 100 steps: updates by others during a step."""
         last = self._last(100)
         return sum(step.staleness for step in last) / len(last) if last else 0.0
 
@@ -301,8 +296,8 @@ def fit(
 ) -> Run:
     """Train a model in the background. Returns at once.
 
-    Many trainers share the model; each computes gradients for a batch of its own and applies them when
-    it has them. The experts of MoE layers are trained by their servers meanwhile.
+    Many trainers share the model; each computes gradients for a batch of its own and applies
+    them when it has them. The experts of MoE layers are trained by their servers meanwhile.
 
     Example:
         run = lk.fit(model, (x, y), epochs=1, trainers=8)
@@ -310,10 +305,12 @@ def fit(
 
     Args:
         model: Any module; its `swarm.moe` layers call experts.
-        data: `(x, y)` tensors, what `lk.load` returns (its training part), a torch `Dataset` of pairs,
-            or any iterable of batches `(x, y)`, such as a `DataLoader`, which is iterated repeatedly.
+        data: `(x, y)` tensors, what `lk.load` returns (its training part), a torch `Dataset`
+            of pairs, or any iterable of batches `(x, y)`, such as a `DataLoader`, which is
+            iterated repeatedly.
         loss: A function of outputs and y. Default: cross-entropy.
-        optimizer: A function that makes an optimizer from the model's own parameters. Default: Adam.
+        optimizer: A function that makes an optimizer from the model's own parameters.
+            Default: Adam.
 
     Options (`steps` or `epochs` is required):
         steps: Batches to train on.
@@ -324,18 +321,24 @@ def fit(
         balance: Weight of the MoE layers' load-balancing losses. Default 0.
         seed: For the order of the rows. Default 0.
         max_failures: The run ends when so many batches in a row have failed. Default 50.
-        schedule: Of the learning rate: "constant" (default), or "linear", down to 0 over the run.
+        schedule: Of the learning rate: "constant" (default), or "linear", down to 0 over the
+            run.
         beta1: Momentum of Adam. Default 0.9; less may be better where gradients are stale.
         warmup: Steps over which the learning rate rises to its value. Default 0.
-        clip_grad_norm: Bound on the norm of all gradients of a step together. Default None: no bound.
-        age_power: p, where the learning rate of a step is multiplied by (1 + staleness)^-p. Default 0.
-        compensation: λ of delay compensation for stale gradients (Zheng et al. 2017). Default 0.
+        clip_grad_norm: Bound on the norm of all gradients of a step together. Default None:
+            no bound.
+        age_power: P, where the learning rate of a step is multiplied by (1 + staleness)^-p.
+            Default 0.
+        compensation: λ of delay compensation for stale gradients (Zheng et al. 2017). Default
+            0.
 
     Returns:
-        The run: look at `run.loss` and `run.samples_per_s`, `run.wait()` for its end, `run.stop()` it.
+        The run: Look at `run.loss` and `run.samples_per_s`, `run.wait()` for its end,
+            `run.stop()` it.
 
     Raises:
-        ValueError: An option is unknown or out of its range, or the data have none of these forms.
+        ValueError: An option is unknown or out of its range, or the data have none of these
+            forms.
         SwarmClosed: The swarm of an MoE layer is not open.
         TrainingFailed: An earlier run still trains this model and does not stop.
     """

@@ -26,7 +26,7 @@ class UpdateRule:
         decay_over: The update at which the learning rates reach 0, to which they fall linearly from the end of the
             warm-up; 0 for never.
         clip_grad_norm: Bound on the norm of a gradient, all parameters together; None for no clipping.
-        age_power: p, where learning rates are multiplied by (1 + staleness)^-p (Zhang et al. 2016: p = 1).
+        age_power: P, where learning rates are multiplied by (1 + staleness)^-p (Zhang et al. 2016: p = 1).
         compensation: λ of delay compensation with an adaptive λ (Zheng et al. 2017, DC-ASGD-a): the gradient is
             corrected to first order for how far the parameters have moved.
 

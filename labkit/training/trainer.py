@@ -30,23 +30,29 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 class TrainConfig:
     """How to train a model: the options of `lk.fit`.
 
-    They concern the model's own parameters. Servers train their experts as `BackendConfig` says.
+    They concern the model's own parameters. Servers train their experts as `BackendConfig`
+    says.
 
     Args:
         steps: Batches to train on. Give either `steps` or `epochs`.
-        epochs: How often to go through the data, which must have a known length; 0.5 is half of it.
+        epochs: How often to go through the data, which must have a known length; 0.5 is half
+            of it.
         batch_size: Rows of a batch, where the data are not batches already. Default 64.
         trainers: Batches in flight at the same time. Default 8.
         lr: Learning rate of the default optimizer, Adam. Default 1e-3.
         balance: Weight of the MoE layers' load-balancing losses in the loss. Default 0.
         seed: For the order of the rows. Default 0.
-        max_failures: The run ends after so many failed batches in a row, over all trainers. Default 50.
-        schedule: Of the learning rate: "constant" (default), or "linear", down to 0 over the run.
-        beta1: Momentum of the default optimizer, at least 0 and below 1. Default 0.9; less may be
-            better where gradients are stale.
+        max_failures: The run ends after so many failed batches in a row, over all trainers.
+            Default 50.
+        schedule: Of the learning rate: "constant" (default), or "linear", down to 0 over the
+            run.
+        beta1: Momentum of the default optimizer, at least 0 and below 1. Default 0.9; less
+            may be better where gradients are stale.
         warmup: Steps over which the learning rate rises to its value. Default 0.
-        clip_grad_norm: Bound on the norm of all gradients of a step together. Default None: no bound.
-        age_power: p, where the learning rate of a step is multiplied by (1 + staleness)^-p. Default 0.
+        clip_grad_norm: Bound on the norm of all gradients of a step together. Default None:
+            no bound.
+        age_power: P, where the learning rate of a step is multiplied by (1 + staleness)^-p.
+            Default 0.
         compensation: λ of delay compensation, which corrects a stale gradient for how far the
             parameters have moved (Zheng et al. 2017). Default 0.
 
@@ -90,7 +96,7 @@ class TrainConfig:
         return UpdateRule(self.warmup, decay_over, self.clip_grad_norm, self.age_power, self.compensation)
 
     def total_steps(self, per_epoch: int | None) -> int:
-        """How many steps to do, with so many to an epoch. Raises `ValueError` if that is needed and not known."""
+        """How many steps to do. Raises `ValueError` if that takes `per_epoch` and it is None."""
         if self.epochs is None:
             assert self.steps is not None
             return self.steps
@@ -107,7 +113,7 @@ def train_step(
     Args:
         shared: The model that all trainers train.
         replica: This trainer's copy of it.
-        batch: x and y.
+        batch: X and y.
         loss_function: Of outputs and y.
         balance: Weight of the MoE layers' load-balancing losses.
 
@@ -141,8 +147,8 @@ def train_step(
 def evaluate(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 256) -> float:
     """The accuracy of a model: the share of rows that it classifies correctly, 0 to 1.
 
-    It works on a copy of the model in eval mode, so a run may go on meanwhile. The experts are asked
-    like in training, and do not learn from it.
+    It works on a copy of the model in eval mode, so a run may go on meanwhile. The experts
+    are asked like in training, and do not learn from it.
 
     Example:
         data = lk.load("digits")

@@ -26,11 +26,11 @@ class Output:
     """Something that is given a scene every so many seconds.
 
     Args:
-        show: called with the scene.
-        period: seconds between two scenes.
-        due_at: when the next scene is due, in seconds on a monotonic clock.
-        watched: whether someone sees what it shows.
-        max_period: what the period may grow to in a large swarm, where a scene takes long to make and to show.
+        show: Called with the scene.
+        period: Seconds between two scenes.
+        due_at: When the next scene is due, in seconds on a monotonic clock.
+        watched: Whether someone sees what it shows.
+        max_period: What the period may grow to in a large swarm, where a scene takes long to make and to show.
     """
 
     show: Show
@@ -48,8 +48,8 @@ class Outputs:
     """The outputs of one swarm. Times are seconds on a monotonic clock.
 
     Args:
-        companion: one more output, which is given scenes as long as there is any other.
-        name: the name of the swarm, for the log.
+        companion: One more output, which is given scenes as long as there is any other.
+        name: The name of the swarm, for the log.
     """
 
     def __init__(self, companion: Output, name: str) -> None:
@@ -94,10 +94,10 @@ class Outputs:
         """Give a scene to each output that is due.
 
         Args:
-            scene: makes a scene of this moment.
-            late_scene: makes one for the companion, which may be a little older.
-            clock: the time.
-            cpu_clock: seconds of computing of this thread.
+            scene: Makes a scene of this moment.
+            late_scene: Makes one for the companion, which may be a little older.
+            clock: The time.
+            cpu_clock: Seconds of computing of this thread.
 
         Returns:
             Seconds until the next output is due.

@@ -25,17 +25,17 @@ def show_progress(
     """Show a progress bar until the run is over. An interrupt ends the bar, not the run.
 
     Args:
-        run: the run.
-        experts_alive: returns how many experts are alive, as `swarm.experts_alive` does.
-        label: stands before the bar.
-        on_tick: called with the number of steps done, some ten times a second.
-        file: where the bar is written, by default standard error.
+        run: The run.
+        experts_alive: Returns how many experts are alive, as `swarm.experts_alive` does.
+        label: Stands before the bar.
+        on_tick: Called with the number of steps done, some ten times a second.
+        file: Where the bar is written, by default standard error.
 
     Returns:
         The run.
 
     Raises:
-        Exception: the error that ended the run, if there was one.
+        Exception: The error that ended the run, if there was one.
     """
     from tqdm.auto import tqdm  # here, since in a notebook it brings widgets
 

@@ -35,7 +35,7 @@ class Keyframe:
     packed: bytes
 
     def unpack(self) -> tuple[Header, list[bytes]]:
-        """Return a frame and its buffers, as `frontend/src/replay.ts` reads them."""
+        """Returns a frame and its buffers, as `frontend/src/replay.ts` reads them."""
         data, parts, start = zlib.decompress(self.packed), list[bytes](), 0
         for length in self.lengths:
             parts.append(data[start : start + length])

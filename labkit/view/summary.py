@@ -152,11 +152,11 @@ def summarize(
     """Returns the summary of a swarm, with a row for each server.
 
     Args:
-        name: the swarm's name.
-        node: its node in this process.
-        servers: the servers started here.
-        census: what there is in the swarm; None if the swarm is closed.
-        telemetry: the calls that were made here.
+        name: The swarm's name.
+        node: Its node in this process.
+        servers: The servers started here.
+        census: What there is in the swarm; None if the swarm is closed.
+        telemetry: The calls that were made here.
     """
     total = telemetry.total
     if census is None:

@@ -62,13 +62,13 @@ class SwarmView:
     """The view of one swarm, `swarm.view`. Its methods may be called from any thread but the lab thread.
 
     Args:
-        name: the swarm's name.
-        lab: its lab thread, with our node in the swarm.
-        servers: the servers started here, as in `swarm.servers`; the list may grow.
-        telemetry: counts the calls that are made here.
-        listeners: get the events of this process.
-        in_flight: returns how many calls to experts are under way.
-        inject_faults: sets latency and loss of all servers, as `Swarm.faults` does.
+        name: The swarm's name.
+        lab: Its lab thread, with our node in the swarm.
+        servers: The servers started here, as in `swarm.servers`; the list may grow.
+        telemetry: Counts the calls that are made here.
+        listeners: Get the events of this process.
+        in_flight: Returns how many calls to experts are under way.
+        inject_faults: Sets latency and loss of all servers, as `Swarm.faults` does.
     """
 
     def __init__(
@@ -201,8 +201,8 @@ class SwarmView:
         """Returns what a dashboard shows of the swarm of another node, which our own node asks.
 
         Args:
-            contact: the other node.
-            secret: the control secret of its swarm; without it the dashboard has no buttons.
+            contact: The other node.
+            secret: The control secret of its swarm; without it the dashboard has no buttons.
         """
         from labkit.view.page.remote_source import RemoteSource
 
@@ -232,10 +232,10 @@ class SwarmView:
         """Show scenes of the swarm from now on.
 
         Args:
-            show: called with a scene at once and every `period` seconds, in the view's thread. If it raises, that is
+            show: Called with a scene at once and every `period` seconds, in the view's thread. If it raises, that is
                 logged and it is removed. When the swarm is closed, it gets a last scene, which is not `open`.
-            period: seconds between two scenes.
-            watched: whether someone sees what it shows; with no such output, large swarms are polled more rarely.
+            period: Seconds between two scenes.
+            watched: Whether someone sees what it shows; with no such output, large swarms are polled more rarely.
 
         Returns:
             A function that ends it.
@@ -319,8 +319,8 @@ class SwarmView:
             A sentence that says what was done.
 
         Raises:
-            ValueError: there is no such command, or it cannot be executed now.
-            LabkitError: it failed, or the swarm is closed.
+            ValueError: There is no such command, or it cannot be executed now.
+            LabkitError: It failed, or the swarm is closed.
         """
         checked = check_command(command)
         with self._command_lock:

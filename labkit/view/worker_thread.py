@@ -22,8 +22,8 @@ class WorkerThread:
     locks among themselves. A step that raises is logged, and ends the thread as None does.
 
     Args:
-        name: the thread's name.
-        step: does what there is to do. Returns the seconds after which it is called again (earlier if `wake` is
+        name: The thread's name.
+        step: Does what there is to do. Returns the seconds after which it is called again (earlier if `wake` is
             called), or None when there is nothing left to do.
     """
 

@@ -46,12 +46,12 @@ class Codec(Protocol):
         """Returns the tensor in a frame. It may share the frame's memory: clone it before writing to it.
 
         Args:
-            raw: the frame: uint8, 1-D, on the CPU; it may be unaligned or read-only.
-            dtype: dtype of the tensor.
-            shape: shape of the tensor.
+            raw: The frame: uint8, 1-D, on the CPU; it may be unaligned or read-only.
+            dtype: Dtype of the tensor.
+            shape: Shape of the tensor.
 
         Raises:
-            ValueError: the frame's length is not `encoded_bytes(dtype, shape)`, or the codec does not take the dtype.
+            ValueError: The frame's length is not `encoded_bytes(dtype, shape)`, or the codec does not take the dtype.
         """
         ...
 

@@ -85,10 +85,10 @@ class FrameLimits:
     message with its last frame only: a peer that never ends a message is not stopped here.
 
     Args:
-        message_bytes: bytes of all frames together, and bytes of all tensors after decoding, which may be eight times
+        message_bytes: Bytes of all frames together, and bytes of all tensors after decoding, which may be eight times
             as large.
-        header_bytes: bytes of the first frame.
-        tensors: how many tensors a message may have.
+        header_bytes: Bytes of the first frame.
+        tensors: How many tensors a message may have.
     """
 
     message_bytes: int = 256 << 20
@@ -210,8 +210,8 @@ def decode(frames: Sequence[Frame], limits: FrameLimits = _LIMITS) -> Message:
     read.
 
     Raises:
-        MalformedMessage: the frames are no labkit message.
-        MessageTooLarge: the message is over the limits.
+        MalformedMessage: The frames are no labkit message.
+        MessageTooLarge: The message is over the limits.
     """
     if not frames or len(frames[0]) < _PRELUDE.size:
         raise MalformedMessage("no prelude")

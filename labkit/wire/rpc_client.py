@@ -277,19 +277,19 @@ class Client:
         room, and send. 4. Take the reply.
 
         Args:
-            contact: the node to call.
-            method: name of the method.
-            body: anything that msgspec can encode, of the type that the method takes.
-            tensors: sent beside the body; leave them unchanged until the call has ended.
-            done: called once, within `timeout` seconds, with the reply or the failure: what the peer answered, or
+            contact: The node to call.
+            method: Name of the method.
+            body: Anything that msgspec can encode, of the type that the method takes.
+            tensors: Sent beside the body; leave them unchanged until the call has ended.
+            done: Called once, within `timeout` seconds, with the reply or the failure: what the peer answered, or
                 `DeadlineExceeded`, `ConnectionLost`, `BadReply`, `MessageTooLarge`.
-            returns: type of the reply's body.
-            timeout: seconds.
+            returns: Type of the reply's body.
+            timeout: Seconds.
             lane: `CONTROL`, or `BULK` for what is large.
-            codec: how to send floating-point tensors; a name of `compression.CODECS`.
+            codec: How to send floating-point tensors; a name of `compression.CODECS`.
 
         Raises:
-            ValueError: the body or a tensor cannot be sent at all.
+            ValueError: The body or a tensor cannot be sent at all.
         """
         id = next(self._ids)
         frames = wire.encode_request(id, method, timeout, body, tensors, codec)

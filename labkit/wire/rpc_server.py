@@ -52,10 +52,10 @@ async def serve_rpc(
     """Answer calls until cancelled. No message that arrives can end this.
 
     Args:
-        endpoint: where requests arrive.
-        methods: the methods that this node offers, by name.
-        limits: how much may be under way; beyond, requests are refused with `Overloaded`.
-        task_status: told when this is ready.
+        endpoint: Where requests arrive.
+        methods: The methods that this node offers, by name.
+        limits: How much may be under way; beyond, requests are refused with `Overloaded`.
+        task_status: Told when this is ready.
     """
     server = _Server(endpoint, methods, limits or RPCLimits())
     try:

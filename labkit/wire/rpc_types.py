@@ -27,11 +27,11 @@ class RPCLimits:
     """The limits of a node, as caller and as server.
 
     Args:
-        frames: limits of one message.
-        bytes_per_peer: bytes of one connection that are under way: decoded requests, and answers not taken yet.
-        bytes_total: the same of all connections together.
-        requests: how many requests are answered at the same time.
-        links: how many links may be open; beyond, the one that has been idle for longest is closed.
+        frames: Limits of one message.
+        bytes_per_peer: Bytes of one connection that are under way: decoded requests, and answers not taken yet.
+        bytes_total: The same of all connections together.
+        requests: How many requests are answered at the same time.
+        links: How many links may be open; beyond, the one that has been idle for longest is closed.
     """
 
     frames: wire.FrameLimits = field(default_factory=wire.FrameLimits)
@@ -57,9 +57,9 @@ class Reply:
     """The answer to a call: what a handler returns, and what `Client.call` returns to the caller.
 
     Args:
-        body: anything that msgspec can encode.
-        tensors: sent as raw frames after the body.
-        bytes: size of request and reply together; set on the caller's side only.
+        body: Anything that msgspec can encode.
+        tensors: Sent as raw frames after the body.
+        bytes: Size of request and reply together; set on the caller's side only.
     """
 
     body: Any = None

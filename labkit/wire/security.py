@@ -109,8 +109,8 @@ class Admission:
     """Decides who may connect: anybody, or the keys of a list.
 
     Args:
-        keys: the public keys to admit.
-        file: a file of public keys to admit as well, read again whenever it changes. With neither, all are admitted.
+        keys: The public keys to admit.
+        file: A file of public keys to admit as well, read again whenever it changes. With neither, all are admitted.
     """
 
     def __init__(self, keys: Iterable[bytes] | None = None, file: Path | None = None) -> None:
@@ -171,8 +171,8 @@ class Members:
     """The members of a private swarm: the keys that may connect, and the file in which its servers read them.
 
     Args:
-        keys: the public keys of the first members; None for an open swarm, which anybody may join.
-        file: where to keep them.
+        keys: The public keys of the first members; None for an open swarm, which anybody may join.
+        file: Where to keep them.
     """
 
     def __init__(self, keys: Iterable[str | bytes] | None, file: Path) -> None:
@@ -199,8 +199,8 @@ def answer_zap(frames: Sequence[bytes], admissions: dict[bytes, Admission]) -> l
     the handshake proved.
 
     Args:
-        frames: a message of the ZAP socket.
-        admissions: who may connect, by ZAP domain; each node has one.
+        frames: A message of the ZAP socket.
+        admissions: Who may connect, by ZAP domain; each node has one.
     """
     try:
         start = list(frames).index(b"") + 1

@@ -98,12 +98,12 @@ class Endpoint(Protocol):
         """Make a new link to a node. Returns at once; the connection is made in the background.
 
         Args:
-            contact: the node to connect to.
-            on_message: called with each message that arrives.
-            on_end: called once, after the last message, with the reason why the link has ended.
+            contact: The node to connect to.
+            on_message: Called with each message that arrives.
+            on_end: Called once, after the last message, with the reason why the link has ended.
 
         Raises:
-            ConnectionLost: this node is closing.
+            ConnectionLost: This node is closing.
         """
 
     async def serve(self, on_request: OnRequest) -> None:
@@ -206,14 +206,14 @@ async def await_callback(begin: Callable[[Callable[[T | Exception], None]], Canc
     """Begin something and wait until it calls back. Cancelling the wait cancels it.
 
     Args:
-        begin: called with `done`; starts the work and returns what can cancel it. `done` is to be called once with the
+        begin: Called with `done`; starts the work and returns what can cancel it. `done` is to be called once with the
             outcome, in trio's thread, perhaps before `begin` returns.
 
     Returns:
         The outcome, if it is no exception.
 
     Raises:
-        Exception: the outcome, if it is one.
+        Exception: The outcome, if it is one.
     """
     await trio.lowlevel.checkpoint_if_cancelled()
     task, waits = trio.lowlevel.current_task(), False

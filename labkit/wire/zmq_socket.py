@@ -272,13 +272,13 @@ def make_router(
     Args:
         context: ZeroMQ's context.
         address: `tcp://host:port`; port `*` for any that is free.
-        identity: the keys of the node.
-        secure: whether connections are encrypted (CURVE).
+        identity: The keys of the node.
+        secure: Whether connections are encrypted (CURVE).
         domain: ZAP domain under which `make_zap`'s socket is asked who may connect.
-        max_frame: size of the largest frame to accept, bytes.
+        max_frame: Size of the largest frame to accept, bytes.
 
     Raises:
-        LabkitError: the address cannot be bound.
+        LabkitError: The address cannot be bound.
     """
     raw = context.socket(zmq.ROUTER)
     _configure(raw, max_frame)
@@ -308,14 +308,14 @@ def make_dealer(
 
     Args:
         context: ZeroMQ's context.
-        host: the IP address to connect to.
-        port: the port to connect to.
-        identity: the keys of the node that connects.
-        server_key: the CURVE key that the other side must hold; None for an unencrypted connection.
-        max_frame: size of the largest frame to accept, bytes.
+        host: The IP address to connect to.
+        port: The port to connect to.
+        identity: The keys of the node that connects.
+        server_key: The CURVE key that the other side must hold; None for an unencrypted connection.
+        max_frame: Size of the largest frame to accept, bytes.
 
     Raises:
-        ConnectionLost: no socket is left.
+        ConnectionLost: No socket is left.
     """
     sockets: list[zmq.Socket[bytes]] = []
     try:

@@ -218,17 +218,17 @@ class ZmqNetwork:
         """Listen at an address, for the length of the block.
 
         Args:
-            identity: the keys of the node.
+            identity: The keys of the node.
             address: `tcp://host:port`; port `*` for any that is free.
-            announce: the `host` or `host:port` that others should use, where that differs from what is bound. Needed
+            announce: The `host` or `host:port` that others should use, where that differs from what is bound. Needed
                 behind a router; guessed for 0.0.0.0.
-            secure: whether connections are encrypted (CURVE). By default they are in private swarms, and in nodes that
+            secure: Whether connections are encrypted (CURVE). By default they are in private swarms, and in nodes that
                 listen, or are announced, beyond loopback.
-            admission: who may connect; by default anybody.
+            admission: Who may connect; by default anybody.
 
         Raises:
-            ValueError: the arguments do not go together.
-            LabkitError: the address cannot be bound.
+            ValueError: The arguments do not go together.
+            LabkitError: The address cannot be bound.
         """
         bind_host, bind_port = split_address(address)
         admission = admission or Admission()

@@ -92,11 +92,11 @@ async def keep_polled(
     Ready at once, with the scope that ends it. Nothing that a peer does ends it.
 
     Args:
-        node: our node in the swarm.
-        servers: the servers started here; the list may grow.
-        publish: called with each inventory.
-        period: seconds between two rounds of asking servers.
-        watched: whether someone looks at this moment; while no one does, more than two servers are polled more rarely.
+        node: Our node in the swarm.
+        servers: The servers started here; the list may grow.
+        publish: Called with each inventory.
+        period: Seconds between two rounds of asking servers.
+        watched: Whether someone looks at this moment; while no one does, more than two servers are polled more rarely.
     """
     poll = _Poll(node, servers, publish, watched)
     with trio.CancelScope() as scope:
@@ -252,10 +252,10 @@ async def find_experts(
     this walk nor of refreshing what it used.
 
     Args:
-        node: our node in the swarm.
-        grids: the grids, by name.
-        pause: returns the seconds to wait between two steps.
-        anew: whether to ask the DHT for cached prefixes, too.
+        node: Our node in the swarm.
+        grids: The grids, by name.
+        pause: Returns the seconds to wait between two steps.
+        anew: Whether to ask the DHT for cached prefixes, too.
     """
     found, directory = FoundExperts(), node.directory
     for name, grid in grids.items():
@@ -298,9 +298,9 @@ async def ask_all_servers(node: Node, servers: Sequence[ServerHandle], timeout: 
     """Ask all servers for their statistics: those started here, and all that the DHT knows now.
 
     Args:
-        node: our node in the swarm.
-        servers: the servers started here.
-        timeout: seconds; servers that do not answer within them are missing.
+        node: Our node in the swarm.
+        servers: The servers started here.
+        timeout: Seconds; servers that do not answer within them are missing.
 
     Returns:
         The statistics by address.

@@ -75,7 +75,7 @@ def pad_rows(values: npt.NDArray[Any], count: int, fill: float = 0) -> npt.NDArr
 
 
 def ratio(above: Doubles, below: Doubles) -> Doubles:
-    """Return `above / below`, and NaN where `below` is 0: not known."""
+    """Returns `above / below`, and NaN where `below` is 0: not known."""
     result: Doubles = np.full(np.shape(above), np.nan)
     np.divide(above, below, out=result, where=np.asarray(below) > 0)
     return result

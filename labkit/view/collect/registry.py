@@ -60,7 +60,7 @@ class Registry:
     # ------------------------------------------------------------ rows
 
     def expert(self, uid: str) -> int:
-        """Return the row of an expert, adding one if needed; -1 if the expert cannot be shown."""
+        """Returns the row of an expert, adding one if needed; -1 if the expert cannot be shown."""
         row = self._experts.get(uid)
         if row is not None:
             return row
@@ -85,15 +85,15 @@ class Registry:
         return row
 
     def known_expert(self, uid: str) -> int:
-        """Return the row of an expert, or -1."""
+        """Returns the row of an expert, or -1."""
         return self._experts.get(uid, -1)
 
     def known_address(self, address: str) -> int:
-        """Return the row of the server at an address, or -1."""
+        """Returns the row of the server at an address, or -1."""
         return self._by_address.get(address, -1)
 
     def address_row(self, address: str, now: float) -> int:
-        """Return the row of the server at an address, adding one if needed; -1 beyond the limit."""
+        """Returns the row of the server at an address, adding one if needed; -1 beyond the limit."""
         row = self._by_address.get(address)
         return self._add_server(address, address, now) if row is None else row
 
@@ -236,7 +236,7 @@ class Registry:
     # ------------------------------------------------------------ states
 
     def states(self, heard_at: Doubles, now: float) -> tuple[Ints, Ints, tuple[str, ...]]:
-        """Return the states of the experts [N] and of the servers [S], and the servers' states in words.
+        """Returns the states of the experts [N] and of the servers [S], and the servers' states in words.
 
         `heard_at` [S] is when each server last answered anything, monotonic; NaN if never.
         """

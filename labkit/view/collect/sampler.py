@@ -212,7 +212,7 @@ class Sampler:
         )
 
     def _servers(self, counted: Doubles, own: bool, now: float) -> tuple[Servers, Ints, float]:
-        """Return the table of servers, the states of the experts, and the calls/s of all servers together."""
+        """Returns the table of servers, the states of the experts, and the calls/s of all servers together."""
         registry, reported = self._registry, self._reports
         count, here = len(registry.labels), self._server_rows[: len(counted)] >= 0
         at, counted_here = self._server_rows[: len(counted)][here], counted[here]

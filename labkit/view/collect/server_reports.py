@@ -70,7 +70,7 @@ class ServerReports:
             self.times = self._recent_times.take(self._times_grown.copy(), self._times_grown.sum(axis=1), now)
 
     def _new_reports(self, inventory: Inventory, registry: Registry) -> Reports:
-        """Return the reports since the last inventory, and store their gauges."""
+        """Returns the reports since the last inventory, and store their gauges."""
         reports: Reports = []
         if inventory.statistics is self._statistics:
             return reports
@@ -88,7 +88,7 @@ class ServerReports:
         return reports
 
     def _rows_at(self, reports: Reports, registry: Registry) -> Ints:
-        """Return the rows of all reported experts; -1 for an expert that is not known to be held by that server."""
+        """Returns the rows of all reported experts; -1 for an expert that is not known to be held by that server."""
         rows: list[Ints] = []
         for server, statistics, _ in reports:
             uids = list(statistics.experts)
@@ -158,7 +158,7 @@ class ServerReports:
 
 
 def _growth(before: Doubles, after: Doubles) -> Doubles:
-    """Return what was added, [n, K]: nothing at a first report, and everything after a server's restart."""
+    """Returns what was added, [n, K]: nothing at a first report, and everything after a server's restart."""
     growth = after - before
     restarted = (growth < 0).any(axis=1)
     growth[restarted] = after[restarted]

@@ -81,7 +81,7 @@ class CounterTable:
         return row
 
     def read(self) -> Doubles:
-        """Return a copy, [number of names, columns]."""
+        """Returns a copy, [number of names, columns]."""
         count = len(self.names)
         return np.frombuffer(self.cells)[self.columns : (count + 1) * self.columns].reshape(count, self.columns).copy()
 

@@ -56,7 +56,7 @@ class Bins:
         self.until = self.started + (number + 1) * width
 
     def read(self, now: float) -> tuple[float, Doubles]:
-        """Return the width of bins at the time `now`, and a copy of all bins, [MAX_BINS, K]."""
+        """Returns the width of bins at the time `now`, and a copy of all bins, [MAX_BINS, K]."""
         width, cells, current, number = self._shared
         values = _add(np.frombuffer(cells).reshape(MAX_BINS, self.columns), number, current)
         while now >= self.started + MAX_BINS * width:  # nothing was written for a long time
@@ -65,14 +65,14 @@ class Bins:
         return width, values
 
     def total(self) -> Doubles:
-        """Return the sums since the start, [K]."""
+        """Returns the sums since the start, [K]."""
         _, cells, current, number = self._shared
         total: Doubles = _add(np.frombuffer(cells).reshape(MAX_BINS, self.columns), number, current).sum(axis=0)
         return total
 
 
 def _add(values: Doubles, number: int, current: list[float]) -> Doubles:
-    """Return a copy of the bins that includes the bin being written."""
+    """Returns a copy of the bins that includes the bin being written."""
     values = values.copy()
     values[number] += current
     return values

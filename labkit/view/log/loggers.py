@@ -26,13 +26,14 @@ PICTURE_PERIOD = 120.0  # seconds from one heat map and server table to the next
 
 
 class RichLogger(ABC):
-    """Base class of loggers that take whole rows: numbers, and also histograms, tables and pictures.
+    """Base class of loggers that take histograms, tables and pictures besides numbers.
 
-    Subclass it for a logger of your own that wants all of these. Any other object with `log(dict)` and `finish()` gets
-    the numbers only.
+    Subclass it for a logger of your own that wants all of these. Any other object with
+    `log(dict)` and `finish()` gets the numbers only.
 
     Attributes:
-        picture_every: Seconds from one heat map and table of servers to the next; infinity for none.
+        picture_every: Seconds from one heat map and table of servers to the next; infinity
+            for none.
     """
 
     picture_every: float = PICTURE_PERIOD
@@ -42,8 +43,8 @@ class RichLogger(ABC):
         """Write a row. Any error that this raises is logged, and ends the logging.
 
         Args:
-            row: Values by name, such as `{"train/step": 3, "train/loss": 0.42}`. A value is a number, a
-                `LoggedHistogram`, a `LoggedTable` or a `Picture`.
+            row: Values by name, such as `{"train/step": 3, "train/loss": 0.42}`. A value is a
+                number, a `LoggedHistogram`, a `LoggedTable` or a `Picture`.
         """
 
     @abstractmethod
@@ -57,8 +58,8 @@ class RichLogger(ABC):
 class JsonlLogger(RichLogger):
     """Appends each row to a file as a line of JSON, for `swarm.log_to`.
 
-    A histogram is written as `{"bins": […], "counts": […]}`, and a table as `{"columns": […], "rows": […]}`. Pictures
-    are left out: `{"png_bytes": …}` says how large one was.
+    A histogram is written as `{"bins": […], "counts": […]}`, and a table as `{"columns": […],
+    "rows": […]}`. Pictures are left out: `{"png_bytes": …}` says how large one was.
 
     Example:
         swarm.log_to(lk.JsonlLogger("run.jsonl"))
@@ -123,10 +124,11 @@ def _jsonable(value: LoggedValue) -> object:
 
 
 class WandbLogger(RichLogger):
-    """Logs to your own run of Weights & Biases, for `swarm.log_to`. It neither starts nor finishes the run.
+    """Logs to your own run of Weights & Biases, for `swarm.log_to`.
 
-    Charts of `train/…` have `train/step` as their x axis, and those of `swarm/…` the seconds since the swarm's start.
-    So do not pass a `step` to your own `run.log`: W&B drops rows whose step is earlier than the last one.
+    It neither starts nor finishes the run. Charts of `train/…` have `train/step` as their x
+    axis, and those of `swarm/…` the seconds since the swarm's start. So do not pass a `step`
+    to your own `run.log`: W&B drops rows whose step is earlier than the last one.
 
     Example:
         run = wandb.init(project="my-swarm")
@@ -134,9 +136,11 @@ class WandbLogger(RichLogger):
 
     Args:
         run: The run that `wandb.init` returned.
-        picture_every: Seconds from one heat map (an image) and table of servers to the next; `math.inf` for none.
-        checkpoints: A folder with the experts' checkpoints. They are saved as an Artifact when the logging stops;
-            `save_checkpoint` does so at any time. By default none are saved.
+        picture_every: Seconds from one heat map (an image) and table of servers to the next;
+            `math.inf` for none.
+        checkpoints: A folder with the experts' checkpoints. They are saved as an Artifact
+            when the logging stops; `save_checkpoint` does so at any time. By default none are
+            saved.
 
     Raises:
         TypeError: `run` is not a W&B run.

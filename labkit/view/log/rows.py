@@ -85,7 +85,7 @@ def swarm_row(scene: Scene) -> LoggedRow:
 
 
 def routing_entropy(experts: Experts) -> float:
-    """Return the entropy of the load over a layer's live experts, as a share of its maximum: 0 to 1.
+    """Returns the entropy of the load over a layer's live experts, as a share of its maximum: 0 to 1.
 
     This is the mean over layers, and NaN if no layer has both load and two experts.
     """
@@ -101,7 +101,7 @@ def routing_entropy(experts: Experts) -> float:
 
 
 def load_histogram(experts: Experts) -> LoggedHistogram | None:
-    """Return how many experts get how many rows/s; None if no expert's load is known."""
+    """Returns how many experts get how many rows/s; None if no expert's load is known."""
     load = experts.load[np.isfinite(experts.load)].astype(np.float64)
     if not len(load):
         return None
@@ -110,7 +110,7 @@ def load_histogram(experts: Experts) -> LoggedHistogram | None:
 
 
 def overall_latency(servers: Servers) -> Doubles:
-    """Return the latency over all servers in ms, [SPLIT, PERCENTILES]; NaN if no server was called recently.
+    """Returns the latency over all servers in ms, [SPLIT, PERCENTILES]; NaN if no server was called recently.
 
     A server's calls are assumed to lie evenly between its percentiles, and servers are weighted by their calls/s.
     """
@@ -125,7 +125,7 @@ def overall_latency(servers: Servers) -> Doubles:
 
 
 def _mix(percentiles: Floats, weight: Doubles) -> Doubles:
-    """Return the percentiles [3] of a mixture of distributions with the percentiles [S, 3] and the weights [S]."""
+    """Returns the percentiles [3] of a mixture of distributions with the percentiles [S, 3] and the weights [S]."""
     wanted = np.array(PERCENTILES) / 100
     values = np.unique(percentiles).astype(np.float64)
     below = np.zeros(len(values))  # share of calls that took at most that long
@@ -152,7 +152,7 @@ def server_table(scene: Scene) -> LoggedTable:
 
 
 def _known(number: float) -> float | None:
-    """Return a Python number, or None for NaN and infinity."""
+    """Returns a Python number, or None for NaN and infinity."""
     value = float(number)
     if not math.isfinite(value):
         return None
@@ -247,5 +247,5 @@ class StepQueue:
 
 
 def numbers_of(row: LoggedRow) -> dict[str, float]:
-    """Return the numbers in a row."""
+    """Returns the numbers in a row."""
     return {key: value for key, value in row.items() if isinstance(value, (int, float))}

@@ -34,13 +34,13 @@ class LoggedView(Protocol):
 class Logging:
     """Logs a swarm until `stop()` or until the swarm is closed: what `swarm.log_to` returns.
 
-    Each training step is a row, `train/…`, and every `period` seconds there is a row about the swarm, `swarm/…`. Steps
-    that come faster than the logger can write them are merged.
+    Each training step is a row, `train/…`, and every `period` seconds there is a row about
+    the swarm, `swarm/…`. Steps that come faster than the logger can write them are merged.
 
     Args:
         view: The swarm's view.
-        logger: A `WandbLogger`, a `JsonlLogger`, or any object or module with `log(dict)` and `finish()`, which gets
-            the numbers only.
+        logger: A `WandbLogger`, a `JsonlLogger`, or any object or module with `log(dict)` and
+            `finish()`, which gets the numbers only.
         period: Seconds from one row about the swarm to the next.
 
     Raises:
@@ -77,7 +77,7 @@ class Logging:
         return not self._over
 
     def stop(self) -> None:
-        """Log what is left and a last row about the swarm, then call the logger's `finish`. Safe to call again."""
+        """Log what is left and a last row, then call the logger's `finish`. Safe to call again."""
         self._stopping = True
         self._disconnect()
         if not self._lock.acquire(timeout=LOGGER_TIMEOUT):

@@ -119,12 +119,12 @@ def write_piece(
     """Write some rows of a column as a `Piece`.
 
     Args:
-        column: the column.
-        values: its values, of all rows.
-        start: the first row to write.
-        stop: the row before which to stop.
-        buffers: the bytes are appended here.
-        size: rows of the table, by default as many as there are values.
+        column: The column.
+        values: Its values, of all rows.
+        start: The first row to write.
+        stop: The row before which to stop.
+        buffers: The bytes are appended here.
+        size: Rows of the table, by default as many as there are values.
 
     Returns:
         The piece, without its bytes.

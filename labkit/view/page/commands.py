@@ -58,11 +58,11 @@ class CommandExecutor:
     """Executes commands on the servers and the run of one swarm.
 
     Args:
-        swarm: the swarm's name, by which its latest run is found.
-        servers: the servers started here, as in `swarm.servers`; the list may grow.
-        telemetry: gets a mark for injected faults and for a stopped run. What happens to servers is marked by the
+        swarm: The swarm's name, by which its latest run is found.
+        servers: The servers started here, as in `swarm.servers`; the list may grow.
+        telemetry: Gets a mark for injected faults and for a stopped run. What happens to servers is marked by the
             view, whoever caused it.
-        inject_faults: sets latency and loss of all servers, as `Swarm.faults` does.
+        inject_faults: Sets latency and loss of all servers, as `Swarm.faults` does.
     """
 
     def __init__(

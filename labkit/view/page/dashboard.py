@@ -38,13 +38,16 @@ SENDER_END_TIMEOUT = 0.5  # seconds that `close` waits for the thread that sends
 class Dashboard(anywidget.AnyWidget):
     """A live view of a swarm; `swarm.dashboard()` makes it.
 
-    Show it as the last expression of a cell, or by `display`. When a run ends, or the swarm is closed, a picture of it
-    stays in the notebook. Without a notebook it shows nothing, but `export` works.
+    Show it as the last expression of a cell, or by `display`. When a run ends, or the swarm
+    is closed, a picture of it stays in the notebook. Without a notebook it shows nothing, but
+    `export` works.
 
     Args:
-        source: where its frames and files come from.
-        view: the view of a swarm of this process, for the picture that stays; None for a swarm in another process.
-        alone: whether it has a web page to itself, which is then light or dark as the system is.
+        source: Where its frames and files come from.
+        view: The view of a swarm of this process, for the picture that stays; None for a
+            swarm in another process.
+        alone: Whether it has a web page to itself, which is then light or dark as the system
+            is.
 
     Raises:
         LabkitError: labkit was installed without its front end.
@@ -165,14 +168,14 @@ class Dashboard(anywidget.AnyWidget):
         """Save the dashboard to a file.
 
         Args:
-            path: the file, whose suffix says what it holds: `.png` a picture of this moment, `.html` a page that
-                replays all that was recorded, `.json` the numbers.
+            path: The file, whose suffix says what it holds: `.png` a picture of this moment,
+                `.html` a page that replays all that was recorded, `.json` the numbers.
 
         Returns:
             The path.
 
         Raises:
-            ValueError: the path has another suffix.
+            ValueError: The path has another suffix.
         """
         path = Path(path)
         format = path.suffix.lower().removeprefix(".")

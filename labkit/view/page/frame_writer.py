@@ -53,7 +53,7 @@ class FrameWriter:
     """Makes the frames for one page. If a frame may not have reached the page, go on with a new writer.
 
     Args:
-        budget: bytes that a frame takes at most, in all. Raises `ValueError` if no frame fits into it.
+        budget: Bytes that a frame takes at most, in all. Raises `ValueError` if no frame fits into it.
     """
 
     def __init__(self, budget: int = FRAME_BUDGET) -> None:
@@ -77,10 +77,10 @@ class FrameWriter:
         The writer's first frame has `reset`, and so has one after a table became shorter.
 
         Args:
-            scene: the swarm as it looks now.
-            layer: number of the layer that the page looks at, whose cells come first.
-            mode: what its heat map shows, which comes first too.
-            control: whether its buttons work.
+            scene: The swarm as it looks now.
+            layer: Number of the layer that the page looks at, whose cells come first.
+            mode: What its heat map shows, which comes first too.
+            control: Whether its buttons work.
         """
         if any(sent.rows > _rows(scene, sent.column) for sent in self._columns):
             self._forget()

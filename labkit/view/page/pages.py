@@ -44,10 +44,10 @@ class FrameSource(Protocol):
         """Returns the header and the buffers of the next frame for a page.
 
         Args:
-            page: id of the page.
-            layer: number of the layer that it looks at.
-            mode: what its heat map shows, one of `MODES`.
-            fresh: whether the page has nothing yet.
+            page: Id of the page.
+            layer: Number of the layer that it looks at.
+            mode: What its heat map shows, one of `MODES`.
+            fresh: Whether the page has nothing yet.
         """
 
     def forget(self, page: str) -> None:
@@ -130,7 +130,7 @@ class Pages:
     """The pages of one dashboard. Times are seconds on a monotonic clock.
 
     Args:
-        forget: called with the id of each page that is gone.
+        forget: Called with the id of each page that is gone.
     """
 
     def __init__(self, forget: Callable[[str], None]) -> None:
@@ -232,9 +232,9 @@ class Pages:
         message that it receives costs more than the frame.
 
         Args:
-            due: what `turn` returned.
-            header: the header from the frame source.
-            took: seconds of computing that the frame took.
+            due: What `turn` returned.
+            header: The header from the frame source.
+            took: Seconds of computing that the frame took.
         """
         page = self._pages[due.page]
         page.fresh = False

@@ -99,7 +99,7 @@ class RemoteService:
     of the node. All of this runs in the lab thread, except what takes longer than a moment: that runs in threads.
 
     Args:
-        view: returns the view of the swarm, or None before there is one.
+        view: Returns the view of the swarm, or None before there is one.
     """
 
     def __init__(self, view: Callable[[], DashboardView | None]) -> None:

@@ -66,11 +66,11 @@ class RemoteSource:
     (an expert server by itself) is one of a swarm all the same: then our own view shows what its servers report.
 
     Args:
-        name: what the shown node is called, such as its address.
-        call: calls the node.
-        view: the view of our own node in that swarm.
-        secret: the control secret of the shown swarm; without it the page has no buttons.
-        closed: whether our own node is closed.
+        name: What the shown node is called, such as its address.
+        call: Calls the node.
+        view: The view of our own node in that swarm.
+        secret: The control secret of the shown swarm; without it the page has no buttons.
+        closed: Whether our own node is closed.
     """
 
     def __init__(

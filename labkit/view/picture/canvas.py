@@ -161,7 +161,7 @@ class Sheet:
 
 
 def cividis(shares: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Return the colours [n, 4] of numbers from 0 to 1 in the cividis colour map."""
+    """Returns the colours [n, 4] of numbers from 0 to 1 in the cividis colour map."""
     from matplotlib import colormaps
 
     colors: npt.NDArray[np.float64] = np.asarray(colormaps["cividis"](np.asarray(shares, np.float64)))
@@ -169,7 +169,7 @@ def cividis(shares: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 
 def text_width(text: str, size: float = 11, bold: bool = False) -> float:
-    """Return how many pixels wide a text is."""
+    """Returns how many pixels wide a text is."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     with _lock:

@@ -78,7 +78,7 @@ def lay_out(experts: Experts, number: int, layer: Layer) -> Cells:
 
 
 def _gather(place: Ints, load: Doubles, state: Ints, drawn: int) -> tuple[Doubles, Ints]:
-    """Return the load [n] and state [n] of each cell, from those of its experts."""
+    """Returns the load [n] and state [n] of each cell, from those of its experts."""
     inside = (place >= 0) & (place < drawn)
     place, load, state = place[inside], load[inside], state[inside]
     known = np.isfinite(load)
@@ -90,7 +90,7 @@ def _gather(place: Ints, load: Doubles, state: Ints, drawn: int) -> tuple[Double
 
 
 def busiest_layers(scene: Scene) -> list[int]:
-    """Return the layers to draw: the `MAX_LAYERS` with most load, in their own order."""
+    """Returns the layers to draw: the `MAX_LAYERS` with most load, in their own order."""
     load = np.bincount(scene.experts.layer, np.nan_to_num(scene.experts.load), minlength=len(scene.layers))
     return sorted(np.argsort(-load, kind="stable")[:MAX_LAYERS].tolist())
 
@@ -175,7 +175,7 @@ def _draw_dots(sheet: Sheet, boxes: Doubles) -> None:
 
 
 def _inside(boxes: Doubles) -> Doubles:
-    """Return the boxes made half a pixel smaller on each side, so that their edges stay within."""
+    """Returns the boxes made half a pixel smaller on each side, so that their edges stay within."""
     smaller: Doubles = boxes + np.array([0.5, 0.5, -1.0, -1.0])
     return smaller
 
