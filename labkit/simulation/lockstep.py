@@ -112,7 +112,7 @@ class _Thread(Generic[T]):
             self.resume()
 
     def result(self) -> T:
-        """Returns what the function returned, or raise what it raised."""
+        """Returns what the function returned, or raises what it raised."""
         self._thread.join()
         if self.error is not None:
             raise self.error

@@ -70,7 +70,7 @@ class ServerReports:
             self.times = self._recent_times.take(self._times_grown.copy(), self._times_grown.sum(axis=1), now)
 
     def _new_reports(self, inventory: Inventory, registry: Registry) -> Reports:
-        """Returns the reports since the last inventory, and store their gauges."""
+        """Returns the reports since the last inventory, and stores their gauges."""
         reports: Reports = []
         if inventory.statistics is self._statistics:
             return reports
