@@ -15,7 +15,6 @@ import re
 import struct
 import subprocess
 import sys
-import threading
 from base64 import b64decode
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,8 @@ from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
+
+from labkit.launch.parent import watch_parent
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = [*sorted((ROOT / "notebooks").glob("*.ipynb")), *sorted((ROOT / "tutorials").glob("*.ipynb"))]
@@ -66,11 +67,6 @@ async def run_all(folder: Path) -> None:
     waits for them any more.
     """
 
-    def heed_the_parent() -> None:
-        while os.read(0, 1024):
-            pass
-        os._exit(1)  # the kernels notice, and end with their servers
-
     async def run_one(path: Path) -> str:
         temporary = folder / f"{path.stem}-files"
         temporary.mkdir()
@@ -82,7 +78,7 @@ async def run_all(folder: Path) -> None:
                 return str(error)
         return ""
 
-    threading.Thread(target=heed_the_parent, daemon=True).start()
+    watch_parent()  # when this process exits, the kernels notice, and end with their servers
     limit = asyncio.Semaphore(SIDE_BY_SIDE)
     problems = await asyncio.gather(*map(run_one, NOTEBOOKS))
     names = [path.name for path in NOTEBOOKS]

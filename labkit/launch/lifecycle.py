@@ -79,7 +79,7 @@ class ServerLifecycle:
         return self.failure
 
     async def order(self, order: ServerEvent, wait: bool = True) -> None:
-        """Take an order and carry it out.
+        """Take an order and execute it.
 
         Args:
             order: START, STOP, DISCARD or KILL.
@@ -91,12 +91,12 @@ class ServerLifecycle:
         """
         saving, number = self._take(order), self._orders
         if wait:
-            await self._carry_out(order, saving, number)
+            await self._execute(order, saving, number)
         else:
-            self._lab.nursery.start_soon(self._carry_out_alone, order, saving, number)
+            self._lab.nursery.start_soon(self._execute_alone, order, saving, number)
 
     async def end(self, order: ServerEvent, timeout: float | None = None) -> str:
-        """Take an order that ends the server, and carry it out. If this is cancelled, it ends all the same.
+        """Take an order that ends the server, and execute it. If this is cancelled, it ends all the same.
 
         Args:
             order: STOP, DISCARD or KILL.
@@ -131,17 +131,17 @@ class ServerLifecycle:
         self._dying.add(runner)
         runner.kill()
 
-    async def _carry_out(self, order: ServerEvent, saving: Runner | None, number: int) -> None:
+    async def _execute(self, order: ServerEvent, saving: Runner | None, number: int) -> None:
         """Do what is left of an order once `_take` has taken it."""
         if order is ServerEvent.START:
             await self._start(saving, number)
         elif failure := await self._finish(saving):
             raise ServerFailed(f"{self._label} did not end cleanly: {failure}")
 
-    async def _carry_out_alone(self, order: ServerEvent, saving: Runner | None, number: int) -> None:
-        """As `_carry_out`, for a caller who does not wait: errors are logged."""
+    async def _execute_alone(self, order: ServerEvent, saving: Runner | None, number: int) -> None:
+        """As `_execute`, for a caller who does not wait: errors are logged."""
         try:
-            await self._carry_out(order, saving, number)
+            await self._execute(order, saving, number)
         except (LabkitError, ValueError) as error:
             logger.warning("%s", error)
 
@@ -185,7 +185,7 @@ class ServerLifecycle:
             self._dying.discard(runner)
 
     async def _start(self, saving: Runner | None, number: int) -> None:
-        """Carry out order `number`, a start: wait for the runner before it, and bring up the next.
+        """Execute order `number`, a start: wait for the runner before it, and bring up the next.
 
         Returns when its experts can be found. Raises as `order` does.
         """
