@@ -1,0 +1,5 @@
+"""From events and inventories to a `Scene`.
+
+Reading order: `telemetry` (counts events) with `time_series`, `inventory` (what the swarm consists of), `sampler`,
+which puts both together with `registry` (who there is), `rates` and `server_reports`.
+"""

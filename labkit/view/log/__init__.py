@@ -1,0 +1,1 @@
+"""Training and swarm as rows: `swarm_logging` hands the `rows` to one of the `loggers`."""
