@@ -27,6 +27,7 @@ _HOME = {
     "JsonlLogger": "view.log.loggers",
     "WandbLogger": "view.log.loggers",
     "evaluate": "training.trainer",
+    "TrainConfig": "training.trainer",
     "load": "training.datasets",
     "register_expert": "server.layers",
     "BackendConfig": "server.optimizer",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from labkit.swarm import Swarm as Swarm
     from labkit.training.datasets import load as load
     from labkit.training.run import fit as fit
+    from labkit.training.trainer import TrainConfig as TrainConfig
     from labkit.training.trainer import evaluate as evaluate
     from labkit.view.log.loggers import JsonlLogger as JsonlLogger
     from labkit.view.log.loggers import WandbLogger as WandbLogger

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from labkit import quick_imports
+from labkit import __version__, quick_imports
 from labkit.cli.bench import add_bench_options, add_number
 
 
@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Train a mixture of experts over a swarm of servers.",
         epilog="labkit COMMAND --help lists the options of a command.",
     )
+    parser.add_argument("--version", action="version", version=f"labkit {__version__}")
     parser.add_argument("--verbose", "-v", action="store_true", help="log what happens to standard error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary, add in (

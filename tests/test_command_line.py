@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import signal
@@ -220,6 +221,13 @@ def test_keygen_makes_a_file_for_its_owner_alone_and_prints_the_public_key(tmp_p
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert "never overwritten" in complaint(capsys, "keygen", str(path))
     assert "cannot be written" in complaint(capsys, "keygen", str(path / "below"))
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"labkit {lk.__version__}\n"
+    assert lk.__version__ == importlib.metadata.version("labkit")
 
 
 def test_a_command_that_is_misspelt_is_explained(capsys):

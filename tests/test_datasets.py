@@ -165,6 +165,16 @@ def test_a_name_that_the_hub_cannot_have_is_refused(no_hub):
         data.load("no such data set!")
 
 
+def test_a_name_that_is_nearly_one_of_ours_is_asked_back(no_hub):
+    with pytest.raises(DataNotFound, match="did you mean 'digits'"):
+        data.load("digit")
+    with pytest.raises(DataNotFound, match="did you mean 'mnist'"):
+        data.load("MNIST")
+    with pytest.raises(DataNotFound) as other:
+        data.load("imdb")
+    assert "did you mean" not in str(other.value)
+
+
 def test_digits_with_a_folder_is_a_mistake_and_said_to_be_one(tmp_path):
     with pytest.raises(ValueError, match="data_dir"):
         data.load("digits", tmp_path)

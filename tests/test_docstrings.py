@@ -11,7 +11,6 @@ import pytest
 import labkit as lk
 from labkit.launch.handle import ServerHandle
 from labkit.training.run import Run
-from labkit.training.trainer import TrainConfig
 from labkit.view.log.loggers import RichLogger
 from labkit.view.log.swarm_logging import Logging
 from labkit.view.picture.canvas import Picture
@@ -19,7 +18,7 @@ from labkit.view.picture.canvas import Picture
 WIDTH = 90  # characters of a line that fit into JupyterLab's tooltip
 MADE_BY_LABKIT = (ServerHandle, Run, Picture)  # which users are given, and do not make themselves
 PUBLIC = [
-    *(getattr(lk, name) for name in lk.__all__ if name != "__version__"), ServerHandle, Run, TrainConfig, RichLogger,
+    *(getattr(lk, name) for name in lk.__all__ if name != "__version__"), ServerHandle, Run, RichLogger,
     Logging, Picture,
 ]  # fmt: skip
 

@@ -8,6 +8,7 @@ when a data set is asked for and not before, so that `import labkit` stays quick
 
 from __future__ import annotations
 
+import difflib
 import glob
 import gzip
 import io
@@ -196,7 +197,9 @@ def _from_hub(dataset: str) -> Iterator[tuple[Any, Any]]:
     import datasets
 
     name = HUB_NAMES.get(dataset, dataset)
-    reachable = _hub_has(name)
+    close = difflib.get_close_matches(dataset.lower(), ["digits", *HUB_NAMES], n=1)
+    hint = f"; did you mean {close[0]!r}?" if close and dataset not in HUB_NAMES else ""
+    reachable = _hub_has(name, hint)
     offline_before = datasets.config.HF_HUB_OFFLINE
     # Offline, `datasets` looks into its cache at once; without this it tries the hub for half a minute first.
     datasets.config.HF_HUB_OFFLINE = offline_before or not reachable
@@ -207,7 +210,7 @@ def _from_hub(dataset: str) -> Iterator[tuple[Any, Any]]:
             raise DataNotFound(f"the hub's data set {name!r} could not be downloaded: {error}") from error
         raise DataNotFound(
             f"the hub cannot be reached for the data set {name!r}, and no earlier download of it is on this machine; "
-            "name a folder with its parquet files: data_dir=… (or --data-dir …)"
+            f"name a folder with its parquet files: data_dir=… (or --data-dir …){hint}"
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline_before
@@ -217,7 +220,7 @@ def _from_hub(dataset: str) -> Iterator[tuple[Any, Any]]:
     yield loaded["train"], loaded[test]
 
 
-def _hub_has(name: str) -> bool:
+def _hub_has(name: str, hint: str) -> bool:
     """Whether the hub answers for this data set: False if it is out of reach. Raises `DataNotFound` if it has none."""
     import datasets
     import huggingface_hub
@@ -230,7 +233,8 @@ def _hub_has(name: str) -> bool:
         if status >= 500:
             return False
         raise DataNotFound(
-            f"the hub has no data set {name!r} (or not for you, status {status}); labkit itself knows digits and mnist"
+            f"the hub has no data set {name!r} (or not for you, status {status}); labkit itself knows digits and "
+            f"mnist{hint}"
         ) from error
     except Exception:  # whichever HTTP library is under it today: no name, no route, refused, too slow, offline mode
         return False
