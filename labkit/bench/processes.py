@@ -126,23 +126,6 @@ def all_at_once(workers: Sequence[Worker], when_ready: Callable[[], object] | No
     return [worker.receive() for worker in workers]
 
 
-def main() -> None:
-    """`python -m labkit.bench.processes MODULE:FUNCTION`: the process's own side."""
-    orders: SimpleQueue[Any] = SimpleQueue()
-    watch_parent(on_line=lambda line: orders.put(json.loads(line)))
-    limit_time(TIME_LIMIT)
-    module, _, name = sys.argv[1].partition(":")
-    role: WorkerRole = getattr(importlib.import_module(f"labkit.bench.{module}"), name)
-    steps = role(orders.get())
-    order = None
-    try:
-        while True:
-            print(json.dumps(steps.send(order)), flush=True)
-            order = orders.get()
-    except StopIteration:
-        pass
-
-
 def peak_rss_mb(pid: int | None = None) -> int:
     """The peak memory of a process in MB, by default of this one; 0 where the system does not say."""
     # On Linux `getrusage` says at least what the parent had when it started this process.
@@ -158,6 +141,23 @@ def peak_rss_mb(pid: int | None = None) -> int:
         return 0
     scale = 1 << 20 if sys.platform == "darwin" else 1 << 10  # macOS counts in bytes, others in KB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // scale
+
+
+def main() -> None:
+    """`python -m labkit.bench.processes MODULE:FUNCTION`: the process's own side."""
+    orders: SimpleQueue[Any] = SimpleQueue()
+    watch_parent(on_line=lambda line: orders.put(json.loads(line)))
+    limit_time(TIME_LIMIT)
+    module, _, name = sys.argv[1].partition(":")
+    role: WorkerRole = getattr(importlib.import_module(f"labkit.bench.{module}"), name)
+    steps = role(orders.get())
+    order = None
+    try:
+        while True:
+            print(json.dumps(steps.send(order)), flush=True)
+            order = orders.get()
+    except StopIteration:
+        pass
 
 
 if __name__ == "__main__":
