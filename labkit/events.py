@@ -88,6 +88,29 @@ class RowsUnanswered(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PassFinished(Event):
+    """A pass of an MoE layer has ended: every row has its answers, or can't have them.
+
+    Args:
+        prefix: Name of the grid.
+        direction: "forward" or "backward".
+        rows: How many rows the batch has.
+        seconds: Time of the whole pass, the search for experts included.
+        waited: Seconds of these that the pass waited for experts that no row needed any more.
+        patience: Seconds that it would have waited for them at most.
+        late: The experts that it gave up, by uid.
+    """
+
+    prefix: str
+    direction: str
+    rows: int
+    seconds: float
+    waited: float
+    patience: float
+    late: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BatchProcessed(Event):
     """A server has computed a batch of `requests` requests for one expert, in `seconds` seconds."""
 
@@ -125,6 +148,19 @@ class StepFinished(Event):
     samples: int
     seconds: float
     staleness: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsLogged(Event):
+    """Somebody has measured something at a training step: a validation, a metric of `lk.fit`, or `swarm.log`.
+
+    Args:
+        step: The step after which it was measured.
+        metrics: The numbers by name, such as "validation loss" or "accuracy".
+    """
+
+    step: int
+    metrics: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

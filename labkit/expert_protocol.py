@@ -14,8 +14,10 @@ import msgspec
 Direction = Literal["forward", "backward"]
 
 FORWARD = "expert.forward"  # inputs -> output
-BACKWARD = "expert.backward"  # inputs and the gradient of the output -> gradients of the inputs; trains the expert
+BACKWARD = "expert.backward"  # inputs and the gradients of the outputs -> gradients of the inputs; trains the expert
+SCHEMA = "expert.schema"  # an `ExpertRequest` without tensors -> its `ExpertSchema`, or None if that is not known
 STATISTICS = "server.statistics"  # nothing -> `server.statistics.ServerStatistics`
+MAX_TENSORS = 16  # of the inputs of an expert, and of its outputs
 METHODS: dict[Direction, str] = {"forward": FORWARD, "backward": BACKWARD}
 
 # The numbers come from a stranger, so all of them are bounded. (NaN is not >= 0.)
@@ -23,34 +25,65 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 
 
+class TensorSchema(msgspec.Struct, array_like=True, frozen=True):
+    """One input or output of an expert.
+
+    Args:
+        dtype: Such as "float32".
+        shape: Of one row; -1 where any size will do.
+        name: The keyword by which an input is handed over; "" if it is handed over by its place.
+    """
+
+    dtype: Annotated[str, msgspec.Meta(max_length=32)]
+    shape: Annotated[tuple[Annotated[int, msgspec.Meta(ge=-1, le=1 << 31)], ...], msgspec.Meta(max_length=7)]
+    name: Annotated[str, msgspec.Meta(max_length=64)] = ""
+
+
+class ExpertSchema(msgspec.Struct, array_like=True, frozen=True):
+    """What an expert takes and what it gives, each tensor [rows, *shape]."""
+
+    inputs: Annotated[tuple[TensorSchema, ...], msgspec.Meta(max_length=MAX_TENSORS)]
+    outputs: Annotated[tuple[TensorSchema, ...], msgspec.Meta(max_length=MAX_TENSORS)]
+
+
 class ExpertRequest(msgspec.Struct, array_like=True):
     """The body of a call to an expert.
 
-    The tensors beside it, each [rows, ...], are the expert's inputs and, in a backward call, the gradient of its output
-    behind them.
+    The tensors beside it, each [rows, ...], are the expert's inputs and, in a backward call, the gradients of its
+    outputs behind them.
 
     Args:
         uid: The expert that is called.
         forward_updates: In a backward call, the `updates` with which the forward call of the same rows was answered, if
             known. The server tells from it how stale the gradient is.
+        outputs: In a backward call, how many of the tensors are gradients of outputs.
+        keywords: The names of the last inputs, which are handed to the expert by keyword.
+        train: Whether a backward call trains the expert. False asks for the gradients of the inputs only.
     """
 
     uid: str
     forward_updates: Count | None = None
+    outputs: Annotated[int, msgspec.Meta(ge=1, le=MAX_TENSORS)] = 1
+    keywords: Annotated[
+        tuple[Annotated[str, msgspec.Meta(max_length=64)], ...], msgspec.Meta(max_length=MAX_TENSORS)
+    ] = ()
+    train: bool = True
 
 
 class ExpertReply(msgspec.Struct, array_like=True):
     """The body of an expert's answer.
 
-    The tensors beside it are the output [rows, ...] or, for a backward call, the gradients of the floating-point inputs
-    in their order.
+    The tensors beside it are the outputs, each [rows, ...], or, for a backward call, the gradients of the
+    floating-point inputs in their order.
 
     Args:
         queue_seconds: How long the request waited for its batch.
         compute_seconds: How long the whole batch took.
         updates: Optimizer steps that the expert has made by now.
+        leaving: Whether the server is about to stop, and the expert is not to be called again there.
     """
 
     queue_seconds: Seconds
     compute_seconds: Seconds
     updates: Count
+    leaving: bool = False

@@ -555,7 +555,7 @@ async def test_a_message_over_the_limit_is_refused_before_it_is_sent(wire: Wire,
 
 # ---------------------------------------------------------------- peers that speak another version of the protocol
 
-OLD, NEW = 1, 2
+OLD, NEW = 1, 3
 REQUEST_OF_OLD = b"LK\x01\x01" + (7).to_bytes(8, "big") + b"\x94\xa4echo\xcd\x13\x88\xa4body\x90"
 """How version 1 calls `echo` with "body": prelude (magic, version, kind, id), then method, ms, body and tensors."""
 

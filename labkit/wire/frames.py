@@ -27,7 +27,7 @@ from torch import Tensor
 from labkit.errors import MalformedMessage, MessageTooLarge
 from labkit.wire.compression import CODECS
 
-VERSION = 2  # of the protocol; raise it when bodies or methods change in a way that an older node cannot read
+VERSION = 3  # of the protocol; raise it when bodies or methods change in a way that an older node cannot read
 MAGIC = b"LK"
 MAX_NDIM = 8
 SMALL_TENSOR = 1 << 14  # bytes; up to here copying a tensor is quicker than checking whether it is aligned
