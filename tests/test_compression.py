@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from labkit.wire.compression import BLOCK_SIZE, CODECS, Codec, codec_for
+from labkit.wire.frames import ReplyHeader, decode, decode_tensors, encode_reply
 
 EVERY_DTYPE = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -45,6 +46,35 @@ def test_none_gives_back_every_dtype_and_shape_exactly(dtype, shape):
 def test_lossy_codecs_take_every_floating_dtype_and_shape(name, dtype, shape):
     tensor = torch.randn(shape, generator=torch.manual_seed(0)).to(dtype)
     torch.testing.assert_close(there_and_back(CODECS[name], tensor), tensor, atol=0.02, rtol=2**-6)
+
+
+NUMBERS = torch.linspace(-3, 3, 700)
+ODD = {
+    "one number of every second": NUMBERS[::2][:1],
+    "one number of a column": NUMBERS.view(70, 10)[4:5, 3:4],
+    "one number, expanded": NUMBERS[7].expand(1, 1, 1),
+    "one number with the sign still to flip": torch.tensor([1 + 2j]).conj().imag,
+    "without dimensions": NUMBERS[5],
+    "empty, of every second": NUMBERS[::2][:0],
+    "a block that is one number": NUMBERS[9].expand(BLOCK_SIZE),
+    "rows that are one row": NUMBERS[:5].expand(4, 5),
+    "transposed": NUMBERS.view(70, 10).T,
+    "a slice": NUMBERS.view(70, 10)[3:9, ::3],
+    "channels last": NUMBERS[:120].view(2, 3, 4, 5).to(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("tensor", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_every_codec_takes_tensors_laid_out_in_any_way_and_so_does_a_message(name, tensor, dtype):
+    tensor = tensor.to(dtype)
+    plain = tensor.resolve_neg().clone(memory_format=torch.contiguous_format)
+    expected = there_and_back(CODECS[name], plain)
+    assert torch.equal(there_and_back(CODECS[name], tensor), expected)
+    message = decode([bytes(frame) for frame in encode_reply(1, None, [tensor], name)])
+    assert isinstance(message.header, ReplyHeader)
+    assert torch.equal(decode_tensors(message.header.tensors, message.payload)[0], expected)
 
 
 @given(vectors)

@@ -166,7 +166,9 @@ def _in_blocks(flat: Tensor) -> Tensor:
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
-    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.resolve_neg().cpu().contiguous()
+    # One number may keep any stride and still count as contiguous, but cannot be viewed as bytes then.
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
 
 
 def _view(raw: Tensor, dtype: torch.dtype) -> Tensor:

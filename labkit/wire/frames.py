@@ -195,7 +195,7 @@ def _encode_tensors(tensors: Sequence[Tensor], codec: str) -> tuple[list[TensorS
 
 def _buffer(tensor: Tensor, codec: str) -> memoryview:
     if codec == "none" and tensor.is_cpu and tensor.is_contiguous() and tensor.dtype in _NUMPY and tensor.numel():
-        return memoryview(tensor.numpy().data).cast("B")
+        return memoryview(tensor.resolve_neg().numpy().data).cast("B")
     raw = CODECS[codec].encode(tensor.cpu())
     return memoryview(raw.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
