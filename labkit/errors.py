@@ -10,7 +10,12 @@ from typing import ClassVar
 
 
 class LabkitError(Exception):
-    """The base of all errors that labkit raises on purpose."""
+    """The base of all errors that labkit raises on purpose.
+
+    `recoverable` is False for what cannot get better by itself, however often it is tried again.
+    """
+
+    recoverable: bool = True
 
 
 # ---------------------------------------------------------------- failed remote calls
@@ -151,11 +156,18 @@ class JoinError(LabkitError):
 
 
 class NoExperts(LabkitError):
-    """No live expert was found."""
+    """No live expert was found. Not `recoverable` if the swarm knows of no such grid or expert at all."""
 
 
 class NotEnoughExperts(LabkitError):
     """Fewer than `k_min` experts answered some rows. The text names experts and causes."""
+
+
+class ExpertsRefused(NotEnoughExperts):
+    """All experts that were asked for some rows refused them, for the reasons in the text, each said once.
+
+    Not `recoverable` if they would refuse such rows every time, as those of another width.
+    """
 
 
 # ---------------------------------------------------------------- the notebook
