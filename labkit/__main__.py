@@ -205,7 +205,7 @@ def run_keygen(options: argparse.Namespace) -> int:
     identity = Identity.generate()
     try:
         identity.save(options.file)
-    except LabkitError as error:
+    except (LabkitError, ValueError) as error:
         return _fail(error)
     except OSError as error:
         return _fail(f"{options.file} cannot be written: {error.strerror}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
+
+from labkit.paths import user_path
 
 BETTER_IF_LESS = {  # our figure -> the peer's figure that it is compared with
     "store_s": "store_s", "get_s": "get_s", "get_any_s": "get_s", "forward_s": "forward_s", "backward_s": "backward_s",
@@ -70,7 +71,7 @@ def read_peer(path: str, bench: str, options: Mapping[str, Any]) -> dict[str, fl
         ValueError: The file has no figures, or its `work` is not what the benchmark does with these options.
     """
     try:
-        peer = json.loads(Path(path).read_text().strip().splitlines()[-1])
+        peer = json.loads(user_path(path, "peer_json").read_text().strip().splitlines()[-1])
         figures = {name: float(peer[name]) for name in PEER_FIGURES[bench] if name in peer}
         work = {**PEER_DEFAULTS.get(bench, {}), **peer.get("work", {})}
     except (OSError, ValueError, IndexError, TypeError, AttributeError) as error:

@@ -23,6 +23,7 @@ from typing import Any
 from labkit.bench.report import check_at_least, ratios_to
 from labkit.errors import LabkitError
 from labkit.launch.runners import OWN_GROUP
+from labkit.paths import user_path
 
 MEASUREMENT_TIMEOUT = 1200.0  # seconds; the latency benchmark takes six minutes
 PEER_TIMEOUT = 180.0  # seconds of one run of a peer's script
@@ -105,6 +106,11 @@ class SuiteConfig:
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "runs")
+        object.__setattr__(self, "out", str(user_path(self.out, "out")))
+        if self.peer_scripts is not None:
+            object.__setattr__(self, "peer_scripts", str(user_path(self.peer_scripts, "peer_scripts")))
+        if "/" in self.peer_python or os.sep in self.peer_python:  # else it is found in PATH
+            object.__setattr__(self, "peer_python", str(user_path(self.peer_python, "peer_python")))
         if self.peer_scripts is not None and not Path(self.peer_scripts).is_dir():
             raise ValueError(f"peer_scripts={self.peer_scripts}: there is no such folder")
         if not Path(self.out).parent.is_dir():

@@ -40,6 +40,7 @@ from labkit.cli.page_server import (
 from labkit.contact import Contact
 from labkit.errors import LabkitError
 from labkit.launch.runners import OWN_GROUP
+from labkit.paths import user_path
 from labkit.swarm import Swarm
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class WatchPage:
         token = secrets.token_urlsafe(32)
         self._folder = tempfile.TemporaryDirectory(prefix="labkit-watch-", ignore_cleanup_errors=True)
         self._log = Path(self._folder.name) / "log"
-        key = None if key is None else str(Path(key).expanduser().resolve())
+        key = None if key is None else str(user_path(key, "key"))
         config = PageServerConfig(str(invite), secret, key, port, token, self._folder.name, LONELY_TIME)
         try:
             with self._log.open("wb") as log:

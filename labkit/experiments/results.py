@@ -21,6 +21,7 @@ import torch
 from labkit.experiments.convergence import ConvergenceConfig, History
 from labkit.experiments.expert_search import SearchConfig, measure
 from labkit.launch.parent import watch_parent
+from labkit.paths import user_path
 
 COUNTS_BY_STALENESS = ("staleness", "expert_staleness")  # counters of a `History`
 COUNTS_BY_NAME = ("usage", "failures")
@@ -54,6 +55,7 @@ def save(path: Path, config: ConvergenceConfig, history: History) -> None:
         "cpus": os.cpu_count(),
     }
     table = table.replace_schema_metadata({"config": json.dumps(asdict(config)), "made": json.dumps(made)})
+    path = user_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".new")
     pq.write_table(table, unfinished, compression="zstd")
@@ -99,7 +101,7 @@ def load_all(folder: Path) -> dict[str, dict[int, tuple[ConvergenceConfig, Histo
         name -> seed -> config and history. Runs that differ only by their seed share a name.
     """
     runs: dict[str, dict[int, tuple[ConvergenceConfig, History]]] = {}
-    for path in sorted(folder.glob("*.parquet")):
+    for path in sorted(user_path(folder, "folder").glob("*.parquet")):
         config, history = load(path)
         runs.setdefault(path.stem.removesuffix(f"-{config.seed}"), {})[config.seed] = config, history
     return runs
@@ -121,6 +123,7 @@ def measure_all(configs: Sequence[SearchConfig], path: Path) -> list[dict[str, A
     Raises:
         RuntimeError: A measurement failed.
     """
+    path = user_path(path)
     lines = path.read_text().splitlines() if path.exists() else []
     known = [json.loads(line) for line in lines]
     results = []

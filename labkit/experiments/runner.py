@@ -22,6 +22,7 @@ from typing import Any
 from labkit.experiments.convergence import ConvergenceConfig, run
 from labkit.experiments.results import load, save
 from labkit.launch.parent import watch_parent
+from labkit.paths import user_path
 from labkit.training.datasets import load as load_data
 
 PROGRESS_STEP = 32  # updates from one line of progress to the next
@@ -115,6 +116,8 @@ def run_all(
     """
     from tqdm.auto import tqdm
 
+    folder = user_path(folder, "folder")
+    data_dir = None if data_dir is None else user_path(data_dir, "data_dir")
     missing = {name: config for name, config in runs.items() if not is_done(folder / f"{name}.parquet", config)}
     waiting: SimpleQueue[str] = SimpleQueue()
     for name in missing:

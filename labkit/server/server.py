@@ -27,6 +27,7 @@ from labkit.expert_protocol import BACKWARD, FORWARD, STATISTICS, Direction, Exp
 from labkit.expert_uid import check_inside, split_uid
 from labkit.faults import Faults
 from labkit.node import NodeConfig, open_node
+from labkit.paths import user_path
 from labkit.server.backend import ExpertBackend
 from labkit.server.checkpoints import Progress, keep_checkpoints, restore, save_all
 from labkit.server.layers import kind_name, make_expert
@@ -76,6 +77,8 @@ class ServerConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        if self.checkpoint_dir is not None:  # absolute, so that a later restart finds it, whatever the folder is then
+            object.__setattr__(self, "checkpoint_dir", str(user_path(self.checkpoint_dir, "checkpoint_dir")))
         for uid in self.uids:
             split_uid(uid)
         if self.grid is not None:
@@ -305,7 +308,7 @@ def checkpoint_directory(path: str | Path | None) -> str | None:
     """The path of a directory for checkpoints, made if need be. Raises `LabkitError` if it cannot be written to."""
     if path is None:
         return None
-    directory = Path(path).expanduser()
+    directory = user_path(path, "checkpoint_dir")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if not os.access(directory, os.W_OK):

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from labkit.errors import DataNotFound
+from labkit.paths import user_path
 
 HUB_NAMES = {"mnist": "ylecun/mnist"}  # short names of ours
 HUB_TIMEOUT = 5.0  # seconds until the hub counts as out of reach
@@ -93,7 +94,7 @@ def load(dataset: str = "digits", data_dir: str | Path | None = None, *, seed: i
         if data_dir is not None:
             raise ValueError("digits is part of scikit-learn and reads no files: leave data_dir out, or name another")
         return _digits(seed)
-    splits = _from_hub(dataset) if data_dir is None else _from_files(dataset, Path(data_dir))
+    splits = _from_hub(dataset) if data_dir is None else _from_files(dataset, user_path(data_dir, "data_dir"))
     with splits as (train, test):
         train_x, train_y = _tensors(train, dataset)
         test_x, test_y = _tensors(test, dataset)

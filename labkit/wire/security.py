@@ -26,6 +26,7 @@ from zmq.utils import z85
 
 from labkit.contact import is_loopback
 from labkit.errors import LabkitError
+from labkit.paths import user_path
 
 logger = logging.getLogger(__name__)
 _KEY_FILE_HEADER = "labkit-key-1"
@@ -45,7 +46,7 @@ class Identity:
     @classmethod
     def load(cls, path: str | Path) -> Identity:
         """Read a key file. Raises `LabkitError` if it cannot be used, or other users can read it."""
-        path = Path(path).expanduser()
+        path = user_path(path, "key")
         try:
             if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
                 raise LabkitError(f"the key file {path} can be read by others; make it yours alone: chmod 600 {path}")
@@ -60,7 +61,7 @@ class Identity:
 
     def save(self, path: str | Path) -> None:
         """Write a key file with mode 600. Raises `LabkitError` if the file exists."""
-        path = Path(path).expanduser()
+        path = user_path(path, "key")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

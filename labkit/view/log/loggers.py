@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from labkit.paths import user_path
 from labkit.view.log.rows import LoggedHistogram, LoggedRow, LoggedTable, LoggedValue
 from labkit.view.picture.canvas import Picture
 
@@ -73,7 +74,7 @@ class JsonlLogger(RichLogger):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = user_path(path)
         self._file = open(self.path, "a+b")  # noqa: SIM115, until `finish`
         self._end_torn_line()
 
@@ -160,7 +161,7 @@ class WandbLogger(RichLogger):
             raise ValueError(f"picture_every={picture_every!r}: seconds between two pictures, more than 0")
         self.run = run
         self.picture_every = picture_every
-        self._checkpoints = checkpoints
+        self._checkpoints = None if checkpoints is None else user_path(checkpoints, "checkpoints")
         for place, axis in (("train", "train/step"), ("swarm", "swarm/seconds")):
             run.define_metric(axis)
             run.define_metric(f"{place}/*", step_metric=axis)
@@ -193,7 +194,7 @@ class WandbLogger(RichLogger):
         """
         import wandb
 
-        directory = Path(directory)
+        directory = user_path(directory, "directory")
         files = sorted(directory.rglob("*.safetensors"))
         if not files:
             raise ValueError(f"there are no checkpoints (*.safetensors) in {directory}")

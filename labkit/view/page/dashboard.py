@@ -20,6 +20,7 @@ import anywidget
 import traitlets
 
 from labkit.errors import LabkitError
+from labkit.paths import user_path
 from labkit.view.page.commands import EXPORT_FORMATS
 from labkit.view.page.local_source import DashboardView
 from labkit.view.page.pages import ButtonCommand, Chunk, FrameDue, FrameSource, Header, Pages
@@ -177,7 +178,7 @@ class Dashboard(anywidget.AnyWidget):
         Raises:
             ValueError: The path has another suffix.
         """
-        path = Path(path)
+        path = user_path(path)
         format = path.suffix.lower().removeprefix(".")
         if format not in EXPORT_FORMATS:
             known = ", ".join(f".{format}" for format in EXPORT_FORMATS)

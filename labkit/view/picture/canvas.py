@@ -18,6 +18,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from labkit.paths import user_path
+
 FONT = "DejaVu Sans"  # comes with matplotlib
 DPI = 100
 INK, DIM, FAINT = "#1a1a1a", "#666666", "#d0d0d0"  # colours of text, of secondary text, and of lines between parts
@@ -53,7 +55,7 @@ class Picture:
         Raises:
             OSError: The file cannot be written.
         """
-        path = Path(path)
+        path = user_path(path)
         path.write_bytes(self.png)
         return path
 
