@@ -196,12 +196,10 @@ class Swarm:
         sizes, chosen = self._portal.call(planning.choose_places, self._node, name, known, grid, experts, uids)
         if options != given and experts is None and uids is None:
             planning.check_all_places(kind, options, name, len(chosen))
-        directory = checkpoint_directory(
-            Path(self._folder.name) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
-        )
+        folder = Path(self._folder.name) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
         config = ServerConfig(
             uids=tuple(chosen), grid=sizes, kind=kind, options=options, backend=backend or BackendConfig(),
-            checkpoint_dir=directory, checkpoint_period=checkpoint_period, threads=threads, seed=seed,
+            checkpoint_dir=checkpoint_directory(folder), checkpoint_period=checkpoint_period, threads=threads, seed=seed,
         )  # fmt: skip
         plans = planning.plan_servers(
             config, servers, self._node_config, self._node.contact, member_file=self._members.file,

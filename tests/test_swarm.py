@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -327,7 +328,7 @@ def test_an_expert_whose_own_code_fails_is_told_of_with_its_own_words(swarm):
 def test_a_stop_that_cannot_save_says_so(swarm, tmp_path):
     directory = tmp_path / "gone"
     (server,) = swarm.serve("ffn", hidden=4, grid=(1,), isolation="task", backend=SGD, checkpoint_dir=directory)
-    directory.rmdir()
+    shutil.rmtree(directory)
     directory.touch()
     with pytest.raises(ServerFailed, match=r"did not end cleanly: .*gone"):
         server.stop()

@@ -32,6 +32,7 @@ from labkit.server.backend import ExpertBackend
 from labkit.server.checkpoints import Progress, keep_checkpoints, restore, save_all
 from labkit.server.layers import kind_name, make_expert
 from labkit.server.optimizer import BackendConfig
+from labkit.server.ownership import FolderClaim, own_checkpoints
 from labkit.server.runtime import Executor, QueuedRequest, Result, Runtime
 from labkit.server.statistics import ServerStatistics
 from labkit.wire.rpc_types import AsyncMethod, CallbackMethod, Methods, Reply, Request, RespondFn
@@ -233,7 +234,23 @@ async def serve_experts(
         executor: Where to compute. In a simulation that is `InlineCompute`, with which nothing leaves this thread.
         allow: Called before the server counts as started, with the seconds that a clean stop may take (`stop_timeout`).
         task_status: Started with the node's contact.
+
+    Raises:
+        FolderTaken: Another server saves one of these experts in the same folder.
     """
+    async with own_checkpoints(config.checkpoint_dir, config.uids, in_thread=executor is None) as claim:
+        await _serve_owned(
+            network, identity, config, node_config, claim, join=join, admission=admission, faults=faults, emit=emit,
+            stop=stop, executor=executor, allow=allow, task_status=task_status,
+        )  # fmt: skip
+
+
+async def _serve_owned(
+    network: Network, identity: Identity, config: ServerConfig, node_config: NodeConfig | None, claim: FolderClaim, *,
+    join: Sequence[Contact], admission: Admission | None, faults: Faults | None, emit: Emit, stop: trio.Event | None,
+    executor: Executor | None, allow: Callable[[float], object] | None, task_status: trio.TaskStatus[Contact],
+) -> None:  # fmt: skip
+    """Do it all, with the experts' checkpoints owned."""
     server = await _build(partial(ExpertServer, config, faults, emit, executor, timers=network.timers), executor)  # 1
     if allow is not None:
         allow(stop_timeout(server.runtime.backends.values()))
@@ -257,6 +274,7 @@ async def serve_experts(
                 )
             task_status.started(node.contact)
             await stop.wait()  # 5
+            claim.leave()
             keepers.cancel_scope.cancel()
         with trio.move_on_after(SETTLE_TIMEOUT):  # a batch that takes long must not keep all experts from being saved
             await server.runtime.settle()

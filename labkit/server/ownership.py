@@ -1,0 +1,288 @@
+"""Who owns which checkpoints of a folder: one server at a time saves an expert there, and none overwrites another's.
+
+A batch passes by. `serve_experts` claims its experts before it loads them, and gives them back when it has saved them.
+
+A claim is a file in the folder, `.claim~….lock`, that its server keeps locked (`flock`, or its like on Windows). The
+system unlocks it when the process ends, however it ends, so a killed server leaves a file that says nothing any more;
+whoever claims next removes it. To read checkpoints takes no claim. Machines that share a disk see each other's claims
+where the file system passes locks on, as NFS does.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+import trio
+
+from labkit.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+GRACE = 2.0  # seconds in which an owner whose notebook has just ended may notice it
+LEAVING_TIMEOUT = 60.0  # seconds in which an owner that is stopping may save its experts
+INTERVAL = 0.1  # seconds between two attempts
+GATE = ".claims~.lock"  # locked by whoever looks at the claims and makes one, for a moment
+GATE_TIMEOUT = 5.0  # seconds
+LOCKED_BYTE = 1 << 30  # where Windows locks: behind the end, since what is locked cannot be read there
+UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF, errno.ENOTTY}
+
+
+class ClaimRecord(msgspec.Struct):
+    """What a claim says of its owner, in JSON."""
+
+    host: str
+    pid: int
+    since: str  # its local time
+    names: list[str]  # what is claimed: experts, by their uids
+    leaving: bool = False  # whether it is about to save them and to end
+
+
+class FolderTaken(CheckpointError):
+    """Another server owns an expert's checkpoint in this folder."""
+
+    def __init__(self, text: str, leaving: bool) -> None:
+        super().__init__(text)
+        self.leaving = leaving
+
+
+class FolderClaim:
+    """A claim that holds until `release`, or until this process ends."""
+
+    def __init__(self, path: Path | None = None, descriptor: int = -1, record: ClaimRecord | None = None) -> None:
+        self._path, self._descriptor, self._record = path, descriptor, record
+
+    def leave(self) -> None:
+        """Tell whoever wants the same experts that they will be free soon, and that waiting is worth it."""
+        if self._record is not None and self._descriptor >= 0:
+            self._record.leaving = True
+            with suppress(OSError):  # it is a courtesy
+                _write(self._descriptor, self._record)
+
+    def release(self) -> None:
+        """Give the experts back. Safe to repeat."""
+        if self._path is None or self._descriptor < 0:
+            return
+        _held.pop(self._path.name, None)
+        descriptor, self._descriptor = self._descriptor, -1
+        if os.name == "posix":
+            self._path.unlink(missing_ok=True)  # before it is unlocked, or it could be another's by then
+        os.close(descriptor)
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        with suppress(OSError):
+            os.close(self._descriptor)
+        self._descriptor = -1
+
+
+_held: dict[str, FolderClaim] = {}  # of this process, by the name of the file
+
+
+@asynccontextmanager
+async def own_checkpoints(
+    folder: str | None, names: Sequence[str], *, in_thread: bool = True
+) -> AsyncIterator[FolderClaim]:
+    """Own these experts' checkpoints in a folder for the length of the block.
+
+    It waits for an owner that is about to end: a moment for any, since its notebook may just have been restarted, and
+    longer for one that says that it is leaving.
+
+    Args:
+        folder: The folder, made if need be; None claims nothing.
+        names: The experts, by their uids.
+        in_thread: Whether a thread may look at the disk; in virtual time it may not.
+
+    Raises:
+        FolderTaken: A server that lives owns one of them. The text says which, and what to do.
+        CheckpointError: The folder cannot be written to.
+    """
+    claim = FolderClaim() if folder is None else await _claim_patiently(folder, names, in_thread)
+    try:
+        yield claim
+    finally:
+        claim.release()
+
+
+async def _claim_patiently(folder: str, names: Sequence[str], in_thread: bool) -> FolderClaim:
+    started = trio.current_time()
+    while True:
+        try:
+            if in_thread:
+                return await trio.to_thread.run_sync(claim_checkpoints, folder, names)
+            return claim_checkpoints(folder, names)
+        except FolderTaken as error:
+            if trio.current_time() - started > (LEAVING_TIMEOUT if error.leaving else GRACE):
+                raise
+        await trio.sleep(INTERVAL)
+
+
+def claim_checkpoints(folder: str | os.PathLike[str], names: Iterable[str]) -> FolderClaim:
+    """Claim experts' checkpoints in a folder, now. Raises as `own_checkpoints` does."""
+    folder, wanted = Path(folder), set(names)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        gate = _open_gate(folder)
+        try:
+            for path in folder.glob(".claim~*.lock"):
+                _check(path, folder, wanted)
+            return _make_claim(folder, wanted)
+        finally:
+            _close_gate(folder, gate)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise CheckpointError(f"no checkpoints can be kept in {folder}: {error.strerror or error}") from None
+    logger.warning(
+        "files in %s cannot be locked, so nobody notices if two servers save the same experts there: make sure that "
+        "this is the only one",
+        folder,
+    )
+    return FolderClaim()
+
+
+def _check(path: Path, folder: Path, wanted: set[str]) -> None:
+    """Look at another's claim: remove it if its owner is gone. Raises `FolderTaken` if it has what is wanted."""
+    if path.name not in _held and _is_stale(path):  # our own are not opened: on NFS, to close one would unlock it
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        return
+    try:
+        record = msgspec.json.decode(path.read_bytes(), type=ClaimRecord)
+    except FileNotFoundError:
+        return
+    except (OSError, msgspec.DecodeError):
+        record = ClaimRecord("?", 0, "?", sorted(wanted))  # being rewritten, or not readable: believe it to be in use
+    both = sorted(wanted.intersection(record.names))
+    if not both:
+        return
+    who = f"the process {record.pid} on {record.host}, since {record.since}"
+    if (record.pid, record.host) == (os.getpid(), socket.gethostname()):
+        who = "another server of this process"
+    others = f" and {len(both) - 1} more" if len(both) > 1 else ""
+    raise FolderTaken(
+        f"{folder} has an owner: {both[0]}{others} there belong to {who}. Two that save to the same files would "
+        "overwrite each other: stop that one first, or give this one another folder (checkpoint_dir=…)",
+        record.leaving,
+    )
+
+
+def _is_stale(path: Path) -> bool:
+    """Whether the owner of a claim has ended: then nobody has locked its file."""
+    try:
+        descriptor = _open(path, os.O_RDWR)
+    except PermissionError:
+        try:
+            descriptor = _open(path, os.O_RDONLY)
+        except PermissionError:
+            return False
+        except FileNotFoundError:
+            return True
+    except FileNotFoundError:
+        return True
+    try:
+        return _try_lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_claim(folder: Path, names: set[str]) -> FolderClaim:
+    since = datetime.now().astimezone().isoformat(" ", "seconds")
+    record = ClaimRecord(socket.gethostname(), os.getpid(), since, sorted(names))
+    path = folder / f".claim~{secrets.token_hex(8)}.lock"
+    descriptor = _open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    try:
+        if not _try_lock(descriptor):
+            raise OSError(errno.ENOLCK, "a new file is locked already")
+        _write(descriptor, record)
+    except BaseException:
+        os.close(descriptor)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise
+    claim = _held[path.name] = FolderClaim(path, descriptor, record)
+    return claim
+
+
+def _open_gate(folder: Path) -> int:
+    """Lock the gate: one at a time looks at the claims of a folder and makes one. Returns its descriptor."""
+    path, deadline = folder / GATE, time.monotonic() + GATE_TIMEOUT
+    while time.monotonic() < deadline:
+        descriptor = _open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            # The one before removes the file, and then a lock of it locks nothing.
+            if _try_lock(descriptor) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            with suppress(OSError):
+                path.unlink()
+            raise
+        os.close(descriptor)
+        time.sleep(INTERVAL / 10)
+    raise OSError(errno.EBUSY, f"another process holds {path.name} for longer than {GATE_TIMEOUT:.0f} s; is it frozen?")
+
+
+def _close_gate(folder: Path, descriptor: int) -> None:
+    with suppress(OSError):  # Windows does not let go of a file that is open
+        (folder / GATE).unlink(missing_ok=True)
+    os.close(descriptor)
+
+
+def _open(path: Path, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o666)
+
+
+def _write(descriptor: int, record: ClaimRecord) -> None:
+    data = json.dumps(msgspec.to_builtins(record)).encode()
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.write(descriptor, data + b" " * 8)  # it only grows
+    os.ftruncate(descriptor, len(data))
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _try_lock(descriptor: int) -> bool:
+        """Lock an open file until it is closed. Returns whether nobody else has it locked."""
+        os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except PermissionError:
+            return False
+        return True
+
+else:
+    import fcntl
+
+    def _try_lock(descriptor: int) -> bool:
+        """Lock an open file until it is closed. Returns whether nobody else has it locked."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
+
+def _forget_in_child() -> None:
+    """A forked child holds the same open files: it lets go of them, so that a claim ends with its server's process."""
+    for claim in _held.values():
+        claim._close()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
