@@ -55,6 +55,7 @@ ONLY = {
         "server/executor.py",
         "training/run.py",
         "training/shared_model.py",
+        "training/turns.py",
         "simulation/lockstep.py",
         "launch/parent.py",
         "view/worker_thread.py",

@@ -202,7 +202,7 @@ def test_a_gradient_whose_square_overflows_changes_nothing_since_adam_would_neve
     shared = zeros(dtype, torch.optim.Adam)
     with pytest.raises(FloatingPointError, match="the gradient of weight is not finite, or its square"):
         step(shared, too_large)
-    assert not shared.optimizer.state
+    assert shared.optimizer is not None and not shared.optimizer.state
     assert step(shared, large).all()
 
 
@@ -210,6 +210,7 @@ def test_in_half_precision_adam_takes_large_gradients_that_are_clipped_and_its_s
     shared = zeros(torch.float16, torch.optim.Adam, clip_grad_norm=255.0)
     for _ in range(3):
         assert step(shared, 60_000).isfinite().all()
+    assert shared.optimizer is not None
     [kept] = shared.optimizer.state.values()
     assert kept["exp_avg_sq"].isfinite().all()
 
@@ -349,10 +350,11 @@ def test_the_same_seed_gives_the_same_batches_and_another_others(data):
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (None, "a Dataset, or an iterable of batches, not NoneType"),
+        (None, "a Dataset, or an iterable of batches.*; not NoneType"),
         ([], "there are no batches in it"),
         ("digits", "data=str: .* what lk.load.name. returns"),
-        ((ROWS.numpy(), LABELS.numpy()), "two torch tensors .torch.from_numpy"),
+        ((ROWS, "labels"), "an iterable of batches"),
+        ((ROWS.numpy(), LABELS.numpy().astype(str)), "an array of <U21 cannot become a tensor"),
         (ROWS, "data=Tensor"),
         ((ROWS, LABELS[:3]), "10 rows and y has 3"),
     ],
@@ -366,8 +368,9 @@ def test_unusable_data_is_refused_at_once(data, said):
     ("data", "said"),
     [
         ((batch for batch in [(X, Y)] * 2), "no more batches .* a generator"),
-        ([X, Y, X], "a batch is a pair .x, y., not a Tensor"),
-        ([(X, Y, X)], "a batch is a pair .x, y., not 3 things"),
+        (["X", "Y", "Z"], "a batch is .x, y., a dictionary or a tensor, not a str"),
+        ([(X[0], 1), (X[1], 0)], "this is a row and no batch"),
+        ([()], "a batch is empty"),
     ],
 )
 def test_batches_that_are_no_batches_end_the_run(data, said):

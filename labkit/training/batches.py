@@ -1,82 +1,318 @@
-"""The batches of a run, made from data in any of several forms.
+"""The batches of a run, made from data in any of several forms, and the place in them that a run has reached.
 
-Where a batch comes from: a trainer takes the next one here, under the lock of its run.
+Where a batch comes from: a trainer takes the next one from a `Stream`, under the lock of its run.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from labkit.training.datasets import ClassificationData, batches
+from labkit.training.datasets import ClassificationData
 
-Batch = tuple[Tensor, Tensor]
+FORMS = (
+    "(x, y) as two torch tensors or numpy arrays, (x1, x2, y) with several inputs, what lk.load(name) returns, a "
+    "Dataset, or an iterable of batches, such as a DataLoader"
+)
+TARGETS = ("labels", "label", "targets", "target", "y")  # where a batch that is a dictionary keeps its y
+_END = object()
 
 
-def stream(data: Any, batch_size: int, seed: int) -> tuple[int | None, Generator[Batch, None, None]]:
-    """Turn data into batches without end.
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a model is called with, `model(*inputs, **keywords)`, and what its outputs are compared with.
 
     Args:
-        data: `(x, y)` tensors, a `ClassificationData` (its training part), a torch `Dataset` of pairs, or any iterable
-            of batches `(x, y)`, such as a `DataLoader`, which is gone through again and again.
-        batch_size: Rows of a batch, where the data are not batches already.
-        seed: The same one gives the same batches, except where an iterable of the caller's decides.
+        inputs: The positional inputs.
+        keywords: The inputs by keyword.
+        target: Y; None if there is none.
+        rows: How many rows it has.
+    """
 
-    Returns:
-        How many batches an epoch has, None if that is not known, and the batches.
+    inputs: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+    target: Any
+    rows: int
+
+
+def batch_of(raw: Any) -> Batch:
+    """Take apart what a loop over a `DataLoader` gets.
+
+    1. A tuple or list: the last part is y, and the others are inputs; a single part is both.
+    2. A dictionary: keywords. Y is one of them, called as in `TARGETS`; the model gets it too if it takes it.
+    3. A tensor: input and y, as for a language model. Any other object: an input, whose `y` is y.
+
+    Raises:
+        ValueError: It is one row, or nothing that a model could take.
+    """
+    if isinstance(raw, Batch):
+        return raw
+    if isinstance(raw, Mapping):  # 2
+        target = next((raw[name] for name in TARGETS if raw.get(name) is not None), None)
+        return Batch((), dict(raw), target, rows_of(raw) or 1)
+    if isinstance(raw, (tuple, list)) and not isinstance(raw, PackedSequence):  # 1
+        if not raw:
+            raise ValueError("data: a batch is empty")
+        *inputs, target = (raw[0], raw[0]) if len(raw) == 1 else raw
+        if isinstance(target, (int, float)):
+            raise ValueError(
+                "data: this is a row and no batch, since its y is a number and not a tensor; a DataLoader makes "
+                "batches of rows"
+            )
+        rows = rows_of(inputs)
+        return Batch(tuple(inputs), {}, target, rows_of(target) or 1 if rows is None else rows)
+    if raw is None or isinstance(raw, (str, bytes, int, float)):
+        raise ValueError(f"data: a batch is (x, y), a dictionary or a tensor, not a {type(raw).__name__}")
+    target = raw if isinstance(raw, Tensor) else getattr(raw, "y", None)  # 3
+    return Batch((raw,), {}, target, rows_of(raw) or 1)
+
+
+def rows_of(value: Any) -> int | None:
+    """How many rows are in the first tensor, array or list of numbers of a batch; None if there is none."""
+    if isinstance(value, PackedSequence):
+        return int(value.batch_sizes[0])
+    if isinstance(value, (Tensor, np.ndarray)):
+        return len(value) if value.ndim else 1
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        found = (rows_of(part) for part in value)
+        return next((rows for rows in found if rows is not None), None)
+    graphs = getattr(value, "num_graphs", None)
+    return graphs if isinstance(graphs, int) else None
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """The same batch on a device; arrays become tensors."""
+    if isinstance(value, Tensor):
+        return value if value.device == device else value.to(device)
+    if isinstance(value, np.ndarray):
+        return tensor_of(value).to(device)
+    if isinstance(value, Mapping):
+        return {name: moved(part, device) for name, part in value.items()}
+    if isinstance(value, (tuple, list)) and not isinstance(value, PackedSequence):
+        parts = [moved(part, device) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value.to(device) if hasattr(value, "to") else value
+
+
+def tensor_of(array: Any) -> Tensor:
+    """An array as a tensor; float64, which is numpy's habit, becomes torch's default type. Raises `ValueError`."""
+    if isinstance(array, Tensor):
+        return array
+    numbers = np.asarray(array)
+    if numbers.dtype.kind not in "biuf":
+        raise ValueError(f"data: an array of {numbers.dtype} cannot become a tensor; numbers are needed")
+    tensor = torch.from_numpy(
+        np.array(numbers, copy=not numbers.flags.writeable or min(numbers.strides, default=0) < 0)
+    )
+    if tensor.is_floating_point():
+        return tensor.to(torch.get_default_dtype())
+    return tensor.long() if numbers.dtype.kind in "iu" and numbers.itemsize > 1 else tensor
+
+
+# ---------------------------------------------------------------- epochs
+
+
+@dataclass(frozen=True)
+class Source:
+    """Data as epochs of batches.
+
+    Args:
+        epoch: Begins an epoch, after so many of its batches.
+        length: Batches in an epoch; None if that is not known.
+        generators: The random generators that decide what an epoch looks like, besides torch's global one.
+    """
+
+    epoch: Callable[[int], Iterator[Any]]
+    length: int | None
+    generators: tuple[torch.Generator, ...] = ()
+
+
+def source_of(data: Any, batch_size: int, *, seed: int | None) -> Source:
+    """Find out which form data have.
+
+    Args:
+        data: One of `FORMS`.
+        batch_size: Rows of a batch, where the data are not batches already.
+        seed: Of the order of the rows; None for the order that they have.
 
     Raises:
         ValueError: The data have none of these forms, or there are none.
     """
     if isinstance(data, ClassificationData):
-        data = (data.train_x, data.train_y)
-    generator = torch.Generator().manual_seed(seed)
-    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
-        x, y = data
-        return math.ceil(len(x) / batch_size), _pairs(batches(x, y, batch_size, generator))
+        data = (data.train_x, data.train_y) if seed is not None else (data.test_x, data.test_y)
+    generator = torch.Generator().manual_seed(seed or 0)
+    if isinstance(data, (tuple, list)) and len(data) >= 2 and all(_is_array(part) for part in data):
+        return _of_tensors([tensor_of(part) for part in data], batch_size, None if seed is None else generator)
     if _is_misfit(data):
-        raise ValueError(
-            f"data={type(data).__name__}: (x, y) as two torch tensors (torch.from_numpy makes one of an array), what "
-            "lk.load(name) returns, a Dataset, or an iterable of batches"
-        )
-    if isinstance(data, Dataset):
-        data = DataLoader(data, batch_size, shuffle=not isinstance(data, IterableDataset), generator=generator)
+        raise ValueError(f"data={type(data).__name__}: {FORMS}")
+    if isinstance(data, Dataset) or _is_map_style(data):
+        shuffle = seed is not None and not isinstance(data, IterableDataset)
+        data = DataLoader(data, batch_size, shuffle=shuffle, generator=generator)
     if not isinstance(data, Iterable):
-        raise ValueError(f"data: (x, y) tensors, a Dataset, or an iterable of batches, not {type(data).__name__}")
+        raise ValueError(f"data: {FORMS}; not {type(data).__name__}")
     try:
         length = len(data)  # type: ignore[arg-type]
     except TypeError:
-        return None, _pairs(_repeat(data))
+        length = None
     if length == 0:
         raise ValueError("data: there are no batches in it")
-    return length, _pairs(_repeat(data))
+
+    def epoch(skip: int) -> Iterator[Any]:
+        batches = iter(data)
+        for _ in islice(batches, skip):
+            pass
+        return batches
+
+    return Source(epoch, length, _generators(data))
+
+
+def _of_tensors(parts: Sequence[Tensor], batch_size: int, generator: torch.Generator | None) -> Source:
+    n = len(parts[0]) if parts[0].ndim else 0
+    if n == 0 or any(part.ndim == 0 or len(part) != n for part in parts):
+        *x, y = (f"{len(part)} rows" if part.ndim else "no rows" for part in parts)
+        raise ValueError(f"x has {', '.join(x)} and y has {y.removesuffix(' rows')}: as many of each, and at least one")
+
+    def epoch(skip: int) -> Iterator[Any]:
+        order = None if generator is None else torch.randperm(n, generator=generator)  # [n]
+        return cut(order, skip)
+
+    def cut(order: Tensor | None, skip: int) -> Iterator[Any]:
+        for start in range(skip * batch_size, n, batch_size):
+            rows = slice(start, start + batch_size) if order is None else order[start : start + batch_size]  # [batch]
+            yield tuple(part[rows] for part in parts)
+
+    return Source(epoch, math.ceil(n / batch_size), () if generator is None else (generator,))
+
+
+def _is_array(part: Any) -> bool:
+    return isinstance(part, (Tensor, np.ndarray)) or (hasattr(part, "__array__") and hasattr(part, "to_numpy"))
+
+
+def _is_map_style(data: Any) -> bool:
+    """Whether these are rows to be put together by a `DataLoader`: a table of the hub, or a class without a base."""
+    rows = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (tuple, list, DataLoader))
+    return rows and (hasattr(data, "column_names") or not hasattr(data, "__iter__"))
 
 
 def _is_misfit(data: Any) -> bool:
-    """Whether this could be iterated over, but surely is not data: a name, one tensor, a pair of arrays."""
+    """Whether this could be iterated over, but surely is not data: a name, one tensor, a pair of numbers."""
     if isinstance(data, (tuple, list)):
-        return len(data) == 2 and not any(isinstance(part, (Tensor, tuple, list)) for part in data)
-    return isinstance(data, (str, bytes, Mapping, Tensor))
+        batches = [isinstance(part, (Tensor, np.ndarray, tuple, list, Mapping)) for part in data]
+        return len(data) == 2 and (not all(batches) or sum(map(_is_array, data)) == 1)
+    return isinstance(data, (str, bytes, Mapping, Tensor, np.ndarray))
 
 
-def _repeat(data: Iterable[Any]) -> Iterator[Any]:
-    while True:
-        empty = True
-        for batch in data:
-            empty = False
-            yield batch
-        if empty:
-            raise ValueError("data: there are no more batches in it; a generator, which can be used once, has to last")
+def _generators(data: Any) -> tuple[torch.Generator, ...]:
+    """Those of a `DataLoader` and its samplers."""
+    sampler, inner = getattr(data, "sampler", None), getattr(getattr(data, "batch_sampler", None), "sampler", None)
+    found = [getattr(owner, "generator", None) for owner in (data, sampler, inner)]
+    return tuple({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
 
 
-def _pairs(found: Iterable[Any]) -> Generator[Batch, None, None]:
-    for batch in found:
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-            what = f"{len(batch)} things" if isinstance(batch, (tuple, list)) else f"a {type(batch).__name__}"
-            raise ValueError(f"data: a batch is a pair (x, y), not {what}")
-        yield batch[0], batch[1]
+class Stream:
+    """Batches without end, epoch after epoch, and how far they have been taken.
+
+    Args:
+        data: One of `FORMS`. An iterable is gone through again and again.
+        batch_size: Rows of a batch, where the data are not batches already.
+        seed: The same one gives the same batches, except where an iterable of the caller's decides.
+
+    Attributes:
+        length: How many batches an epoch has, None if that is not known.
+
+    Raises:
+        ValueError: The data have none of these forms, or there are none.
+    """
+
+    def __init__(self, data: Any, batch_size: int, seed: int) -> None:
+        self._data = data
+        self._source = source_of(data, batch_size, seed=seed)
+        self.length = self._source.length
+        self._epoch = 0
+        self._taken = 0  # batches of this epoch
+        self._batches: Iterator[Any] | None = None  # of this epoch, once it has begun
+        self._waiting: list[Batch] = []  # looked at and not taken
+        self._began: dict[str, Any] | None = None  # what `_random` was when this epoch began
+
+    def _random(self) -> dict[str, Any]:
+        """The state of everything that an epoch's order may depend on."""
+        return {"torch": torch.get_rng_state(), "own": [one.get_state() for one in self._source.generators]}
+
+    def peek(self) -> Batch:
+        """The next batch, which stays the next one. Raises `ValueError` as `next` does."""
+        if not self._waiting:
+            self._waiting.append(self._draw())
+        return self._waiting[0]
+
+    def next(self) -> Batch:
+        """Take the next batch. Raises `ValueError` where there is none, or it is no batch."""
+        batch = self._waiting.pop() if self._waiting else self._draw()
+        self._taken += 1
+        return batch
+
+    def _draw(self) -> Batch:
+        for _ in range(2):
+            if self._batches is None:
+                self._began = self._random()
+                self._batches = self._source.epoch(0)
+            raw = next(self._batches, _END)
+            if raw is not _END:
+                return batch_of(raw)
+            if self._taken == 0:
+                break
+            self._batches, self._began, self._epoch, self._taken = None, None, self._epoch + 1, 0
+        raise ValueError("data: there are no more batches in it; a generator, which can be used once, has to last")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the data, as plain numbers and tensors."""
+        begun = self._began is not None
+        return {"epoch": self._epoch, "taken": self._taken, "begun": begun, **(self._began or self._random())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a place in the same data. An iterable is begun anew, and its batches up to there are skipped."""
+        if len(state["own"]) != len(self._source.generators):
+            raise ValueError("data: these are shuffled in another way than those of the run that was saved")
+        for generator, saved in zip(self._source.generators, state["own"], strict=True):
+            generator.set_state(saved)
+        self._epoch, self._taken = state["epoch"], state["taken"]
+        if not state["begun"]:
+            return
+        now = torch.get_rng_state()
+        torch.set_rng_state(state["torch"])
+        try:
+            self._began = self._random()
+            self._batches = self._source.epoch(self._taken)
+        finally:
+            torch.set_rng_state(now)
+
+    def close(self) -> None:
+        """End the epoch: a `DataLoader` may have processes."""
+        batches, self._batches = self._batches, None
+        close = getattr(batches, "close", None)
+        if batches is not self._data and close is not None:
+            close()
+
+
+def one_pass(data: Any, batch_size: int) -> Iterator[Batch]:
+    """The batches of one epoch, in the order that the data have; of `lk.load`'s data, those for testing.
+
+    Raises:
+        ValueError: The data have none of the forms, or there are none.
+    """
+    source, seen = source_of(data, batch_size, seed=None), False
+    for raw in source.epoch(0):
+        seen = True
+        yield batch_of(raw)
+    if not seen:
+        raise ValueError("data: there are no batches in it; a generator can be gone through only once")

@@ -6,13 +6,15 @@ A batch's way begins here: each trainer claims a batch and hands it to `trainer.
 from __future__ import annotations
 
 import atexit
+import copy
 import logging
 import math
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,15 +27,17 @@ from labkit.client.session import Session, find_session
 from labkit.errors import NoExperts, NotEnoughExperts, RPCError, SwarmClosed, TrainingFailed
 from labkit.events import Emit, StepFailed, StepFinished, ignore
 from labkit.server.optimizer import Adam
-from labkit.training.batches import Batch, stream
+from labkit.training.batches import Batch, Stream
 from labkit.training.shared_model import SharedModel
 from labkit.training.trainer import LossFunction, TrainConfig, evaluate, train_step
+from labkit.training.turns import Turns
 
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT = 10.0  # seconds that batches in flight may take when a run is stopped
 POLL_INTERVAL = 0.02  # seconds between two looks at a run that is waited for
 FAILURE_PAUSE = 0.05  # seconds that a trainer pauses after a failed batch, for each that has failed in a row
+PAUSE_TIMEOUT = 60.0  # seconds that steps and validations may take when a run is paused
 EXIT_TIMEOUT = 1.0  # seconds that batches in flight may take when Python exits
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -69,7 +73,8 @@ class Run:
 
     def __init__(
         self, model: nn.Module, data: Any, config: TrainConfig, loss_function: LossFunction | None = None,
-        optimizer: OptimizerFactory | None = None, emit: Emit | None = None,
+        optimizer: OptimizerFactory | None = None, emit: Emit | None = None, *,
+        _resume_from: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         make_optimizer = optimizer or (
             lambda parameters: Adam(parameters, lr=config.lr, betas=(float(config.beta1), 0.999))
@@ -79,21 +84,24 @@ class Run:
         self.history: deque[StepFinished] = deque(maxlen=100_000)
         self.failed_batches = 0
         self.error: BaseException | None = None
-        per_epoch, self._batches = stream(data, config.batch_size, config.seed)
-        self.total_steps = config.total_steps(per_epoch)
+        self._batches = Stream(data, config.batch_size, config.seed)
+        self.total_steps = config.total_steps(self._batches.length)
         self._sessions = _sessions_of(model)
         self._shared = SharedModel(model, make_optimizer(model.parameters()), config.update_rule(self.total_steps))
         self._loss_function = loss_function or F.cross_entropy
         self._emit = emit or (self._sessions[0].emit if self._sessions else ignore)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._samples = 0
         self._finished = 0
         self._claimed = 0  # steps that are done or being tried
         self._failures_in_a_row = 0
         self._stop = threading.Event()
         self._seconds: float | None = None
+        self._turns = Turns[StepFinished](lambda step: None, most=2 * config.trainers)
         self._started = time.monotonic()
-        self._left = min(config.trainers, self.total_steps)  # trainers at work
+        if _resume_from is not None:
+            self._load_state_dict(_resume_from)
+        self._left = max(1, min(config.trainers, self.total_steps - self._finished))  # trainers at work
         self._torch_threads = max(1, torch.get_num_threads() // self._left)  # of each of them
         self._ready = threading.Barrier(self._left + 1)
         _stop_earlier(model)
@@ -198,6 +206,71 @@ class Run:
         """
         return evaluate(self._shared.replica(), x, y)
 
+    # ------------------------------------------------------------ saving
+
+    @contextmanager
+    def paused(self, timeout: float = PAUSE_TIMEOUT) -> Iterator[Run]:
+        """A block in which no trainer is in the middle of a step; they go on after it.
+
+        It may stand in `on_step`, too, and a run that has ended is always paused.
+
+        Example:
+            with run.paused():
+                torch.save(model.state_dict(), "model.pt")
+
+        Args:
+            timeout: Seconds that steps and validations which have begun may take. Default 60.
+
+        Raises:
+            LabkitError: They took longer.
+        """
+        with self._turns.paused(timeout):
+            yield self
+
+    def state_dict(self, timeout: float = PAUSE_TIMEOUT) -> dict[str, Any]:
+        """All that the run needs to go on elsewhere as if nothing had happened, as copies.
+
+        These are the states of the model, its optimizer and schedule, the place in the data,
+        the random generators of torch, and the history. Experts are not part of it: they are
+        at their servers.
+
+        Args:
+            timeout: As for `paused`.
+
+        Returns:
+            Plain numbers, lists, dictionaries and tensors.
+        """
+        with self.paused(timeout), self._lock:
+            steps = [(s.step, s.loss, s.samples, s.seconds, s.staleness) for s in self.history]
+            return {
+                "model": copy.deepcopy(dict(self.model.state_dict())),
+                "shared": self._shared.state_dict(),
+                "data": self._batches.state_dict(),
+                "steps": self._finished,
+                "samples": self._samples,
+                "failed_batches": self.failed_batches,
+                "seconds": self.seconds,
+                "history": torch.tensor(steps, dtype=torch.float64).reshape(-1, 5),
+                "random": torch.get_rng_state(),
+                "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            }
+
+    def _load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned, before the trainers begin."""
+        self.model.load_state_dict(state["model"])
+        self._shared.load_state_dict(state["shared"])
+        self._batches.load_state_dict(state["data"])
+        self._finished = self._claimed = state["steps"]
+        self._samples, self.failed_batches = state["samples"], state["failed_batches"]
+        self._started -= state["seconds"]
+        for step, loss, samples, seconds, staleness in state["history"].tolist():
+            self.history.append(
+                StepFinished(step=int(step), loss=loss, samples=int(samples), seconds=seconds, staleness=int(staleness))
+            )
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+
     def __repr__(self) -> str:
         if self.running:
             state = "running"
@@ -220,8 +293,19 @@ class Run:
             torch.set_num_threads(self._torch_threads)
             self._ready.wait()
             replica = self._shared.replica()
-            while (batch := self._claim()) is not None:
-                self._try_step(replica, batch)
+            while True:
+                self._turns.begin(self._stop.is_set)
+                step = None
+                try:
+                    if (batch := self._claim()) is None:
+                        break
+                    step = self._try_step(replica, batch)
+                finally:
+                    self._turns.end(step)
+                if step is None:
+                    self._pause_after_failure()
+                else:
+                    self._turns.report()
         except SwarmClosed as error:
             if not self._stop.is_set():
                 self._end(error)
@@ -230,28 +314,38 @@ class Run:
         finally:
             with self._lock:
                 if self._left == 1:
-                    self._seconds = time.monotonic() - self._started
-                    self._batches.close()  # a `DataLoader` may have processes
+                    self._wind_up()
                 self._left -= 1
 
-    def _try_step(self, replica: nn.Module, batch: Batch) -> None:
+    def _wind_up(self) -> None:
+        """What the last trainer does."""
+        try:
+            if self._finished >= self.total_steps and self.error is None:
+                self._shared.finish()
+            self._batches.close()  # a `DataLoader` may have processes
+        except BaseException as error:  # of the user's code, too
+            self._end(error)
+        self._seconds = time.monotonic() - self._started
+
+    def _try_step(self, replica: nn.Module, batch: Batch) -> StepFinished | None:
+        """Train on a batch; None if it failed."""
         started = time.monotonic()
-        samples = len(batch[0])
         try:
             loss, staleness = train_step(self._shared, replica, batch, self._loss_function, self.config.balance)
         except (NotEnoughExperts, NoExperts, RPCError, FloatingPointError) as error:
-            self._give_back(samples, error)
-            return
+            self._give_back(batch.rows, error)
+            return None
         with self._lock:
             self._failures_in_a_row = 0
-            self._samples += samples
+            self._samples += batch.rows
             finished = StepFinished(
-                step=self._finished + 1, loss=loss, samples=samples, seconds=time.monotonic() - started,
+                step=self._finished + 1, loss=loss, samples=batch.rows, seconds=time.monotonic() - started,
                 staleness=staleness,
             )  # fmt: skip
             self.history.append(finished)
             self._emit(finished)  # under the lock, so that listeners hear of steps in their order
             self._finished += 1  # last: a step that counts is in `history`, and listeners know of it
+            return finished
 
     def _claim(self) -> Batch | None:
         """Take the next batch; None when there is nothing left to do. Raises `SwarmClosed`."""
@@ -260,9 +354,8 @@ class Run:
         with self._lock:
             if self._stop.is_set() or self._claimed >= self.total_steps:
                 return None
-            batch = next(self._batches, None)
-            if batch is not None:
-                self._claimed += 1
+            batch = self._batches.next()
+            self._claimed += 1
             return batch
 
     def _give_back(self, samples: int, error: Exception) -> None:
@@ -276,7 +369,9 @@ class Run:
         logger.debug("a batch was dropped: %s", error)
         if too_many:
             raise TrainingFailed(f"{self.config.max_failures} batches in a row failed; the last: {error}") from error
-        # Lost servers may be about to come back; failing again at once would not wait for them.
+
+    def _pause_after_failure(self) -> None:
+        """Wait a little: lost servers may be about to come back, and failing again at once would not wait for them."""
         self._stop.wait(min(FAILURE_PAUSE * self._failures_in_a_row, 1.0))
 
     def _end(self, error: BaseException) -> None:

@@ -7,7 +7,7 @@ updates that others have made since the parameters that it was computed from.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +81,14 @@ class DelayCompensation:
     def __init__(self, strength: float) -> None:
         self.strength = strength
         self._squares: dict[int, Tensor] = {}  # running means, by a parameter's place
+
+    def state_dict(self) -> dict[int, Tensor]:
+        """Copies of the running means of squares, by a parameter's place."""
+        return {place: mean.clone() for place, mean in self._squares.items()}
+
+    def load_state_dict(self, state: Mapping[int, Tensor]) -> None:
+        """Take over what `state_dict` returned."""
+        self._squares = {int(place): mean.clone() for place, mean in state.items()}
 
     @torch.no_grad()
     def apply(self, grads: Sequence[Tensor | None], current: Sequence[Tensor], used: Sequence[Tensor]) -> None:

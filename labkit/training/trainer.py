@@ -8,16 +8,17 @@ through an MoE layer waits for the network in the middle of plain PyTorch code.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from labkit.client.moe import MixtureOfExperts
-from labkit.training.batches import Batch
+from labkit.training.batches import Batch, batch_of
+from labkit.training.replicas import copy_model
 from labkit.training.shared_model import SharedModel
 from labkit.training.staleness import UpdateRule
 
@@ -106,7 +107,7 @@ class TrainConfig:
 
 
 def train_step(
-    shared: SharedModel, replica: nn.Module, batch: Batch, loss_function: LossFunction, balance: float
+    shared: SharedModel, replica: nn.Module, batch: Batch | tuple[Any, ...], loss_function: LossFunction, balance: float
 ) -> tuple[float, int]:
     """One step of one trainer: 1. parameters, 2. forward, 3. backward, which trains the experts too, 4. update.
 
@@ -124,10 +125,9 @@ def train_step(
         NotEnoughExperts, NoExperts, RPCError, FloatingPointError: The shared model is as it was.
     """
     forward_updates = shared.refresh(replica)  # 1
-    replica.train()
     replica.zero_grad(set_to_none=True)
-    x, y = batch
-    loss = loss_function(replica(x), y)  # 2
+    batch = batch_of(batch)
+    loss = loss_function(replica(*batch.inputs, **batch.keywords), batch.target)  # 2
     total = loss
     if balance:
         layers = (module for module in replica.modules() if isinstance(module, MixtureOfExperts))
@@ -164,7 +164,7 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 256) -
         NoExperts, NotEnoughExperts: The experts of an MoE layer did not answer.
         SwarmClosed: The swarm of an MoE layer is closed.
     """
-    replica = copy.deepcopy(model).eval()
+    replica = copy_model(model).eval()
     correct = 0
     for start in range(0, len(x), batch_size):
         correct += int((replica(x[start : start + batch_size]).argmax(-1) == y[start : start + batch_size]).sum())

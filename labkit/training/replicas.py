@@ -1,0 +1,108 @@
+"""Replicas of a model: what a copy shares with it, in which mode its modules are, and how buffers are kept equal.
+
+A trainer computes on a replica; `shared_model` makes it here and refreshes it before each step.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from types import FunctionType, MethodType
+
+from torch import Tensor, nn
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OWN = ("_parameters", "_buffers", "_modules")  # what every module has, and can be copied
+
+
+def training_modes(model: nn.Module) -> list[bool]:
+    """In which mode each module is to be trained: in its own, where the caller has chosen modes.
+
+    A model that is in eval mode as a whole has just been evaluated, and is trained in train mode, except for modules
+    whose parameters are all frozen.
+    """
+    if any(module.training for module in model.modules()):
+        return [module.training for module in model.modules()]
+    frozen: set[nn.Module] = set()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            frozen.update(module.modules())
+    return [module not in frozen for module in model.modules()]
+
+
+def copy_model(model: nn.Module, modes: list[bool] | None = None) -> nn.Module:
+    """A copy with parameters, buffers and modules of its own; what cannot be copied is shared.
+
+    That may be a lock, an open file, a logger, or an activation that a module keeps. Hooks are called in the copy, too,
+    and objects that they belong to are shared, so that they see what happens in all copies.
+
+    Args:
+        model: The model.
+        modes: Which of its modules are to be in train mode; by default those that are.
+
+    Raises:
+        Exception: A module cannot be copied, for a reason of its own.
+    """
+    shared = {id(owner): owner for owner in _owners_of_hooks(model)}
+    try:
+        replica = copy.deepcopy(model, dict(shared))
+    except Exception:
+        more = {id(value): value for value in _uncopyable(model, shared)}
+        if not more:
+            raise
+        replica = copy.deepcopy(model, {**shared, **more})
+    for mine, original in zip(replica.parameters(), model.parameters(), strict=True):
+        vars(mine).update(vars(original))  # what somebody keeps in a parameter; torch does not copy it
+    for module, training in zip(replica.modules(), modes or [], strict=modes is not None):
+        module.training = training
+    return replica
+
+
+def _owners_of_hooks(model: nn.Module) -> Iterator[object]:
+    """The objects outside the model that its hooks belong to."""
+    own = set(map(id, model.modules()))
+    for module in model.modules():
+        for name in HOOKS:
+            for hook in list(vars(module).get(name, {}).values()):
+                owner = hook.__self__ if isinstance(hook, MethodType) else hook
+                if not isinstance(owner, (FunctionType, type)) and id(owner) not in own:
+                    yield owner
+
+
+def _uncopyable(model: nn.Module, shared: Mapping[int, object]) -> Iterator[object]:
+    """What modules keep as attributes and cannot be copied."""
+    # Modules and tensors stay as they are in these trials, so that each is about one attribute, and quick.
+    memo = {**shared, **{id(one): one for one in (*model.modules(), *model.parameters(), *model.buffers())}}
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if name not in _OWN:
+                yield from _uncopyable_parts(value, memo)
+
+
+def _uncopyable_parts(value: object, memo: Mapping[int, object]) -> Iterator[object]:
+    try:
+        copy.deepcopy(value, dict(memo))
+    except Exception:
+        if type(value) in (list, tuple, dict, set):
+            parts = list(value.values()) if isinstance(value, dict) else list(value)  # type: ignore[call-overload]
+            for part in parts:
+                yield from _uncopyable_parts(part, memo)
+        else:
+            yield value
+
+
+def copy_buffers(source: nn.Module, target: nn.Module) -> None:
+    """Make the buffers of a copy equal to those of the model, or the other way round; their shapes may have changed."""
+    anew: dict[int, Tensor] = {}  # by the buffer that was copied, since modules may share it
+    for theirs, mine in zip(source.modules(), target.modules(), strict=True):
+        for name, buffer in theirs._buffers.items():
+            old = mine._buffers.get(name)
+            if buffer is None:
+                mine._buffers[name] = None
+            elif old is None or old.shape != buffer.shape or old.dtype != buffer.dtype or old.device != buffer.device:
+                if id(buffer) not in anew:
+                    anew[id(buffer)] = buffer.detach().clone()
+                mine._buffers[name] = anew[id(buffer)]
+            else:
+                old.copy_(buffer)
