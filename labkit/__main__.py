@@ -105,7 +105,6 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="cpu", help="where the experts compute, such as cuda or cuda:1 (default: %(default)s)"
     )
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
 
 
 def add_watch_options(parser: argparse.ArgumentParser) -> None:
@@ -144,11 +143,6 @@ def run_demo(options: argparse.Namespace) -> int:
 
 def run_serve(options: argparse.Namespace) -> int:
     """Run `labkit serve`. Returns the exit status."""
-    if options.child:
-        with quick_imports():
-            from labkit.launch.child import run_child
-
-        run_child()
     with quick_imports():
         from labkit.cli.serve import serve
         from labkit.errors import LabkitError

@@ -19,6 +19,7 @@ import torch
 import trio
 
 from labkit.errors import SwarmClosed
+from labkit.forks import is_forked, this_process
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -33,6 +34,7 @@ class Portal:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self._process = this_process()
         self._failure: BaseException | None = None
         self._waiting: set[_Call] = set()
         self._closed = False
@@ -75,11 +77,21 @@ class Portal:
     @property
     def closed(self) -> bool:
         """Whether calls are refused."""
-        return self._closed
+        return self._closed or self.forked
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process was forked from the one that has the lab thread."""
+        return is_forked(self._process)
 
     def check_open(self) -> None:
         """Raise `SwarmClosed`, with the reason, if calls are refused."""
-        if self._closed:
+        if self._closed or self.forked:
+            raise self._closed_error()
+
+    def check_process(self) -> None:
+        """Raise `SwarmClosed` in a forked process; a closed swarm may still be looked at."""
+        if self.forked:
             raise self._closed_error()
 
     def call(self, function: Callable[..., Awaitable[T]], *args: Any, timeout: float | None = None) -> T:
@@ -96,8 +108,10 @@ class Portal:
             What the function returns.
 
         Raises:
-            SwarmClosed: The lab thread does not run, ended before the function did, or gave no answer in time.
+            SwarmClosed: The lab thread does not run, ended before the function did, or gave no answer in time; or it
+                runs in the process that this one was forked from.
         """
+        self.check_process()
         if threading.current_thread() is self._thread:
             raise RuntimeError("a blocking call from inside the lab thread would wait for itself; await it instead")
         call = _Call(function, args)
@@ -163,6 +177,13 @@ class Portal:
             raise
 
     def _closed_error(self, grace_period: float = _GRACE_PERIOD) -> SwarmClosed:
+        if self.forked:
+            return SwarmClosed(
+                f"the swarm {self.name!r} belongs to the process that this one was forked from, and cannot be used "
+                f"here. Join it from here, with lk.Swarm.join(invite, name={self.name!r}), where invite is what "
+                "swarm.invite() returns; or start this process by spawn instead of fork and join it there: "
+                'multiprocessing.get_context("spawn"), DataLoader(…, multiprocessing_context="spawn")'
+            )
         if not self._closed:
             self._wait_for_end(grace_period)  # something failed there, and at its end it is known what
         reason = f" after a failure: {self._failure!r}" if self._failure is not None else ""
@@ -183,8 +204,10 @@ class Portal:
             timeout: Seconds to wait at most.
 
         Returns:
-            Whether the lab thread has ended.
+            Whether the lab thread has ended. A forked process has none, and leaves that of the original alone.
         """
+        if self.forked:
+            return True
         self._closed = True
         self._run_soon(lambda: self._nursery.cancel_scope.cancel())
         if threading.current_thread() is not self._thread:

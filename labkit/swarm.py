@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,6 +27,7 @@ from labkit.events import Emit, Listeners
 from labkit.expert_uid import ExpertInfo, check_grid, split_uid
 from labkit.faults import Faults
 from labkit.launch import planning
+from labkit.launch.folder import TemporaryFolder, remove_abandoned
 from labkit.launch.handle import ServerHandle, begin_all, end_all
 from labkit.launch.lab import Lab, run_lab
 from labkit.node import NodeConfig
@@ -102,7 +102,8 @@ class Swarm:
         self._node_config = replace(node or NodeConfig(), listen=listen, announce=announce, secure=secure)
         if name in _open:
             _open[name].close()
-        self._folder = tempfile.TemporaryDirectory(prefix="labkit-", ignore_cleanup_errors=True)
+        remove_abandoned()
+        self._folder = TemporaryFolder()
         self._members = Members(keys, Path(self._folder.name) / "members")
         self._members.admit()
         self._portal = Portal(name)
@@ -199,11 +200,13 @@ class Swarm:
         folder = Path(self._folder.name) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
         config = ServerConfig(
             uids=tuple(chosen), grid=sizes, kind=kind, options=options, backend=backend or BackendConfig(),
-            checkpoint_dir=checkpoint_directory(folder), checkpoint_period=checkpoint_period, threads=threads, seed=seed,
+            checkpoint_dir=checkpoint_directory(folder), checkpoint_period=checkpoint_period, threads=threads,
+            seed=seed,
         )  # fmt: skip
         plans = planning.plan_servers(
             config, servers, self._node_config, self._node.contact, member_file=self._members.file,
             lasting=checkpoint_dir is not None, beside=sum(server.alive for server in self.servers),
+            folder=self._folder.name,
         )  # fmt: skip
         self._members.admit(*(plan.identity.public_key for plan in plans))
         handles = [ServerHandle(self._lab, plan, isolation) for plan in plans]
@@ -222,6 +225,8 @@ class Swarm:
         Raises:
             ValueError: A number is out of range.
         """
+        if latency is not None or loss is not None:
+            self._portal.check_open()
         self._faults.set(latency, loss)
         if latency is not None or loss is not None:
             self._portal.call(self._apply_faults, latency, loss)
@@ -320,6 +325,7 @@ class Swarm:
 
     def admit(self, key: str) -> None:
         """Let the holder of a public key join this swarm. Raises `ValueError` if it is open."""
+        self._portal.check_open()
         if not self._members.admit(parse_key(key)):
             raise ValueError("this swarm is open: everybody who has the invitation may join")
 
@@ -365,13 +371,16 @@ class Swarm:
         """Stop the servers started here, leave the swarm, and end its thread. Safe to repeat.
 
         It takes two seconds at most. What servers cannot save in that time stays as it was saved
-        last; for large ones, call `server.stop()` before.
+        last; for large ones, call `server.stop()` before. A forked process only forgets the swarm,
+        which goes on in the process that started it.
         """
         until = time.monotonic() + CLOSE_TIMEOUT
         self.view.end()  # its last scene shows the swarm as it was
         close_session(self._session)
         if _open.get(self.name) is self:
             del _open[self.name]
+        if self._portal.forked:
+            return
         try:
             # A little more than they have, and not for ever: a listener may block the lab thread.
             self._portal.call(end_all, list(self.servers), CLEAN_STOP_TIME, timeout=CLEAN_STOP_TIME + CLEAN_STOP_GRACE)

@@ -23,7 +23,7 @@ ROOT = Path(labkit.__file__).parent
 # From the ground up. A part imports parts that come before it; the two wings, `server` and `client`, are strangers.
 FLOORS = [
     # words: no I/O, no async
-    "errors", "histogram", "faults", "events", "contact", "expert_uid", "paths",
+    "errors", "forks", "paths", "histogram", "faults", "events", "contact", "expert_uid",
     # the network, the DHT, and the experts in it
     "wire", "dht", "directory", "expert_protocol", "joining", "node", "portal",
     # the two wings
@@ -40,7 +40,7 @@ FLOORS = [
     "bench", "experiments", "cli", "__main__",
 ]  # fmt: skip
 STRANGERS = {("server", "client"), ("client", "server")}
-NOTHING_ELSE = {"faults": set[str](), "portal": {"errors"}}  # parts that import no more of labkit than this
+NOTHING_ELSE = {"faults": set[str](), "portal": {"errors", "forks"}}  # parts that import no more of labkit than this
 PACKAGES_OF_PARTS = [["view"]]  # whose modules are parts, like those of labkit itself
 
 # Who may import it: a module (`wire/zmq_socket.py`), or a whole folder (`view/page/`).
@@ -139,7 +139,9 @@ def problems(files: Files) -> list[str]:
             if (part, theirs) in STRANGERS:
                 said.append(f"{module} imports {other}, but {part} and {theirs} are strangers")
             if part in NOTHING_ELSE and theirs not in {part, *NOTHING_ELSE[part]}:
-                said.append(f"{module} imports {other}, but {part} may import only {NOTHING_ELSE[part] or 'nothing'}")
+                said.append(
+                    f"{module} imports {other}, but {part} may import only {sorted(NOTHING_ELSE[part]) or 'nothing'}"
+                )
     return said + [f"these import each other in a circle: {' -> '.join(circle)}" for circle in circles(files)]
 
 
@@ -211,7 +213,7 @@ def test_imports_point_down_and_no_files_import_each_other_in_a_circle():
         ({"relay/pipe.py": ""}, "relay/pipe.py belongs to the part relay, which has no floor: give it one in FLOORS"),
         (
             {"portal.py": "import labkit.events", "events.py": ""},
-            "portal.py imports events.py, but portal may import only {'errors'}",
+            "portal.py imports events.py, but portal may import only ['errors', 'forks']",
         ),
     ],
 )  # fmt: skip

@@ -44,3 +44,15 @@ def test_lines_are_handed_on_and_one_of_them_may_stand_for_the_end():
 def test_a_child_with_a_limit_ends_when_its_time_is_up():
     with child("limit_time(0.1)\nsleep(60)") as process:
         assert process.wait(10) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there a process keeps its parent's id")
+def test_a_child_ends_with_its_parent_even_if_another_process_holds_its_input_open():
+    code = "watch_parent(lambda: print('gone', flush=True))\nprint('begun', flush=True)\nsleep(60)"
+    lines = "\n".join(["from time import sleep", "from labkit.launch.parent import watch_parent", code])
+    parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {lines!r}]); input()"
+    with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        process.kill()  # the input is still open: this process holds it
+        assert process.stdout.read() == b"gone\n"

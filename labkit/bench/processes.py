@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from labkit.launch.parent import limit_time, watch_parent
+from labkit.launch.python import child_environment, child_folder, python_command
 
 # Called with the first order. Each value that it yields is printed, and the `yield` returns the next order.
 WorkerRole = Callable[[Any], Generator[Any, Any, None]]
@@ -36,8 +37,8 @@ class Worker:
     def __init__(self, role: str, order: object) -> None:
         self.role = role
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "labkit.bench.processes", role], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True,
+            python_command("labkit.bench.processes", role), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=child_environment(), cwd=child_folder(),
         )  # fmt: skip
         try:
             self.send(order)
@@ -144,7 +145,7 @@ def peak_rss_mb(pid: int | None = None) -> int:
 
 
 def main() -> None:
-    """`python -m labkit.bench.processes MODULE:FUNCTION`: the process's own side."""
+    """The process's own side. Its argument is the role."""
     orders: SimpleQueue[Any] = SimpleQueue()
     watch_parent(on_line=lambda line: orders.put(json.loads(line)))
     limit_time(TIME_LIMIT)
@@ -158,7 +159,3 @@ def main() -> None:
             order = orders.get()
     except StopIteration:
         pass
-
-
-if __name__ == "__main__":
-    main()

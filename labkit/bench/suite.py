@@ -22,6 +22,7 @@ from typing import Any
 
 from labkit.bench.report import check_at_least, ratios_to
 from labkit.errors import LabkitError
+from labkit.launch.python import child_environment, python_command
 from labkit.launch.runners import OWN_GROUP
 from labkit.paths import user_path
 
@@ -153,7 +154,7 @@ def measure(config: SuiteConfig, rows: Sequence[SuiteRow] = ROWS) -> dict[str, A
 
 
 def _commands(row: SuiteRow, config: SuiteConfig) -> Iterator[tuple[str, list[str]]]:
-    yield "labkit", [sys.executable, "-m", "labkit", "bench", *row.options.split(), "--json"]
+    yield "labkit", python_command("labkit.__main__", "bench", *row.options.split(), "--json")
     if config.peer_scripts is not None and ".py" in row.peer:
         script, *options = row.peer.split()
         yield "peer", [config.peer_python, str(Path(config.peer_scripts) / script), *options]
@@ -174,8 +175,9 @@ def _result(command: Sequence[str], timeout: float) -> dict[str, Any]:
 def _run(command: Sequence[str], timeout: float) -> tuple[str, str]:
     """Run a command and return its output and its errors. Then, or after the timeout, kill all that it started."""
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **OWN_GROUP
-    )
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=child_environment(), **OWN_GROUP,
+    )  # fmt: skip
     with process:
         try:
             return process.communicate(timeout=timeout)

@@ -19,7 +19,6 @@ import os
 import secrets
 import subprocess
 import sys
-import tempfile
 import time
 import webbrowser
 from pathlib import Path
@@ -39,6 +38,9 @@ from labkit.cli.page_server import (
 )
 from labkit.contact import Contact
 from labkit.errors import LabkitError
+from labkit.forks import keep_private, release
+from labkit.launch.folder import TemporaryFolder
+from labkit.launch.python import child_environment, child_folder, python_command
 from labkit.launch.runners import OWN_GROUP
 from labkit.paths import user_path
 from labkit.swarm import Swarm
@@ -46,8 +48,7 @@ from labkit.swarm import Swarm
 if TYPE_CHECKING:
     from labkit.view.page.dashboard import Dashboard
 
-# -P: a file in the user's folder cannot take the place of a module.
-COMMAND = [sys.executable, "-P", "-m", "labkit.cli.page_server"]
+COMMAND = python_command("labkit.cli.page_server")
 START_TIMEOUT = 60.0  # seconds until the page server answers; it is mostly imports
 LONELY_TIME = 60  # seconds after which a kernel is ended whose page has gone, or never connected
 POLL_INTERVAL = 0.05  # seconds between two looks at the page server
@@ -121,20 +122,22 @@ class WatchPage:
 
     def __init__(self, invite: str, secret: str | None, port: int, key: str | None) -> None:
         token = secrets.token_urlsafe(32)
-        self._folder = tempfile.TemporaryDirectory(prefix="labkit-watch-", ignore_cleanup_errors=True)
+        self._folder = TemporaryFolder("watch-")
         self._log = Path(self._folder.name) / "log"
         key = None if key is None else str(user_path(key, "key"))
         config = PageServerConfig(str(invite), secret, key, port, token, self._folder.name, LONELY_TIME)
         try:
             with self._log.open("wb") as log:
                 self._process = subprocess.Popen(
-                    COMMAND, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log, **OWN_GROUP
-                )
+                    COMMAND, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log,
+                    env=child_environment(), cwd=child_folder(), **OWN_GROUP,
+                )  # fmt: skip
         except BaseException:
             self._folder.cleanup()
             raise
         try:
             assert self._process.stdin is not None
+            keep_private(self._process.stdin.fileno())
             with contextlib.suppress(OSError):  # if it has ended, `_wait_for_report` notices
                 self._process.stdin.write(msgspec.json.encode(config) + b"\n")
                 self._process.stdin.flush()
@@ -184,7 +187,8 @@ class WatchPage:
 
     def close(self) -> None:
         """End the page server and its kernels. Safe to repeat."""
-        if self._process.stdin is not None:
+        if self._process.stdin is not None and not self._process.stdin.closed:
+            release(self._process.stdin.fileno())
             with contextlib.suppress(OSError):
                 self._process.stdin.close()  # the server ends when its input ends
         try:
@@ -210,7 +214,9 @@ class WatchPage:
 
     def _last_lines(self) -> str:
         try:
-            return self._log.read_text(errors="replace")[-LAST_CHARACTERS:].strip() or "it said nothing"
+            return (
+                self._log.read_text(encoding="utf-8", errors="replace")[-LAST_CHARACTERS:].strip() or "it said nothing"
+            )
         except OSError:
             return "it said nothing"
 

@@ -21,6 +21,7 @@ import torch
 from labkit.experiments.convergence import ConvergenceConfig, History
 from labkit.experiments.expert_search import SearchConfig, measure
 from labkit.launch.parent import watch_parent
+from labkit.launch.python import child_environment, child_folder, python_command
 from labkit.paths import user_path
 
 COUNTS_BY_STALENESS = ("staleness", "expert_staleness")  # counters of a `History`
@@ -140,8 +141,10 @@ def measure_all(configs: Sequence[SearchConfig], path: Path) -> list[dict[str, A
 
 def _measure_in_child(fields: dict[str, Any]) -> dict[str, Any]:
     """Measure in a process of its own, so that its memory and its time do not depend on what ran before."""
-    command = [sys.executable, "-m", "labkit.experiments.results", json.dumps(fields)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(
+        python_command("labkit.experiments.results", json.dumps(fields)), stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True, env=child_environment(), cwd=child_folder(),
+    ) as child:  # fmt: skip
         try:
             assert child.stdout is not None
             said = child.stdout.read()
@@ -156,11 +159,7 @@ def _measure_in_child(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run a child of `measure_all`: `python -m labkit.experiments.results CONFIG`."""
+    """Run a child of `measure_all`. Its argument is the configuration."""
     watch_parent()
     fields = json.loads(sys.argv[1])
     print(json.dumps(measure(SearchConfig(**fields | {"grid": tuple(fields["grid"])}))))
-
-
-if __name__ == "__main__":
-    main()

@@ -22,6 +22,7 @@ from typing import Any
 from labkit.experiments.convergence import ConvergenceConfig, run
 from labkit.experiments.results import load, save
 from labkit.launch.parent import watch_parent
+from labkit.launch.python import child_environment, child_folder, python_command
 from labkit.paths import user_path
 from labkit.training.datasets import load as load_data
 
@@ -140,8 +141,8 @@ def run_all(
     def do(name: str) -> None:
         order = [json.dumps(asdict(missing[name])), str(folder / f"{name}.parquet"), dataset, str(data_dir or "")]
         with subprocess.Popen(
-            [sys.executable, "-m", "labkit.experiments.runner", "--one", *order], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True,
+            python_command("labkit.experiments.runner", "--one", *order), stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, env=child_environment(), cwd=child_folder(),
         ) as child:  # fmt: skip
             children.add(child)
             try:
@@ -201,7 +202,9 @@ def run_one(fields: str, path: str, dataset: str, data_dir: str) -> None:
 
 
 def main() -> None:
-    """`python -m labkit.experiments.runner SIZE`."""
+    """`python -m labkit.experiments.runner SIZE`, and what its children run."""
+    if sys.argv[1:2] == ["--one"]:
+        return run_one(*sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "size",
@@ -227,7 +230,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--one"]:
-        run_one(*sys.argv[2:])
-    else:
-        main()
+    main()

@@ -2,5 +2,5 @@
 
 Reading order: `lab` (where they live), `planning` (what to serve), `handle` (what a notebook holds), `lifecycle` and
 its table in `states`, `runners` (a task or a process), `child` (what runs in that process), `parent` (whose end it
-watches for).
+watches for), `python` (how such a process is started), `folder` (the temporary files of a swarm).
 """

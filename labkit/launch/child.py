@@ -9,6 +9,7 @@ reports that it is ready, or why not. Batches do not come this way; they reach `
 from __future__ import annotations
 
 import gc
+import io
 import logging
 import os
 import signal
@@ -23,6 +24,7 @@ import trio
 from labkit.contact import Contact
 from labkit.errors import LabkitError
 from labkit.faults import Faults
+from labkit.launch.folder import remove_if_abandoned, use
 from labkit.launch.parent import watch_parent
 from labkit.node import NodeConfig
 from labkit.portal import unwrap
@@ -31,6 +33,9 @@ from labkit.wire.security import Admission, Identity
 from labkit.wire.zmq_transport import open_network
 
 logger = logging.getLogger(__name__)
+
+# Each is a clean stop. Ctrl-C in the parent's terminal does not reach us, which have a session of our own.
+END_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
 
 
 class ChildConfig(msgspec.Struct):
@@ -43,7 +48,7 @@ class ChildConfig(msgspec.Struct):
     member_file: str | None
     latency: float  # seconds
     loss: float
-    path: list[str]  # where modules are imported from: what the parent can import, so can the child
+    folder: str | None  # the parent's temporary folder, which is to last as long as this process
 
 
 class ChildCommand(msgspec.Struct):
@@ -62,18 +67,25 @@ class ChildReport(msgspec.Struct):
     failed: str | None = None
 
 
-def run_child() -> NoReturn:
+def main() -> NoReturn:
     """The main function of a server process: serve until told to stop, or until the parent is gone."""
     reports = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a module prints goes to standard error, not into our reports
-    status = 1
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")  # which is what the parent reads
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    status, folder = 1, None
     try:
         line = sys.stdin.buffer.readline()
         if line:  # else the parent has gone already
             config = msgspec.json.decode(line, type=ChildConfig)
-            sys.path[:] = config.path
+            folder = config.folder
+            hold = use(folder) if folder is not None else None
             gc.freeze()  # what was imported stays: to look through torch for garbage holds all calls up for 60 ms
             trio.run(_serve, config, reports)
+            if hold is not None:
+                hold.close()
             status = 0
     except BaseException as error:
         failure = unwrap(error)
@@ -81,7 +93,10 @@ def run_child() -> NoReturn:
             logger.exception("the server failed")
         _report(reports, ChildReport(failed=str(failure) or type(failure).__name__))
     finally:
-        sys.stderr.flush()
+        with suppress(OSError):  # nobody may be left to read it
+            sys.stderr.flush()
+        if folder is not None:
+            remove_if_abandoned(folder)  # by a parent that was killed, and by all of its other servers
         os._exit(status)  # waits for no thread: one may be reading commands, or computing
 
 
@@ -115,7 +130,7 @@ async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
             )  # fmt: skip
 
     async def watch_signals(*, task_status: trio.TaskStatus[None]) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        with trio.open_signal_receiver(*END_SIGNALS) as signals:
             task_status.started()
             async for _ in signals:
                 stop.set()
@@ -130,5 +145,6 @@ async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
 
 
 def _report(reports: BinaryIO, report: ChildReport) -> None:
-    reports.write(msgspec.json.encode(report) + b"\n")
-    reports.flush()
+    with suppress(OSError):  # a parent that is gone, which the watch over it notices
+        reports.write(msgspec.json.encode(report) + b"\n")
+        reports.flush()

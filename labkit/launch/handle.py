@@ -140,6 +140,8 @@ class ServerHandle:
             ValueError: A number is out of its range.
         """
         faults = self.lifecycle.faults
+        if latency is not None or loss is not None:
+            self._lab.portal.check_open()
         faults.set(latency, loss)
         if latency is not None or loss is not None:
             self._lab.portal.call(self.lifecycle.apply_faults)

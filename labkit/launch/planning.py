@@ -267,7 +267,7 @@ def _sizes(
 
 def plan_servers(
     config: ServerConfig, servers: int, node: NodeConfig, join: Contact, *, member_file: Path | None, lasting: bool,
-    beside: int = 0,
+    beside: int = 0, folder: str | None = None,
 ) -> list[ServerPlan]:  # fmt: skip
     """Divide experts among servers, each with a key of its own.
 
@@ -279,6 +279,7 @@ def plan_servers(
         member_file: The public keys that may connect, in a private swarm.
         lasting: Whether the checkpoints outlive the swarm.
         beside: Number of servers that run here already and share this process's threads.
+        folder: The swarm's temporary folder.
 
     Raises:
         ValueError: There are fewer experts than servers.
@@ -292,7 +293,7 @@ def plan_servers(
     listen = f"{node.listen.rpartition(':')[0]}:*"
     node = replace(node, listen=listen, announce=announce, secure=join.secure or None)
     return [
-        ServerPlan(replace(config, uids=part), node, Identity.generate(), (join,), member_file, lasting)
+        ServerPlan(replace(config, uids=part), node, Identity.generate(), (join,), member_file, lasting, folder)
         for part in parts
     ]
 

@@ -24,7 +24,9 @@ from labkit.contact import Contact
 from labkit.errors import ServerFailed
 from labkit.events import Emit
 from labkit.faults import Faults
+from labkit.forks import keep_private, release
 from labkit.launch.child import ChildCommand, ChildConfig, ChildReport
+from labkit.launch.python import child_environment, child_folder, python_command
 from labkit.node import NodeConfig
 from labkit.portal import unwrap
 from labkit.server.server import STOP_TIMEOUT, ServerConfig, serve_experts
@@ -39,7 +41,6 @@ LAST_LINES = 30  # of the standard error of a child that failed, in the error th
 MAX_LINE = 10_000  # bytes of a line of standard error that is not complete
 PORT_TRIES, PORT_INTERVAL = 25, 0.02  # attempts to get the port of the last runner; seconds between two
 COMMAND_QUEUE = 100  # commands that a child has not read yet
-COMMAND = [sys.executable, "-m", "labkit", "serve", "--child"]
 # A session of its own, so that Ctrl-C in a terminal and the kernel's stop button reach the parent only.
 OWN_GROUP: dict[str, Any]
 if sys.platform == "win32":
@@ -59,6 +60,7 @@ class ServerPlan:
         join: Contacts of the swarm that it joins.
         member_file: The public keys that may connect, in a private swarm.
         lasting: Whether its checkpoints outlive the swarm, and so are worth saving when the swarm ends.
+        folder: The swarm's temporary folder, which has to last as long as the server does.
     """
 
     server: ServerConfig
@@ -67,6 +69,7 @@ class ServerPlan:
     join: tuple[Contact, ...]
     member_file: Path | None = None
     lasting: bool = True
+    folder: str | None = None
 
 
 class Runner(Protocol):
@@ -120,13 +123,18 @@ class ServerProcess:
 
     async def _run(self, plan: ServerPlan, faults: Faults, task_status: trio.TaskStatus[Contact]) -> None:
         process = self._process = await trio.lowlevel.open_process(
-            COMMAND,
+            python_command("labkit.launch.child"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment(),
+            cwd=child_folder(),
             **OWN_GROUP,
         )
+        assert process.stdin is not None
+        # A process that we forked would hold the child's input open, and so keep the child beyond our own end.
+        private = process.stdin.fileno() if isinstance(process.stdin, trio.lowlevel.FdStream) else -1
+        keep_private(private)
         try:
             async with trio.open_nursery() as nursery:
                 self._commands, to_send = trio.open_memory_channel[bytes](COMMAND_QUEUE)
@@ -141,6 +149,7 @@ class ServerProcess:
                 process.kill()
             with trio.CancelScope(shield=True):
                 await process.wait()
+                release(private)
                 for stream in (process.stdin, process.stdout, process.stderr):
                     assert stream is not None
                     await trio.aclose_forcefully(stream)
@@ -219,14 +228,14 @@ def environment() -> dict[str, str]:
     By default they spin for milliseconds after each operation, on cores that callers need. Asleep, they let two
     clients of one server make half as many calls of 2 MB again, on two cores, and the longest took a third of the time.
     """
-    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    return {"OMP_WAIT_POLICY": "PASSIVE", **child_environment()}
 
 
 def _config(plan: ServerPlan, faults: Faults) -> ChildConfig:
     member_file = None if plan.member_file is None else str(plan.member_file)
     return ChildConfig(
         plan.identity.seed.hex(), plan.server, plan.node, list(plan.join), member_file, faults.latency, faults.loss,
-        sys.path,
+        plan.folder,
     )  # fmt: skip
 
 

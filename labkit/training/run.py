@@ -26,6 +26,7 @@ from labkit.client.moe import MixtureOfExperts
 from labkit.client.session import Session, find_session
 from labkit.errors import NoExperts, NotEnoughExperts, RPCError, SwarmClosed, TrainingFailed
 from labkit.events import Emit, StepFailed, StepFinished, ignore
+from labkit.forks import on_fork
 from labkit.server.optimizer import Adam
 from labkit.training.batches import Batch, Stream
 from labkit.training.shared_model import SharedModel
@@ -491,3 +492,15 @@ def _stop_all() -> None:
     deadline = time.monotonic() + EXIT_TIMEOUT
     for run in list(_runs):
         run._join(deadline - time.monotonic())
+
+
+@on_fork
+def _leave_behind() -> None:
+    """In a forked process, which has no trainers: runs have ended there, and say why."""
+    for run in list(_runs):
+        run._lock, run._shared._lock = threading.Lock(), threading.Lock()  # a trainer may hold them
+        if run._left:
+            run._left, run._seconds = 0, time.monotonic() - run._started
+            run.error = SwarmClosed("this run goes on in the process that this one was forked from, and not here")
+            run._traceback = None
+    _runs.clear()

@@ -114,6 +114,7 @@ class SwarmView:
 
     def scene(self) -> Scene:
         """Returns the swarm as it looks now, or looked a tenth of a second ago. Cheap; asks no other node."""
+        self._lab.portal.check_process()
         with self._sampling:
             now = time.monotonic()
             if self._scene is None or (not self._over and now >= self._sampled_at + SCENE_MAX_AGE):
@@ -152,6 +153,7 @@ class SwarmView:
 
     def polled_scene(self) -> Scene:
         """`scene`, but while there is no output the servers are asked first, which takes a second or so."""
+        self._lab.portal.check_process()
         if not self._over and not self._outputs:
             shown = threading.Event()
             remove = self.add(lambda scene: shown.set(), RECORDING_PERIOD)
@@ -181,6 +183,7 @@ class SwarmView:
 
     def dashboard(self) -> Dashboard:
         """The implementation of `Swarm.dashboard`."""
+        self._lab.portal.check_process()
         known = _dashboards.get(self.name)
         if known is not None and known.view is not self:
             known.close()  # it shows an earlier swarm of this name, closed when the cell was run again
@@ -240,6 +243,7 @@ class SwarmView:
         Returns:
             A function that ends it.
         """
+        self._lab.portal.check_process()
         output = Output(show, period, time.monotonic(), watched)
         if not self._outputs.add(output):
             return lambda: None
@@ -247,7 +251,7 @@ class SwarmView:
         return lambda: self._remove(output)
 
     def _remove(self, output: Output) -> None:
-        if self._outputs.remove(output):
+        if not self._lab.portal.forked and self._outputs.remove(output):
             self._worker.wake()  # so that its thread ends, if that was the last one
 
     def _step(self) -> float | None:
@@ -323,6 +327,7 @@ class SwarmView:
             LabkitError: It failed, or the swarm is closed.
         """
         checked = check_command(command)
+        self._lab.portal.check_process()
         with self._command_lock:
             if self._over:
                 raise SwarmClosed(f"the swarm {self.name!r} is closed")
@@ -332,7 +337,7 @@ class SwarmView:
 
     def end(self) -> None:
         """Make the last scene, of the swarm as it is now, and begin to hand it out. Does not wait."""
-        if not self._outputs.end():
+        if self._lab.portal.forked or not self._outputs.end():
             return
         self._over = True
         with self._sampling:

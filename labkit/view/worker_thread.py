@@ -6,9 +6,12 @@ The view of a swarm has one that makes scenes; a dashboard has two: one sends me
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
+
+from labkit.forks import is_forked, this_process
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,7 @@ class WorkerThread:
 
     def __init__(self, name: str, step: Callable[[], float | None]) -> None:
         self._name = name
+        self._process = this_process()
         self._step = step
         self._lock = threading.Lock()
         self._woken = threading.Event()
@@ -37,10 +41,20 @@ class WorkerThread:
     @property
     def alive(self) -> bool:
         """Whether there is a thread now."""
-        return self._thread is not None
+        return self._thread is not None and not self._gone
+
+    @property
+    def _gone(self) -> bool:
+        """Whether no thread can run any more: this is a forked process, or Python is ending.
+
+        At Python's end a thread that starts never runs, and whoever starts it would wait for it for ever.
+        """
+        return sys.is_finalizing() or is_forked(self._process)
 
     def wake(self) -> None:
         """Call `step` soon. Never blocks; may be called from any thread."""
+        if self._gone:
+            return
         with self._lock:
             self._woken.set()
             if self._thread is None:
@@ -56,7 +70,7 @@ class WorkerThread:
         """Wait until the thread has ended, unless called from inside it. Returns whether it has within `timeout`."""
         # Not `Thread.join`: if that is interrupted, Python before 3.13 takes the thread for dead (cpython issue 90882).
         deadline = time.monotonic() + timeout
-        while (thread := self._thread) is not None and thread is not threading.current_thread():
+        while (thread := self._thread) is not None and thread is not threading.current_thread() and not self._gone:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(_END_POLL)

@@ -12,7 +12,9 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from labkit.errors import SwarmClosed
 from labkit.events import Emit, Event, StepFinished
+from labkit.forks import is_forked, this_process
 from labkit.view.log.loggers import RichLogger
 from labkit.view.log.rows import LoggedRow, StepQueue, numbers_of, server_table, swarm_row
 from labkit.view.picture.canvas import Picture
@@ -57,6 +59,7 @@ class Logging:
             )
         if not 0 < period < math.inf:
             raise ValueError(f"period={period!r}: seconds between two rows, more than 0")
+        self._process = this_process()
         self._view = view
         self._logger = logger
         self._period = period
@@ -78,6 +81,8 @@ class Logging:
 
     def stop(self) -> None:
         """Log what is left and a last row, then call the logger's `finish`. Safe to call again."""
+        if is_forked(self._process):
+            raise SwarmClosed("this logging goes on in the process that this one was forked from, and not here")
         self._stopping = True
         self._disconnect()
         if not self._lock.acquire(timeout=LOGGER_TIMEOUT):

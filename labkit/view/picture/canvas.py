@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from labkit.forks import on_fork
 from labkit.paths import user_path
 
 FONT = "DejaVu Sans"  # comes with matplotlib
@@ -28,6 +29,14 @@ Align = Literal["left", "center", "right"]
 Boxes = npt.NDArray[np.float64]  # [n, 4]
 
 _lock = threading.Lock()  # fonts are shared, and not safe between threads
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+on_fork(_renew_lock)  # a thread that does not exist there may hold it
 
 
 class Picture:
