@@ -39,18 +39,21 @@ class Cell:
 
 @dataclass
 class Comm:
-    """A widget's model, as the front end sees it. `sent`: when each custom message came, and the message."""
+    """A widget's model, as the front end sees it. `sent`: when each custom message for a page came, and the message.
+    `beats`: when signs of life came, which are for all pages."""
 
     state: dict[str, Any]
     sent: list[tuple[float, Message, list[bytes]]] = field(default_factory=list)
+    beats: list[float] = field(default_factory=list)
     closed: bool = False
 
 
 class FrontEnd:
     """Runs cells, and holds what the kernel sent. `subshell`: where it sends what pages say, as JupyterLab does."""
 
-    def __init__(self, client: BlockingKernelClient) -> None:
+    def __init__(self, client: BlockingKernelClient, manager: KernelManager | None = None) -> None:
         self.client = client
+        self.manager = manager
         self.cells: dict[str, Cell] = {}
         self.comms: dict[str, Comm] = {}
         self.subshell: str | None = None
@@ -97,6 +100,9 @@ class FrontEnd:
         elif kind == "comm_msg" and content["data"].get("method") == "custom":
             said = content["data"]["content"]
             comm = self.comms[content["comm_id"]]
+            if said["type"] == "beat":
+                comm.beats.append(time.monotonic())
+                return
             comm.sent.append((time.monotonic(), said, [bytes(buffer) for buffer in message["buffers"]]))
             if said.get("ack", "seq" in said) and (content["comm_id"], said["page"]) in self._acknowledge:
                 self.say(content["comm_id"], {"type": "ack", "page": said["page"], "seq": said["seq"]})
@@ -118,6 +124,11 @@ class FrontEnd:
             cell.error = "\n".join(content["traceback"])
         elif kind == "status" and content["execution_state"] == "idle":
             cell.done = True
+
+    def interrupt(self) -> None:
+        """Interrupt the cell that runs, as the button of a notebook does."""
+        assert self.manager is not None
+        self.manager.interrupt_kernel()
 
     # ------------------------------------------------------------ pages
 
@@ -206,7 +217,7 @@ def open_kernel(folder: Path, python: str | Path = sys.executable) -> Iterator[F
     client.start_channels()
     try:
         client.wait_for_ready(timeout=TIMEOUT)
-        yield FrontEnd(client)
+        yield FrontEnd(client, manager)
     finally:
         client.stop_channels()
         if manager.has_kernel:

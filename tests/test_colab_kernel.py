@@ -71,6 +71,16 @@ def test_a_click_waits_for_the_cell_that_runs_and_is_obeyed_after_it(kernel, pag
     assert kernel.value("swarm.servers[2].state") == "killed"
 
 
+def test_a_page_that_is_not_heard_while_a_cell_runs_is_told_that_there_is_a_kernel(kernel, page):
+    kernel.until(lambda: page.frames)
+    before = len(kernel.comms[page.comm].beats)
+    cell = kernel.begin("time.sleep(60)")
+    kernel.until(lambda: len(kernel.comms[page.comm].beats) >= before + 2)
+    assert not cell.done
+    kernel.interrupt()
+    kernel.until(lambda: cell.done)
+
+
 def test_nothing_is_sent_while_nobody_looks_and_nothing_is_left_behind(kernel, page):
     kernel.until(lambda: page.frames)
     page.look(False)

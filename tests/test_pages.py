@@ -10,6 +10,8 @@ import pytest
 
 from labkit.view.page.commands import check_command
 from labkit.view.page.pages import (
+    BEAT_PERIOD,
+    BEAT_TIMEOUT,
     CHUNK_BYTES,
     FRAME_PERIOD,
     LAST_FRAMES,
@@ -17,6 +19,7 @@ from labkit.view.page.pages import (
     MAX_PAGES,
     MAX_UNACKNOWLEDGED,
     PAGE_TIMEOUT,
+    Beat,
     Chunk,
     FrameDue,
     Pages,
@@ -53,20 +56,32 @@ class Kernel:
         turn = self.pages.turn(self.now, over)
         if isinstance(turn, Chunk):
             return turn.header, None
+        if isinstance(turn, Beat):
+            return {"type": "beat", "ack": False}, None
         return None if turn is None else (self.pages.sent(turn, {"at": self.now}), turn)
 
-    def run(self, seconds: float, *, acknowledge: bool = True, over: bool = False) -> list[tuple[float, dict]]:
-        """All that goes out in this time, and when. Pages that look repeat it, as they do, and acknowledge at once."""
+    def run(
+        self, seconds: float, *, acknowledge: bool = True, over: bool = False, looks: bool = True
+    ) -> list[tuple[float, dict]]:
+        """All that goes out in this time, and when. Pages repeat that they look, and acknowledge at once."""
         sent = []
         for tick in range(round(seconds / TICK)):
             while (message := self.send(over)) is not None:
                 sent.append((self.now, message[0]))
                 if acknowledge and message[0].get("ack", True):
                     self.take(ack(message[0]["page"], message[0]["seq"]))
-            if tick % 500 == 499:
+            if looks and tick % 500 == 499:
                 self.take(*(look(page) for page in self.pages.known))
             self.now += TICK
         return sent
+
+
+def frames(sent: list[tuple[float, dict]]) -> list[tuple[float, dict]]:
+    return [message for message in sent if message[1].get("type") == "frame"]
+
+
+def beats(sent: list[tuple[float, dict]]) -> list[float]:
+    return [at for at, header in sent if header.get("type") == "beat"]
 
 
 @pytest.fixture
@@ -106,12 +121,12 @@ def test_several_pages_share_them(kernel):
 
 def test_two_frames_without_an_acknowledgement_and_then_silence(kernel):
     kernel.take(look(fresh=True))
-    sent = kernel.run(5, acknowledge=False)
+    sent = frames(kernel.run(5, acknowledge=False))
     assert [header["seq"] for _, header in sent] == [1, 2] == list(range(1, MAX_UNACKNOWLEDGED + 1))
-    assert kernel.pages.wait(kernel.now) is None
+    assert kernel.send() is None and 0 < kernel.pages.wait(kernel.now) <= BEAT_PERIOD
     kernel.take(ack("a", 1))
     assert kernel.pages.wait(kernel.now) == 0
-    assert [header["seq"] for _, header in kernel.run(5, acknowledge=False)] == [3]
+    assert [header["seq"] for _, header in frames(kernel.run(5, acknowledge=False))] == [3]
 
 
 def test_every_second_frame_is_to_be_acknowledged_and_that_is_for_both(kernel):
@@ -135,6 +150,46 @@ def test_acknowledgements_of_what_was_never_sent_are_ignored(kernel):
     assert kernel.pages.known == ["a"]
 
 
+def test_a_page_that_gets_frames_gets_no_other_signs_of_life(kernel):
+    kernel.take(look(fresh=True))
+    assert beats(kernel.run(10)) == []
+
+
+def test_a_page_that_is_not_heard_gets_signs_of_life_as_long_as_a_cell_may_run_and_no_frames(kernel):
+    kernel.take(look(fresh=True))
+    kernel.run(5, acknowledge=False)
+    sent = kernel.run(600, acknowledge=False, looks=False)
+    assert frames(sent) == [] and kernel.pages.known == []
+    assert max(b - a for a, b in pairwise(beats(sent))) <= BEAT_PERIOD + 2 * TICK
+    kernel.now += BEAT_TIMEOUT
+    kernel.run(BEAT_PERIOD, looks=False)
+    assert kernel.pages.wait(kernel.now) is None
+
+
+def test_a_paused_page_gets_signs_of_life_only(kernel):
+    kernel.take({**look(fresh=True, looking=False), "paused": True})
+    sent = kernel.run(4.9, looks=False)
+    assert frames(sent) == [] and len(beats(sent)) == 1
+    kernel.take(look(looking=False))
+    assert kernel.run(60, looks=False) == []
+
+
+def test_a_dashboard_that_was_displayed_gives_signs_of_life_before_its_page_is_heard(kernel):
+    kernel.pages.shown(kernel.now)
+    assert len(beats(kernel.run(60))) in (23, 24)
+    kernel.take(look(looking=False))
+    assert kernel.run(60, looks=False) == []
+
+
+def test_when_all_is_over_a_page_that_speaks_is_answered(kernel):
+    kernel.take(look(fresh=True))
+    kernel.run(20, over=True)
+    kernel.run(1, over=True, looks=False)
+    kernel.take(look())
+    assert len(beats(kernel.run(4, over=True, looks=False))) == 1
+    assert kernel.pages.wait(kernel.now, over=True) is None
+
+
 def test_a_page_out_of_sight_gets_nothing(kernel):
     kernel.take(look(fresh=True))
     assert kernel.run(1)
@@ -146,7 +201,7 @@ def test_a_page_that_went_silent_is_forgotten(kernel):
     kernel.take(look(fresh=True))
     kernel.send()
     kernel.now += PAGE_TIMEOUT + 0.1
-    assert kernel.send() is None
+    assert frames(kernel.run(0.1)) == []
     assert kernel.gone == ["a"] and kernel.pages.known == []
 
 
@@ -197,7 +252,8 @@ def test_too_many_pages_displace_the_one_that_is_silent_longest(kernel):
 def test_when_all_is_over_a_page_gets_a_last_series_of_frames_and_then_none(kernel):
     kernel.take(look(fresh=True))
     kernel.run(2)
-    assert len(kernel.run(20, over=True)) == LAST_FRAMES
+    assert len(frames(kernel.run(20, over=True))) == LAST_FRAMES
+    kernel.run(1, over=True, looks=False)
     assert kernel.pages.wait(kernel.now, True) is None
     kernel.take(look(mode="latency"))
     assert len(kernel.run(4, over=True)) == LAST_FRAMES

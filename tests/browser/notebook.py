@@ -56,6 +56,10 @@ class Notebook:
     def interrupt(self) -> None:
         self.choose("Kernel", "Interrupt Kernel")
 
+    def restart(self) -> None:
+        self.choose("Kernel", "Restart Kernel…")
+        self.page.get_by_role("button", name="Confirm Kernel Restart").click()
+
     def save(self) -> None:
         with self.page.expect_response(lambda response: response.request.method == "PUT" and response.ok):
             self.choose("File", "Save Notebook")

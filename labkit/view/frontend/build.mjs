@@ -2,6 +2,7 @@
 import { readFileSync, statSync, writeFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { build } from "esbuild";
+import { minify } from "terser";
 import { uplotSlim } from "./uplot_slim.mjs";
 
 const LIMIT = 100_000; // bytes of dashboard.js: it travels with every widget
@@ -22,10 +23,15 @@ const common = {
   plugins: [uplotSlim],
 };
 
-const bundle = (entryPoints, banner) => build({ ...common, entryPoints, banner });
-await bundle({ dashboard: "src/index.ts" }, { js: `/* ${made} It has parts of uPlot, whose license is in uplot.LICENSE. */` });
-await bundle({ replay: "src/replay_page.ts" }, { js: `/* ${made} It has parts of uPlot:\n${license}\n*/` }); // travels alone
-await bundle({ dashboard: "src/dashboard.css" }, { css: `/* ${made} */` });
+// esbuild makes one file of many, and terser, which looks further, makes that smaller.
+async function script(name, source, banner) {
+  const { outputFiles } = await build({ ...common, entryPoints: { [name]: source }, write: false });
+  const { code } = await minify(outputFiles[0].text, { module: true, ecma: 2022, compress: { passes: 3 }, format: { comments: false } });
+  writeFileSync(here(`../static/${name}.js`), `${banner}\n${code}\n`);
+}
+await script("dashboard", "src/index.ts", `/* ${made} It has parts of uPlot, whose license is in uplot.LICENSE. */`);
+await script("replay", "src/replay_page.ts", `/* ${made} It has parts of uPlot:\n${license}\n*/`); // travels alone
+await build({ ...common, entryPoints: { dashboard: "src/dashboard.css" }, banner: { css: `/* ${made} */` } });
 writeFileSync(here("../static/uplot.LICENSE"), `${license}\n`);
 
 const size = statSync(here("../static/dashboard.js")).size;

@@ -23,7 +23,7 @@ from labkit.errors import LabkitError
 from labkit.paths import user_path
 from labkit.view.page.commands import EXPORT_FORMATS
 from labkit.view.page.local_source import DashboardView
-from labkit.view.page.pages import ButtonCommand, Chunk, FrameDue, FrameSource, Header, Pages
+from labkit.view.page.pages import Beat, ButtonCommand, Chunk, FrameDue, FrameSource, Header, Pages
 from labkit.view.scene import Scene
 from labkit.view.worker_thread import WorkerThread
 
@@ -67,6 +67,7 @@ class Dashboard(anywidget.AnyWidget):
         self._answers: deque[Header] = deque()  # to be sent
         self._exports: deque[tuple[ButtonCommand, tuple[str, str, bytes]]] = deque()  # to be sent
         self._broken = False  # whether the last frame could not be made
+        self._displayed = False  # since the last step of the sender
         self._ended = False
         self._sender = WorkerThread(f"labkit-dashboard-{source.name}", self._send_what_is_due)
         self._executor = WorkerThread(f"labkit-commands-{source.name}", self._execute_commands)
@@ -99,6 +100,9 @@ class Dashboard(anywidget.AnyWidget):
         if self._ended:
             self._pages.clear()
             return None
+        if self._displayed:
+            self._displayed = False
+            self._pages.shown(time.monotonic())
         while self._messages:
             command = self._pages.on_message(self._messages.popleft(), time.monotonic())
             if command is not None:
@@ -115,6 +119,8 @@ class Dashboard(anywidget.AnyWidget):
             self._send_frame(turn)
         elif isinstance(turn, Chunk):
             self._send_chunk(turn)
+        elif isinstance(turn, Beat):
+            self.send({"type": "beat"})
         return self._pages.wait(time.monotonic(), over)
 
     def _send_frame(self, due: FrameDue) -> None:
@@ -211,6 +217,8 @@ class Dashboard(anywidget.AnyWidget):
             return
         data, metadata = self._repr_mimebundle_()
         display(data, metadata=metadata, raw=True)
+        self._displayed = True
+        self._sender.wake()
         if self.view is not None and hasattr(get_ipython(), "kernel"):
             self._pictures.append(display({"text/plain": ""}, raw=True, display_id=True))
             self._drawn = None

@@ -18,6 +18,8 @@ from labkit.view.scene import MODES
 
 MAX_PAGES = 16  # known at a time; one more takes the place of the one that has been silent longest
 PAGE_TIMEOUT = 12.0  # seconds after its last message that a page is forgotten; one that looks sends one every 5
+BEAT_PERIOD = 2.5  # seconds without a message after which a page that looks is told that there is still a kernel
+BEAT_TIMEOUT = 12 * 3600.0  # seconds for which pages are told so that are not heard (any more)
 FRAME_PERIOD = 0.25  # seconds between two frames, to whichever page; longer where it takes long to make one:
 MAX_FRAME_PERIOD = 2.0  # seconds
 FREE_FRAME_SECONDS = 0.001  # of computing that a frame may take without making frames rarer
@@ -71,6 +73,11 @@ class ButtonCommand:
 
 
 @dataclass(frozen=True, slots=True)
+class Beat:
+    """A sign of life, to be sent to all pages now: a kernel whose cell runs may hear none of them, and yet it is there."""
+
+
+@dataclass(frozen=True, slots=True)
 class FrameDue:
     """A frame may be sent to this page now."""
 
@@ -106,7 +113,9 @@ class _Export:
 class _Page:
     id: str
     heard_at: float  # when it last sent a message
+    told_at: float  # when it was last sent one
     looking: bool = False
+    paused: bool = False  # it is in sight, but wants no frames
     fresh: bool = True
     layer: int = 0
     mode: str = MODES[0]
@@ -115,6 +124,11 @@ class _Page:
     sent_at: float = -math.inf  # when it got its last frame
     frames_left: int = LAST_FRAMES  # that it gets once nothing changes any more
     exports: deque[_Export] = field(default_factory=deque)
+    asks: bool = False  # it has just said that it is there
+
+    @property
+    def watching(self) -> bool:
+        return self.looking or self.paused
 
     @property
     def has_room(self) -> bool:
@@ -138,6 +152,8 @@ class Pages:
         self._pages: dict[str, _Page] = {}
         self._frame_at = -math.inf  # when the next frame may go
         self._chunk_at = -math.inf
+        self._awaited_until = -math.inf  # until when a page may come that has not been heard
+        self._beat_at = -math.inf  # when the last one was sent
 
     @property
     def known(self) -> list[str]:
@@ -150,6 +166,7 @@ class Pages:
         """Take a message from a page. Returns the command, if it is one. A message that makes no sense is ignored."""
         if not isinstance(message, Mapping) or not _is_name(message.get("page")):
             return None
+        self._awaited_until = -math.inf
         kind, page = message.get("type"), message["page"]
         if kind == "look":
             self._look(page, message, now)
@@ -170,7 +187,7 @@ class Pages:
         if not _is_int(layer) or mode not in MODES or not isinstance(looking, bool) or not isinstance(fresh, bool):
             return
         page = self._get_page(id, now)
-        page.looking = looking
+        page.looking, page.paused, page.asks = looking, message.get("paused") is True, True
         if fresh:  # the front end began anew, and forgot what was under way
             page.fresh = True
             page.unacknowledged.clear()
@@ -187,13 +204,15 @@ class Pages:
         self._prune(now)
         if id not in self._pages and len(self._pages) >= MAX_PAGES:
             self._drop(min(self._pages.values(), key=lambda page: page.heard_at).id)
-        page = self._pages.setdefault(id, _Page(id, now))
+        page = self._pages.setdefault(id, _Page(id, now, now))
         page.heard_at = now
         return page
 
     def _prune(self, now: float) -> None:
         for page in list(self._pages.values()):
             if now - page.heard_at > PAGE_TIMEOUT:
+                if page.watching:  # gone, or not heard by a busy kernel
+                    self._awaited_until = page.heard_at + BEAT_TIMEOUT
                 self._drop(page.id)
 
     def _drop(self, id: str) -> None:
@@ -205,9 +224,14 @@ class Pages:
         for id in list(self._pages):
             self._drop(id)
 
+    def shown(self, now: float) -> None:
+        """The dashboard was displayed: a page will come, which may not be heard before the cell has ended."""
+        self._awaited_until = now + BEAT_TIMEOUT
+        self._beat_at = now
+
     # ------------------------------------------------------------ messages to pages
 
-    def turn(self, now: float, over: bool = False) -> FrameDue | Chunk | None:
+    def turn(self, now: float, over: bool = False) -> FrameDue | Beat | Chunk | None:
         """Returns what is to be sent now, if anything. `over`: see `FrameSource`.
 
         After a `FrameDue`, call `sent` with the frame, or `missed` if it could not be made.
@@ -215,11 +239,17 @@ class Pages:
         self._prune(now)
         if now >= self._frame_at and (pages := self._pages_for_frames(over)):
             page = min(pages, key=lambda page: page.sent_at)
-            page.sent_at = now
+            page.sent_at = page.told_at = now
+            page.asks = False
             self._frame_at = now + FRAME_PERIOD
             if over:
                 page.frames_left -= 1
             return FrameDue(page.id, page.layer, page.mode, page.fresh)
+        if now >= self._next_beat(over):
+            self._beat_at = now
+            for page in self._pages.values():
+                page.told_at, page.asks = now, False
+            return Beat()
         if now >= self._chunk_at and (pages := self._pages_for_chunks()):
             self._chunk_at = now + CHUNK_PERIOD
             return self._next_chunk(pages[0])
@@ -255,7 +285,18 @@ class Pages:
             times.append(self._frame_at)
         if self._pages_for_chunks():
             times.append(self._chunk_at)
+        if (beat := self._next_beat(over)) < math.inf:
+            times.append(beat)
         return max(0.0, min(times) - now) if times else None
+
+    def _next_beat(self, over: bool) -> float:
+        """Returns when a sign of life is due. Once nothing changes any more, only a page that has just spoken gets one."""
+        waiting = [page.told_at for page in self._pages.values() if page.watching and (page.asks or not over)]
+        if over:
+            return -math.inf if waiting and not self._pages_for_frames(over) else math.inf
+        if self._awaited_until > self._beat_at + BEAT_PERIOD:
+            waiting.append(self._beat_at)
+        return min(waiting, default=math.inf) + BEAT_PERIOD
 
     def _pages_for_frames(self, over: bool) -> list[_Page]:
         return [

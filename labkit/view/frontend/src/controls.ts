@@ -37,9 +37,8 @@ export function controls(store: Store, ctx: Context, paused: (is: boolean) => vo
   const update = () => {
     const frame = store.frame;
     stop.allow(whyNoControl(frame, ctx.replay) || (frame?.headline.running ? "" : "no run is training now"), true);
-    for (const button of exports) {
-      if (button.disabled !== !frame) button.disabled = !frame;
-    }
+    const off = !frame || Boolean(frame.lost);
+    for (const button of [pause, ...exports]) if (button.disabled !== off) button.disabled = off;
   };
   update();
   return { el, update, destroy: () => stop.destroy() };

@@ -19,7 +19,7 @@ export function details(store: Store, row: number): { uid: string; texts: Record
     uid: layer && cell !== NOWHERE ? uidOf(layer, cell) : "…",
     texts: {
       server: server ? server.label || server.address || "…" : "not known",
-      state: STATE_WORDS[experts.state[row]] ?? "not known",
+      state: (store.lost && "was ") + (STATE_WORDS[experts.state[row]] ?? "not known"),
       calls: whole(experts.calls[row]),
       failed: whole(experts.failed[row]),
       "mean latency": valueText("latency", experts.latency[row]),

@@ -7,7 +7,7 @@ import { MODE_INFO, valueText } from "./scales";
 import { UNCLAIMED } from "./types";
 import type { Layer, Mode } from "./types";
 
-export interface ExpertsTable { el: HTMLElement; show(layer: Layer | undefined, plane: Plane, slices: Bins[], mode: Mode): void }
+export interface ExpertsTable { el: HTMLElement; show(layer: Layer | undefined, plane: Plane, slices: Bins[], mode: Mode, was: string): void }
 
 export function makeExpertsTable(): ExpertsTable {
   const body = h("tbody"), value = h("th", { scope: "col" });
@@ -19,7 +19,7 @@ export function makeExpertsTable(): ExpertsTable {
   const rows: Row[] = [];
   return {
     el,
-    show(layer, plane, slices, mode) {
+    show(layer, plane, slices, mode, was) {
       text(value, `${MODE_INFO[mode].title.toLowerCase()}, ${MODE_INFO[mode].unit}`);
       let used = 0;
       if (layer) for (const bins of slices) for (let at = 0; at < bins.state.length; at++) {
@@ -28,7 +28,7 @@ export function makeExpertsTable(): ExpertsTable {
         if (used === rows.length) rows.push(makeRow());
         const row = rows[used++];
         if (!row.el.parentNode) body.append(row.el);
-        write(row, name, stateText(bins, at), bins.state[at] === UNCLAIMED ? "–" : valueText(mode, bins.value[at]));
+        write(row, name, was + stateText(bins, at), bins.state[at] === UNCLAIMED ? "–" : valueText(mode, bins.value[at]));
       }
       for (const row of rows.splice(used)) row.el.remove();
       attribute(table, "aria-rowcount", used + 1);

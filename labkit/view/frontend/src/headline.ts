@@ -26,8 +26,9 @@ export function headlinePanel(store: Store, ctx: Context): Panel & { tick(now: n
     const frame = store.frame;
     if (!frame) return;
     const n = frame.headline;
-    text(experts.value, `${whole(n.experts_alive)} of ${whole(n.experts)}`);
-    text(servers.value, `${whole(n.servers_alive)} of ${whole(n.servers)}`);
+    const alive = (count: number) => (frame.lost ? "?" : whole(count));
+    text(experts.value, `${alive(n.experts_alive)} of ${whole(n.experts)}`);
+    text(servers.value, `${alive(n.servers_alive)} of ${whole(n.servers)}`);
     experts.el.classList.toggle("lk-bad", n.experts_alive < n.experts);
     servers.el.classList.toggle("lk-bad", n.servers_alive < n.servers);
     text(step.value, n.total_steps ? `${whole(n.steps)} of ${whole(n.total_steps)}` : NOTHING);
@@ -43,7 +44,7 @@ export function headlinePanel(store: Store, ctx: Context): Panel & { tick(now: n
     failed.el.classList.toggle("lk-bad", failures > 0);
     attribute(failed.el, "title", failedTitle(frame));
     bar.style.setProperty("--done", String(n.total_steps ? Math.min(1, n.steps / n.total_steps) : 0));
-    bar.classList.toggle("lk-running", n.running);
+    bar.classList.toggle("lk-running", n.running && !frame.lost);
   };
 
   const tick = (now: number) => {

@@ -117,7 +117,7 @@ export function heatmapPanel(store: Store, ctx: Context): Panel {
       return;
     }
     seenTable = performance.now();
-    table.show(layer, view.plane, slices, ctx.view.mode);
+    table.show(layer, view.plane, slices, ctx.view.mode, store.lost && "was ");
   }
 
   function controls(index: number, mode: Mode): void {
@@ -179,7 +179,7 @@ export function heatmapPanel(store: Store, ctx: Context): Panel {
 
   function sentence(bins: Bins, at: number): string {
     const mode = ctx.view.mode, expert = isFine(bins) ? bins.expert[at] : -1, server = store.servers[store.experts.server[expert]];
-    const parts = [binName(layer!, view.plane, bins, at), stateText(bins, at)];
+    const parts = [binName(layer!, view.plane, bins, at), (store.lost && "was ") + stateText(bins, at)];
     if (bins.state[at] !== UNCLAIMED) parts.push(valueText(mode, bins.value[at]));
     if (server) parts.push(server.label);
     return parts.filter(Boolean).join(" · ");

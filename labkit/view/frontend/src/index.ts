@@ -28,7 +28,7 @@ export default function widget() {
 
 function showLive(connection: Connection, place: HTMLElement, alone: boolean): () => void {
   const { store } = connection;
-  const looker: Looker = { looking: false };
+  const looker: Looker = { looking: false, paused: false };
   let seen = false, paused = false, answer = "", answeredAt = -Infinity;
 
   const say = (words: string) => {
@@ -57,7 +57,7 @@ function showLive(connection: Connection, place: HTMLElement, alone: boolean): (
     },
   });
   const turned = () => {
-    looker.looking = seen && !paused;
+    Object.assign(looker, { looking: seen && !paused, paused: seen && paused });
     connection.changed();
   };
   const view = shell(place, store, ctx, {
@@ -74,7 +74,7 @@ function showLive(connection: Connection, place: HTMLElement, alone: boolean): (
     frozen: () => paused,
     status: () => statusLine({
       first: store.frame !== null, closed: connection.closed, paused, clickWaits: connection.clickWaits,
-      silent: connection.silent,
+      lost: connection.lost,
       answer: performance.now() - answeredAt < ANSWER_STAYS_FOR ? answer : "",
     }),
   });

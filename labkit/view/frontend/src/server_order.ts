@@ -40,6 +40,7 @@ export class SteadyOrder {
 export function whyNoControl(frame: Frame | null, replay: boolean): string {
   if (replay) return "this is a recording";
   if (!frame) return "nothing is known yet";
+  if (frame.lost) return frame.lost;
   if (!frame.open) return "the swarm is closed";
   return frame.can.control ? "" : "this page may look, but not touch";
 }

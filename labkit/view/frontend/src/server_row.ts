@@ -52,7 +52,7 @@ export class ServerView {
     if (name !== this.name) this.rename(name);
     attribute(this.el, "data-state", stateWord(row));
     text(this.sign, STATE_SIGNS[row.state] ?? "?");
-    text(this.state, stateText(row));
+    text(this.state, (frame?.lost ? "was " : "") + stateText(row));
     const values = [
       Number.isFinite(row.heard) ? `${age(row.heard)} ago` : "–", `${whole(row.alive)} of ${whole(row.experts)}`, rate(row.calls), whole(row.queue),
       ...PERCENTILES.map((_, k) => milliseconds(row.latency[0][k])),

@@ -30,15 +30,17 @@ const PANELS: Record<string, MakePanel> = {
 export function shell(place: HTMLElement, store: Store, ctx: Context, parts: Parts): { root: HTMLElement; draw(): void; destroy(): void } {
   const status = h("p", { role: "status", class: "lk-status" });
   const headline = headlinePanel(store, ctx);
-  let asked = 0, visible = false, broken = false;
+  let asked = 0, visible = false, broken = false, lost = "";
 
   const draw = () => {
     asked = 0;
     if (!store.frame) return;
     body.hidden = false;
+    lost = store.lost;
     attribute(root, "aria-label", `labkit dashboard of swarm ${store.frame.swarm}`);
     text(name, store.frame.swarm);
     root.classList.toggle("lk-closed", !store.frame.open);
+    root.classList.toggle("lk-lost", Boolean(store.frame.lost));
     for (const panel of all) guarded(() => panel.update());
     tick();
   };
@@ -107,7 +109,7 @@ export function shell(place: HTMLElement, store: Store, ctx: Context, parts: Par
   place.append(root);
   colour();
   const stops = [
-    store.subscribe(() => { if (visible && !parts.frozen()) redraw(); }),
+    store.subscribe(() => { if (visible && (!parts.frozen() || store.lost !== lost)) redraw(); }),
     watchTheme(turned),
     () => clearTimeout(late),
     watchSight(root, look),

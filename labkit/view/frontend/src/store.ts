@@ -40,6 +40,7 @@ export class Store {
   series: SeriesTable = { width: 1, first: 0, values: seriesValues(0) };
   marks: [at: number, text: string][] = [];
   receivedAt = 0; // performance.now()
+  lost = ""; // why it is not known how things stand now: the kernel is gone
   // Counts of changes, for panels that draw only what is new: "experts", "experts.load", …, "servers", "series", "marks", "layers".
   readonly revisions: Record<string, number> = {};
   private listeners = new Set<() => void>();
@@ -62,6 +63,14 @@ export class Store {
   subscribe(listener: () => void): () => void {
     this.listeners.add(listener);
     return () => void this.listeners.delete(listener);
+  }
+
+  // The kernel is gone, or back: the last frame is marked as such, and so are those that it still sent.
+  lose(why: string): void {
+    this.lost = why;
+    if (this.frame) this.frame = { ...this.frame, lost: why };
+    for (const name of ["experts", "experts.state", "servers"]) this.touch(name);
+    this.notify();
   }
 
   // Several changes, of which listeners hear once.

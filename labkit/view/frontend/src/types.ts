@@ -44,11 +44,13 @@ export interface Frame {
   marks?: [at: number, text: string][]; // those since the last frame
   series?: { width: number; first: number; count: number; reset: boolean; buffer: number }; // f32 [count, SERIES.length]
   pieces: Piece[];
+  lost?: string; // not sent: set in the page when the kernel is gone
 }
 
 // page → kernel. `page` is a random id of a page load.
 export type Say =
-  | { type: "look"; page: string; looking: boolean; fresh: boolean; layer: number; mode: Mode } // on change, and every 5 s
+  // On change, and every 5 s. `paused`: in sight, but it wants no frames, only signs of life.
+  | { type: "look"; page: string; looking: boolean; paused: boolean; fresh: boolean; layer: number; mode: Mode }
   | { type: "ack"; page: string; seq: number }
   | { type: "command"; page: string; id: number; command: ButtonCommand };
 export type ButtonCommand =
@@ -56,6 +58,8 @@ export type ButtonCommand =
   | { do: "faults"; server: number | null; latency: number | null; loss: number | null } // null: all of them; leave as is
   | { do: "stop_run" }
   | { do: "export"; format: "png" | "html" | "json" };
+// kernel → all pages: a sign of life, when nothing else was sent for a while.
+export interface Beat { type: "beat" }
 // kernel → page, beside frames. `page`: the page that it is for. An export's bytes come as chunks, each ≤ 48 KB, which are numbered
 // and acknowledged like frames (`seq`), then "done".
 export type Reply =

@@ -6,11 +6,16 @@ import { frame } from "./frames";
 
 class FakeModel implements Model {
   said: Say[] = [];
-  private listeners: ((...args: never[]) => void)[] = [];
-  on(_: string, callback: (...args: never[]) => void) { this.listeners.push(callback); }
-  off(_: string, callback?: ((...args: never[]) => void) | null) { this.listeners = this.listeners.filter((one) => one !== callback); }
-  send(content: unknown) { this.said.push(content as Say); }
-  give(content: unknown, buffers: DataView[] = []) { for (const one of this.listeners) one(content as never, buffers as never); }
+  cut = false; // sending fails, as it does when the comm is gone
+  private listeners: [string, (...args: never[]) => void][] = [];
+  on(event: string, callback: (...args: never[]) => void) { this.listeners.push([event, callback]); }
+  off(_: string, callback?: ((...args: never[]) => void) | null) { this.listeners = this.listeners.filter(([, one]) => one !== callback); }
+  send(content: unknown) {
+    if (this.cut) throw new Error("Cannot send");
+    this.said.push(content as Say);
+  }
+  give(content: unknown, buffers: DataView[] = []) { this.fire("msg:custom", content, buffers); }
+  fire(event: string, ...args: unknown[]) { for (const [name, one] of this.listeners) if (name === event) one(...(args as never[])); }
   take(): Say[] { return this.said.splice(0); }
   get deaf() { return this.listeners.length === 0; }
 }
@@ -22,7 +27,7 @@ beforeEach(() => {
   vi.useFakeTimers();
   model = new FakeModel();
   connection = new Connection(model);
-  looker = { looking: true };
+  looker = { looking: true, paused: false };
 });
 afterEach(() => {
   connection.close();
@@ -33,14 +38,14 @@ describe("looking", () => {
   it("begins with a wish for everything, and is repeated every five seconds", () => {
     connection.attach(looker);
     const { page } = connection;
-    expect(model.take()).toEqual([{ type: "look", page, looking: true, fresh: true, layer: 0, mode: "load" }]);
+    expect(model.take()).toEqual([{ type: "look", page, looking: true, paused: false, fresh: true, layer: 0, mode: "load" }]);
     give({ reset: true });
     vi.advanceTimersByTime(4000);
     give();
     vi.advanceTimersByTime(900);
     model.take();
     vi.advanceTimersByTime(100);
-    expect(model.take()).toEqual([{ type: "look", page, looking: true, fresh: false, layer: 0, mode: "load" }]);
+    expect(model.take()).toEqual([{ type: "look", page, looking: true, paused: false, fresh: false, layer: 0, mode: "load" }]);
   });
 
   it("costs no message when nobody looks", () => {
@@ -49,7 +54,7 @@ describe("looking", () => {
   });
 
   it("ends with one message when the last view is out of sight", () => {
-    const other = { looking: true };
+    const other = { looking: true, paused: false };
     connection.attach(looker);
     connection.attach(other);
     model.take();
@@ -75,12 +80,12 @@ describe("looking", () => {
     connection.attach(looker);
     give({ reset: true });
     vi.advanceTimersByTime(4900);
-    expect(connection.silent).toBe(false);
+    expect(connection.lost).toBe("");
     vi.advanceTimersByTime(5200);
-    expect(connection.silent).toBe(true);
+    expect(connection.lost).toMatch(/^no sign of life for 10 s/);
     expect(model.take().at(-1)).toMatchObject({ type: "look", fresh: true });
     give();
-    expect(connection.silent).toBe(false);
+    expect(connection.lost).toBe("");
   });
 
   it("goes on looking once the swarm is closed, without asking for everything anew: one seen from afar may come back", () => {
@@ -89,8 +94,75 @@ describe("looking", () => {
     vi.advanceTimersByTime(100);
     model.take();
     vi.advanceTimersByTime(5_000);
-    expect(connection.silent).toBe(false);
+    expect(connection.lost).toBe("");
     expect(model.take()).toMatchObject([{ type: "look", looking: true, fresh: false }]);
+  });
+});
+
+describe("the kernel is gone", () => {
+  it("when nothing came for seven seconds, and back when something comes", () => {
+    connection.attach(looker);
+    give({ reset: true });
+    vi.advanceTimersByTime(6_000);
+    expect(connection.store.frame?.lost).toBeFalsy();
+    vi.advanceTimersByTime(1_000);
+    expect(connection.lost).toBe("no sign of life for 7 s: the kernel was restarted, has ended, or is not connected");
+    expect(connection.store.frame?.lost).toBe("the kernel does not answer");
+    vi.advanceTimersByTime(5_000);
+    expect(connection.lost).toMatch(/^no sign of life for 12 s/);
+    model.give({ type: "beat" });
+    expect([connection.lost, connection.store.frame?.lost]).toEqual(["", ""]);
+  });
+
+  it("but not while it says now and then that it is there, however long a cell keeps it from hearing us", () => {
+    connection.attach(looker);
+    give({ reset: true });
+    for (let i = 0; i < 100; i++) {
+      vi.advanceTimersByTime(2_500);
+      model.give({ type: "beat" });
+      expect(connection.lost).toBe("");
+    }
+  });
+
+  it("also when the view is paused, but not when it is out of sight", () => {
+    connection.attach(looker);
+    give({ reset: true });
+    Object.assign(looker, { looking: false, paused: true });
+    connection.changed();
+    expect(model.take().at(-1)).toMatchObject({ type: "look", looking: false, paused: true });
+    vi.advanceTimersByTime(7_000);
+    expect(connection.lost).toMatch(/^no sign of life/);
+    Object.assign(looker, { paused: false });
+    connection.changed();
+    expect(connection.lost).toBe("");
+  });
+
+  it("soon after its link was cut, and at once when nothing can be sent", () => {
+    connection.attach(looker);
+    give({ reset: true });
+    model.take();
+    model.fire("comm_live_update");
+    expect(model.take()).toMatchObject([{ type: "look" }]);
+    vi.advanceTimersByTime(2_000);
+    expect(connection.lost).toMatch(/^no sign of life/);
+    give();
+    expect(connection.lost).toBe("");
+    model.cut = true;
+    vi.advanceTimersByTime(5_000);
+    expect(connection.lost).toBe("the kernel is gone: it was restarted, or has ended; run the cell again");
+  });
+
+  it("and then nothing is asked of it, and what was is given up", async () => {
+    connection.attach(looker);
+    give({ reset: true });
+    const before = connection.execute({ do: "kill", server: 1 });
+    before.catch(() => {});
+    vi.advanceTimersByTime(7_000);
+    await expect(before).rejects.toThrow("the kernel does not answer");
+    expect(connection.clickWaits).toBe(false);
+    model.take();
+    await expect(connection.execute({ do: "kill", server: 1 })).rejects.toThrow("the kernel does not answer");
+    expect(model.take()).toEqual([]);
   });
 });
 

@@ -9,7 +9,7 @@ import { frame, framed, headline, piece, series } from "./frames";
 let said: Say[], listeners: ((content: unknown, buffers?: DataView[]) => void)[], el: HTMLElement, end: () => void, page: string;
 const model = {
   get: () => false,
-  on: (_: string, callback: (...args: never[]) => void) => void listeners.push(callback as never),
+  on: (event: string, callback: (...args: never[]) => void) => void (event === "msg:custom" && listeners.push(callback as never)),
   off: (_: string, callback?: unknown) => void (listeners = listeners.filter((one) => one !== callback)),
   send: (content: unknown) => void said.push(content as Say),
 };
@@ -189,6 +189,37 @@ it("says that the swarm is closed, and lets go of its buttons", () => {
   vi.advanceTimersByTime(300);
   expect(status()).toBe("the swarm is closed, or cannot be reached");
   expect(button("Kill servers[0]").disabled).toBe(true);
+});
+
+it("says that its kernel is gone, and lets go of all that would need it, until it is back", () => {
+  give(swarm());
+  const needing = () => [...el.querySelectorAll<HTMLButtonElement | HTMLInputElement>(".lk-controls button, .lk-actions button, .lk-slider input")];
+  expect(needing().filter((one) => !one.disabled).length).toBeGreaterThan(10);
+  vi.advanceTimersByTime(7_300);
+  expect(status()).toMatch(/^no sign of life for 7 s: the kernel was restarted/);
+  expect(needing().filter((one) => !one.disabled)).toEqual([]);
+  expect(button("Kill servers[0]").title).toBe("the kernel does not answer");
+  expect(words(region("Servers"))).toContain("was alive");
+  expect(words(region("Headline"))).toContain("? of 4 experts");
+  vi.advanceTimersByTime(3_000);
+  expect(words(el.querySelector("table[aria-label=Experts]")!)).toContain("was alive");
+  give(swarm());
+  vi.advanceTimersByTime(3_000);
+  expect(status()).toBe("");
+  expect(button("Kill servers[0]").disabled).toBe(false);
+  expect(words(el)).not.toContain("was alive");
+});
+
+it("says so also while it is paused", () => {
+  give(swarm());
+  button("Pause view").click();
+  vi.advanceTimersByTime(7_300);
+  expect(status()).toMatch(/^no sign of life/);
+  expect(button("Kill servers[0]").disabled).toBe(true);
+  for (const listener of listeners) listener({ type: "beat" });
+  vi.advanceTimersByTime(300);
+  expect(status()).toBe("paused");
+  expect(button("Kill servers[0]").disabled).toBe(false);
 });
 
 it("leaves nothing behind", () => {
