@@ -412,7 +412,6 @@ def test_a_finite_tensor_whose_sum_overflows_is_finite():
         ((torch.zeros(()),), "same number of rows"),
         ((torch.zeros(0, HIDDEN),), "at least one"),
         ((), "at least 1 tensor"),
-        ((torch.zeros(9, HIDDEN),), r"at most 8 \(max_batch_size\)"),
     ],
 )
 def test_inputs_that_the_expert_does_not_take_are_a_bad_request_naming_both_shapes(tensors, text):

@@ -53,6 +53,7 @@ ONLY = {
     "threading": {
         "portal.py",
         "server/executor.py",
+        "server/user_code.py",
         "training/run.py",
         "training/shared_model.py",
         "training/turns.py",

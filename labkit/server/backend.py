@@ -9,18 +9,21 @@ Legend: rows = samples of a batch, always dimension 0 of every tensor; the other
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from labkit.errors import BadRequest, CheckpointError, NonFiniteTensor
-from labkit.expert_protocol import Direction
+from labkit.errors import BadRequest, CheckpointError, MessageTooLarge, NonFiniteTensor
+from labkit.expert_protocol import Direction, ExpertSchema
+from labkit.server.expert_module import ExpertModule
 from labkit.server.optimizer import BackendConfig, laid_out, make_optimizer, optimizer_slots, take_step
+from labkit.server.parts import Parts, add_gradients, cut, finish, together
+from labkit.server.user_code import contained
 from labkit.server.validation import (
-    Schema,
+    NO_OPTIONS,
+    CallOptions,
     check_finite,
     checked_rows,
     describe,
@@ -29,16 +32,18 @@ from labkit.server.validation import (
     squares_finite,
 )
 
-MAX_SCHEMAS = 64  # callers choose schemas, so we remember few
+ANSWER_LIMIT = 255 << 20  # bytes: what a message may have by default, with room for its header
 
 
 class ExpertBackend:
     """One expert: `forward` returns outputs; `backward` returns input gradients and trains (paper, Runtime).
 
-    The module takes one or more tensors [rows, ...] and returns one tensor [rows, ...]; each row's output must not
-    depend on the other rows, since the runtime merges requests. It runs in eval mode in both directions unless
-    `config.train_mode`: then the forward pass that backward repeats is the same one, to the bit, and merging changes
-    nothing. With `train_mode=True` dropout draws anew in each pass. Only a backward pass changes buffers.
+    The module takes one or more tensors [rows, ...] and returns one or more [rows, ...]; each row's output must not
+    depend on the other rows, since the runtime merges requests, and a pass of more than `config.max_batch_size` rows is
+    computed in parts. It runs in eval mode in both directions unless `config.train_mode`: then the forward pass that
+    backward repeats is the same one, to the bit, and merging or cutting changes nothing. With `train_mode=True` dropout
+    draws anew in each pass, and statistics of a batch are those of a part. Only a backward pass that trains changes
+    buffers.
 
     Not thread-safe: one caller at a time.
 
@@ -53,15 +58,15 @@ class ExpertBackend:
         self.uid = uid
         self.config = config or BackendConfig()
         self.kind = kind or type(module).__qualname__
-        self.module = module.to(self.config.device).train(self.config.train_mode)
+        with contained():
+            self.module = module.to(self.config.device).train(self.config.train_mode)
+        self.expert = ExpertModule(uid, self.module)
         self.updates = 0  # optimizer steps
         self.rows_processed = 0  # rows of all passes, forward and backward
-        self.takes = str(getattr(module, "takes", ""))  # what to send, for error texts
+        self.answer_limit = ANSWER_LIMIT  # bytes of all outputs of a request
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._pending: dict[str, Tensor] = {}  # gradients of the passes since the last step, when accumulating
         self._pending_passes = 0
-        self._working_schemas: dict[Schema, None] = {}  # of inputs that have worked, newest last
-        self._has_buffers = any(True for _ in module.buffers())
         self.optimizer = make_optimizer(list(self._parameters.values()), self.config)
 
     @property
@@ -75,24 +80,37 @@ class ExpertBackend:
         slots = [slot for slot in optimizer_slots(self.config) if slot != "step"]
         return self.parameter_bytes + len(slots) * sum(p.nbytes for p in self._parameters.values())
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Outputs [rows, ...] on the CPU, without a gradient. Changes nothing.
+    @property
+    def schema(self) -> ExpertSchema | None:
+        """What the expert takes and gives, as far as that is known."""
+        return self.expert.schema
+
+    def forward(self, *inputs: Tensor, keywords: tuple[str, ...] = ()) -> Tensor:
+        """The output [rows, ...] on the CPU, without a gradient; of several the first. Changes nothing.
+
+        `keywords`: the names of the last inputs, which are handed to the module by keyword.
 
         Raises `BadRequest`, `NonFiniteTensor`.
         """
-        self.check("forward", inputs)
+        options = CallOptions(keywords=keywords)
+        self.check("forward", inputs, options)
         check_finite(inputs)
-        return self.compute("forward", inputs)[0]
+        return self.compute("forward", inputs, options=options)[0]
 
-    def backward(self, *inputs_then_grad_output: Tensor) -> list[Tensor]:
+    def backward(
+        self, *inputs_then_grads: Tensor, outputs: int = 1, keywords: tuple[str, ...] = (), train: bool = True
+    ) -> list[Tensor]:
         """Take one optimizer step for these rows, and return the input gradients.
 
         Args:
-            *inputs_then_grad_output: The inputs of the forward pass and the gradient of its output, each [rows, ...].
+            *inputs_then_grads: The inputs of the forward pass and the gradients of its outputs, each [rows, ...].
                 The outputs are computed again, since nothing is kept between calls.
+            outputs: How many of the tensors are gradients of outputs.
+            keywords: The names of the last inputs, which are handed to the module by keyword.
+            train: Whether to take a step. Without it, only `rows_processed` changes.
 
         Returns:
-            The gradients of the floating-point inputs in their order, on the CPU.
+            The gradients of the floating-point inputs in their order and dtypes, on the CPU.
 
         Raises:
             BadRequest: The tensors do not fit the expert.
@@ -100,68 +118,136 @@ class ExpertBackend:
 
         After an error parameters, buffers, optimizer state and counters are what they were, to the bit.
         """
-        self.check("backward", inputs_then_grad_output)
-        check_finite(inputs_then_grad_output)
-        return self.compute("backward", inputs_then_grad_output)
+        options = CallOptions(outputs, keywords, train)
+        self.check("backward", inputs_then_grads, options)
+        check_finite(inputs_then_grads)
+        return self.compute("backward", inputs_then_grads, options=options)
 
-    def check(self, direction: str, tensors: Sequence[Tensor]) -> int:
+    def check(self, direction: str, tensors: Sequence[Tensor], options: CallOptions = NO_OPTIONS) -> int:
         """The number of rows. Raises `BadRequest` if the tensors' shapes cannot be a request at all. Cheap."""
-        return checked_rows(self.uid, direction, tensors, self.config.max_batch_size)
+        return checked_rows(self.uid, direction, tensors, options)
 
     def compute(
-        self, direction: Direction, tensors: Sequence[Tensor], forward_updates: float | None = None
+        self,
+        direction: Direction,
+        tensors: Sequence[Tensor],
+        forward_updates: float | None = None,
+        options: CallOptions = NO_OPTIONS,
     ) -> list[Tensor]:
         """Do `forward` or `backward` with tensors that went through `check` and `check_finite` already.
 
         `forward_updates`: `updates` at the forward pass that a backward pass belongs to, if that is known.
         """
-        tensors = [t.to(self.config.device) for t in tensors]
-        results = [self._forward(tensors)] if direction == "forward" else self._backward(tensors, forward_updates)
+        return finish(self.compute_in_parts(direction, tensors, forward_updates, options))
+
+    def compute_in_parts(
+        self,
+        direction: Direction,
+        tensors: Sequence[Tensor],
+        forward_updates: float | None = None,
+        options: CallOptions = NO_OPTIONS,
+    ) -> Generator[None, None, list[Tensor]]:
+        """As `compute`, with a pause (a `yield`) between any two parts of at most `max_batch_size` rows.
+
+        The result is that of the undivided pass: outputs and input gradients are put together, and parameter gradients
+        are added up for one step. In a pause of a backward pass, leave this expert alone; in one of a forward pass,
+        other forward passes may be computed. To close it in a pause undoes what it has done.
+        """
+        parts = cut(tensors, self.config.max_batch_size)
+        if direction == "forward":
+            results = yield from self._forward(parts, options.keywords)
+        else:
+            results = yield from self._backward(parts, forward_updates, options)
         self.rows_processed += tensors[0].shape[0]
-        return [t.detach().cpu().contiguous() for t in results]
+        return results
 
-    def _forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        with torch.no_grad(), self._buffers_restored(always=True):
-            output = self._call(inputs)
-            check_finite([output], f"finite inputs gave expert {self.uid} an output")
-        return output
+    def _forward(self, parts: Parts, keywords: tuple[str, ...]) -> Generator[None, None, list[Tensor]]:
+        answers: list[list[Tensor]] = []
+        rows = sum(len(part[0]) for part in parts)
+        for part in parts:
+            if answers:
+                yield
+            with torch.no_grad(), self.expert.buffers_restored(always=True):
+                outputs = self.expert([t.to(self.config.device) for t in part], keywords)
+                check_finite(outputs, f"finite inputs gave expert {self.uid} an output")
+            size = sum(t.nbytes for t in outputs) * rows // len(part[0])
+            if size > self.answer_limit:
+                raise MessageTooLarge(
+                    f"expert {self.uid} would answer {rows} rows with {size} bytes, over the limit of a message of "
+                    f"{self.answer_limit}; send fewer rows at once"
+                )
+            answers.append([self._to_cpu(t) for t in outputs])
+        return together(answers)
 
-    def _backward(self, tensors: Sequence[Tensor], forward_updates: float | None) -> list[Tensor]:
-        *inputs, grad_output = tensors
+    def _to_cpu(self, tensor: Tensor) -> Tensor:
+        """The tensor on the CPU, without gaps, and in memory that no later step changes."""
+        result = tensor.detach().cpu().contiguous()
+        return result.clone() if result.untyped_storage().data_ptr() in self.expert.storages else result
+
+    def _backward(
+        self, parts: Parts, forward_updates: float | None, options: CallOptions
+    ) -> Generator[None, None, list[Tensor]]:
+        answers: list[list[Tensor]] = []
+        total: dict[str, Tensor] = {}
+        with self.expert.buffers_restored(always=not options.train):
+            for part in parts:
+                if answers:
+                    yield
+                input_grads, grads = self._gradients([t.to(self.config.device) for t in part], options)
+                answers.append([self._to_cpu(grad) for grad in input_grads])
+                if len(parts) == 1:
+                    total = grads
+                else:
+                    add_gradients(total, grads)
+            if options.train:
+                staleness = 0.0 if forward_updates is None else max(0.0, self.updates - forward_updates)
+                # (Gradients of half precision are added up in float32.)
+                self._step({name: grad.to(self._parameters[name].dtype) for name, grad in total.items()}, staleness)
+        return together(answers)
+
+    def _gradients(self, tensors: Sequence[Tensor], options: CallOptions) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The gradients of the floating-point inputs, and those of the parameters, by name. Changes only buffers."""
+        inputs, grad_outputs = tensors[: -options.outputs], tensors[-options.outputs :]
         leaves = [t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        with torch.enable_grad(), self._buffers_restored(always=False):
+        with torch.enable_grad(), contained():
             # 1. The forward pass again, this time with a graph.
-            output = self._call(leaves)
-            if output.shape != grad_output.shape or not grad_output.is_floating_point():
-                there, here = describe(schema_of([output])), describe(schema_of([grad_output]))
+            outputs = self.expert(leaves, options.keywords)
+            if [t.shape for t in outputs] != [t.shape for t in grad_outputs] or not all(
+                t.is_floating_point() for t in grad_outputs
+            ):
+                there, here = describe(schema_of(outputs)), describe(schema_of(grad_outputs))
                 raise BadRequest(
                     f"expert {self.uid} has output {there} for these inputs; the output gradient is {here}"
                 )
-            # 2. All gradients, without touching anything yet.
-            parameters = list(self._parameters.values())
-            grads: Sequence[Tensor | None] = [None] * (len(wanted) + len(parameters))
-            if output.requires_grad:
-                loss = _Weighed.apply(output, grad_output.to(output.dtype))  # type: ignore[no-untyped-call]
-                grads = torch.autograd.grad(loss, [*wanted, *parameters], allow_unused=True)
+            # 2. All gradients.
+            names = list(self._parameters) if options.train else []
+            sources = [*wanted, *(self._parameters[name] for name in names)]
+            grads: Sequence[Tensor | None] = [None] * len(sources)
+            losses = [
+                _Weighed.apply(output, grad.to(output.dtype))  # type: ignore[no-untyped-call]
+                for output, grad in zip(outputs, grad_outputs, strict=True)
+                if output.requires_grad
+            ]
+            if losses and sources:
+                grads = torch.autograd.grad(losses, sources, allow_unused=True)
+            # An embedding may give sparse ones.
+            grads = [g if g is None or g.layout is torch.strided else g.to_dense() for g in grads]
             input_grads = [
                 torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(wanted, grads, strict=False)
             ]
             check_finite(input_grads, f"finite inputs gave expert {self.uid} an input gradient")
-            # 3. The step.
-            staleness = 0.0 if forward_updates is None else max(0.0, self.updates - forward_updates)
-            self._step(dict(zip(self._parameters, grads[len(wanted) :], strict=True)), staleness)
-        return input_grads
+        of_parameters = zip(names, grads[len(wanted) :], strict=True)
+        return input_grads, {name: grad for name, grad in of_parameters if grad is not None}
 
-    def _step(self, grads: dict[str, Tensor | None], staleness: float) -> None:
+    def _step(self, grads: dict[str, Tensor], staleness: float) -> None:
         """Add gradients to the pending ones and, when it is time, step. Raises `NonFiniteTensor` before any change.
 
         Of gradients that are accumulated the staleness of the last one counts.
         """
         total = dict(self._pending)
         for name, grad in grads.items():
-            if grad is not None:
-                total[name] = total[name] + grad if name in total else grad
+            total[name] = total[name] + grad if name in total else grad
         clip, norm = self.config.clip_grad_norm, 0.0
         if clip is not None and total:
             norm = norm_of(total.values())
@@ -181,45 +267,6 @@ class ExpertBackend:
         take_step(self.optimizer, [(p, total.get(name)) for name, p in self._parameters.items()], factor)
         self.updates += 1
         self._pending, self._pending_passes = {}, 0
-
-    def _call(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Run the module. What it raises for a schema that has never worked is the caller's fault: `BadRequest`."""
-        schema = schema_of(inputs)
-        try:
-            output: Any = self.module(*inputs)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-            if schema in self._working_schemas:
-                raise
-            takes = self.takes or (
-                describe(next(iter(self._working_schemas))) if self._working_schemas else "something else"
-            )
-            said = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise BadRequest(f"expert {self.uid} takes {takes}; got {describe(schema)} ({said})") from error
-        if not isinstance(output, Tensor) or output.ndim < 1 or output.shape[0] != inputs[0].shape[0]:
-            got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise TypeError(f"an expert's module returns one tensor with a row per input row; this one returned {got}")
-        if schema not in self._working_schemas:
-            if len(self._working_schemas) >= MAX_SCHEMAS:
-                del self._working_schemas[next(iter(self._working_schemas))]
-            self._working_schemas[schema] = None
-            self._has_buffers = any(True for _ in self.module.buffers())  # the pass may have made some
-        return output
-
-    @contextmanager
-    def _buffers_restored(self, *, always: bool) -> Iterator[None]:
-        """Put the module's buffers (running statistics) back after the block: always, or only when it fails."""
-        before = [(buffer, buffer.clone()) for buffer in self.module.buffers()] if self._has_buffers else ()
-        failed = True
-        try:
-            yield
-            failed = False
-        finally:
-            if always or failed:
-                with torch.no_grad():
-                    for buffer, value in before:
-                        buffer.copy_(value)
 
     # ------------------------------------------------------------ state
 
@@ -300,7 +347,8 @@ class ExpertBackend:
         return {"updates": self.updates, "rows": self.rows_processed, "pending_passes": self._pending_passes}
 
     def _module_tensors(self) -> dict[str, Tensor]:
-        return {name: t for name, t in self.module.state_dict().items() if isinstance(t, Tensor)}
+        with contained():
+            return {name: t for name, t in self.module.state_dict().items() if isinstance(t, Tensor)}
 
 
 # ---------------------------------------------------------------- helpers

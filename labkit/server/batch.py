@@ -6,7 +6,9 @@ On a batch's way between `server/runtime`, which gathered the requests, and `ser
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,10 @@ from torch import Tensor
 from labkit.errors import RemoteFailure, RPCError
 from labkit.expert_protocol import Direction
 from labkit.server.backend import ExpertBackend
-from labkit.server.validation import check_finite
+from labkit.server.parts import finish
+from labkit.server.task_pool import PoolKey, Task
+from labkit.server.user_code import describe_error
+from labkit.server.validation import NO_OPTIONS, CallOptions, check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +30,16 @@ class DeviceLost(RuntimeError):
     """The device cannot compute anything any more until its process ends. The whole server has to end."""
 
 
+Answers = tuple[list[list[Tensor] | RPCError], int]  # of a batch: see `compute_batch`
+
+
 def compute_batch(
     backend: ExpertBackend,
     direction: Direction,
     requests: list[Sequence[Tensor]],
     forward_updates: Sequence[int | None] | None = None,
-) -> tuple[list[list[Tensor] | RPCError], int]:
+    options: CallOptions = NO_OPTIONS,
+) -> Answers:
     """Compute one batch.
 
     1. Refuse the requests with NaN or infinity, alone.
@@ -43,6 +52,7 @@ def compute_batch(
         requests: The tensors of each request, [rows, ...]; all requests have the same schema.
         forward_updates: For a backward pass, the expert's updates at each request's forward pass, where the caller said
             so.
+        options: What else the requests say, all of them the same.
 
     Returns:
         For each request, in order, its tensors or its own error; and the expert's updates after the batch.
@@ -50,6 +60,17 @@ def compute_batch(
     Raises:
         DeviceLost: A pass failed, and the device with it.
     """
+    return finish(compute_batch_in_parts(backend, direction, requests, forward_updates, options))
+
+
+def compute_batch_in_parts(
+    backend: ExpertBackend,
+    direction: Direction,
+    requests: list[Sequence[Tensor]],
+    forward_updates: Sequence[int | None] | None = None,
+    options: CallOptions = NO_OPTIONS,
+) -> Generator[None, None, Answers]:
+    """As `compute_batch`, with pauses where the expert makes them: see `ExpertBackend.compute_in_parts`."""
     answers: list[list[Tensor] | RPCError] = [RemoteFailure("not computed")] * len(requests)
     # 1.
     good = []
@@ -63,7 +84,8 @@ def compute_batch(
     if len(good) > 1:
         try:
             merged = [torch.cat(column) for column in zip(*(requests[i] for i in good), strict=True)]
-            results = backend.compute(direction, merged, _mean_forward_updates(requests, forward_updates, good))
+            updates = _mean_forward_updates(requests, forward_updates, good)
+            results = yield from backend.compute_in_parts(direction, merged, updates, options)
         except Exception as error:
             _check_device(backend.config.device, error)
             logger.debug("a merged batch of %s failed (%s); its requests run one by one", backend.uid, error)
@@ -75,11 +97,61 @@ def compute_batch(
     # 3. (Or there was only one, which is neither copied nor merged.)
     for i in good:
         try:
-            answers[i] = backend.compute(direction, requests[i], _mean_forward_updates(requests, forward_updates, [i]))
+            updates = _mean_forward_updates(requests, forward_updates, [i])
+            answers[i] = yield from backend.compute_in_parts(direction, requests[i], updates, options)
         except Exception as error:
             _check_device(backend.config.device, error)
             answers[i] = _translate(error, backend, direction)
     return answers, backend.updates
+
+
+PAUSED = object()  # what a batch's `step` returns between two parts
+
+
+@dataclass(eq=False, slots=True)
+class RunningBatch:
+    """Requests that are computed together, or one large request that is computed in parts.
+
+    Args:
+        tasks: The requests.
+        parts: Computes them.
+        started: When the first part was begun, on trio's clock.
+        rows: Of a part, at most.
+        seconds: How long the parts took so far.
+        ending: Why no further part is to be computed.
+    """
+
+    tasks: list[Task[Any]]
+    parts: Generator[None, None, Answers]
+    started: float
+    rows: int
+    seconds: float = 0.0
+    ending: RPCError | None = None
+
+    @property
+    def key(self) -> PoolKey:
+        """What its requests have in common."""
+        return self.tasks[0].key
+
+    def blocks(self, key: PoolKey) -> bool:
+        """Whether such requests have to wait for the rest of this batch, since one of both may change the expert."""
+        return key.uid == self.key.uid and "backward" in (key.direction, self.key.direction)
+
+    def step(self) -> Any:
+        """Compute the next part, on the compute thread. Returns `PAUSED`, or the answers after the last part."""
+        try:
+            if self.ending is None:
+                next(self.parts)
+            else:
+                self.parts.throw(self.ending)
+        except StopIteration as end:
+            return end.value
+        return PAUSED
+
+    def fail(self, error: Exception) -> None:
+        """Give all its requests the same error."""
+        for task in self.tasks:
+            task.on_result(error)
 
 
 def _mean_forward_updates(
@@ -97,9 +169,7 @@ def _translate(error: Exception, backend: ExpertBackend, direction: str) -> RPCE
     if isinstance(error, RPCError):
         return type(error)(*error.args)
     logger.warning("expert %s failed in a %s pass", backend.uid, direction, exc_info=error)
-    return RemoteFailure(
-        f"expert {backend.uid} failed in a {direction} pass: {type(error).__name__}: {error}"[:MAX_ERROR_LENGTH]
-    )
+    return RemoteFailure(f"the code of expert {backend.uid} failed in a {direction} pass: {describe_error(error)}")
 
 
 def _check_device(device: str, error: Exception) -> None:

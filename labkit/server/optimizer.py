@@ -51,11 +51,12 @@ class BackendConfig:
             The staleness of a gradient is the number of steps that the expert has made since
             the forward pass of the same rows, where the caller says which that was. Default
             0: stale gradients count like fresh ones.
-        max_batch_size: Rows that the expert computes at once, and accepts in one request.
-            Default 4096.
+        max_batch_size: Rows that the expert computes at once. Larger requests are computed in
+            parts, and answered and trained on as one. Default 4096.
         device: Where the expert computes: "cpu" (default), "cuda", "cuda:1", ….
         train_mode: Whether the module runs in train mode, so that dropout draws anew in each
-            pass. Default False: it runs in eval mode, and the forward pass that a backward
+            pass, and batch normalization normalizes over a batch of up to `max_batch_size`
+            rows. Default False: it runs in eval mode, and the forward pass that a backward
             pass repeats is the same one.
 
     Raises:
@@ -122,10 +123,12 @@ def make_optimizer(parameters: list[nn.Parameter], config: BackendConfig) -> tor
     It is not a fused one where that would be wrong: 1. for a parameter with gaps in its memory, such as a slice of a
     larger tensor, which would be read and written as if it had none; 2. for SGD in half precision on the CPU, which
     moves only the last few numbers of a tensor, if any, up to torch 2.13
-    (https://github.com/pytorch/pytorch/issues/191763).
+    (https://github.com/pytorch/pytorch/issues/191763); 3. for complex numbers, which fused ones do not take.
     """
     sgd = config.optimizer == "sgd"
-    if config.fused and not all(_is_dense(p) and not (sgd and _is_half_on_cpu(p)) for p in parameters):
+    if config.fused and not all(
+        _is_dense(p) and p.is_floating_point() and not (sgd and _is_half_on_cpu(p)) for p in parameters
+    ):
         config = replace(config, fused=False)
     return OPTIMIZERS[config.optimizer](parameters, config) if parameters else None
 

@@ -18,14 +18,14 @@ from typing import Any
 import trio
 from torch import Tensor
 
-from labkit.errors import DeadlineExceeded, Overloaded, RemoteFailure, RPCError, UnknownExpert
+from labkit.errors import CallCancelled, DeadlineExceeded, Overloaded, RemoteFailure, RPCError, UnknownExpert
 from labkit.events import BatchProcessed, Emit, ignore
 from labkit.server.backend import ExpertBackend
-from labkit.server.batch import DeviceLost, compute_batch
+from labkit.server.batch import PAUSED, DeviceLost, RunningBatch, compute_batch_in_parts
 from labkit.server.executor import ComputeThread, Executor, InlineCompute, OnComputed
 from labkit.server.statistics import RuntimeCounters, ServerStatistics
 from labkit.server.task_pool import PoolKey, Task, TaskPools
-from labkit.server.validation import schema_of
+from labkit.server.validation import NO_OPTIONS, CallOptions, schema_of
 from labkit.wire.transport import await_callback
 
 __all__ = ["ComputeThread", "Executor", "OnResult", "InlineCompute", "QueuedRequest", "Result", "Runtime"]
@@ -76,17 +76,33 @@ class _Device:
     pools: TaskPools[Result] = field(default_factory=TaskPools)
     snapshots: deque[_Snapshot] = field(default_factory=deque)
     fail_current: Callable[[Exception], object] | None = None  # fails what is being computed; None while nothing is
+    batch: RunningBatch | None = None  # which is being computed
+    paused: deque[RunningBatch] = field(default_factory=deque)  # between two of their parts
+    others_first: bool = False  # whether it is the turn of another batch than those
     starting: bool = False
+
+    def blocked(self, key: PoolKey) -> bool:
+        return any(batch.blocks(key) for batch in self.paused)
+
+    def may_copy(self, uid: str) -> bool:
+        return not any(batch.key.uid == uid and batch.key.direction == "backward" for batch in self.paused)
 
 
 class Runtime:
     """Answers requests for experts, many in one batch. `put` a request at any time; they are computed while `run` runs.
 
+    A request of more rows than `max_batch_size` is computed in parts. Between two of them, one batch of others is
+    computed if any waits: of other experts, or for two forward passes of the same one. So a large request holds others
+    up by one part at a time, and they hold it up by as much. Nobody sees an expert between two parts of a backward
+    pass. A large request that is late, or given up, ends before its next part, and has changed nothing.
+
     Args:
         backends: The experts, by uid.
         emit: Gets a `BatchProcessed` for each batch.
         executor: Where to compute; None for one `ComputeThread` per device, which `run` starts and ends.
-        max_queue_rows: Rows that may wait, over all experts, before requests are turned away.
+        max_queue_rows: Rows that may wait, over all experts, before requests are turned away. Of a large request only
+            one part counts, and never more than three quarters of this: it is not refused for its size alone, and
+            leaves room for others.
         threads: See `ComputeThread`.
     """
 
@@ -110,6 +126,7 @@ class Runtime:
         self._batch_ended = trio.Event()  # for `settle`
         self._broken = trio.Event()
         self._error: BaseException | None = None
+        self._unfinished: list[RunningBatch] = []  # that the end of the runtime has interrupted
         self._counters = RuntimeCounters(self.backends)
 
     @property
@@ -125,6 +142,7 @@ class Runtime:
         deadline: float,
         on_result: OnResult,
         forward_updates: int | None = None,
+        options: CallOptions = NO_OPTIONS,
     ) -> QueuedRequest:
         """Queue a request. `discard` takes it out again.
 
@@ -138,6 +156,7 @@ class Runtime:
                 or the runtime stops.
             forward_updates: The expert's updates when it answered the forward pass that a backward pass belongs to, if
                 known.
+            options: What else the request says.
 
         Raises:
             UnknownExpert, BadRequest, Overloaded, DeadlineExceeded, RemoteFailure: The request is not queued.
@@ -145,28 +164,36 @@ class Runtime:
         backend = self.backends.get(uid)
         if backend is None:
             raise UnknownExpert(f"this server does not hold expert {uid!r}; look it up again")
-        rows = backend.check(direction, tensors)
+        if direction == "forward":
+            options = CallOptions(keywords=options.keywords)
+        rows = backend.check(direction, tensors, options)
         if self._stopped:
             raise RemoteFailure(STOPPED)
         now = trio.current_time()
         if deadline <= now:
             raise DeadlineExceeded("the deadline had passed when the request arrived; nothing was computed")
-        queued = sum(device.pools.rows for device in self._devices.values())
-        if queued and queued + rows > self.max_queue_rows:
+        queued = sum(device.pools.load for device in self._devices.values())
+        load = min(rows, backend.config.max_batch_size, max(1, self.max_queue_rows * 3 // 4))
+        if queued and queued + load > self.max_queue_rows:
             self._counters.overloaded += 1
             raise Overloaded(f"{queued} rows wait here already, of at most {self.max_queue_rows}; nothing was computed")
         device = self._devices[backend.config.device]
-        key = PoolKey(uid, "forward" if direction == "forward" else "backward", schema_of(tensors))
+        key = PoolKey(uid, "forward" if direction == "forward" else "backward", schema_of(tensors), options)
         task: QueuedRequest = Task(
-            key, tensors, rows, arrived=now, deadline=deadline, on_result=on_result, forward_updates=forward_updates
-        )
+            key, tensors, rows, arrived=now, deadline=deadline, on_result=on_result, forward_updates=forward_updates,
+            load=load,
+        )  # fmt: skip
         device.pools.add(task)
         self._advance(device)
         return task
 
     def discard(self, task: QueuedRequest) -> bool:
         """Take out a request whose answer is not needed any more. Returns whether it was still queued."""
-        return self._devices[self.backends[task.key.uid].config.device].pools.discard(task)
+        device = self._devices[self.backends[task.key.uid].config.device]
+        for batch in (*device.paused, device.batch):
+            if batch is not None and batch.tasks == [task]:
+                batch.ending = CallCancelled("the caller gave up")
+        return device.pools.discard(task)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Compute until cancelled. What still waits then fails with `RemoteFailure`. A runtime runs once."""
@@ -193,7 +220,7 @@ class Runtime:
     async def settle(self) -> None:
         """Begin no further batch, and wait until those that are being computed have ended, however long that takes."""
         self._settling = True
-        while any(device.fail_current is not None for device in self._devices.values()):
+        while any(device.fail_current is not None or device.paused for device in self._devices.values()):
             self._batch_ended = trio.Event()
             await self._batch_ended.wait()
 
@@ -202,6 +229,9 @@ class Runtime:
         for device in self._devices.values():
             if device.fail_current is not None:
                 device.fail_current(RemoteFailure(STOPPED))
+            self._unfinished += [*device.paused, *([device.batch] if device.batch is not None else [])]
+            for batch in device.paused:
+                batch.fail(RemoteFailure(STOPPED))
             for task in device.pools.clear():
                 task.on_result(RemoteFailure(STOPPED))
             while device.snapshots:
@@ -214,9 +244,11 @@ class Runtime:
         device.starting = True
         try:
             while self._running and device.fail_current is None:
-                if device.snapshots:
-                    self._take_snapshot(device, device.snapshots.popleft())
-                elif self._settling or not self._run_batch(device):
+                snapshot = next((s for s in device.snapshots if device.may_copy(s.backend.uid)), None)
+                if snapshot is not None:
+                    device.snapshots.remove(snapshot)
+                    self._take_snapshot(device, snapshot)
+                elif not self._run_batch(device):
                     break
         finally:
             device.starting = False
@@ -232,54 +264,77 @@ class Runtime:
         def on_computed(value: Any, error: BaseException | None, seconds: float) -> None:
             if not self._running:
                 return  # `fail` has been called
-            device.fail_current = None
+            device.fail_current, batch, device.batch = None, device.batch, None
+            if value is PAUSED and batch is not None:
+                batch.seconds += seconds
+                device.others_first = device.others_first or not device.paused
+                device.paused.append(batch)
             self._batch_ended.set()
-            if isinstance(error, DeviceLost) or (error is not None and not isinstance(error, Exception)):
+            if isinstance(error, DeviceLost):
                 self._error = error  # not a failure of this batch: the whole server is to end
                 self._broken.set()
             self._advance(device)  # first, so that the device computes while answers are put together
-            done(value, error, seconds)
+            if value is not PAUSED:
+                done(value, error, seconds)
 
         device.executor.start(work, on_computed, self._nursery, uid=uid, direction=direction, rows=rows)
 
     def _run_batch(self, device: _Device) -> bool:
-        """Start the next batch. Returns whether there was one."""
-        started = trio.current_time()
-        batch, late = device.pools.next_batch(started, self._max_rows)
+        """Start the next batch, or the next part of one. Returns whether there was any."""
+        batch = None
+        if not self._settling and (device.others_first or not device.paused):
+            batch = self._next_batch(device)
+        if batch is None and device.paused:
+            batch = device.paused.popleft()
+            device.others_first = True
+            if batch.ending is None and batch.tasks[0].deadline <= trio.current_time():
+                self._counters.expired += 1
+                batch.ending = DeadlineExceeded("the deadline passed between two parts; nothing was changed")
+        elif batch is not None:
+            device.others_first = False
+        if batch is None:
+            return False
+        device.batch = batch
+        done = partial(self._answer, batch)
+        self._start(device, batch.step, done, batch.fail, batch.key.uid, batch.key.direction, batch.rows)
+        return True
+
+    def _next_batch(self, device: _Device) -> RunningBatch | None:
+        now = trio.current_time()
+        tasks, late = device.pools.next_batch(now, self._max_rows, device.blocked)
         self._counters.expired += len(late)
         for task in late:
             task.on_result(DeadlineExceeded("the deadline passed in the queue; nothing was computed"))
-        if not batch:
-            return False
-        uid, direction, _ = batch[0].key
-        requests = [task.tensors for task in batch]
-        forward_updates = [task.forward_updates for task in batch]
+        if not tasks:
+            return None
+        uid, direction, _, options = tasks[0].key
+        forward_updates = [task.forward_updates for task in tasks]
+        parts = compute_batch_in_parts(
+            self.backends[uid], direction, [task.tensors for task in tasks], forward_updates, options
+        )
+        return RunningBatch(tasks, parts, now, min(sum(task.rows for task in tasks), self._max_rows(uid)))
 
-        def fail(error: Exception) -> None:
-            for task in batch:
-                task.on_result(error)
-
-        def done(value: Any, error: BaseException | None, seconds: float) -> None:
-            if error is not None:
-                fail(RemoteFailure(f"the batch could not be computed: {error!r}"))
-                return
-            answers, updates = value
-            answered = []
-            for task, answer in zip(batch, answers, strict=True):
-                if isinstance(answer, RPCError):
-                    task.on_result(answer)
-                else:
-                    answered.append(task)
-                    task.on_result(Result(answer, started - task.arrived, seconds, updates))
-            rows = self._counters.count_batch(uid, answered, started, seconds)
-            if answered:
-                self._emit(
-                    BatchProcessed(uid=uid, direction=direction, rows=rows, requests=len(answered), seconds=seconds)
-                )
-
-        work = partial(compute_batch, self.backends[uid], direction, requests, forward_updates)
-        self._start(device, work, done, fail, uid, direction, sum(task.rows for task in batch))
-        return True
+    def _answer(self, batch: RunningBatch, value: Any, error: BaseException | None, seconds: float) -> None:
+        """Hand the outcome of a batch to its requests, and count it. `seconds`: of its last part."""
+        if error is not None:
+            said = (
+                error if isinstance(error, RPCError) else RemoteFailure(f"the batch could not be computed: {error!r}")
+            )
+            batch.fail(said)
+            return
+        answers, updates = value
+        seconds += batch.seconds
+        answered = []
+        for task, answer in zip(batch.tasks, answers, strict=True):
+            if isinstance(answer, RPCError):
+                task.on_result(answer)
+            else:
+                answered.append(task)
+                task.on_result(Result(answer, batch.started - task.arrived, seconds, updates))
+        uid, direction = batch.key.uid, batch.key.direction
+        rows = self._counters.count_batch(uid, answered, batch.started, seconds)
+        if answered:
+            self._emit(BatchProcessed(uid=uid, direction=direction, rows=rows, requests=len(answered), seconds=seconds))
 
     def _take_snapshot(self, device: _Device, snapshot: _Snapshot) -> None:
         backend = snapshot.backend
@@ -316,6 +371,8 @@ class Runtime:
             return await await_callback(begin)  # no deadline: at most one batch, and the runtime answers when it ends
         if any(thread.alive for thread in self._compute_threads):
             raise RemoteFailure(f"expert {uid} cannot be saved: a batch that has not ended may still be changing it")
+        while self._unfinished:
+            self._unfinished.pop().parts.close()  # which undoes what they have done
         return backend.state()
 
     def statistics(self) -> ServerStatistics:

@@ -28,13 +28,14 @@ from labkit.expert_uid import check_inside, split_uid
 from labkit.faults import Faults
 from labkit.node import NodeConfig, open_node
 from labkit.paths import user_path
-from labkit.server.backend import ExpertBackend
+from labkit.server.backend import ANSWER_LIMIT, ExpertBackend
 from labkit.server.checkpoints import Progress, keep_checkpoints, restore, save_all
 from labkit.server.layers import kind_name, make_expert
 from labkit.server.optimizer import BackendConfig
 from labkit.server.ownership import FolderClaim, own_checkpoints
 from labkit.server.runtime import Executor, QueuedRequest, Result, Runtime
 from labkit.server.statistics import ServerStatistics
+from labkit.server.validation import CallOptions
 from labkit.wire.rpc_types import AsyncMethod, CallbackMethod, Methods, Reply, Request, RespondFn
 from labkit.wire.security import Admission, Identity
 from labkit.wire.timers import Timers
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 SETTLE_TIMEOUT = 20.0  # seconds that a clean stop waits for the batch that is being computed
 STOP_TIMEOUT = 30.0  # seconds that a whole clean stop may take, the saves included, where experts are small
+HEADER_ROOM = 1 << 16  # bytes of an answer that are not its tensors, at most
 STOP_TIMEOUT_PER_GB = 20.0  # seconds more for each GB to save: a disk that takes 50 MB/s is slow
 
 
@@ -101,6 +103,7 @@ class ExpertServer:
         emit: Gets a `BatchProcessed` for each batch.
         executor: Where to compute; None for a thread per device.
         timers: The network's, for injected delays.
+        answer_limit: Bytes that all outputs of a request may have.
     """
 
     def __init__(
@@ -111,8 +114,10 @@ class ExpertServer:
         executor: Executor | None = None,
         *,
         timers: Timers,
+        answer_limit: int = ANSWER_LIMIT,
     ) -> None:
         self.config = config
+        self._answer_limit = answer_limit
         self._timers = timers
         self.faults = faults or Faults()
         backends = {uid: self._make_backend(uid) for uid in config.uids}
@@ -138,6 +143,7 @@ class ExpertServer:
                         torch.cuda.manual_seed(seed)
             module = make_expert(config.kind, **config.options)
         backend = ExpertBackend(uid, module, config.backend, kind=kind_name(config.kind))
+        backend.answer_limit = self._answer_limit
         if config.checkpoint_dir is not None:
             restore(config.checkpoint_dir, backend)
         return backend
@@ -147,7 +153,10 @@ class ExpertServer:
         return self._compute("forward", request, respond)
 
     def rpc_backward(self, request: Request, respond: RespondFn) -> Callable[[], object]:
-        """Answer with the input gradients for inputs and an output gradient. The expert takes an optimizer step."""
+        """Answer with the input gradients for inputs and output gradients.
+
+        The expert takes an optimizer step, unless the request says that it is not to train.
+        """
         return self._compute("backward", request, respond)
 
     def _compute(self, direction: Direction, request: Request, respond: RespondFn) -> Callable[[], object]:
@@ -162,9 +171,10 @@ class ExpertServer:
             try:
                 queued.append(
                     self.runtime.put(
-                        body.uid, direction, request.tensors, request.deadline, on_result, body.forward_updates
+                        body.uid, direction, request.tensors, request.deadline, on_result, body.forward_updates,
+                        CallOptions(body.outputs, body.keywords, body.train),
                     )
-                )
+                )  # fmt: skip
             except RPCError as error:
                 respond(error)
 
@@ -251,7 +261,13 @@ async def _serve_owned(
     executor: Executor | None, allow: Callable[[float], object] | None, task_status: trio.TaskStatus[Contact],
 ) -> None:  # fmt: skip
     """Do it all, with the experts' checkpoints owned."""
-    server = await _build(partial(ExpertServer, config, faults, emit, executor, timers=network.timers), executor)  # 1
+    frames = (node_config or NodeConfig()).limits.frames
+    answer_limit = max(1, frames.message_bytes - HEADER_ROOM)
+    server = await _build(  # 1
+        partial(
+            ExpertServer, config, faults, emit, executor, timers=network.timers, answer_limit=answer_limit
+        ), executor,
+    )  # fmt: skip
     if allow is not None:
         allow(stop_timeout(server.runtime.backends.values()))
     stop = trio.Event() if stop is None else stop

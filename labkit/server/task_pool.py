@@ -14,7 +14,7 @@ from typing import Generic, NamedTuple, TypeVar
 from torch import Tensor
 
 from labkit.expert_protocol import Direction
-from labkit.server.validation import Schema
+from labkit.server.validation import NO_OPTIONS, CallOptions, Schema
 
 T = TypeVar("T")
 
@@ -25,6 +25,7 @@ class PoolKey(NamedTuple):
     uid: str
     direction: Direction
     schema: Schema
+    options: CallOptions = NO_OPTIONS
 
 
 @dataclass(eq=False, slots=True)
@@ -39,6 +40,7 @@ class Task(Generic[T]):
         deadline: When it is too late to compute it, on the same clock.
         on_result: Called once with the result or the error.
         forward_updates: For a backward pass, the expert's updates at the forward pass, if the caller said so.
+        load: As how many rows it counts against the limit of the queue.
         number: Its place in the order of arrival, given by the pools.
     """
 
@@ -49,6 +51,7 @@ class Task(Generic[T]):
     deadline: float
     on_result: Callable[[T | Exception], None]
     forward_updates: int | None = None
+    load: int = 0
     number: int = -1
 
 
@@ -59,7 +62,7 @@ class TaskPool(Generic[T]):
         self.tasks: OrderedDict[int, Task[T]] = OrderedDict()  # OrderedDict: cheap removal at the front and anywhere
 
     def pick(self, now: float, max_rows: int) -> tuple[list[Task[T]], list[Task[T]]]:
-        """Pick the oldest requests that fit into `max_rows` rows together.
+        """Pick the oldest requests that fit into `max_rows` rows together. One that is larger is picked alone.
 
         Returns them, and those met on the way that are too late.
         """
@@ -78,10 +81,10 @@ class TaskPool(Generic[T]):
 
 
 class TaskPools(Generic[T]):
-    """All pools of one device. `len()` counts the requests that wait, `rows` their rows."""
+    """All pools of one device. `len()` counts the requests that wait, `rows` their rows, `load` those that count."""
 
     def __init__(self) -> None:
-        self.rows = 0
+        self.rows = self.load = 0
         self._pools: dict[PoolKey, TaskPool[T]] = {}
         self._order: OrderedDict[int, Task[T]] = OrderedDict()
         self._count = 0
@@ -95,6 +98,7 @@ class TaskPools(Generic[T]):
         self._order[task.number] = task
         self._pools.setdefault(task.key, TaskPool()).tasks[task.number] = task
         self.rows += task.rows
+        self.load += task.load
 
     def discard(self, task: Task[T]) -> bool:
         """Take a request out. Returns whether it was still waiting."""
@@ -105,17 +109,21 @@ class TaskPools(Generic[T]):
         if not pool.tasks:
             del self._pools[task.key]
         self.rows -= task.rows
+        self.load -= task.load
         return True
 
-    def next_batch(self, now: float, max_rows: Callable[[str], int]) -> tuple[list[Task[T]], list[Task[T]]]:
+    def next_batch(
+        self, now: float, max_rows: Callable[[str], int], blocked: Callable[[PoolKey], bool] = lambda key: False
+    ) -> tuple[list[Task[T]], list[Task[T]]]:
         """Take the next batch out of the pool with the oldest request: as many requests as fit into `max_rows(uid)`.
+
+        `blocked`: tells pools that have to wait.
 
         Returns the batch, which is empty when nothing waits, and the requests whose deadline has passed. They are taken
         out as well.
         """
         late: list[Task[T]] = []
-        while self._order:
-            key = next(iter(self._order.values())).key
+        while (key := next((task.key for task in self._order.values() if not blocked(task.key)), None)) is not None:
             picked, expired = self._pools[key].pick(now, max_rows(key.uid))
             self._take(picked)
             self._take(expired)

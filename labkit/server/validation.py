@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,21 +19,35 @@ Schema = tuple[tuple[torch.dtype, tuple[int, ...]], ...]  # per tensor: dtype an
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
-def checked_rows(uid: str, direction: str, tensors: Sequence[Tensor], max_batch_size: int) -> int:
+class CallOptions(NamedTuple):
+    """What a request says besides its tensors; requests that differ in it are not merged. See `ExpertRequest`."""
+
+    outputs: int = 1  # of the tensors of a backward pass, the gradients of outputs
+    keywords: tuple[str, ...] = ()
+    train: bool = True
+
+
+NO_OPTIONS = CallOptions()
+
+
+def checked_rows(uid: str, direction: str, tensors: Sequence[Tensor], options: CallOptions) -> int:
     """The number of rows of a request. Raises `BadRequest` if tensors of these shapes cannot be a request at all."""
-    least = {"forward": 1, "backward": 2}.get(direction)
+    least = {"forward": 1, "backward": 1 + options.outputs}.get(direction)
     if least is None:
         raise BadRequest(f"direction {direction!r}: forward or backward")
     if len(tensors) < least:
-        raise BadRequest(f"a {direction} pass takes at least {least} tensors, not {len(tensors)}")
+        said = f"a {direction} pass takes at least {least} tensors, not {len(tensors)}"
+        raise BadRequest(said + (f" (with {options.outputs} output gradients)" if options.outputs > 1 else ""))
+    inputs = len(tensors) - (least - 1)
+    if len(options.keywords) > inputs or len(set(options.keywords)) < len(options.keywords):
+        raise BadRequest(
+            f"{len(options.keywords)} keywords for {inputs} inputs of expert {uid}: each once, for an input"
+        )
     rows = {t.shape[0] if t.ndim else 0 for t in tensors}
     if len(rows) > 1 or 0 in rows:
         shapes = ", ".join(str(list(t.shape)) for t in tensors)
         raise BadRequest(f"all tensors of a request have the same number of rows, at least one; got {shapes}")
-    size = tensors[0].shape[0]
-    if size > max_batch_size:
-        raise BadRequest(f"{size} rows in one request; expert {uid} takes at most {max_batch_size} (max_batch_size)")
-    return size
+    return tensors[0].shape[0]
 
 
 def check_finite(tensors: Sequence[Tensor], what: str = "the request has a tensor") -> None:
