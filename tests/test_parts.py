@@ -167,7 +167,7 @@ async def test_a_large_request_that_is_late_or_given_up_ends_before_its_next_par
     assert isinstance(bench.answers["late"], DeadlineExceeded)
     assert "between two parts; nothing was changed" in str(bench.answers["late"])
     assert bench.runtime.statistics().expired == 1
-    assert module.rows == [2, 2] + [2]  # of four parts each
+    assert module.rows == [2, 2, 2]  # two of four parts, and one of four
     assert_same(backend.state(), before)
     assert not isinstance(bench.answers.get("given up"), CallCancelled)  # nobody waits for it
 
