@@ -12,7 +12,7 @@ from typing import ClassVar
 class LabkitError(Exception):
     """The base of all errors that labkit raises on purpose.
 
-    `recoverable` is False for what cannot get better by itself, however often it is tried again.
+    `recoverable` is False for what cannot get better by itself, however often it is tried.
     """
 
     recoverable: bool = True
@@ -53,9 +53,13 @@ class WrongServerKey(HandshakeFailed):
 class SecurityMismatch(HandshakeFailed):
     """One side encrypts (CURVE) and the other does not."""
 
+    recoverable = False
+
 
 class NotAdmitted(HandshakeFailed):
     """The swarm is private and our key is not on its list."""
+
+    recoverable = False
 
 
 class Overloaded(RPCError):
@@ -76,12 +80,14 @@ class BadRequest(RequestRefused):
     """The method does not take such a body or such tensors."""
 
     code = "bad_request"
+    recoverable = False
 
 
 class UnknownMethod(RequestRefused):
     """The peer has no such method."""
 
     code = "unknown_method"
+    recoverable = False
 
 
 class UnknownExpert(RequestRefused):
@@ -100,12 +106,14 @@ class MessageTooLarge(RequestRefused):
     """The message is larger than the receiver accepts."""
 
     code = "too_large"
+    recoverable = False
 
 
 class VersionMismatch(RequestRefused):
     """The peer speaks another version of labkit's protocol."""
 
     code = "version"
+    recoverable = False
 
 
 class BadReply(RPCError):
@@ -156,7 +164,7 @@ class JoinError(LabkitError):
 
 
 class NoExperts(LabkitError):
-    """No live expert was found. Not `recoverable` if the swarm knows of no such grid or expert at all."""
+    """No live expert was found. Not `recoverable` if the swarm knows of no such grid at all."""
 
 
 class NotEnoughExperts(LabkitError):
@@ -164,7 +172,7 @@ class NotEnoughExperts(LabkitError):
 
 
 class ExpertsRefused(NotEnoughExperts):
-    """All experts that were asked for some rows refused them, for the reasons in the text, each said once.
+    """All experts that were asked for some rows refused them. The text gives each reason once.
 
     Not `recoverable` if they would refuse such rows every time, as those of another width.
     """

@@ -233,7 +233,7 @@ def test_requests_queue_and_are_merged_while_a_simulated_server_computes():
                     last.set()
 
             for _ in range(5):
-                swarm.session.experts.forward(expert, [torch.ones(2, 4)], (4,), hear, timeout=10.0)
+                swarm.session.experts.forward(expert, [torch.ones(2, 4)], [(4,)], hear, timeout=10.0)
             await last.wait()
             answered[:] = [(time - begun, event) for time, event in answered]
 

@@ -360,11 +360,11 @@ def test_each_expert_gets_one_request_in_a_pass(grids, events):
         assert dict(calls) == chosen
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["loss.backward()", "loss.backward(), with a frozen gate"])
-def test_experts_are_trained_where_the_layer_is_the_first_and_its_input_needs_no_gradient(grids, frozen):
-    moe = grids["line"].moe(k_best=2)
+@pytest.mark.parametrize("frozen_gate", [False, True], ids=["as the gate", "though the gate is frozen"])
+def test_experts_are_trained_where_the_layer_is_the_first_and_its_input_needs_no_gradient(grids, frozen_gate):
+    moe = grids["line"].moe(k_best=2, train_experts=True if frozen_gate else None)
     local = grids["line"].local(moe)
-    moe.gate.requires_grad_(not frozen)
+    moe.gate.requires_grad_(not frozen_gate)
     x = torch.randn(10, DIM)
     moe(x).square().sum().backward()
     local(x).square().sum().backward()

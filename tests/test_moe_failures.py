@@ -18,7 +18,7 @@ from labkit.client.expert_client import ExpertClient
 from labkit.client.session import Session
 from labkit.contact import Contact
 from labkit.directory import Directory
-from labkit.errors import ConnectionLost, DeadlineExceeded, NoExperts, NotEnoughExperts, Overloaded, RemoteFailure
+from labkit.errors import ConnectionLost, DeadlineExceeded, NoExperts, NotEnoughExperts, RemoteFailure
 from labkit.events import CallFailed, CallFinished, Event, RowsUnanswered
 from labkit.expert_protocol import ExpertReply
 from labkit.expert_uid import grid_uids, split_uid
@@ -95,10 +95,11 @@ class Lab(TaskCaller):
     async def forward(self, x: Tensor, *grid_scores: Tensor) -> tuple[Dispatched, Tensor]:
         if not self.records.stores:
             await self.declare()
-        return await dispatch_forward(self.session, self.config, "ffn", [x], grid_scores, (DIM,))
+        sent, (outputs,) = await dispatch_forward(self.session, self.config, "ffn", [x], grid_scores, [(DIM,)])
+        return sent, outputs
 
     async def backward(self, sent: Dispatched, x: Tensor, grad: Tensor) -> Tensor:
-        (result,) = await dispatch_backward(self.session, self.config, sent, [x], grad)
+        (result,) = await dispatch_backward(self.session, self.config, sent, [x], [grad])
         assert result is not None
         return result
 
@@ -239,14 +240,14 @@ async def test_a_row_whose_expert_fails_goes_to_the_next_best_at_once(autojump_c
 
 async def test_a_row_that_has_k_min_answers_asks_nobody_else(autojump_clock):
     lab = Lab(k_best=2, k_min=1)
-    lab.behave(after(0.2, Overloaded("full")), "ffn.1")
+    lab.behave(after(0.2, RemoteFailure("full")), "ffn.1")
     sent, _ = await lab.forward(ROW, prefer([0, 1]))
     assert len(lab.asked) == 2 and answered(sent) == {"ffn.0"}
 
 
 async def test_an_expert_asked_twice_in_a_forward_pass_gets_one_backward_request(autojump_clock):
     lab = Lab(k_best=1)
-    lab.behave(after(0.1, Overloaded("full")), "ffn.0")
+    lab.behave(after(0.1, RemoteFailure("full")), "ffn.0")
     x = torch.ones(2, DIM)
     sent, _ = await lab.forward(x, prefer([0, 1], [1, 0]))
     assert [uid for _, _, uid in lab.asked].count("ffn.1") == 2  # for one row each
@@ -260,7 +261,7 @@ async def test_whoever_fails_each_row_ends_with_k_min_of_its_own_choice(autojump
     generator = torch.Generator().manual_seed(seed)
     lab = Lab(grid=(4, 4), k_best=4, k_min=3)
     bad = [uid for uid in lab.uids if torch.rand((), generator=generator) < 0.5][:12]
-    lab.behave(after(0.1, Overloaded("full")), *bad)
+    lab.behave(after(0.1, RemoteFailure("full")), *bad)
     scores = [torch.randn(20, 4, generator=generator) for _ in range(2)]
     x = torch.randn(20, DIM, generator=generator)
     sent, outputs = await lab.forward(x, *scores)
@@ -365,7 +366,7 @@ async def test_an_expert_that_fails_in_the_backward_pass_gives_no_input_gradient
 
 async def test_backward_asks_those_who_answered_and_waits_by_the_same_rules(autojump_clock):
     lab = Lab(k_best=3, k_min=1, timeout_after_k_min=1)
-    lab.behave(after(0.1, Overloaded("full")), "ffn.2")
+    lab.behave(after(0.1, RemoteFailure("full")), "ffn.2")
     lab.behave(NEVER, "ffn.1", direction="backward")
     sent, _ = await lab.forward(ROW, prefer([0, 1, 2]))
     lab.start, lab.asked = trio.current_time(), []

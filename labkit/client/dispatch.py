@@ -9,8 +9,7 @@ found, the rows are grouped by expert and sent, and what comes back in time is p
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,71 +17,24 @@ import trio
 from torch import Tensor
 
 from labkit.client.beam_search import Routing, beam_search, empty_routing
+from labkit.client.dispatch_config import DispatchConfig as DispatchConfig
 from labkit.client.expert_client import ExpertCall, ExpertOutput, OnDone
-from labkit.client.gather import Gathering, RowGroup, requests_for
+from labkit.client.gather import Gathering, RowGroup, Waited, requests_for
+from labkit.client.patience import AdaptivePatience, FixedPatience
+from labkit.client.refusals import alike, refused_by_all, tell
 from labkit.client.session import Session
+from labkit.client.sizes import row_bytes, shape_bytes
 from labkit.directory.views import WithBackingOff, WithoutExperts
 from labkit.errors import NoExperts, NotEnoughExperts
-from labkit.events import RoutingChosen, RowsUnanswered
+from labkit.events import PassFinished, RoutingChosen, RowsUnanswered
+from labkit.expert_protocol import Direction
 from labkit.expert_uid import ExpertInfo
-from labkit.wire.compression import CODECS
 from labkit.wire.frames import encode_request
 
 logger = logging.getLogger(__name__)
 
 MAX_CAUSES = 6  # failures that an error text lists
-
-
-@dataclass(frozen=True)
-class DispatchConfig:
-    """How many experts a row is sent to, and how long it waits for them.
-
-    Times are in seconds, and finite. Each row waits for `k_min` answers. When every row has
-    them, or can't have them any more, the pass waits `timeout_after_k_min` longer for the
-    others.
-
-    Example:
-        swarm.moe(256, grid=(4, 4), k_best=4, k_min=2, forward_timeout=5.0)
-
-    Args:
-        k_best: Experts that each row is sent to. Default 4.
-        k_min: Answers that each row needs, 1 to `k_best`. Default 1.
-        forward_timeout: Longest time of a forward pass. Default 10.
-        backward_timeout: Longest time of a backward pass. Default 10.
-        timeout_after_k_min: Time left to experts that no row needs any more; may be 0.
-            Default 1.
-        allow_zero_outputs: What happens to a row with fewer than `k_min` answers. False
-            (default): the pass raises `NotEnoughExperts`. True: the output of the row is
-            zero.
-        codec: How tensors are compressed on the wire: "none" (default), "float16" or
-            "bfloat16" (half of float32), or "blockwise8" (a quarter). All but "none" round
-            the numbers.
-
-    Raises:
-        ValueError: A value is out of its range.
-    """
-
-    k_best: int = 4
-    k_min: int = 1
-    forward_timeout: float = 10.0
-    backward_timeout: float = 10.0
-    timeout_after_k_min: float = 1.0
-    allow_zero_outputs: bool = False
-    codec: str = "none"
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.k_min, int) and isinstance(self.k_best, int)):
-            raise ValueError(f"k_min={self.k_min!r}, k_best={self.k_best!r}: whole numbers")
-        if not 1 <= self.k_min <= self.k_best:
-            raise ValueError(f"k_min={self.k_min}, k_best={self.k_best}: needs 1 <= k_min <= k_best")
-        for name in ("forward_timeout", "backward_timeout", "timeout_after_k_min"):
-            seconds = getattr(self, name)
-            may_be_none = name == "timeout_after_k_min"
-            if not (math.isfinite(seconds) and (seconds > 0 or (seconds == 0 and may_be_none))):
-                least = "of at least 0" if may_be_none else "above 0"
-                raise ValueError(f"{name}={seconds!r}: a finite number of seconds {least}")
-        if self.codec not in CODECS:
-            raise ValueError(f"codec={self.codec!r}: one of {', '.join(CODECS)}")
+MAX_ALIKE = 8  # experts that refuse rows for the same reason, after which no further ones are asked
 
 
 @dataclass(frozen=True)
@@ -106,8 +58,9 @@ async def dispatch_forward(
     name: str,
     inputs: Sequence[Tensor],
     grid_scores: Sequence[Tensor],
-    output_shape: tuple[int, ...],
-) -> tuple[Dispatched, Tensor]:
+    output_shapes: Sequence[tuple[int, ...]],
+    keywords: tuple[str, ...] = (),
+) -> tuple[Dispatched, list[Tensor]]:
     """Send rows to the best live experts of a grid, and gather their outputs.
 
     1. find the k best experts of each row; 2. ask each expert once, for all of its rows; 3. a row that can't have
@@ -119,7 +72,8 @@ async def dispatch_forward(
         name: The grid.
         inputs: Each [n, ...].
         grid_scores: One tensor [n, size] for each dimension of the grid.
-        output_shape: Out, the shape of one row's output.
+        output_shapes: Out, the shape of one row, of each output.
+        keywords: The names of the last inputs, which the experts get by keyword.
 
     Returns:
         Which experts were asked, and which answered; and the outputs [n, k, *out], zero where there was no answer.
@@ -131,44 +85,58 @@ async def dispatch_forward(
     """
     encode_request(0, "", 0, None, [tensor[:0] for tensor in inputs])  # a `ValueError` for what can't be sent at all
     n, k = inputs[0].shape[0], config.k_best
-    deadline = trio.current_time() + config.forward_timeout
-    routing = await _find_experts(session, config, name, grid_scores, deadline)  # 1
-    gathering = Gathering(torch.full((n,), config.k_min), k)
-    sent = Dispatched(name, routing.experts, routing.choice, routing.coordinates, gathering.answered)
-    outputs = torch.zeros((n, k, *output_shape), dtype=inputs[0].dtype)
+    with _Pass(session, config, name, "forward", n, config.forward_timeout) as this:
+        routing = await _find_experts(session, config, name, grid_scores, this.deadline)  # 1
+        gathering = this.gather(torch.full((n,), config.k_min), k)
+        sent = Dispatched(name, routing.experts, routing.choice, routing.coordinates, gathering.answered)
+        dtype = inputs[0].dtype
+        outputs = [torch.zeros((n, k, *shape), dtype=dtype) for shape in output_shapes]
 
-    def ask(request: RowGroup, done: OnDone) -> ExpertCall:
-        return session.experts.forward(
-            request.expert, [tensor.index_select(0, request.rows) for tensor in inputs], output_shape, done,
-            timeout=deadline - trio.current_time(), codec=config.codec,
-        )  # fmt: skip
+        def ask(request: RowGroup, done: OnDone) -> ExpertCall:
+            return session.experts.forward(
+                request.expert, [tensor.index_select(0, request.rows) for tensor in inputs], output_shapes, done,
+                timeout=this.deadline - trio.current_time(), codec=config.codec, keywords=keywords,
+            )  # fmt: skip
 
-    def take(request: RowGroup, answer: ExpertOutput) -> None:
-        outputs[request.rows, request.slots] = answer.tensors[0]
-        sent.updates.setdefault(request.expert.uid, answer.updates)  # of two answers the older
+        def take(request: RowGroup, answer: ExpertOutput) -> None:
+            for output, tensor in zip(outputs, answer.tensors, strict=True):
+                output[request.rows, request.slots] = tensor
+            sent.updates.setdefault(request.expert.uid, answer.updates)  # of two answers the older
 
-    def requests(choice: Tensor) -> list[RowGroup]:
-        found = requests_for(sent.experts, choice)
-        if found:
-            session.emit(RoutingChosen(prefix=name, rows={request.expert.uid: len(request.rows) for request in found}))
-        return found
+        def requests(choice: Tensor) -> list[RowGroup]:
+            found = requests_for(sent.experts, choice)
+            if found:
+                rows = {request.expert.uid: len(request.rows) for request in found}
+                session.emit(RoutingChosen(prefix=name, rows=rows))
+            return found
 
-    async def replace(short: Tensor, free: Tensor) -> list[RowGroup]:
-        others = WithoutExperts(session.directory, gathering.failed)
-        with trio.move_on_at(deadline):
-            found = await beam_search(others, name, [scores[short] for scores in grid_scores], k)
-            return requests(_refill(sent, found, short, free))
-        return []
+        async def replace(short: Tensor, free: Tensor) -> list[RowGroup]:
+            failed = gathering.failed
+            if len(failed) >= MAX_ALIKE and not sent.updates and alike(failed, places_of(sent.experts)):
+                return []  # the rest of a large grid would refuse these rows, too
+            others = WithoutExperts(session.directory, failed)
+            with trio.move_on_at(this.deadline):
+                found = await beam_search(others, name, [scores[short] for scores in grid_scores], k)
+                return requests(_refill(sent, found, short, free))
+            return []
 
-    await gathering.run(requests(sent.choice), ask, take, config.timeout_after_k_min, replace)  # 2, 3
-    short = _check(session, config, sent, "forward", gathering)
+        handle = _Handle(session, max(row_bytes(inputs), shape_bytes(output_shapes, dtype)), ask, take)
+        await gathering.run(requests(sent.choice), handle, replace)  # 2, 3
+        short = this.check(sent)
     gathering.answered[short] = False
-    outputs[short] = 0
+    for output in outputs:
+        output[short] = 0
     return sent, outputs
 
 
 async def dispatch_backward(
-    session: Session, config: DispatchConfig, sent: Dispatched, inputs: Sequence[Tensor], grad_outputs: Tensor
+    session: Session,
+    config: DispatchConfig,
+    sent: Dispatched,
+    inputs: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor],
+    keywords: tuple[str, ...] = (),
+    train: bool = True,
 ) -> list[Tensor | None]:
     """Send each expert that answered the gradients of its outputs, under the same rules.
 
@@ -177,7 +145,9 @@ async def dispatch_backward(
         config: How long to wait, and for how many.
         sent: The forward pass.
         inputs: Those of the forward pass, each [n, ...].
-        grad_outputs: [n, k, *out].
+        grad_outputs: Of each output, [n, k, *out].
+        keywords: Those of the forward pass.
+        train: Whether the experts learn from it. False asks for the gradients of the inputs only.
 
     Returns:
         The gradients of the floating-point inputs, and None for others. An expert that fails adds nothing to them.
@@ -185,26 +155,108 @@ async def dispatch_backward(
     Raises:
         NotEnoughExperts: Fewer than `k_min` of the experts that had answered a row answered again.
     """
-    deadline = trio.current_time() + config.backward_timeout
     grads = [torch.zeros_like(tensor) if tensor.is_floating_point() else None for tensor in inputs]
     totals = [total for total in grads if total is not None]
+    with _Pass(session, config, sent.name, "backward", len(inputs[0]), config.backward_timeout) as this:
 
-    def ask(request: RowGroup, done: OnDone) -> ExpertCall:
-        return session.experts.backward(
-            request.expert, [tensor.index_select(0, request.rows) for tensor in inputs],
-            grad_outputs[request.rows, request.slots], done, timeout=deadline - trio.current_time(),
-            codec=config.codec, forward_updates=sent.updates.get(request.expert.uid),
+        def ask(request: RowGroup, done: OnDone) -> ExpertCall:
+            return session.experts.backward(
+                request.expert, [tensor.index_select(0, request.rows) for tensor in inputs],
+                [grad[request.rows, request.slots] for grad in grad_outputs], done,
+                timeout=this.deadline - trio.current_time(), codec=config.codec, keywords=keywords,
+                forward_updates=sent.updates.get(request.expert.uid), train=train,
+            )  # fmt: skip
+
+        def take(request: RowGroup, answer: ExpertOutput) -> None:
+            for total, grad in zip(totals, answer.tensors, strict=True):
+                total.index_add_(0, request.rows, grad)
+
+        gathering = this.gather(sent.answered.sum(1).clamp(max=config.k_min), config.k_best)
+        requests = requests_for(sent.experts, sent.choice.masked_fill(~sent.answered, -1))
+        size = row_bytes(inputs) + sum(row_bytes([grad[:, 0]]) for grad in grad_outputs)  # the answer's is less
+        await gathering.run(requests, _Handle(session, size, ask, take))
+        this.check(sent)
+    return grads
+
+
+class _Handle:
+    """What a pass makes of its requests: see `gather.Requests`. `row_bytes`: of one row, in the larger message."""
+
+    def __init__(
+        self,
+        session: Session,
+        row_bytes: int,
+        ask: Callable[[RowGroup, OnDone], ExpertCall],
+        take: Callable[[RowGroup, ExpertOutput], None],
+    ) -> None:
+        self.ask, self.take = ask, take
+        self._sizes, self._row_bytes = session.experts.sizes, row_bytes
+
+    def cut(self, request: RowGroup) -> list[RowGroup]:
+        return request.cut(self._sizes.most_rows(request.expert.contact, self._row_bytes))
+
+    def refused(self, request: RowGroup) -> None:
+        self._sizes.refused(request.expert.contact, len(request.rows) * self._row_bytes)
+
+
+class _Pass:
+    """One pass, for the length of the block: its deadline, its `Gathering`, and what is said about it at its end."""
+
+    def __init__(
+        self, session: Session, config: DispatchConfig, name: str, direction: Direction, rows: int, timeout: float
+    ) -> None:
+        self._session, self._config, self._name, self._direction = session, config, name, direction
+        self._rows, self._timeout = rows, timeout
+        self._started = trio.current_time()
+        self.deadline = self._started + timeout
+        self._gathering: Gathering | None = None
+
+    def gather(self, needed: Tensor, slots: int) -> Gathering:
+        latencies, after = self._session.experts.latencies, self._config.timeout_after_k_min
+        patience = AdaptivePatience(latencies) if after is None else FixedPatience(after)
+        self._gathering = Gathering(needed, slots, self._direction, self.deadline, patience, latencies.note)
+        return self._gathering
+
+    def __enter__(self) -> _Pass:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        now, waited = trio.current_time(), Waited() if self._gathering is None else self._gathering.waited
+        self._session.emit(
+            PassFinished(
+                prefix=self._name, direction=self._direction, rows=self._rows, seconds=now - self._started,
+                waited=0.0 if waited.enough_at is None else now - waited.enough_at, patience=waited.patience,
+                late=tuple(sorted(set(waited.late))),
+            )
         )  # fmt: skip
 
-    def take(request: RowGroup, answer: ExpertOutput) -> None:
-        for total, grad in zip(totals, answer.tensors, strict=True):
-            total.index_add_(0, request.rows, grad)
+    def check(self, sent: Dispatched) -> Tensor:
+        """The rows with too few answers, bool [n]. Raises `NotEnoughExperts` unless such rows are allowed."""
+        assert self._gathering is not None
+        config, direction, gathering = self._config, self._direction, self._gathering
+        answered, failed, places = gathering.answered, gathering.failed, places_of(sent.experts)
+        short = answered.sum(1) < gathering.needed
+        if short.any():
+            self._session.emit(RowsUnanswered(prefix=sent.name, direction=direction, rows=int(short.sum())))
+        if not short.any() or config.allow_zero_outputs:
+            tell(self._session, sent.name, direction, failed, gathering.failed_rows, places)
+            return short
+        rows = f"{int(short.sum())} of {len(short)} rows"
+        if (refused := refused_by_all(sent.name, direction, failed, places, rows)) is not None:
+            raise refused
+        helped = sorted({sent.experts[e].uid for e in sent.choice[short][answered[short]].tolist()})
+        causes = [f"{uid}: {error.cause} ({error})" for uid, error in sorted(failed.items())]
+        more = f"; and {len(causes) - MAX_CAUSES} more" if len(causes) > MAX_CAUSES else ""
+        raise NotEnoughExperts(
+            f"{rows} got fewer than k_min={config.k_min} answers in a {direction} pass over the grid {sent.name!r}, "
+            f"within {self._timeout:g} s. Answered: {', '.join(helped) or 'none'}. "
+            + (f"Failed: {'; '.join(causes[:MAX_CAUSES])}{more}" if causes else "No other live expert of it was found")
+        )
 
-    gathering = Gathering(sent.answered.sum(1).clamp(max=config.k_min), config.k_best)
-    requests = requests_for(sent.experts, sent.choice.masked_fill(~sent.answered, -1))
-    await gathering.run(requests, ask, take, config.timeout_after_k_min)
-    _check(session, config, sent, "backward", gathering)
-    return grads
+
+def places_of(experts: Sequence[ExpertInfo]) -> dict[str, ExpertInfo]:
+    """These experts by uid."""
+    return {info.uid: info for info in experts}
 
 
 async def _find_experts(
@@ -235,10 +287,12 @@ async def _find_experts(
     if routing is None and config.allow_zero_outputs:
         return empty_routing(n, k, len(grid_scores))
     if routing is None or (n and not routing.experts):
-        raise NoExperts(
+        nobody = NoExperts(
             f"no live expert of the grid {name!r}: {where}; serve some with swarm.serve(name={name!r}, …) or "
             "`labkit serve`, or try again when its servers are back"
         )
+        nobody.recoverable = routing is None or session.directory.declared(name)
+        raise nobody
     alive = (routing.choice >= 0).sum(1)  # [n]
     fewest = int(alive.min()) if n else k
     too_few = fewest < config.k_min and not config.allow_zero_outputs
@@ -278,23 +332,3 @@ def _refill(sent: Dispatched, found: Routing, short: Tensor, free: Tensor) -> Te
     added[at, slot] = sent.choice[at, slot] = offers[row, offer]
     sent.coordinates[at, slot] = found.coordinates[row, offer]
     return added
-
-
-def _check(session: Session, config: DispatchConfig, sent: Dispatched, direction: str, gathering: Gathering) -> Tensor:
-    """The rows with too few answers, bool [n]. Raises `NotEnoughExperts` unless such rows are allowed."""
-    answered, failed = gathering.answered, gathering.failed
-    short = answered.sum(1) < gathering.needed
-    if not short.any():
-        return short
-    session.emit(RowsUnanswered(prefix=sent.name, direction=direction, rows=int(short.sum())))
-    if config.allow_zero_outputs:
-        return short
-    helped = sorted({sent.experts[e].uid for e in sent.choice[short][answered[short]].tolist()})
-    causes = [f"{uid}: {error.cause} ({error})" for uid, error in sorted(failed.items())]
-    more = f"; and {len(causes) - MAX_CAUSES} more" if len(causes) > MAX_CAUSES else ""
-    timeout = config.forward_timeout if direction == "forward" else config.backward_timeout
-    raise NotEnoughExperts(
-        f"{int(short.sum())} of {len(short)} rows got fewer than k_min={config.k_min} answers in a {direction} pass "
-        f"over the grid {sent.name!r}, within {timeout:g} s. Answered: {', '.join(helped) or 'none'}. "
-        + (f"Failed: {'; '.join(causes[:MAX_CAUSES])}{more}" if causes else "No other live expert of it was found")
-    )

@@ -15,12 +15,22 @@ import torch
 import trio
 from torch import Tensor
 
+from labkit.client.patience import Latencies
+from labkit.client.sizes import MessageSizes
 from labkit.directory import Directory
 from labkit.errors import BadReply, CallCancelled, DeadlineExceeded, RPCError
 from labkit.events import CallFailed, CallFinished, Emit, ignore
-from labkit.expert_protocol import METHODS, Direction, ExpertReply, ExpertRequest
+from labkit.expert_protocol import (
+    MAX_TENSORS,
+    METHODS,
+    SCHEMA,
+    Direction,
+    ExpertReply,
+    ExpertRequest,
+    ExpertSchema,
+)
 from labkit.expert_uid import ExpertInfo
-from labkit.wire.rpc_types import BULK, Caller, Reply
+from labkit.wire.rpc_types import BULK, Caller, Reply, RPCLimits
 
 ShapeAndType = tuple[tuple[int, ...], torch.dtype]  # that a tensor of an answer is to have
 
@@ -53,12 +63,15 @@ class ExpertClient:
         self.caller = caller
         self.directory = directory
         self.emit = emit
+        limits = getattr(caller, "limits", None) or RPCLimits()
+        self.sizes = MessageSizes(limits.frames.message_bytes)
+        self.latencies = Latencies()
 
     def forward(
         self,
         expert: ExpertInfo,
         inputs: Sequence[Tensor],
-        output_shape: tuple[int, ...] | None,
+        output_shapes: Sequence[tuple[int, ...]] | None,
         done: OnDone,
         **options: Any,
     ) -> ExpertCall:
@@ -67,29 +80,40 @@ class ExpertClient:
         Args:
             expert: The expert, and where it lives.
             inputs: Each [rows, ...].
-            output_shape: The answer is to be [rows, *output_shape] and of the first input's dtype; None accepts any
-                shape and dtype.
+            output_shapes: The answer is to have one tensor [rows, *shape] for each of these, of the first input's
+                dtype; None accepts tensors of any number, shape and dtype.
             done: Called once with the answer or a kind of `RPCError`, in the lab thread, perhaps before this returns.
                 The error is `BadReply` for an answer of another shape, or with NaN or infinity.
-            **options: `timeout` and `codec`; see `ExpertCall`.
+            **options: `timeout`, `codec` and `keywords`; see `ExpertCall`.
         """
-        expected = None if output_shape is None else ((len(inputs[0]), *output_shape), inputs[0].dtype)
-        return ExpertCall(self, "forward", expert, inputs, [expected], done, **options)
+        rows, dtype = len(inputs[0]), inputs[0].dtype
+        expected = None if output_shapes is None else [((rows, *shape), dtype) for shape in output_shapes]
+        return ExpertCall(self, "forward", expert, inputs, expected, done, **options)
 
     def backward(
-        self, expert: ExpertInfo, inputs: Sequence[Tensor], grad_output: Tensor, done: OnDone, **options: Any
+        self, expert: ExpertInfo, inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor], done: OnDone, **options: Any
     ) -> ExpertCall:
-        """Begin a backward call, which trains the expert.
+        """Begin a backward call, which trains the expert, unless `train` is False.
 
         Args:
             expert: The expert, and where it lives.
             inputs: Those of the forward call, each [rows, ...].
-            grad_output: The gradient of its output, [rows, ...].
+            grad_outputs: The gradients of its outputs, each [rows, ...].
             done: Called as in `forward`. The answer has the gradients of the floating-point inputs, in their order.
-            **options: `timeout`, `codec` and `forward_updates`; see `ExpertCall`.
+            **options: `timeout`, `codec`, `keywords`, `forward_updates` and `train`; see `ExpertCall`.
         """
         expected = [(tuple(tensor.shape), tensor.dtype) for tensor in inputs if tensor.is_floating_point()]
-        return ExpertCall(self, "backward", expert, [*inputs, grad_output], expected, done, **options)
+        return ExpertCall(
+            self, "backward", expert, [*inputs, *grad_outputs], expected, done, outputs=len(grad_outputs), **options
+        )
+
+    async def schema(self, expert: ExpertInfo, timeout: float) -> ExpertSchema | None:
+        """What an expert takes and gives, as its server says; None if that is not known. Raises `RPCError`."""
+        request = ExpertRequest(expert.uid)
+        returns = ExpertSchema | None
+        reply = await self.caller.call(expert.contact, SCHEMA, request, returns=returns, timeout=timeout)
+        schema: ExpertSchema | None = reply.body
+        return schema
 
 
 class ExpertCall:
@@ -99,12 +123,15 @@ class ExpertCall:
         client: Counts the call, and has what it needs.
         direction: "forward" or "backward".
         expert: The expert, and where it lives.
-        tensors: The inputs and, for a backward call, the output gradient behind them; each [rows, ...].
+        tensors: The inputs and, for a backward call, the output gradients behind them; each [rows, ...].
         expected: Shape and dtype of each tensor of the answer; None for any.
         done: Called once with the answer or a kind of `RPCError`.
         timeout: Seconds until the call fails.
         codec: How to compress the tensors on the wire.
+        keywords: The names of the last inputs, which the expert gets by keyword.
+        outputs: For a backward call, how many of the tensors are gradients of outputs.
         forward_updates: For a backward call, the `updates` with which the forward call of these rows was answered.
+        train: For a backward call, whether it trains the expert.
     """
 
     __slots__ = (
@@ -118,12 +145,15 @@ class ExpertCall:
         direction: Direction,
         expert: ExpertInfo,
         tensors: Sequence[Tensor],
-        expected: Sequence[ShapeAndType | None],
+        expected: Sequence[ShapeAndType] | None,
         done: OnDone,
         *,
         timeout: float,
         codec: str = "none",
+        keywords: tuple[str, ...] = (),
+        outputs: int = 1,
         forward_updates: int | None = None,
+        train: bool = True,
     ) -> None:
         self._client = client
         self._direction = direction
@@ -131,13 +161,14 @@ class ExpertCall:
         self._rows = tensors[0].shape[0]
         self._expected = expected
         self._done = done
-        self._forward_updates = forward_updates
+        self._forward_updates = forward_updates if train else None  # no step of ours: nothing is stale
         self._started = trio.current_time()
         self._ended = False
         client.in_flight += 1
+        request = ExpertRequest(expert.uid, forward_updates, outputs, keywords, train)
         try:
             self._call = client.caller.begin(
-                expert.contact, METHODS[direction], ExpertRequest(expert.uid, forward_updates), tensors,
+                expert.contact, METHODS[direction], request, tensors,
                 done=self._on_reply, returns=ExpertReply, timeout=timeout, lane=BULK, codec=codec,
             )  # fmt: skip
         except BaseException:
@@ -174,8 +205,10 @@ class ExpertCall:
             return
         self._end()
         client, expert, forward_updates = self._client, self._expert, self._forward_updates
-        client.directory.report_success(expert)
         body: ExpertReply = reply.body
+        client.directory.report_success(expert)
+        if body.leaving:
+            client.directory.report_leaving(expert)
         # One of the steps since then is ours. The difference is below 0 if the expert made no step, since it
         # accumulates gradients, or if it has begun anew.
         staleness = None if forward_updates is None else max(0, body.updates - 1 - forward_updates)
@@ -206,25 +239,37 @@ class ExpertCall:
 
 
 def check_answer(
-    tensors: Sequence[Tensor], expected: Sequence[ShapeAndType | None], expert: ExpertInfo
+    tensors: Sequence[Tensor], expected: Sequence[ShapeAndType] | None, expert: ExpertInfo
 ) -> list[Tensor]:
     """The tensors of an answer, cast to the expected dtypes.
 
     Raises `BadReply` if they are not of the expected shapes (None: any) or not finite.
     """
-    if len(tensors) != len(expected):
-        raise BadReply(f"{expert.uid} answered with {len(tensors)} tensors instead of {len(expected)}")
+    if expected is not None and len(tensors) != len(expected):
+        raise _misfit(f"{expert.uid} answered with {len(tensors)} tensors instead of {len(expected)}")
+    if not 0 < len(tensors) <= MAX_TENSORS and expected is None:
+        raise _misfit(f"{expert.uid} answered with {len(tensors)} tensors; expected are 1 to {MAX_TENSORS}")
     answer = []
-    for tensor, wanted in zip(tensors, expected, strict=True):
+    wanted_by_place: Sequence[ShapeAndType | None] = [None] * len(tensors) if expected is None else expected
+    for tensor, wanted in zip(tensors, wanted_by_place, strict=True):
         if wanted is not None and tuple(tensor.shape) != wanted[0]:
-            raise BadReply(f"{expert.uid} answered with shape {list(tensor.shape)} instead of {list(wanted[0])}")
+            raise _misfit(f"{expert.uid} answered with shape {list(tensor.shape)} instead of {list(wanted[0])}")
+        if not tensor.is_floating_point():
+            raise _misfit(f"{expert.uid} answered with {tensor.dtype}, which has no gradient; floating-point is needed")
         # Finite only after the cast: what is a number in float64 may be infinite in float32.
         cast = tensor if wanted is None else tensor.to(wanted[1])
         # A finite sum has finite terms, and is much faster to see; but finite terms may have an infinite sum.
-        if not tensor.is_floating_point() or not (math.isfinite(cast.sum()) or bool(cast.isfinite().all())):
+        if not (math.isfinite(cast.sum()) or bool(cast.isfinite().all())):
             raise BadReply(f"{expert.uid} answered with values that are not finite numbers")
         answer.append(cast)
     return answer
+
+
+def _misfit(text: str) -> BadReply:
+    """The error for an answer of another form than expected, which the expert will give every time."""
+    error = BadReply(text)
+    error.recoverable = False
+    return error
 
 
 def for_the_wire(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +19,10 @@ from torch.autograd.function import once_differentiable
 
 from labkit.client.dispatch import DispatchConfig, Dispatched, dispatch_backward, dispatch_forward
 from labkit.client.expert_client import for_the_wire
+from labkit.client.frozen import are_wanted, gradient_nodes
+from labkit.client.outside_graphs import outside_graphs
 from labkit.client.session import Session, find_session
+from labkit.expert_protocol import MAX_TENSORS
 from labkit.expert_uid import check_grid, check_name
 
 ROUTINGS = ("softmax", "switch")
@@ -26,30 +30,39 @@ _DROPPED_PENALTY = 1e9  # subtracted from the scores of dropped coordinates
 
 
 class MixtureOfExperts(nn.Module):
-    """A layer over the experts of a swarm: [..., dim] -> [..., dim].
+    """A layer over the experts of a swarm: [..., dim] -> [..., out].
 
     `swarm.moe` makes one. Each row goes to the `k_best` live experts with the highest grid
     scores. Its output is the softmax-weighted mean over those that answered. `moe(x, y, …)`
-    hands the experts further inputs [..., *] beside x. A forward pass raises `NoExperts` or
-    `NotEnoughExperts`, and a backward pass the latter; an output is never NaN.
+    hands the experts further inputs [..., *] beside x, `moe(x, mask=m)` by keyword. A
+    forward pass raises `NoExperts` or `NotEnoughExperts`, and a backward pass the latter; an
+    output is never NaN.
+
+    A backward pass trains the experts if it computes the gradients of the gate. So
+    `requires_grad_(False)` freezes the experts, too, and `torch.autograd.grad(score, x)` asks
+    them for the gradients of their inputs only.
 
     Example:
         moe = swarm.moe(256, grid=(4, 4), k_best=4)
         moe(torch.randn(32, 256)).sum().backward()  # trains the experts, too
 
     Args:
-        dim: Size of the last dimension of input and output.
+        dim: Size of the last dimension of the input.
         grid: Sizes of the expert grid, such as (4, 4). The gate has one map for each
             dimension.
         name: Name of the grid, the first part of its experts' uids. Default "ffn".
         swarm: Name of the swarm, which has to be open when the layer is called. Default
             "default".
+        out: Width of the output; default None: that of the input. Several widths where the
+            experts have several outputs: then the layer returns a tuple of outputs.
         routing: "softmax" (default), or "switch": weights are the gate's probabilities, as in
             the Switch Transformer; meant for k_best=1.
         jitter: In training, the gate's input is multiplied by random factors, 1 ± jitter.
             Default 0.
         grid_dropout: In training, the share of grid coordinates that a batch does without.
             Default 0.
+        train_experts: Whether backward passes train the experts. Default None: those that
+            compute the gradients of the gate.
         dispatch: How many experts a row is sent to, and how long it waits: see
             `DispatchConfig`. By default four experts, or all if there are fewer.
 
@@ -57,6 +70,7 @@ class MixtureOfExperts(nn.Module):
         balance_loss: Load-balancing loss of the last forward pass: a scalar tensor, 1 for an
             even load, whose gradient reaches the gate. None before the first pass.
         gate: The linear layer that gives the grid scores.
+        train_experts: As above; it may be changed at any time.
 
     Raises:
         ValueError: A value cannot be used.
@@ -69,9 +83,11 @@ class MixtureOfExperts(nn.Module):
         name: str = "ffn",
         *,
         swarm: str = "default",
+        out: int | Sequence[int | Sequence[int]] | None = None,
         routing: str = "softmax",
         jitter: float = 0.0,
         grid_dropout: float = 0.0,
+        train_experts: bool | None = None,
         dispatch: DispatchConfig | None = None,
     ) -> None:
         super().__init__()
@@ -79,6 +95,7 @@ class MixtureOfExperts(nn.Module):
         self.grid = check_grid(grid)
         self.name = check_name(name)
         self.swarm = swarm
+        self.output_shapes = output_shapes(dim if out is None else out)
         self.dispatch = dispatch or DispatchConfig(k_best=min(4, math.prod(self.grid)))
         if routing not in ROUTINGS:
             raise ValueError(f"routing={routing!r}: one of {', '.join(ROUTINGS)}")
@@ -86,22 +103,27 @@ class MixtureOfExperts(nn.Module):
             raise ValueError(f"jitter={jitter!r}, grid_dropout={grid_dropout!r}: shares of at least 0 and below 1")
         if self.dispatch.k_best > math.prod(self.grid):
             raise ValueError(f"k_best={self.dispatch.k_best}, but the grid {self.grid} has only {math.prod(self.grid)}")
+        if train_experts not in (None, True, False):
+            raise ValueError(f"train_experts={train_experts!r}: True, False, or None for as the gate is trained")
         self.routing = routing
         self.jitter = jitter
         self.grid_dropout = grid_dropout
+        self.train_experts = train_experts
         self.gate = nn.Linear(dim, sum(self.grid))
         self.balance_loss: Tensor | None = None
 
-    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+    @outside_graphs
+    def forward(self, x: Tensor, *others: Tensor, **keywords: Tensor) -> Any:
         """Compute one batch: 1. grid scores, 2. experts, 3. their weights, 4. the weighted mean.
 
         Args:
             x: Input [..., dim], on which the gate decides.
             *others: Further inputs [..., *] for the experts.
+            **keywords: Further inputs [..., *], which the experts get by keyword.
 
         Returns:
-            The output [..., dim], on the device and of the dtype of x (under autocast, of its
-                dtype).
+            The output [..., out], on the device and of the dtype of x (under autocast, of its
+                dtype). Where the experts have several outputs, a tuple of them.
 
         Raises:
             NoExperts: The grid has no live expert.
@@ -111,17 +133,19 @@ class MixtureOfExperts(nn.Module):
         if x.ndim < 1 or x.shape[-1] != self.dim:
             raise ValueError(f"the input's last dimension is {self.dim} here; got a tensor of shape {list(x.shape)}")
         leading = x.shape[:-1]  # b...
-        if any(other.shape[: len(leading)] != leading for other in others):
+        further = (*others, *keywords.values())
+        if any(other.shape[: len(leading)] != leading for other in further):
             raise ValueError(f"all inputs begin with the same shape; {list(leading)} here")
         n = math.prod(leading)
-        inputs = [tensor.reshape(n, *tensor.shape[len(leading) :]) for tensor in (x, *others)]  # [n, ...]
+        inputs = [tensor.reshape(n, *tensor.shape[len(leading) :]) for tensor in (x, *further)]  # [n, ...]
         scores = self.grid_scores(inputs[0])  # 1: [n, size] for each dimension
         session = find_session(self.swarm)
-        sent, outputs = self._ask(session, inputs, scores)  # 2: [n, k, dim]
-        weights = self.weights([score.to(outputs.dtype) for score in scores], sent)  # 3: [n, k]
+        sent, outputs = self._ask(session, inputs, tuple(keywords), scores)  # 2: [n, k, *out]
+        weights = self.weights([score.to(outputs[0].dtype) for score in scores], sent)  # 3: [n, k]
         self.balance_loss = balance_loss(scores, sent)
-        mean = weighted_mean(weights, outputs, x.dtype)  # 4: [n, dim]
-        return mean.reshape(*leading, *mean.shape[1:])
+        means = [weighted_mean(weights, output, x.dtype) for output in outputs]  # 4: [n, *out]
+        shaped = tuple(mean.reshape(*leading, *mean.shape[1:]) for mean in means)
+        return shaped if len(shaped) > 1 else shaped[0]
 
     def grid_scores(self, rows: Tensor) -> list[Tensor]:
         """Rows [n, dim] -> the scores of each dimension's coordinates, [n, size] each."""
@@ -129,18 +153,27 @@ class MixtureOfExperts(nn.Module):
             rows = rows * torch.empty_like(rows).uniform_(1 - self.jitter, 1 + self.jitter)
         return list(self.gate(rows).split(self.grid, dim=1))
 
-    def _ask(self, session: Session, inputs: Sequence[Tensor], scores: Sequence[Tensor]) -> tuple[Dispatched, Tensor]:
+    def _ask(
+        self, session: Session, inputs: Sequence[Tensor], keywords: tuple[str, ...], scores: Sequence[Tensor]
+    ) -> tuple[Dispatched, tuple[Tensor, ...]]:
         searched = [score.detach().cpu() for score in scores]
         if self.training and self.grid_dropout:
             searched = [_drop(score, self.grid_dropout) for score in searched]
         local = [for_the_wire(tensor) for tensor in inputs]
-        sent, outputs = session.run(dispatch_forward, session, self.dispatch, self.name, local, searched, (self.dim,))
-        # The scores go in so that autograd asks for the backward pass even where no input needs a gradient.
-        anchor = scores[0] if scores[0].requires_grad else torch.zeros(0, requires_grad=True)
+        sent, outputs = session.run(
+            dispatch_forward, session, self.dispatch, self.name, local, searched, self.output_shapes, keywords
+        )
+        passing = _Passing(session, self.dispatch, sent, keywords, self.train_experts)
+        anchor: Tensor | None = None
+        if self.train_experts is None:
+            passing.gate = gradient_nodes(self.gate.parameters())
+        if self.train_experts or passing.gate:
+            # Goes in so that autograd asks for the backward pass even where no input needs a gradient: it trains.
+            anchor = scores[0] if scores[0].requires_grad else torch.zeros(0, requires_grad=True)
         # What the function gives is on the CPU, so that its backward pass runs in the thread that calls it. A GPU has
         # one autograd thread for the whole process, which must not wait for the network.
-        outputs = _ExpertOutputs.apply(session, self.dispatch, sent, outputs, anchor, *inputs)  # type: ignore[no-untyped-call]
-        return sent, outputs.to(inputs[0].device)  # [n, k, dim], in full precision
+        outputs = _ExpertOutputs.apply(passing, len(outputs), anchor, *outputs, *inputs)  # type: ignore[no-untyped-call]
+        return sent, tuple(output.to(inputs[0].device) for output in outputs)  # [n, k, *out], in full precision
 
     def weights(self, scores: Sequence[Tensor], sent: Dispatched) -> Tensor:
         """The weights of the experts that answered each row, differentiable; 0 for others.
@@ -165,11 +198,30 @@ class MixtureOfExperts(nn.Module):
         return torch.softmax(total.masked_fill(~answered, lowest), dim=1) * answered
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, grid={self.grid}, name={self.name!r}, k_best={self.dispatch.k_best}, swarm={self.swarm!r}"
+        widths = ", ".join("x".join(map(str, shape)) for shape in self.output_shapes)
+        out = "" if self.output_shapes == ((self.dim,),) else f"out={widths}, "
+        return (
+            f"{self.dim}, {out}grid={self.grid}, name={self.name!r}, k_best={self.dispatch.k_best}, "
+            f"swarm={self.swarm!r}"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # The last batch's graph is no part of the layer, and cannot be copied.
         return {**self.__dict__, "balance_loss": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        older = {"output_shapes": ((state["dim"],),), "train_experts": None}
+        super().__setstate__({**older, **state})  # type: ignore[no-untyped-call]
+
+
+def output_shapes(out: int | Sequence[int | Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """The shape of one row of each output: `out` is a width, or several widths or shapes. Raises `ValueError`."""
+    each = [out] if isinstance(out, int) else list(out)
+    shapes = tuple((one,) if isinstance(one, int) else tuple(one) for one in each)
+    whole = all(isinstance(size, int) and size >= 1 for shape in shapes for size in shape)
+    if not (whole and 1 <= len(shapes) <= MAX_TENSORS):
+        raise ValueError(f"out={out!r}: a width of at least 1, or 1 to {MAX_TENSORS} of them")
+    return shapes
 
 
 def weighted_mean(weights: Tensor, outputs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -213,23 +265,42 @@ def _drop(scores: Tensor, share: float) -> Tensor:
     return scores.double() - dropped * _DROPPED_PENALTY
 
 
+@dataclass
+class _Passing:
+    """What the backward pass needs to know of the forward pass, beside tensors."""
+
+    session: Session
+    config: DispatchConfig
+    sent: Dispatched
+    keywords: tuple[str, ...]
+    train: bool | None  # None for where the gate is trained
+    gate: list[Any] = field(default_factory=list)  # nodes of the gate's gradients: see `client/frozen`
+
+
 class _ExpertOutputs(torch.autograd.Function):
     """The experts' answers as a differentiable function of what the experts were sent."""
 
     @staticmethod
     def forward(
-        ctx: Any, session: Session, config: DispatchConfig, sent: Dispatched, outputs: Tensor, anchor: Tensor,
-        *inputs: Tensor,
-    ) -> Tensor:  # fmt: skip
-        ctx.session, ctx.config, ctx.sent = session, config, sent
+        ctx: Any, passing: _Passing, count: int, anchor: Tensor | None, *outputs_then_inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        outputs, inputs = outputs_then_inputs[:count], outputs_then_inputs[count:]
+        ctx.passing, ctx.count = passing, count
         ctx.save_for_backward(*inputs)
-        return outputs.view_as(outputs)
+        return tuple(output.view_as(output) for output in outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_outputs: Tensor) -> Any:
-        inputs = ctx.saved_tensors
-        local, grad = [for_the_wire(tensor) for tensor in inputs], for_the_wire(grad_outputs)
-        grads = ctx.session.run(dispatch_backward, ctx.session, ctx.config, ctx.sent, local, grad)
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        inputs, passing = ctx.saved_tensors, ctx.passing
+        nothing = (None,) * (3 + ctx.count)
+        train = are_wanted(passing.gate) if passing.train is None else passing.train
+        if not train and not any(ctx.needs_input_grad[len(nothing) :]):
+            return *nothing, *(None for _ in inputs)
+        local = [for_the_wire(tensor) for tensor in inputs]
+        grads = passing.session.run(
+            dispatch_backward, passing.session, passing.config, passing.sent, local,
+            [for_the_wire(grad) for grad in grad_outputs], passing.keywords, train,
+        )  # fmt: skip
         returned = (grad if grad is None else grad.to(x.device, x.dtype) for grad, x in zip(grads, inputs, strict=True))
-        return None, None, None, None, None, *returned
+        return *nothing, *returned

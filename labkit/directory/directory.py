@@ -221,6 +221,11 @@ class Directory:
         """Returns counts since the start, and how many prefixes are cached."""
         return {**self._cache.counts, "prefixes": len(self._cache.records)}
 
+    def declared(self, prefix: str) -> bool:
+        """Whether anything is declared below `prefix`, offered or not, as far as the cache knows."""
+        record = self._cache.records.get(prefix)
+        return record is not None and bool(record.leaves or record.markers)
+
     async def explain(self, prefix: str) -> str:
         """Returns where and how `prefix` is looked up, and what is there and one level below, for error messages."""
         asked = f"{NAMESPACE + prefix!r} was looked up through our DHT node at {self._dht.contact.endpoint}"
@@ -228,8 +233,7 @@ class Directory:
         async with aclosing(self.walk(prefix, 2, anew=True, max_prefixes=MAX_EXPLAINED)) as steps:
             async for children, last in steps:
                 views |= children
-                record = self._cache.records.get(prefix)
-                if not last and (record is None or not (record.leaves or record.markers)):
+                if not last and not self.declared(prefix):
                     return f"{asked}: no DHT node answered with a record of experts"
         alive, below = sum(len(view.experts) for view in views.values()), len(views) - 1
         suspended = [f"{info.uid} at {info.contact.endpoint}" for info in self.suspended(views).values()]
@@ -278,6 +282,11 @@ class Directory:
         """Take note of an answered call: the failures of this expert are forgotten."""
         if self._suspicions.succeed(info):
             self._cache.changed(parent(info.uid)[0])
+
+    def report_leaving(self, info: ExpertInfo) -> None:
+        """Take note that a server is about to stop: its expert is not offered until it is declared anew."""
+        if self._suspicions.disown(info):
+            self._cache.doubt(parent(info.uid)[0])
 
     def _report_lost(self, info: ExpertInfo, detail: str) -> tuple[str, ...]:
         if self._suspicions.is_lost(info):

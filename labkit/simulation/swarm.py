@@ -62,6 +62,7 @@ async def open_simulated_swarm(
     seed: int = 0,
     name: str = "simulated",
     node_config: NodeConfig = SIMULATED_NODE_CONFIG,
+    client_config: NodeConfig | None = None,
     duration: Callable[[str, str, int], float] | None = None,
     emit: Emit = ignore,
 ) -> AsyncIterator[SimulatedSwarm]:
@@ -73,6 +74,7 @@ async def open_simulated_swarm(
         seed: Of their identities and faults.
         name: The name by which MoE layers find the swarm.
         node_config: Of every node.
+        client_config: Of the node that calls, if it is another.
         duration: Returns the virtual seconds that a batch takes, of `(uid, direction, rows)`; by default none.
         emit: Receives the events of calls, but not those of servers.
     """
@@ -89,7 +91,9 @@ async def open_simulated_swarm(
             )  # fmt: skip
             contact = await nursery.start(serve)
             first = first or [contact]
-        async with open_node(network, Identity(draw.randbytes(32)), node_config, join=first, emit=emit) as node:
+        async with open_node(
+            network, Identity(draw.randbytes(32)), client_config or node_config, join=first, emit=emit
+        ) as node:
             lockstep = Lockstep()
             session = Session(name, lockstep, node.directory, ExpertClient(node.client, node.directory, emit), emit)
             open_session(session)

@@ -208,7 +208,8 @@ class _Connection:
         except LabkitError as error:
             call = self.pending.get(wire.peek_id(frames) or 0)
             if call is not None:
-                call.settle(BadReply(f"{self.where} sent a reply that cannot be read: {error}"))
+                kind = MessageTooLarge if isinstance(error, MessageTooLarge) else BadReply
+                call.settle(kind(f"{self.where} sent a reply that cannot be read: {error}"))
             return
         call = self.pending.get(message.id)
         if call is not None:  # else the reply comes too late: its caller has given up

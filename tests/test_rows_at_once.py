@@ -1,0 +1,203 @@
+"""A result never depends on how many rows go through a layer at once, whatever the sizes, limits and failures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import labkit as lk
+from labkit.client.dispatch import DispatchConfig
+from labkit.client.expert import RemoteExpert
+from labkit.client.moe import MixtureOfExperts
+from labkit.errors import MessageTooLarge
+from labkit.events import CallFailed, CallFinished, Event
+from labkit.expert_uid import grid_uids
+from labkit.node import NodeConfig
+from labkit.server.optimizer import BackendConfig
+from labkit.server.server import ServerConfig
+from labkit.simulation.network import open_simnet
+from labkit.simulation.swarm import SIMULATED_NODE_CONFIG, open_simulated_swarm
+from labkit.simulation.virtual_clock import run_in_virtual_time
+from labkit.wire.frames import FrameLimits
+from labkit.wire.rpc_types import RPCLimits
+
+DIM = 6
+SMALL, MEDIUM, USUAL = 4_000, 20_000, 256 << 20  # bytes of a message
+
+
+class Refusing(nn.Module):
+    """Takes nothing, and says so each time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError("not for me")
+
+
+def node_config(message_bytes: int) -> NodeConfig:
+    limits = RPCLimits(frames=FrameLimits(message_bytes=message_bytes))
+    return replace(SIMULATED_NODE_CONFIG, limits=limits)
+
+
+def in_a_swarm(
+    use: Callable[[], None], grid: tuple[int, ...], *, refuse: set[int], message_bytes: int, max_batch_size: int = 4096
+) -> list[Event]:
+    """Run this with a simulated swarm, where some experts refuse everything and none of them learns."""
+    events: list[Event] = []
+    uids = list(grid_uids("ffn", grid))
+    backend = BackendConfig(optimizer="sgd", lr=0.0, max_batch_size=max_batch_size)
+    bad = tuple(uid for number, uid in enumerate(uids) if number in refuse)
+    good = tuple(uid for uid in uids if uid not in bad)
+    servers = [ServerConfig(good, grid, options={"hidden": DIM, "inner": 8}, backend=backend, seed=1, threads=1)]
+    if bad:
+        servers.append(ServerConfig(bad, grid, kind=Refusing, backend=backend, threads=1))
+
+    async def main() -> None:
+        config = node_config(message_bytes)
+        async with (
+            open_simnet(latency=0.01) as network,
+            open_simulated_swarm(network, servers, node_config=config, emit=events.append) as swarm,
+        ):
+            await swarm.lockstep.run(use)
+
+    run_in_virtual_time(main)
+    return events
+
+
+def results(layer: MixtureOfExperts, x: Tensor, target: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """The outputs, and the gradients of the inputs and of the gate, of these rows in passes of so many rows each."""
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    parts = [layer(part) for part in x.split(sizes)]
+    for part, wanted in zip(parts, target.split(sizes), strict=True):
+        (part * wanted).sum().backward()
+    assert x.grad is not None and layer.gate.weight.grad is not None and layer.gate.bias.grad is not None
+    return torch.cat(parts).detach(), x.grad, layer.gate.weight.grad.clone(), layer.gate.bias.grad.clone()
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int, list[int], set[int], int]:
+    grid = draw(st.sampled_from([(2,), (5,), (2, 3), (2, 2, 2)]))
+    experts = len(list(grid_uids("ffn", grid)))
+    k_best = draw(st.integers(1, min(4, experts)))
+    k_min = draw(st.integers(1, k_best))
+    sizes = draw(st.lists(st.integers(1, 60), min_size=1, max_size=4))
+    refuse = draw(st.sets(st.integers(0, experts - 1), max_size=experts - k_min))
+    return grid, k_best, k_min, sizes, refuse, draw(st.sampled_from([SMALL, MEDIUM, USUAL]))
+
+
+@given(case=cases(), seed=st.integers(0, 1 << 16))
+@settings(max_examples=25)
+def test_rows_that_go_through_a_layer_at_once_get_what_they_get_in_parts(case, seed):
+    grid, k_best, k_min, sizes, refuse, message_bytes = case
+    torch.manual_seed(seed)
+    config = DispatchConfig(k_best=k_best, k_min=k_min)
+    layer = MixtureOfExperts(DIM, grid, swarm="simulated", dispatch=config)
+    x, target = torch.randn(2, sum(sizes), DIM)
+
+    def compare() -> None:
+        at_once, in_parts = results(layer, x, target, [len(x)]), results(layer, x, target, sizes)
+        assert_close(at_once, in_parts)
+
+    in_a_swarm(compare, grid, refuse=refuse, message_bytes=message_bytes)
+
+
+@pytest.mark.parametrize("codec", ["none", "float16", "bfloat16", "blockwise8"])
+def test_what_is_too_large_for_a_message_goes_in_several_under_every_codec(codec):
+    layer = MixtureOfExperts(DIM, (2,), swarm="simulated", dispatch=DispatchConfig(k_best=2, codec=codec))
+    x, target = torch.randn(2, 500, DIM)
+
+    def compare() -> None:
+        at_once, in_parts = results(layer, x, target, [500]), results(layer, x, target, [50] * 10)
+        rounded = {"none": 1e-5, "float16": 1e-2, "bfloat16": 5e-2, "blockwise8": 0.15}[codec]
+        for one, other in zip(at_once, in_parts, strict=True):
+            assert (one - other).norm() <= rounded * other.norm()
+
+    events = in_a_swarm(compare, (2,), refuse=set(), message_bytes=SMALL)
+    assert not [event for event in events if isinstance(event, CallFailed)]
+    assert max(event.rows for event in events if isinstance(event, CallFinished)) < 500
+
+
+def test_one_expert_takes_as_many_rows_as_a_layer_does():
+    expert = RemoteExpert("ffn.0", "simulated")
+    x, target = torch.randn(2, 500, DIM)
+
+    def compare() -> None:
+        outcomes = []
+        for sizes in ([500], [50] * 10):
+            leaf = x.clone().requires_grad_()
+            y = torch.cat([expert(part) for part in leaf.split(sizes)])
+            (y * target).sum().backward()
+            outcomes.append((y.detach(), leaf.grad))
+        assert_close(outcomes[0], outcomes[1])
+
+    in_a_swarm(compare, (2,), refuse=set(), message_bytes=SMALL)
+
+
+class Widening(nn.Module):
+    """[rows, 6] -> [rows, 3000]: answers are much larger than requests."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(1, keepdim=True) + torch.arange(3000.0)
+
+
+def test_answers_that_would_be_too_large_for_a_message_come_in_several():
+    """The caller of one expert does not know their size beforehand."""
+
+    async def main() -> None:
+        config = node_config(100_000)
+        servers = [ServerConfig(("wide.0",), (1,), kind=Widening, threads=1)]
+        async with open_simnet() as network, open_simulated_swarm(network, servers, node_config=config) as swarm:
+
+            def use() -> None:
+                x = torch.randn(40, DIM)
+                layer = MixtureOfExperts(DIM, (1,), "wide", swarm="simulated", out=3000)
+                for y in (RemoteExpert("wide.0", "simulated")(x), layer(x)):
+                    assert_close(y, Widening()(x))
+
+            await swarm.lockstep.run(use)
+
+    run_in_virtual_time(main)
+
+
+def test_a_server_that_accepts_less_than_we_send_gets_smaller_messages():
+    async def main() -> None:
+        servers = [ServerConfig(("ffn.0",), (1,), options={"hidden": DIM}, threads=1)]
+        events: list[Event] = []
+        async with (
+            open_simnet() as network,
+            open_simulated_swarm(
+                network, servers, node_config=node_config(SMALL), client_config=node_config(USUAL), emit=events.append
+            ) as swarm,
+        ):
+
+            def use() -> None:
+                x = torch.randn(500, DIM, requires_grad=True)
+                layer = MixtureOfExperts(DIM, (1,), swarm="simulated", dispatch=DispatchConfig(k_best=1))
+                for ask in (layer, RemoteExpert("ffn.0", "simulated")):
+                    ask(x).sum().backward()
+                    assert x.grad is not None and x.grad.abs().min() > 0
+
+            await swarm.lockstep.run(use)
+        refused = [event for event in events if isinstance(event, CallFailed)]
+        assert 0 < len(refused) < 20, "what a server accepts is learnt"
+
+    run_in_virtual_time(main)
+
+
+def test_a_row_that_is_too_large_by_itself_is_refused_in_words():
+    def use() -> None:
+        layer = MixtureOfExperts(DIM, (2,), swarm="simulated", dispatch=DispatchConfig(k_best=2))
+        with pytest.raises(
+            lk.NotEnoughExperts, match=r"all 2 experts of the grid 'ffn' that were asked refused: .*over the"
+        ):
+            layer(torch.randn(2, DIM), torch.randn(2, 2000))
+        with pytest.raises(MessageTooLarge):
+            RemoteExpert("ffn.0", "simulated")(torch.randn(2, 2000))
+
+    in_a_swarm(use, (2,), refuse=set(), message_bytes=SMALL)
