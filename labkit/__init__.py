@@ -26,7 +26,7 @@ _HOME = {
     "fit": "training.run",
     "JsonlLogger": "view.log.loggers",
     "WandbLogger": "view.log.loggers",
-    "evaluate": "training.trainer",
+    "evaluate": "training.metrics",
     "TrainConfig": "training.trainer",
     "load": "training.datasets",
     "register_expert": "server.layers",
@@ -45,7 +45,8 @@ _HOME = {
     "SwarmClosed": "errors",
     "TrainingFailed": "errors",
 }
-__all__ = ["__version__", *_HOME]
+_MODULES = {"losses": "training.losses"}
+__all__ = ["__version__", *_HOME, *_MODULES]
 
 if TYPE_CHECKING:
     from labkit.client.dispatch import DispatchConfig as DispatchConfig
@@ -64,20 +65,22 @@ if TYPE_CHECKING:
     from labkit.server.layers import register_expert as register_expert
     from labkit.server.optimizer import BackendConfig as BackendConfig
     from labkit.swarm import Swarm as Swarm
+    from labkit.training import losses as losses
     from labkit.training.datasets import load as load
+    from labkit.training.metrics import evaluate as evaluate
     from labkit.training.run import fit as fit
     from labkit.training.trainer import TrainConfig as TrainConfig
-    from labkit.training.trainer import evaluate as evaluate
     from labkit.view.log.loggers import JsonlLogger as JsonlLogger
     from labkit.view.log.loggers import WandbLogger as WandbLogger
 
 
 def __getattr__(name: str) -> object:
-    home = _HOME.get(name)
+    home = _HOME.get(name) or _MODULES.get(name)
     if home is None:
         raise AttributeError(f"module 'labkit' has no attribute {name!r}")
     with quick_imports():
-        value = getattr(importlib.import_module(f"labkit.{home}"), name)
+        module = importlib.import_module(f"labkit.{home}")
+        value = module if name in _MODULES else getattr(module, name)
     globals()[name] = value
     return value
 

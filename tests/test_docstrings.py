@@ -11,6 +11,7 @@ import pytest
 import labkit as lk
 from labkit.launch.handle import ServerHandle
 from labkit.training.run import Run
+from labkit.training.validation import Best, TrainingStep, Validation
 from labkit.view.log.loggers import RichLogger
 from labkit.view.log.swarm_logging import Logging
 from labkit.view.picture.canvas import Picture
@@ -18,7 +19,9 @@ from labkit.view.picture.canvas import Picture
 WIDTH = 90  # characters of a line that fit into JupyterLab's tooltip
 MADE_BY_LABKIT = (ServerHandle, Run, Picture)  # which users are given, and do not make themselves
 PUBLIC = [
-    *(getattr(lk, name) for name in lk.__all__ if name != "__version__"), ServerHandle, Run, RichLogger,
+    *(getattr(lk, name) for name in lk.__all__ if name not in ("__version__", "losses")),
+    lk.losses.cross_entropy, lk.losses.next_token, lk.losses.binary_cross_entropy, lk.losses.mse, lk.losses.mae,
+    TrainingStep, Validation, Best, ServerHandle, Run, RichLogger,
     Logging, Picture,
 ]  # fmt: skip
 

@@ -13,42 +13,44 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from labkit.client.expert import RemoteExpert
-from labkit.client.moe import MixtureOfExperts
 from labkit.client.session import Session, find_session
-from labkit.errors import NoExperts, NotEnoughExperts, RPCError, SwarmClosed, TrainingFailed
-from labkit.events import Emit, StepFailed, StepFinished, ignore
+from labkit.errors import LabkitError, NoExperts, NotEnoughExperts, RPCError, SwarmClosed, TrainingFailed
+from labkit.events import Emit, MetricsLogged, StepFailed, StepFinished, ignore
 from labkit.forks import on_fork
-from labkit.server.optimizer import Adam
+from labkit.training import failures
 from labkit.training.batches import Batch, Stream
+from labkit.training.forward import LossFunction, initialise
+from labkit.training.metrics import MeasuringStopped, Metric, evaluate_replica
+from labkit.training.optimizers import OptimizerFactory, ScheduleFactory, make_optimizer, make_schedule
 from labkit.training.shared_model import SharedModel
-from labkit.training.trainer import LossFunction, TrainConfig, evaluate, train_step
+from labkit.training.trainer import REMOTE, TrainConfig, train_step
 from labkit.training.turns import Turns
+from labkit.training.validation import Best, OnStep, TrainingStep, Validation, Validator
 
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT = 10.0  # seconds that batches in flight may take when a run is stopped
+PAUSE_TIMEOUT = 60.0  # seconds that steps and validations may take when a run is paused
 POLL_INTERVAL = 0.02  # seconds between two looks at a run that is waited for
 FAILURE_PAUSE = 0.05  # seconds that a trainer pauses after a failed batch, for each that has failed in a row
-PAUSE_TIMEOUT = 60.0  # seconds that steps and validations may take when a run is paused
-EXIT_TIMEOUT = 1.0  # seconds that batches in flight may take when Python exits
+EXIT_TIMEOUT = 3.0  # seconds that batches in flight may take when Python exits
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Metrics = Metric | Sequence[Metric] | Mapping[str, Metric]
+OUTAGES = (NotEnoughExperts, NoExperts, RPCError)  # which cost a batch, and not the run
 
 
 class Run:
     """A training run in the background, started by `lk.fit`.
 
     One run at a time trains a model: an earlier one is stopped first, so a cell may run
-    twice. A run ends when a swarm that it uses is closed.
+    twice. A run is stopped when a swarm that it uses is closed.
 
     Example:
         run = lk.fit(model, data, epochs=1)
@@ -64,22 +66,22 @@ class Run:
         error: The exception that ended the run, or None.
 
     Properties:
+        state: "running", "finished", "stopped" or "failed".
         running: Whether trainers are at work.
         steps: Steps done.
         seconds: How long it has been running, or ran, in seconds.
         loss: Mean loss of the last 20 steps.
         samples_per_s: Rows per second, over the whole run.
         staleness: Mean staleness of the last 100 steps, in updates.
+        validations: What was measured on the validation data, and after which steps.
+        best: With `patience`, the model's state at its lowest validation loss.
     """
 
     def __init__(
         self, model: nn.Module, data: Any, config: TrainConfig, loss_function: LossFunction | None = None,
-        optimizer: OptimizerFactory | None = None, emit: Emit | None = None, *,
-        _resume_from: Mapping[str, Any] | None = None,
+        optimizer: str | OptimizerFactory | None = None, emit: Emit | None = None, *, validate: Any = None,
+        metrics: Metrics | None = None, on_step: OnStep | None = None, _resume_from: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        make_optimizer = optimizer or (
-            lambda parameters: Adam(parameters, lr=config.lr, betas=(float(config.beta1), 0.999))
-        )
         self.model = model
         self.config = config
         self.history: deque[StepFinished] = deque(maxlen=100_000)
@@ -88,17 +90,26 @@ class Run:
         self._batches = Stream(data, config.batch_size, config.seed)
         self.total_steps = config.total_steps(self._batches.length)
         self._sessions = _sessions_of(model)
-        self._shared = SharedModel(model, make_optimizer(model.parameters()), config.update_rule(self.total_steps))
-        self._loss_function = loss_function or F.cross_entropy
+        initialise(model, self._batches.peek)
+        made = make_optimizer(optimizer, model, config.lr, config.beta1)
+        self._shared = SharedModel(
+            model, made, config.update_rule(self.total_steps), make_schedule(config.schedule, made), config.accumulate
+        )
+        self._loss_function = loss_function
+        self._validator = self._make_validator(validate, metrics)
+        self._validated: nn.Module | None = None  # the copy on which it measures
+        self._on_step = on_step
         self._emit = emit or (self._sessions[0].emit if self._sessions else ignore)
         self._lock = threading.RLock()
         self._samples = 0
         self._finished = 0
         self._claimed = 0  # steps that are done or being tried
         self._failures_in_a_row = 0
+        self._succeeded = False  # whether any step has been done in this process
         self._stop = threading.Event()
+        self._why_stopped = ""
         self._seconds: float | None = None
-        self._turns = Turns[StepFinished](lambda step: None, most=2 * config.trainers)
+        self._turns = Turns[StepFinished](self._tell, most=2 * config.trainers)
         self._started = time.monotonic()
         if _resume_from is not None:
             self._load_state_dict(_resume_from)
@@ -109,10 +120,14 @@ class Run:
         _runs.add(self)
         for session in self._sessions:
             _latest[session.name] = self
+        self._threads = [
+            threading.Thread(target=self._train, name=f"labkit-trainer-{number}", daemon=True)
+            for number in range(self._left)
+        ]
         try:
             torch_threads = torch.get_num_threads()
-            for number in range(self._left):
-                threading.Thread(target=self._train, name=f"labkit-trainer-{number}", daemon=True).start()
+            for thread in self._threads:
+                thread.start()
             self._ready.wait()
             torch.set_num_threads(torch_threads)  # what new threads begin with is what was set last, in any thread
         except BaseException:  # an interrupt
@@ -120,7 +135,29 @@ class Run:
             self._ready.abort()
             raise
 
+    def _make_validator(self, data: Any, metrics: Metrics | None) -> Validator | None:
+        config = self.config
+        plateau = isinstance(self._shared.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
+        if data is None:
+            wanted = {"metrics": metrics, "every": config.every, "patience": config.patience}
+            given = [name for name, value in wanted.items() if value is not None]
+            if given or plateau:
+                who = f"{', '.join(given)}" if given else "ReduceLROnPlateau"
+                raise ValueError(f"{who}: these are about validations, and there are no data for them; give validate=…")
+            return None
+        every = config.every or self._batches.length or self.total_steps
+        return Validator(data, every, metrics, self._loss_function, config.patience)
+
     # ------------------------------------------------------------ what a notebook looks at
+
+    @property
+    def state(self) -> str:
+        """What it does, or how it ended: "running", "finished", "stopped" or "failed"."""
+        if self.running:
+            return "running"
+        if self.error is not None:
+            return "failed"
+        return "finished" if self.steps >= self.total_steps else "stopped"
 
     @property
     def running(self) -> bool:
@@ -154,12 +191,27 @@ class Run:
         last = self._last(100)
         return sum(step.staleness for step in last) / len(last) if last else 0.0
 
+    @property
+    def validations(self) -> list[Validation]:
+        """What was measured on the validation data: records with `step`, `loss` and `metrics`."""
+        return [] if self._validator is None else list(self._validator.done)
+
+    @property
+    def best(self) -> Best | None:
+        """With `patience`, the lowest validation loss: `step`, `loss`, and the model's `state` then.
+
+        `model.load_state_dict(run.best.state)` goes back to it. Experts are not part of it.
+        """
+        return None if self._validator is None else self._validator.best
+
     def _last(self, count: int) -> list[StepFinished]:
         # By place, since trainers append meanwhile; and not a copy of it all, which in a long run takes milliseconds.
         return [self.history[-place] for place in range(min(count, len(self.history)), 0, -1)]
 
     def wait(self, timeout: float | None = None) -> Run:
         """Wait until the run has ended. An interrupt ends the waiting, not the run.
+
+        A run whose swarm was closed has been stopped; that is no error.
 
         Args:
             timeout: Seconds to wait at most. Default None: as long as it takes.
@@ -168,10 +220,12 @@ class Run:
             The run itself, which may still be running after `timeout`.
 
         Raises:
-            TrainingFailed: Too many batches in a row have failed.
-            SwarmClosed: A swarm that the model uses was closed.
+            TrainingFailed: Too many batches in a row have failed, or the first one, in a way
+                that does not mend by itself.
             Exception: Whatever else ended the run, such as an error in the model.
         """
+        if threading.current_thread() in self._threads:
+            raise RuntimeError("a function that the run calls cannot wait for the run; step.run.stop() ends it")
         self._join(math.inf if timeout is None else timeout)
         if self.error is not None:
             raise self.error.with_traceback(self._traceback)  # its own, however often it is raised
@@ -179,6 +233,8 @@ class Run:
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> Run:
         """End the run, and wait until the batches in flight are done.
+
+        In `on_step` and other functions that the run calls it returns at once.
 
         Args:
             timeout: Seconds to wait at most. Default 10.
@@ -190,7 +246,7 @@ class Run:
             Exception: As `wait` does.
         """
         self._stop.set()
-        return self.wait(timeout)
+        return self if threading.current_thread() in self._threads else self.wait(timeout)
 
     def _join(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -198,14 +254,25 @@ class Run:
         while self.running and (left := deadline - time.monotonic()) > 0:
             time.sleep(min(POLL_INTERVAL, left))
 
-    def evaluate(self, x: Tensor, y: Tensor) -> float:
-        """The accuracy of the model now: the share of rows that it classifies correctly.
+    def evaluate(self, x: Any, y: Any = None, *, metric: Metric = "accuracy", batch_size: int = 256) -> float:
+        """Measure the model as it is now, as `lk.evaluate` does, with the loss of this run.
+
+        Example:
+            run.evaluate(data), run.evaluate(x, y, metric="loss")
 
         Args:
-            x: Inputs [n, ...].
-            y: Classes [n], int64.
+            x: Inputs [n, ...], beside y; or data in any form that `lk.fit` takes. Of what
+                `lk.load` returns the rows for testing are taken.
+            y: Labels [n], or [n, positions]. Default None: they are in x.
+            metric: "accuracy" (default), "loss", "perplexity", or a function of outputs and y.
+            batch_size: Rows that the model gets at once. Default 256.
+
+        Raises:
+            ValueError: There are no data, or labels and outputs do not fit together.
         """
-        return evaluate(self._shared.replica(), x, y)
+        return evaluate_replica(
+            self._shared.replica(), x, y, metric=metric, loss=self._loss_function, batch_size=batch_size
+        )
 
     # ------------------------------------------------------------ saving
 
@@ -249,6 +316,7 @@ class Run:
                 "data": self._batches.state_dict(),
                 "steps": self._finished,
                 "samples": self._samples,
+                "validation": None if self._validator is None else self._validator.state_dict(),
                 "failed_batches": self.failed_batches,
                 "seconds": self.seconds,
                 "history": torch.tensor(steps, dtype=torch.float64).reshape(-1, 5),
@@ -263,6 +331,8 @@ class Run:
         self._batches.load_state_dict(state["data"])
         self._finished = self._claimed = state["steps"]
         self._samples, self.failed_batches = state["samples"], state["failed_batches"]
+        if self._validator is not None and state["validation"] is not None:
+            self._validator.load_state_dict(state["validation"])
         self._started -= state["seconds"]
         for step, loss, samples, seconds, staleness in state["history"].tolist():
             self.history.append(
@@ -273,15 +343,15 @@ class Run:
             torch.cuda.set_rng_state_all(state["random_cuda"])
 
     def __repr__(self) -> str:
-        if self.running:
-            state = "running"
-        elif self.error is not None:
-            state = f"failed ({type(self.error).__name__}: {self.error})"
-        else:
-            state = "finished" if self.steps >= self.total_steps else "stopped"
+        state = self.state
+        if state == "failed":
+            state += f" ({type(self.error).__name__}: {self.error})"
+        elif state == "stopped" and self._why_stopped:
+            state += f" ({self._why_stopped})"
         failed = f", {self.failed_batches} failed batches" if self.failed_batches else ""
+        validated = f", validation loss {self.validations[-1].loss:.4f}" if self.validations else ""
         return (
-            f"<run {state}: {self.steps} of {self.total_steps} steps, loss {self.loss:.4f}, "
+            f"<run {state}: {self.steps} of {self.total_steps} steps, loss {self.loss:.4f}{validated}, "
             f"{self.samples_per_s:,.0f} samples/s, staleness {self.staleness:.1f}{failed}>"
         )
 
@@ -294,21 +364,13 @@ class Run:
             torch.set_num_threads(self._torch_threads)
             self._ready.wait()
             replica = self._shared.replica()
-            while True:
-                self._turns.begin(self._stop.is_set)
-                step = None
-                try:
-                    if (batch := self._claim()) is None:
-                        break
-                    step = self._try_step(replica, batch)
-                finally:
-                    self._turns.end(step)
-                if step is None:
-                    self._pause_after_failure()
-                else:
-                    self._turns.report()
-        except SwarmClosed as error:
-            if not self._stop.is_set():
+            while self._take_turn(replica):
+                pass
+        except (SwarmClosed, TrainingFailed) as error:
+            lab_failed = isinstance(error, SwarmClosed) and error.__cause__ is not None
+            if self._is_closed() and not lab_failed:
+                self._stop_because("its swarm was closed")
+            else:
                 self._end(error)
         except BaseException as error:  # of the user's code, and we are in a thread: `wait` raises it where it is seen
             self._end(error)
@@ -318,35 +380,22 @@ class Run:
                     self._wind_up()
                 self._left -= 1
 
-    def _wind_up(self) -> None:
-        """What the last trainer does."""
+    def _take_turn(self, replica: nn.Module) -> bool:
+        """Try one step, and tell of it. Returns whether there may be more to do."""
+        self._turns.begin(self._stop.is_set)
+        step = None
         try:
-            if self._finished >= self.total_steps and self.error is None:
-                self._shared.finish()
-            self._batches.close()  # a `DataLoader` may have processes
-        except BaseException as error:  # of the user's code, too
-            self._end(error)
-        self._seconds = time.monotonic() - self._started
-
-    def _try_step(self, replica: nn.Module, batch: Batch) -> StepFinished | None:
-        """Train on a batch; None if it failed."""
-        started = time.monotonic()
-        try:
-            loss, staleness = train_step(self._shared, replica, batch, self._loss_function, self.config.balance)
-        except (NotEnoughExperts, NoExperts, RPCError, FloatingPointError) as error:
-            self._give_back(batch.rows, error)
-            return None
-        with self._lock:
-            self._failures_in_a_row = 0
-            self._samples += batch.rows
-            finished = StepFinished(
-                step=self._finished + 1, loss=loss, samples=batch.rows, seconds=time.monotonic() - started,
-                staleness=staleness,
-            )  # fmt: skip
-            self.history.append(finished)
-            self._emit(finished)  # under the lock, so that listeners hear of steps in their order
-            self._finished += 1  # last: a step that counts is in `history`, and listeners know of it
-            return finished
+            batch = self._claim()
+            if batch is None:
+                return False
+            step = self._try_step(replica, batch)
+        finally:
+            self._turns.end(step)
+        if step is not None:
+            self._turns.report()
+        else:  # Lost servers may be about to come back; failing again at once would not wait for them.
+            self._stop.wait(min(FAILURE_PAUSE * self._failures_in_a_row, 1.0))
+        return True
 
     def _claim(self) -> Batch | None:
         """Take the next batch; None when there is nothing left to do. Raises `SwarmClosed`."""
@@ -359,8 +408,29 @@ class Run:
             self._claimed += 1
             return batch
 
+    def _try_step(self, replica: nn.Module, batch: Batch) -> StepFinished | None:
+        """Train on a batch; None if it failed."""
+        started = time.monotonic()
+        try:
+            loss, staleness = train_step(self._shared, replica, batch, self._loss_function, self.config.balance)
+        except (*OUTAGES, FloatingPointError) as error:
+            self._give_back(batch.rows, error)
+            return None
+        with self._lock:
+            self._failures_in_a_row = 0
+            self._succeeded = True
+            self._samples += batch.rows
+            finished = StepFinished(
+                step=self._finished + 1, loss=loss, samples=batch.rows, seconds=time.monotonic() - started,
+                staleness=staleness,
+            )  # fmt: skip
+            self.history.append(finished)
+            self._emit(finished)  # under the lock, so that listeners hear of steps in their order
+            self._finished += 1  # last: a step that counts is in `history`, and listeners know of it
+            return finished
+
     def _give_back(self, samples: int, error: Exception) -> None:
-        """Drop a batch that failed, so that another takes its step. Raises `TrainingFailed` after too many."""
+        """Drop a batch that failed, so that another takes its step. Raises `TrainingFailed` where that is of no use."""
         with self._lock:
             self._emit(StepFailed(samples=samples, detail=str(error)))
             self._claimed -= 1
@@ -368,63 +438,150 @@ class Run:
             self._failures_in_a_row += 1
             too_many = self._failures_in_a_row >= self.config.max_failures
         logger.debug("a batch was dropped: %s", error)
+        # Where a step has been done before, servers may restart and come back as they were.
+        if isinstance(error, LabkitError) and not error.recoverable and not self._succeeded:
+            raise TrainingFailed(f"no batch can succeed here: {error}") from error
         if too_many:
             raise TrainingFailed(f"{self.config.max_failures} batches in a row failed; the last: {error}") from error
 
-    def _pause_after_failure(self) -> None:
-        """Wait a little: lost servers may be about to come back, and failing again at once would not wait for them."""
-        self._stop.wait(min(FAILURE_PAUSE * self._failures_in_a_row, 1.0))
+    # ------------------------------------------------------------ validations and the caller's functions
+
+    def _tell(self, step: StepFinished) -> None:
+        """Validate if that is due after this step, and call `on_step`."""
+        metrics: Mapping[str, float] = {}
+        validator = self._validator
+        if validator is not None and validator.is_due(step.step, self.total_steps) and not self._stop.is_set():
+            metrics = self._validate(validator, step.step)
+        if self._on_step is not None:
+            told = TrainingStep(step.step, step.loss, metrics, step.samples, step.seconds, step.staleness, self)
+            self._on_step(told)
+
+    def _validate(self, validator: Validator, step: int) -> Mapping[str, float]:
+        """Validate a copy of the model, while other trainers go on."""
+        self._turns.may_be_long = True
+        try:
+            if self._validated is None:
+                self._validated = self._shared.replica().eval()
+            self._shared.refresh(self._validated)
+            validation = validator.validate(self._validated, step, self._stop.is_set)
+        except MeasuringStopped:
+            return {}
+        except OUTAGES as error:
+            logger.warning("the validation after step %d is left out, since experts did not answer: %s", step, error)
+            return {}
+        finally:
+            self._turns.may_be_long = False
+        self._shared.validated(validation.loss)
+        self._emit(MetricsLogged(step=step, metrics=dict(validation.metrics)))
+        if validator.is_over:
+            assert validator.best is not None
+            self._stop_because(f"the validation loss has not improved since step {validator.best.step}")
+        return validation.metrics
+
+    # ------------------------------------------------------------ ends
+
+    def _is_closed(self) -> bool:
+        """Whether a swarm that the model uses is closed."""
+        try:
+            for session in self._sessions:
+                session.portal.check_open()
+                if find_session(session.name) is not session:
+                    return True
+        except SwarmClosed:
+            return True
+        return False
+
+    def _stop_because(self, why: str) -> None:
+        with self._lock:
+            if not self._stop.is_set():
+                self._why_stopped = why
+                self._stop.set()
+                logger.info("the run is stopped after step %d: %s", self._finished, why)
 
     def _end(self, error: BaseException) -> None:
         with self._lock:
-            if self.error is None:
+            first = self.error is None
+            if first:
                 self.error, self._traceback = error, error.__traceback__
         self._stop.set()
+        if first:
+            failures.say(error, self._finished, self.total_steps)
+
+    def _wind_up(self) -> None:
+        """What the last trainer does."""
+        try:
+            if self._finished >= self.total_steps and self.error is None:
+                self._shared.finish()
+            self._batches.close()  # a `DataLoader` may have processes
+        except BaseException as error:  # of the user's code, too
+            self._end(error)
+        self._seconds = time.monotonic() - self._started
 
 
 def fit(
-    model: nn.Module,
-    data: Any,
-    *,
-    loss: LossFunction | None = None,
-    optimizer: OptimizerFactory | None = None,
-    **options: Any,
-) -> Run:
+    model: nn.Module, data: Any, *, loss: LossFunction | None = None, optimizer: str | OptimizerFactory | None = None,
+    validate: Any = None, every: int | None = None, metrics: Metrics | None = None, patience: int | None = None,
+    on_step: OnStep | None = None, steps: int | None = None, epochs: float | None = None, batch_size: int = 64,
+    trainers: int = 8, lr: float = 1e-3, schedule: str | ScheduleFactory = "constant", accumulate: int = 1,
+    balance: float = 0.0, seed: int = 0, max_failures: int = 50, beta1: float = 0.9, warmup: int = 0,
+    clip_grad_norm: float | None = None, age_power: float = 0.0, compensation: float = 0.0,
+) -> Run:  # fmt: skip
     """Train a model in the background. Returns at once.
 
     Many trainers share the model; each computes gradients for a batch of its own and applies
     them when it has them. The experts of MoE layers are trained by their servers meanwhile.
 
     Example:
-        run = lk.fit(model, (x, y), epochs=1, trainers=8)
+        run = lk.fit(model, (x, y), epochs=5, validate=(val_x, val_y), metrics="accuracy")
         run.wait()
 
     Args:
-        model: Any module; its `swarm.moe` layers call experts.
-        data: `(x, y)` tensors, what `lk.load` returns (its training part), a torch `Dataset`
-            of pairs, or any iterable of batches `(x, y)`, such as a `DataLoader`, which is
-            iterated repeatedly.
-        loss: A function of outputs and y. Default: cross-entropy.
-        optimizer: A function that makes an optimizer from the model's own parameters.
-            Default: Adam.
-
-    Options (`steps` or `epochs` is required):
-        steps: Batches to train on.
+        model: Any module; its `swarm.moe` layers call experts. Its modules keep the mode they
+            are in. If all of them are in eval mode they are trained in train mode, but for
+            those whose parameters are frozen.
+        data: `(x, y)` tensors or arrays, `(x1, x2, y)` with several inputs, what `lk.load`
+            returns (its training part), a torch `Dataset`, or any iterable of batches, such
+            as a `DataLoader`, which is gone through again and again. A batch is a tuple whose
+            last part is y, a dictionary, with which the model is called as `model(**batch)`,
+            or a tensor, which is both. Batches are moved to where the model is.
+        loss: A function of outputs and y that returns a mean, such as those of `lk.losses`.
+            Default: the loss that the model returns itself, or cross-entropy.
+        optimizer: "adam" (default), "adamw", "sgd", a class, or a function that makes an
+            optimizer from the model's own parameters.
+        validate: Validation data, in any form that data may have; of what `lk.load` returns
+            the rows for testing are taken. One trainer validates a copy of the model while
+            the others go on. `run.validations` has the results.
+        every: Steps from one validation to the next; there is one at the end, too. Default:
+            those of an epoch.
+        metrics: What to measure besides the validation loss: "accuracy", "perplexity", a
+            function of outputs and y, several of them in a list, or by name in a dictionary.
+            Means of functions are weighted with the rows of each batch; what needs all data
+            at once may be an object with `update(outputs, y)` and `compute()`.
+        patience: The run stops when the validation loss has not improved in so many
+            validations in a row; `run.best` is the model at its best. Default: it does not.
+        on_step: Called after each step, one call at a time, with a record that has `step`,
+            `loss`, `metrics` (of the validation after this step), `samples`, `seconds`,
+            `staleness` and `run`: `step.run.stop()` ends the run. An error in it does, too.
+        steps: Batches to train on. Give either steps or epochs.
         epochs: How often to go through the data; 0.5 is half of it.
         batch_size: Rows of a batch, where the data are not batches already. Default 64.
         trainers: Batches in flight at the same time. Default 8.
-        lr: Learning rate of Adam. Default 1e-3.
+        lr: Learning rate of an optimizer given by name, and of a class if you give one.
+            Default 1e-3.
+        schedule: Of the learning rate: "constant" (default), "linear", down to 0 over the
+            run, or a function of the optimizer that makes an `LRScheduler`. It takes a step
+            after each update; `ReduceLROnPlateau` after each validation.
+        accumulate: Batches whose mean gradient makes one update. Default 1.
         balance: Weight of the MoE layers' load-balancing losses. Default 0.
         seed: For the order of the rows. Default 0.
-        max_failures: The run ends when so many batches in a row have failed. Default 50.
-        schedule: Of the learning rate: "constant" (default), or "linear", down to 0 over the
-            run.
+        max_failures: The run ends when so many batches in a row have failed. Default 50. It
+            ends at once where no batch can succeed, as with a grid that does not exist.
         beta1: Momentum of Adam. Default 0.9; less may be better where gradients are stale.
-        warmup: Steps over which the learning rate rises to its value. Default 0.
-        clip_grad_norm: Bound on the norm of all gradients of a step together. Default None:
-            no bound.
-        age_power: P, where the learning rate of a step is multiplied by (1 + staleness)^-p.
-            Default 0.
+        warmup: Updates over which the learning rate rises to its value. Default 0.
+        clip_grad_norm: Bound on the norm of all gradients of an update together. Default
+            None: no bound.
+        age_power: P, where the learning rate of an update is multiplied by
+            (1 + staleness)^-p. Default 0.
         compensation: λ of delay compensation for stale gradients (Zheng et al. 2017). Default
             0.
 
@@ -433,16 +590,16 @@ def fit(
             `run.stop()` it.
 
     Raises:
-        ValueError: An option is unknown or out of its range, or the data have none of these
-            forms.
+        ValueError: An option is out of its range, or the data have none of these forms.
         SwarmClosed: The swarm of an MoE layer is not open.
         TrainingFailed: An earlier run still trains this model and does not stop.
     """
-    unknown = sorted(set(options) - set(TrainConfig.__dataclass_fields__))
-    if unknown:
-        known = ", ".join(TrainConfig.__dataclass_fields__)
-        raise ValueError(f"fit has no option {', '.join(unknown)}; besides its own it has {known}")
-    return Run(model, data, TrainConfig(**options), loss, optimizer)
+    config = TrainConfig(
+        steps=steps, epochs=epochs, batch_size=batch_size, trainers=trainers, lr=lr, balance=balance, seed=seed,
+        max_failures=max_failures, schedule=schedule, accumulate=accumulate, every=every, patience=patience,
+        beta1=beta1, warmup=warmup, clip_grad_norm=clip_grad_norm, age_power=age_power, compensation=compensation,
+    )  # fmt: skip
+    return Run(model, data, config, loss, optimizer, validate=validate, metrics=metrics, on_step=on_step)
 
 
 # ---------------------------------------------------------------- helpers
@@ -450,7 +607,7 @@ def fit(
 
 def _sessions_of(model: nn.Module) -> list[Session]:
     """The swarms that the model's layers call, the first layer's first. Raises `SwarmClosed`."""
-    names = {module.swarm: None for module in model.modules() if isinstance(module, (MixtureOfExperts, RemoteExpert))}
+    names = {module.swarm: None for module in model.modules() if isinstance(module, REMOTE)}
     return [find_session(name) for name in names]
 
 
@@ -498,7 +655,8 @@ def _stop_all() -> None:
 def _leave_behind() -> None:
     """In a forked process, which has no trainers: runs have ended there, and say why."""
     for run in list(_runs):
-        run._lock, run._shared._lock = threading.Lock(), threading.Lock()  # a trainer may hold them
+        run._lock, run._shared._lock = threading.RLock(), threading.Lock()  # a trainer may hold them
+        run._turns = Turns[StepFinished](run._tell, most=1)
         if run._left:
             run._left, run._seconds = 0, time.monotonic() - run._started
             run.error = SwarmClosed("this run goes on in the process that this one was forked from, and not here")

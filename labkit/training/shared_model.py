@@ -70,6 +70,14 @@ class SharedModel:
             copy_buffers(self.model, replica)
             return self.updates
 
+    @torch.no_grad()
+    def run_hooks(self, replica: nn.Module) -> None:
+        """Call the gradient hooks of the model's parameters with a replica's gradients, as a backward pass would."""
+        for shared, mine in zip(self.model.parameters(), replica.parameters(), strict=True):
+            for hook in list((shared._backward_hooks or {}).values()):
+                if mine.grad is not None and (changed := hook(mine.grad)) is not None:
+                    mine.grad = changed
+
     def accepts(self, grad: Tensor) -> bool:
         """Whether `apply` may be given this gradient. It has no NaN or infinity, and is not too large for Adam.
 
@@ -104,7 +112,7 @@ class SharedModel:
                 elif mine.grad is not None:
                     shared.grad = shared.grad + mine.grad
                 if mine.grad is not None:
-                    for hook in (shared._post_accumulate_grad_hooks or {}).values():
+                    for hook in list((shared._post_accumulate_grad_hooks or {}).values()):
                         hook(shared)
             self._gradients += 1
             with torch.no_grad():

@@ -9,22 +9,21 @@ through an MoE layer waits for the network in the middle of plain PyTorch code.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from labkit.client.expert import RemoteExpert
 from labkit.client.moe import MixtureOfExperts
 from labkit.training.batches import Batch, batch_of
-from labkit.training.replicas import copy_model
+from labkit.training.forward import LossFunction, call, check_gradient, loss_of, on_device_of
+from labkit.training.metrics import evaluate as evaluate
+from labkit.training.optimizers import SCHEDULES as SCHEDULES
+from labkit.training.optimizers import ScheduleFactory, check_schedule
 from labkit.training.shared_model import SharedModel
 from labkit.training.staleness import UpdateRule
-
-SCHEDULES = ("constant", "linear")
-
-LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +39,25 @@ class TrainConfig:
             of it.
         batch_size: Rows of a batch, where the data are not batches already. Default 64.
         trainers: Batches in flight at the same time. Default 8.
-        lr: Learning rate of the default optimizer, Adam. Default 1e-3.
+        lr: Learning rate of an optimizer that `lk.fit` makes by name, and of a class if you
+            give one. Default 1e-3.
         balance: Weight of the MoE layers' load-balancing losses in the loss. Default 0.
         seed: For the order of the rows. Default 0.
         max_failures: The run ends after so many failed batches in a row, over all trainers.
             Default 50.
-        schedule: Of the learning rate: "constant" (default), or "linear", down to 0 over the
-            run.
-        beta1: Momentum of the default optimizer, at least 0 and below 1. Default 0.9; less
-            may be better where gradients are stale.
-        warmup: Steps over which the learning rate rises to its value. Default 0.
+        schedule: Of the learning rate: "constant" (default), "linear", down to 0 over the
+            run, or a function of the optimizer that makes an `LRScheduler`, such as
+            `lambda optimizer: CosineAnnealingLR(optimizer, T_max=1000)`. It takes a step
+            after each update; `ReduceLROnPlateau` after each validation.
+        accumulate: Batches whose mean gradient makes one update. Default 1.
+        every: Steps from one validation to the next. Default None: an epoch's, or only at the
+            end where the length of the data is not known.
+        patience: The run stops when the validation loss has not improved in so many
+            validations in a row; `run.best` has the model's state at its best. Default None:
+            it does not.
+        beta1: Momentum of Adam and AdamW, at least 0 and below 1. Default 0.9; less may be
+            better where gradients are stale.
+        warmup: Updates over which the learning rate rises to its value. Default 0.
         clip_grad_norm: Bound on the norm of all gradients of a step together. Default None:
             no bound.
         age_power: P, where the learning rate of a step is multiplied by (1 + staleness)^-p.
@@ -69,7 +77,10 @@ class TrainConfig:
     balance: float = 0.0
     seed: int = 0
     max_failures: int = 50
-    schedule: str = "constant"
+    schedule: str | ScheduleFactory = "constant"
+    accumulate: int = 1
+    every: int | None = None
+    patience: int | None = None
     beta1: float = 0.9
     warmup: int = 0
     clip_grad_norm: float | None = None
@@ -79,12 +90,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps=… or epochs=…")
-        for name in ("steps", "batch_size", "trainers", "max_failures"):
+        for name in ("steps", "batch_size", "trainers", "max_failures", "accumulate", "every", "patience"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= 1):
+            optional = value is None and name in ("steps", "every", "patience")
+            if not optional and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
                 raise ValueError(f"{name}={value!r}: a whole number of at least 1")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule={self.schedule!r}: one of {', '.join(SCHEDULES)}")
+        check_schedule(self.schedule)
         if not 0 <= self.beta1 < 1:
             raise ValueError(f"beta1={self.beta1!r}: at least 0 and below 1")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
@@ -93,7 +104,7 @@ class TrainConfig:
 
     def update_rule(self, total_steps: int) -> UpdateRule:
         """How gradients become updates in a run of so many steps. Raises `ValueError`."""
-        decay_over = total_steps if self.schedule == "linear" else 0
+        decay_over = math.ceil(total_steps / self.accumulate) if self.schedule == "linear" else 0
         return UpdateRule(self.warmup, decay_over, self.clip_grad_norm, self.age_power, self.compensation)
 
     def total_steps(self, per_epoch: int | None) -> int:
@@ -107,15 +118,16 @@ class TrainConfig:
 
 
 def train_step(
-    shared: SharedModel, replica: nn.Module, batch: Batch | tuple[Any, ...], loss_function: LossFunction, balance: float
-) -> tuple[float, int]:
+    shared: SharedModel, replica: nn.Module, batch: Batch | tuple[Any, ...], loss_function: LossFunction | None,
+    balance: float,
+) -> tuple[float, int]:  # fmt: skip
     """One step of one trainer: 1. parameters, 2. forward, 3. backward, which trains the experts too, 4. update.
 
     Args:
         shared: The model that all trainers train.
         replica: This trainer's copy of it.
-        batch: X and y.
-        loss_function: Of outputs and y.
+        batch: What the data gave.
+        loss_function: Of outputs and y; None for the model's own, or cross-entropy.
         balance: Weight of the MoE layers' load-balancing losses.
 
     Returns:
@@ -123,49 +135,33 @@ def train_step(
 
     Raises:
         NotEnoughExperts, NoExperts, RPCError, FloatingPointError: The shared model is as it was.
+        ValueError: The loss is no mean, or depends on nothing that is trained.
     """
     forward_updates = shared.refresh(replica)  # 1
     replica.zero_grad(set_to_none=True)
-    batch = batch_of(batch)
-    loss = loss_function(replica(*batch.inputs, **batch.keywords), batch.target)  # 2
+    batch = on_device_of(replica, batch_of(batch))
+    loss = loss_of(call(replica, batch), batch, loss_function)  # 2
     total = loss
     if balance:
         layers = (module for module in replica.modules() if isinstance(module, MixtureOfExperts))
         total = loss + balance * sum(layer.balance_loss for layer in layers if layer.balance_loss is not None)
     if not torch.isfinite(total):
         raise FloatingPointError(f"the loss is {total.item()}")
+    check_gradient(total, replica)
     total.backward()  # type: ignore[no-untyped-call]  # 3
+    shared.run_hooks(replica)
+    reached = False
     for name, parameter in replica.named_parameters():
-        if parameter.grad is not None and not shared.accepts(parameter.grad):
+        if parameter.grad is None:
+            continue
+        reached = True
+        if not shared.accepts(parameter.grad):
             raise FloatingPointError(
                 f"the gradient of {name} is not finite, or its square is not, where the loss is {loss.item()}"
             )
+    if not reached and not any(isinstance(module, REMOTE) for module in replica.modules()):
+        raise ValueError("the loss depends on no parameter of the model, so nothing would learn")
     return loss.item(), shared.apply(replica, forward_updates)  # 4
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 256) -> float:
-    """The accuracy of a model: the share of rows that it classifies correctly, 0 to 1.
-
-    It works on a copy of the model in eval mode, so a run may go on meanwhile. The experts
-    are asked like in training, and do not learn from it.
-
-    Example:
-        data = lk.load("digits")
-        lk.evaluate(model, data.test_x, data.test_y)
-
-    Args:
-        model: Gives a score for each class: [rows, ...] -> [rows, classes].
-        x: Inputs [n, ...].
-        y: Classes [n], int64.
-        batch_size: Rows that the model gets at once. Default 256.
-
-    Raises:
-        NoExperts, NotEnoughExperts: The experts of an MoE layer did not answer.
-        SwarmClosed: The swarm of an MoE layer is closed.
-    """
-    replica = copy_model(model).eval()
-    correct = 0
-    for start in range(0, len(x), batch_size):
-        correct += int((replica(x[start : start + batch_size]).argmax(-1) == y[start : start + batch_size]).sum())
-    return correct / len(x)
+REMOTE = (MixtureOfExperts, RemoteExpert)  # layers whose backward pass trains experts elsewhere

@@ -1,0 +1,213 @@
+"""Losses for `lk.fit`, `lk.losses`: each is the mean over what counts, and takes what models and data really give.
+
+A loss is a function of a model's outputs and y. Outputs may be a tensor, or what models of Hugging Face return, whose
+`logits` count.
+"""
+
+# n: rows; t: positions of a sequence; C: classes
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORED = -100  # a label that does not count, as in torch
+
+
+def cross_entropy(outputs: Any, y: Tensor) -> Tensor:
+    """Mean cross-entropy of class scores, in nats; the default loss of `lk.fit`.
+
+    Example:
+        run = lk.fit(model, data, loss=lk.losses.cross_entropy, epochs=5)
+
+    Args:
+        outputs: Scores [n, C], or [n, t, C] for sequences, or [n, C, ...] as in torch.
+        y: Classes [n], [n, 1], [n, t] or [n, ...], where -100 does not count; or
+            probabilities in the shape of the scores.
+
+    Returns:
+        The mean over the labels that count, a scalar; 0 if none does.
+
+    Raises:
+        ValueError: The shapes do not fit together.
+    """
+    scores = scores_of(outputs)
+    if y.is_floating_point() and y.shape == scores.shape:
+        return F.cross_entropy(scores, y)
+    scores, y = classes_in_dim_1(scores, y)
+    if not (y != IGNORED).any():
+        return scores.sum() * 0.0
+    return F.cross_entropy(scores, y)
+
+
+def next_token(outputs: Any, y: Tensor) -> Tensor:
+    """Mean cross-entropy of the next token: position i of the outputs predicts token i + 1.
+
+    A batch that is one tensor of tokens is input and y, so data need no second copy of them.
+
+    Example:
+        tokens = torch.randint(0, 100, (1000, 64))
+        run = lk.fit(model, (tokens, tokens), loss=lk.losses.next_token, epochs=5)
+
+    Args:
+        outputs: Scores [n, t, C].
+        y: The tokens themselves, [n, t], not shifted; -100 does not count.
+
+    Returns:
+        The mean over the tokens that count, a scalar; 0 if none does.
+
+    Raises:
+        ValueError: The shapes do not fit together.
+    """
+    scores = scores_of(outputs)
+    if scores.ndim != 3 or y.shape != scores.shape[:2] or y.shape[1] < 2:
+        raise ValueError(
+            f"next_token: scores [rows, positions, tokens] and y [rows, positions] of at least two positions; got "
+            f"{list(scores.shape)} and {list(y.shape)}"
+        )
+    return cross_entropy(scores[:, :-1].transpose(1, 2), y[:, 1:])
+
+
+def binary_cross_entropy(outputs: Any, y: Tensor) -> Tensor:
+    """Mean cross-entropy of yes and no, in nats; the outputs are logits, so no sigmoid before.
+
+    Example:
+        run = lk.fit(model, (x, y), loss=lk.losses.binary_cross_entropy, epochs=5)
+
+    Args:
+        outputs: Logits [n], [n, 1] or [n, ...].
+        y: 0 and 1, or probabilities, in the same shape; a last dimension of 1 may be missing.
+
+    Returns:
+        The mean over all numbers, a scalar.
+
+    Raises:
+        ValueError: The shapes do not fit together.
+    """
+    scores, y = alike(scores_of(outputs), y, "binary_cross_entropy")
+    return F.binary_cross_entropy_with_logits(scores, y)
+
+
+def mse(outputs: Any, y: Tensor) -> Tensor:
+    """Mean squared error.
+
+    Example:
+        run = lk.fit(model, (x, y), loss=lk.losses.mse, epochs=5)
+
+    Args:
+        outputs: Numbers [n], [n, 1] or [n, ...].
+        y: As many, in the same shape; a last dimension of 1 may be missing on one side.
+
+    Returns:
+        The mean over all numbers, a scalar.
+
+    Raises:
+        ValueError: The shapes do not fit together.
+    """
+    return F.mse_loss(*alike(scores_of(outputs), y, "mse"))
+
+
+def mae(outputs: Any, y: Tensor) -> Tensor:
+    """Mean absolute error.
+
+    Example:
+        run = lk.fit(model, (x, y), loss=lk.losses.mae, epochs=5)
+
+    Args:
+        outputs: Numbers [n], [n, 1] or [n, ...].
+        y: As many, in the same shape; a last dimension of 1 may be missing on one side.
+
+    Returns:
+        The mean over all numbers, a scalar.
+
+    Raises:
+        ValueError: The shapes do not fit together.
+    """
+    return F.l1_loss(*alike(scores_of(outputs), y, "mae"))
+
+
+# ---------------------------------------------------------------- shapes
+
+
+def scores_of(outputs: Any) -> Tensor:
+    """The tensor among a model's outputs: they themselves, their `logits`, or the first of a tuple."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if found is None and isinstance(outputs, (tuple, list)) and outputs:
+        found = outputs[0]
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"the model returned {_article(type(outputs).__name__)}, in which there is no tensor called logits; give a "
+            "function of these outputs and y, such as loss=lambda outputs, y: …"
+        )
+    return found
+
+
+def classes_in_dim_1(scores: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores and classes as torch's losses take them: [n, C, ...] and [n, ...]. Raises `ValueError`."""
+    if scores.ndim < 2 or y.is_complex():
+        raise ValueError(
+            f"scores of classes have the shape [rows, classes]; these have {list(scores.shape)}. With one number a row "
+            "the loss is lk.losses.binary_cross_entropy or lk.losses.mse"
+        )
+    first = torch.Size((scores.shape[0], *scores.shape[2:]))
+    if y.shape == (*scores.shape[:-1], 1) and y.shape != first:
+        y = y.squeeze(-1)
+    if y.shape != first and y.shape == scores.shape[:-1]:  # [n, t, C]
+        scores = scores.movedim(-1, 1)
+    elif y.shape != first:
+        raise ValueError(
+            f"scores {list(scores.shape)} and y {list(y.shape)} do not fit: one class a row, or a position"
+        )
+    if y.is_floating_point():
+        if not torch.equal(y, y.round()):
+            raise ValueError(
+                "y: classes are whole numbers, and these are fractions; for numbers there is lk.losses.mse"
+            )
+        y = y.long()
+    return scores, y if y.dtype in (torch.int64, torch.uint8) else y.long()
+
+
+def alike(scores: Tensor, y: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Both in one shape and type, where torch would pair [n, 1] and [n] each with each. Raises `ValueError`."""
+    if scores.shape != y.shape:
+        if scores.squeeze(-1).shape != y.squeeze(-1).shape:
+            raise ValueError(f"{name}: outputs {list(scores.shape)} and y {list(y.shape)} have to have one shape")
+        y = y.reshape(scores.shape)
+    return scores, y.to(scores.dtype)
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
+
+
+def terms(loss: Any, outputs: Any, y: Any, rows: int) -> int:
+    """How many labels, or rows, a loss is the mean of, so that the means of batches make the mean of all.
+
+    Args:
+        loss: The loss function; None for a model that returns its loss.
+        outputs: What the model returned.
+        y: Labels.
+        rows: Of the batch.
+    """
+    if not isinstance(y, Tensor):
+        return rows
+    if loss is next_token:
+        return int((y[:, 1:] != IGNORED).sum())
+    plain = isinstance(loss, nn.CrossEntropyLoss) and loss.weight is None and loss.ignore_index == IGNORED
+    if loss is None or loss in (cross_entropy, F.cross_entropy) or plain:
+        if y.is_floating_point():
+            return rows
+        counted = y[:, 1:] if loss is None and _is_causal(outputs, y) else y
+        return int((counted != IGNORED).sum())
+    return y.numel() if loss in (binary_cross_entropy, mse, mae) else rows
+
+
+def _is_causal(outputs: Any, y: Tensor) -> bool:
+    """Whether a model that returns its loss shifts the labels itself, as the causal ones of Hugging Face do."""
+    return "CausalLM" in type(outputs).__name__ and y.ndim == 2
