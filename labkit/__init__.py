@@ -37,6 +37,7 @@ _HOME = {
     "LabkitError": "errors",
     "DataNotFound": "errors",
     "JoinError": "errors",
+    "ExpertsTaken": "errors",
     "InviteError": "errors",
     "NoExperts": "errors",
     "NotEnoughExperts": "errors",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from labkit.client.expert import RemoteExpert as RemoteExpert
     from labkit.client.moe import MixtureOfExperts as MixtureOfExperts
     from labkit.errors import DataNotFound as DataNotFound
+    from labkit.errors import ExpertsTaken as ExpertsTaken
     from labkit.errors import InviteError as InviteError
     from labkit.errors import JoinError as JoinError
     from labkit.errors import LabkitError as LabkitError

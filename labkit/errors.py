@@ -163,6 +163,10 @@ class JoinError(LabkitError):
     """A swarm could not be joined. The text says at which address, why, and what to try."""
 
 
+class ExpertsTaken(LabkitError, ValueError):
+    """The places are taken: another server, which is alive, serves these experts."""
+
+
 class NoExperts(LabkitError):
     """No live expert was found. Not `recoverable` if the swarm knows of no such grid at all."""
 

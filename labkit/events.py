@@ -131,6 +131,21 @@ class ExpertDeclared(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertGivenUp(Event):
+    """A server has given an expert up, since another one has served it for longer.
+
+    Args:
+        uid: The expert.
+        address: `host:port` of the server that gives it up.
+        to: `host:port` of the server that keeps it.
+    """
+
+    uid: str
+    address: str
+    to: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerLost(Event):
     """A server is found to be gone. `uids`: its experts, as far as they were known here."""
 

@@ -24,11 +24,20 @@ _UID = re.compile(rf"({_NAME.pattern})((?:\.(?:0|[1-9][0-9]{{0,6}})){{1,{MAX_DIM
 
 @dataclass(frozen=True, slots=True)
 class ExpertInfo:
-    """A live expert, as the directory knows it. `stamp` changes with every declaration by its server."""
+    """A live expert, as the directory knows it.
+
+    Args:
+        uid: The expert.
+        contact: The node that holds it.
+        stamp: Changes with every declaration by its server.
+        since: When its server began to declare experts, in milliseconds since 1970 by the server's own clock; 0 if that
+            is not known.
+    """
 
     uid: str
     contact: Contact
     stamp: int = 0
+    since: int = 0
 
 
 def check_name(name: str) -> str:

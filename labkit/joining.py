@@ -32,6 +32,7 @@ from labkit.wire.security import key_text
 from labkit.wire.transport import resolve
 
 JOIN_TIMEOUT = 8.0  # seconds for all four steps
+PING_TIMEOUT = 1.0  # seconds; a node that has not answered by then counts as alive
 UNREACHABLE_ERRNOS = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.EADDRNOTAVAIL}
 
 # ZMTP (ZeroMQ RFC 23): a greeting is 64 bytes of signature, version, mechanism and padding. The first 11 bytes of ours
@@ -82,6 +83,28 @@ async def check_reachable(caller: Caller, contact: Contact, own_key: bytes, *, t
         raise JoinError(
             f"cannot join the swarm at {contact.endpoint}: {_explain(error, contact, own_key).strip()}"
         ) from error
+
+
+async def is_alive(caller: Caller, contact: Contact) -> bool:
+    """Whether a node that is known from before is still there. One that is slow or overloaded counts as alive.
+
+    Args:
+        caller: Makes the call.
+        contact: The node.
+    """
+    for _ in range(2):  # the first call may go over a connection to a node that has been restarted since
+        try:
+            reply = await caller.call(contact, "dht.ping", Ping(None), returns=Pong, timeout=PING_TIMEOUT)
+            return bool(reply.body.key == contact.key)  # else another node has its address now
+        except (WrongServerKey, SecurityMismatch):
+            return False
+        except NotAdmitted:
+            return True
+        except ConnectionLost:
+            continue
+        except RPCError:
+            return True
+    return False
 
 
 async def _connect(address: str, contact: Contact) -> trio.SocketStream:

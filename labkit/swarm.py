@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import get_num_threads, nn
 
 from labkit.client.expert import RemoteExpert
 from labkit.client.expert_client import ExpertClient
@@ -28,13 +28,15 @@ from labkit.expert_uid import ExpertInfo, check_grid, split_uid
 from labkit.faults import Faults
 from labkit.launch import planning
 from labkit.launch.folder import TemporaryFolder, remove_abandoned
-from labkit.launch.handle import ServerHandle, begin_all, end_all
+from labkit.launch.handle import ServerHandle, end_all
 from labkit.launch.lab import Lab, run_lab
+from labkit.launch.order import ServeOrder
+from labkit.launch.places import Wish
 from labkit.node import NodeConfig
 from labkit.portal import Portal
 from labkit.server.layers import Factory
 from labkit.server.optimizer import BackendConfig
-from labkit.server.server import ServerConfig, checkpoint_directory
+from labkit.server.server import checkpoint_directory
 from labkit.server.statistics import ServerStatistics
 from labkit.view.collect.inventory import ask_all_servers
 from labkit.view.collect.telemetry import Telemetry
@@ -192,25 +194,19 @@ class Swarm:
             raise ValueError(f"backend={backend!r}: a BackendConfig, such as lk.BackendConfig(lr=1e-3)")
         name = planning.grid_name(kind, name, uids)
         known = self.grids().get(name)
-        given, options = options, planning.fit_options(kind, options, name, known)
-        isolation, kind = planning.isolate(isolation, kind, options)
-        sizes, chosen = self._portal.call(planning.choose_places, self._node, name, known, grid, experts, uids)
-        if options != given and experts is None and uids is None:
-            planning.check_all_places(kind, options, name, len(chosen))
-        folder = Path(self._folder.name) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
-        config = ServerConfig(
-            uids=tuple(chosen), grid=sizes, kind=kind, options=options, backend=backend or BackendConfig(),
-            checkpoint_dir=checkpoint_directory(folder), checkpoint_period=checkpoint_period, threads=threads,
-            seed=seed,
+        fit = partial(planning.fit_options, kind, options, name)
+        isolation, of_server = planning.isolate(isolation, kind, fit(known))
+        directory = Path(self._folder.name) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
+        order = ServeOrder(
+            Wish(name, grid, experts, uids), of_server, options, fit, servers, isolation,
+            config={
+                "backend": backend or BackendConfig(), "checkpoint_dir": checkpoint_directory(directory),
+                "checkpoint_period": checkpoint_period, "threads": threads, "seed": seed,
+            },
+            node=self._node_config, members=self._members, lasting=checkpoint_dir is not None,
+            threads=get_num_threads(), beside=sum(server.alive for server in self.servers), folder=self._folder.name,
         )  # fmt: skip
-        plans = planning.plan_servers(
-            config, servers, self._node_config, self._node.contact, member_file=self._members.file,
-            lasting=checkpoint_dir is not None, beside=sum(server.alive for server in self.servers),
-            folder=self._folder.name,
-        )  # fmt: skip
-        self._members.admit(*(plan.identity.public_key for plan in plans))
-        handles = [ServerHandle(self._lab, plan, isolation) for plan in plans]
-        self._portal.call(begin_all, handles)
+        handles = self._portal.call(order.execute, self._lab)
         self.servers += handles
         return handles
 

@@ -159,10 +159,18 @@ class DHTNode:
         """
         return (await self.get_many([key], latest=latest))[key]
 
-    async def get_many(self, keys: Sequence[str], *, latest: bool = True) -> dict[str, GetResult]:
-        """Returns for each of several keys what `get` does. One call to a node carries all that it is asked about."""
+    async def get_many(
+        self, keys: Sequence[str], *, latest: bool = True, quorum: int | None = None
+    ) -> dict[str, GetResult]:
+        """Returns for each of several keys what `get` does. One call to a node carries all that it is asked about.
+
+        Args:
+            keys: The keys.
+            latest: See `get`.
+            quorum: Other nodes whose values are merged, if there are as many; by default the config's.
+        """
         now = trio.current_time()
-        quorum = self.config.quorum if latest else 1
+        quorum = 1 if not latest else self.config.quorum if quorum is None else quorum
         lookups = {
             key: self._new_lookup(key, key_id(key), quorum) for key in keys if latest or not self.storage.get(key, now)
         }

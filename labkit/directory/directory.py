@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 
@@ -17,11 +18,12 @@ import trio
 
 from labkit.contact import Contact
 from labkit.directory.cache import DirectoryConfig, PrefixCache, Records
+from labkit.directory.declarations import IsAlive, declared, declared_below, is_senior, of_others
 from labkit.directory.grids import GridInfo, find_grids
 from labkit.directory.index import NAMESPACE, Children, entries_of
 from labkit.directory.suspicion import BOOT_BITS, Suspicions, boot_of, make_stamp
-from labkit.errors import LabkitError, RPCError, UnknownExpert
-from labkit.events import Emit, ExpertDeclared, ServerLost, ignore
+from labkit.errors import ExpertsTaken, LabkitError, RPCError, UnknownExpert
+from labkit.events import Emit, ExpertDeclared, ExpertGivenUp, ServerLost, ignore
 from labkit.expert_uid import ExpertInfo, parent, split_uid
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class Directory:
         self._emit = emit
         self._boot = secrets.randbits(BOOT_BITS)
         self._declarations = 0
+        self._since = round(time.time() * 1000)
         self._suspicions = Suspicions(self.config.suspicion)
         self._cache = PrefixCache(dht, self.config, self._suspicions)
 
@@ -65,7 +68,7 @@ class Directory:
         """
         self._declarations += 1
         stamp = make_stamp(self._boot, self._declarations)
-        entries = entries_of(uids, contact, stamp, self.config.ttl)
+        entries = entries_of(uids, contact, stamp, self.config.ttl, self._since)
         if not entries:
             await trio.lowlevel.checkpoint()
             return
@@ -89,23 +92,63 @@ class Directory:
         uids: Sequence[str] | Callable[[], Sequence[str]],
         contact: Contact,
         *,
+        is_alive: IsAlive | None = None,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Declare every `ttl / 3` seconds until cancelled; ready when the first declaration is stored.
 
-        Raises what the first `declare` raises. A later one that fails is logged and tried again after `ttl / 10`.
+        A declaration that fails after the first is logged and tried again after `ttl / 10`.
+
+        Args:
+            uids: The experts, or a function that returns those to declare now.
+            contact: The node that holds them.
+            is_alive: With it, each time before they are declared, it is checked that no other node that is alive has
+                declared one of them, too, as can happen in a network that was divided. The one that began later gives
+                the expert up and declares it no more (`ExpertGivenUp`).
+            task_status: Told when the first declaration is stored.
+
+        Raises:
+            LabkitError: The first declaration was stored nowhere; or another node that is alive holds one of the
+                experts at the start, or all of them later.
         """
-        await self.declare(uids() if callable(uids) else uids, contact)
-        task_status.started()
-        pause = self.config.ttl / 3
+        given_up: set[str] = set()
+        first, pause = True, self.config.ttl / 3
         while True:
-            await trio.sleep(pause)
+            now = [uid for uid in (uids() if callable(uids) else uids) if uid not in given_up]
             try:
-                await self.declare(uids() if callable(uids) else uids, contact)
+                if is_alive is not None:
+                    rivals = await self._rivals(now, contact, is_alive, first)
+                    given_up |= rivals.keys()
+                    if rivals and len(rivals) == len(now):
+                        raise ExpertsTaken(_taken_text(rivals))
+                await self.declare([uid for uid in now if uid not in given_up], contact)
                 pause = self.config.ttl / 3
             except LabkitError as error:
+                if first or isinstance(error, ExpertsTaken):
+                    raise
                 logger.warning("%s", error)
                 pause = self.config.ttl / 10
+            if first:
+                task_status.started()
+            first = False
+            await trio.sleep(pause)
+
+    async def _rivals(
+        self, uids: Sequence[str], contact: Contact, is_alive: IsAlive, first: bool
+    ) -> dict[str, ExpertInfo]:
+        """Returns the experts that another node keeps, and says so. At the start, raises if there are any."""
+        mine = ExpertInfo("", contact, since=self._since)
+        rivals, _ = await of_others(await self.holders(uids), contact.key, is_alive)
+        if first and rivals:
+            raise ExpertsTaken(_taken_text(rivals))
+        kept = {uid: info for uid, info in rivals.items() if is_senior(info, mine)}
+        for uid, info in kept.items():
+            other = info.contact.endpoint
+            logger.warning("%s gives %s up: %s serves it, too, and has for longer", contact.endpoint, uid, other)
+            self._emit(ExpertGivenUp(uid=uid, address=contact.endpoint, to=other))
+        for uid in rivals.keys() - kept.keys():
+            logger.info("%s serves %s, too, and will give it up", rivals[uid].contact.endpoint, uid)
+        return kept
 
     # ---------------------------------------------------------------- reading
 
@@ -185,6 +228,14 @@ class Directory:
     async def grids(self) -> dict[str, GridInfo]:
         """Returns all grids that are declared, by name."""
         return await find_grids(self._dht, self.config.timeout)
+
+    async def holders(self, uids: Iterable[str]) -> dict[str, ExpertInfo]:
+        """Returns where these experts are declared, by uid, read now: also those that are suspended after failures."""
+        return await declared(self._dht, self.config, uids)
+
+    async def holders_below(self, name: str, dims: int) -> dict[str, ExpertInfo]:
+        """Returns the same of all experts of the `dims`-dimensional grid `name`."""
+        return await declared_below(self._dht, self.config, name, dims)
 
     async def experts_of(self, grids: Mapping[str, GridInfo]) -> dict[str, ExpertInfo]:
         """Returns every live expert of these grids, by uid. For displays: see `all_experts`."""
@@ -304,3 +355,12 @@ class Directory:
         if first:
             self._emit(ServerLost(address=info.contact.endpoint, uids=uids, detail=detail))
         return uids
+
+
+def _taken_text(rivals: Mapping[str, ExpertInfo]) -> str:
+    uid, info = next(iter(sorted(rivals.items())))
+    more = f" (and {len(rivals) - 1} more of its experts elsewhere)" if len(rivals) > 1 else ""
+    return (
+        f"{uid} is served at {info.contact.endpoint} already{more}; take free places with experts=…, or stop that "
+        "server first"
+    )

@@ -35,6 +35,7 @@ class Leaf(msgspec.Struct, frozen=True, array_like=True, tag="e1"):
 
     contact: Contact
     stamp: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+    since: Annotated[int, msgspec.Meta(ge=0, le=1 << 53)] = 0  # see `ExpertInfo`
 
 
 class Marker(msgspec.Struct, frozen=True, array_like=True, tag="p1"):
@@ -45,7 +46,7 @@ _DECODER: msgspec.msgpack.Decoder[Leaf | Marker] = msgspec.msgpack.Decoder(Leaf 
 _MARKER = msgspec.msgpack.encode(Marker())
 
 
-def entries_of(uids: Iterable[str], contact: Contact, stamp: int, ttl: float) -> list[Entry]:
+def entries_of(uids: Iterable[str], contact: Contact, stamp: int, ttl: float, since: int = 0) -> list[Entry]:
     """Returns a declaration as DHT entries: a leaf for each expert, and a marker for each prefix above it.
 
     Args:
@@ -53,11 +54,12 @@ def entries_of(uids: Iterable[str], contact: Contact, stamp: int, ttl: float) ->
         contact: The node that holds them.
         stamp: Of this declaration (`suspicion.make_stamp`).
         ttl: How long the declaration lives, seconds.
+        since: When the server began to declare experts (see `ExpertInfo`).
 
     Raises:
         ValueError: One of `uids` is no uid.
     """
-    leaf, entries = msgspec.msgpack.encode(Leaf(contact, stamp)), dict[str, Entry]()
+    leaf, entries = msgspec.msgpack.encode(Leaf(contact, stamp, since)), dict[str, Entry]()
     for uid in uids:
         _, coordinates = split_uid(uid)
         prefix, coordinate = parent(uid)
@@ -158,7 +160,7 @@ class PrefixRecord:
             elif isinstance(entry, Marker) and match[2]:
                 self.markers[coordinate] = value.expires_at
             elif isinstance(entry, Leaf) and not match[2]:
-                info = ExpertInfo(f"{self.prefix}.{coordinate}", entry.contact, entry.stamp)
+                info = ExpertInfo(f"{self.prefix}.{coordinate}", entry.contact, entry.stamp, entry.since)
                 self.leaves[coordinate] = (info, value.expires_at)
             else:
                 malformed += 1  # undecodable, or a leaf where a marker belongs

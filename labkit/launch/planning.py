@@ -7,33 +7,29 @@ options, and in which kind of isolation; for a layer, which grid it calls and ho
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
-import trio
 
 from labkit.client.dispatch import DispatchConfig
 from labkit.contact import Contact
-from labkit.dht.protocol import Ping, Pong
 from labkit.directory.grids import GridInfo
-from labkit.errors import ConnectionLost, RPCError
-from labkit.expert_uid import ExpertInfo, check_grid, check_inside, check_name, grid_for, grid_uids, split_uid, spread
+from labkit.expert_uid import check_name, split_uid, spread
 from labkit.launch.runners import ServerPlan
-from labkit.node import Node, NodeConfig
+from labkit.node import NodeConfig
 from labkit.server.layers import BUILTIN_KINDS, Factory, expert_reference, make_expert
 from labkit.server.server import ServerConfig
 from labkit.wire.security import Identity
 from labkit.wire.transport import LOOPBACK, announced_address
 
-DEFAULT_EXPERTS = 16  # of a new grid, if nothing says how many
-PING_TIMEOUT = 1.0  # seconds; a server that has not answered by then counts as alive
 MAX_UNASKED_EXPERT_BYTES = 1 << 30  # of one expert whose options come from the swarm, not from the caller
 MAX_UNASKED_TOTAL_BYTES = 4 << 30  # of all experts, if their number comes from the swarm too
-MAX_PLACES = 1 << 20  # of a grid whose free places are looked for
+
+Fit = Callable[[GridInfo | None], dict[str, Any]]  # what the swarm says of a grid -> the options of its experts
 
 
 def grid_name(kind: str | Factory, name: str | None, uids: Sequence[str] | None) -> str:
@@ -163,111 +159,9 @@ def _check_plain(options: dict[str, Any]) -> None:
             ) from None
 
 
-async def choose_places(
-    node: Node,
-    name: str,
-    known: GridInfo | None,
-    grid: Sequence[int] | None,
-    experts: int | None,
-    uids: Sequence[str] | None,
-) -> tuple[tuple[int, ...], list[str]]:
-    """The sizes of a grid, and the experts of it to serve.
-
-    Args:
-        node: A node of the swarm; it asks which places are taken.
-        name: The grid to serve in.
-        known: What the swarm says of this grid; `None` if it has no such grid.
-        grid: The sizes that the caller gives.
-        experts: How many free places to take; `None` for all.
-        uids: Which experts to serve instead; then `experts` is `None`.
-
-    Returns:
-        The sizes, and the uids of the experts.
-
-    Raises:
-        ValueError: The arguments do not fit each other, or the running grid.
-    """
-    if uids is not None and experts is not None:
-        raise ValueError("give either uids=… or experts=…")
-    if experts is not None and (not isinstance(experts, int) or experts < 1):
-        raise ValueError(f"experts={experts!r}: a number of experts, at least one")
-    taken: set[str] = set()
-    if known is not None:
-        taken = await _taken(node, name, len(known.sizes))
-        if not taken and grid is not None and check_grid(grid) != known.sizes:
-            known = None  # a grid that nobody serves any more is free for another shape
-    sizes = _sizes(known, grid, experts, uids)
-    if known is not None and known.sizes != sizes:
-        raise ValueError(
-            f"the grid {name!r} of this swarm has the sizes {known.sizes}, not {sizes}; serve another with name=…"
-        )
-    if uids is not None:
-        check_inside(uids, sizes)
-        return sizes, list(uids)
-    places = math.prod(sizes)
-    if places > MAX_PLACES:
-        raise ValueError(f"a grid of {places} places is too large to look for free ones; say which with uids=…")
-    free = await trio.to_thread.run_sync(_free_places, name, sizes, taken)  # may take seconds
-    wanted = len(free) if experts is None else experts
-    if not 1 <= wanted <= len(free):
-        misfit = f"so {experts} more experts do not fit" if experts else "so there is none to take"
-        raise ValueError(
-            f"the grid {name!r} {sizes} has {len(free)} free places of {places}, {misfit}; start the swarm with a "
-            "larger grid, or serve another one with name=…"
-        )
-    return sizes, free[:wanted]
-
-
-def _free_places(name: str, sizes: tuple[int, ...], taken: set[str]) -> list[str]:
-    """The places that are not taken, along the diagonals, so that a part of a grid has experts in every row."""
-
-    def diagonal(uid: str) -> int:
-        *before, last = split_uid(uid)[1]
-        return (last - sum(before)) % sizes[-1]
-
-    return sorted((uid for uid in grid_uids(name, sizes) if uid not in taken), key=diagonal)
-
-
-async def _taken(node: Node, name: str, dimensions: int) -> set[str]:
-    """The uids of a grid that are served now. The directory keeps those that are gone for a while, so ping each."""
-    experts = await node.directory.all_experts(name, dimensions)
-    one_a_server = {info.contact: info for info in experts if info.contact != node.contact}
-    gone: set[Contact] = set()
-
-    async def ping(info: ExpertInfo) -> None:
-        try:
-            await node.client.call(info.contact, "dht.ping", Ping(None), returns=Pong, timeout=PING_TIMEOUT)
-        except ConnectionLost as error:
-            gone.add(info.contact)
-            node.directory.report_failure(info, error)
-        except RPCError:
-            pass  # slow or overloaded, perhaps; it may come back
-
-    async with trio.open_nursery() as nursery:
-        for info in one_a_server.values():
-            nursery.start_soon(ping, info)
-    return {info.uid for info in experts if info.contact not in gone}
-
-
-def _sizes(
-    known: GridInfo | None, grid: Sequence[int] | None, experts: int | None, uids: Sequence[str] | None
-) -> tuple[int, ...]:
-    """The sizes of a grid: as the caller gives them, as the swarm knows them, or large enough for the experts."""
-    if grid is not None:
-        return check_grid(grid)
-    if known is not None:
-        return check_grid(known.sizes)
-    if uids:
-        coordinates = [split_uid(uid)[1] for uid in uids]
-        if len(set(map(len, coordinates))) > 1:
-            raise ValueError("uids: all of one grid have the same number of coordinates")
-        return tuple(1 + max(column) for column in zip(*coordinates, strict=True))
-    return grid_for(DEFAULT_EXPERTS if experts is None else experts)
-
-
 def plan_servers(
     config: ServerConfig, servers: int, node: NodeConfig, join: Contact, *, member_file: Path | None, lasting: bool,
-    beside: int = 0, folder: str | None = None,
+    threads: int | None = None, beside: int = 0, folder: str | None = None,
 ) -> list[ServerPlan]:  # fmt: skip
     """Divide experts among servers, each with a key of its own.
 
@@ -278,7 +172,8 @@ def plan_servers(
         join: The contact of the swarm to join.
         member_file: The public keys that may connect, in a private swarm.
         lasting: Whether the checkpoints outlive the swarm.
-        beside: Number of servers that run here already and share this process's threads.
+        threads: Torch's threads that the servers here share; by default those of this thread.
+        beside: Number of servers that run here already and share these threads.
         folder: The swarm's temporary folder.
 
     Raises:
@@ -288,7 +183,8 @@ def plan_servers(
     if config.threads is None:
         # With more threads than cores, each operation waits until all of its threads have had their turn, and those
         # that wait spin: a first batch took four times as long with four servers on two cores.
-        config = replace(config, threads=max(1, torch.get_num_threads() // (len(parts) + beside)))
+        threads = torch.get_num_threads() if threads is None else threads
+        config = replace(config, threads=max(1, threads // (len(parts) + beside)))
     announce = node.announce and announced_address(node.announce, LOOPBACK, 0)[0]
     listen = f"{node.listen.rpartition(':')[0]}:*"
     node = replace(node, listen=listen, announce=announce, secure=join.secure or None)

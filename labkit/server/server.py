@@ -26,6 +26,7 @@ from labkit.events import Emit, ignore
 from labkit.expert_protocol import BACKWARD, FORWARD, STATISTICS, Direction, ExpertReply, ExpertRequest
 from labkit.expert_uid import check_inside, split_uid
 from labkit.faults import Faults
+from labkit.joining import is_alive
 from labkit.node import NodeConfig, open_node
 from labkit.paths import user_path
 from labkit.server.backend import ANSWER_LIMIT, ExpertBackend
@@ -283,7 +284,8 @@ async def _serve_owned(
             if config.grid is not None:
                 name, _ = split_uid(config.uids[0])
                 await keepers.start(keep_grid_declared, node.dht, name, grid_info(config), node.directory.config.ttl)
-            await keepers.start(node.directory.keep_declared, config.uids, node.contact)  # 4
+            keep_declared = partial(node.directory.keep_declared, is_alive=partial(is_alive, node.client))
+            await keepers.start(keep_declared, config.uids, node.contact)  # 4
             if config.checkpoint_dir is not None:
                 await keepers.start(
                     keep_checkpoints, server.runtime, config.checkpoint_dir, config.checkpoint_period, saved

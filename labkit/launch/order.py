@@ -1,0 +1,82 @@
+"""What `Swarm.serve` was asked for, as an order that the lab thread executes.
+
+It takes places of a grid, plans servers for them, and starts these, while nobody else can take the same places. No
+batch passes here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from labkit.launch import planning
+from labkit.launch.handle import ServerHandle, begin_all
+from labkit.launch.lab import Lab
+from labkit.launch.places import Places, Wish, hold_places
+from labkit.node import NodeConfig
+from labkit.server.layers import Factory
+from labkit.server.server import ServerConfig
+from labkit.wire.security import Members
+
+
+@dataclass(frozen=True)
+class ServeOrder:
+    """Servers to start.
+
+    Args:
+        wish: The places that are wanted.
+        kind: The kind of the experts, as it is handed to a server.
+        options: Their options, as the caller gives them.
+        fit: Returns all their options, from what the swarm says of their grid.
+        servers: How many servers share the experts.
+        isolation: "process" or "task".
+        config: The other fields of the servers' `ServerConfig`.
+        node: The configuration of the swarm's own node.
+        members: Who may connect; the servers are added.
+        lasting: Whether the checkpoints outlive the swarm.
+        threads: Torch's threads in the caller's thread, which the servers here share.
+        beside: How many servers run here already.
+        folder: The swarm's temporary folder.
+    """
+
+    wish: Wish
+    kind: str | Factory
+    options: Mapping[str, Any]
+    fit: planning.Fit
+    servers: int
+    isolation: str
+    config: Mapping[str, Any]
+    node: NodeConfig
+    members: Members
+    lasting: bool
+    threads: int
+    beside: int
+    folder: str | None = None
+
+    async def execute(self, lab: Lab) -> list[ServerHandle]:
+        """Take the places and start the servers. Returns them when their experts can be found.
+
+        Raises:
+            ExpertsTaken: Others serve these places, or are about to.
+            ValueError: What is wanted does not fit together, or does not fit the grid.
+            ServerFailed: A server did not start. Then none is left.
+        """
+        kind = self.kind if isinstance(self.kind, str) else ""
+        async with hold_places(lab.node, self.wish, kind, self.fit) as places:
+            handles = self._make_handles(lab, places)
+            await begin_all(handles)
+        return handles
+
+    def _make_handles(self, lab: Lab, places: Places) -> list[ServerHandle]:
+        if places.options != self.options and self.wish.experts is None and self.wish.uids is None:
+            planning.check_all_places(self.kind, places.options, self.wish.name, len(places.uids))
+        config = ServerConfig(
+            uids=tuple(places.uids), grid=places.sizes, kind=self.kind, options=places.options, **self.config
+        )
+        plans = planning.plan_servers(
+            config, self.servers, self.node, lab.node.contact, member_file=self.members.file, lasting=self.lasting,
+            threads=self.threads, beside=self.beside, folder=self.folder,
+        )  # fmt: skip
+        self.members.admit(*(plan.identity.public_key for plan in plans))
+        return [ServerHandle(lab, plan, self.isolation) for plan in plans]
