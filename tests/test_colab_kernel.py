@@ -40,7 +40,7 @@ def test_these_are_the_versions_of_colab(kernel):
 
 
 def test_the_widget_builds(kernel):
-    widget, place = kernel.run(DASHBOARD).outputs
+    widget, place, _ = kernel.run(DASHBOARD).outputs
     assert kernel.comms[widget[WIDGET]["model_id"]].state["_css"].strip()
     assert "4 experts alive" in widget["text/plain"] and "<table>" in widget["text/html"]
     assert place == {"text/plain": ""}

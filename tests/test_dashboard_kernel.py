@@ -66,10 +66,11 @@ def settle(page: Page) -> None:
 
 
 def test_a_cell_shows_a_widget_with_text_and_html_and_a_place_for_a_picture(kernel):
-    widget, place = kernel.run(DASHBOARD).outputs
+    widget, place, style = kernel.run(DASHBOARD).outputs
     assert kernel.comms[widget[WIDGET]["model_id"]].state["_esm"].strip()
     assert "4 experts alive" in widget["text/plain"] and "<table>" in widget["text/html"]
     assert place == {"text/plain": ""}
+    assert style["text/plain"] == "" and style["text/html"].startswith("<style>")
 
 
 def test_a_page_that_looks_gets_frames_of_the_training(kernel, page):

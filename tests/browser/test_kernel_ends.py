@@ -1,4 +1,4 @@
-"""A dashboard whose kernel is gone: it says so, and lets go of its buttons. What happens to the notebook file meanwhile."""
+"""A dashboard whose kernel is gone says so, and lets go of its buttons; a picture is left for who opens it again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.browser.conftest import shoot
-from tests.browser.places import NotebookPlace, in_jupyterlab
+from tests.browser.places import in_jupyterlab
 from tests.browser.processes import Lab
 from tests.browser.view import View
 
@@ -59,3 +59,23 @@ def test_a_kernel_that_stands_still_is_noticed_and_so_is_that_it_goes_on(browser
         expect(place.view.status).to_have_text("")
         expect(place.view.button("Kill servers[0]")).to_be_enabled()
         expect(place.view.server("servers[0]")).not_to_contain_text("was")
+
+
+def test_a_notebook_whose_kernel_was_killed_in_its_first_minute_shows_a_picture_and_no_complaint(browser, lab):
+    with in_jupyterlab(browser, lab) as place:
+        picture = place.page.locator("img[src^='data:image/png']")
+        expect(picture).to_be_attached()
+        expect(picture).to_be_hidden()  # beside the live view
+        expect(place.view.root).to_have_count(1)
+        shoot(place.page, "picture hidden")
+        place.notebook.save()
+        kernel_of(lab).kill()
+        place.page.get_by_role("button", name="Ok").click()
+        expect_lost(place.view)
+        expect(picture).to_be_visible()
+        place.notebook.reload()
+        expect(picture).to_be_visible()
+        complaint = place.page.get_by_text("model not found")
+        expect(complaint).to_be_attached()
+        expect(complaint).to_be_hidden()
+        shoot(place.page, "reopened")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from base64 import b64encode
 from collections import deque
 from collections.abc import Callable
 from importlib import resources
@@ -22,6 +21,7 @@ import traitlets
 from labkit.errors import LabkitError
 from labkit.paths import user_path
 from labkit.view.page.commands import EXPORT_FORMATS
+from labkit.view.page.lasting_picture import LastingPicture
 from labkit.view.page.local_source import DashboardView
 from labkit.view.page.pages import Beat, ButtonCommand, Chunk, FrameDue, FrameSource, Header, Pages
 from labkit.view.scene import Scene
@@ -31,17 +31,15 @@ logger = logging.getLogger(__name__)
 
 MAX_MESSAGES = 256  # of pages that wait; more are dropped
 MAX_COMMANDS = 8  # that wait; beyond that, a page is told to try again
-WATCH_PERIOD = 1.0  # seconds between two looks whether a run has ended
-MAX_PICTURES = 8  # outputs of cells that get a picture
+WATCH_PERIOD = 1.0  # seconds between two looks whether the picture that stays is to be renewed
 SENDER_END_TIMEOUT = 0.5  # seconds that `close` waits for the thread that sends
 
 
 class Dashboard(anywidget.AnyWidget):
     """A live view of a swarm; `swarm.dashboard()` makes it.
 
-    Show it as the last expression of a cell, or by `display`. When a run ends, or the swarm
-    is closed, a picture of it stays in the notebook. Without a notebook it shows nothing, but
-    `export` works.
+    Show it as the last expression of a cell, or by `display`. A picture of it stays in the
+    notebook, renewed now and then. Without a notebook it shows nothing, but `export` works.
 
     Args:
         source: Where its frames and files come from.
@@ -71,8 +69,7 @@ class Dashboard(anywidget.AnyWidget):
         self._ended = False
         self._sender = WorkerThread(f"labkit-dashboard-{source.name}", self._send_what_is_due)
         self._executor = WorkerThread(f"labkit-commands-{source.name}", self._execute_commands)
-        self._pictures: deque[Any] = deque(maxlen=MAX_PICTURES)  # handles of outputs under the widget
-        self._drawn: tuple[bool, int] | None = None  # what the pictures show: whether the swarm is open, and the step
+        self._picture = LastingPicture(f"<dashboard of swarm {source.name!r}>")
         super().__init__(_esm=bundled("dashboard.js"), _css=bundled("dashboard.css"), alone=alone)
         self.on_msg(self._on_page_message)
         self.comm.on_close(lambda message: self.close())
@@ -220,25 +217,15 @@ class Dashboard(anywidget.AnyWidget):
         self._displayed = True
         self._sender.wake()
         if self.view is not None and hasattr(get_ipython(), "kernel"):
-            self._pictures.append(display({"text/plain": ""}, raw=True, display_id=True))
-            self._drawn = None
+            self._picture.add_place()
             if self.view.over:
                 self._watch(self.view.scene())
 
     def _watch(self, scene: Scene) -> None:
-        """Draw the picture that stays when a run ends or the swarm is closed. Called in the view's thread."""
+        """Renew the picture that stays. Called in the view's thread."""
         if not scene.open:
             self._sender.wake()  # pages are to see that it is closed
-        elif scene.headline.running or not scene.headline.steps:
-            return
-        shown = (scene.open, scene.headline.steps)
-        if self._pictures and self._drawn != shown:
-            from labkit.view.picture.snapshot import draw
-
-            self._drawn = shown
-            png = b64encode(draw(scene)).decode()
-            for handle in list(self._pictures):
-                handle.update({"image/png": png, "text/plain": repr(self)}, raw=True)
+        self._picture.show(scene)
 
     def close(self) -> None:
         """Remove the widget from its pages, and end its threads. Safe to repeat."""

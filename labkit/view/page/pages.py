@@ -74,7 +74,7 @@ class ButtonCommand:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """A sign of life, to be sent to all pages now: a kernel whose cell runs may hear none of them, and yet it is there."""
+    """A sign of life, to be sent to all pages now: a kernel whose cell runs may not hear them, and yet it is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +290,7 @@ class Pages:
         return max(0.0, min(times) - now) if times else None
 
     def _next_beat(self, over: bool) -> float:
-        """Returns when a sign of life is due. Once nothing changes any more, only a page that has just spoken gets one."""
+        """Returns when a sign of life is due. Once nothing changes any more, only who has just spoken gets one."""
         waiting = [page.told_at for page in self._pages.values() if page.watching and (page.asks or not over)]
         if over:
             return -math.inf if waiting and not self._pages_for_frames(over) else math.inf
