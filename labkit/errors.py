@@ -197,8 +197,8 @@ class CheckpointError(LabkitError):
     """A checkpoint cannot be read into this expert."""
 
 
-class DataNotFound(LabkitError, FileNotFoundError):
-    """A data set is not on disk and cannot be loaded from the hub."""
+class DataNotFound(LabkitError, FileNotFoundError, ValueError):
+    """A data set is not on disk, or cannot be read, and cannot be loaded from the hub."""
 
 
 class TrainingFailed(LabkitError):

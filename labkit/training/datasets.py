@@ -1,6 +1,7 @@
 """Data sets to train on: digits (part of scikit-learn), MNIST and others through `datasets` (the hub, or local files).
 
-A batch begins here: `batches` draws it, and a trainer takes it. scikit-learn, `datasets` and PIL are imported
+A batch begins here: `batches` draws it, and a trainer takes it. Files are read in `data_files`, their columns become
+tensors in `columns`, `images` and `labels`. scikit-learn, `datasets` and PIL are imported
 when a data set is asked for and not before, so that `import labkit` stays quick.
 """
 
@@ -9,12 +10,8 @@ when a data set is asked for and not before, so that `import labkit` stays quick
 from __future__ import annotations
 
 import difflib
-import glob
 import gzip
-import io
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +23,9 @@ from torch import Tensor
 
 from labkit.errors import DataNotFound
 from labkit.paths import user_path
+from labkit.training.columns import inputs, left_out
+from labkit.training.data_files import SPLITS, Split, read_splits
+from labkit.training.labels import classes, label_column
 
 HUB_NAMES = {"mnist": "ylecun/mnist"}  # short names of ours
 HUB_TIMEOUT = 5.0  # seconds until the hub counts as out of reach
@@ -42,6 +42,9 @@ class ClassificationData:
         test_x: Rows for testing, [n, dim] float32.
         test_y: Their classes, [n] int64.
         classes: Number of classes.
+        labels: What each class was called, in the order of their numbers.
+        columns: The columns that the rows are made of, in order.
+        left_out: The columns that are no inputs, each with the reason.
     """
 
     name: str
@@ -50,6 +53,9 @@ class ClassificationData:
     test_x: Tensor
     test_y: Tensor
     classes: int
+    labels: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def dim(self) -> int:
@@ -58,50 +64,84 @@ class ClassificationData:
 
     def __repr__(self) -> str:
         sizes = f"{len(self.train_x)} + {len(self.test_x)} rows of {self.dim}"
-        return f"ClassificationData({self.name!r}, {sizes}, {self.classes} classes)"
+        unused = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
+        return f"ClassificationData({self.name!r}, {sizes}, {self.classes} classes{unused})"
 
 
-def load(dataset: str = "digits", data_dir: str | Path | None = None, *, seed: int = 0) -> ClassificationData:
+def load(
+    dataset: str = "digits",
+    data_dir: str | Path | None = None,
+    *,
+    seed: int = 0,
+    label: str | None = None,
+    columns: Sequence[str] | None = None,
+    test_share: float | None = None,
+) -> ClassificationData:
     """Load a data set: "digits", which needs no download, "mnist", or a name on the hub.
 
-    A data set has a `label` column and either an image column, whose pixels become 0 to 1, or
-    columns of numbers, which stay as they are. It comes in two parts, for training and
-    testing. "digits" is split here and standardised.
+    Its inputs are a column of images, whose pixels become 0 to 1, or columns of numbers,
+    which stay as they are. Its labels are whole numbers, texts, or one-hot rows. Text, and
+    the index of a pandas table, are no inputs; `left_out` tells. What cannot be used as it is
+    meant is refused, with the column, the file and the row (counted from 0). "digits" is
+    split here and standardised.
 
     Example:
         data = lk.load("digits")
         run = lk.fit(model, data, epochs=5)
         lk.evaluate(model, data.test_x, data.test_y)
 
+        flowers = lk.load("iris", "data/iris.csv", label="species", test_share=0.2)
+
     Args:
         dataset: Name of the data set. Default "digits".
-        data_dir: A folder with `train-*.parquet` and `test-*.parquet`, or with a folder of
-            the data set's name that has them. Then nothing is downloaded. Default None: from
-            the hub, or from what was downloaded before.
-        seed: For the split of "digits". Default 0.
+        data_dir: A folder with `train` and `test` as parquet, csv, json or arrow files
+            (`train.csv`, `test-0.parquet`), as `save_to_disk` of `datasets` leaves them, or
+            as folders that hold a folder of images for each class; or a folder with a folder
+            of the data set's name that has them; or one file. Then nothing is downloaded.
+            Default None: from the hub, or from what was downloaded before.
+        seed: For the split of "digits", and of `test_share`. Default 0.
+        label: The column of labels. Default None: `label`, or the only one it can be.
+        columns: The columns that are inputs, in order. Default None: the images, or all
+            columns of numbers.
+        test_share: The share of rows to hold out for testing, such as 0.2, of a data set that
+            is not split. Default None: such a data set is refused.
 
     Returns:
         An object with the rows `train_x` and `test_x`, [n, dim] float32, their classes
-            `train_y` and
-        `test_y`, [n] int64, and the numbers `dim` and `classes`.
+        `train_y` and `test_y`, [n] int64, the numbers `dim` and `classes`, and the names
+        `labels` and `columns`.
 
     Raises:
         DataNotFound: The data set is not there, and cannot be downloaded. This comes within
             seconds.
-        ValueError: The data set is of another form.
+        ValueError: The data set is of another form. It says what is wrong with which column.
     """
     if dataset == "digits":
-        if data_dir is not None:
-            raise ValueError("digits is part of scikit-learn and reads no files: leave data_dir out, or name another")
+        if data_dir is not None or columns is not None or label is not None or test_share is not None:
+            raise ValueError(
+                "digits is part of scikit-learn, reads no files, and is split already: leave data_dir, label, columns "
+                "and test_share out, or name another"
+            )
         return _digits(seed)
-    splits = _from_hub(dataset) if data_dir is None else _from_files(dataset, user_path(data_dir, "data_dir"))
-    with splits as (train, test):
-        train_x, train_y = _tensors(train, dataset)
-        test_x, test_y = _tensors(test, dataset)
-    if train_x.shape[1] != test_x.shape[1]:
-        raise ValueError(f"{dataset}: train rows have {train_x.shape[1]} numbers, test rows {test_x.shape[1]}")
-    classes = 1 + max(int(train_y.max()), int(test_y.max()))
-    return ClassificationData(dataset, train_x, train_y, test_x, test_y, classes)
+    splits = _from_hub(dataset) if data_dir is None else read_splits(dataset, user_path(data_dir, "data_dir"))
+    train, test = splits["train"], splits.get("test")
+    if test is not None and test_share is not None:
+        raise ValueError(f"{dataset} has rows for testing already ({test.files}): leave test_share out")
+    if test is None and test_share is None:
+        raise ValueError(
+            f"{dataset} has {len(train)} rows for training ({train.files}) and none for testing: add them as "
+            "test.csv or the like, or hold out a fifth of these with test_share=0.2"
+        )
+    parts = [train] if test is None else [train, test]
+    label = label_column(train, label)
+    names, y = classes(parts, label)
+    used, x = inputs(parts, label, columns)
+    if test is None:
+        x, y = _hold_out(dataset, x[0], y[0], float(test_share or 0), seed)
+    unused = left_out(train, [*used, label])
+    return ClassificationData(
+        dataset, x[0], y[0], x[1], y[1], len(names), labels=tuple(names), columns=tuple(used), left_out=tuple(unused)
+    )
 
 
 def batches(
@@ -148,7 +188,7 @@ def _digits(seed: int) -> ClassificationData:
     # Some pixels are (nearly) always white: a floor of one grey level keeps a rare stroke there from dwarfing the rest.
     mean, scale = train_x.mean(0), train_x.std(0).clamp_min(1 / 16)  # [dim], [dim]
     train_x, test_x = (train_x - mean) / scale, (test_x - mean) / scale
-    return ClassificationData("digits", train_x, y[rows[~test]], test_x, y[rows[test]], 10)
+    return ClassificationData("digits", train_x, y[rows[~test]], test_x, y[rows[test]], 10, labels=tuple("0123456789"))
 
 
 def _read_digits() -> tuple[Tensor, Tensor]:
@@ -169,32 +209,22 @@ def _read_digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y, dtype=torch.int64)
 
 
-@contextmanager
-def _from_files(dataset: str, root: Path) -> Iterator[tuple[Any, Any]]:
-    """The train and test split in parquet files under `root`, valid inside the `with` block."""
-    for folder in (root, root / dataset):
-        found = {split: sorted(map(str, folder.glob(f"{split}-*.parquet"))) for split in ("train", "test")}
-        if all(found.values()):
-            break
-    else:
-        looked = f"neither {root} nor {root / dataset} has both" if root.is_dir() else f"there is no folder {root} with"
-        raise DataNotFound(f"no {dataset} here: {looked} train-*.parquet and test-*.parquet")
-
-    import datasets
-
-    # `datasets` unpacks parquet into a cache. That takes less than a second, so the cache need not outlive this.
-    with tempfile.TemporaryDirectory(prefix="labkit-data-", ignore_cleanup_errors=True) as cache, _no_progress_bars():
-        try:
-            patterns = {split: [glob.escape(file) for file in files] for split, files in found.items()}
-            loaded = datasets.load_dataset("parquet", data_files=patterns, cache_dir=cache)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise DataNotFound(f"the parquet files of {dataset} in {folder} cannot be read: {error}") from error
-        yield loaded["train"], loaded["test"]
+def _hold_out(dataset: str, x: Tensor, y: Tensor, share: float, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Split rows at random, the same share of each class as far as that goes: those for training, those for testing."""
+    if not 0 < share < 1:
+        raise ValueError(f"test_share={share}: a share of the rows, between 0 and 1, such as 0.2")
+    rows = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    by_class = rows[y[rows].argsort(stable=True)]
+    before = (torch.arange(len(rows), dtype=torch.float64) * share + 0.5).floor()
+    held = (torch.arange(1, len(rows) + 1, dtype=torch.float64) * share + 0.5).floor() > before  # evenly spread
+    train, test = by_class[~held].sort().values, by_class[held].sort().values
+    if not (len(train) and len(test)):
+        raise ValueError(f"{dataset}: test_share={share} of {len(y)} rows leaves none for training or for testing")
+    return [x[train], x[test]], [y[train], y[test]]
 
 
-@contextmanager
-def _from_hub(dataset: str) -> Iterator[tuple[Any, Any]]:
-    """The train and test split of a data set on the hub, or of its copy in the cache of an earlier download."""
+def _from_hub(dataset: str) -> dict[str, Split]:
+    """The splits of a data set on the hub, or of its copy in the cache of an earlier download."""
     import datasets
 
     name = HUB_NAMES.get(dataset, dataset)
@@ -215,10 +245,34 @@ def _from_hub(dataset: str) -> Iterator[tuple[Any, Any]]:
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline_before
-    test = next((split for split in ("test", "validation") if split in loaded), None)
-    if "train" not in loaded or test is None:
+    return splits_of(name, loaded)
+
+
+def splits_of(name: str, loaded: Mapping[str, Any]) -> dict[str, Split]:
+    """The splits of a `datasets.DatasetDict`: "train", and "test" if it has that, or one for validation."""
+    import datasets
+
+    if isinstance(loaded, datasets.Dataset):
+        loaded = {"train": loaded}
+    if "train" not in loaded:
         raise ValueError(f"{name} has the splits {', '.join(loaded)}; labkit needs train, and test or validation")
-    yield loaded["train"], loaded[test]
+    test = next((split for split in SPLITS["test"] if split in loaded and not _is_secret(loaded[split])), None)
+    found = {}
+    for split, source in {"train": "train", **({"test": test} if test else {})}.items():
+        rows = loaded[source]
+        if len(rows) == 0:
+            raise ValueError(f"{name}: there are no rows in the split {source}")
+        # As they are stored: images are decoded later, one by one.
+        for column, feature in rows.features.items():
+            if isinstance(feature, datasets.Image):
+                rows = rows.cast_column(column, datasets.Image(decode=False))
+        found[split] = Split(name, source, rows.with_format("arrow")[:], rows.features.to_dict())
+    return found
+
+
+def _is_secret(rows: Any) -> bool:
+    """Whether the labels of a split were not published, as is the custom of competitions: all are -1."""
+    return len(rows) > 0 and "label" in rows.features and set(rows.unique("label")) == {-1}
 
 
 def _hub_has(name: str, hint: str) -> bool:
@@ -240,70 +294,3 @@ def _hub_has(name: str, hint: str) -> bool:
     except Exception:  # whichever HTTP library is under it today: no name, no route, refused, too slow, offline mode
         return False
     return True
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """In this block `datasets` shows no progress bars, which would flash up for local files."""
-    import datasets
-
-    if datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.enable_progress_bars()
-
-
-# ---------------------------------------------------------------- columns to tensors
-
-
-def _tensors(rows: Any, name: str) -> tuple[Tensor, Tensor]:
-    """One split of a `datasets` data set as x: [n, dim] float32 and y: [n] int64."""
-    import datasets
-
-    if "label" not in rows.features or len(rows) == 0:
-        raise ValueError(f"{name} has no rows with a label; its columns are {', '.join(rows.features)}")
-    images = [column for column, feature in rows.features.items() if isinstance(feature, datasets.Image)]
-    numbers = [
-        column
-        for column, feature in rows.features.items()
-        if column != "label" and getattr(feature, "dtype", "").startswith(("int", "uint", "float"))
-    ]
-    if images:
-        encoded = rows.select_columns(images[:1]).cast_column(images[0], datasets.Image(decode=False))
-        x = _pixels(encoded.with_format("arrow")[:][images[0]].to_pylist(), name)
-    elif numbers:
-        columns = rows.select_columns(numbers).with_format("numpy")[:]
-        x = torch.from_numpy(np.stack([np.asarray(columns[column], dtype=np.float32) for column in numbers], axis=1))
-    else:
-        raise ValueError(f"{name} has neither an image column nor columns of numbers: {', '.join(rows.features)}")
-    y = torch.tensor(np.asarray(rows.select_columns(["label"]).with_format("numpy")[:]["label"]), dtype=torch.int64)
-    if int(y.min()) < 0:
-        raise ValueError(f"{name} has rows without a class (label {int(y.min())})")
-    return x, y
-
-
-def _pixels(images: list[dict[str, Any]], name: str) -> Tensor:
-    """Encoded images (`bytes`, or the `path` of a file), all of one size, as [n, dim] float32 from 0 to 1.
-
-    Decoded one by one into one array: a tenth of the time that `datasets` takes to make an object of each.
-    """
-    from PIL import Image
-
-    x: np.ndarray[Any, np.dtype[np.uint8]] | None = None  # [n, dim]
-    size = mode = None
-    for row, encoded in enumerate(images):
-        source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
-        with Image.open(source) as image:
-            wanted = "L" if image.mode in ("1", "L") else "RGB"
-            if x is None:
-                size, mode = image.size, wanted
-                x = np.empty((len(images), size[0] * size[1] * (1 if mode == "L" else 3)), dtype=np.uint8)
-            if image.size != size or wanted != mode:
-                raise ValueError(f"{name}: image {row} is {image.size} {wanted}, the first one is {size} {mode}")
-            x[row] = np.asarray(image.convert(wanted)).reshape(-1)
-    assert x is not None  # a split without rows was refused before
-    return torch.from_numpy(x).to(torch.float32).div_(255)
