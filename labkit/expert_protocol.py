@@ -16,8 +16,12 @@ Direction = Literal["forward", "backward"]
 FORWARD = "expert.forward"  # inputs -> output
 BACKWARD = "expert.backward"  # inputs and the gradients of the outputs -> gradients of the inputs; trains the expert
 SCHEMA = "expert.schema"  # an `ExpertRequest` without tensors -> its `ExpertSchema`, or None if that is not known
+SNAPSHOT = "expert.snapshot"  # an expert's uid -> a `SnapshotHead`; the server keeps the snapshot for a while
+SNAPSHOT_PART = "expert.snapshot_part"  # a `SnapshotPart` -> the bytes of a checkpoint from there on, uint8 [n]
+SNAPSHOT_DONE = "expert.snapshot_done"  # the token of a snapshot -> nothing; it is not needed any more
 STATISTICS = "server.statistics"  # nothing -> `server.statistics.ServerStatistics`
 MAX_TENSORS = 16  # of the inputs of an expert, and of its outputs
+MAX_PART = 4 << 20  # bytes of a snapshot in one answer
 METHODS: dict[Direction, str] = {"forward": FORWARD, "backward": BACKWARD}
 
 # The numbers come from a stranger, so all of them are bounded. (NaN is not >= 0.)
@@ -87,3 +91,31 @@ class ExpertReply(msgspec.Struct, array_like=True):
     compute_seconds: Seconds
     updates: Count
     leaving: bool = False
+
+
+Token = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+
+
+class SnapshotHead(msgspec.Struct, array_like=True, frozen=True):
+    """An expert's whole state at one moment, which a server keeps to be read in parts.
+
+    Args:
+        token: What to ask for it with.
+        size: Bytes of the checkpoint that it is read as.
+        updates: Optimizer steps that the expert had made.
+        crc32: Of the state, as checkpoints have it.
+        kind: What the expert is.
+    """
+
+    token: Token
+    size: Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
+    updates: Count
+    crc32: Annotated[str, msgspec.Meta(min_length=8, max_length=8)]
+    kind: Annotated[str, msgspec.Meta(max_length=1000)] = ""
+
+
+class SnapshotPart(msgspec.Struct, array_like=True, frozen=True):
+    """Which part of a snapshot is wanted: `MAX_PART` bytes from `offset` on, or what is left."""
+
+    token: Token
+    offset: Count

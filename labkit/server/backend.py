@@ -280,11 +280,10 @@ class ExpertBackend:
         tensors |= {f"counter.{name}": torch.tensor(value) for name, value in self._counters().items()}
         return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Become what `state()` described, to the bit.
+    def check_state(self, state: dict[str, Tensor]) -> None:
+        """Whether the expert can become what a state describes. Changes nothing.
 
-        Raises `CheckpointError`, which names the tensor that is missing, superfluous or of another shape; then nothing
-        has changed.
+        Raises `CheckpointError`, which names the tensor that is missing, superfluous or of another shape.
         """
         module = self._module_tensors()
         slots = optimizer_slots(self.config) if self.optimizer else ()
@@ -321,9 +320,13 @@ class ExpertBackend:
                 raise CheckpointError(
                     f"the checkpoint has no optimizer.{missing[0]}.{name}; expert {self.uid} needs it"
                 )
-        # 3. Take it over.
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Become what `state()` described, to the bit. Raises as `check_state` does; then nothing has changed."""
+        self.check_state(state)
+        slots = optimizer_slots(self.config) if self.optimizer else ()
         with torch.no_grad():
-            for name, tensor in module.items():
+            for name, tensor in self._module_tensors().items():
                 tensor.copy_(state[f"module.{name}"])
         device = torch.device(self.config.device)
         self._pending = {

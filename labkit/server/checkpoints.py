@@ -57,13 +57,12 @@ def save_expert(directory: str | os.PathLike[str], uid: str, state: Mapping[str,
     path = _path(directory, uid)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = _separate(state)
-    metadata = {"format": FORMAT, "uid": uid, "kind": kind, "crc32": _checksum(tensors)}
     # A folder, since safetensors writes to a file of a name of its own first. ~ is in no uid, so it is no expert's.
     aside = path.with_name(f".{uid}~{secrets.token_hex(8)}.tmp")
     aside.mkdir()
     try:
         file = aside / "state"
-        safetensors.torch.save_file(tensors, file, metadata)
+        safetensors.torch.save_file(tensors, file, _metadata(uid, kind, tensors))
         file.chmod(_file_mode(path.parent.stat().st_mode))
         with open(file, "r+b") as written:
             os.fsync(written.fileno())
@@ -74,6 +73,13 @@ def save_expert(directory: str | os.PathLike[str], uid: str, state: Mapping[str,
         shutil.rmtree(aside, ignore_errors=True)
     _sync_directory(path.parent)
     return path
+
+
+def pack_expert(uid: str, state: Mapping[str, Tensor], *, kind: str = "") -> tuple[bytes, str]:
+    """The bytes that `save_expert` would write for an expert, and the checksum of its state."""
+    tensors = _separate(state)
+    metadata = _metadata(uid, kind, tensors)
+    return safetensors.torch.save(tensors, metadata), metadata["crc32"]
 
 
 def load_expert(directory: str | os.PathLike[str], uid: str, *, kind: str = "") -> dict[str, Tensor] | None:
@@ -258,6 +264,10 @@ def _file_mode(directory: int) -> int:
     """
     open_to_all = directory & (stat.S_ISVTX | stat.S_IWOTH)
     return 0o600 | directory & (0o044 if open_to_all else 0o064)
+
+
+def _metadata(uid: str, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {"format": FORMAT, "uid": uid, "kind": kind, "crc32": _checksum(tensors)}
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

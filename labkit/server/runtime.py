@@ -18,7 +18,15 @@ from typing import Any
 import trio
 from torch import Tensor
 
-from labkit.errors import CallCancelled, DeadlineExceeded, Overloaded, RemoteFailure, RPCError, UnknownExpert
+from labkit.errors import (
+    CallCancelled,
+    CheckpointError,
+    DeadlineExceeded,
+    Overloaded,
+    RemoteFailure,
+    RPCError,
+    UnknownExpert,
+)
 from labkit.events import BatchProcessed, Emit, ignore
 from labkit.server.backend import ExpertBackend
 from labkit.server.batch import PAUSED, DeviceLost, RunningBatch, compute_batch_in_parts
@@ -59,10 +67,14 @@ QueuedRequest = Task[Result]
 
 @dataclass(eq=False, slots=True)
 class _Snapshot:
-    """A copy of an expert's state that is to be taken between two batches, and handed to `on_state`."""
+    """A copy of an expert's state that is to be taken between two batches, and handed to `on_state`.
+
+    If `state` is given, it is put in the expert's place, and nothing is taken.
+    """
 
     backend: ExpertBackend
     on_state: Callable[[State | Exception], None]
+    state: State | None = None
 
     def cancel(self) -> None:
         self.on_state = lambda state: None
@@ -342,13 +354,21 @@ class Runtime:
         def done(value: Any, error: BaseException | None, seconds: float) -> None:
             if error is None:
                 snapshot.on_state(value)
+            elif isinstance(error, CheckpointError):
+                snapshot.on_state(CheckpointError(str(error)))
             else:  # in words, since the error itself may hold tensors; to the one who saves it is an ordinary failure
                 snapshot.on_state(RemoteFailure(f"no snapshot of expert {backend.uid} could be taken: {error!r}"))
 
         def fail(error: Exception) -> None:
             snapshot.on_state(error)
 
-        self._start(device, backend.state, done, fail, backend.uid, "snapshot", 0)
+        def work() -> State:
+            if snapshot.state is None:
+                return backend.state()
+            backend.load_state(snapshot.state)
+            return {}
+
+        self._start(device, work, done, fail, backend.uid, "snapshot", 0)
 
     def _max_rows(self, uid: str) -> int:
         return self.backends[uid].config.max_batch_size
@@ -374,6 +394,26 @@ class Runtime:
         while self._unfinished:
             self._unfinished.pop().parts.close()  # which undoes what they have done
         return backend.state()
+
+    async def load(self, uid: str, state: State) -> None:
+        """Put a state in the place of an expert's own, between two batches. Call it while the runtime runs.
+
+        Raises:
+            CheckpointError: The state does not fit the expert, which is unchanged.
+            RemoteFailure: The runtime has ended.
+        """
+        backend = self.backends[uid]
+        device = self._devices[backend.config.device]
+
+        def begin(on_state: Callable[[State | Exception], None]) -> _Snapshot:
+            snapshot = _Snapshot(backend, on_state, state)
+            device.snapshots.append(snapshot)
+            self._advance(device)
+            return snapshot
+
+        if not self._running:
+            raise RemoteFailure(STOPPED)
+        await await_callback(begin)
 
     def statistics(self) -> ServerStatistics:
         """Gauges and counters, now. Call it in the lab thread."""

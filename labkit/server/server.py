@@ -35,6 +35,7 @@ from labkit.server.layers import kind_name, make_expert
 from labkit.server.optimizer import BackendConfig
 from labkit.server.ownership import FolderClaim, own_checkpoints
 from labkit.server.runtime import Executor, QueuedRequest, Result, Runtime
+from labkit.server.snapshots import Snapshots
 from labkit.server.statistics import ServerStatistics
 from labkit.server.validation import CallOptions
 from labkit.wire.rpc_types import AsyncMethod, CallbackMethod, Methods, Reply, Request, RespondFn
@@ -129,6 +130,7 @@ class ExpertServer:
             FORWARD: CallbackMethod(self.rpc_forward, ExpertRequest),
             BACKWARD: CallbackMethod(self.rpc_backward, ExpertRequest),
             STATISTICS: AsyncMethod(self.rpc_statistics),
+            **Snapshots(self.runtime, timers).methods,
         }
 
     def _make_backend(self, uid: str) -> ExpertBackend:
