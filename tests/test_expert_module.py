@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -11,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from labkit.errors import BadRequest, RemoteFailure
+import labkit as lk
+from labkit.errors import BadRequest, RemoteFailure, ServerFailed
 from labkit.server.backend import ExpertBackend
 from labkit.server.batch import compute_batch
 from labkit.server.layers import make_expert
@@ -647,3 +649,40 @@ def test_a_hook_that_fails_in_a_backward_pass_is_named_and_only_that_pass_fails(
 def test_errors_name_no_folder_of_the_server_and_stay_short():
     error = error_of(Raising(RuntimeError("x" * 10_000)), X)
     assert len(str(error)) < 500 and "/" not in str(error).replace("x" * 10, "")
+
+
+class Leaving(nn.Module):
+    """Ends the process, as it thinks, in one of its methods."""
+
+    def __init__(self, where: str = "forward") -> None:
+        super().__init__()
+        self.where, self.layer = where, nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.where == "forward":
+            sys.exit(1)
+        return self.layer(x)  # type: ignore[no-any-return]
+
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        if self.where == "state_dict":
+            sys.exit(2)
+        return super().state_dict(*args, **options)
+
+
+def leaving_when_made() -> nn.Module:
+    sys.exit(3)
+
+
+def test_an_expert_that_is_a_task_and_calls_exit_takes_nobody_else_along(tmp_path):
+    with lk.Swarm(name="leaving") as swarm:
+        swarm.serve("nop", name="good", grid=(1,), isolation="task")
+        swarm.serve(Leaving, name="bad", grid=(1,), isolation="task")
+        with pytest.raises(RemoteFailure, match=r"SystemExit: 1 \(test_expert_module\.py"):
+            swarm.expert("bad.0")(X)
+        with pytest.raises((ValueError, ServerFailed), match="SystemExit: 3"):
+            swarm.serve(leaving_when_made, name="unborn", grid=(1,), isolation="task")
+        swarm.serve(Leaving, where="state_dict", name="unsaved", grid=(1,), isolation="task", checkpoint_dir=tmp_path)
+        with pytest.raises(ServerFailed, match="SystemExit: 2"):
+            swarm.servers[-1].stop()
+        assert torch.equal(swarm.expert("good.0")(X), X)
+        assert [server.state for server in swarm.servers[:2]] == ["running", "running"]

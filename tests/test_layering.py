@@ -25,7 +25,7 @@ FLOORS = [
     # words: no I/O, no async
     "errors", "forks", "paths", "histogram", "faults", "events", "contact", "expert_uid",
     # the network, the DHT, and the experts in it
-    "wire", "dht", "directory", "expert_protocol", "joining", "node", "portal",
+    "wire", "dht", "expert_protocol", "directory", "joining", "node", "portal",
     # the two wings
     "server", "client",
     # training, in real and in virtual time

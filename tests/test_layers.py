@@ -1,5 +1,6 @@
 """Expert kinds: found by name, by reference or given; and what the built-in ones compute."""
 
+import sys
 from functools import partial
 
 import pytest
@@ -97,6 +98,23 @@ def test_a_module_is_no_kind_and_a_kind_has_a_name():
 def test_a_factory_has_to_make_a_module():
     with pytest.raises(ValueError, match="made a dict"):
         make_expert(dict)  # type: ignore[arg-type]
+
+
+def test_a_factory_that_wants_to_end_the_process_makes_no_module_and_is_named(tmp_path, monkeypatch):
+    def leaving() -> nn.Module:
+        sys.exit("bye")
+
+    with pytest.raises(
+        ValueError, match=r"'leaving' makes no module: its code raised SystemExit: bye \(test_layers\.py"
+    ):
+        make_expert(leaving)
+    (tmp_path / "kinds_that_leave.py").write_text("import sys\nsys.exit(3)\n")
+    (tmp_path / "kinds_that_fail.py").write_text("\n1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot be imported: SystemExit: 3 \(kinds_that_leave\.py:2"):
+        make_expert("kinds_that_leave:Mine")
+    with pytest.raises(ValueError, match=r"cannot be imported: ZeroDivisionError: .*\(kinds_that_fail\.py:2"):
+        make_expert("kinds_that_fail:Mine")
 
 
 def test_an_importable_factory_becomes_text_and_back():

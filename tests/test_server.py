@@ -8,14 +8,17 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import trio
 from torch import Tensor, nn
 
 from labkit.contact import Contact
-from labkit.directory.grids import GridInfo, find_grids
+from labkit.dht.storage import Entry
+from labkit.directory.grids import GRIDS_KEY, GridInfo, find_grids
 from labkit.errors import BadRequest, CheckpointError, LabkitError, NonFiniteTensor, Overloaded, UnknownExpert
+from labkit.expert_protocol import BACKWARD, FORWARD, SCHEMA, ExpertRequest, ExpertSchema, TensorSchema
 from labkit.faults import Faults
 from labkit.histogram import BUCKETS
 from labkit.node import Node, open_node
@@ -35,6 +38,7 @@ from tests.swarms import soon
 SGD = BackendConfig(optimizer="sgd", lr=0.1)
 UIDS = ("ffn.0.0", "ffn.0.1")
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
+FOUR = ExpertSchema((TensorSchema("float32", (4,)),), (TensorSchema("float32", (4,)),))
 
 
 def config(**changes: Any) -> ServerConfig:
@@ -88,7 +92,7 @@ async def test_a_server_can_be_found_as_soon_as_it_has_started():
     async with lab(config()) as here:
         found = await here.node.directory.find(UIDS)
         assert [info and info.contact for info in found.values()] == [here.server] * 2
-        assert await find_grids(here.node.dht, 5.0) == {"ffn": GridInfo((1, 2), "ffn", {"hidden": 4})}
+        assert await find_grids(here.node.dht, 5.0) == {"ffn": GridInfo((1, 2), "ffn", {"hidden": 4}, FOUR)}
 
 
 async def test_forward_answers_outputs_and_backward_answers_gradients_and_takes_a_step():
@@ -101,6 +105,66 @@ async def test_forward_answers_outputs_and_backward_answers_gradients_and_takes_
         statistics = await here.statistics()
         assert statistics.experts == {UIDS[0]: 1, UIDS[1]: 0}
         assert (statistics.batches, statistics.rows) == (3, 9)
+
+
+async def test_what_an_expert_takes_can_be_asked_before_its_first_call():
+    async with lab(config()) as here:
+
+        async def ask(uid: str) -> object:
+            reply = await here.node.client.call(
+                here.server, SCHEMA, ExpertRequest(uid), returns=ExpertSchema | None, timeout=5.0
+            )
+            return reply.body
+
+        assert await ask(UIDS[0]) == await ask(UIDS[1]) == FOUR
+        with pytest.raises(UnknownExpert):
+            await ask("ffn.7.7")
+    async with lab(config(kind="nop")) as here:
+        assert await ask(UIDS[0]) is None
+        await here.call("forward", [X])
+        assert await ask(UIDS[0]) == FOUR  # a call has shown it
+        assert await ask(UIDS[1]) is None
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        [[["<b>", [4]]], []],
+        [[["float32", [4], "a b"]], []],
+        [[["float32", [-2]]], []],
+        [[["float32", [4]]] * 17, []],
+        [[["float32", [4] * 8]], []],
+    ],
+)
+async def test_a_grid_with_words_that_no_schema_has_is_ignored(schema):
+    async with lab(config()) as here:
+        for name, shown in (("good", [[["float32", [4]]], []]), ("bad", schema)):
+            record = msgspec.msgpack.encode([[1, 2], "ffn", {}, shown])
+            await here.node.dht.store_many([Entry(GRIDS_KEY, record, 30.0, name)])
+        assert set(await find_grids(here.node.dht, 5.0)) == {"ffn", "good"}
+
+
+async def test_a_caller_asks_for_input_gradients_only_and_for_several_outputs_by_keyword():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, *, scale: Tensor) -> tuple[Tensor, Tensor]:
+            return self.linear(x) * scale, x.sum(1)
+
+    async with lab(config(kind=Two, options={})) as here:
+
+        async def call(method: str, body: ExpertRequest, *tensors: Tensor) -> list[list[int]]:
+            reply = await here.node.client.call(here.server, method, body, tensors, timeout=5.0, lane=BULK)
+            return [list(tensor.shape) for tensor in reply.tensors]
+
+        scale, grads = torch.ones(3, 1), (torch.ones(3, 2), torch.ones(3))
+        assert await call(FORWARD, ExpertRequest(UIDS[0], keywords=("scale",)), X, scale) == [[3, 2], [3]]
+        for train, updates in ((False, 0), (True, 1)):
+            body = ExpertRequest(UIDS[0], outputs=2, keywords=("scale",), train=train)
+            assert await call(BACKWARD, body, X, scale, *grads) == [[3, 4], [3, 1]]
+            assert (await here.statistics()).experts[UIDS[0]] == updates
 
 
 async def test_statistics_tell_what_each_expert_did_and_how_long_requests_took():

@@ -6,7 +6,7 @@ They are one record in the DHT, a dictionary from grid name to `GridInfo`. The s
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
 import msgspec
@@ -15,6 +15,7 @@ import trio
 from labkit.dht.node import Entry, Value
 from labkit.directory.cache import Records
 from labkit.errors import LabkitError
+from labkit.expert_protocol import ExpertSchema
 from labkit.expert_uid import check_grid, check_name
 
 logger = logging.getLogger(__name__)
@@ -26,12 +27,15 @@ Text = Annotated[str, msgspec.Meta(max_length=200)]
 class GridInfo(msgspec.Struct, frozen=True, array_like=True):
     """A grid's sizes, the kind of its experts, and their options, as far as those are plain values.
 
+    `schema` is what its experts take and give, if that is known to the server that declared it last.
+
     Anybody can declare one: a kind is a name to compare with known kinds, never something to import.
     """
 
     sizes: Annotated[tuple[int, ...], msgspec.Meta(max_length=8)]
     kind: Text = ""
     options: Annotated[dict[Text, bool | int | float | Text | None], msgspec.Meta(max_length=32)] = {}
+    schema: ExpertSchema | None = None
 
 
 async def find_grids(dht: Records, timeout: float) -> dict[str, GridInfo]:
@@ -45,6 +49,8 @@ async def find_grids(dht: Records, timeout: float) -> dict[str, GridInfo]:
             try:
                 info = msgspec.msgpack.decode(value.data, type=GridInfo)
                 check_grid(info.sizes)
+                if info.schema is not None:
+                    _check_schema(info.schema)
                 grids[check_name(name)] = info
             except (msgspec.MsgspecError, ValueError, RecursionError):
                 logger.debug("ignored a malformed grid record %r", name[:80])
@@ -54,14 +60,17 @@ async def find_grids(dht: Records, timeout: float) -> dict[str, GridInfo]:
 async def keep_grid_declared(
     dht: Records,
     name: str,
-    info: GridInfo,
+    info: GridInfo | Callable[[], GridInfo],
     ttl: float,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Declare a grid every `ttl / 3` seconds, until cancelled. `task_status` is told after the first time."""
-    entry = Entry(GRIDS_KEY, msgspec.msgpack.encode(info), ttl, name)
+    """Declare a grid every `ttl / 3` seconds, until cancelled. `task_status` is told after the first time.
+
+    `info`: what to declare, or a function that says it each time.
+    """
     while True:
+        entry = Entry(GRIDS_KEY, msgspec.msgpack.encode(info() if callable(info) else info), ttl, name)
         try:
             await dht.store_many([entry])
         except LabkitError as error:
@@ -69,3 +78,10 @@ async def keep_grid_declared(
         task_status.started()
         task_status = trio.TASK_STATUS_IGNORED
         await trio.sleep(ttl / 3)
+
+
+def _check_schema(schema: ExpertSchema) -> None:
+    """Raise `ValueError` for words that no schema has: they come from a stranger, and are shown."""
+    for tensor in (*schema.inputs, *schema.outputs):
+        if not tensor.dtype.isidentifier() or not (tensor.name == "" or tensor.name.isidentifier()):
+            raise ValueError("a schema with a dtype or a name that is none")

@@ -4,7 +4,8 @@ A server builds each of its experts with `make_expert`; from then on the module 
 a registered name (`"ffn"`), a factory (any callable that returns a module), or text `"package.module:factory"`, which
 is how a child process gets a class of the user's own. Kinds come from whoever starts a server, never from a peer.
 
-A module may have an attribute `takes`, a text such as `"float32 [rows, 512]"`, which errors to callers quote.
+A module may have an attribute `takes`, a text such as `"float32 [rows, 512]"`, which errors to callers quote, and an
+attribute `example_inputs`, which shows what it takes before the first call (see `server/schema`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any, TypeVar, overload
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from labkit.server.user_code import CodeWantedOut, contained, describe_error
 
 Factory = Callable[..., nn.Module]
 F_co = TypeVar("F_co", bound=Factory)
@@ -46,9 +49,13 @@ def register_expert(name: str, factory: F_co | None = None) -> F_co | Callable[[
         name: Letters, digits and _ only; not one of labkit's own: "ffn", "transformer",
             "nop".
         factory: A class or function that returns a new `nn.Module`, whose keyword arguments
-            become options of `swarm.serve`. The module takes one or more tensors [rows, ...]
-            and returns one [rows, ...], in which each row depends on the same row of the
-            inputs only. Leave it out to use `register_expert` as a decorator.
+            become options of `swarm.serve`. The module takes one or more tensors [rows, ...],
+            by place or by keyword, and returns one [rows, ...] or a tuple, list or dictionary
+            of up to 16, in which each row depends on the same row of the inputs only.
+            Floating-point inputs are cast to the dtype of its parameters. An attribute
+            `example_inputs` (a tensor, a tuple, or a dictionary by keyword) says what it
+            takes; without one, a row of the width of one of its first layers is tried. Leave
+            it out to use `register_expert` as a decorator.
 
     Returns:
         The factory; without one, a decorator that registers what it decorates.
@@ -88,7 +95,11 @@ def make_expert(kind: str | Factory, **options: Any) -> nn.Module:
     if not callable(factory):
         raise ValueError(f"an expert kind is a name or a callable that returns a module, not {factory!r}")
     _check_options(label, factory, options)
-    module = factory(**options)
+    try:
+        with contained():
+            module = factory(**options)
+    except CodeWantedOut as error:
+        raise ValueError(f"expert kind {label!r} makes no module: its code raised {describe_error(error)}") from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"expert kind {label!r} made a {type(module).__name__}, not a torch.nn.Module")
     return module
@@ -141,9 +152,12 @@ def _find_factory(kind: str) -> Factory:
 def _import_factory(reference: str) -> Factory:
     module_name, _, name = reference.partition(":")
     try:
-        factory: Factory = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        with contained():
+            factory: Factory = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
         raise ValueError(f"expert kind {reference!r} cannot be imported: {error}") from error
+    except Exception as error:  # the module's own code failed
+        raise ValueError(f"expert kind {reference!r} cannot be imported: {describe_error(error)}") from error
     return factory
 
 

@@ -21,9 +21,18 @@ import trio
 
 from labkit.contact import Contact
 from labkit.directory.grids import GridInfo, keep_grid_declared
-from labkit.errors import DeadlineExceeded, LabkitError, RPCError
+from labkit.errors import DeadlineExceeded, LabkitError, RPCError, UnknownExpert
 from labkit.events import Emit, ignore
-from labkit.expert_protocol import BACKWARD, FORWARD, STATISTICS, Direction, ExpertReply, ExpertRequest
+from labkit.expert_protocol import (
+    BACKWARD,
+    FORWARD,
+    SCHEMA,
+    STATISTICS,
+    Direction,
+    ExpertReply,
+    ExpertRequest,
+    ExpertSchema,
+)
 from labkit.expert_uid import check_inside, split_uid
 from labkit.faults import Faults
 from labkit.joining import is_alive
@@ -38,7 +47,7 @@ from labkit.server.runtime import Executor, QueuedRequest, Result, Runtime
 from labkit.server.snapshots import Snapshots
 from labkit.server.statistics import ServerStatistics
 from labkit.server.validation import CallOptions
-from labkit.wire.rpc_types import AsyncMethod, CallbackMethod, Methods, Reply, Request, RespondFn
+from labkit.wire.rpc_types import AsyncMethod, CallbackMethod, Methods, Reply, Request, RespondFn, SyncMethod
 from labkit.wire.security import Admission, Identity
 from labkit.wire.timers import Timers
 from labkit.wire.transport import Network
@@ -122,13 +131,21 @@ class ExpertServer:
         self._answer_limit = answer_limit
         self._timers = timers
         self.faults = faults or Faults()
-        backends = {uid: self._make_backend(uid) for uid in config.uids}
+        backends: dict[str, ExpertBackend] = {}
+        for uid in config.uids:
+            backends[uid] = self._make_backend(uid)
+            first = backends[config.uids[0]].expert
+            if uid == config.uids[0]:
+                first.find_schema()
+            else:  # all are of one kind
+                backends[uid].expert.schema, backends[uid].expert.guesses = first.schema, first.guesses
         self.runtime = Runtime(
             backends, emit=emit, executor=executor, max_queue_rows=config.max_queue_rows, threads=config.threads
         )
         self.methods: Methods = {
             FORWARD: CallbackMethod(self.rpc_forward, ExpertRequest),
             BACKWARD: CallbackMethod(self.rpc_backward, ExpertRequest),
+            SCHEMA: SyncMethod(self.rpc_schema, ExpertRequest),
             STATISTICS: AsyncMethod(self.rpc_statistics),
             **Snapshots(self.runtime, timers).methods,
         }
@@ -202,6 +219,18 @@ class ExpertServer:
         else:
             self._timers.after(delay, enqueue)
         return forget
+
+    def rpc_schema(self, request: Request) -> Reply:
+        """What an expert takes and gives; None if that is not known yet."""
+        backend = self.runtime.backends.get(request.body.uid)
+        if backend is None:
+            raise UnknownExpert(f"this server does not hold expert {request.body.uid!r}; look it up again")
+        return Reply(backend.schema)
+
+    def schema(self) -> ExpertSchema | None:
+        """What the experts take and give, as far as a trial or a call has shown it."""
+        schemas = (backend.schema for backend in self.runtime.backends.values())
+        return next((schema for schema in schemas if schema is not None), None)
 
     async def rpc_statistics(self, request: Request) -> Reply:
         """How the server is doing."""
@@ -285,7 +314,8 @@ async def _serve_owned(
         ):
             if config.grid is not None:
                 name, _ = split_uid(config.uids[0])
-                await keepers.start(keep_grid_declared, node.dht, name, grid_info(config), node.directory.config.ttl)
+                info = partial(grid_info, server)
+                await keepers.start(keep_grid_declared, node.dht, name, info, node.directory.config.ttl)
             keep_declared = partial(node.directory.keep_declared, is_alive=partial(is_alive, node.client))
             await keepers.start(keep_declared, config.uids, node.contact)  # 4
             if config.checkpoint_dir is not None:
@@ -334,12 +364,13 @@ async def _build(make: Callable[[], ExpertServer], executor: Executor | None) ->
 _one_at_a_time: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("building experts")
 
 
-def grid_info(config: ServerConfig) -> GridInfo:
+def grid_info(server: ExpertServer) -> GridInfo:
     """The record of a server's grid that is declared; of the options only those that are plain text or numbers."""
+    config = server.config
     plain: dict[str, bool | int | float | str | None] = {
         key: value for key, value in config.options.items() if isinstance(value, (bool, int, float, str))
     }
-    return GridInfo(config.grid or (), config.kind if isinstance(config.kind, str) else "", plain)
+    return GridInfo(config.grid or (), config.kind if isinstance(config.kind, str) else "", plain, server.schema())
 
 
 def checkpoint_directory(path: str | Path | None) -> str | None:
