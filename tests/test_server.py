@@ -49,8 +49,8 @@ def config(**changes: Any) -> ServerConfig:
 class Lab:
     """A node that calls a server."""
 
-    def __init__(self, node: Node, server: Contact, crash: trio.CancelScope) -> None:
-        self.node, self.server, self.crash = node, server, crash
+    def __init__(self, node: Node, server: Contact, crash: trio.CancelScope, ended: trio.Event) -> None:
+        self.node, self.server, self.crash, self.ended = node, server, crash, ended
 
     async def call(self, direction: str, tensors: Sequence[Tensor], uid: str = UIDS[0], timeout: float = 5.0) -> Tensor:
         reply = await self.node.client.call(
@@ -65,9 +65,9 @@ class Lab:
 
 
 @asynccontextmanager
-async def lab(server: ServerConfig, faults: Faults | None = None) -> AsyncIterator[Lab]:
+async def lab(server: ServerConfig, faults: Faults | None = None, stop: trio.Event | None = None) -> AsyncIterator[Lab]:
     """A server and a node that it has joined; the server stops cleanly at the end, unless it has crashed."""
-    stop, crash = trio.Event(), trio.CancelScope()
+    stop, crash, ended = trio.Event() if stop is None else stop, trio.CancelScope(), trio.Event()
     async with (
         open_network() as network,
         open_node(network, Identity.generate()) as node,
@@ -80,8 +80,9 @@ async def lab(server: ServerConfig, faults: Faults | None = None) -> AsyncIterat
                     network, Identity.generate(), server, join=[node.contact], faults=faults, stop=stop,
                     task_status=task_status,
                 )  # fmt: skip
+            ended.set()
 
-        yield Lab(node, await nursery.start(serve), crash)
+        yield Lab(node, await nursery.start(serve), crash, ended)
         stop.set()
 
 

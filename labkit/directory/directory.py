@@ -20,7 +20,7 @@ from labkit.contact import Contact
 from labkit.directory.cache import DirectoryConfig, PrefixCache, Records
 from labkit.directory.declarations import IsAlive, declared, declared_below, is_senior, of_others
 from labkit.directory.grids import GridInfo, find_grids
-from labkit.directory.index import NAMESPACE, Children, entries_of
+from labkit.directory.index import NAMESPACE, Children, entries_of, withdrawals_of
 from labkit.directory.suspicion import BOOT_BITS, Suspicions, boot_of, make_stamp
 from labkit.errors import ExpertsTaken, LabkitError, RPCError, UnknownExpert
 from labkit.events import Emit, ExpertDeclared, ExpertGivenUp, ServerLost, ignore
@@ -86,6 +86,17 @@ class Directory:
             self._cache.forget_absence(uid)  # what we declare, we find at once
         for uid in uids:
             self._emit(ExpertDeclared(uid=uid, address=contact.endpoint, ttl=self.config.ttl))
+
+    async def withdraw(self, uids: Sequence[str], contact: Contact) -> None:
+        """Take experts that were declared at `contact` out again, except those that another node has declared since.
+
+        Who has read them before finds them until a cache is refreshed. Raises `LabkitError` if the DHT cannot be asked.
+        """
+        holders = await self.holders(uids)
+        mine = [uid for uid in uids if uid in holders and holders[uid].contact == contact]
+        if mine:
+            with trio.move_on_after(self.config.timeout):
+                await self._dht.store_many(withdrawals_of(mine, self.config.ttl))
 
     async def keep_declared(
         self,

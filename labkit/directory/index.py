@@ -42,8 +42,13 @@ class Marker(msgspec.Struct, frozen=True, array_like=True, tag="p1"):
     """A mark that some expert is alive below this prefix."""
 
 
-_DECODER: msgspec.msgpack.Decoder[Leaf | Marker] = msgspec.msgpack.Decoder(Leaf | Marker)
+class Withdrawn(msgspec.Struct, frozen=True, array_like=True, tag="w1"):
+    """What takes the place of a leaf whose server has left."""
+
+
+_DECODER: msgspec.msgpack.Decoder[Leaf | Marker | Withdrawn] = msgspec.msgpack.Decoder(Leaf | Marker | Withdrawn)
 _MARKER = msgspec.msgpack.encode(Marker())
+_WITHDRAWN = msgspec.msgpack.encode(Withdrawn())
 
 
 def entries_of(uids: Iterable[str], contact: Contact, stamp: int, ttl: float, since: int = 0) -> list[Entry]:
@@ -73,11 +78,23 @@ def entries_of(uids: Iterable[str], contact: Contact, stamp: int, ttl: float, si
     return list(entries.values())
 
 
-Decoded = dict[bytes, "Leaf | Marker | None"]  # the values of one read: all leaves of one declaration are equal
+def withdrawals_of(uids: Iterable[str], ttl: float) -> list[Entry]:
+    """Returns the entries that replace the leaves of experts whose server leaves.
+
+    They live as long as a declaration, `ttl` seconds, so that they outlive the leaves, wherever copies of these are
+    left. Of two entries that which expires later counts: a declaration that comes after them replaces them in turn.
+    """
+    places = [parent(uid) for uid in uids]
+    return [Entry(NAMESPACE + prefix, _WITHDRAWN, ttl, str(coordinate)) for prefix, coordinate in places]
 
 
-def decode(data: bytes) -> Leaf | Marker | None:
-    """Decode a value that anybody may have written. Returns None if it is no valid leaf or marker."""
+Decoded = dict[
+    bytes, "Leaf | Marker | Withdrawn | None"
+]  # the values of one read: all leaves of one declaration are equal
+
+
+def decode(data: bytes) -> Leaf | Marker | Withdrawn | None:
+    """Decode a value that anybody may have written. Returns None if it is none of those."""
     try:
         entry = _DECODER.decode(data)
     except (msgspec.MsgspecError, RecursionError):
@@ -136,6 +153,7 @@ class PrefixRecord:
         self.read_at = read_at
         self.leaves: dict[int, tuple[ExpertInfo, float]] = {}  # coordinate -> expert, expiration
         self.markers: dict[int, float] = {}  # coordinate -> expiration
+        self.withdrawn: dict[int, float] = {}  # coordinate -> expiration, of experts whose server has left
         self.asked_at = -math.inf  # when a refresh was last requested
         self.doubted = False  # whether one of its experts has failed since it was read
         self._view: Children | None = None
@@ -149,7 +167,7 @@ class PrefixRecord:
             return 1  # a plain value where a dictionary belongs
         malformed = 0
         for subkey, value in record.items():
-            if len(self.leaves) + len(self.markers) >= limit:
+            if len(self.leaves) + len(self.markers) + len(self.withdrawn) >= limit:
                 break
             if value.data not in decoded:
                 decoded[value.data] = decode(value.data)
@@ -159,6 +177,8 @@ class PrefixRecord:
                 malformed += 1
             elif isinstance(entry, Marker) and match[2]:
                 self.markers[coordinate] = value.expires_at
+            elif isinstance(entry, Withdrawn) and not match[2]:
+                self.withdrawn[coordinate] = value.expires_at
             elif isinstance(entry, Leaf) and not match[2]:
                 info = ExpertInfo(f"{self.prefix}.{coordinate}", entry.contact, entry.stamp, entry.since)
                 self.leaves[coordinate] = (info, value.expires_at)
@@ -169,12 +189,20 @@ class PrefixRecord:
     def keep_unexpired(self, old: PrefixRecord, now: float, limit: int) -> None:
         """Keep the entries of an older record that have not expired, at most `limit`.
 
-        No entry of the DHT ends before its expiration: a read without one has only missed the node that holds it.
+        No entry of the DHT ends before its expiration: a read without one has only missed the node that holds it. But a
+        server that leaves replaces its leaves, and of a leaf and what replaced it, that which expires later counts.
         """
         for coordinate, expires_at in old.markers.items():
             if now < expires_at and (coordinate in self.markers or len(self.markers) < limit):
                 self.markers[coordinate] = max(expires_at, self.markers.get(coordinate, expires_at))
+        for coordinate, expires_at in old.withdrawn.items():
+            if now < expires_at and (coordinate in self.withdrawn or len(self.withdrawn) < limit):
+                self.withdrawn[coordinate] = max(expires_at, self.withdrawn.get(coordinate, expires_at))
+        for coordinate in [c for c in self.leaves if self.leaves[c][1] <= self.withdrawn.get(c, -math.inf)]:
+            del self.leaves[coordinate]  # an old copy
         for coordinate, (info, expires_at) in old.leaves.items():
+            if expires_at <= self.withdrawn.get(coordinate, -math.inf):
+                continue
             other = self.leaves.get(coordinate)
             if now < expires_at and (_is_older(other[0], info) if other else len(self.leaves) < limit):
                 self.leaves[coordinate] = (info, expires_at)

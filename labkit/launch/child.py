@@ -14,7 +14,9 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -52,9 +54,13 @@ class ChildConfig(msgspec.Struct):
 
 
 class ChildCommand(msgspec.Struct):
-    """Any later line that a child reads: a change of the faults that it injects, or a stop."""
+    """Any later line that a child reads: a change of the faults that it injects, or a stop.
+
+    `hurry`: the stop that comes next has to be over within a second.
+    """
 
     stop: bool = False
+    hurry: bool = False
     latency: float | None = None  # seconds
     loss: float | None = None
 
@@ -102,7 +108,7 @@ def main() -> NoReturn:
 
 async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
     """Serve until a command, a signal or the parent's end asks for a stop, and experts are saved."""
-    faults, stop = Faults(config.latency, config.loss), trio.Event()
+    faults, stop, hurry = Faults(config.latency, config.loss), trio.Event(), trio.Event()
     token = trio.lowlevel.current_trio_token()
     stop_timeout = STOP_TIMEOUT
 
@@ -114,11 +120,13 @@ async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
         """Execute a command. Returns whether it was a stop."""
         command = msgspec.json.decode(line, type=ChildCommand)
         faults.set(command.latency, command.loss)
+        if command.hurry:
+            soon(hurry.set)
         return command.stop
 
-    def stop_soon() -> None:
+    def soon(action: Callable[[], None]) -> None:
         with suppress(trio.RunFinishedError):
-            token.run_sync_soon(stop.set)
+            token.run_sync_soon(action)
 
     async def serve(*, task_status: trio.TaskStatus[Contact]) -> None:
         admission = Admission(file=Path(config.member_file) if config.member_file else None)
@@ -126,7 +134,7 @@ async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
         async with open_network(config.node.limits.frames) as network:
             await serve_experts(
                 network, identity, config.server, config.node, join=config.join, admission=admission, faults=faults,
-                stop=stop, allow=set_stop_timeout, task_status=task_status,
+                stop=stop, hurry=hurry, allow=set_stop_timeout, task_status=task_status,
             )  # fmt: skip
 
     async def watch_signals(*, task_status: trio.TaskStatus[None]) -> None:
@@ -135,7 +143,7 @@ async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
             async for _ in signals:
                 stop.set()
 
-    watch_parent(on_end=stop_soon, on_line=execute, exit_after=lambda: stop_timeout)
+    watch_parent(on_end=partial(soon, stop.set), on_line=execute, exit_after=lambda: stop_timeout)
     async with trio.open_nursery() as background:
         await background.start(watch_signals)
         async with trio.open_nursery() as nursery:

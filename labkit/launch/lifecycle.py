@@ -100,11 +100,13 @@ class ServerLifecycle:
 
         Args:
             order: STOP, DISCARD or KILL.
-            timeout: Seconds that it has to save its experts; by default as many as their size takes.
+            timeout: Seconds that it has to save its experts, a few; by default as many as their size takes.
 
         Returns:
             What went wrong; an empty string if nothing did.
         """
+        if timeout is not None and self._runner is not None:
+            self._runner.hurry()
         return await self._finish(self._take(order), timeout)
 
     def _take(self, order: ServerEvent) -> Runner | None:

@@ -88,7 +88,10 @@ class Runner(Protocol):
         """Wait until `run` has ended. Returns what went wrong, or an empty string after a clean stop."""
 
     def stop(self) -> None:
-        """Ask it to save its experts and to end."""
+        """Ask it to leave the swarm without losing a call, to save its experts and to end."""
+
+    def hurry(self) -> None:
+        """Tell it, before it is stopped, that there will be little time."""
 
     def kill(self) -> None:
         """End it at once, also while it starts. Nothing is saved."""
@@ -208,6 +211,9 @@ class ServerProcess:
     def stop(self) -> None:
         self._send(ChildCommand(stop=True))
 
+    def hurry(self) -> None:
+        self._send(ChildCommand(hurry=True))
+
     def kill(self) -> None:
         self._scope.cancel()  # which `_run` answers with SIGKILL
 
@@ -249,7 +255,7 @@ class ServerTask:
         self._network = network
         self._emit = emit
         self._scope = trio.CancelScope()
-        self._stop = trio.Event()
+        self._stop, self._hurry = trio.Event(), trio.Event()
         self._ended = trio.Event()
         self._failure = ""
 
@@ -260,7 +266,7 @@ class ServerTask:
                 await serve_experts(
                     self._network, plan.identity, plan.server, plan.node, join=plan.join,
                     admission=Admission(file=plan.member_file), faults=faults, emit=self._emit, stop=self._stop,
-                    allow=self._set_stop_timeout, task_status=status,  # type: ignore[arg-type]
+                    hurry=self._hurry, allow=self._set_stop_timeout, task_status=status,  # type: ignore[arg-type]
                 )  # fmt: skip
             if self._scope.cancelled_caught:
                 self._failure = "it was killed"
@@ -282,6 +288,9 @@ class ServerTask:
 
     def stop(self) -> None:
         self._stop.set()
+
+    def hurry(self) -> None:
+        self._hurry.set()
 
     def kill(self) -> None:
         self._scope.cancel()

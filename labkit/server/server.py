@@ -32,7 +32,7 @@ from labkit.expert_protocol import (
     ExpertReply,
     ExpertRequest,
     ExpertSchema,
-)
+)  # fmt: skip
 from labkit.expert_uid import check_inside, split_uid
 from labkit.faults import Faults
 from labkit.joining import is_alive
@@ -41,6 +41,7 @@ from labkit.paths import user_path
 from labkit.server.backend import ANSWER_LIMIT, ExpertBackend
 from labkit.server.checkpoints import Progress, keep_checkpoints, restore, save_all
 from labkit.server.layers import kind_name, make_expert
+from labkit.server.leaving import Traffic, leave
 from labkit.server.optimizer import BackendConfig
 from labkit.server.ownership import FolderClaim, own_checkpoints
 from labkit.server.runtime import Executor, QueuedRequest, Result, Runtime
@@ -131,6 +132,7 @@ class ExpertServer:
         self._answer_limit = answer_limit
         self._timers = timers
         self.faults = faults or Faults()
+        self.traffic = Traffic()
         backends: dict[str, ExpertBackend] = {}
         for uid in config.uids:
             backends[uid] = self._make_backend(uid)
@@ -183,10 +185,10 @@ class ExpertServer:
         """1. Delay the request, or lose it, as injected faults say; 2. queue it with the runtime; 3. answer."""
         body: ExpertRequest = request.body
         queued: list[QueuedRequest] = []
-        forgotten = False
+        ended = False
 
         def enqueue() -> None:  # 2
-            if forgotten:
+            if ended:
                 return
             try:
                 queued.append(
@@ -196,27 +198,37 @@ class ExpertServer:
                     )
                 )  # fmt: skip
             except RPCError as error:
+                end(answered=False)
                 respond(error)
+
+        def end(answered: bool) -> None:
+            nonlocal ended
+            if not ended:
+                ended = True
+                self.traffic.end(body.uid, direction, answered)
 
         def on_result(result: Result | Exception) -> None:  # 3
             if self.runtime.stopped:
                 return  # so is the whole server, and the caller learns it when the connection breaks
+            end(answered=not isinstance(result, Exception))
             if isinstance(result, Exception):
                 respond(result)
             else:
-                reply = ExpertReply(result.queue_seconds, result.compute_seconds, result.updates)
+                leaving = self.traffic.leaving
+                reply = ExpertReply(result.queue_seconds, result.compute_seconds, result.updates, leaving)
                 respond(Reply(reply, result.tensors))
 
         def forget() -> None:
-            nonlocal forgotten
-            forgotten = True
+            end(answered=False)
             for task in queued:
                 self.runtime.discard(task)
 
         delay, lost = self.faults.draw()  # 1
         if lost:
             self._timers.at(request.deadline, respond, DeadlineExceeded("lost, as faults are injected here"))
+            ended = True
         else:
+            self.traffic.arrive(body.uid, direction)
             self._timers.after(delay, enqueue)
         return forget
 
@@ -254,6 +266,7 @@ async def serve_experts(
     faults: Faults | None = None,
     emit: Emit = ignore,
     stop: trio.Event | None = None,
+    hurry: trio.Event | None = None,
     executor: Executor | None = None,
     allow: Callable[[float], object] | None = None,
     task_status: trio.TaskStatus[Contact] = trio.TASK_STATUS_IGNORED,
@@ -261,7 +274,8 @@ async def serve_experts(
     """Run an expert server until `stop` is set (a clean stop: every expert is saved) or until cancelled (a crash).
 
     1. build the experts, or load them; 2. start the runtime; 3. join the swarm; 4. declare the experts: from then on
-    they can be found, and only then the server counts as started; 5. declare again and save, until the stop.
+    they can be found, and only then the server counts as started; 5. declare again and save, until the stop; 6. leave:
+    go on answering until nobody calls any more (`server/leaving`).
 
     Args:
         network: Where the server's node listens.
@@ -273,6 +287,7 @@ async def serve_experts(
         faults: The delays and losses to inject; none by default.
         emit: Gets the events of the server and its node.
         stop: Set it for a clean stop.
+        hurry: Set it, too, if a clean stop has to be over within a second.
         executor: Where to compute. In a simulation that is `InlineCompute`, with which nothing leaves this thread.
         allow: Called before the server counts as started, with the seconds that a clean stop may take (`stop_timeout`).
         task_status: Started with the node's contact.
@@ -283,49 +298,45 @@ async def serve_experts(
     async with own_checkpoints(config.checkpoint_dir, config.uids, in_thread=executor is None) as claim:
         await _serve_owned(
             network, identity, config, node_config, claim, join=join, admission=admission, faults=faults, emit=emit,
-            stop=stop, executor=executor, allow=allow, task_status=task_status,
+            stop=trio.Event() if stop is None else stop, hurry=trio.Event() if hurry is None else hurry,
+            executor=executor, allow=allow, task_status=task_status,
         )  # fmt: skip
 
 
 async def _serve_owned(
     network: Network, identity: Identity, config: ServerConfig, node_config: NodeConfig | None, claim: FolderClaim, *,
-    join: Sequence[Contact], admission: Admission | None, faults: Faults | None, emit: Emit, stop: trio.Event | None,
-    executor: Executor | None, allow: Callable[[float], object] | None, task_status: trio.TaskStatus[Contact],
+    join: Sequence[Contact], admission: Admission | None, faults: Faults | None, emit: Emit, stop: trio.Event,
+    hurry: trio.Event, executor: Executor | None, allow: Callable[[float], object] | None,
+    task_status: trio.TaskStatus[Contact],
 ) -> None:  # fmt: skip
     """Do it all, with the experts' checkpoints owned."""
-    frames = (node_config or NodeConfig()).limits.frames
-    answer_limit = max(1, frames.message_bytes - HEADER_ROOM)
-    server = await _build(  # 1
-        partial(
-            ExpertServer, config, faults, emit, executor, timers=network.timers, answer_limit=answer_limit
-        ), executor,
-    )  # fmt: skip
+    limit = (node_config or NodeConfig()).limits.frames.message_bytes - HEADER_ROOM
+    make = partial(ExpertServer, config, faults, emit, executor, timers=network.timers, answer_limit=limit)
+    server = await _build(make, executor)  # 1
     if allow is not None:
         allow(stop_timeout(server.runtime.backends.values()))
-    stop = trio.Event() if stop is None else stop
     saved: dict[str, Progress] = {}
     async with trio.open_nursery() as nursery:
         await nursery.start(server.runtime.run)  # 2
-        async with (
-            open_node(  # 3
-                network, identity, node_config, join=join, methods=server.methods, admission=admission, emit=emit
-            ) as node,
-            trio.open_nursery() as keepers,
-        ):
-            if config.grid is not None:
-                name, _ = split_uid(config.uids[0])
-                info = partial(grid_info, server)
-                await keepers.start(keep_grid_declared, node.dht, name, info, node.directory.config.ttl)
-            keep_declared = partial(node.directory.keep_declared, is_alive=partial(is_alive, node.client))
-            await keepers.start(keep_declared, config.uids, node.contact)  # 4
-            if config.checkpoint_dir is not None:
-                await keepers.start(
-                    keep_checkpoints, server.runtime, config.checkpoint_dir, config.checkpoint_period, saved
-                )
-            task_status.started(node.contact)
-            await stop.wait()  # 5
-            claim.leave()
-            keepers.cancel_scope.cancel()
+        async with open_node(  # 3
+            network, identity, node_config, join=join, methods=server.methods, admission=admission, emit=emit
+        ) as node:
+            async with trio.open_nursery() as keepers:
+                if config.grid is not None:
+                    name, _ = split_uid(config.uids[0])
+                    info = partial(grid_info, server)
+                    await keepers.start(keep_grid_declared, node.dht, name, info, node.directory.config.ttl)
+                keep_declared = partial(node.directory.keep_declared, is_alive=partial(is_alive, node.client))
+                await keepers.start(keep_declared, config.uids, node.contact)  # 4
+                if config.checkpoint_dir is not None:
+                    await keepers.start(
+                        keep_checkpoints, server.runtime, config.checkpoint_dir, config.checkpoint_period, saved
+                    )
+                task_status.started(node.contact)
+                await stop.wait()  # 5
+                claim.leave()
+                keepers.cancel_scope.cancel()
+            await leave(server.traffic, node.directory, config.uids, node.contact, hurry)  # 6
         with trio.move_on_after(SETTLE_TIMEOUT):  # a batch that takes long must not keep all experts from being saved
             await server.runtime.settle()
         nursery.cancel_scope.cancel()

@@ -1,0 +1,116 @@
+"""Leaving a swarm without losing a call: what a server knows of its callers, and how long it goes on answering them.
+
+Beside a batch's way: `server/server` notes each request in its `Traffic`. At a clean stop it first takes its experts
+out of the directory. Those who have found them before still call: their answers say that the server is leaving, so that
+they call no more, except for the backward passes of forward passes that were answered. When it has been quiet for a
+moment, the server ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import defaultdict, deque
+from collections.abc import Sequence
+
+import trio
+
+from labkit.contact import Contact
+from labkit.directory import Directory
+from labkit.errors import LabkitError
+from labkit.expert_protocol import Direction
+
+logger = logging.getLogger(__name__)
+
+QUIET_TIME = 0.3  # seconds without a request after which nobody seems to call any more
+RETURN_TIME = 3.0  # seconds after a forward pass in which its backward pass may come, at most
+MAX_AWAITED = 1024  # of an expert
+LEAVE_TIMEOUT = 10.0  # seconds that all this takes at most
+HURRIED_QUIET_TIME = 0.05  # the same where a whole swarm is closed, within two seconds
+HURRIED_TIMEOUT = 0.3
+
+
+class Traffic:
+    """The requests of a server: those that are open, and the backward passes that are still to come.
+
+    Which forward passes come back, nobody says. So the oldest forward pass of an expert that was answered is taken for
+    the one whose backward pass comes, and a backward pass is awaited for twice as long as others took.
+    """
+
+    def __init__(self) -> None:
+        self.leaving = False  # whether answers say so
+        self._open = 0
+        self._last = -math.inf  # when a request came or was answered last, on trio's clock
+        self._trained = set[str]()  # the experts that have had a backward pass
+        self._answered = defaultdict[str, deque[float]](lambda: deque(maxlen=MAX_AWAITED))  # forward passes: when
+        self._return_time = 0.0  # seconds from a forward pass to its backward pass
+        self._changed = trio.Event()
+
+    def arrive(self, uid: str, direction: Direction) -> None:
+        """Note a request."""
+        self._open += 1
+        self._last = trio.current_time()
+        if direction == "backward":
+            self._trained.add(uid)
+            answered = self._answered[uid]
+            while answered:
+                took = self._last - answered.popleft()
+                if took <= RETURN_TIME:  # else it was of those that have no backward pass
+                    self._return_time = max(took, 0.95 * self._return_time)
+                    break
+
+    def end(self, uid: str, direction: Direction, answered: bool) -> None:
+        """Note that a request was answered, or has failed or was given up."""
+        self._open -= 1
+        self._last = trio.current_time()
+        if answered and direction == "forward":
+            self._answered[uid].append(self._last)
+        if self.leaving:
+            self._changed.set()
+
+    def quiet_at(self, hurried: bool = False) -> float:
+        """When nobody will have called for long enough, if no request comes: perhaps in the past, perhaps never."""
+        if self._open:
+            return math.inf
+        if hurried:
+            return self._last + HURRIED_QUIET_TIME
+        awaited = max((self._answered[uid][-1] for uid in self._trained if self._answered[uid]), default=-math.inf)
+        return max(self._last + QUIET_TIME, awaited + min(2 * self._return_time, RETURN_TIME))
+
+    async def until_quiet(self, hurried: bool = False) -> None:
+        """Wait until all requests are answered, and no more are expected; `hurried`: for less long."""
+        while (at := self.quiet_at(hurried)) > trio.current_time():
+            self._changed = trio.Event()
+            with trio.move_on_at(at):
+                await self._changed.wait()
+
+
+async def leave(
+    traffic: Traffic, directory: Directory, uids: Sequence[str], contact: Contact, hurry: trio.Event
+) -> None:
+    """Take the experts out of the directory, and answer all who call them until it is quiet.
+
+    Args:
+        traffic: The requests of the server.
+        directory: Where the experts are declared.
+        uids: The experts.
+        contact: The server's node.
+        hurry: Set while, or before, this runs, if there is little time.
+    """
+    traffic.leaving = True
+    async with trio.open_nursery() as nursery:
+
+        async def end_soon() -> None:
+            await hurry.wait()
+            with trio.move_on_after(HURRIED_TIMEOUT):
+                await traffic.until_quiet(hurried=True)
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(end_soon)
+        with trio.move_on_after(LEAVE_TIMEOUT):
+            try:
+                await directory.withdraw(uids, contact)
+            except LabkitError as error:  # then they expire
+                logger.debug("%s could not be taken out of the directory: %s", contact.endpoint, error)
+            await traffic.until_quiet()
+        nursery.cancel_scope.cancel()
