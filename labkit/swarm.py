@@ -33,6 +33,7 @@ from labkit.launch.lab import Lab, run_lab
 from labkit.launch.order import ServeOrder
 from labkit.launch.places import Wish
 from labkit.node import NodeConfig
+from labkit.of_this_process import OfThisProcess
 from labkit.portal import Portal
 from labkit.server.layers import Factory
 from labkit.server.optimizer import BackendConfig
@@ -60,7 +61,7 @@ CLEAN_STOP_GRACE = 0.3  # seconds of these that the lab thread may be late with 
 _open: dict[str, Swarm] = {}
 
 
-class Swarm:
+class Swarm(OfThisProcess):
     """A swarm of expert servers. `Swarm()` starts one, `Swarm.join(invite)` joins one.
 
     Its network runs in a thread of its own. Its methods may be called from any other thread,

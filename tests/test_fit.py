@@ -160,8 +160,10 @@ def test_an_error_in_a_function_of_the_user_ends_the_run(where, error):
     def fail(*_):
         raise error
 
-    functions = {"on_step": fail} if where == "on_step" else {"metrics": fail}
-    run = fit(classifier(), (X, Y), steps=1000, trainers=3, validate=(X, Y), every=1, **functions)
+    on_step, metrics = (fail, None) if where == "on_step" else (None, fail)
+    run = fit(
+        classifier(), (X, Y), steps=1000, trainers=3, validate=(X, Y), every=1, on_step=on_step, metrics=metrics
+    )  # fmt: skip
     with pytest.raises(type(error)):
         run.wait(20)
     assert run.state == "failed"

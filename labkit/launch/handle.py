@@ -18,6 +18,7 @@ from labkit.launch.lab import Lab
 from labkit.launch.lifecycle import ServerLifecycle
 from labkit.launch.runners import ServerPlan
 from labkit.launch.states import ServerEvent
+from labkit.of_this_process import OfThisProcess
 from labkit.server.statistics import ServerStatistics, call_statistics
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 MAX_STARTING = 8  # servers that start at the same time; hundreds would hold each other up beyond their deadlines
 
 
-class ServerHandle:
+class ServerHandle(OfThisProcess):
     """A local expert server. `Swarm.serve` returns handles, and `swarm.servers` lists them.
 
     Its methods may be called from any thread but the lab thread. Those that change something

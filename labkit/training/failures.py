@@ -9,12 +9,10 @@ from pathlib import Path
 
 import torch
 
-import labkit
-
 logger = logging.getLogger(__name__)
 
 MAX_TEXT = 600  # characters of an error's text in the line
-NOT_THE_USERS = (str(Path(labkit.__file__).parent), str(Path(torch.__file__).parent), "<frozen ")
+NOT_THE_USERS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), "<frozen ")
 
 
 def say(error: BaseException, steps: int, total_steps: int) -> None:

@@ -24,6 +24,7 @@ from labkit.client.session import Session, find_session
 from labkit.errors import LabkitError, NoExperts, NotEnoughExperts, RPCError, SwarmClosed, TrainingFailed
 from labkit.events import Emit, MetricsLogged, StepFailed, StepFinished, ignore
 from labkit.forks import on_fork
+from labkit.of_this_process import OfThisProcess
 from labkit.training import failures
 from labkit.training.batches import Batch, Stream
 from labkit.training.forward import LossFunction, initialise
@@ -46,7 +47,7 @@ Metrics = Metric | Sequence[Metric] | Mapping[str, Metric]
 OUTAGES = (NotEnoughExperts, NoExperts, RPCError)  # which cost a batch, and not the run
 
 
-class Run:
+class Run(OfThisProcess):
     """A training run in the background, started by `lk.fit`.
 
     One run at a time trains a model: an earlier one is stopped first, so a cell may run
