@@ -1,0 +1,161 @@
+"""How a run ends: what cannot recover is told at once, what can is waited for, and nobody has to ask why it is over."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import labkit.training.run
+from labkit.client.dispatch import DispatchConfig
+from labkit.client.moe import MixtureOfExperts
+from labkit.errors import ExpertsRefused, LabkitError, NoExperts, TrainingFailed
+from labkit.swarm import Swarm
+from labkit.training.run import fit
+
+X = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+Y = (X.sum(1) > 0).long()
+
+
+class Fails(nn.Module):
+    """A model whose forward passes raise these errors, one after the other, and then succeed."""
+
+    def __init__(self, *errors: Exception) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 2)
+        self.errors = iter(errors)
+
+    def forward(self, x):
+        if (error := next(self.errors, None)) is not None:
+            raise error
+        return self.layer(x)
+
+
+def lasting(error: LabkitError) -> LabkitError:
+    error.recoverable = False
+    return error
+
+
+def eventually_over(run) -> None:
+    deadline = time.monotonic() + 10
+    while run.running:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("error", [NoExperts("no such grid"), ExpertsRefused("all refuse rows of this width")])
+def test_what_cannot_recover_ends_the_run_at_the_first_batch(error):
+    run = fit(Fails(lasting(error)), (X, Y), steps=1000, trainers=1)
+    with pytest.raises(TrainingFailed, match=f"no batch can succeed here: {error}"):
+        run.wait(10)
+    assert run.failed_batches == 1 and run.state == "failed"
+
+
+def test_what_may_recover_is_waited_for(monkeypatch):
+    monkeypatch.setattr(labkit.training.run, "FAILURE_PAUSE", 0.0)
+    run = fit(Fails(*[NoExperts("servers restart") for _ in range(20)]), (X, Y), steps=5, trainers=1).wait(10)
+    assert run.steps == 5 and run.failed_batches == 20
+
+
+def test_servers_that_have_served_this_run_are_waited_for_even_if_nobody_knows_them_any_more(monkeypatch):
+    monkeypatch.setattr(labkit.training.run, "FAILURE_PAUSE", 0.0)
+    model = Fails()
+    lost = [lasting(NoExperts("no such grid")) for _ in range(20)]
+
+    def lose(step):
+        if step.step == 3:
+            model.errors = iter(lost)
+
+    class Shared(nn.Module):  # replicas would have copies of the errors
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model.layer
+            self.call = lambda x: Fails.forward(model, x)
+
+        def forward(self, x):
+            if (error := next(model.errors, None)) is not None:
+                raise error
+            return self.inner(x)
+
+    run = fit(Shared(), (X, Y), steps=6, trainers=1, on_step=lose).wait(10)
+    assert run.steps == 6 and run.failed_batches == 20
+
+
+def test_over_a_swarm_an_unknown_grid_and_a_wrong_width_are_told_at_once():
+    with Swarm("endings") as swarm:
+        swarm.serve("ffn", hidden=8, grid=(2, 2), isolation="task")
+        unknown = nn.Sequential(swarm.moe(8, grid=(2, 2), name="nobody", k_best=2), nn.Linear(8, 2))
+        with pytest.raises(TrainingFailed, match="no batch can succeed here"):
+            fit(unknown, (X, Y), steps=1000).wait(10)
+        layer = MixtureOfExperts(6, (2, 2), "ffn", swarm="endings", dispatch=DispatchConfig(k_best=2))
+        wrong = nn.Sequential(nn.Linear(8, 6), layer, nn.Linear(6, 2))
+        with pytest.raises(TrainingFailed, match="no batch can succeed here"):
+            fit(wrong, (X, Y), steps=1000).wait(10)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(9, 2), Fails(lasting(NoExperts("no such\n   grid")))])
+def test_a_failure_is_told_once_in_one_line_even_if_nobody_waits(model, capfd, caplog):
+    run = fit(model, (X, Y), steps=100, trainers=3)
+    eventually_over(run)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "the run failed" in line]
+    assert len(lines) == 1 and "the run failed after 0 of 100 steps: " in lines[0]
+    assert [record.levelno for record in caplog.records if "the run failed" in record.message] == [logging.ERROR]
+
+
+def test_the_line_names_the_place_in_the_code_of_the_user(capfd):
+    def faulty_loss(scores, y):
+        return scores["loss"]
+
+    eventually_over(fit(nn.Linear(8, 2), (X, Y), steps=100, loss=faulty_loss))
+    assert "in faulty_loss)" in capfd.readouterr().err
+
+
+def test_where_the_log_is_shown_the_line_is_not_printed_as_well(capsys):
+    shown = logging.StreamHandler(sys.stderr)
+    logging.getLogger("labkit").addHandler(shown)
+    try:
+        eventually_over(fit(nn.Linear(9, 2), (X, Y), steps=10))
+    finally:
+        logging.getLogger("labkit").removeHandler(shown)
+    assert capsys.readouterr().err.count("the run failed") == 1
+
+
+def script(code: str) -> str:
+    """What a process that runs this says on stderr."""
+    head = (
+        "import torch, threading, time; from torch import nn; from labkit.training.run import fit\n"
+        "X, Y = torch.randn(60, 8), torch.randint(0, 2, (60,))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", head + code], capture_output=True, text=True, timeout=60)
+    return f"{done.stderr}\nexit code {done.returncode}"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "run = fit(nn.Linear(8, 2), (X, Y), steps=10**9)",
+        "run = fit(nn.Linear(8, 2), (X, Y), steps=10**9, on_step=lambda step: time.sleep(1000))",
+        "run = fit(nn.Linear(8, 2), (X, Y), steps=10**9, validate=(X, Y), every=1)\nwith run.paused(): exit()",
+    ],
+    ids=["goes on", "is held by the user", "paused"],
+)
+def test_a_process_with_a_run_going_on_ends_within_seconds(code):
+    started = time.monotonic()
+    told = script(f"started = time.monotonic()\n{code}")
+    assert told.endswith("exit code 0") and "Traceback" not in told and "failed" not in told
+    assert time.monotonic() - started < 30  # start-up included, which a loaded machine may need
+
+
+def test_a_run_whose_threads_wait_in_a_pause_can_be_stopped():
+    run = fit(nn.Linear(8, 2), (X, Y), steps=10**9, trainers=3)
+    with run.paused():
+        stopper = threading.Thread(target=run.stop)
+        stopper.start()
+        stopper.join(10)
+        assert not run.running
