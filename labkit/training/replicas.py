@@ -44,7 +44,7 @@ def copy_model(model: nn.Module, modes: list[bool] | None = None) -> nn.Module:
     Raises:
         Exception: A module cannot be copied, for a reason of its own.
     """
-    shared = {id(owner): owner for owner in _owners_of_hooks(model)}
+    shared = {id(owner): owner for owner in (*_owners_of_hooks(model), *_compilers(model))}
     try:
         replica = copy.deepcopy(model, dict(shared))
     except Exception:
@@ -68,6 +68,13 @@ def _owners_of_hooks(model: nn.Module) -> Iterator[object]:
                 owner = hook.__self__ if isinstance(hook, MethodType) else hook
                 if not isinstance(owner, (FunctionType, type)) and id(owner) not in own:
                     yield owner
+
+
+def _compilers(model: nn.Module) -> Iterator[object]:
+    """What `torch.compile` keeps in the modules that it wrapped; shared, so that replicas share what was compiled."""
+    for module in model.modules():
+        if (compiler := vars(module).get("dynamo_ctx")) is not None:
+            yield compiler
 
 
 def _uncopyable(model: nn.Module, shared: Mapping[int, object]) -> Iterator[object]:

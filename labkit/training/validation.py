@@ -6,16 +6,13 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from labkit.training.batches import source_of
 from labkit.training.forward import LossFunction
 from labkit.training.metrics import VALIDATION_LOSS, Metric, measure, named
-
-if TYPE_CHECKING:
-    from labkit.training.run import Run
 
 VALIDATION_BATCH = 256  # rows that the model gets at once, where the data are not batches already
 
@@ -31,7 +28,7 @@ class TrainingStep:
         samples: Rows of its batch.
         seconds: How long it took.
         staleness: Updates that other trainers made since its forward pass began.
-        run: The run; `step.run.stop()` ends it.
+        run: The `Run`; `step.run.stop()` ends it.
     """
 
     step: int
@@ -40,7 +37,7 @@ class TrainingStep:
     samples: int
     seconds: float
     staleness: int
-    run: Run = field(repr=False)
+    run: Any = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
