@@ -13,11 +13,12 @@ from collections.abc import Sequence
 
 from labkit import __version__, quick_imports
 from labkit.cli.bench import add_bench_options, add_number
+from labkit.cli.parser import Parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the console script with these arguments, by default those of the process. Returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="labkit",
         description="Train a mixture of experts over a swarm of servers.",
         epilog="labkit COMMAND --help lists the options of a command.",
@@ -103,7 +104,30 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the experts (default: %(default)s)")
     parser.add_argument(
+        "--optimizer", default="adam", metavar="NAME",
+        help="optimizer of the experts: adam, adamw or sgd (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--clip", type=float, metavar="NORM", help="bound on the norm of the gradients of a step (default: none)"
+    )
+    parser.add_argument(
         "--device", default="cpu", help="where the experts compute, such as cuda or cuda:1 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="torch's threads for the experts (default: as many as there are cores)"
+    )
+    parser.add_argument(
+        "--option", action="append", metavar="NAME=VALUE",
+        help="option of the kind of experts, such as heads=4, causal=true or activation=gelu; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--label", metavar="TEXT", help="a name for this server, which all who look at the swarm see (default: none)"
+    )
+    parser.add_argument(
+        "--quiet",
+        "-q",
+        action="store_true",
+        help="do not say now and then how many experts, calls and peers it has",
     )
 
 

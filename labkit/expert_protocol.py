@@ -7,6 +7,7 @@ numbers that cannot be is a `BadReply`.
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Annotated, Literal
 
 import msgspec
@@ -22,6 +23,7 @@ SNAPSHOT_DONE = "expert.snapshot_done"  # the token of a snapshot -> nothing; it
 STATISTICS = "server.statistics"  # nothing -> `server.statistics.ServerStatistics`
 MAX_TENSORS = 16  # of the inputs of an expert, and of its outputs
 MAX_PART = 4 << 20  # bytes of a snapshot in one answer
+MAX_LABEL = 64  # characters of the name that its owner gives a server
 METHODS: dict[Direction, str] = {"forward": FORWARD, "backward": BACKWARD}
 
 # The numbers come from a stranger, so all of them are bounded. (NaN is not >= 0.)
@@ -119,3 +121,9 @@ class SnapshotPart(msgspec.Struct, array_like=True, frozen=True):
 
     token: Token
     offset: Count
+
+
+def clean_label(text: str) -> str:
+    """Returns the name that somebody has given a server, in one line and without characters that a terminal obeys."""
+    plain = "".join(letter if unicodedata.category(letter)[0] != "C" else " " for letter in text)
+    return " ".join(plain.split())[:MAX_LABEL].strip()

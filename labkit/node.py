@@ -17,6 +17,7 @@ from labkit.directory import Directory, DirectoryConfig
 from labkit.errors import JoinError
 from labkit.events import Emit, ignore
 from labkit.joining import check_reachable
+from labkit.suggest import suggest_fields
 from labkit.wire.rpc_client import Client
 from labkit.wire.rpc_server import serve_rpc
 from labkit.wire.rpc_types import Methods, RPCLimits
@@ -26,6 +27,7 @@ from labkit.wire.transport import LOOPBACK, Endpoint, Network
 BOOTSTRAP_ATTEMPTS = 3  # since a busy node may be late once
 
 
+@suggest_fields
 @dataclass(frozen=True, slots=True)
 class NodeConfig:
     """Where a node listens and how it behaves.

@@ -6,6 +6,7 @@ Here is put together what a batch passes: the lab thread with one node, and the 
 from __future__ import annotations
 
 import atexit
+import inspect
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +36,7 @@ from labkit.launch.places import Wish
 from labkit.node import NodeConfig
 from labkit.of_this_process import OfThisProcess
 from labkit.portal import Portal
-from labkit.server.layers import Factory
+from labkit.server.layers import Factory, check_options
 from labkit.server.optimizer import BackendConfig
 from labkit.server.server import checkpoint_directory
 from labkit.server.statistics import ServerStatistics
@@ -132,13 +133,27 @@ class Swarm(OfThisProcess):
         _open[name] = self
 
     @classmethod
-    def join(cls, invite: str, *, name: str | None = None, **options: Any) -> Swarm:
+    def join(
+        cls, invite: str, *, name: str | None = None, listen: str | None = None, announce: str | None = None,
+        secure: bool | None = None, key: str | Path | Identity | None = None, members: Sequence[str] | None = None,
+        node: NodeConfig | None = None,
+    ) -> Swarm:  # fmt: skip
         """Join the swarm that an invitation leads to.
+
+        Example:
+            swarm = lk.Swarm.join("labkit://…@192.168.1.5:40123")
 
         Args:
             invite: What `swarm.invite()` returned there, `labkit://<public key>@host:port`.
             name: Its name in this process; by default a name of its own.
-            options: As for `Swarm`.
+            listen: Where our node listens, `tcp://host:port` with port `*` for any; by default on
+                all interfaces if the swarm is on another machine, else on this machine only.
+            announce: `host` or `host:port` that others use to reach us, where that differs.
+            secure: Whether our node encrypts; by default as the swarm does.
+            key: The file of a key that stays the same, made by `labkit keygen`, which a private
+                swarm has to admit; by default the key is new each time.
+            members: Public keys of those who may call our node; by default anybody.
+            node: Timeouts and limits of our node.
 
         Raises:
             InviteError: The text is no invitation.
@@ -146,11 +161,13 @@ class Swarm(OfThisProcess):
                 to try.
         """
         contact = Contact.from_invitation(invite)
-        if contact.secure and not contact.is_loopback and "listen" not in options:
-            options["listen"] = "tcp://0.0.0.0:*"  # to be called back from another machine
-        elif contact.secure:
-            options.setdefault("secure", True)
-        return cls(name or f"joined {contact.endpoint}", _join=(contact,), **options)
+        far = contact.secure and not contact.is_loopback  # then others have to call back from another machine
+        listen = ("tcp://0.0.0.0:*" if far else LOOPBACK) if listen is None else listen
+        secure = True if secure is None and contact.secure and not far else secure
+        return cls(
+            name or f"joined {contact.endpoint}", listen=listen, announce=announce, secure=secure, key=key,
+            members=members, node=node, _join=(contact,),
+        )  # fmt: skip
 
     # ------------------------------------------------------------ serving
 
@@ -158,7 +175,9 @@ class Swarm(OfThisProcess):
         self, kind: str | Factory = "ffn", *, grid: Sequence[int] | None = None, experts: int | None = None,
         servers: int = 1, name: str | None = None, uids: Sequence[str] | None = None, isolation: str | None = None,
         checkpoint_dir: str | Path | None = None, checkpoint_period: float | None = None,
-        backend: BackendConfig | None = None, threads: int | None = None, seed: int | None = None, **options: Any,
+        backend: BackendConfig | None = None, threads: int | None = None, seed: int | None = None, label: str = "",
+        hidden: int | None = None, inner: int | None = None, heads: int | None = None, causal: bool | None = None,
+        max_length: int | None = None, **options: Any,
     ) -> list[ServerHandle]:  # fmt: skip
         """Start local expert servers, and return them when their experts can be found.
 
@@ -166,33 +185,48 @@ class Swarm(OfThisProcess):
             swarm.serve("ffn", hidden=256, grid=(4, 4), servers=4)
 
         Args:
-            kind: "ffn", "transformer", "nop", a name given to `register_expert`, or a factory of
-                an `nn.Module`.
+            kind: "ffn" (default), "transformer", "nop", a name given to `register_expert`, or a
+                factory of an `nn.Module`.
             grid: Sizes of the grid to serve in; by default those of the running swarm, or one
                 that fits `experts`.
             experts: How many free places of the grid to take, by default all.
-            servers: How many servers share the experts.
+            servers: How many servers share the experts. Default 1.
             name: The grid's name, by default that of the kind.
-            uids: Which places to take, instead of `experts`.
+            uids: Which places to take, instead of `experts`. Another server that is alive must
+                not serve them.
             isolation: "process", or "task" for a server in this process; by default "process" if
                 a process can import the kind. A name that only this process knows needs "task".
             checkpoint_dir: Where experts are loaded from and saved to; by default a folder that
                 ends with the swarm.
             checkpoint_period: Seconds between two saves; by default 10, or more if saving takes
                 over 2 % of the time.
-            backend: Optimizer and limits.
+            backend: Optimizer and limits; by default those of `lk.BackendConfig()`: Adam with a
+                learning rate of 1e-3.
             threads: Torch's threads in each server; by default the servers here share this
                 process's number.
             seed: Makes an expert's fresh parameters depend only on it and on the uid; with
                 "task", only if nothing else draws random numbers from torch meanwhile.
-            options: Of the kind, such as `hidden=256`.
+            label: A name for these servers, which all who look at the swarm see.
+            hidden: Of "ffn", "transformer" and "nop": width of inputs and outputs. A grid that
+                runs already says this option and the next four where they are left out.
+            inner: Of "ffn" and "transformer": width of the layers between; by default 4 * hidden
+                and 2 * hidden.
+            heads: Of "transformer": attention heads, by default 8.
+            causal: Of "transformer": whether a position sees only itself and those before it, by
+                default not.
+            max_length: Of "transformer": the longest sequence that is accepted, by default 2048.
+            **options: Keyword arguments of a kind of your own, as its factory takes them.
 
         Raises:
+            ExpertsTaken: There are not as many free places, or others serve those that are named.
             ValueError: The arguments do not fit together, or do not fit the running swarm.
             ServerFailed: A server did not start.
         """
         if backend is not None and not isinstance(backend, BackendConfig):
             raise ValueError(f"backend={backend!r}: a BackendConfig, such as lk.BackendConfig(lr=1e-3)")
+        given = {"hidden": hidden, "inner": inner, "heads": heads, "causal": causal, "max_length": max_length}
+        options |= {option: value for option, value in given.items() if value is not None}
+        check_options(kind, options, also=inspect.signature(Swarm.serve).parameters)
         name = planning.grid_name(kind, name, uids)
         known = self.grids().get(name)
         fit = partial(planning.fit_options, kind, options, name)
@@ -203,6 +237,7 @@ class Swarm(OfThisProcess):
             config={
                 "backend": backend or BackendConfig(), "checkpoint_dir": checkpoint_directory(directory),
                 "checkpoint_period": checkpoint_period, "threads": threads, "seed": seed,
+                "label": label,
             },
             node=self._node_config, members=self._members, lasting=checkpoint_dir is not None,
             threads=get_num_threads(), beside=sum(server.alive for server in self.servers), folder=self._folder.name,
@@ -311,6 +346,14 @@ class Swarm(OfThisProcess):
 
     async def _count_known(self) -> int:
         return len(self._node.directory.known())
+
+    def peers(self) -> int:
+        """Returns how many other nodes of the swarm this one knows: servers and notebooks."""
+        return self._portal.call(self._count_peers)
+
+    async def _count_peers(self) -> int:
+        here = {server.plan.identity.public_key for server in self.servers}
+        return sum(contact.key not in here for contact in self._node.dht.routing)
 
     def on_event(self, listener: Emit) -> Callable[[], None]:
         """Call `listener` with every event, in its thread. Returns a function that ends this."""

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 import labkit as lk
 from labkit.__main__ import main
+from labkit.cli import serve as cli_serve
+from labkit.cli.serve import read_options
 from labkit.errors import SwarmClosed
 from labkit.events import CallFinished
 from labkit.server.checkpoints import load_expert
@@ -175,10 +178,97 @@ def test_a_swarm_that_cannot_be_joined_is_a_line_that_says_why(capsys):
         (["--checkpoint-period", "0"], "checkpoint_period=0"),
         (["--name", "a.b"], "'a.b' is not a grid name"),
         (["--device", "abacus"], "abacus"),
+        (["--optimizer", "adm"], "optimizer='adm': one of adam, adamw, sgd; did you mean 'adam'?"),
+        (["--clip", "-1"], "clip_grad_norm=-1"),
+        (["--threads", "0"], "threads=0"),
+        (["--label", "a\nb"], "at most 64 characters in one line"),
+        (["--expert", "transfomer"], "did you mean 'transformer'?"),
+        (["--option", "inner"], "--option 'inner': write NAME=VALUE"),
+        (["--option", "inner=8", "--option", "inner=9"], "inner is given twice"),
+        (["--option", "iner=8"], "takes no option iner; did you mean 'inner'? It takes hidden (required), inner"),
+        (["--option", "inner=wide"], "inner"),
+        (["--option", "label=x"], "--option label=…: not an option of a kind"),
+        (["--hidden", "4", "--option", "hidden=8"], "either --hidden"),
     ],
 )
 def test_what_cannot_be_served_is_a_line_that_says_why(capsys, arguments, text):
     assert text in complaint(capsys, "serve", *arguments)
+
+
+def test_options_of_a_server_reach_its_experts_and_its_label_is_seen_by_all(capsys):
+    seen: list[Any] = []
+
+    def look() -> None:
+        eventually(serving)
+        (server,) = _open["serve"].servers
+        with Swarm.join(_open["serve"].invite(), name="other") as other:
+            seen.append((server.plan.server, repr(other), other._repr_html_()))
+        server.kill()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    arguments = ["--expert", "transformer", "--hidden", "8", "--option", "heads=2", "--option", "causal=True"]
+    training = ["--lr", "0.01", "--optimizer", "sgd", "--clip", "1.5", "--threads", "1", "--label", "kitchen <b>"]
+    main(["serve", "--grid", "1", "2", *arguments, *training])
+    thread.join()
+    [(config, text, html)] = seen
+    assert config.options == {"hidden": 8, "heads": 2, "causal": True}
+    assert (config.backend.lr, config.backend.optimizer, config.backend.clip_grad_norm) == (0.01, "sgd", 1.5)
+    assert config.threads == 1
+    assert "kitchen <b>  remote" in text and "kitchen &lt;b&gt;" in html and "elsewhere" not in text
+
+
+def test_values_of_options_are_read_as_what_they_look_like():
+    texts = ["a=3", "b=0.5", "c=true", "d=None", "e=gelu", 'f="3"', "g=nan", "h-i=x=y", "j="]
+    assert read_options(texts) == {
+        "a": 3, "b": 0.5, "c": True, "d": None, "e": "gelu", "f": "3", "g": "nan", "h_i": "x=y", "j": "",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_server_says_now_and_then_what_it_does_when_it_was_called_and_else_nothing(capsys, monkeypatch, quiet):
+    monkeypatch.setattr(cli_serve, "REPORT_PERIOD", 0.05)
+
+    def call() -> None:
+        eventually(serving)
+        swarm = _open["serve"]
+        for _ in range(3):
+            swarm.expert("nop.0.0")(X)
+        reports = cli_serve.Report(swarm, rewrite=False)
+        reports.write(swarm.servers[0])  # what it would say now
+        reports.write(swarm.servers[0])  # and again: nothing
+        time.sleep(0.3)
+        swarm.servers[0].kill()
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    main(["serve", "--expert", "nop", "--experts", "2", *(["--quiet"] if quiet else [])])
+    thread.join()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "calls/s" in line]
+    own = lines if quiet else [line for line in lines if "3 calls answered" in line]
+    assert 1 <= len(own) <= 2
+    assert re.fullmatch(r"\d\d:\d\d:\d\d  2 experts, 3 calls answered, 0 peers: [\d,.]+ calls/s", own[0])
+
+
+def test_in_a_terminal_one_line_is_written_again_and_again(capsys):
+    with Swarm("line") as swarm:
+        (server,) = swarm.serve("nop", grid=(1, 1), isolation="task")
+        report = cli_serve.Report(swarm, rewrite=True)
+        report.write(server)
+        report.write(server)
+        report.end_line()
+    out = capsys.readouterr().out
+    assert out.count("\r") == 2 and out.count("\n") == 1 and "1 expert, 0 calls answered, 0 peers" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [(["serv"], "'serve'"), (["serve", "--lable", "x"], "'--label'"), (["bench", "mo"], "'moe'")],
+)
+def test_a_misspelt_command_or_option_is_asked_back(capsys, arguments, meant):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert f"did you mean {meant}?" in capsys.readouterr().err
 
 
 def test_a_joined_server_listens_as_wide_as_the_swarm(capsys):

@@ -46,6 +46,7 @@ class Handle:
     def __init__(self, number: int, state: str = "running", uids: tuple[str, ...] = ("ffn.0.0",)) -> None:
         self.state, self.uids, self.contact = state, uids, make_contact(number)
         self.plan = SimpleNamespace(identity=SimpleNamespace(public_key=self.contact.key))
+        self.label = ""
 
     @property
     def alive(self) -> bool:

@@ -82,7 +82,9 @@ def test_an_unknown_kind_lists_the_known_ones():
 
 
 def test_an_option_that_the_factory_does_not_take_is_named():
-    with pytest.raises(ValueError, match=r"'ffn' takes no option hiden; it takes hidden \(required\), inner"):
+    with pytest.raises(
+        ValueError, match=r"'ffn' takes no option hiden; did you mean 'hidden'\? It takes hidden \(required\), inner"
+    ):
         make_expert("ffn", hiden=8)
     with pytest.raises(ValueError, match="missing a required argument: 'hidden'"):
         make_expert("ffn")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -242,6 +243,24 @@ def test_a_server_that_was_met_by_its_address_becomes_the_local_one_that_it_is()
     assert stage.after(1).servers.labels == (at(1),)
     stage.found(dict.fromkeys(UIDS, 1), locals=(local("running"),))
     assert stage.after(1).servers.labels == ("servers[0]",)
+
+
+def test_a_server_is_shown_by_its_label_which_cannot_pass_for_one_started_here():
+    def labels(label: str) -> list[str]:
+        stage = Stage()
+        said = {at(1): (statistics(UIDS[:2], label=label), START), at(2): (statistics(UIDS[2:]), START)}
+        where = {UIDS[0]: 1, UIDS[1]: 1, UIDS[2]: 2, UIDS[3]: 2}
+        stage.found(where, statistics=said, locals=(local("running", 2)._replace(label="mine"),))
+        return sorted(stage.after(1).servers.labels)
+
+    assert labels("kitchen") == ["kitchen", "servers[0] mine"]
+    assert labels("a\x1b[31m\tb\n" + "c" * 100) == ["a [31m b " + "c" * 55, "servers[0] mine"]
+    assert labels("servers[0]") == labels("") == [at(1), "servers[0] mine"]
+
+
+def test_statistics_with_an_endless_label_are_a_bad_reply():
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert({**msgspec.to_builtins(statistics([])), "label": "x" * 1000}, ServerStatistics)
 
 
 def test_without_an_inventory_the_calls_alone_tell_who_there_is():

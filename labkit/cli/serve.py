@@ -1,18 +1,26 @@
 """`labkit serve`: serve experts from a terminal, in a new swarm or in one that is running, until Ctrl-C.
 
-What a notebook does with `Swarm()` or `Swarm.join`, and then `swarm.serve`, with options of a command line.
+What a notebook does with `Swarm()` or `Swarm.join`, and then `swarm.serve`, with options of a command line. Now and
+then it says how it goes.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import shlex
 import signal
 import sys
+import time
+from collections.abc import Iterable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-from labkit.errors import ServerFailed
+from labkit.errors import LabkitError, ServerFailed
+from labkit.expert_protocol import clean_label
+from labkit.launch.handle import ServerHandle
 from labkit.launch.planning import grid_name
 from labkit.server.layers import BUILTIN_KINDS
 from labkit.server.optimizer import BackendConfig
@@ -20,6 +28,8 @@ from labkit.swarm import Swarm
 
 DEFAULT_HIDDEN = 64  # width of the experts of a new grid
 DEFAULT_EXPERTS = 8  # of a new grid
+REPORT_PERIOD = 30.0  # seconds between two lines that say how it goes
+TERMINAL_PERIOD = 2.0  # the same where one line is written again and again
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -43,9 +53,11 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def _serve_until_stopped(options: argparse.Namespace) -> None:
+    arguments = _serve_arguments(options)  # first, so that nothing is started for a wrong one
     with _open_swarm(options) as swarm:
+        report = Report(swarm, rewrite=sys.stdout.isatty())
         try:
-            (server,) = swarm.serve(options.expert, isolation="task", **_serve_arguments(options, swarm))
+            (server,) = swarm.serve(options.expert, isolation="task", **_defaults(options, swarm), **arguments)
             print(repr(swarm))
             invitation = swarm.invite()
             print(f"\ninvitation: {invitation}")
@@ -53,15 +65,74 @@ def _serve_until_stopped(options: argparse.Namespace) -> None:
                 print(invitation.note)
             print(f"to see it as a web page: labkit watch {shlex.quote(invitation)}")
             print("serving until Ctrl-C", flush=True)
-            raise ServerFailed(f"the server ended: {server.wait() or server.state}")
+            while server.state == "running":
+                server.wait(None if options.quiet else report.period)
+                if server.state == "running":
+                    report.write(server)
+            report.end_line()
+            raise ServerFailed(f"the server ended: {server.failure or server.state}")
         except KeyboardInterrupt:
-            print("stopping …", file=sys.stderr)
+            report.end_line()
+            with suppress(OSError):
+                print("stopping …", file=sys.stderr)
             for server in swarm.servers:
                 server.stop()
 
 
 def _raise_interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+class Report:
+    """Says now and then how a server is doing: a line if it was called or something has changed, else nothing.
+
+    Args:
+        swarm: The swarm.
+        rewrite: Whether one line is written again and again, as a terminal can show it.
+    """
+
+    def __init__(self, swarm: Swarm, rewrite: bool) -> None:
+        self.period = TERMINAL_PERIOD if rewrite else REPORT_PERIOD
+        self._swarm = swarm
+        self._rewrite = rewrite
+        self._requests = 0
+        self._at = time.monotonic()
+        self._said = ""  # all but the rate
+        self._width = 0  # of the line that stands in the terminal
+
+    def write(self, server: ServerHandle) -> None:
+        """Write a line, if there is news."""
+        try:
+            statistics, peers = server.statistics(), self._swarm.peers()
+        except LabkitError:
+            return  # busy, or about to end; the next line will say more
+        now, requests = time.monotonic(), sum(statistics.expert_requests)
+        rate = max(0, requests - self._requests) / max(1e-9, now - self._at)
+        self._requests, self._at = requests, now
+        said = f"{_count(len(statistics.experts), 'expert')}, {requests:,} calls answered, {_count(peers, 'peer')}"
+        waiting = f", {statistics.queued_requests:,} waiting" if statistics.queued_requests else ""
+        if said != self._said or self._rewrite:
+            self._print(f"{time.strftime('%H:%M:%S')}  {said}: {rate:,.1f} calls/s{waiting}")
+        self._said = said
+
+    def _print(self, line: str) -> None:
+        with suppress(OSError):  # the terminal is gone; the experts are not
+            if self._rewrite:
+                print(f"\r{line.ljust(self._width)}", end="", flush=True)
+                self._width = len(line)
+            else:
+                print(line, flush=True)
+
+    def end_line(self) -> None:
+        """Let what is printed next begin on a line of its own."""
+        if self._width:
+            with suppress(OSError):
+                print(flush=True)
+            self._width = 0
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
 def _open_swarm(options: argparse.Namespace) -> Swarm:
@@ -80,21 +151,80 @@ def _open_swarm(options: argparse.Namespace) -> Swarm:
     return Swarm.join(options.join, name="serve", **network)
 
 
-def _serve_arguments(options: argparse.Namespace, swarm: Swarm) -> dict[str, Any]:
-    """The arguments of `Swarm.serve`."""
+def _serve_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `Swarm.serve` that the command line gives."""
+    label = options.label or ""
+    if label != clean_label(label):
+        raise ValueError(f"--label {label!r}: at most 64 characters in one line")
+    of_kind = read_options(options.option or ())
+    if options.hidden is not None:
+        if "hidden" in of_kind:
+            raise ValueError("give either --hidden N or --option hidden=N")
+        of_kind["hidden"] = options.hidden
     arguments: dict[str, Any] = {
         "grid": options.grid,
-        "experts": options.experts,
         "name": options.name,
         "checkpoint_dir": options.checkpoint_dir,
         "checkpoint_period": options.checkpoint_period,
-        "backend": BackendConfig(lr=options.lr, device=options.device),
+        "backend": BackendConfig(
+            optimizer=options.optimizer, lr=options.lr, clip_grad_norm=options.clip, device=options.device
+        ),
+        "threads": options.threads,
+        "label": label,
     }
-    new = grid_name(options.expert, options.name, None) not in swarm.grids()
-    if new and options.experts is None and options.grid is None:
+    if clash := of_kind.keys() & {*arguments, "experts", "uids", "servers", "isolation", "seed"}:
+        raise ValueError(f"--option {min(clash)}=…: not an option of a kind of experts; see labkit serve --help")
+    return arguments | of_kind
+
+
+def _defaults(options: argparse.Namespace, swarm: Swarm) -> dict[str, Any]:
+    """What the command line leaves out: in a new grid, how many experts, and how wide they are."""
+    arguments: dict[str, Any] = {"experts": options.experts}
+    if grid_name(options.expert, options.name, None) in swarm.grids():
+        return arguments
+    if options.experts is None and options.grid is None:
         arguments["experts"] = DEFAULT_EXPERTS
-    if options.hidden is not None:
-        arguments["hidden"] = options.hidden
-    elif new and options.expert in BUILTIN_KINDS:
+    given = {"hidden"} if options.hidden is not None else read_options(options.option or ()).keys()
+    if options.expert in BUILTIN_KINDS and "hidden" not in given:
         arguments["hidden"] = DEFAULT_HIDDEN
     return arguments
+
+
+def read_options(texts: Iterable[str]) -> dict[str, Any]:
+    """Read options of a kind of experts, each `NAME=VALUE`.
+
+    A value is a whole number, a number, true, false, none, or text; a text in double quotes is text in any case.
+
+    Raises:
+        ValueError: One of them has no name or no value, or a name is given twice.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--option {text!r}: write NAME=VALUE, such as --option heads=4")
+        if name in found:
+            raise ValueError(f"--option {text!r}: {name} is given twice")
+        found[name] = _read_value(value.strip())
+    return found
+
+
+WORDS = {"true": True, "false": False, "none": None}
+
+
+def _read_value(text: str) -> Any:
+    if text.lower() in WORDS:
+        return WORDS[text.lower()]
+    for read in (int, float):
+        try:
+            number = read(text)
+        except ValueError:
+            continue
+        return number if math.isfinite(number) else text
+    if len(text) >= 2 and text.startswith('"') and text.endswith('"'):
+        try:
+            return json.loads(text)
+        except ValueError:
+            pass
+    return text

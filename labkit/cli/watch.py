@@ -109,7 +109,7 @@ def check_installed() -> None:
 
 
 def _join(invite: str, key: str | None, name: str) -> Swarm:
-    return Swarm.join(invite, name=name, **({} if key is None else {"key": key}))
+    return Swarm.join(invite, name=name, key=key)
 
 
 class WatchPage:

@@ -35,6 +35,7 @@ from labkit.dht.protocol import (
 from labkit.dht.routing import Blacklist, RoutingTable
 from labkit.dht.storage import Limits
 from labkit.errors import BadReply, RPCError
+from labkit.suggest import suggest_fields
 from labkit.wire.rpc_types import Caller, Reply, Request
 from labkit.wire.transport import Cancellable, await_callback
 
@@ -43,6 +44,7 @@ R = TypeVar("R", bound=Answered)
 MAX_BACKGROUND_TASKS = 64  # beyond, background work is dropped: all of it is repeated or repaired later
 
 
+@suggest_fields
 @dataclass(frozen=True)
 class DHTConfig:
     """How a DHT node behaves. Times are in seconds. Raises `ValueError` for values that make no sense.

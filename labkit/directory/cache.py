@@ -22,6 +22,7 @@ from labkit.directory.index import NAMESPACE, Children, Decoded, PrefixRecord
 from labkit.directory.suspicion import SuspicionConfig, Suspicions
 from labkit.errors import LabkitError
 from labkit.expert_uid import ExpertInfo, parent
+from labkit.suggest import suggest_fields
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Records(Protocol):
     async def get_many(self, keys: Sequence[str]) -> Mapping[str, Value | Mapping[str, Value] | None]: ...
 
 
+@suggest_fields
 @dataclass(frozen=True, slots=True)
 class DirectoryConfig:
     """How experts are declared, and how long cached records are used. Times are in seconds.

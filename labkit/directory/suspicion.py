@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from labkit.contact import Contact
 from labkit.expert_uid import ExpertInfo
+from labkit.suggest import suggest_fields
 
 BOOT_BITS = 43
 COUNTER_BITS = 20  # a stamp has 63 bits: the life of a server, and the number of the declaration in that life
@@ -32,6 +33,7 @@ def boot_of(stamp: int) -> int:
     return stamp >> COUNTER_BITS
 
 
+@suggest_fields
 @dataclass(frozen=True, slots=True)
 class SuspicionConfig:
     """When experts are suspended, and for how long.

@@ -7,6 +7,7 @@ passes here.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 import trio
@@ -38,6 +39,7 @@ class ServerHandle(OfThisProcess):
         failure: What went wrong, if the state is "failed".
         alive: Whether it is running.
         uids: The experts that it holds.
+        label: The name that all who look at the swarm see; empty if it has none.
         contact: Its address and public key; `None` before its first start.
         pid: The process that it runs in; `None` while it is not running.
         isolation: "process" or "task".
@@ -65,6 +67,11 @@ class ServerHandle(OfThisProcess):
     def uids(self) -> tuple[str, ...]:
         """The experts that it holds."""
         return self.plan.server.uids
+
+    @property
+    def label(self) -> str:
+        """The name that all who look at the swarm see; empty if it has none."""
+        return self.plan.server.label
 
     @property
     def alive(self) -> bool:
@@ -104,13 +111,22 @@ class ServerHandle(OfThisProcess):
         """
         self._lab.portal.call(self.lifecycle.order, ServerEvent.STOP, wait)
 
-    def wait(self) -> str:
+    def wait(self, timeout: float | None = None) -> str:
         """Wait until it does not run any more, for whatever reason.
+
+        Args:
+            timeout: Seconds after which this returns all the same; `state` tells then that it
+                runs. By default it waits for as long as it takes.
 
         Returns:
             What went wrong; an empty string if nothing did.
         """
-        return self._lab.portal.call(self.lifecycle.until_at_rest)
+        return self._lab.portal.call(self._until_at_rest, math.inf if timeout is None else timeout)
+
+    async def _until_at_rest(self, timeout: float) -> str:
+        with trio.move_on_after(timeout):
+            return await self.lifecycle.until_at_rest()
+        return ""
 
     def restart(self, *, wait: bool = True) -> None:
         """Start it again as the same node with the same experts, from their checkpoints.

@@ -23,6 +23,7 @@ from labkit.launch.runners import ServerPlan
 from labkit.node import NodeConfig
 from labkit.server.layers import BUILTIN_KINDS, Factory, expert_reference, make_expert
 from labkit.server.server import ServerConfig
+from labkit.suggest import nearest, no_option, one_of
 from labkit.wire.security import Identity
 from labkit.wire.transport import LOOPBACK, announced_address
 
@@ -135,7 +136,7 @@ def isolate(isolation: str | None, kind: str | Factory, options: dict[str, Any])
         ValueError: There is no such isolation, or a process cannot be given the kind or the options.
     """
     if isolation not in (None, "process", "task"):
-        raise ValueError(f"isolation={isolation!r}: 'process' or 'task'")
+        raise ValueError(one_of("isolation", isolation, ("process", "task")))
     if isolation == "task":
         return isolation, kind
     try:
@@ -202,9 +203,11 @@ def known_sizes(grids: Mapping[str, GridInfo], name: str) -> tuple[int, ...]:
     if name not in grids:
         if not grids:
             raise ValueError(f"no grid is served in this swarm; serve {name!r} first, or give its sizes: grid=…")
+        close = nearest(name, grids)
         raise ValueError(
-            f"nobody serves a grid {name!r} in this swarm, but {', '.join(sorted(grids))}; say which is meant with "
-            "name=…, or, if it is still to be served, give its sizes: grid=…"
+            f"nobody serves a grid {name!r} in this swarm, but {', '.join(sorted(grids))}; "
+            + (f"did you mean {close!r}? Say " if close else "say ")
+            + "which is meant with name=…, or, if it is still to be served, give its sizes: grid=…"
         )
     return grids[name].sizes
 
@@ -221,6 +224,5 @@ def dispatch_config(sizes: Sequence[int], options: Mapping[str, Any]) -> Dispatc
     """
     unknown = set(options) - set(DispatchConfig.__dataclass_fields__)
     if unknown:
-        known = ", ".join(DispatchConfig.__dataclass_fields__)
-        raise ValueError(f"moe has no option {', '.join(sorted(unknown))}; besides its own it has {known}")
+        raise ValueError(no_option("moe", unknown, DispatchConfig.__dataclass_fields__))
     return DispatchConfig(**{"k_best": min(4, math.prod(sizes)), **options})

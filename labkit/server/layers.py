@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, overload
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit.server.user_code import CodeWantedOut, contained, describe_error
+from labkit.suggest import did_you_mean
 
 Factory = Callable[..., nn.Module]
 F_co = TypeVar("F_co", bound=Factory)
@@ -86,7 +87,6 @@ def make_expert(kind: str | Factory, **options: Any) -> nn.Module:
         ValueError: The kind is unknown, or the factory doesn't take an option, or misses one.
     """
     factory = _find_factory(kind) if isinstance(kind, str) else kind
-    label = kind if isinstance(kind, str) else getattr(kind, "__name__", repr(kind))
     if isinstance(factory, nn.Module):
         raise ValueError(
             f"an expert kind is what makes a module, not a module: give the class {type(factory).__name__} and its "
@@ -94,14 +94,16 @@ def make_expert(kind: str | Factory, **options: Any) -> nn.Module:
         )
     if not callable(factory):
         raise ValueError(f"an expert kind is a name or a callable that returns a module, not {factory!r}")
-    _check_options(label, factory, options)
+    _check_options(kind, factory, options)
     try:
         with contained():
             module = factory(**options)
     except CodeWantedOut as error:
-        raise ValueError(f"expert kind {label!r} makes no module: its code raised {describe_error(error)}") from error
+        raise ValueError(
+            f"expert kind {_label(kind)!r} makes no module: its code raised {describe_error(error)}"
+        ) from error
     if not isinstance(module, nn.Module):
-        raise ValueError(f"expert kind {label!r} made a {type(module).__name__}, not a torch.nn.Module")
+        raise ValueError(f"expert kind {_label(kind)!r} made a {type(module).__name__}, not a torch.nn.Module")
     return module
 
 
@@ -144,7 +146,8 @@ def _find_factory(kind: str) -> Factory:
         return _import_factory(kind)
     if kind not in _factories:
         raise ValueError(
-            f"unknown expert kind {kind!r}; known are {', '.join(sorted(_factories))} and 'package.module:name'"
+            f"unknown expert kind {kind!r}; known are {', '.join(sorted(_factories))} and "
+            f"'package.module:name'{did_you_mean(kind, _factories)}"
         )
     return _factories[kind]
 
@@ -161,7 +164,30 @@ def _import_factory(reference: str) -> Factory:
     return factory
 
 
-def _check_options(label: str, factory: Factory, options: dict[str, Any]) -> None:
+def check_options(kind: str | Factory, options: Mapping[str, Any], also: Iterable[str] = ()) -> None:
+    """Check that a kind has options of these names, as far as that can be said without an import.
+
+    Args:
+        kind: As for `make_expert`.
+        options: The options that were given. There may be more.
+        also: What else the caller has that could have been meant.
+
+    Raises:
+        ValueError: The kind is unknown, or has no such option; perhaps with the one that is meant.
+    """
+    if isinstance(kind, str) and ":" in kind:
+        return
+    factory = _find_factory(kind) if isinstance(kind, str) else kind
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        return  # not callable, or written in C: it will complain itself
+    unknown = options.keys() - {p.name for p in parameters}
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        raise ValueError(_no_option(kind, factory, unknown, also))
+
+
+def _check_options(kind: str | Factory, factory: Factory, options: Mapping[str, Any]) -> None:
     try:
         signature = inspect.signature(factory)
     except (TypeError, ValueError):  # a callable written in C says nothing; it will complain itself
@@ -169,13 +195,33 @@ def _check_options(label: str, factory: Factory, options: dict[str, Any]) -> Non
     try:
         signature.bind(**options)
     except TypeError as error:
-        takes = [p for p in signature.parameters.values() if p.kind not in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)]
-        names = ", ".join(f"{p.name} (required)" if p.default is p.empty else p.name for p in takes) or "nothing"
-        unknown = ", ".join(sorted(set(options) - {p.name for p in takes}))
-        wrong = f"takes no option {unknown}" if unknown else f"cannot be made with these options ({error})"
+        unknown = options.keys() - {p.name for p in _takes(factory)}
+        if unknown:
+            raise ValueError(_no_option(kind, factory, unknown, ())) from None
         raise ValueError(
-            f"expert kind {label!r} {wrong}; it takes {names}. How it is trained is said in backend=BackendConfig(…)"
+            f"expert kind {_label(kind)!r} cannot be made with these options ({error}); {_options_of(factory)}"
         ) from None
+
+
+def _no_option(kind: str | Factory, factory: Factory, unknown: Iterable[str], also: Iterable[str]) -> str:
+    unknown = sorted(unknown)
+    close = did_you_mean(unknown[0], [*(p.name for p in _takes(factory)), *also])
+    text = f"expert kind {_label(kind)!r} takes no option {', '.join(unknown)}"
+    return f"{text}{close} I{_options_of(factory)[1:]}" if close else f"{text}; {_options_of(factory)}"
+
+
+def _options_of(factory: Factory) -> str:
+    names = (f"{p.name} (required)" if p.default is p.empty else p.name for p in _takes(factory))
+    return f"it takes {', '.join(names) or 'nothing'}. How it is trained is said in backend=BackendConfig(…)"
+
+
+def _takes(factory: Factory) -> list[inspect.Parameter]:
+    parameters = inspect.signature(factory).parameters.values()
+    return [p for p in parameters if p.kind not in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)]
+
+
+def _label(kind: str | Factory) -> str:
+    return kind if isinstance(kind, str) else getattr(kind, "__name__", repr(kind))
 
 
 # ---------------------------------------------------------------- the kinds that come with labkit

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from labkit.server.validation import HALF_PRECISION
+from labkit.suggest import one_of, suggest_fields
 
 T = TypeVar("T", bound=torch.optim.Optimizer)
 
 
+@suggest_fields
 @dataclass(frozen=True)
 class BackendConfig:
     """How an expert is trained and what it accepts.
@@ -82,9 +84,9 @@ class BackendConfig:
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer={self.optimizer!r}: one of {', '.join(OPTIMIZERS)}")
+            raise ValueError(one_of("optimizer", self.optimizer, OPTIMIZERS))
         if self.schedule not in ("constant", "linear"):
-            raise ValueError(f"schedule={self.schedule!r}: constant or linear")
+            raise ValueError(one_of("schedule", self.schedule, ("constant", "linear")))
         if self.schedule == "linear" and self.total_steps <= self.warmup_steps:
             raise ValueError(
                 f"total_steps={self.total_steps!r}: a linear schedule needs more of them than "

@@ -26,13 +26,15 @@ from labkit.events import Emit, ignore
 from labkit.expert_protocol import (
     BACKWARD,
     FORWARD,
+    MAX_LABEL,
     SCHEMA,
     STATISTICS,
     Direction,
     ExpertReply,
     ExpertRequest,
     ExpertSchema,
-)  # fmt: skip
+    clean_label,
+)
 from labkit.expert_uid import check_inside, split_uid
 from labkit.faults import Faults
 from labkit.joining import is_alive
@@ -78,6 +80,7 @@ class ServerConfig:
         seed: Makes each expert's fresh parameters a function of the seed and its uid, provided that nothing else in
             this process draws from torch's generator meanwhile. In a server process nothing does. A trainer beside a
             server that is a task may; then some of the trainer's own numbers come twice, too.
+        label: A name for the server, which others see.
     """
 
     uids: tuple[str, ...]
@@ -90,6 +93,7 @@ class ServerConfig:
     max_queue_rows: int = 65536
     threads: int | None = None
     seed: int | None = None
+    label: str = ""
 
     def __post_init__(self) -> None:
         if self.checkpoint_dir is not None:  # absolute, so that a later restart finds it, whatever the folder is then
@@ -104,6 +108,8 @@ class ServerConfig:
             raise ValueError(f"checkpoint_period={self.checkpoint_period}: a number of seconds above 0")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads={self.threads}: at least 1")
+        if not isinstance(self.label, str) or self.label != clean_label(self.label):
+            raise ValueError(f"label={self.label!r}: at most {MAX_LABEL} characters in one line")
 
 
 class ExpertServer:
@@ -252,6 +258,7 @@ class ExpertServer:
         """How the server is doing."""
         statistics = self.runtime.statistics()
         statistics.latency, statistics.loss = self.faults.latency, self.faults.loss
+        statistics.label = self.config.label
         return statistics
 
 

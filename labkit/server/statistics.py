@@ -13,7 +13,7 @@ import msgspec
 import trio
 
 from labkit.contact import Contact
-from labkit.expert_protocol import STATISTICS, Count, Seconds
+from labkit.expert_protocol import MAX_LABEL, STATISTICS, Count, Seconds, clean_label
 from labkit.histogram import BUCKETS, Histogram
 from labkit.server.backend import ExpertBackend
 from labkit.server.task_pool import Task
@@ -48,6 +48,7 @@ class ServerStatistics(msgspec.Struct):
         total_times: `labkit.histogram` counts of the seconds in queue and batch together.
         queue_times: The same of the seconds in the queue.
         compute_times: The same of the seconds in the batch.
+        label: The name that its owner gives the server; empty if there is none.
     """
 
     experts: Annotated[dict[Uid, Count], PerExpert]
@@ -67,8 +68,10 @@ class ServerStatistics(msgspec.Struct):
     total_times: Times = []
     queue_times: Times = []
     compute_times: Times = []
+    label: Annotated[str, msgspec.Meta(max_length=4 * MAX_LABEL)] = ""
 
     def __post_init__(self) -> None:
+        self.label = clean_label(self.label)
         for column in (self.expert_rows, self.expert_requests, self.expert_seconds):
             if column and len(column) != len(self.experts):
                 raise ValueError(f"{len(column)} numbers for {len(self.experts)} experts")

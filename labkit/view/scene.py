@@ -68,7 +68,7 @@ class Experts:
 class Servers:
     """All servers that were ever seen, a row each. NaN: not known."""
 
-    labels: Sequence[str]  # `servers[2]` for a server started here; otherwise its address
+    labels: Sequence[str]  # `servers[2]` for a server started here; otherwise the label that it has, or its address
     addresses: Sequence[str]
     words: Sequence[str]  # started here: running, starting, killed, stopped, failed; elsewhere: remote, silent, gone
     local: Ints  # [S], index in `swarm.servers`; -1: started elsewhere

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import trio
 
+from labkit.contact import Contact
 from labkit.directory.grids import GridInfo
+from labkit.errors import RPCError
 from labkit.expert_uid import ExpertInfo, split_uid
 from labkit.launch.handle import ServerHandle
 from labkit.node import Node
+from labkit.server.statistics import call_statistics
 from labkit.view.collect.telemetry import Calls, Telemetry
 
 STYLE = """
@@ -32,6 +36,7 @@ ENDED_SIGN = "✕"
 COLUMN_NAMES = ("server", "state", "address", "experts", "calls", "mean", "failures")
 NUMBER_COLUMNS = {"experts", "calls", "mean"}
 CENSUS_TIMEOUT = 2.0  # seconds, since a repr must not hang
+MAX_ASKED = 64  # servers that are asked for their labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,21 +134,51 @@ def _failures(failed: dict[str, int]) -> str:
 
 @dataclass
 class Census:
-    """The grids of a swarm by name, and all experts that are alive by uid."""
+    """What there is in a swarm.
+
+    Args:
+        grids: The grids, by name.
+        experts: All experts that are alive, by uid.
+        labels: The names that owners give their servers, by address, where there are any.
+    """
 
     grids: dict[str, GridInfo] = field(default_factory=dict)
     experts: dict[str, ExpertInfo] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
 
 
-async def take_census(node: Node) -> Census:
-    """Look up all grids and experts, for at most two seconds; if that is too short, return what is cached here."""
+async def take_census(node: Node, servers: Sequence[ServerHandle] = ()) -> Census:
+    """Look up all grids and experts, and ask servers elsewhere for their labels, for at most two seconds.
+
+    If that is too short, return what is cached here.
+
+    Args:
+        node: Our node in the swarm.
+        servers: The servers started here, which need not be asked.
+    """
     census = Census()
-    with trio.move_on_after(CENSUS_TIMEOUT):
+    with trio.move_on_after(CENSUS_TIMEOUT) as limit:
         census.grids = await node.directory.grids()
         census.experts = await node.directory.experts_of(census.grids)
-        return census
-    census.experts = node.directory.known()
+        here = {server.contact for server in servers}
+        await _ask_labels(node, {info.contact for info in census.experts.values()} - here, census.labels)
+    if limit.cancelled_caught and not census.experts:
+        census.experts = node.directory.known()
     return census
+
+
+async def _ask_labels(node: Node, contacts: Iterable[Contact], labels: dict[str, str]) -> None:
+    async def ask(contact: Contact) -> None:
+        try:
+            said = await call_statistics(node.client, contact, CENSUS_TIMEOUT)
+        except RPCError:
+            return  # it has none that is known now
+        if said.label and not said.label.startswith("servers["):
+            labels[contact.endpoint] = said.label
+
+    async with trio.open_nursery() as nursery:
+        for contact in islice(contacts, MAX_ASKED):
+            nursery.start_soon(ask, contact)
 
 
 def summarize(
@@ -169,9 +204,11 @@ def summarize(
         address = server.contact.endpoint if server.contact is not None else ""
         declared = by_address.pop(address, [])  # which outlives it for a while
         offered = len(declared) if server.alive else 0
-        rows.append(_row(telemetry, f"servers[{number}]", server.state, address, len(server.uids), offered))
+        label = f"servers[{number}] {server.label}".rstrip()
+        rows.append(_row(telemetry, label, server.state, address, len(server.uids), offered))
     for address, uids in sorted(by_address.items()):
-        rows.append(_row(telemetry, "elsewhere", "remote", address, len(uids), len(uids)))
+        label = census.labels.get(address, "elsewhere")
+        rows.append(_row(telemetry, label, "remote", address, len(uids), len(uids)))
     alive = [split_uid(uid)[0] for uid in census.experts]
     grids = {grid: (info.sizes, alive.count(grid)) for grid, info in census.grids.items()}
     contact = node.contact

@@ -220,7 +220,7 @@ class SwarmView:
         """The implementation of `Swarm.summary`."""
         census: Census | None = None
         try:
-            census = self._lab.portal.call(take_census, self._lab.node)
+            census = self._lab.portal.call(take_census, self._lab.node, self._servers)
         except (SwarmClosed, RPCError):
             pass
         return summarize(self.name, self._lab.node, self._servers, census, self._telemetry)

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from labkit.suggest import did_you_mean
+
 BLOCK_SIZE = 256  # numbers
 _LEVELS = 127  # int8 runs from -127 to 127 here: symmetric, -128 stays unused
 
@@ -148,7 +150,7 @@ CODECS: dict[str, Codec] = {codec.name: codec for codec in _ALL}
 def codec_for(name: str, dtype: torch.dtype) -> Codec:
     """Returns the codec called `name`, or `none` for a dtype that only `none` takes. Raises `ValueError`."""
     if name not in CODECS:
-        raise ValueError(f"there is no codec {name!r}; choose one of {', '.join(CODECS)}")
+        raise ValueError(f"there is no codec {name!r}; choose one of {', '.join(CODECS)}{did_you_mean(name, CODECS)}")
     return CODECS[name] if dtype.is_floating_point else NONE
 
 

@@ -52,6 +52,7 @@ class LocalServer(NamedTuple):
     uids: tuple[str, ...]
     latency: float  # seconds, injected
     loss: float  # share of the requests, injected
+    label: str = ""  # the name that its owner gives it
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def local_servers(servers: Sequence[ServerHandle]) -> tuple[LocalServer, ...]:
 def _local(server: ServerHandle) -> LocalServer:
     faults, contact = server.faults(), server.contact
     address = contact.endpoint if contact is not None else ""
-    return LocalServer(server.state, address, server.uids, faults.latency, faults.loss)
+    return LocalServer(server.state, address, server.uids, faults.latency, faults.loss, server.label)
 
 
 async def keep_polled(

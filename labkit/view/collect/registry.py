@@ -149,10 +149,19 @@ class Registry:
             self._take_local(number, server, now)
         if last is None or last.experts is not inventory.experts or last.suspects is not inventory.suspects:
             self._take_experts(inventory, now)
+        self._take_labels(inventory)
         self._failures = np.zeros(len(self.labels), dtype=np.int64)
         for address, count in inventory.failures.items():
             if (row := self._by_address.get(address)) is not None:
                 self._failures[row] = count
+
+    def _take_labels(self, inventory: Inventory) -> None:
+        """Call servers by the labels that they report. None of them passes for a server started here."""
+        for address, (statistics, _) in inventory.statistics.items():
+            row = self._by_address.get(address)
+            if row is not None and self.local[row] < 0:
+                label = "" if statistics.label.startswith("servers[") else statistics.label
+                self.labels[row] = label or address
 
     def _take_local(self, number: int, server: LocalServer, now: float) -> None:
         if number == len(self._locals):
@@ -165,7 +174,7 @@ class Registry:
         if row < 0:
             return
         self.local[row] = number
-        self.labels[row] = f"servers[{number}]"
+        self.labels[row] = f"servers[{number}] {server.label}".rstrip()
         self._words[row] = server.word
         self.injected[row] = server.latency, server.loss
         if server.address and self._by_address.get(server.address) != row:

@@ -1,0 +1,72 @@
+"""Did you mean …? Wherever a word is misspelt, the error names the one that is meant."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from torch import nn
+
+import labkit as lk
+from labkit.dht.node import DHTConfig
+from labkit.directory import DirectoryConfig
+from labkit.node import NodeConfig
+from labkit.suggest import did_you_mean, nearest, suggest_fields
+from labkit.swarm import Swarm
+from labkit.wire.compression import codec_for
+
+
+class Mine(nn.Module):
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+
+    def forward(self, x):
+        return x
+
+
+@pytest.fixture(scope="module")
+def swarm():
+    with Swarm("misspelt") as swarm:
+        swarm.serve("nop", grid=(1, 1), name="experts", isolation="task")
+        yield swarm
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        (lambda s: s.serve("fnn", hidden=4), "ffn"),
+        (lambda s: s.serve("ffn", hiden=4), "hidden"),
+        (lambda s: s.serve("ffn", hidden=4, experst=4), "experts"),
+        (lambda s: s.serve("ffn", hidden=4, chekpoint_dir="x"), "checkpoint_dir"),
+        (lambda s: s.serve(Mine, widht=4), "width"),
+        (lambda s: s.serve("nop", isolation="taks"), "task"),
+        (lambda s: s.moe(4, name="expert"), "experts"),
+        (lambda s: s.moe(4, grid=(1, 1), k_bst=4), "k_best"),
+        (lambda s: lk.BackendConfig(optimizer="Adma"), "adam"),
+        (lambda s: lk.BackendConfig(schedule="liner"), "linear"),
+        (lambda s: lk.BackendConfig(optimzer="adam"), "optimizer"),  # type: ignore[call-arg]
+        (lambda s: NodeConfig(anounce="host"), "announce"),  # type: ignore[call-arg]
+        (lambda s: DHTConfig(republish=3.0), "republish_period"),  # type: ignore[call-arg]
+        (lambda s: DirectoryConfig(time_out=3.0), "timeout"),  # type: ignore[call-arg]
+        (lambda s: codec_for("blockwise", nn.Linear(1, 1).weight.dtype), "blockwise8"),
+    ],
+)
+def test_a_misspelt_word_is_asked_back(swarm: Swarm, wrong: Callable[[Swarm], object], meant: str):
+    with pytest.raises((ValueError, TypeError), match=f"did you mean '{meant}'\\?"):
+        wrong(swarm)
+
+
+def test_nothing_is_suggested_that_is_not_near():
+    assert did_you_mean("zebra", ["adam", "sgd"]) == did_you_mean(7, ["adam"]) == ""
+    assert nearest("ADAMW", ["adam", "adamw"]) == "adamw"
+
+
+def test_a_config_that_suggests_is_the_dataclass_that_it_was():
+    config = lk.BackendConfig("sgd", lr=0.5)
+    assert replace(config, lr=0.1) == lk.BackendConfig(optimizer="sgd", lr=0.1)
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert suggest_fields.__doc__ and lk.BackendConfig.__doc__
+    with pytest.raises(TypeError, match="it has optimizer, lr"):
+        lk.BackendConfig(zebra=1)  # type: ignore[call-arg]
