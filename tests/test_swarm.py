@@ -129,7 +129,7 @@ def test_two_grids_live_side_by_side(swarm):
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "what is it": (dict(kind="cnn"), "unknown expert kind 'cnn'"),
-    "a misspelt option": (dict(kind="ffn", name="new", hiden=4), "no option hiden; it takes hidden"),
+    "a misspelt option": (dict(kind="ffn", name="new", hiden=4), "hiden; did you mean 'hidden'\\? It takes hidden"),
     "a missing option": (dict(kind="ffn", name="new"), "hidden"),
     "isolation": (dict(isolation="thread"), "isolation='thread': 'process' or 'task'"),
     "other sizes": (dict(grid=(3, 3)), r"has the sizes \(2, 3\), not \(3, 3\); serve another with name="),
@@ -447,7 +447,7 @@ def test_a_layer_takes_the_sizes_of_its_grid_from_the_swarm(still):
         still.moe(4, (3, 3))
     with pytest.raises(ValueError, match=r"nobody serves a grid 'cnn' in this swarm, but ffn; .*name=….*grid=…"):
         still.moe(4, name="cnn")
-    with pytest.raises(ValueError, match=r"moe has no option k_bets; besides its own it has k_best"):
+    with pytest.raises(ValueError, match=r"moe has no option k_bets; did you mean 'k_best'\? It has k_best"):
         still.moe(4, k_bets=2)
 
 

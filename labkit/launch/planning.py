@@ -23,7 +23,7 @@ from labkit.launch.runners import ServerPlan
 from labkit.node import NodeConfig
 from labkit.server.layers import BUILTIN_KINDS, Factory, expert_reference, make_expert
 from labkit.server.server import ServerConfig
-from labkit.suggest import nearest, no_option, one_of
+from labkit.suggest import did_you_mean, nearest, no_option
 from labkit.wire.security import Identity
 from labkit.wire.transport import LOOPBACK, announced_address
 
@@ -136,7 +136,7 @@ def isolate(isolation: str | None, kind: str | Factory, options: dict[str, Any])
         ValueError: There is no such isolation, or a process cannot be given the kind or the options.
     """
     if isolation not in (None, "process", "task"):
-        raise ValueError(one_of("isolation", isolation, ("process", "task")))
+        raise ValueError(f"isolation={isolation!r}: 'process' or 'task'{did_you_mean(isolation, ('process', 'task'))}")
     if isolation == "task":
         return isolation, kind
     try:
