@@ -52,7 +52,7 @@ class Contact(msgspec.Struct, frozen=True, array_like=True, dict=True):
             raise ValueError(f"a contact's key has 32 bytes, not {len(self.key)}")
         if not 0 < self.port < 65536:
             raise ValueError(f"a contact's port is between 1 and 65535, not {self.port}")
-        if not _HOST.fullmatch(self.host):
+        if not is_host(self.host):
             raise ValueError(f"not a host: {self.host[:80]!r}")
 
     node_id = _NodeId()
@@ -111,6 +111,11 @@ def intern_contact(contact: Contact) -> Contact:
 def node_id_of(key: bytes) -> int:
     """Returns the 160-bit node id of a public key."""
     return int.from_bytes(hashlib.blake2b(key, digest_size=ID_BITS // 8).digest(), "big")
+
+
+def is_host(host: str) -> bool:
+    """Whether this may be a contact's host: a name or an IP address."""
+    return _HOST.fullmatch(host) is not None
 
 
 @lru_cache(maxsize=1 << 14)

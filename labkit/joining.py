@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import dataclass
 
 import trio
 
@@ -53,36 +54,100 @@ async def check_reachable(caller: Caller, contact: Contact, own_key: bytes, *, t
     Raises:
         JoinError: It does not answer; the text says why, and what to try.
     """
-    late = f"the name was not resolved within {JOIN_TIMEOUT:g} s. Check the network, or use the IP address"
+    failure = await _why_unreachable(caller, contact, own_key, tcp)
+    if failure is not None:
+        raise JoinError(f"cannot join the swarm at {contact.endpoint}: {failure.text}") from failure.cause
+
+
+async def check_announced(caller: Caller, contact: Contact, announce: str, own_key: bytes) -> None:
+    """Check that our own node is reached at the address that it announces.
+
+    Args:
+        caller: Our own client.
+        contact: Our own node, as it announces itself.
+        announce: What the user gave.
+        own_key: Our public key.
+
+    Raises:
+        ValueError: It is not; the text says why, and what to try.
+    """
+    failure = await _why_unreachable(caller, contact, own_key, True)
+    if failure is not None:
+        what = "another node answers there" if isinstance(failure.cause, WrongServerKey) else failure.what
+        raise ValueError(
+            f"announce={announce!r}: by this, our own node would be reached at {contact.endpoint}, and it is not, not "
+            f"even from this machine: {what}. Give the HOST or HOST:PORT at which this machine is reached; "
+            "behind a router that is the router's address, with a port that it forwards to this machine"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Why a node cannot be reached, and what to try."""
+
+    what: str
+    hint: str
+    cause: RPCError | None = None
+
+    @property
+    def text(self) -> str:
+        return f"{self.what}. {self.hint}".strip()
+
+
+class _Unreachable(Exception):
+    """A step has failed."""
+
+    def __init__(self, what: str, hint: str) -> None:
+        super().__init__(what)
+        self.failure = _Failure(what, hint)
+
+
+async def _why_unreachable(caller: Caller, contact: Contact, own_key: bytes, tcp: bool) -> _Failure | None:
+    """Walk through the four steps. Returns what failed, or None."""
+    late = _Failure(f"the name was not resolved within {JOIN_TIMEOUT:g} s", "Check the network, or use the IP address")
     try:
         with trio.fail_after(JOIN_TIMEOUT):
             if tcp:
-                address = await resolve(contact.host)  # 1
-                late = (
-                    f"nothing answered within {JOIN_TIMEOUT:g} s. Is the machine on, and does its firewall let port "
-                    f"{contact.port} through? {_hint(contact)}"
+                address = await _resolve(contact)  # 1
+                late = _Failure(
+                    f"nothing answered within {JOIN_TIMEOUT:g} s",
+                    f"Is the machine on, does its firewall let port {contact.port} through, and is that the address "
+                    f"at which it is reached (its announce=…)? {_hint(contact)}",
                 )
                 stream = await _connect(address, contact)  # 2
-                late = (
-                    f"something accepts connections but said nothing within {JOIN_TIMEOUT:g} s. A node that is "
-                    "suspended or overloaded does that: try again, or ask for the invitation of another node; or it "
-                    "is not labkit"
+                late = _Failure(
+                    f"something accepts connections but said nothing within {JOIN_TIMEOUT:g} s",
+                    "A node that is suspended or overloaded does that: try again, or ask for the invitation of another "
+                    "node; or it is not labkit",
                 )
                 async with stream:
                     await _read_greeting(stream, contact)  # 3
-            late = (
-                f"ZeroMQ is there, but no answer came within {JOIN_TIMEOUT:g} s. It is a node that is overloaded: try "
-                "again; or another program's: ask for a fresh invitation"
+            late = _Failure(
+                f"ZeroMQ is there, but no answer came within {JOIN_TIMEOUT:g} s",
+                "It is a node that is overloaded: try again; or another program's: ask for a fresh invitation",
             )
             reply = await caller.call(contact, "dht.ping", Ping(None), returns=Pong, timeout=2 * JOIN_TIMEOUT)  # 4
             if reply.body.key != contact.key:
                 raise WrongServerKey("another node answered")
     except trio.TooSlowError:
-        raise JoinError(f"cannot join the swarm at {contact.endpoint}: {late.strip()}") from None
+        return late
+    except _Unreachable as error:
+        return error.failure
     except RPCError as error:
-        raise JoinError(
-            f"cannot join the swarm at {contact.endpoint}: {_explain(error, contact, own_key).strip()}"
-        ) from error
+        what, hint = _explain(error, contact, own_key)
+        return _Failure(what, hint, error)
+    return None
+
+
+async def _resolve(contact: Contact) -> str:
+    try:
+        return await resolve(contact.host)
+    except ConnectionLost as error:
+        raise _Unreachable(
+            str(error),
+            "Check the spelling, or use the IP address. If the invitation was copied as it is, whoever started the "
+            "swarm gave it a wrong name (announce=…)",
+        ) from None
 
 
 async def is_alive(caller: Caller, contact: Contact) -> bool:
@@ -116,10 +181,11 @@ async def _connect(address: str, contact: Contact) -> trio.SocketStream:
         socket.close()
         reason = os.strerror(error.errno or 0)
         if error.errno in UNREACHABLE_ERRNOS:
-            raise ConnectionLost(f"there is no way to that address ({reason}). Check the network") from None
-        raise ConnectionLost(
-            f"nothing listens there ({reason}). Is the swarm still running? Ask for a fresh invitation, since "
-            f"a restarted swarm may have another port. {_hint(contact)}"
+            raise _Unreachable(f"there is no way to that address ({reason})", "Check the network") from None
+        raise _Unreachable(
+            f"nothing listens there ({reason})",
+            "Is the swarm still running? If it was restarted, it may have another port: ask for a fresh invitation. If "
+            f"it runs, the address that it was started with (announce=…, --announce) is wrong. {_hint(contact)}",
         ) from None
     except BaseException:
         socket.close()
@@ -144,25 +210,25 @@ async def _read_greeting(stream: trio.SocketStream, contact: Contact) -> None:
         raise SecurityMismatch("it does not encrypt its connections, and the invitation says that it does")
 
 
-def _explain(error: RPCError, contact: Contact, own_key: bytes) -> str:
-    """Returns why step 4 failed, and what to try."""
+def _explain(error: RPCError, contact: Contact, own_key: bytes) -> tuple[str, str]:
+    """Returns why steps 3 or 4 failed, and what to try."""
     if isinstance(error, NotAdmitted):
         return (
-            "it is a private swarm and our key is not on its list. Ask its owner to add this key: "
-            f"{key_text(own_key)} (a key that stays the same is made by `labkit keygen FILE` and given as key=FILE)"
+            "it is a private swarm and our key is not on its list",
+            f"Ask its owner to add this key: {key_text(own_key)} (a key that stays the same is made by `labkit keygen "
+            "FILE` and given as key=FILE)",
         )
     if isinstance(error, WrongServerKey):
         return (
-            "the node there does not hold the key of this invitation. Perhaps the swarm was restarted, or another "
-            "program has the port now: ask for a fresh invitation"
+            "the node there does not hold the key of this invitation",
+            "Perhaps the swarm was restarted, another node or program has the port now, or the address that the swarm "
+            "announces is another machine's: ask for a fresh invitation, and whether its announce=… is right",
         )
     if isinstance(error, SecurityMismatch):
-        return f"{error}. Ask for a fresh invitation, and copy it whole, with its ending"
+        return str(error), "Ask for a fresh invitation, and copy it whole, with its ending"
     if isinstance(error, HandshakeFailed):
-        return f"{error}. It is not labkit, then: check the port, or ask for a fresh invitation"
-    if "resolve" in str(error):
-        return f"{error}. Check the spelling, or use the IP address"
-    return str(error)
+        return str(error), "It is not labkit, then: check the port, or ask for a fresh invitation"
+    return str(error), ""
 
 
 def _hint(contact: Contact) -> str:

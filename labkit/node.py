@@ -22,7 +22,7 @@ from labkit.wire.rpc_client import Client
 from labkit.wire.rpc_server import serve_rpc
 from labkit.wire.rpc_types import Methods, RPCLimits
 from labkit.wire.security import Admission, Identity
-from labkit.wire.transport import LOOPBACK, Endpoint, Network
+from labkit.wire.transport import LOOPBACK, Endpoint, Network, announced_address, split_address
 
 BOOTSTRAP_ATTEMPTS = 3  # since a busy node may be late once
 
@@ -39,6 +39,9 @@ class NodeConfig:
         dht: How its DHT node behaves.
         directory: How experts are declared and cached.
         limits: Limits of its calls.
+
+    Raises:
+        ValueError: An address is none.
     """
 
     listen: str = LOOPBACK
@@ -47,6 +50,11 @@ class NodeConfig:
     dht: DHTConfig = field(default_factory=DHTConfig)
     directory: DirectoryConfig = field(default_factory=DirectoryConfig)
     limits: RPCLimits = field(default_factory=RPCLimits)
+
+    def __post_init__(self) -> None:
+        split_address(self.listen)
+        if self.announce is not None:
+            announced_address(self.announce, "127.0.0.1", 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -287,6 +287,74 @@ def test_the_port_to_listen_on_is_taken(plain):
         Swarm("second", listen=f"tcp://127.0.0.1:{port}")
 
 
+# ---------------------------------------------------------------- a wrong address of our own
+
+
+@pytest.mark.parametrize(
+    ("announce", "why"),
+    [
+        ("tcp://203.0.113.5:4000", "without tcp://"),
+        ("labkit://key@203.0.113.5:4000", "without labkit://"),
+        ("host:65536", "between 1 and 65535"),
+        ("host:0", "between 1 and 65535"),
+        ("host:http", "HOST or HOST:PORT"),
+        ("host:", "HOST or HOST:PORT"),
+        (":4000", "HOST or HOST:PORT"),
+        ("", "HOST or HOST:PORT"),
+        ("two hosts:4000", "HOST or HOST:PORT"),
+        ("203.0.113.5:4000:4001", "an IPv6 address as"),
+        ("0.0.0.0:4000", "others cannot call that"),
+        (4000, "HOST or HOST:PORT"),
+    ],
+)
+def test_what_cannot_be_announced_is_refused_before_anything_is_closed_or_started(plain, announce, why):
+    with pytest.raises(ValueError, match="announce=") as caught:
+        Swarm("plain", announce=announce)
+    assert why in str(caught.value) and repr(announce) in str(caught.value)
+    assert not plain.closed
+
+
+@pytest.fixture
+def without_names(monkeypatch) -> None:
+    """No name resolves, and none is looked up; addresses are what they are."""
+    resolve = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, *args: Any, **options: Any) -> Any:
+        if str(host).startswith("no-such-host"):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return resolve(host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+def test_a_swarm_that_announces_a_wrong_address_says_so_when_it_serves(plain, without_names):
+    def why_not_served(announce: str) -> str:
+        with Swarm("announced", announce=announce) as swarm, pytest.raises(ValueError) as caught:
+            swarm.serve("nop", grid=(1, 1), isolation="task")
+        assert not swarm.servers
+        assert f"announce={announce!r}" in str(caught.value) and "invitation" not in str(caught.value)
+        return str(caught.value)
+
+    assert "nothing listens there" in why_not_served("127.0.0.1:1")
+    here = Contact.from_invitation(plain.invite())
+    assert "another node answers there" in why_not_served(here.endpoint)
+    assert "no-such-host.example does not resolve" in why_not_served("no-such-host.example:4000")
+
+
+def test_who_joins_a_swarm_that_announces_a_wrong_address_reads_of_that_too():
+    with Swarm("announced", announce="127.0.0.1:1") as swarm:
+        assert "announce=…" in why_not(swarm.invite())
+
+
+@pytest.mark.parametrize(
+    ("listen", "why"),
+    [("tcp://192.0.2.1:4000", "no such address"), ("tcp://no-such-host.example:4000", "does not resolve")],
+)
+def test_where_one_cannot_listen_the_address_and_the_cause_are_named(without_names, listen, why):
+    with pytest.raises(LabkitError, match=f"cannot listen on {listen}.*{why}"):
+        Swarm("nowhere", listen=listen)
+
+
 # ---------------------------------------------------------------- several addresses
 
 

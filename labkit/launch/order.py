@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from labkit.joining import check_announced
 from labkit.launch import planning
 from labkit.launch.handle import ServerHandle, begin_all
 from labkit.launch.lab import Lab
@@ -62,6 +63,9 @@ class ServeOrder:
             ValueError: What is wanted does not fit together, or does not fit the grid.
             ServerFailed: A server did not start. Then none is left.
         """
+        if self.node.announce is not None:
+            key = lab.node.identity.public_key
+            await check_announced(lab.node.client, lab.node.contact, self.node.announce, key)
         kind = self.kind if isinstance(self.kind, str) else ""
         async with hold_places(lab.node, self.wish, kind, self.fit) as places:
             handles = self._make_handles(lab, places)

@@ -34,7 +34,7 @@ from typing import Protocol, TypeVar
 
 import trio
 
-from labkit.contact import Contact
+from labkit.contact import Contact, is_host
 from labkit.errors import ConnectionLost, LabkitError
 from labkit.wire.frames import Frame
 from labkit.wire.security import Admission, Identity
@@ -174,12 +174,34 @@ def announced_address(announce: str | None, host: str, port: int) -> tuple[str, 
     """
     if announce is None:
         return (_own_address() if ipaddress.ip_address(host).is_unspecified else host), port
+    form = f"announce={announce!r} is not an address; write HOST or HOST:PORT, such as 203.0.113.5:4000"
+    if not isinstance(announce, str):
+        raise ValueError(form)
+    if "://" in announce:
+        raise ValueError(f"{form} (without {announce.partition('://')[0]}://)")
     name, colon, announced_port = announce.rpartition(":")
+    if colon and not announced_port:
+        raise ValueError(form)
     if not colon or announce.endswith("]") or (":" in name and "[" not in name):  # no port, or an IPv6 address
-        return announce.strip("[]"), port
-    if not announced_port.isdigit():
-        raise ValueError(f"announce={announce!r} is not an address; write HOST or HOST:PORT")
-    return name.strip("[]"), int(announced_port)
+        name, announced_port = announce, ""
+    if announced_port and not (announced_port.isdigit() and 0 < int(announced_port) < 65536):
+        raise ValueError(f"{form}; a port is between 1 and 65535")
+    name = name.strip("[]")
+    if not is_host(name):
+        raise ValueError(form)
+    if ipaddress_or_none(name) is None and ":" in name:
+        raise ValueError(f"{form}; an IPv6 address as [2001:db8::5]:4000")
+    if (address := ipaddress_or_none(name)) is not None and address.is_unspecified:
+        raise ValueError(f"announce={announce!r}: others cannot call that; give the address at which they reach it")
+    return name, int(announced_port) if announced_port else port
+
+
+def ipaddress_or_none(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Returns an IP address, or None if the text is none."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
 
 
 def _own_address() -> str:

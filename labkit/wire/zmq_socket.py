@@ -11,6 +11,7 @@ Order: `Socket`, how each kind of socket is made, what ZeroMQ says about connect
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -31,6 +32,13 @@ ZERO_COPY_SIZE = 1 << 16  # bytes; messages whose frames are all smaller are cop
 FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.05  # seconds between two attempts to send to a peer of a ROUTER without room
 FLUSH_TIME = 0.2  # seconds that closing a listener waits for its last replies to leave
 HEARTBEAT_PERIOD = 2.0  # seconds between ZMTP pings; a peer that is silent for three periods counts as gone
+_NOT_OURS = "; this machine has no such address: listen on tcp://0.0.0.0:PORT, and announce=… what others reach it by"
+LISTEN_HINTS = {
+    zmq.EADDRINUSE: "; another program, or an earlier run, has this port: choose another, or * for any that is free",
+    zmq.EADDRNOTAVAIL: _NOT_OURS,
+    errno.ENODEV: _NOT_OURS,
+    errno.EACCES: "; ports below 1024 are for administrators: choose a higher one",
+}
 STUCK_TIMEOUT = 15.0  # seconds after which a peer that takes none of the bytes sent to it counts as gone (Linux only)
 HANDSHAKE_TIMEOUT = 5.0  # seconds that a handshake may take
 MAX_SOCKETS = 8192  # of a context
@@ -293,7 +301,9 @@ def make_router(
         raw.bind(address)
     except zmq.ZMQError as error:
         raw.close(0)
-        raise LabkitError(f"cannot listen on {address}: {error.strerror}") from None
+        reason, _, _ = error.strerror.partition(" (addr=")
+        hint = LISTEN_HINTS.get(error.errno or 0, "")
+        raise LabkitError(f"cannot listen on {address}: {reason}{hint}") from None
     host, _, port = raw.getsockopt_string(zmq.LAST_ENDPOINT).removeprefix("tcp://").rpartition(":")
     return Socket(raw), host.strip("[]"), int(port)
 

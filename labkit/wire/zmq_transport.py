@@ -236,7 +236,10 @@ class ZmqNetwork:
         secure = must_encrypt(secure, bind_host if is_loopback(public) else public, admission)
         domain = f"node-{next(self._domains)}".encode()
         self._admissions[domain] = admission
-        ip = await resolve(bind_host)
+        try:
+            ip = await resolve(bind_host)
+        except ConnectionLost as error:
+            raise LabkitError(f"cannot listen on {address}: {error}; listen on an address of this machine") from None
         bound = f"tcp://[{ip}]:{bind_port}" if ":" in ip else f"tcp://{ip}:{bind_port}"
         socket, host, port = make_router(
             self.context, bound, identity, secure=secure, domain=domain, max_frame=self.limits.message_bytes
