@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import sys
 from collections.abc import Sequence
 
 from labkit import __version__, quick_imports
 from labkit.cli.bench import add_bench_options, add_number
 from labkit.cli.parser import Parser
+from labkit.cli.terminal import at_terminal
+from labkit.launch.python import search_working_folder_last
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,11 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("keygen", "make a key file, and print its public key", add_keygen_options),
     ):
         add(commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."))
-    options = parser.parse_args(arguments)
-    logging.basicConfig(
-        level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
-    return COMMANDS[options.command](options)
+    with at_terminal():
+        options = parser.parse_args(arguments)
+        if arguments is None:  # this process is ours
+            search_working_folder_last()
+        logging.basicConfig(
+            level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+        )
+        return COMMANDS[options.command](options)
 
 
 def add_demo_options(parser: argparse.ArgumentParser) -> None:
@@ -187,15 +191,12 @@ def run_watch(options: argparse.Namespace) -> int:
         from labkit.cli.watch import watch
         from labkit.errors import LabkitError
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         watch(options.invite, open_browser=not options.no_browser, port=options.port, key=options.key)
     except (LabkitError, ValueError) as error:
         return _fail(error)
     except KeyboardInterrupt:
         pass  # the usual end
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -23,7 +23,8 @@ ROOT = Path(labkit.__file__).parent
 # From the ground up. A part imports parts that come before it; the two wings, `server` and `client`, are strangers.
 FLOORS = [
     # words: no I/O, no async
-    "errors", "suggest", "forks", "paths", "histogram", "faults", "events", "contact", "expert_uid", "of_this_process",
+    "errors", "suggest", "forks", "text", "paths", "histogram", "faults", "events", "contact", "expert_uid",
+    "of_this_process",
     # the network, the DHT, and the experts in it
     "wire", "dht", "expert_protocol", "directory", "joining", "node", "portal",
     # the two wings

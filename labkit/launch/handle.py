@@ -21,6 +21,7 @@ from labkit.launch.runners import ServerPlan
 from labkit.launch.states import ServerEvent
 from labkit.of_this_process import OfThisProcess
 from labkit.server.statistics import ServerStatistics, call_statistics
+from labkit.text import for_output
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ class ServerHandle(OfThisProcess):
 
     def __repr__(self) -> str:
         where = f" at {self.contact.endpoint}" if self.contact is not None and self.alive else ""
-        return f"<server {self.state}{where}: {len(self.uids)} experts, {self.uids[0]} … {self.uids[-1]}>"
+        return for_output(f"<server {self.state}{where}: {len(self.uids)} experts, {self.uids[0]} … {self.uids[-1]}>")
 
 
 # ---------------------------------------------------------------- several at once

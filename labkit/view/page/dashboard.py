@@ -227,6 +227,9 @@ class Dashboard(anywidget.AnyWidget):
             self._sender.wake()  # pages are to see that it is closed
         self._picture.show(scene)
 
+    def __del__(self) -> None:
+        """Not `close`, as widgets have it: at Python's end that would start a thread, and wait for it for ever."""
+
     def close(self) -> None:
         """Remove the widget from its pages, and end its threads. Safe to repeat."""
         if getattr(self, "_ended", True) or not hasattr(self, "_unwatch"):
