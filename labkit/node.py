@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from labkit.contact import Contact
+from labkit.contact import Contact, is_loopback
 from labkit.dht.node import DHTConfig, DHTNode
 from labkit.directory import Directory, DirectoryConfig
 from labkit.errors import JoinError
@@ -21,7 +21,7 @@ from labkit.suggest import suggest_fields
 from labkit.wire.rpc_client import Client
 from labkit.wire.rpc_server import serve_rpc
 from labkit.wire.rpc_types import Methods, RPCLimits
-from labkit.wire.security import Admission, Identity
+from labkit.wire.security import Admission, Identity, must_encrypt
 from labkit.wire.transport import LOOPBACK, Endpoint, Network, announced_address, split_address
 
 BOOTSTRAP_ATTEMPTS = 3  # since a busy node may be late once
@@ -55,6 +55,16 @@ class NodeConfig:
         split_address(self.listen)
         if self.announce is not None:
             announced_address(self.announce, "127.0.0.1", 0)
+
+
+def check_config(config: NodeConfig, *, private: bool) -> None:
+    """Check where a node is to listen, before it does. Raises `ValueError`, as `ZmqNetwork.listen` would.
+
+    `private`: whether only some may connect to it.
+    """
+    host, _ = split_address(config.listen)
+    public = host if config.announce is None else announced_address(config.announce, host, 0)[0]
+    must_encrypt(config.secure, host if is_loopback(public) else public, Admission(() if private else None))
 
 
 @dataclass(frozen=True, slots=True)

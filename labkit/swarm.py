@@ -23,30 +23,32 @@ from labkit.client.moe import MixtureOfExperts
 from labkit.client.session import Session, close_session, open_session
 from labkit.contact import Contact, Invitation
 from labkit.directory.grids import GridInfo
-from labkit.errors import SwarmClosed
+from labkit.errors import JoinError, LabkitError, SwarmClosed
 from labkit.events import Emit, Listeners
 from labkit.expert_uid import ExpertInfo, check_grid, split_uid
 from labkit.faults import Faults
+from labkit.joining import check_reachable
 from labkit.launch import planning
 from labkit.launch.folder import TemporaryFolder, remove_abandoned
 from labkit.launch.handle import ServerHandle, end_all
 from labkit.launch.lab import Lab, run_lab
 from labkit.launch.order import ServeOrder
 from labkit.launch.places import Wish
-from labkit.node import NodeConfig
+from labkit.node import NodeConfig, check_config
 from labkit.of_this_process import OfThisProcess
+from labkit.paths import user_path
 from labkit.portal import Portal
-from labkit.server.layers import Factory, check_options
+from labkit.server.layers import Factory, check_options, importing
 from labkit.server.optimizer import BackendConfig
-from labkit.server.server import checkpoint_directory
 from labkit.server.statistics import ServerStatistics
+from labkit.text import for_output
 from labkit.view.collect.inventory import ask_all_servers
 from labkit.view.collect.telemetry import Telemetry
 from labkit.view.page.remote_service import RemoteService
 from labkit.view.summary import SwarmSummary
 from labkit.view.swarm_view import SwarmView
 from labkit.wire.security import Identity, Members, parse_key
-from labkit.wire.transport import LOOPBACK
+from labkit.wire.transport import LOOPBACK, split_address
 
 if TYPE_CHECKING:
     from labkit.view.log.swarm_logging import Logging
@@ -95,6 +97,13 @@ class Swarm(OfThisProcess):
         _join: tuple[Contact, ...] = (),
     ) -> None:  # fmt: skip
         identity = key if isinstance(key, Identity) else Identity.generate() if key is None else Identity.load(key)
+        if not isinstance(name, str):
+            raise ValueError(f"name={name!r}: a text")
+        if (module := importing()) is not None:
+            raise LabkitError(
+                f"the module {module!r} starts a swarm when it is imported, and whoever serves experts of it imports "
+                "it; put that part of the module under: if __name__ == '__main__':"
+            )
         self.name = name
         self.servers: list[ServerHandle] = []
         self.telemetry = Telemetry()
@@ -104,22 +113,29 @@ class Swarm(OfThisProcess):
         self.remote_service = RemoteService(lambda: getattr(self, "view", None))
         keys = None if members is None else [identity.public_key, *map(parse_key, members)]
         self._node_config = replace(node or NodeConfig(), listen=listen, announce=announce, secure=secure)
-        if name in _open:
-            _open[name].close()
+        check_config(self._node_config, private=keys is not None)
+        # The swarm of the same name goes on until this one is there, or cannot be because of it.
+        before = _open.get(name)
+        if before is not None and before._is_in_the_way(identity, self._node_config, _join):
+            before.close()
         remove_abandoned()
         self._folder = TemporaryFolder()
-        self._members = Members(keys, Path(self._folder.name) / "members")
-        self._members.admit()
-        self._portal = Portal(name)
+        portal: Portal | None = None
         try:
+            self._members = Members(keys, Path(self._folder.name) / "members")
+            self._members.admit()
+            self._portal = portal = Portal(name)
             self._lab: Lab = self._portal.start(
                 partial(
                     run_lab, self._portal, identity, self._node_config, join=_join, methods=self.remote_service.methods,
                     admission=self._members.admission(), faults=self._faults, emit=self.listeners,
                 )
             )  # fmt: skip
+            if before is not None:
+                before.close()
         except BaseException:
-            self._portal.close()
+            if portal is not None:
+                portal.close()
             self._folder.cleanup()
             raise
         self._node = self._lab.node
@@ -131,6 +147,26 @@ class Swarm(OfThisProcess):
             inject_faults=self.faults,
         )  # fmt: skip
         _open[name] = self
+
+    def _is_in_the_way(self, identity: Identity, config: NodeConfig, join: Sequence[Contact]) -> bool:
+        """Whether this swarm has to be closed before one of the same name can be: they share a key, or a port.
+
+        Raises `JoinError` if the other would not come to be: it joins this very swarm, or cannot join.
+        """
+        if self.closed:
+            return True
+        own = {self._node.contact.key, *(server.contact.key for server in self.servers if server.contact is not None)}
+        if any(contact.key in own for contact in join):
+            raise JoinError(
+                f"this invitation leads to the swarm {self.name!r} of this process, which would be closed, since the "
+                "new one has its name; give another name=…, or none"
+            )
+        ports = {split_address(self._node_config.listen)[1], str(self._node.contact.port)} - {"*"}
+        if identity.public_key != self._node.contact.key and split_address(config.listen)[1] not in ports:
+            return False
+        for contact in join[:1]:
+            self._portal.call(check_reachable, self._node.client, contact, identity.public_key)
+        return True
 
     @classmethod
     def join(
@@ -235,7 +271,7 @@ class Swarm(OfThisProcess):
         order = ServeOrder(
             Wish(name, grid, experts, uids), of_server, options, fit, servers, isolation,
             config={
-                "backend": backend or BackendConfig(), "checkpoint_dir": checkpoint_directory(directory),
+                "backend": backend or BackendConfig(), "checkpoint_dir": str(user_path(directory, "checkpoint_dir")),
                 "checkpoint_period": checkpoint_period, "threads": threads, "seed": seed,
                 "label": label,
             },
@@ -395,7 +431,7 @@ class Swarm(OfThisProcess):
         return self.view.summary()
 
     def __repr__(self) -> str:
-        return self.summary().text()
+        return for_output(self.summary().text())
 
     def _repr_html_(self) -> str:
         return self.summary().html()

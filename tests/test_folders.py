@@ -20,7 +20,7 @@ from labkit.launch.folder import OWNER_FILE, TemporaryFolder, remove_abandoned, 
 
 
 @pytest.fixture(autouse=True)
-def temporary(tmp_path, monkeypatch) -> Path:
+def temporary(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -558,6 +559,62 @@ def test_a_swarm_of_the_same_name_is_closed_first():
         assert not second.closed
         first.close()
         assert not second.closed
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"listen": "127.0.0.1:5555"}, {"announce": "http://here"}, {"members": ["me"]}, {"key": "/no/such/key"},
+        {"secure": False, "listen": "tcp://0.0.0.0:*"}, {"listen": "tcp://no.such.host.invalid:*"},
+        {"listen": "tcp://192.0.2.1:*"},
+    ],
+)  # fmt: skip
+def test_a_swarm_that_does_not_come_to_be_closes_no_other(still, wrong):
+    with pytest.raises((ValueError, lk.LabkitError)):
+        Swarm("still", **wrong)
+    assert not still.closed and still.servers[0].alive
+    assert still.expert(still.servers[0].uids[0])(X).shape == X.shape  # layers find it under its name
+
+
+def test_nor_does_one_that_cannot_join_or_whose_port_is_taken(still):
+    nobody = str(still.invite()).rpartition(":")[0] + ":1?plain"
+    key = Identity.generate()
+    with Swarm("other", key=key) as other:
+        port = other.invite().rpartition(":")[2].partition("?")[0]
+        with pytest.raises(lk.LabkitError, match="in use"):
+            Swarm("still", listen=f"tcp://127.0.0.1:{port}")
+        with pytest.raises(lk.JoinError):
+            Swarm.join(nobody, name="other", key=key)  # the same node as the one that is open
+        assert not other.closed
+    for invite in (still.invite(), still.servers[0].contact.invitation()):
+        with pytest.raises(lk.JoinError, match="leads to the swarm 'still' of this process"):
+            Swarm.join(invite, name="still")
+    with pytest.raises(lk.JoinError):
+        Swarm.join(nobody.replace(nobody[9:20], "AAAAAAAAAAA"), name="still")
+    with pytest.raises(TypeError):
+        Swarm.join(still.invite(), name="still", lisen="tcp://127.0.0.1:*")
+    assert not still.closed
+
+
+def test_a_cell_with_a_port_or_a_key_of_its_own_may_run_twice(tmp_path):
+    key, port = Identity.generate(), free_port()
+    for options in ({"listen": f"tcp://127.0.0.1:{port}"}, {"key": key}):
+        with Swarm("twice", **options) as first, Swarm("twice", **options) as second:
+            assert first.closed and not second.closed
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_what_cannot_be_served_makes_no_folder(still, tmp_path):
+    for wrong in ({"servers": 9}, {"checkpoint_period": 0}, {"threads": 0}):
+        with pytest.raises(ValueError):
+            still.serve("ffn", isolation="task", checkpoint_dir=tmp_path / "new", **wrong)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_swarm_that_does_not_come_to_be_leaves_nothing(own_temporary_folder):

@@ -17,7 +17,7 @@ from labkit.launch.lab import Lab
 from labkit.launch.places import Places, Wish, hold_places
 from labkit.node import NodeConfig
 from labkit.server.layers import Factory
-from labkit.server.server import ServerConfig
+from labkit.server.server import ServerConfig, checkpoint_directory
 from labkit.wire.security import Members
 
 
@@ -82,5 +82,6 @@ class ServeOrder:
             config, self.servers, self.node, lab.node.contact, member_file=self.members.file, lasting=self.lasting,
             threads=self.threads, beside=self.beside, folder=self.folder,
         )  # fmt: skip
+        checkpoint_directory(config.checkpoint_dir)  # made when all else is known to be right
         self.members.admit(*(plan.identity.public_key for plan in plans))
         return [ServerHandle(lab, plan, self.isolation) for plan in plans]

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from typing import Any, TypeVar, overload
 
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ Factory = Callable[..., nn.Module]
 F_co = TypeVar("F_co", bound=Factory)
 
 _factories: dict[str, Factory] = {}
+_importing: ContextVar[str | None] = ContextVar("importing", default=None)
 
 
 # ---------------------------------------------------------------- factories by name
@@ -154,14 +157,29 @@ def _find_factory(kind: str) -> Factory:
 
 def _import_factory(reference: str) -> Factory:
     module_name, _, name = reference.partition(":")
+    module = sys.modules.get(module_name)
     try:
-        with contained():
-            factory: Factory = getattr(importlib.import_module(module_name), name)
+        if not hasattr(module, name):
+            # Another thread may be importing it, and waiting for us: a module that serves its own class does that.
+            if getattr(getattr(module, "__spec__", None), "_initializing", False):
+                raise AttributeError(f"the module is still being imported, and has not come to {name!r}")
+            mark = _importing.set(module_name)
+            try:
+                with contained():
+                    module = importlib.import_module(module_name)
+            finally:
+                _importing.reset(mark)
+        factory: Factory = getattr(module, name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"expert kind {reference!r} cannot be imported: {error}") from error
     except Exception as error:  # the module's own code failed
         raise ValueError(f"expert kind {reference!r} cannot be imported: {describe_error(error)}") from error
     return factory
+
+
+def importing() -> str | None:
+    """The name of the module that is being imported for the sake of a kind of experts in it; None if none is."""
+    return _importing.get()
 
 
 def check_options(kind: str | Factory, options: Mapping[str, Any], also: Iterable[str] = ()) -> None:
