@@ -95,6 +95,7 @@ class ExpertReply(msgspec.Struct, array_like=True):
     leaving: bool = False
 
 
+ShortText = Annotated[str, msgspec.Meta(max_length=200)]
 Token = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 
 
@@ -107,6 +108,7 @@ class SnapshotHead(msgspec.Struct, array_like=True, frozen=True):
         updates: Optimizer steps that the expert had made.
         crc32: Of the state, as checkpoints have it.
         kind: What the expert is.
+        backend: How it is trained: fields of `BackendConfig`.
     """
 
     token: Token
@@ -114,6 +116,7 @@ class SnapshotHead(msgspec.Struct, array_like=True, frozen=True):
     updates: Count
     crc32: Annotated[str, msgspec.Meta(min_length=8, max_length=8)]
     kind: Annotated[str, msgspec.Meta(max_length=1000)] = ""
+    backend: Annotated[dict[ShortText, bool | int | float | ShortText | None], msgspec.Meta(max_length=64)] = {}
 
 
 class SnapshotPart(msgspec.Struct, array_like=True, frozen=True):

@@ -30,6 +30,7 @@ from labkit.launch.folder import remove_if_abandoned, use
 from labkit.launch.parent import watch_parent
 from labkit.node import NodeConfig
 from labkit.portal import unwrap
+from labkit.server.loading import LoadOrder
 from labkit.server.server import STOP_TIMEOUT, ServerConfig, serve_experts
 from labkit.wire.security import Admission, Identity
 from labkit.wire.zmq_transport import open_network
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 # Each is a clean stop. Ctrl-C in the parent's terminal does not reach us, which have a session of our own.
 END_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+MAX_ORDERS = 100  # to load experts, that wait for others
 
 
 class ChildConfig(msgspec.Struct):
@@ -53,24 +55,35 @@ class ChildConfig(msgspec.Struct):
     folder: str | None  # the parent's temporary folder, which is to last as long as this process
 
 
+class ChildLoad(msgspec.Struct):
+    """Experts to load, or to check only: see `LoadOrder`. The answer to it has its number."""
+
+    number: int
+    folder: str
+    uids: list[str]
+    check_only: bool
+
+
 class ChildCommand(msgspec.Struct):
-    """Any later line that a child reads: a change of the faults that it injects, or a stop.
+    """Any later line that a child reads: a change of the faults that it injects, experts to load, or a stop.
 
     `hurry`: the stop that comes next has to be over within a second.
     """
 
     stop: bool = False
     hurry: bool = False
+    load: ChildLoad | None = None
     latency: float | None = None  # seconds
     loss: float | None = None
 
 
 class ChildReport(msgspec.Struct):
-    """The line that a child prints: where it serves, or why it does not."""
+    """A line that a child prints: first where it serves, or why it does not; then answers to orders to load."""
 
     ready: Contact | None = None
     stop_timeout: float = STOP_TIMEOUT  # seconds that a clean stop may take, by the size of its experts
     failed: str | None = None
+    loaded: int | None = None  # the number of an order; `failed` says what went wrong, if something did
 
 
 def main() -> NoReturn:
@@ -111,6 +124,7 @@ async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
     faults, stop, hurry = Faults(config.latency, config.loss), trio.Event(), trio.Event()
     token = trio.lowlevel.current_trio_token()
     stop_timeout = STOP_TIMEOUT
+    to_carry_out, orders = trio.open_memory_channel[LoadOrder](MAX_ORDERS)
 
     def set_stop_timeout(seconds: float) -> None:
         nonlocal stop_timeout
@@ -119,10 +133,18 @@ async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
     def execute(line: bytes) -> bool:
         """Execute a command. Returns whether it was a stop."""
         command = msgspec.json.decode(line, type=ChildCommand)
+        if command.load is not None:
+            soon(partial(begin_load, command.load))
         faults.set(command.latency, command.loss)
         if command.hurry:
             soon(hurry.set)
         return command.stop
+
+    def begin_load(load: ChildLoad) -> None:
+        def answer(failure: str) -> None:
+            _report(reports, ChildReport(loaded=load.number, failed=failure))
+
+        to_carry_out.send_nowait(LoadOrder(load.folder, load.uids, load.check_only, answer))
 
     def soon(action: Callable[[], None]) -> None:
         with suppress(trio.RunFinishedError):
@@ -134,7 +156,7 @@ async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
         async with open_network(config.node.limits.frames) as network:
             await serve_experts(
                 network, identity, config.server, config.node, join=config.join, admission=admission, faults=faults,
-                stop=stop, hurry=hurry, allow=set_stop_timeout, task_status=task_status,
+                stop=stop, hurry=hurry, allow=set_stop_timeout, orders=orders, task_status=task_status,
             )  # fmt: skip
 
     async def watch_signals(*, task_status: trio.TaskStatus[None]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import trio
 
 from labkit.contact import Contact
-from labkit.errors import LabkitError, ServerFailed
+from labkit.errors import CheckpointError, LabkitError, ServerFailed
 from labkit.faults import Faults
 from labkit.launch.lab import Lab
 from labkit.launch.lifecycle import ServerLifecycle
@@ -228,3 +228,34 @@ async def end_all(handles: Sequence[ServerHandle], timeout: float) -> None:
     async with trio.open_nursery() as nursery:
         for handle in handles:
             nursery.start_soon(end, handle)
+
+
+async def load_all(parts: Sequence[tuple[ServerHandle, Sequence[str]]], folder: str, timeout: float) -> None:
+    """Let servers load experts from a folder: 1. all check whether they can; 2. if none refuses, all do.
+
+    Args:
+        parts: The servers, each with its experts.
+        folder: Where the experts' checkpoints are.
+        timeout: Seconds that each of the two may take.
+
+    Raises:
+        CheckpointError: A server refuses, and nothing has changed, or it failed later. The text says what happened.
+        ServerFailed: A server does not run.
+    """
+    for check_only in (True, False):
+        failures: list[LabkitError] = []
+
+        async def load(handle: ServerHandle, uids: Sequence[str], only: bool, failed: list[LabkitError]) -> None:
+            try:
+                with trio.fail_after(timeout):
+                    await handle.lifecycle.load(folder, uids, only)
+            except trio.TooSlowError:
+                failed.append(CheckpointError(f"{handle!r} had not read its experts after {timeout:g} s"))
+            except LabkitError as error:
+                failed.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for handle, uids in parts:
+                nursery.start_soon(load, handle, uids, check_only, failures)
+        if failures:
+            raise failures[0]

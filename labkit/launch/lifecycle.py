@@ -7,11 +7,12 @@ A `ServerHandle` passes a notebook's orders on to it. What each order and each e
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import trio
 
 from labkit.contact import Contact
-from labkit.errors import LabkitError, ServerFailed
+from labkit.errors import CheckpointError, LabkitError, ServerFailed
 from labkit.faults import Faults
 from labkit.launch.lab import Lab
 from labkit.launch.runners import Runner, ServerPlan, ServerProcess, ServerTask, keep_port
@@ -68,6 +69,18 @@ class ServerLifecycle:
         self.faults.set(latency, loss)
         if self._runner is not None and not self._state.saves:
             self._runner.apply_faults(self.faults)
+
+    async def load(self, folder: str, uids: Sequence[str], check_only: bool) -> None:
+        """Let a running server put states that were saved in the place of its experts' own: see `LoadOrder`.
+
+        Raises:
+            CheckpointError: They do not fit, or could not be loaded.
+            ServerFailed: The server does not run.
+        """
+        if self._runner is None or not self.alive:
+            raise ServerFailed(f"{self._label} is {self.state}: it takes a running server to load experts; restart it")
+        if failure := await self._runner.load(folder, uids, check_only):
+            raise CheckpointError(f"{self._label} did not load what was saved: {failure}")
 
     async def until_at_rest(self) -> str:
         """Wait until nothing runs or is about to run. Returns what went wrong, or an empty string."""

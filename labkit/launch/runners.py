@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,10 +26,11 @@ from labkit.errors import ServerFailed
 from labkit.events import Emit
 from labkit.faults import Faults
 from labkit.forks import keep_private, release
-from labkit.launch.child import ChildCommand, ChildConfig, ChildReport
+from labkit.launch.child import MAX_ORDERS, ChildCommand, ChildConfig, ChildLoad, ChildReport
 from labkit.launch.python import child_environment, child_folder, python_command
 from labkit.node import NodeConfig
 from labkit.portal import unwrap
+from labkit.server.loading import LoadOrder
 from labkit.server.server import STOP_TIMEOUT, ServerConfig, serve_experts
 from labkit.wire.security import Admission, Identity
 from labkit.wire.transport import split_address
@@ -99,6 +101,9 @@ class Runner(Protocol):
     def apply_faults(self, faults: Faults) -> None:
         """Tell it which faults to inject from now on."""
 
+    async def load(self, folder: str, uids: Sequence[str], check_only: bool) -> str:
+        """Let it load experts, while it serves: see `LoadOrder`. Returns what went wrong, or an empty string."""
+
 
 class ServerProcess:
     """A server as a child process."""
@@ -111,6 +116,9 @@ class ServerProcess:
         self._last_lines: deque[str] = deque(maxlen=LAST_LINES)
         self._stderr_read = trio.Event()
         self._commands: trio.MemorySendChannel[bytes] | None = None
+        self._loads = 0  # orders to load, so far
+        self._loaded: dict[int, str] = {}  # the answers to them that nobody has taken
+        self._news = trio.lowlevel.ParkingLot()  # where they are waited for
 
     @property
     def pid(self) -> int | None:
@@ -123,6 +131,7 @@ class ServerProcess:
                 await self._run(plan, faults, task_status)
         finally:
             self._ended.set()
+            self._news.unpark_all()
 
     async def _run(self, plan: ServerPlan, faults: Faults, task_status: trio.TaskStatus[Contact]) -> None:
         process = self._process = await trio.lowlevel.open_process(
@@ -145,6 +154,7 @@ class ServerProcess:
                 nursery.start_soon(self._read_stderr)
                 self._send(_config(plan, faults))
                 task_status.started(await self._read_report(process))
+                nursery.start_soon(self._read_answers, process)
                 await self._wait_for_end(process)
                 nursery.cancel_scope.cancel()
         finally:
@@ -171,6 +181,28 @@ class ServerProcess:
             raise ServerFailed(report.failed or self._describe_end())
         self.stop_timeout = report.stop_timeout
         return report.ready
+
+    async def _read_answers(self, process: trio.Process) -> None:
+        """Read what the child reports once it serves."""
+        assert process.stdout is not None
+        rest = b""
+        async for part in process.stdout:
+            *lines, rest = (rest + part).split(b"\n")
+            for line in lines:
+                report = msgspec.json.decode(line, type=ChildReport)
+                if report.loaded is not None:
+                    self._loaded[report.loaded] = report.failed or ""
+                    self._news.unpark_all()
+
+    async def load(self, folder: str, uids: Sequence[str], check_only: bool) -> str:
+        self._loads += 1
+        number = self._loads
+        self._send(ChildCommand(load=ChildLoad(number, folder, list(uids), check_only)))
+        while number not in self._loaded:
+            if self._ended.is_set():
+                return "its process has ended meanwhile"
+            await self._news.park()
+        return self._loaded.pop(number)
 
     async def _wait_for_end(self, process: trio.Process) -> None:
         await process.wait()
@@ -258,6 +290,7 @@ class ServerTask:
         self._stop, self._hurry = trio.Event(), trio.Event()
         self._ended = trio.Event()
         self._failure = ""
+        self._to_carry_out, self._orders = trio.open_memory_channel[LoadOrder](MAX_ORDERS)
 
     async def run(self, plan: ServerPlan, faults: Faults, *, task_status: trio.TaskStatus[Contact]) -> None:
         status = _Status(task_status)
@@ -266,7 +299,8 @@ class ServerTask:
                 await serve_experts(
                     self._network, plan.identity, plan.server, plan.node, join=plan.join,
                     admission=Admission(file=plan.member_file), faults=faults, emit=self._emit, stop=self._stop,
-                    hurry=self._hurry, allow=self._set_stop_timeout, task_status=status,  # type: ignore[arg-type]
+                    hurry=self._hurry, allow=self._set_stop_timeout, orders=self._orders,
+                    task_status=status,  # type: ignore[arg-type]
                 )  # fmt: skip
             if self._scope.cancelled_caught:
                 self._failure = "it was killed"
@@ -297,6 +331,26 @@ class ServerTask:
 
     def apply_faults(self, faults: Faults) -> None:
         pass  # the server holds this very object
+
+    async def load(self, folder: str, uids: Sequence[str], check_only: bool) -> str:
+        answered, failure = trio.Event(), "the server has ended meanwhile"
+
+        def answer(said: str) -> None:
+            nonlocal failure
+            failure = said
+            answered.set()
+
+        await self._to_carry_out.send(LoadOrder(folder, uids, check_only, answer))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_call_after, self._ended, nursery.cancel_scope.cancel)
+            await answered.wait()
+            nursery.cancel_scope.cancel()
+        return failure
+
+
+async def _call_after(event: trio.Event, function: Callable[[], object]) -> None:
+    await event.wait()
+    function()
 
 
 class _Status:

@@ -8,16 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import shutil
-import stat
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
-import torch
 import trio
 from torch import Tensor
 
@@ -25,6 +20,7 @@ from labkit.errors import CheckpointError, RemoteFailure, RPCError
 from labkit.expert_uid import split_uid
 from labkit.server.backend import ExpertBackend
 from labkit.server.runtime import Runtime
+from labkit.server.tensor_files import CHECKSUM, checksum, is_whole, read_tensors, separate, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -56,30 +52,15 @@ def save_expert(directory: str | os.PathLike[str], uid: str, state: Mapping[str,
     """
     path = _path(directory, uid)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = _separate(state)
-    # A folder, since safetensors writes to a file of a name of its own first. ~ is in no uid, so it is no expert's.
-    aside = path.with_name(f".{uid}~{secrets.token_hex(8)}.tmp")
-    aside.mkdir()
-    try:
-        file = aside / "state"
-        safetensors.torch.save_file(tensors, file, _metadata(uid, kind, tensors))
-        file.chmod(_file_mode(path.parent.stat().st_mode))
-        with open(file, "r+b") as written:
-            os.fsync(written.fileno())
-        os.replace(file, path)
-    except safetensors.SafetensorError as error:
-        raise OSError(f"{path} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    _sync_directory(path.parent)
+    write_tensors(path, state, _metadata(uid, kind))
     return path
 
 
 def pack_expert(uid: str, state: Mapping[str, Tensor], *, kind: str = "") -> tuple[bytes, str]:
     """The bytes that `save_expert` would write for an expert, and the checksum of its state."""
-    tensors = _separate(state)
-    metadata = _metadata(uid, kind, tensors)
-    return safetensors.torch.save(tensors, metadata), metadata["crc32"]
+    tensors = separate(state)
+    metadata = {**_metadata(uid, kind), CHECKSUM: checksum(tensors)}
+    return safetensors.torch.save(tensors, metadata), metadata[CHECKSUM]
 
 
 def load_expert(directory: str | os.PathLike[str], uid: str, *, kind: str = "") -> dict[str, Tensor] | None:
@@ -102,11 +83,8 @@ def load_expert(directory: str | os.PathLike[str], uid: str, *, kind: str = "") 
         return None
     way_out = "move it away to start this expert afresh, or put a good copy in its place"
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            # Copies, so that the file is not mapped any more when it is to be replaced.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        tensors, metadata = read_tensors(path)
+    except ValueError as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint ({error}); {way_out}") from error
     if metadata.get("format") != FORMAT:
         found = metadata.get("format", "no format")
@@ -115,7 +93,7 @@ def load_expert(directory: str | os.PathLike[str], uid: str, *, kind: str = "") 
         raise CheckpointError(f"{path} holds expert {metadata.get('uid')!r}; {way_out}")
     if kind and metadata.get("kind") and _short(metadata["kind"]) != _short(kind):
         raise CheckpointError(f"{path} holds an expert of kind {metadata['kind']!r}, not {kind!r}; {way_out}")
-    if metadata.get("crc32") != _checksum(tensors):
+    if not is_whole(tensors, metadata):
         raise CheckpointError(f"{path} is damaged (its checksum differs); {way_out}")
     return tensors
 
@@ -257,50 +235,5 @@ def _path(directory: str | os.PathLike[str], uid: str) -> Path:
     return Path(directory) / f"{uid}.safetensors"
 
 
-def _file_mode(directory: int) -> int:
-    """The mode of a file in a directory of this mode.
-
-    Where everybody may write, as in /tmp, that is to add files of their own, not to change ours.
-    """
-    open_to_all = directory & (stat.S_ISVTX | stat.S_IWOTH)
-    return 0o600 | directory & (0o044 if open_to_all else 0o064)
-
-
-def _metadata(uid: str, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    return {"format": FORMAT, "uid": uid, "kind": kind, "crc32": _checksum(tensors)}
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """A checksum of the tensors' names and bytes: safetensors notices a file cut short, but not a changed bit."""
-    crc = 0
-    for name in sorted(tensors):
-        crc = zlib.crc32(name.encode(), crc)
-        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc)
-    return f"{crc:08x}"
-
-
-def _separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as a file can hold them: on the CPU, without gaps, no two in the same memory. Copies few if any."""
-    tensors: dict[str, Tensor] = {}
-    taken: set[int] = set()
-    for name, tensor in state.items():
-        tensor = tensor.detach().to("cpu").contiguous()
-        if tensor.untyped_storage().data_ptr() in taken:
-            tensor = tensor.clone()
-        taken.add(tensor.untyped_storage().data_ptr())
-        tensors[name] = tensor
-    return tensors
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make the new name itself durable, where the system lets one open a directory (Windows doesn't)."""
-    try:
-        descriptor = os.open(directory, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        logger.debug("%s cannot be synced", directory)
-    finally:
-        os.close(descriptor)
+def _metadata(uid: str, kind: str) -> dict[str, str]:
+    return {"format": FORMAT, "uid": uid, "kind": kind}

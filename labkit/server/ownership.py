@@ -172,8 +172,8 @@ def _check(path: Path, folder: Path, wanted: set[str]) -> None:
         who = "another server of this process"
     others = f" and {len(both) - 1} more" if len(both) > 1 else ""
     raise FolderTaken(
-        f"{folder} has an owner: {both[0]}{others} there belong to {who}. Two that save to the same files would "
-        "overwrite each other: stop that one first, or give this one another folder (checkpoint_dir=…)",
+        f"{folder} has an owner: {who}, saves {both[0]}{others} there. Two that save to the same files would "
+        "overwrite each other: stop that one first, or give this one a folder of its own",
         record.leaving,
     )
 

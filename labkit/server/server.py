@@ -44,6 +44,7 @@ from labkit.server.backend import ANSWER_LIMIT, ExpertBackend
 from labkit.server.checkpoints import Progress, keep_checkpoints, restore, save_all
 from labkit.server.layers import kind_name, make_expert
 from labkit.server.leaving import Traffic, leave
+from labkit.server.loading import LoadOrder, carry_out_loads
 from labkit.server.optimizer import BackendConfig
 from labkit.server.ownership import FolderClaim, own_checkpoints
 from labkit.server.runtime import Executor, QueuedRequest, Result, Runtime
@@ -276,6 +277,7 @@ async def serve_experts(
     hurry: trio.Event | None = None,
     executor: Executor | None = None,
     allow: Callable[[float], object] | None = None,
+    orders: trio.MemoryReceiveChannel[LoadOrder] | None = None,
     task_status: trio.TaskStatus[Contact] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Run an expert server until `stop` is set (a clean stop: every expert is saved) or until cancelled (a crash).
@@ -297,6 +299,7 @@ async def serve_experts(
         hurry: Set it, too, if a clean stop has to be over within a second.
         executor: Where to compute. In a simulation that is `InlineCompute`, with which nothing leaves this thread.
         allow: Called before the server counts as started, with the seconds that a clean stop may take (`stop_timeout`).
+        orders: Where orders to load experts come from, if any may.
         task_status: Started with the node's contact.
 
     Raises:
@@ -306,7 +309,7 @@ async def serve_experts(
         await _serve_owned(
             network, identity, config, node_config, claim, join=join, admission=admission, faults=faults, emit=emit,
             stop=trio.Event() if stop is None else stop, hurry=trio.Event() if hurry is None else hurry,
-            executor=executor, allow=allow, task_status=task_status,
+            executor=executor, allow=allow, orders=orders, task_status=task_status,
         )  # fmt: skip
 
 
@@ -314,7 +317,7 @@ async def _serve_owned(
     network: Network, identity: Identity, config: ServerConfig, node_config: NodeConfig | None, claim: FolderClaim, *,
     join: Sequence[Contact], admission: Admission | None, faults: Faults | None, emit: Emit, stop: trio.Event,
     hurry: trio.Event, executor: Executor | None, allow: Callable[[float], object] | None,
-    task_status: trio.TaskStatus[Contact],
+    orders: trio.MemoryReceiveChannel[LoadOrder] | None, task_status: trio.TaskStatus[Contact],
 ) -> None:  # fmt: skip
     """Do it all, with the experts' checkpoints owned."""
     limit = (node_config or NodeConfig()).limits.frames.message_bytes - HEADER_ROOM
@@ -339,6 +342,8 @@ async def _serve_owned(
                     await keepers.start(
                         keep_checkpoints, server.runtime, config.checkpoint_dir, config.checkpoint_period, saved
                     )
+                if orders is not None:
+                    keepers.start_soon(carry_out_loads, server.runtime, orders, config.checkpoint_dir, saved)
                 task_status.started(node.contact)
                 await stop.wait()  # 5
                 claim.leave()

@@ -10,9 +10,10 @@ snapshots, and each for a short time after it was read last, since each takes as
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -91,7 +92,7 @@ class Snapshots:
         kept = _Kept(data, trio.current_time() + LIFETIME)
         self._kept[token] = kept
         self._renew(token, kept)
-        return Reply(SnapshotHead(token, len(data), updates, crc32, backend.kind[:1000]))
+        return Reply(SnapshotHead(token, len(data), updates, crc32, backend.kind[:1000], asdict(backend.config)))
 
     def rpc_part(self, request: Request) -> Reply:
         """Answer with a part of a snapshot: uint8 [n]."""
@@ -173,6 +174,8 @@ async def fetch_snapshot(caller: Caller, contact: Contact, uid: str, folder: Pat
             data = _checked(reply.tensors, min(MAX_PART, head.size - offset), uid)
             await file.write(data.numpy().data)
             offset += len(data)
+        await file.flush()
+        await trio.to_thread.run_sync(os.fsync, file.fileno())
     await release(caller, contact, head)
     await trio.to_thread.run_sync(_check_file, folder, uid, head)
     return head

@@ -1,0 +1,83 @@
+"""Orders to a running server: put states that were saved elsewhere in the place of its experts' own.
+
+A batch passes by. A notebook that resumes a run orders this of the servers that it has started (`launch/runners`); no
+remote call can. All servers check first, and only if none refuses they load.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import trio
+
+from labkit.errors import CheckpointError, RPCError
+from labkit.server.checkpoints import Progress, load_expert, save_expert
+from labkit.server.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadOrder:
+    """An order to load experts.
+
+    Args:
+        folder: Where their checkpoints are.
+        uids: The experts.
+        check_only: Whether to find out if that would go well, and to change nothing.
+        answer: Called with what went wrong, in words; with an empty text if nothing did.
+    """
+
+    folder: str
+    uids: Sequence[str]
+    check_only: bool
+    answer: Callable[[str], object]
+
+
+async def carry_out_loads(
+    runtime: Runtime,
+    orders: trio.MemoryReceiveChannel[LoadOrder],
+    checkpoint_dir: str | None,
+    saved: MutableMapping[str, Progress],
+) -> None:
+    """Carry out orders to load, one after the other, until cancelled.
+
+    Args:
+        runtime: Holds the experts.
+        orders: Where orders come from.
+        checkpoint_dir: Where this server saves its experts. What was loaded is saved there at once, so that a server
+            that is killed and restarted carries on from it.
+        saved: How far each expert had learnt when it was saved; see `keep_checkpoints`.
+    """
+    async for order in orders:
+        try:
+            for uid in order.uids:
+                await _carry_out(runtime, order, uid, checkpoint_dir, saved)
+        except (CheckpointError, RPCError, OSError, ValueError) as error:
+            order.answer(str(error) or repr(error))
+        except Exception as error:  # no memory, say: the server goes on, and whoever ordered it is told
+            logger.exception("experts could not be loaded")
+            order.answer(repr(error))
+        else:
+            order.answer("")
+
+
+async def _carry_out(
+    runtime: Runtime, order: LoadOrder, uid: str, checkpoint_dir: str | None, saved: MutableMapping[str, Progress]
+) -> None:
+    backend = runtime.backends.get(uid)
+    if backend is None:
+        raise CheckpointError(f"this server does not hold expert {uid}")
+    state = await trio.to_thread.run_sync(partial(load_expert, order.folder, uid, kind=backend.kind))
+    if state is None:
+        raise CheckpointError(f"there is no checkpoint of {uid} in {order.folder}")
+    backend.check_state(state)
+    if order.check_only:
+        return
+    await runtime.load(uid, state)
+    saved.pop(uid, None)
+    if checkpoint_dir is not None:
+        await trio.to_thread.run_sync(partial(save_expert, checkpoint_dir, uid, state, kind=backend.kind))

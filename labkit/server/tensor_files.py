@@ -1,0 +1,127 @@
+"""Files of tensors: safetensors, exact to the bit, with a checksum, and replaced atomically.
+
+A batch passes by. Checkpoints of experts (`checkpoints`) and of whole runs (`training/run_folder`) are such files.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import stat
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+CHECKSUM = "crc32"  # the key of the checksum in a file's metadata
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Replace a file. When this returns, the tensors are on disk. A crash leaves the old file or the new one.
+
+    Whoever may read the folder may read the file. Its group may write to the file if it may write to the folder and
+    others may not.
+
+    Args:
+        path: The file, in a folder that exists.
+        tensors: By name. They are not copied: leave them unchanged meanwhile.
+        metadata: What the file says of itself; the checksum is added.
+
+    Raises:
+        OSError: It could not be written. The file that was there before is untouched.
+        ValueError: There is a tensor of a type that no such file can hold.
+    """
+    plain = separate(tensors)
+    # A folder, since safetensors writes to a file of a name of its own first. ~ is in no uid, so it is no expert's.
+    aside = path.with_name(f".{path.stem}~{secrets.token_hex(8)}.tmp")
+    aside.mkdir()
+    try:
+        file = aside / "state"
+        safetensors.torch.save_file(plain, file, {**metadata, CHECKSUM: checksum(plain)})
+        file.chmod(_file_mode(path.parent.stat().st_mode))
+        with open(file, "r+b") as written:
+            os.fsync(written.fileno())
+        os.replace(file, path)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{path.name} cannot hold a tensor of {error}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    sync_directory(path.parent)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a file. Changes nothing on disk.
+
+    Returns:
+        The tensors and the metadata; `is_whole` says whether they belong together.
+
+    Raises:
+        ValueError: It cannot be read as such a file, for whatever reason.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            # Copies, so that the file is not mapped any more when it is to be replaced.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, metadata  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def is_whole(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
+    """Whether the checksum is that of the tensors."""
+    return metadata.get(CHECKSUM) == checksum(tensors)
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """A checksum of the tensors' names and bytes: safetensors notices a file cut short, but not a changed bit."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(name.encode(), crc)
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
+
+
+def separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as a file can hold them: on the CPU, without gaps, no two in the same memory. Copies few if any."""
+    tensors: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in state.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        if tensor.untyped_storage().data_ptr() in taken:
+            tensor = tensor.clone()
+        taken.add(tensor.untyped_storage().data_ptr())
+        tensors[name] = tensor
+    return tensors
+
+
+def _file_mode(directory: int) -> int:
+    """The mode of a file in a directory of this mode.
+
+    Where everybody may write, as in /tmp, that is to add files of their own, not to change ours.
+    """
+    open_to_all = directory & (stat.S_ISVTX | stat.S_IWOTH)
+    return 0o600 | directory & (0o044 if open_to_all else 0o064)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the new name itself durable, where the system lets one open a directory (Windows doesn't)."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        logger.debug("%s cannot be synced", directory)
+    finally:
+        os.close(descriptor)
