@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Swarm": "swarm",
     "fit": "training.run",
+    "resume": "resuming",
     "JsonlLogger": "view.log.loggers",
     "WandbLogger": "view.log.loggers",
     "evaluate": "training.metrics",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from labkit.errors import ServerFailed as ServerFailed
     from labkit.errors import SwarmClosed as SwarmClosed
     from labkit.errors import TrainingFailed as TrainingFailed
+    from labkit.resuming import resume as resume
     from labkit.server.layers import register_expert as register_expert
     from labkit.server.optimizer import BackendConfig as BackendConfig
     from labkit.swarm import Swarm as Swarm

@@ -34,7 +34,7 @@ FLOORS = [
     # the notebook
     "launch", "view", "view.worker_thread", "view.scene", "view.outputs", "view.collect", "view.summary",
     "view.picture", "view.log", "view.page", "view.export", "view.recording", "view.progress", "view.swarm_view",
-    "swarm",
+    "swarm", "resuming",
     # what a user imports; it imports the others when they are used
     "__init__",
     # the command line

@@ -9,12 +9,14 @@ import atexit
 import copy
 import logging
 import math
+import os
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from labkit.training.batches import Batch, Stream
 from labkit.training.forward import LossFunction, initialise
 from labkit.training.metrics import MeasuringStopped, Metric, evaluate_replica
 from labkit.training.optimizers import OptimizerFactory, ScheduleFactory, make_optimizer, make_schedule
+from labkit.training.saving import code_name, save_run
 from labkit.training.shared_model import SharedModel
 from labkit.training.trainer import REMOTE, TrainConfig, train_step
 from labkit.training.turns import Turns
@@ -82,6 +85,7 @@ class Run(OfThisProcess):
         self, model: nn.Module, data: Any, config: TrainConfig, loss_function: LossFunction | None = None,
         optimizer: str | OptimizerFactory | None = None, emit: Emit | None = None, *, validate: Any = None,
         metrics: Metrics | None = None, on_step: OnStep | None = None, _resume_from: Mapping[str, Any] | None = None,
+        _before_start: Callable[[Run], object] | None = None,
     ) -> None:  # fmt: skip
         self.model = model
         self.config = config
@@ -113,7 +117,10 @@ class Run(OfThisProcess):
         self._turns = Turns[StepFinished](self._tell, most=2 * config.trainers)
         self._started = time.monotonic()
         if _resume_from is not None:
+            _stop_earlier(model)
             self._load_state_dict(_resume_from)
+            if _before_start is not None:
+                _before_start(self)
         self._left = max(1, min(config.trainers, self.total_steps - self._finished))  # trainers at work
         self._torch_threads = max(1, torch.get_num_threads() // self._left)  # of each of them
         self._ready = threading.Barrier(self._left + 1)
@@ -277,6 +284,11 @@ class Run(OfThisProcess):
 
     # ------------------------------------------------------------ saving
 
+    @property
+    def optimizer_name(self) -> str:
+        """The class of the optimizer; empty if the model has no parameters of its own."""
+        return "" if self._shared.optimizer is None else type(self._shared.optimizer).__name__
+
     @contextmanager
     def paused(self, timeout: float = PAUSE_TIMEOUT) -> Iterator[Run]:
         """A block in which no trainer is in the middle of a step; they go on after it.
@@ -324,6 +336,39 @@ class Run(OfThisProcess):
                 "random": torch.get_rng_state(),
                 "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             }
+
+    def save(self, folder: str | os.PathLike[str], *, timeout: float = PAUSE_TIMEOUT) -> Path:
+        """Save the run, with the state of every expert that its model calls, at one moment.
+
+        The run pauses meanwhile. Experts are read from their servers, whoever started them. If
+        others train them too, they are saved at slightly different moments. An expert that is
+        lost is left out, with a warning. A crash leaves what the folder held before.
+
+        Example:
+            run.save("ckpt/")
+            run = lk.resume("ckpt/", model, swarm, data)  # here or on another machine, later
+
+        Args:
+            folder: Where to. It is made, and an earlier save in it is replaced as a whole.
+                Servers can start from its `experts/`: `checkpoint_dir="ckpt/experts"`.
+            timeout: Seconds that steps which have begun may take. Default 60.
+
+        Returns:
+            The folder's absolute path.
+
+        Raises:
+            CheckpointError: It could not be saved.
+            ValueError: A part of the state, such as that of a schedule of one's own, is
+                nothing that can be saved.
+        """
+        with self.paused(timeout):
+            given = {
+                "loss": code_name(self._loss_function),
+                "optimizer": self.optimizer_name,
+                "schedule": "" if isinstance(self.config.schedule, str) else code_name(self.config.schedule),
+                "validate": "" if self._validator is None else "validation data",
+            }
+            return save_run(folder, self.state_dict(timeout), self.config, given, self.model, self._sessions)
 
     def _load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned, before the trainers begin."""
