@@ -210,7 +210,7 @@ class Swarm(OfThisProcess):
     def serve(
         self, kind: str | Factory = "ffn", *, grid: Sequence[int] | None = None, experts: int | None = None,
         servers: int = 1, name: str | None = None, uids: Sequence[str] | None = None, isolation: str | None = None,
-        checkpoint_dir: str | Path | None = None, checkpoint_period: float | None = None,
+        checkpoint_dir: str | Path | None = None, checkpoint_period: float | None = None, checkpoint_keep: int = 1,
         backend: BackendConfig | None = None, threads: int | None = None, seed: int | None = None, label: str = "",
         hidden: int | None = None, inner: int | None = None, heads: int | None = None, causal: bool | None = None,
         max_length: int | None = None, **options: Any,
@@ -236,6 +236,8 @@ class Swarm(OfThisProcess):
                 ends with the swarm.
             checkpoint_period: Seconds between two saves; by default 10, or more if saving takes
                 over 2 % of the time.
+            checkpoint_keep: Checkpoints of each expert that are kept; older ones are called
+                `<uid>~<updates>.safetensors`. If the last is damaged, the one before is loaded.
             backend: Optimizer and limits; by default those of `lk.BackendConfig()`: Adam with a
                 learning rate of 1e-3.
             threads: Torch's threads in each server; by default the servers here share this
@@ -272,8 +274,8 @@ class Swarm(OfThisProcess):
             Wish(name, grid, experts, uids), of_server, options, fit, servers, isolation,
             config={
                 "backend": backend or BackendConfig(), "checkpoint_dir": str(user_path(directory, "checkpoint_dir")),
-                "checkpoint_period": checkpoint_period, "threads": threads, "seed": seed,
-                "label": label,
+                "checkpoint_period": checkpoint_period, "checkpoint_keep": checkpoint_keep, "threads": threads,
+                "seed": seed, "label": label,
             },
             node=self._node_config, members=self._members, lasting=checkpoint_dir is not None,
             threads=get_num_threads(), beside=sum(server.alive for server in self.servers), folder=self._folder.name,

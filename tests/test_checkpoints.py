@@ -218,6 +218,70 @@ def test_a_uid_cannot_lead_out_of_the_directory(tmp_path, uid):
         load_expert(tmp_path, uid)
 
 
+# ---------------------------------------------------------------- more than the last one
+
+
+def save_after_each_of(updates: int, directory, keep: int) -> ExpertBackend:
+    backend = expert()
+    for seed in range(updates):
+        train(backend, range(seed, seed + 1))
+        save_expert(directory, UID, backend.state(), kind="ffn", keep=keep)
+    return backend
+
+
+def names(directory) -> list[str]:
+    return sorted(path.name.removesuffix(".safetensors") for path in directory.iterdir())
+
+
+def test_as_many_checkpoints_are_kept_as_wanted_and_the_oldest_go(tmp_path):
+    backend = save_after_each_of(5, tmp_path, keep=3)
+    assert names(tmp_path) == [UID, f"{UID}~3", f"{UID}~4", f"{UID}~5"]
+    save_expert(tmp_path, UID, backend.state(), kind="ffn", keep=3)  # again, without an update
+    assert names(tmp_path) == [UID, f"{UID}~3", f"{UID}~4", f"{UID}~5"]
+    assert_same_bits(load_expert(tmp_path, UID), backend.state())
+
+
+def test_one_that_was_kept_can_be_put_back(tmp_path):
+    save_after_each_of(3, tmp_path, keep=2)
+    os.replace(tmp_path / f"{UID}~2.safetensors", tmp_path / f"{UID}.safetensors")
+    backend = expert()
+    assert restore(tmp_path, backend) and backend.updates == 2
+
+
+def test_an_expert_that_is_begun_afresh_keeps_its_own_checkpoints_and_not_those_with_higher_numbers(tmp_path):
+    save_after_each_of(5, tmp_path, keep=2)
+    (tmp_path / f"{UID}.safetensors").unlink()
+    assert not restore(tmp_path, expert())
+    save_after_each_of(2, tmp_path, keep=2)
+    assert names(tmp_path) == [UID, f"{UID}~1", f"{UID}~2"]
+
+
+def test_if_the_last_one_is_damaged_the_one_before_takes_its_place_and_the_log_says_so(tmp_path, caplog):
+    save_after_each_of(3, tmp_path, keep=3)
+    path = tmp_path / f"{UID}.safetensors"
+    for damaged in (path, tmp_path / f"{UID}~3.safetensors"):
+        damaged.unlink()
+        damaged.write_bytes(b"damaged")
+    backend = expert()
+    assert restore(tmp_path, backend) and backend.updates == 2
+    assert f"expert {UID} carries on from {UID}~2.safetensors instead" in caplog.text
+    with pytest.raises(CheckpointError, match="does not fit"):  # which is no damage
+        restore(tmp_path, expert(hidden=6))
+    for kept in tmp_path.glob("*~*"):
+        kept.unlink()
+    with pytest.raises(CheckpointError, match="move it away"):
+        restore(tmp_path, expert())
+
+
+def test_where_a_file_cannot_have_two_names_it_is_copied(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    save_after_each_of(2, tmp_path, keep=2)
+    assert names(tmp_path) == [UID, f"{UID}~1", f"{UID}~2"]
+
+
 # ---------------------------------------------------------------- while a runtime runs
 
 

@@ -153,6 +153,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "uids and a name": (dict(uids=["a.0"], name="b", hidden=4), "name='b': the uids are of the grid 'a'"),
     "uids and a number": (dict(uids=["ffn.0.0"], experts=1), "either uids=… or experts=…"),
     "a period": (dict(checkpoint_period=0), "checkpoint_period=0"),
+    "none kept": (dict(checkpoint_keep=0), "checkpoint_keep=0: a number of checkpoints, at least 1"),
     "threads": (dict(threads=0), "threads=0: at least 1"),
     "a lambda in a process": (
         dict(kind=lambda: nn.Identity(), name="new", isolation="process"),
@@ -306,6 +307,17 @@ def test_experts_are_saved_every_so_many_seconds(swarm, tmp_path):
     swarm.expert("ffn.0")(X).sum().backward()
     state = eventually(lambda: load_expert(tmp_path, "ffn.0"))
     assert state is not None and state["counter.updates"] == 1
+
+
+def test_a_server_keeps_as_many_checkpoints_of_an_expert_as_it_is_told(swarm, tmp_path):
+    (server,) = swarm.serve(
+        "ffn", hidden=4, grid=(1,), isolation="task", backend=SGD, checkpoint_dir=tmp_path, checkpoint_keep=2
+    )
+    for _ in range(3):
+        swarm.expert("ffn.0")(X).sum().backward()
+        server.restart()
+    kept = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert kept == ["ffn.0.safetensors", "ffn.0~2.safetensors", "ffn.0~3.safetensors"]
 
 
 def test_a_damaged_checkpoint_stops_the_start_and_leaves_nothing(swarm, tmp_path):

@@ -20,7 +20,7 @@ from labkit.errors import CheckpointError, RemoteFailure, RPCError
 from labkit.expert_uid import split_uid
 from labkit.server.backend import ExpertBackend
 from labkit.server.runtime import Runtime
-from labkit.server.tensor_files import CHECKSUM, checksum, is_whole, read_tensors, separate, write_tensors
+from labkit.server.tensor_files import CHECKSUM, checksum, is_whole, link_file, read_tensors, separate, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,17 @@ FORMAT = "labkit expert 1"
 SHORTEST_PERIOD, LONGEST_PERIOD = 10.0, 600.0  # seconds between two saves of all experts, unless the user says how many
 SECONDS_PER_GB = 100.0  # so that saves, which copy 1 GB in some two CPU-seconds, take about a fiftieth of the time
 
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint cannot be read at all, or its checksum differs."""
+
+
 Progress = tuple[int, int]  # how far an expert has learnt: see `_progress`
 
 
-def save_expert(directory: str | os.PathLike[str], uid: str, state: Mapping[str, Tensor], *, kind: str = "") -> Path:
+def save_expert(
+    directory: str | os.PathLike[str], uid: str, state: Mapping[str, Tensor], *, kind: str = "", keep: int = 1
+) -> Path:
     """Write an expert's state to its file. When this returns, the state is on disk.
 
     Whoever may read the directory may read the file. Its group may write to the file if it may write to the directory
@@ -42,6 +49,7 @@ def save_expert(directory: str | os.PathLike[str], uid: str, state: Mapping[str,
         uid: The expert.
         state: Its tensors. They are not copied: leave them unchanged meanwhile.
         kind: What the expert is; `load_expert` compares it.
+        keep: Checkpoints to keep, this one included. If more than one, each has a second name, `<uid>~<updates>`.
 
     Returns:
         The path of the file.
@@ -53,7 +61,26 @@ def save_expert(directory: str | os.PathLike[str], uid: str, state: Mapping[str,
     path = _path(directory, uid)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, state, _metadata(uid, kind))
+    if keep > 1:
+        _keep(path, int(state["counter.updates"]), keep)
     return path
+
+
+def _keep(path: Path, updates: int, keep: int) -> None:
+    """Give a checkpoint its second name, and remove the oldest beyond `keep`."""
+    try:
+        link_file(path, path.with_name(f"{path.stem}~{updates}{path.suffix}"))
+        for oldest in older_checkpoints(path.parent, path.stem)[keep:]:
+            oldest.unlink(missing_ok=True)
+    except OSError as error:  # the checkpoint itself is saved
+        logger.warning("no more than the last checkpoint of %s can be kept: %s", path.stem, error)
+
+
+def older_checkpoints(directory: str | os.PathLike[str], uid: str) -> list[Path]:
+    """The checkpoints of an expert that were kept, the newest first; that is the last one, by its second name."""
+    path = _path(directory, uid)
+    found = path.parent.glob(f"{uid}~*.safetensors")
+    return sorted(found, key=lambda file: file.stat().st_mtime_ns, reverse=True)
 
 
 def pack_expert(uid: str, state: Mapping[str, Tensor], *, kind: str = "") -> tuple[bytes, str]:
@@ -75,17 +102,20 @@ def load_expert(directory: str | os.PathLike[str], uid: str, *, kind: str = "") 
         The state, exact to the bit, or None if there is no checkpoint.
 
     Raises:
-        CheckpointError: The file is damaged, not labkit's, or of another expert or kind.
+        DamagedCheckpoint: The file is damaged.
+        CheckpointError: The file is not labkit's, or of another expert or kind.
         ValueError: `uid` is not an expert's uid.
     """
     path = _path(directory, uid)
-    if not path.exists():
-        return None
+    return _load(path, uid, kind) if path.exists() else None
+
+
+def _load(path: Path, uid: str, kind: str) -> dict[str, Tensor]:
     way_out = "move it away to start this expert afresh, or put a good copy in its place"
     try:
         tensors, metadata = read_tensors(path)
     except ValueError as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint ({error}); {way_out}") from error
+        raise DamagedCheckpoint(f"{path} cannot be read as a checkpoint ({error}); {way_out}") from error
     if metadata.get("format") != FORMAT:
         found = metadata.get("format", "no format")
         raise CheckpointError(f"{path} is not a checkpoint of this version (it says {found!r}); {way_out}")
@@ -94,7 +124,7 @@ def load_expert(directory: str | os.PathLike[str], uid: str, *, kind: str = "") 
     if kind and metadata.get("kind") and _short(metadata["kind"]) != _short(kind):
         raise CheckpointError(f"{path} holds an expert of kind {metadata['kind']!r}, not {kind!r}; {way_out}")
     if not is_whole(tensors, metadata):
-        raise CheckpointError(f"{path} is damaged (its checksum differs); {way_out}")
+        raise DamagedCheckpoint(f"{path} is damaged (its checksum differs); {way_out}")
     return tensors
 
 
@@ -111,18 +141,37 @@ def restore(directory: str | os.PathLike[str], backend: ExpertBackend) -> bool:
     Removes what a crashed save of this expert left, and leaves other experts' files alone: servers may share a
     directory, but not an expert.
 
+    If the file is damaged, and older ones were kept, the newest of them that is whole takes its place; the log says so.
+
     Raises `CheckpointError`, which names the file and, where the state doesn't fit, the tensor.
     """
     for stray in Path(directory).glob(f".{backend.uid}~*.tmp"):
         shutil.rmtree(stray, ignore_errors=True)
-    state = load_expert(directory, backend.uid, kind=backend.kind)
+    path = _path(directory, backend.uid)
+    try:
+        state = load_expert(directory, backend.uid, kind=backend.kind)
+    except DamagedCheckpoint as damage:
+        path, state = _newest_whole(directory, backend, damage)
     if state is None:
         return False
     try:
         backend.load_state(state)
     except CheckpointError as error:
-        raise CheckpointError(f"{_path(directory, backend.uid)} does not fit: {error}") from None
+        raise CheckpointError(f"{path} does not fit: {error}") from None
     return True
+
+
+def _newest_whole(
+    directory: str | os.PathLike[str], backend: ExpertBackend, damage: DamagedCheckpoint
+) -> tuple[Path, dict[str, Tensor]]:
+    for path in older_checkpoints(directory, backend.uid):
+        try:
+            state = _load(path, backend.uid, backend.kind)
+        except DamagedCheckpoint:
+            continue  # the last one, by its second name, or another
+        logger.warning("%s; expert %s carries on from %s instead", damage, backend.uid, path.name)
+        return path, state
+    raise damage
 
 
 async def keep_checkpoints(
@@ -130,6 +179,7 @@ async def keep_checkpoints(
     directory: str | os.PathLike[str],
     period: float | None = None,
     saved: dict[str, Progress] | None = None,
+    keep: int = 1,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -143,6 +193,7 @@ async def keep_checkpoints(
         directory: Where to save them.
         period: Seconds between two rounds; None for `usual_period`.
         saved: Filled in with how far each expert had learnt when it was saved, for `save_all`.
+        keep: Checkpoints of each expert to keep.
     """
     period = usual_period(runtime.backends.values()) if period is None else period
     saved = {} if saved is None else saved
@@ -154,7 +205,7 @@ async def keep_checkpoints(
             if backend.updates == updates[uid]:
                 continue
             try:
-                saved[uid] = await _save(runtime, directory, uid)
+                saved[uid] = await _save(runtime, directory, uid, keep)
                 updates[uid] = saved[uid][0]
             except Exception as error:
                 logger.warning(
@@ -175,7 +226,7 @@ def usual_period(backends: Iterable[ExpertBackend]) -> float:
 
 
 async def save_all(
-    runtime: Runtime, directory: str | os.PathLike[str], saved: Mapping[str, Progress] | None = None
+    runtime: Runtime, directory: str | os.PathLike[str], saved: Mapping[str, Progress] | None = None, keep: int = 1
 ) -> None:
     """Save every expert that has learnt something since it was saved. This ends a clean stop, after the runtime.
 
@@ -185,6 +236,7 @@ async def save_all(
         runtime: Holds the experts.
         directory: Where to save them.
         saved: What `keep_checkpoints` noted. Without it all experts are saved, which takes longer.
+        keep: Checkpoints of each expert to keep.
 
     Raises:
         RemoteFailure: Says what happened to the first expert that could not be saved.
@@ -195,7 +247,7 @@ async def save_all(
         if saved is not None and saved.get(uid) == now and _path(directory, uid).exists():
             continue
         try:
-            await _save(runtime, directory, uid)
+            await _save(runtime, directory, uid, keep)
         except Exception as error:
             words = _not_saved(uid, directory, error)
             logger.warning("%s", words, exc_info=_needs_traceback(error))
@@ -214,10 +266,10 @@ def _needs_traceback(error: Exception) -> bool:
     return not isinstance(error, (OSError, RPCError))
 
 
-async def _save(runtime: Runtime, directory: str | os.PathLike[str], uid: str) -> Progress:
+async def _save(runtime: Runtime, directory: str | os.PathLike[str], uid: str, keep: int) -> Progress:
     state, backend = await runtime.snapshot(uid), runtime.backends[uid]
     await trio.to_thread.run_sync(
-        lambda: save_expert(directory, uid, state, kind=backend.kind)
+        lambda: save_expert(directory, uid, state, kind=backend.kind, keep=keep)
     )  # cancelling waits for the disk
     return _progress(backend, int(state["counter.updates"]), int(state["counter.rows"]))
 

@@ -42,6 +42,7 @@ async def carry_out_loads(
     orders: trio.MemoryReceiveChannel[LoadOrder],
     checkpoint_dir: str | None,
     saved: MutableMapping[str, Progress],
+    keep: int = 1,
 ) -> None:
     """Carry out orders to load, one after the other, until cancelled.
 
@@ -51,11 +52,12 @@ async def carry_out_loads(
         checkpoint_dir: Where this server saves its experts. What was loaded is saved there at once, so that a server
             that is killed and restarted carries on from it.
         saved: How far each expert had learnt when it was saved; see `keep_checkpoints`.
+        keep: Checkpoints of each expert to keep.
     """
     async for order in orders:
         try:
             for uid in order.uids:
-                await _carry_out(runtime, order, uid, checkpoint_dir, saved)
+                await _carry_out(runtime, order, uid, checkpoint_dir, saved, keep)
         except (CheckpointError, RPCError, OSError, ValueError) as error:
             order.answer(str(error) or repr(error))
         except Exception as error:  # no memory, say: the server goes on, and whoever ordered it is told
@@ -66,8 +68,9 @@ async def carry_out_loads(
 
 
 async def _carry_out(
-    runtime: Runtime, order: LoadOrder, uid: str, checkpoint_dir: str | None, saved: MutableMapping[str, Progress]
-) -> None:
+    runtime: Runtime, order: LoadOrder, uid: str, checkpoint_dir: str | None, saved: MutableMapping[str, Progress],
+    keep: int,
+) -> None:  # fmt: skip
     backend = runtime.backends.get(uid)
     if backend is None:
         raise CheckpointError(f"this server does not hold expert {uid}")
@@ -80,4 +83,4 @@ async def _carry_out(
     await runtime.load(uid, state)
     saved.pop(uid, None)
     if checkpoint_dir is not None:
-        await trio.to_thread.run_sync(partial(save_expert, checkpoint_dir, uid, state, kind=backend.kind))
+        await trio.to_thread.run_sync(partial(save_expert, checkpoint_dir, uid, state, kind=backend.kind, keep=keep))

@@ -76,6 +76,7 @@ class ServerConfig:
         backend: How the experts are trained and what they accept.
         checkpoint_dir: Experts are loaded from there at the start, and saved there regularly and at a clean stop.
         checkpoint_period: Seconds between two saves; None for `usual_period`.
+        checkpoint_keep: Checkpoints of each expert that are kept, the last one included.
         max_queue_rows: Rows that may wait before requests are turned away.
         threads: Torch's threads for one operation; None leaves them as they are.
         seed: Makes each expert's fresh parameters a function of the seed and its uid, provided that nothing else in
@@ -91,6 +92,7 @@ class ServerConfig:
     backend: BackendConfig = field(default_factory=BackendConfig)
     checkpoint_dir: str | None = None
     checkpoint_period: float | None = None
+    checkpoint_keep: int = 1
     max_queue_rows: int = 65536
     threads: int | None = None
     seed: int | None = None
@@ -107,6 +109,8 @@ class ServerConfig:
             raise ValueError("uids: at least one, and each once")
         if self.checkpoint_period is not None and not 0 < self.checkpoint_period < math.inf:
             raise ValueError(f"checkpoint_period={self.checkpoint_period}: a number of seconds above 0")
+        if not isinstance(self.checkpoint_keep, int) or self.checkpoint_keep < 1:
+            raise ValueError(f"checkpoint_keep={self.checkpoint_keep!r}: a number of checkpoints, at least 1")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads={self.threads}: at least 1")
         if not isinstance(self.label, str) or self.label != clean_label(self.label):
@@ -340,10 +344,17 @@ async def _serve_owned(
                 await keepers.start(keep_declared, config.uids, node.contact)  # 4
                 if config.checkpoint_dir is not None:
                     await keepers.start(
-                        keep_checkpoints, server.runtime, config.checkpoint_dir, config.checkpoint_period, saved
+                        keep_checkpoints,
+                        server.runtime,
+                        config.checkpoint_dir,
+                        config.checkpoint_period,
+                        saved,
+                        config.checkpoint_keep,
                     )
                 if orders is not None:
-                    keepers.start_soon(carry_out_loads, server.runtime, orders, config.checkpoint_dir, saved)
+                    keepers.start_soon(
+                        carry_out_loads, server.runtime, orders, config.checkpoint_dir, saved, config.checkpoint_keep
+                    )
                 task_status.started(node.contact)
                 await stop.wait()  # 5
                 claim.leave()
@@ -353,7 +364,7 @@ async def _serve_owned(
             await server.runtime.settle()
         nursery.cancel_scope.cancel()
     if config.checkpoint_dir is not None:
-        await save_all(server.runtime, config.checkpoint_dir, saved)
+        await save_all(server.runtime, config.checkpoint_dir, saved, config.checkpoint_keep)
 
 
 def stop_timeout(backends: Iterable[ExpertBackend]) -> float:

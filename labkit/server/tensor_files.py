@@ -113,6 +113,19 @@ def _file_mode(directory: int) -> int:
     return 0o600 | directory & (0o044 if open_to_all else 0o064)
 
 
+def link_file(path: Path, name: Path) -> None:
+    """Give a file a second name, which may be another's by now; where that is impossible, copy it. Raises `OSError`."""
+    aside = name.with_name(f".{secrets.token_hex(8)}~.tmp")
+    try:
+        try:
+            os.link(path, aside)  # nobody changes a file: each writes a new one and replaces the name
+        except OSError:
+            shutil.copy2(path, aside)
+        os.replace(aside, name)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def sync_directory(directory: Path) -> None:
     """Make the new name itself durable, where the system lets one open a directory (Windows doesn't)."""
     try:

@@ -35,7 +35,7 @@ from torch import Tensor
 from labkit.errors import CheckpointError
 from labkit.paths import user_path
 from labkit.server.ownership import FolderTaken, claim_checkpoints
-from labkit.server.tensor_files import is_whole, read_tensors, sync_directory, write_tensors
+from labkit.server.tensor_files import is_whole, link_file, read_tensors, sync_directory, write_tensors
 from labkit.training.plain import flatten, unflatten
 
 FORMAT = "labkit run 1"
@@ -146,12 +146,7 @@ def _offer_experts(saved: Path, offered: Path) -> None:
         claim = claim_checkpoints(offered, [file.name.removesuffix(".safetensors") for file in files])
         try:
             for file in files:
-                aside = offered / f".{secrets.token_hex(8)}~.tmp"
-                try:
-                    os.link(file, aside)  # no server changes a file: each writes a new one and replaces the name
-                except OSError:
-                    shutil.copyfile(file, aside)
-                os.replace(aside, offered / file.name)
+                link_file(file, offered / file.name)
         finally:
             claim.release()
 

@@ -195,7 +195,7 @@ class WandbLogger(RichLogger):
         import wandb
 
         directory = user_path(directory, "directory")
-        files = sorted(directory.rglob("*.safetensors"))
+        files = sorted(file for file in directory.rglob("*.safetensors") if "~" not in file.name)  # the last of each
         if not files:
             raise ValueError(f"there are no checkpoints (*.safetensors) in {directory}")
         artifact = wandb.Artifact(f"{self.run.id}-experts", type="model", metadata={"experts": len(files)})
