@@ -35,6 +35,8 @@ FLOORS = [
     "launch", "view", "view.worker_thread", "view.scene", "view.outputs", "view.collect", "view.summary",
     "view.picture", "view.log", "view.page", "view.export", "view.recording", "view.progress", "view.swarm_view",
     "swarm", "resuming",
+    # other people's training loops
+    "integrations",
     # what a user imports; it imports the others when they are used
     "__init__",
     # the command line
@@ -51,6 +53,9 @@ ONLY = {
     "anywidget": {"view/page/"},
     "IPython": {"view/page/"},
     "wandb": {"view/log/"},
+    "transformers": {"integrations/"},
+    "lightning": {"integrations/"},
+    "pytorch_lightning": {"integrations/"},
     "threading": {
         "portal.py",
         "server/executor.py",
@@ -77,7 +82,10 @@ ONLY = {
     "marshal": set[str](),
     "shelve": set[str](),
 }
-LATE = ["ipywidgets", "anywidget", "wandb", "datasets", "sklearn", "scipy", "matplotlib", "IPython", "PIL", "pandas"]
+LATE = [
+    "ipywidgets", "anywidget", "wandb", "datasets", "sklearn", "scipy", "matplotlib", "IPython", "PIL", "pandas",
+    "pyarrow", "transformers", "accelerate", "lightning",
+]  # fmt: skip
 
 Files = Mapping[str, str]  # module ("wire/frames.py") -> source
 
@@ -228,6 +236,12 @@ def test_a_guarded_library_is_imported_only_where_it_may_be(library):
     users = [m for m, source in house().items() if any(name.split(".")[0] == library for name in imports(m, source))]
     allowed = ONLY[library]
     assert [user for user in users if user not in allowed and user[: user.rfind("/") + 1] not in allowed] == []
+
+
+def test_nothing_in_the_house_needs_an_integration():
+    others = [module for module in house() if part_of(module) != "integrations"]
+    users = [module for module in others if "integrations" in map(part_of, imported_modules(module, house()))]
+    assert users == []
 
 
 def test_no_public_class_shares_its_name_with_another():
