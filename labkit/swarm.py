@@ -44,6 +44,7 @@ from labkit.server.statistics import ServerStatistics
 from labkit.text import for_output
 from labkit.view.collect.inventory import ask_all_servers
 from labkit.view.collect.telemetry import Telemetry
+from labkit.view.log.own_loop import OwnLoop
 from labkit.view.page.remote_service import RemoteService
 from labkit.view.summary import SwarmSummary
 from labkit.view.swarm_view import SwarmView
@@ -109,6 +110,7 @@ class Swarm(OfThisProcess):
         self.telemetry = Telemetry()
         self.listeners = Listeners()
         self.listeners.add(self.telemetry)
+        self._own_loop = OwnLoop(self.telemetry, self.listeners)
         self._faults = Faults()
         self.remote_service = RemoteService(lambda: getattr(self, "view", None))
         keys = None if members is None else [identity.public_key, *map(parse_key, members)]
@@ -414,6 +416,27 @@ class Swarm(OfThisProcess):
     def snapshot(self, path: str | Path | None = None) -> Picture:
         """Returns a picture of the dashboard as it looks now; with `path`, saves it as a PNG, too."""
         return self.view.picture(path)
+
+    def log(self, *, step: int | None = None, loss: Any = None, samples: int | None = None, **metrics: Any) -> None:
+        """Show a training loop of your own in the dashboard and in the loggers of `log_to`.
+
+        It is cheap, and any thread may call it. A number may be a tensor or an array with one
+        element; NaN is taken, too. `lk.fit` needs none of this.
+
+        Example:
+            swarm.log(loss=loss, accuracy=0.93)
+
+        Args:
+            step: Number of the training step, by default one more than the last one.
+            loss: The training loss, which becomes the curve of the loss.
+            samples: How many samples the step trained on, for samples/s.
+            metrics: Other numbers by name. Each becomes a curve, of which 24 are shown.
+
+        Raises:
+            TypeError: A value is no number.
+            ValueError: A value has more than one element, or `step` is not a whole number.
+        """
+        self._own_loop.log(step, loss, samples, metrics)
 
     def log_to(self, logger: Any, period: float = 1.0) -> Logging:
         """Log training steps and the swarm, until `stop()` of what this returns or the swarm's end.

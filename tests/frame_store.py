@@ -23,6 +23,8 @@ class FrameStore:
         self.layers: list[dict[str, Any]] = []
         self.text: list[tuple[str, str, str]] = []
         self.marks: list[tuple[float, str]] = []
+        self.curves: list[tuple[str, np.ndarray]] = []  # name, [points, 2]
+        self.waits: list[str] = []
         self.width, self.first = 0.0, 0
         self.series = np.zeros((0, len(SERIES)), np.float32)
         self.columns: dict[tuple[str, str], np.ndarray] = {}
@@ -46,6 +48,10 @@ class FrameStore:
         if "series" in header:
             self._append(header["series"], buffers)
             used.add(header["series"]["buffer"])
+        self.waits = header.get("waits", self.waits)
+        for curve in header.get("curves", ()):
+            self._draw(curve, buffers[curve["buffer"]])
+            used.add(curve["buffer"])
         self.sent = []
         for piece in header["pieces"]:
             self._place(piece, buffers[piece["buffer"]])
@@ -59,6 +65,14 @@ class FrameStore:
             return
         assert (series["width"], series["first"]) == (self.width, self.first + len(self.series)), "bins were left out"
         self.series = np.concatenate([self.series, values])
+
+    def _draw(self, curve: dict[str, Any], buffer: bytes) -> None:
+        number, start = curve["curve"], curve["start"]
+        assert number <= len(self.curves), "a curve was left out"
+        known = self.curves[number][1] if number < len(self.curves) else np.empty((0, 2), np.float32)
+        assert start <= len(known), "points were left out"
+        points = np.frombuffer(buffer, "<f4").reshape(curve["count"], 2)
+        self.curves[number : number + 1] = [(curve["name"], np.concatenate([known[:start], points]))]
 
     def _place(self, piece: dict[str, Any], buffer: bytes) -> None:
         key = piece["table"], piece["column"]

@@ -1,4 +1,4 @@
-"""The picture that stays in a notebook: when it is drawn, and how it is seen by who has no kernel. All times invented."""
+"""The picture that stays in a notebook: when it is drawn, and how it is seen without a kernel. Times are invented."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Notebook:
 def scene(at: float, **changes: Any) -> Scene:
     made = make_scene(at=at)
     head = {name: changes.pop(name) for name in ("running", "steps") if name in changes}
-    return replace(made, headline=replace(made.headline, **({"steps": int(at)} | head)), **changes)
+    return replace(made, headline=replace(made.headline, **{"steps": int(at), **head}), **changes)
 
 
 @pytest.fixture

@@ -26,14 +26,16 @@ from labkit.view.page.columns import (
     STATIC,
     Header,
     number,
+    write_curve,
     write_layer,
     write_mark,
     write_opening,
     write_piece,
     write_series,
     write_servers,
+    write_waits,
 )
-from labkit.view.scene import PERCENTILES, SERIES, SPLIT, Experts, Scene, Series, Servers, State
+from labkit.view.scene import PERCENTILES, SERIES, SPLIT, Curve, Experts, Scene, Series, Servers, State, Waits
 
 STATIC_FILES = importlib.resources.files("labkit.view") / "static"
 
@@ -66,8 +68,9 @@ def to_json(scene: Scene) -> bytes:
     """Export everything in a scene as JSON; what is not known is null.
 
     The keys are `labkit` (its version), `swarm`, `seconds` since the start, `wall` (Unix time), `source` and
-    `headline`; `series`, with a list for each name and `t`, the seconds at which bins begin; and `experts`, `servers`
-    and `marks`, lists of records.
+    `headline`; `series`, with a list for each name and `t`, the seconds at which bins begin; `curves`, what was
+    measured while training: by name, lists of `t`, `step` and `value`; and `experts`, `servers`, `marks` and `waits`
+    (what passes wait for), lists of records.
 
         frame = pandas.DataFrame(json.load(open("labkit-default.json"))["series"])
     """
@@ -81,6 +84,8 @@ def to_json(scene: Scene) -> bytes:
             "source": scene.source,
             "headline": opening["headline"],
             "series": _series(scene.series),
+            "curves": {curve.name: _curve(curve) for curve in scene.curves},
+            "waits": [_waits(one) for one in scene.waits],
             "experts": _experts(scene),
             "servers": _servers(scene.servers),
             "marks": [{"t": round(mark.at, 3), "text": mark.text} for mark in scene.marks],
@@ -126,6 +131,8 @@ def static_frame(scene: Scene) -> tuple[Header, list[bytes]]:
     header["server_text"] = {"start": 0, "rows": write_servers(scene.servers)}
     header["marks"] = [write_mark(mark) for mark in scene.marks]
     header["series"] = write_series(scene, 0, len(scene.series.values), True, buffers)
+    header["curves"] = [write_curve(one, n, 0, len(one.at), buffers) for n, one in enumerate(scene.curves)]
+    header["waits"] = write_waits(scene)
     for column in STATIC:
         values = column.read(scene)
         header["pieces"].append(write_piece(column, values, 0, len(values), buffers))
@@ -151,6 +158,20 @@ def _series(series: Series) -> dict[str, list[float | None]]:
     starts = (series.first + np.arange(len(series.values))) * series.width  # [B]
     columns = {name: list(map(number, series.values[:, column].tolist())) for column, name in enumerate(SERIES)}
     return {"t": [round(start, 6) for start in starts.tolist()], **columns}
+
+
+def _curve(curve: Curve) -> dict[str, list[float | None]]:
+    return {
+        "t": [round(at, 3) for at in curve.at.tolist()],
+        "step": curve.step.tolist(),
+        "value": list(map(number, curve.value.tolist())),
+    }
+
+
+def _waits(waits: Waits) -> dict[str, Any]:
+    times = {name: number(getattr(waits, name)) for name in ("seconds", "waited", "patience")}
+    late = [{"uid": uid, "server": server or None} for uid, server in waits.late]
+    return {"layer": waits.layer, "direction": waits.direction, **times, "late": late}
 
 
 def _experts(scene: Scene) -> list[dict[str, Any]]:

@@ -5,10 +5,11 @@ exports and the loggers are all made from scenes, so they agree. Tables only gro
 for good.
 """
 
-# N: experts, S: servers, B: bins of time
+# N: experts, S: servers, B: bins of time, P: points of a curve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -112,6 +113,7 @@ class Headline:
     answered: int  # calls answered since the start
     failed: dict[str, int]  # cause -> calls that failed since the start; causes without any are left out
     unanswered_rows: int  # rows of forward passes without an answer, since the start
+    logging: bool = False  # whether a loop of one's own has logged a step lately (`Swarm.log`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,59 @@ class Series:
     width: float  # seconds
     first: int  # number of the first bin; bin n covers [n × width, (n + 1) × width) seconds since the start
     values: Floats  # [B, len(SERIES)]: means of loss, staleness, in_flight; counts of causes; else rates. NaN: unknown
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Something that was measured while training, such as a validation loss: at most a few hundred points.
+
+    When there are too many, pairs of neighbours become their mean, and `version` grows. Else points are only added.
+    """
+
+    name: str
+    version: int
+    at: Doubles  # [P], seconds since the start
+    step: Ints  # [P]
+    value: Doubles  # [P]; NaN: it was not a finite number
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """How long passes of one layer took lately, and what they waited for. Times are means, in seconds."""
+
+    layer: str
+    direction: str  # "forward" or "backward"
+    seconds: float  # of a whole pass
+    waited: float  # of these, for experts that no row needed any more
+    patience: float  # what they would wait at most
+    late: tuple[tuple[str, str], ...]  # experts that were given up, and their servers, most often first; a few
+
+    @property
+    def words(self) -> str:
+        """As a sentence."""
+        part = f"{seconds_text(self.waited)} of it" if self.waited >= 0.0005 else "none of it"
+        text = (
+            f"a {self.direction} pass takes {seconds_text(self.seconds)}, {part} waiting for stragglers; "
+            f"waits at most {seconds_text(self.patience)}"
+        )
+        if not self.late:
+            return text
+        return f"{text}; late most: {', '.join(f'{uid} on {server}' if server else uid for uid, server in self.late)}"
+
+
+def seconds_text(seconds: float) -> str:
+    """Returns a time to two figures, in s or ms: 0.21 s, 12 ms."""
+    if not math.isfinite(seconds):
+        return "–"
+    if seconds < 0.0995:
+        return f"{1000 * seconds:.2g} ms"
+    return f"{seconds:.2f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+
+
+def waits_lines(waits: Sequence[Waits]) -> list[str]:
+    """Returns a sentence for each; where there are several layers, it begins with the layer's name."""
+    several = len({one.layer for one in waits}) > 1
+    return [f"{one.layer}: {one.words}" if several else one.words for one in waits]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,3 +201,5 @@ class Scene:
     servers: Servers
     series: Series
     marks: Sequence[Mark]
+    curves: Sequence[Curve] = ()  # in the order in which their names were first logged
+    waits: Sequence[Waits] = ()  # of layers that were called lately

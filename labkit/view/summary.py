@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,6 +18,8 @@ from labkit.launch.handle import ServerHandle
 from labkit.node import Node
 from labkit.server.statistics import call_statistics
 from labkit.view.collect.telemetry import Calls, Telemetry
+from labkit.view.collect.waiting import waits_of
+from labkit.view.scene import waits_lines
 
 STYLE = """
 <style>
@@ -65,6 +68,7 @@ class SwarmSummary:
     servers: Sequence[ServerRow]
     calls: int
     failed: dict[str, int]
+    waits: Sequence[str] = ()  # what passes wait for, in sentences
 
     def text(self) -> str:
         """As plain text, a line for each server."""
@@ -73,7 +77,7 @@ class SwarmSummary:
             rows = [("", *COLUMN_NAMES), *(self._cells(row) for row in self.servers)]
             widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
             lines += ["  ".join(map(_justify, ("", *COLUMN_NAMES), row, widths)).rstrip() for row in rows]
-        lines.append(self._footline())
+        lines += [self._footline(), *self.waits]
         return "\n".join(lines)
 
     def html(self) -> str:
@@ -98,7 +102,8 @@ class SwarmSummary:
         table = (
             f"<table><thead>{line('th', COLUMN_NAMES)}</thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""
         )
-        head, foot = html.escape(self._headline()), html.escape(self._footline())
+        head = html.escape(self._headline())
+        foot = "<br>".join(map(html.escape, (self._footline(), *self.waits)))
         return f'{STYLE}<div class="labkit-swarm"><strong>{head}</strong>{table}<div>{foot}</div></div>'
 
     def _headline(self) -> str:
@@ -212,7 +217,10 @@ def summarize(
     alive = [split_uid(uid)[0] for uid in census.experts]
     grids = {grid: (info.sizes, alive.count(grid)) for grid, info in census.grids.items()}
     contact = node.contact
-    return SwarmSummary(name, "open", contact.endpoint, contact.secure, grids, rows, total.finished, dict(total.failed))
+    waits = waits_lines(waits_of(telemetry, time.monotonic()))
+    return SwarmSummary(
+        name, "open", contact.endpoint, contact.secure, grids, rows, total.finished, dict(total.failed), waits
+    )
 
 
 def _row(telemetry: Telemetry, label: str, state: str, address: str, experts: int, alive: int) -> ServerRow:

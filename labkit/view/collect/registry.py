@@ -88,6 +88,11 @@ class Registry:
         """Returns the row of an expert, or -1."""
         return self._experts.get(uid, -1)
 
+    def known_server(self, uid: str) -> int:
+        """Returns the row of the server of an expert, or -1."""
+        row = self._experts.get(uid, -1)
+        return int(self.server[row]) if 0 <= row < len(self.server) else -1
+
     def known_address(self, address: str) -> int:
         """Returns the row of the server at an address, or -1."""
         return self._by_address.get(address, -1)

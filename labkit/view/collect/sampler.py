@@ -20,12 +20,14 @@ from labkit.histogram import BUCKETS, percentiles
 from labkit.training.run import Run
 from labkit.view.collect import telemetry
 from labkit.view.collect import time_series as series
+from labkit.view.collect.curves import Curves
 from labkit.view.collect.inventory import Inventory
 from labkit.view.collect.rates import Rates, RecentSums, pad_rows, ratio
 from labkit.view.collect.registry import Registry
 from labkit.view.collect.server_reports import RATE_TAU, REQUESTS, ROWS, SECONDS, TIMES_TAU, ServerReports
 from labkit.view.collect.telemetry import Telemetry
 from labkit.view.collect.time_series import Bins, series_of
+from labkit.view.collect.waiting import waits_of
 from labkit.view.scene import (
     PERCENTILES,
     SERIES,
@@ -43,6 +45,7 @@ from labkit.view.scene import (
 GAUGE_MAX_AGE = 5.0  # seconds for which a gauge reported by a server is shown
 HISTOGRAM_PERIOD = 0.45  # seconds between readings of the latency histograms, which are most of the work
 IN_FLIGHT_MAX_AGE = 2.5  # seconds for which a count of the calls in flight holds
+LOGGING_MAX_AGE = 30.0  # seconds after the last logged step that a loop counts as training
 UNLISTED_GRACE = 3.0  # seconds that polling has to find a called address before the address gets a row of its own
 STALENESS_COLUMNS = [telemetry.STALENESS_SUM, telemetry.STALENESS_COUNT]
 TOTAL_COLUMNS = (series.CALLS, series.BYTES, series.STALENESS_SUM, series.STALENESS_COUNT)
@@ -93,6 +96,8 @@ class Sampler:
         self._times_at = -math.inf
         self._steps = Bins(series.STEP_COLUMNS, started)
         self._samples = 0
+        self._curves = Curves(started)
+        self._run_at = -math.inf  # when a run was last seen running
         self._in_flight_at, self._in_flight_seen = -math.inf, 0
         self._last_run: tuple[int, int, float] = (0, 0, math.nan)
 
@@ -107,6 +112,7 @@ class Sampler:
         self._place_rows(inventory, counted[0], now)
         self._reports.take(inventory, registry, now, counters=not own)
         self._take_steps(now)
+        self._curves.take(self._telemetry.metrics)
 
         servers, expert_states, calls = self._servers(counted[1], own, now)  # 2
         experts = self._experts(counted[0], expert_states, own, now)
@@ -123,6 +129,8 @@ class Sampler:
             servers=servers,
             series=self._series(own, now),  # 3
             marks=tuple(self._telemetry.marks),
+            curves=self._curves.read(),
+            waits=waits_of(self._telemetry, now, self._server_of),
         )
 
     # ------------------------------------------------------------ from telemetry's rows to the registry's
@@ -278,6 +286,10 @@ class Sampler:
             found.values[:, [SERIES.index(name) for name in unknown]] = np.nan
         return found
 
+    def _server_of(self, uid: str) -> str:
+        row = self._registry.known_server(uid)
+        return self._registry.labels[row] if row >= 0 else ""
+
     # ------------------------------------------------------------ the headline
 
     def _headline(
@@ -288,12 +300,18 @@ class Sampler:
         stales = totals[None, [series.STALENESS_SUM, series.STALENESS_COUNT]]
         stale = self._staleness.take(stales, stales[:, 1], now)[0]
         run = self._run()
+        running = run is not None and run.running
         if run is not None:
             self._last_run = run.steps, run.total_steps, run.loss
+            self._run_at = now if running else self._run_at
         steps, total_steps, loss = self._last_run
+        logged, logging = self._telemetry.logged_step, False
+        if logged is not None and not running and logged[2] > self._run_at:  # a loop of one's own
+            (steps, loss, logged_at), total_steps = logged, 0
+            logging = now - logged_at < LOGGING_MAX_AGE
         failed = {cause: int(n) for cause, n in zip(CAUSES, totals[series.FAILED :], strict=True) if n}
         return Headline(
-            running=run is not None and run.running,
+            running=running,
             steps=steps,
             total_steps=total_steps,
             loss=loss,
@@ -309,4 +327,5 @@ class Sampler:
             answered=int(totals[series.CALLS]) if own else int(experts.calls.sum()),
             failed=failed,
             unanswered_rows=self._telemetry.unanswered_rows,
+            logging=logging,
         )

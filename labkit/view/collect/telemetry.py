@@ -1,10 +1,10 @@
 """Telemetry: events in, counters out. Counters only grow and are bounded; the `sampler` makes rates of them.
 
 No lock is needed, because of who writes what. Events about calls, lost servers and unanswered rows come from the lab
-thread alone, and only they change columns and bins. Steps come from trainer threads and marks from any thread; both go
-into deques, whose `append` is atomic. Other threads may read everything: columns are flat arrays that are replaced when
-they grow, never resized, so a reader sees each number as it was before or after an event, though not all numbers of the
-same instant.
+thread alone, and only they change columns and bins. Steps come from trainer threads, metrics, passes and marks from any
+thread; all of these go into deques, whose `append` is atomic. Other threads may read everything: columns are flat
+arrays that are replaced when they grow, never resized, so a reader sees each number as it was before or after an event,
+though not all numbers of the same instant.
 """
 
 # N: experts, S: servers
@@ -20,7 +20,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from labkit.errors import CAUSES
-from labkit.events import CallFailed, CallFinished, Event, RowsUnanswered, ServerLost, StepFinished
+from labkit.events import (
+    CallFailed,
+    CallFinished,
+    Event,
+    MetricsLogged,
+    PassFinished,
+    RowsUnanswered,
+    ServerLost,
+    StepFinished,
+)
 from labkit.histogram import BUCKETS, bucket
 from labkit.view.collect import time_series as series
 from labkit.view.collect.time_series import Bins
@@ -29,6 +38,9 @@ from labkit.view.scene import SPLIT, Doubles, Mark
 MAX_COUNTED_EXPERTS = 20_000  # the calls to further experts are counted in the totals only
 MAX_COUNTED_SERVERS = 1_000  # likewise
 MAX_MARKS = 200
+MAX_WAITING_METRICS = 10_000  # events waiting for the sampler
+MAX_PASSES = 256  # the last ones of a layer and direction
+MAX_PASS_KINDS = 64  # layers × directions
 MAX_WAITING_STEPS = 100_000  # waiting for the sampler; as many as a run keeps in its `history`, of the same objects
 
 # Columns of an expert. SERVER: number of the server that was last called for it.
@@ -98,6 +110,9 @@ class Telemetry:
         self.bins = Bins(series.CALL_COLUMNS, self.started)
         self.steps: deque[StepFinished] = deque(maxlen=MAX_WAITING_STEPS)
         self.marks: deque[Mark] = deque(maxlen=MAX_MARKS)
+        self.metrics: deque[MetricsLogged] = deque(maxlen=MAX_WAITING_METRICS)
+        self.passes: dict[tuple[str, str], deque[PassFinished]] = {}  # by layer and direction
+        self.logged_step: tuple[int, float, float] | None = None  # by `Swarm.log`: step, loss, monotonic time
         self._causes: dict[str, Counter[str]] = {}  # of experts that have failed
         self._take: dict[type[Event], Callable[..., None]] = {
             CallFinished: self._finished,
@@ -105,6 +120,8 @@ class Telemetry:
             StepFinished: self.steps.append,
             ServerLost: self._lost,
             RowsUnanswered: self._unanswered,
+            PassFinished: self._passed,
+            MetricsLogged: self.metrics.append,
         }
 
     def __call__(self, event: Event) -> None:
@@ -215,6 +232,15 @@ class Telemetry:
     def _unanswered(self, event: RowsUnanswered) -> None:
         if event.direction == "forward":
             self.unanswered_rows += event.rows
+
+    def _passed(self, event: PassFinished) -> None:
+        kind = event.prefix, event.direction
+        passes = self.passes.get(kind)
+        if passes is None:
+            if len(self.passes) >= MAX_PASS_KINDS:
+                return
+            passes = self.passes.setdefault(kind, deque(maxlen=MAX_PASSES))
+        passes.append(event)
 
 
 class _View(Mapping[str, Calls]):

@@ -127,8 +127,8 @@ def _jsonable(value: LoggedValue) -> object:
 class WandbLogger(RichLogger):
     """Logs to your own run of Weights & Biases, for `swarm.log_to`.
 
-    It neither starts nor finishes the run. Charts of `train/…` have `train/step` as their x
-    axis, and those of `swarm/…` the seconds since the swarm's start. So do not pass a `step`
+    It neither starts nor finishes the run. Charts of `train/…` and `metrics/…` have
+    `train/step` as their x axis, and those of `swarm/…` the seconds since the swarm's start. So do not pass a `step`
     to your own `run.log`: W&B drops rows whose step is earlier than the last one.
 
     Example:
@@ -162,7 +162,7 @@ class WandbLogger(RichLogger):
         self.run = run
         self.picture_every = picture_every
         self._checkpoints = None if checkpoints is None else user_path(checkpoints, "checkpoints")
-        for place, axis in (("train", "train/step"), ("swarm", "swarm/seconds")):
+        for place, axis in (("train", "train/step"), ("metrics", "train/step"), ("swarm", "swarm/seconds")):
             run.define_metric(axis)
             run.define_metric(f"{place}/*", step_metric=axis)
 

@@ -18,7 +18,7 @@ from itertools import pairwise
 import numpy as np
 
 from labkit.errors import CAUSES
-from labkit.events import StepFinished
+from labkit.events import MetricsLogged, StepFinished
 from labkit.view.picture.canvas import Picture
 from labkit.view.scene import PERCENTILES, SPLIT, Doubles, Experts, Floats, Scene, Servers, State
 
@@ -26,6 +26,7 @@ HISTOGRAM_BINS = 32
 MAX_TABLE_ROWS = 1_000  # servers in a table
 MAX_MIXED_SERVERS = 100  # the busiest servers, from which percentiles over all servers are made
 MAX_STEP_ROWS = 500  # rows of steps waiting to be logged
+MAX_METRIC_ROWS = 1_000  # events with metrics waiting to be logged
 RATE_STEPS = 20  # rows of steps over which samples/s are computed
 
 
@@ -74,6 +75,10 @@ def swarm_row(scene: Scene) -> LoggedRow:
         "swarm/unanswered_rows": head.unanswered_rows,
         "swarm/routing_entropy": routing_entropy(scene.experts),
     }
+    for direction in ("forward", "backward"):
+        passes = [one for one in scene.waits if one.direction == direction]  # a mean over the layers
+        for name in ("seconds", "waited", "patience") if passes else ():
+            row[f"swarm/pass/{direction}_{name}"] = sum(getattr(one, name) for one in passes) / len(passes)
     if scene.source == "calls":  # a process that makes no calls knows of no failures
         row |= {f"swarm/failures/{cause}": head.failed.get(cause, 0) for cause in CAUSES}
     for part, values in zip(SPLIT, overall_latency(scene.servers), strict=True):
@@ -244,6 +249,34 @@ class StepQueue:
         seconds = steps.at - self._recent[0].at
         samples = sum(later.samples for _, later in pairwise(self._recent))
         return samples / seconds if seconds > 0 else math.nan
+
+
+class MetricQueue:
+    """Metrics waiting to be logged, at most `limit` events: beyond that, every other one of the older half goes.
+
+    Any thread adds events, and the view's thread takes them.
+    """
+
+    def __init__(self, limit: int = MAX_METRIC_ROWS) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._waiting: list[MetricsLogged] = []
+
+    def add(self, event: MetricsLogged) -> None:
+        """Add what was measured."""
+        with self._lock:
+            self._waiting.append(event)
+            if len(self._waiting) > self._limit:
+                del self._waiting[: self._limit // 2 : 2]
+
+    def take(self) -> Iterator[dict[str, float]]:
+        """Take all as rows `metrics/…` with their `train/step`, the oldest first, without what is not finite."""
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+        for event in waiting:
+            row = {f"metrics/{name}": value for name, value in event.metrics.items() if math.isfinite(value)}
+            if row:
+                yield {"train/step": event.step, **row}
 
 
 def numbers_of(row: LoggedRow) -> dict[str, float]:

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from labkit.errors import SwarmClosed
-from labkit.events import Emit, Event, StepFinished
+from labkit.events import Emit, Event, MetricsLogged, StepFinished
 from labkit.forks import is_forked, this_process
 from labkit.view.log.loggers import RichLogger
-from labkit.view.log.rows import LoggedRow, StepQueue, numbers_of, server_table, swarm_row
+from labkit.view.log.rows import LoggedRow, MetricQueue, StepQueue, numbers_of, server_table, swarm_row
 from labkit.view.picture.canvas import Picture
 from labkit.view.scene import Scene
 
@@ -36,8 +36,9 @@ class LoggedView(Protocol):
 class Logging:
     """Logs a swarm until `stop()` or until the swarm is closed: what `swarm.log_to` returns.
 
-    Each training step is a row, `train/…`, and every `period` seconds there is a row about
-    the swarm, `swarm/…`. Steps that come faster than the logger can write them are merged.
+    Each training step is a row, `train/…`, and so is what was measured at one, `metrics/…`.
+    Every `period` seconds there is a row about the swarm, `swarm/…`. Steps that come faster
+    than the logger can write them are merged.
 
     Args:
         view: The swarm's view.
@@ -66,6 +67,7 @@ class Logging:
         self._picture_every = logger.picture_every if isinstance(logger, RichLogger) else math.inf
         self._pictured: float | None = None  # when the last pictures were logged, in a scene's seconds
         self._steps = StepQueue()
+        self._metrics = MetricQueue()
         self._lock = threading.Lock()  # one row at a time
         self._stopping = False
         self._over = False
@@ -99,6 +101,8 @@ class Logging:
         """Called in a trainer's thread."""
         if isinstance(event, StepFinished):
             self._steps.add(event)
+        elif isinstance(event, MetricsLogged):
+            self._metrics.add(event)
 
     def _show(self, scene: Scene) -> None:
         """Called in the view's thread. The last scene of a swarm is not `open`."""
@@ -119,6 +123,8 @@ class Logging:
 
     def _write_steps(self) -> None:
         for row in self._steps.take():
+            self._logger.log(row)
+        for row in self._metrics.take():
             self._logger.log(row)
 
     def _pictures(self, scene: Scene) -> LoggedRow:

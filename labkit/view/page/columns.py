@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from labkit.errors import CAUSES
-from labkit.view.scene import MODES, SERIES, Floats, Layer, Mark, Scene, Servers
+from labkit.view.scene import MODES, SERIES, Curve, Floats, Layer, Mark, Scene, Servers, waits_lines
 
 MAX_TEXT = 120  # characters of a name, an address, a mark; what is longer is cut
 MAX_SIZES = 8  # dimensions of a grid
@@ -214,6 +214,20 @@ def write_series(scene: Scene, skip: int, count: int, reset: bool, buffers: list
 
 
 BIN_BYTES = 4 * len(SERIES)
+POINT_BYTES = 8
+MAX_WAITS_TEXT = 240  # characters of a line that says what passes wait for
+
+
+def write_curve(curve: Curve, number: int, start: int, count: int, buffers: list[bytes]) -> dict[str, Any]:
+    """Write `count` points of a curve after the first `start`, as one of `Frame.curves`; appends their bytes."""
+    points = np.stack([curve.at, curve.value], axis=1)[start : start + count]  # [count, 2]
+    buffers.append(points.astype(_WIRE["f32"]).tobytes())
+    return {"curve": number, "name": cut(curve.name), "start": start, "count": count, "buffer": len(buffers) - 1}
+
+
+def write_waits(scene: Scene) -> list[str]:
+    """Returns what passes wait for, a sentence for each layer and direction."""
+    return [line[:MAX_WAITS_TEXT] for line in waits_lines(scene.waits)]
 
 
 def number(value: float, digits: int = 6) -> float | None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from labkit.view.page.columns import (
     BIN_BYTES,
     COLUMNS,
+    POINT_BYTES,
     SERVER_NUMBERS,
     SHADES,
     STATES,
@@ -23,12 +24,14 @@ from labkit.view.page.columns import (
     Column,
     Header,
     Values,
+    write_curve,
     write_layer,
     write_mark,
     write_opening,
     write_piece,
     write_series,
     write_server,
+    write_waits,
 )
 from labkit.view.scene import Mark, Scene
 
@@ -69,6 +72,8 @@ class FrameWriter:
         self._text_row = 0  # where text goes on
         self._marks: set[Mark] = set()
         self._width, self._next_bin = 0.0, 0  # of the series
+        self._curves: dict[int, tuple[int, int]] = {}  # by number: version, and how many points were sent
+        self._waits: list[str] = []
         self._columns = [_Sent(column) for column in COLUMNS]
 
     def frame(self, scene: Scene, *, layer: int, mode: str, control: bool) -> tuple[Header, list[bytes]]:
@@ -90,9 +95,11 @@ class FrameWriter:
         room = self._budget - _size(header) - PIECE_OVERHEAD
         room -= self._write_layers(scene, header, room // 2)
         room -= self._write_marks(scene, header, room // 4)
+        room -= self._write_waits(scene, header)
         # 2. what has been added
         room -= self._write_series(scene, header, buffers, room * 3 // 5)
         room -= self._write_text(scene, header, room // 2 if self._fresh else room // 3)
+        room -= self._write_curves(scene, header, buffers, room // 3)
         # 3. columns, the most urgent blocks first
         self._write_columns(scene, header, buffers, room, layer, mode)
         self._fresh = False
@@ -115,6 +122,30 @@ class FrameWriter:
         rows, taken = _as_many([write_mark(mark) for mark in new], room)
         self._marks.update(new[: len(rows)])
         header["marks"] = rows
+        return taken
+
+    def _write_waits(self, scene: Scene, header: Header) -> int:
+        lines = write_waits(scene)
+        if lines == self._waits:
+            return 0
+        self._waits = header["waits"] = lines
+        return _size(lines) + PIECE_OVERHEAD
+
+    def _write_curves(self, scene: Scene, header: Header, buffers: list[bytes], room: int) -> int:
+        """The points since the last frame, and all of a curve whose points were merged, as far as there is room."""
+        taken, written = 0, list[Header]()
+        for number, curve in enumerate(scene.curves):
+            version, sent = self._curves.get(number, (curve.version, 0))
+            start = sent if version == curve.version else 0
+            cost = PIECE_OVERHEAD + _size(curve.name)
+            count = min(len(curve.at) - start, (room - taken - cost) // POINT_BYTES)
+            if count <= 0 or number > len(self._curves):  # a page takes them in their order
+                continue
+            written.append(write_curve(curve, number, start, count, buffers))
+            self._curves[number] = curve.version, start + count
+            taken += cost + count * POINT_BYTES
+        if written:
+            header["curves"] = written
         return taken
 
     def _write_series(self, scene: Scene, header: Header, buffers: list[bytes], room: int) -> int:

@@ -27,11 +27,13 @@ from labkit.view.picture.formatting import (
     whole,
 )
 from labkit.view.picture.heat_map import draw_layers
-from labkit.view.scene import PERCENTILES, SERIES, SPLIT, Doubles, Scene, Servers, State
+from labkit.view.scene import PERCENTILES, SERIES, SPLIT, Doubles, Scene, Servers, State, waits_lines
 
 __all__ = ["Picture", "draw"]
 
 WIDTH, HEIGHT = 1200, 800  # pixels
+CURVES_HEIGHT = 180  # pixels more, where there are learning curves
+SHOWN_CURVES = 6
 MARGIN = 20  # pixels
 SHOWN_SERVERS = 12
 SHOWN_MARKS = 3  # the last marks, with their text
@@ -50,20 +52,23 @@ def draw(scene: Scene) -> bytes:
     """Draw the dashboard on white, in colours that colour-blind people can tell apart.
 
     Returns:
-        A PNG of 1200 × 800 pixels.
+        A PNG of 1200 × 800 pixels; 1200 × 980 with learning curves.
 
     Raises:
         ImportError: Matplotlib is not installed.
     """
-    sheet = Sheet(WIDTH, HEIGHT)
+    sheet = Sheet(WIDTH, HEIGHT + (CURVES_HEIGHT if scene.curves else 0))
     _draw_title(sheet, scene)
     _draw_numbers(sheet, scene, 52)
     sheet.line([MARGIN, WIDTH - MARGIN], [104, 104], color=FAINT)
     _title(sheet, MARGIN, 126, "Routing")
     draw_layers(sheet, scene, MARGIN, 132, 400, 398)
     _draw_servers(sheet, scene.servers, 446, 126)
+    for line, y in zip(waits_lines(scene.waits)[:2], (522, 538), strict=False):
+        sheet.text(446, y, clip(line, 118), size=11)
     sheet.line([MARGIN, WIDTH - MARGIN], [546, 546], color=FAINT)
     _draw_charts(sheet, scene, 568)
+    _draw_curves(sheet, scene, 782)
     return sheet.png()
 
 
@@ -78,7 +83,7 @@ def _draw_title(sheet: Sheet, scene: Scene) -> None:
     head = scene.headline
     name = f"swarm {shorten(scene.swarm, 32)}"
     sheet.text(MARGIN, 30, name, size=17, bold=True)
-    state = "closed" if not scene.open else "training" if head.running else "open, nothing trains"
+    state = "closed" if not scene.open else "training" if head.running or head.logging else "open, nothing trains"
     sheet.text(
         MARGIN + text_width(name, 17, bold=True) + 16, 30, state, size=13, color=INK if scene.open else BAD_COLOR
     )
@@ -99,7 +104,7 @@ def _draw_numbers(sheet: Sheet, scene: Scene, y: float) -> None:
     tiles: Sequence[tuple[str, str, bool]] = (
         (f"{whole(head.experts_alive)} of {whole(head.experts)}", "experts", head.experts_alive < head.experts),
         (f"{whole(head.servers_alive)} of {whole(head.servers)}", "servers", head.servers_alive < head.servers),
-        (whole(head.steps) if head.total_steps else "–", _of_steps(head.total_steps), False),
+        (whole(head.steps) if head.total_steps or head.steps else "–", _of_steps(head.total_steps), False),
         (figures(head.loss), "loss", False),
         (rate(head.samples), "samples/s", False),
         (rate(head.calls), "calls/s", False),
@@ -117,7 +122,7 @@ def _draw_numbers(sheet: Sheet, scene: Scene, y: float) -> None:
 
 
 def _of_steps(total: int) -> str:
-    return f"steps of {whole(total)}" if total else "steps"
+    return f"steps of {whole(total)}" if 0 < total < 1_000_000 else "steps"
 
 
 # ---------------------------------------------------------------- servers
@@ -197,17 +202,36 @@ def _draw_charts(sheet: Sheet, scene: Scene, y: float) -> None:
     _draw_failures(sheet, scene, span, (x + 4, y, WIDTH - MARGIN - x - 4, height))
 
 
+def _draw_curves(sheet: Sheet, scene: Scene, y: float) -> None:
+    """Draw the first learning curves, and say how many more there are. A curve fills its box from top to bottom."""
+    series = scene.series
+    start = series.first * series.width
+    span = (start, max(scene.at, start + 1e-3))
+    x, wide, gap = float(MARGIN), 170.0, 26.0
+    for curve in scene.curves[:SHOWN_CURVES]:
+        known = curve.value[np.isfinite(curve.value)]
+        last = f" {figures(float(known[-1]))}" if len(known) else ""
+        _title(sheet, x, y + 10, f"{shorten(curve.name, 24 - len(last))}{last}")
+        _draw_line(sheet, curve.at, curve.value, span, (x, y + 28, wide, 100.0), zero=False)
+        x += wide + gap
+    rest = len(scene.curves) - SHOWN_CURVES
+    if rest > 0:
+        sheet.text(WIDTH - MARGIN, y + 170, f"and {rest} more", color=DIM, align="right")
+
+
 def _draw_line(
-    sheet: Sheet, t: Doubles, values: Doubles, span: tuple[float, float], box: tuple[float, float, float, float]
-) -> None:
+    sheet: Sheet, t: Doubles, values: Doubles, span: tuple[float, float], box: tuple[float, float, float, float],
+    zero: bool = True,
+) -> None:  # fmt: skip
     x, y, width, height = box
     known = np.where(np.isfinite(values), values, np.nan)
     if not np.isfinite(known).any():
         _draw_frame(sheet, box, span, "")
         sheet.text(x + width / 2, y + height / 2, "nothing known", color=DIM, align="center")
         return
-    low, top = min(0.0, float(np.nanmin(known))), float(np.nanmax(known))
-    _draw_frame(sheet, box, span, figures(top) if top > 0 else "", "0" if low == 0 else figures(low))
+    low, top = float(np.nanmin(known)), float(np.nanmax(known))
+    low = min(0.0, low) if zero else low
+    _draw_frame(sheet, box, span, figures(top) if top > 0 or not zero else "", "0" if low == 0 else figures(low))
     top = top if top > low else low + 1.0
     px = x + (t - span[0]) / (span[1] - span[0]) * width
     py = y + (top - known) / (top - low) * height

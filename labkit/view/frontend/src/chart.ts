@@ -24,7 +24,7 @@ export function times(series: SeriesTable): number[] {
 }
 
 // NaN is null: uPlot leaves a gap there. Short gaps are bridged, so that a loss once in a while is a line.
-export function row(values: Float32Array, bridge = false): Row {
+export function row(values: ArrayLike<number>, bridge = false): Row {
   const result: Row = Array.from(values, (value) => (Number.isFinite(value) ? value : null));
   if (!bridge) return result;
   let last = -1;
@@ -55,11 +55,13 @@ export interface ChartOptions {
   sync: string;
   height: number;
   bars?: (chart: uPlot, theme: Theme) => void; // draws instead of the lines
+  close?: boolean; // the scale ends where the values do, and points are seen one by one where they are few
   top?: (values: Row[]) => number; // the upper end of the left scale, from what is shown
 }
 
 export class Chart {
   readonly el: HTMLElement;
+  get name(): string { return this.options.label; }
   private canvas: HTMLElement;
   private title: HTMLElement;
   private plot: uPlot | null = null;
@@ -134,7 +136,7 @@ export class Chart {
     const width = this.canvas.clientWidth;
     if (!width || !this.el.isConnected) return;
     const theme = (this.theme = readTheme(this.el));
-    const { lines, bars, height, sync, top } = this.options;
+    const { lines, bars, height, sync, top, close } = this.options;
     const font = `11px ${getComputedStyle(this.el).fontFamily}`;
     const grid = { stroke: theme.line, width: 1 };
     const quiet = { stroke: theme.dim, font, grid, ticks: { show: false }, gap: 4 };
@@ -146,7 +148,10 @@ export class Chart {
     const from = (values: Row[]): number => Math.max(0, ...values.flatMap((one) => one.map((value) => value ?? 0)));
     const range = (side: "left" | "right"): uPlot.Range.Function => () => {
       const rows = this.data.slice(1).filter((_, i) => (lines[i].axis === "right") === (side === "right")) as Row[];
-      return [0, (top && side === "left" ? top(rows) : from(rows)) * 1.08 || 1];
+      const known = rows.flat().filter((value) => typeof value === "number");
+      const low = Math.min(...known), high = Math.max(...known), room = 0.08 * (high - low);
+      if (close && known.length) return [low - room, high + (room || Math.abs(high) || 1)];
+      return [Math.min(0, low * 1.08), (top && side === "left" ? top(rows) : from(rows)) * 1.08 || 1];
     };
     this.plot = new uPlot({
       width, height, legend: { show: false }, padding: [6, right ? 0 : 16, 0, 0],
@@ -168,7 +173,7 @@ export class Chart {
       }))],
       hooks: {
         drawAxes: [(plot) => this.drawMarks(plot, theme)],
-        draw: bars ? [(plot) => bars(plot, theme)] : [],
+        draw: bars ? [(plot) => bars(plot, theme)] : close ? [(plot) => drawDots(plot, theme)] : [],
         setCursor: [(plot) => this.say(plot.cursor.idx ?? null)],
       },
     }, this.data as uPlot.AlignedData, this.canvas);
@@ -206,4 +211,15 @@ export class Chart {
     if (!this.plot) this.make();
     else if (Math.abs(this.plot.width - width) >= 1) this.plot.setSize({ width, height: this.options.height });
   }
+}
+
+const MOST_DOTS = 60;
+
+function drawDots({ ctx, data, valToPos }: uPlot, theme: Theme): void {
+  const size = 4 * (window.devicePixelRatio || 1);
+  ctx.fillStyle = theme.accent;
+  if (data[0].length <= MOST_DOTS) data[0].forEach((at, i) => {
+    const value = data[1][i];
+    if (typeof value === "number") ctx.fillRect(valToPos(at, "x", true) - size / 2, valToPos(value, "y", true) - size / 2, size, size);
+  });
 }

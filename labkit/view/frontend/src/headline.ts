@@ -31,7 +31,7 @@ export function headlinePanel(store: Store, ctx: Context): Panel & { tick(now: n
     text(servers.value, `${alive(n.servers_alive)} of ${whole(n.servers)}`);
     experts.el.classList.toggle("lk-bad", n.experts_alive < n.experts);
     servers.el.classList.toggle("lk-bad", n.servers_alive < n.servers);
-    text(step.value, n.total_steps ? `${whole(n.steps)} of ${whole(n.total_steps)}` : NOTHING);
+    text(step.value, n.total_steps ? `${whole(n.steps)} of ${whole(n.total_steps)}` : n.steps ? whole(n.steps) : NOTHING);
     text(loss.value, figures(n.loss));
     text(samples.value, rate(n.samples));
     text(calls.value, rate(n.calls));

@@ -1,6 +1,6 @@
 // A recording, moment by moment: puts a store into the state of any second of a run. Below the replay page, which plays it.
 import { Store, seriesValues } from "./store";
-import type { SeriesTable } from "./store";
+import type { Curve, SeriesTable } from "./store";
 import { SERIES } from "./types";
 import type { Frame } from "./types";
 
@@ -20,6 +20,7 @@ export class Replay {
   private readonly keyframes: Recorded[];
   private readonly times: number[];
   private readonly series: SeriesTable;
+  private readonly curves: Curve[];
   private readonly marks: [at: number, text: string][];
   private shown = -2; // index of the keyframe in the store
   private moment: Frame | null = null; // its frame
@@ -29,6 +30,7 @@ export class Replay {
     this.times = this.keyframes.map(({ header }) => header.at);
     this.store.apply({ ...still.header, reset: true }, still.buffers);
     this.series = this.store.series;
+    this.curves = this.store.curves;
     this.marks = [...this.store.marks].sort((a, b) => a[0] - b[0]);
     const end = this.series.values[SERIES[0]].length ? (this.series.first + this.series.values[SERIES[0]].length) * this.series.width : 0;
     this.duration = Math.max(Number.isFinite(seconds) ? seconds : 0, this.times.at(-1) ?? end, 0);
@@ -48,7 +50,11 @@ export class Replay {
       store.series = bins ? { width, first, values: Object.fromEntries(SERIES.map((name) => [name, values[name].subarray(0, bins)])) }
         : { width, first, values: seriesValues(0) };
       store.marks = this.marks.slice(0, after(this.marks.map(([time]) => time), at));
-      store.touch("series");
+      store.curves = this.curves.map(({ name, at: times, value }) => {
+        const points = after(times, at);
+        return { name, at: times.slice(0, points), value: value.slice(0, points) };
+      });
+      for (const name of ["series", "curves"]) store.touch(name);
       store.touch("marks");
       if (this.moment) store.frame = { ...this.moment, wall: this.moment.wall + at - this.moment.at, at };
     });
@@ -73,13 +79,13 @@ export class Replay {
 
   private show(index: number): void {
     const { header, buffers } = this.still, key = this.keyframes[index];
-    this.store.apply({ ...header, reset: true, series: undefined, marks: undefined }, buffers);
+    this.store.apply({ ...header, reset: true, series: undefined, marks: undefined, curves: undefined }, buffers);
     this.shown = index;
     this.moment = this.store.frame;
     if (!key) return;
     const there = key.header.pieces?.filter((piece) => piece?.table === "servers").map((piece) => piece.size) ?? [];
     if (there.length) this.store.servers.length = Math.min(this.store.servers.length, Math.max(...there));
-    this.store.apply({ ...key.header, type: "frame", reset: false, series: undefined, marks: undefined }, key.buffers);
+    this.store.apply({ ...key.header, type: "frame", reset: false, series: undefined, marks: undefined, curves: undefined }, key.buffers);
     this.moment = this.store.frame;
   }
 }

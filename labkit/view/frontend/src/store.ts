@@ -7,6 +7,7 @@ export const NOWHERE = 0xffffffff; // `cell` of an expert whose place has not co
 const MAX_ROWS = { experts: 1 << 20, servers: 1 << 16 };
 const MAX_BINS = 1 << 15;
 const MAX_MARKS = 1000;
+const MAX_CURVES = 64, MAX_POINTS = 4096, MAX_WAITS = 16;
 const MAX_LAYERS = 1 << 16;
 
 // Columns of length n; rows keep their place for good. NaN in a Float32Array: nothing is known.
@@ -32,6 +33,9 @@ export interface ServerRow {
 // values[name] for each name of SERIES; value i is of the bin that begins at (first + i) × width seconds.
 export interface SeriesTable { width: number; first: number; values: Record<string, Float32Array> }
 
+// Something that was measured while training. NaN: it was not finite.
+export interface Curve { name: string; at: number[]; value: number[] }
+
 export class Store {
   frame: Frame | null = null; // the last one, its headline checked; its pieces are gone
   layers: Layer[] = [];
@@ -39,6 +43,8 @@ export class Store {
   servers: ServerRow[] = [];
   series: SeriesTable = { width: 1, first: 0, values: seriesValues(0) };
   marks: [at: number, text: string][] = [];
+  curves: Curve[] = [];
+  waits: string[] = [];
   receivedAt = 0; // performance.now()
   lost = ""; // why it is not known how things stand now: the kernel is gone
   // Counts of changes, for panels that draw only what is new: "experts", "experts.load", …, "servers", "series", "marks", "layers".
@@ -56,6 +62,8 @@ export class Store {
     if (isObject(frame.server_text)) this.takeText(frame.server_text);
     if (Array.isArray(frame.marks)) this.takeMarks(frame.marks);
     if (isObject(frame.series)) this.takeSeries(frame.series, views);
+    if (Array.isArray(frame.curves)) for (const one of frame.curves) this.takeCurve(one, views);
+    if (Array.isArray(frame.waits)) this.waits = frame.waits.filter((line) => typeof line === "string").slice(0, MAX_WAITS);
     if (Array.isArray(frame.pieces)) for (const piece of frame.pieces) this.takePiece(piece, views);
     this.notify();
   }
@@ -96,7 +104,9 @@ export class Store {
     this.servers = [];
     this.series = { width: 1, first: 0, values: seriesValues(0) };
     this.marks = [];
-    for (const name of ["experts", "servers", "series", "marks", "layers"]) this.touch(name);
+    this.curves = [];
+    this.waits = [];
+    for (const name of ["experts", "servers", "series", "marks", "layers", "curves"]) this.touch(name);
   }
 
   private notify(): void {
@@ -152,6 +162,18 @@ export class Store {
     });
     this.series = { width, first: from, values };
     this.touch("series");
+  }
+
+  private takeCurve(raw: NonNullable<Frame["curves"]>[number], buffers: DataView[]): void {
+    if (!isObject(raw) || typeof raw.name !== "string") return;
+    const { curve, name, start, count, buffer } = raw;
+    const data = isCount(buffer, 0, buffers.length) ? buffers[buffer] : undefined;
+    if (!data || !isCount(curve, 0, Math.min(this.curves.length, MAX_CURVES - 1)) || !isCount(start, 0, MAX_POINTS)) return;
+    const known = this.curves[curve] ?? { name, at: [], value: [] };
+    if (start > known.at.length || !isCount(count, 0, MAX_POINTS - start) || data.byteLength < count * 8) return;
+    const read = (k: number) => Array.from({ length: count }, (_, i) => data.getFloat32(i * 8 + k, true));
+    this.curves[curve] = { name, at: [...known.at.slice(0, start), ...read(0)], value: [...known.value.slice(0, start), ...read(4)] };
+    this.touch("curves");
   }
 
   private takePiece(piece: Piece, buffers: DataView[]): void {

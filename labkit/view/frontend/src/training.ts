@@ -1,7 +1,7 @@
 // How training goes: loss, throughput, traffic, what is in flight, and how stale gradients are.
 import { Chart, row, times, type Line } from "./chart";
 import type { Context, Panel } from "./context";
-import { h } from "./dom";
+import { h, text } from "./dom";
 import { bytes, figures, rate } from "./format";
 import type { Store } from "./store";
 import type { Theme } from "./theme";
@@ -31,12 +31,15 @@ let panels = 0;
 export function trainingPanel(store: Store, ctx: Context): Panel {
   const sync = `labkit-${++panels}`;
   const charts = PLANS.map(({ label, lines }) => new Chart(store, { label, lines, sync, height: HEIGHT }));
-  const el = h("section", { "aria-label": "Training", class: "lk-panel lk-training" },
-    h("h3", {}, "Training"), h("div", { class: "lk-charts" }, ...charts.map((chart) => chart.el)));
+  const measured: Chart[] = []; // one for each learning curve, behind that of the loss
+  const all = () => [...charts, ...measured];
+  const waits = h("p", { class: "lk-waits lk-dim" }), box = h("div", { class: "lk-charts" }, ...charts.map((chart) => chart.el));
+  const el = h("section", { "aria-label": "Training", class: "lk-panel lk-training" }, h("h3", {}, "Training"), waits, box);
   let drawn = -1;
 
   const update = () => {
-    const revision = store.revision("series", "marks");
+    text(waits, store.waits.join("\n"));
+    const revision = store.revision("series", "marks", "curves");
     if (revision === drawn) return;
     drawn = revision;
     const xs = times(store.series);
@@ -44,10 +47,24 @@ export function trainingPanel(store: Store, ctx: Context): Panel {
       const rows = columns.map((name) => row(store.series.values[name], name === "loss" || name === "staleness"));
       charts[i].set(xs, rows, ctx.duration);
     });
+    const begin = xs[0] ?? 0, end = ctx.duration || (xs.at(-1) ?? 0) + store.series.width;
+    store.curves.forEach(({ name, at, value }, i) => {
+      if (measured[i]?.name !== name) {
+        measured[i]?.destroy();
+        const chart = new Chart(store, { label: name, lines: [{ name, color: first, format: figures }], sync, height: HEIGHT, close: true });
+        measured[i] ? measured[i].el.replaceWith(chart.el) : (measured[i - 1] ?? charts[0]).el.after(chart.el);
+        measured[i] = chart;
+      }
+      measured[i].set([begin, ...at], [[null, ...row(value)]], Math.max(end, at.at(-1) ?? 0));
+    });
+    for (const chart of measured.splice(store.curves.length)) {
+      chart.destroy();
+      chart.el.remove();
+    }
   };
   return {
     el, update,
-    restyle() { for (const chart of charts) chart.restyle(); },
-    destroy() { for (const chart of charts) chart.destroy(); },
+    restyle() { for (const chart of all()) chart.restyle(); },
+    destroy() { for (const chart of all()) chart.destroy(); },
   };
 }

@@ -43,6 +43,9 @@ export interface Frame {
   server_text?: { start: number; rows: [label: string, address: string, word: string][] }; // those that changed
   marks?: [at: number, text: string][]; // those since the last frame
   series?: { width: number; first: number; count: number; reset: boolean; buffer: number }; // f32 [count, SERIES.length]
+  // points of learning curves, f32 [count, 2]: seconds since the start, and value. Start 0: all that was before is void
+  curves?: { curve: number; name: string; start: number; count: number; buffer: number }[];
+  waits?: string[]; // what passes wait for, in sentences; when they change
   pieces: Piece[];
   lost?: string; // not sent: set in the page when the kernel is gone
 }

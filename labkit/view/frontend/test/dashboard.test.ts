@@ -4,7 +4,7 @@ import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import widget from "../src/index";
 import { CLICK_WAITS } from "../src/status";
 import { ALIVE, CAUSES, DEAD, type Frame, type Say } from "../src/types";
-import { frame, framed, headline, piece, series } from "./frames";
+import { buffer, frame, framed, headline, piece, series } from "./frames";
 
 let said: Say[], listeners: ((content: unknown, buffers?: DataView[]) => void)[], el: HTMLElement, end: () => void, page: string;
 const model = {
@@ -189,6 +189,41 @@ it("says that the swarm is closed, and lets go of its buttons", () => {
   vi.advanceTimersByTime(300);
   expect(status()).toBe("the swarm is closed, or cannot be reached");
   expect(button("Kill servers[0]").disabled).toBe(true);
+});
+
+describe("what was measured while training", () => {
+  const curve = (number: number, name: string, start: number, points: number[]): [NonNullable<Frame["curves"]>[number], DataView] =>
+    [{ curve: number, name, start, count: points.length / 2, buffer: number }, buffer("f32", points)];
+  const curves = (...some: ReturnType<typeof curve>[]): [Frame, DataView[]] =>
+    [frame({ curves: some.map(([one], i) => ({ ...one, buffer: i })) }), some.map(([, data]) => data)];
+  const charts = () => [...region("Training").querySelectorAll("figure")].map((one) => one.getAttribute("aria-label"));
+
+  it("has a chart for each name beside that of the loss, and points are added", () => {
+    give(swarm());
+    give(curves(curve(0, "validation loss", 0, [1, 0.9, 2, 0.5]), curve(1, "accuracy", 0, [1, NaN])));
+    expect(charts().slice(0, 4)).toEqual(["Loss, last: loss 19.0", "validation loss, last: validation loss 0.500", "accuracy, last: accuracy –", expect.stringMatching(/^Samples/)]);
+    give(curves(curve(0, "validation loss", 2, [3, 0.25])));
+    give(curves(curve(1, "accuracy", 0, [1, 0.75])));
+    expect(charts().slice(1, 3)).toEqual(["validation loss, last: validation loss 0.250", "accuracy, last: accuracy 0.750"]);
+    give(swarm());
+    expect(charts()).toHaveLength(5);
+  });
+
+  it("takes nothing that does not fit together, and names are text", () => {
+    give(swarm());
+    give(curves(curve(0, "<b>loss</b>", 0, [1, 2])));
+    give(curves(curve(2, "left out", 0, [1, 2])));
+    give(curves(curve(0, "a gap", 5, [1, 2])));
+    give([frame({ curves: [{ curve: 0, name: "short", start: 0, count: 9, buffer: 0 }, null as never, { curve: 0 } as never] }), [buffer("f32", [1])]]);
+    expect(charts()[1]).toBe("<b>loss</b>, last: <b>loss</b> 2.00");
+    expect(el.querySelector("b")).toBeNull();
+    expect(charts()).toHaveLength(6);
+  });
+});
+
+it("says what a pass waits for", () => {
+  give(swarm(undefined, undefined, { waits: ["a forward pass takes 0.21 s", 7 as never] }));
+  expect(region("Training").querySelector(".lk-waits")!.textContent).toBe("a forward pass takes 0.21 s");
 });
 
 it("says that its kernel is gone, and lets go of all that would need it, until it is back", () => {

@@ -1,6 +1,6 @@
 import { describe, expect, it, vi } from "vitest";
 import { Replay, SPEEDS } from "../src/replay";
-import { framed, grid, headline, piece, series } from "./frames";
+import { buffer, framed, grid, headline, piece, series } from "./frames";
 import type { Recorded } from "../src/replay";
 import type { Frame } from "../src/types";
 
@@ -12,7 +12,8 @@ function recording(times = [0, 20, 40], seconds = 60): Replay {
   const all: [Frame, DataView[]] = [{
     ...still, series: bins, marks: [[20, "servers[0] was lost"], [41, "servers[0] is back"]],
     server_text: { start: 0, rows: [["servers[0]", "tcp://a", "running"], ["servers[1]", "tcp://b", "running"]] },
-  }, [...buffers, values]];
+    curves: [{ curve: 0, name: "accuracy", start: 0, count: 2, buffer: 6 }],
+  }, [...buffers, values, buffer("f32", [10, 0.5, 30, 0.75])]];
   const keyframes = times.map((at) => recorded(framed([
     piece("experts", "state", "u8", [at >= 20 ? 3 : 1, 1, 1, 1, ...(at >= 40 ? [1, 1] : [])]),
     piece("experts", "load", "f32", [at, at, at, at, ...(at >= 40 ? [at, at] : [])]),
@@ -30,6 +31,7 @@ describe("a moment of a recording", () => {
     expect(shown(replay)).toEqual({ states: [3, 1, 1, 1, 0, 0], steps: 200, servers: 1 });
     expect(replay.store.series.values.loss).toHaveLength(25);
     expect(replay.store.marks).toEqual([[20, "servers[0] was lost"]]);
+    expect(replay.store.curves).toEqual([{ name: "accuracy", at: [10], value: [0.5] }]);
     expect(replay.store.frame).toMatchObject({ at: 25.5, wall: 1025.5 });
   });
 
