@@ -128,8 +128,9 @@ class WandbLogger(RichLogger):
     """Logs to your own run of Weights & Biases, for `swarm.log_to`.
 
     It neither starts nor finishes the run. Charts of `train/…` and `metrics/…` have
-    `train/step` as their x axis, and those of `swarm/…` the seconds since the swarm's start. So do not pass a `step`
-    to your own `run.log`: W&B drops rows whose step is earlier than the last one.
+    `train/step` as their x axis, and those of `swarm/…` the seconds since the swarm's start.
+    So do not pass a `step` to your own `run.log`: W&B drops rows whose step is earlier than
+    the last one.
 
     Example:
         run = wandb.init(project="my-swarm")
