@@ -1,4 +1,4 @@
-# What a person types: `make demo`, `make test`, `make lint`. The first of them makes .venv, once.
+# What a person types: `make demo`, `make lab`, `make test`, `make lint`. The first of them makes .venv, once.
 #
 #   make demo ARGS="--watch"
 #   make test ARGS="tests/test_datasets.py -k digits"
@@ -21,7 +21,7 @@ STATIC := labkit/view/static
 CHROMIUM ?= /usr/bin/chromium
 export CHROMIUM
 
-.PHONY: demo test test-browser lint frontend frontend-check clean
+.PHONY: demo lab test test-browser lint frontend frontend-check clean
 
 # An environment cannot be moved: its programs, and its link to this checkout, are absolute paths. That of a checkout which
 # was copied or moved is made anew.
@@ -35,6 +35,9 @@ endif
 
 demo: .venv/ready
 	@$(BIN)/python -m labkit demo $(ARGS)
+
+lab: .venv/lab-ready
+	@$(BIN)/python -m jupyterlab --ServerApp.root_dir="$(CURDIR)" tutorials/01_first_swarm.ipynb $(ARGS)
 
 test: .venv/ready .venv-colab/ready
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
@@ -82,6 +85,11 @@ clean:
 # What Colab has, for one test: a second, small environment, which borrows the rest from .venv.
 .venv-colab/ready: .venv/ready tests/colab_environment.py
 	@$(BIN)/python -m tests.colab_environment .venv-colab
+	@touch $@
+
+.venv/lab-ready: .venv/ready
+	@echo "Installing JupyterLab into .venv (once) ..."
+	@$(PIP) install --quiet --constraint constraints.txt --editable ".[lab]"
 	@touch $@
 
 .venv/browser-ready: .venv/ready

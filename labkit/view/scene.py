@@ -154,10 +154,9 @@ class Waits:
     def words(self) -> str:
         """As a sentence."""
         part = f"{seconds_text(self.waited)} of it" if self.waited >= 0.0005 else "none of it"
-        text = (
-            f"a {self.direction} pass takes {seconds_text(self.seconds)}, {part} waiting for stragglers; "
-            f"waits at most {seconds_text(self.patience)}"
-        )
+        text = f"a {self.direction} pass takes {seconds_text(self.seconds)}, {part} waiting for stragglers"
+        if self.patience > 0:
+            text += f"; waits at most {seconds_text(self.patience)}"
         if not self.late:
             return text
         return f"{text}; late most: {', '.join(f'{uid} on {server}' if server else uid for uid, server in self.late)}"

@@ -30,5 +30,6 @@ def waits_of(telemetry: Telemetry, now: float, server_of: Callable[[str], str] =
         count, late = len(passes), Counter(uid for one in passes for uid in one.late)
         most = [(uid, server_of(uid)) for uid, times in late.most_common(SHOWN_LATE) if times >= MIN_LATE_SHARE * count]
         seconds, waited = sum(one.seconds for one in passes) / count, sum(one.waited for one in passes) / count
-        found.append(Waits(layer, direction, seconds, waited, passes[-1].patience, tuple(most)))
+        patience = max(one.patience for one in passes)  # 0 where there was nothing to wait for
+        found.append(Waits(layer, direction, seconds, waited, patience, tuple(most)))
     return tuple(found)

@@ -1,0 +1,24 @@
+"""The README's code, cell by cell in JupyterLab."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.browser.conftest import shoot
+from tests.browser.places import in_jupyterlab
+from tests.readme import cells
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def test_the_readme_runs_in_jupyterlab(browser, lab):
+    with in_jupyterlab(browser, lab, cells()) as place:
+        expect(place.page.get_by_text(re.compile("labkit://"))).to_be_visible()
+        expect(place.view.happened).to_contain_text("servers[2] killed")
+        expect(place.view.headline).to_contain_text("4 of 4 servers")
+        place.notebook.expect_cell(running=False)
+        expect(place.page.locator("[data-mime-type$='stderr'], [data-mime-type$='error']")).to_have_count(0)
+        shoot(place.page, "readme")
