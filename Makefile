@@ -37,7 +37,7 @@ demo: .venv/ready
 	@$(BIN)/python -m labkit demo $(ARGS)
 
 lab: .venv/lab-ready
-	@$(BIN)/python -m jupyterlab --ServerApp.root_dir="$(CURDIR)" tutorials/01_first_swarm.ipynb $(ARGS)
+	@$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/tutorials/01_first_swarm.ipynb $(ARGS)
 
 test: .venv/ready .venv-colab/ready
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
