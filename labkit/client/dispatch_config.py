@@ -14,10 +14,9 @@ class DispatchConfig:
 
     Times are in seconds, and finite. Each row waits for `k_min` answers. When every row has
     them, or can't have them any more, the pass waits a little longer for the others. By
-    default that is as long as their servers' own latencies justify: half as long again as
+    default that is as long as their servers' own latencies justify: a quarter more than
     95 % of a server's answers took lately, at most a second, or as long as the pass has
-    taken so far. A server that has not answered yet, or not a request of this size, has a
-    second.
+    taken so far. A server that has hardly answered requests of this size yet has a second.
 
     Example:
         swarm.moe(256, grid=(4, 4), k_best=4, k_min=2, forward_timeout=5.0)
