@@ -43,7 +43,7 @@ def passes(timeout_after_k_min: float | None, latency: float, loss: float) -> tu
             swarm.set_faults(latency, loss)
 
             def use() -> None:
-                for _ in range(100):
+                for _ in range(50):
                     layer(torch.randn(64, 8)).sum().backward()
 
             await swarm.lockstep.run(use)
@@ -52,7 +52,7 @@ def passes(timeout_after_k_min: float | None, latency: float, loss: float) -> tu
     took = [event.seconds for event in events if isinstance(event, PassFinished)]
     answers = sum(isinstance(event, CallFinished) for event in events)
     lost = sum(isinstance(event, CallFailed) for event in events)
-    assert len(took) == 200
+    assert len(took) == 100
     return sum(took) / len(took), answers / (answers + lost)
 
 
@@ -67,7 +67,7 @@ def test_a_lost_call_costs_a_pass_what_the_latencies_justify_and_not_a_second():
 
 def test_where_nothing_is_lost_hardly_an_answer_is_given_up():
     _, used = passes(None, latency=0.1, loss=0.0)
-    assert used > 0.96
+    assert used > 0.97
 
 
 # ---------------------------------------------------------------- one server that is unlike the others

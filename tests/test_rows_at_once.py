@@ -81,20 +81,20 @@ def results(layer: MixtureOfExperts, x: Tensor, target: Tensor, sizes: list[int]
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int, list[int], set[int], int]:
+def cases(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int, list[int], set[int], int, int]:
     grid = draw(st.sampled_from([(2,), (5,), (2, 3), (2, 2, 2)]))
     experts = len(list(grid_uids("ffn", grid)))
     k_best = draw(st.integers(1, min(4, experts)))
     k_min = draw(st.integers(1, k_best))
     sizes = draw(st.lists(st.integers(1, 60), min_size=1, max_size=4))
     refuse = draw(st.sets(st.integers(0, experts - 1), max_size=experts - k_min))
-    return grid, k_best, k_min, sizes, refuse, draw(st.sampled_from([SMALL, MEDIUM, USUAL]))
+    return grid, k_best, k_min, sizes, refuse, draw(st.sampled_from([SMALL, MEDIUM, USUAL])), draw(st.integers(1, 100))
 
 
 @given(case=cases(), seed=st.integers(0, 1 << 16))
 @settings(max_examples=25)
 def test_rows_that_go_through_a_layer_at_once_get_what_they_get_in_parts(case, seed):
-    grid, k_best, k_min, sizes, refuse, message_bytes = case
+    grid, k_best, k_min, sizes, refuse, message_bytes, max_batch_size = case
     torch.manual_seed(seed)
     config = DispatchConfig(k_best=k_best, k_min=k_min)
     layer = MixtureOfExperts(DIM, grid, swarm="simulated", dispatch=config)
@@ -104,7 +104,22 @@ def test_rows_that_go_through_a_layer_at_once_get_what_they_get_in_parts(case, s
         at_once, in_parts = results(layer, x, target, [len(x)]), results(layer, x, target, sizes)
         assert_close(at_once, in_parts)
 
-    in_a_swarm(compare, grid, refuse=refuse, message_bytes=message_bytes)
+    in_a_swarm(compare, grid, refuse=refuse, message_bytes=message_bytes, max_batch_size=max_batch_size)
+
+
+def test_fifty_and_fifty_one_rows_with_a_limit_of_a_hundred_are_what_they_are_apart():
+    """In one pass each got what the expert that it liked less computes, or nothing."""
+    layer = MixtureOfExperts(DIM, (3,), swarm="simulated", dispatch=DispatchConfig(k_best=2))
+    x = torch.randn(101, DIM)
+    with torch.no_grad():
+        layer.gate.weight.zero_()
+        layer.gate.weight[:, :3] = torch.eye(3)
+    x[:50, :3], x[50:, :3] = torch.tensor([6.0, 5, 0]), torch.tensor([6.0, 0, 5])
+
+    def compare() -> None:
+        assert_close(results(layer, x, x, [101]), results(layer, x, x, [50, 51]))
+
+    in_a_swarm(compare, (3,), refuse=set(), message_bytes=USUAL, max_batch_size=100)
 
 
 @pytest.mark.parametrize("codec", ["none", "float16", "bfloat16", "blockwise8"])

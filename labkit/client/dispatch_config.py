@@ -14,7 +14,7 @@ class DispatchConfig:
 
     Times are in seconds, and finite. Each row waits for `k_min` answers. When every row has
     them, or can't have them any more, the pass waits a little longer for the others. By
-    default that is as long as their servers' own latencies justify: a quarter more than
+    default that is as long as their servers' own latencies justify: half as long again as
     95 % of a server's answers took lately, at most a second, or as long as the pass has
     taken so far. A server that has hardly answered requests of this size yet has a second.
 

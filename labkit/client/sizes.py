@@ -15,7 +15,7 @@ from torch import Tensor
 
 from labkit.contact import Contact
 
-HEADER_BYTES = 16_384  # of a message, at most, with sixteen tensors or so
+HEADER_BYTES = 1 << 16  # of a message, at most; or a quarter of it, where messages are small
 MAX_CONTACTS = 4096
 
 

@@ -324,7 +324,8 @@ async def _serve_owned(
     orders: trio.MemoryReceiveChannel[LoadOrder] | None, task_status: trio.TaskStatus[Contact],
 ) -> None:  # fmt: skip
     """Do it all, with the experts' checkpoints owned."""
-    limit = (node_config or NodeConfig()).limits.frames.message_bytes - HEADER_ROOM
+    message_bytes = (node_config or NodeConfig()).limits.frames.message_bytes
+    limit = message_bytes - min(HEADER_ROOM, message_bytes // 4)
     make = partial(ExpertServer, config, faults, emit, executor, timers=network.timers, answer_limit=limit)
     server = await _build(make, executor)  # 1
     if allow is not None:
