@@ -33,7 +33,12 @@ def test_a_run_of_many_trainers_loses_no_call_when_servers_stop_cleanly(tmp_path
 
         def train_on(steps: int) -> None:
             reached, target = threading.Event(), run.steps + steps
-            remove = swarm.on_event(lambda event: run.steps >= target and reached.set())
+
+            def look(event: Event) -> None:
+                if run.steps >= target:
+                    reached.set()
+
+            remove = swarm.on_event(look)
             assert reached.wait(60)
             remove()
 

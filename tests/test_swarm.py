@@ -604,7 +604,7 @@ def test_nor_does_one_that_cannot_join_or_whose_port_is_taken(still):
     with pytest.raises(lk.JoinError):
         Swarm.join(nobody.replace(nobody[9:20], "AAAAAAAAAAA"), name="still")
     with pytest.raises(TypeError):
-        Swarm.join(still.invite(), name="still", lisen="tcp://127.0.0.1:*")
+        Swarm.join(still.invite(), name="still", lisen="tcp://127.0.0.1:*")  # type: ignore[call-arg]
     assert not still.closed
 
 
