@@ -15,9 +15,11 @@ from labkit.dht.signing import verify
 from labkit.dht.storage import Item, Limits, Role, Storage
 
 
-def put(storage: Storage, entry: Entry, now: float = 0.0, role: Role = Role.REPLICA) -> str | None:
-    item = Item(entry.value, now + entry.ttl, entry.sequence, entry.owner, entry.signature, role)
-    return storage.put(entry.key, entry.subkey, item, now)
+def put(
+    storage: Storage, entry: Entry, now: float = 0.0, role: Role = Role.REPLICA, by: bytes = b"", ours: bool = False
+) -> str | None:
+    item = Item(entry.value, now + entry.ttl, entry.sequence, entry.owner, entry.signature, role, ours=ours)
+    return storage.put(entry.key, entry.subkey, item, now, by)
 
 
 def values(storage: Storage, key: str, now: float = 0.0) -> dict[str | None, bytes]:
@@ -166,8 +168,89 @@ def test_a_full_node_does_not_look_at_all_that_it_holds_for_each_item_that_it_re
     storage = Watched(verify, Limits(max_keys=1))
     put(storage, Entry("a", b"", 10.0))
     for number in range(100):
-        assert "the node is full" in (put(storage, Entry(f"b{number}", b"", 10.0), now=number / 100) or "")
+        assert "the node is full" in (put(storage, Entry(f"b{number}", b"", 5.0), now=number / 100) or "")
     assert storage.looks == 1
+
+
+FULL = {"keys": Limits(max_keys=4), "bytes": Limits(max_bytes=900)}  # room for four items
+
+
+@pytest.mark.parametrize("limits", FULL.values(), ids=FULL)
+def test_a_full_node_drops_what_expires_first_for_what_is_new(limits: Limits) -> None:
+    storage = Storage(verify, limits)
+    for key, ttl in (("d", 40.0), ("a", 10.0), ("c", 30.0), ("b", 20.0)):
+        put(storage, Entry(key, b"", ttl))
+    put(storage, Entry("a", b"", 35.0))  # prolonged, so that b is the first
+    assert put(storage, Entry("e", b"", 50.0)) is None
+    assert sorted(storage) == ["a", "c", "d", "e"]
+    assert put(storage, Entry("f", b"", 25.0)) == (
+        "the node is full (4 keys)" if limits.max_keys == 4 else "the node is full (900 bytes)"
+    ), "it would be the first to go"
+    assert put(storage, Entry("g", b"", 45.0)) is None
+    assert sorted(storage) == ["a", "d", "e", "g"]
+
+
+@pytest.mark.parametrize("limits", [Limits(max_keys=100), Limits(max_bytes=22_000)], ids=["keys", "bytes"])
+def test_one_who_stores_rubbish_that_lives_for_long_flushes_nobody_and_locks_nobody_out(limits: Limits) -> None:
+    storage = Storage(verify, limits)
+    for number in range(5):
+        assert put(storage, Entry(f"early {number}", b"", 30.0), by=b"honest") is None
+    assert put(storage, Entry("own", b"", 1.0), ours=True) is None
+    for number in range(1000):
+        put(storage, Entry(f"rubbish {number}", b"x" * (number % 7), 86_000.0 + number % 99), by=b"attacker")
+    for number in range(5):
+        assert put(storage, Entry(f"late {number}", b"", 20.0), by=b"another") is None
+    held = set(storage)
+    assert {f"early {n}" for n in range(5)} | {f"late {n}" for n in range(5)} | {"own"} <= held
+    assert len(held) <= limits.max_keys and storage.size <= limits.max_bytes
+
+
+def test_the_same_holds_within_a_dictionary() -> None:
+    storage = Storage(verify, Limits(max_subkeys=50))
+    assert put(storage, Entry("ffn", b"", 30.0, subkey="honest"), by=b"honest") is None
+    for number in range(500):
+        put(storage, Entry("ffn", b"", 86_000.0, subkey=f"rubbish {number}"), by=b"attacker")
+    assert put(storage, Entry("ffn", b"", 20.0, subkey="late"), by=b"another") is None
+    assert {"honest", "late"} <= values(storage, "ffn").keys() and len(values(storage, "ffn")) == 50
+
+
+def test_with_many_identities_one_takes_the_room_of_many_and_still_none_of_whoever_has_less() -> None:
+    storage = Storage(verify, Limits(max_bytes=100_000))
+    for number in range(3):
+        put(storage, Entry(f"honest {number}", b"", 30.0), by=b"honest")
+    for number in range(3000):
+        put(storage, Entry(f"rubbish {number}", b"", 86_000.0), by=b"%d" % (number % 50))
+    assert {f"honest {number}" for number in range(3)} <= set(storage)
+
+
+def test_what_a_node_stores_itself_has_room_whoever_has_filled_it() -> None:
+    storage = Storage(verify, Limits(max_keys=10))
+    for number in range(20):
+        put(storage, Entry(f"rubbish {number}", b"", 1000.0 + number), by=b"attacker")
+    for number in range(8):
+        assert put(storage, Entry(f"own {number}", b"", 10.0), ours=True) is None
+    assert sum(key.startswith("own") for key in storage) == 8
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 3), st.integers(0, 4), st.floats(0.1, 9.0)), max_size=60))
+def test_a_node_is_never_over_its_limits_and_counts_right(steps: list[tuple[int, int, int, float]]) -> None:
+    limits = Limits(max_keys=4, max_bytes=2000, max_subkeys=3, max_record=700)
+    storage, now = Storage(verify, limits), 0.0
+    for key, subkey, publisher, ttl in steps:
+        now += 0.3
+        put(storage, Entry(f"key {key}", b"x" * (10 * subkey), ttl, f"{subkey}"), now, by=b"%d" % publisher)
+        held = {key: dict(storage._records[key].items) for key in storage}
+        sizes = [sum(item.size(subkey) for subkey, item in items.items()) for items in held.values()]
+        assert storage.size == sum(sizes) <= limits.max_bytes and len(held) <= limits.max_keys
+        assert all(size <= limits.max_record for size in sizes)
+        assert all(0 < len(items) <= limits.max_subkeys for items in held.values())
+
+
+def test_what_is_stored_again_and_again_is_not_remembered_again_and_again() -> None:
+    storage = Storage(verify, Limits(max_keys=2))
+    for number in range(10_000):
+        put(storage, Entry("key", b"%d" % number, 1000.0 + number, sequence=number), by=b"x")
+    assert storage._shares is not None and sum(map(len, storage._shares._heaps.values())) < 200
 
 
 def test_a_record_is_bounded_in_bytes() -> None:

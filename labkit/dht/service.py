@@ -73,13 +73,14 @@ class Service:
         if sum(len(record.items) for record in body.records) > MAX_ENTRIES:
             raise BadRequest(f"over {MAX_ENTRIES} items in one call")
         now = trio.current_time()
+        publisher = request.peer.key or (body.sender.key if body.sender is not None else request.peer.route)
         refusals = []
         for record in body.records:
             for wire in record.items:
                 item = from_wire(wire, now, self._republish_at())
                 if item.role is Role.CACHED:
                     item.expires_at = min(item.expires_at, now + self._config.cache_ttl)
-                refusals.append(self._storage.put(record.key, wire.subkey, item, now) or "")
+                refusals.append(self._storage.put(record.key, wire.subkey, item, now, publisher) or "")
         return Reply(StoreReply(self._peers.contact.key, refusals))
 
     def _called(self, request: Request, sender: Contact | None) -> None:

@@ -1,8 +1,9 @@
 """The records that a DHT node holds, with expirations, merged on store, and bounded in every size a peer can choose.
 
 A key's record is either one plain value or a dictionary of subkeys, each with its own expiration (the prefix index that
-beam search reads is such a dictionary). Plain state: the time is passed in. Times are on the local clock; between nodes
-an expiration travels as the time to live that is left, since volunteers' clocks are wrong.
+beam search reads is such a dictionary). A node that is full drops what expires first to make room for what is new; see
+`room`. Plain state: the time is passed in. Times are on the local clock; between nodes an expiration travels as the
+time to live that is left, since volunteers' clocks are wrong.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from enum import IntEnum
 from typing import Protocol
 
 from labkit.contact import ID_BITS
+from labkit.dht.room import Publisher, RecordShares, Shares
 
 SCAN_PERIOD = 1.0  # seconds between two scans of all records for expired ones, while a node is full
+COUNT_FROM = 16  # a node that has reached this part of a limit counts who has how much
 ITEM_OVERHEAD = 200  # bytes counted for an item beside its own, so that empty values are not free
 
 
@@ -78,6 +81,8 @@ class Item:
     role: Role = Role.REPLICA
     republish_at: float = float("inf")
     ours: bool = False  # whether this node stored it, rather than another
+    publisher: Publisher = None  # whose share of the room it takes, set by `Storage.put`
+    number: int = 0  # names the item, set by `Storage.put`
 
     def size(self, subkey: str | None) -> int:
         """Returns the size that is counted for the item, in bytes: a little more than it takes on the wire."""
@@ -156,12 +161,14 @@ def _utf8(text: str) -> int:
 
 
 class _Record:
-    __slots__ = ("items", "next_expiry", "size")
+    __slots__ = ("creator", "items", "next_expiry", "shares", "size")
 
-    def __init__(self) -> None:
+    def __init__(self, creator: Publisher) -> None:
         self.items: dict[str | None, Item] = {}  # a plain value has the subkey None
         self.next_expiry = float("inf")  # the earliest expiration of its items
         self.size = 0
+        self.creator = creator  # whose share of the keys it takes
+        self.shares: RecordShares | None = None  # once it was full
 
 
 class Storage:
@@ -172,7 +179,7 @@ class Storage:
         limits: How much is stored.
     """
 
-    __slots__ = ("_records", "_scanned_at", "limits", "size", "verify")
+    __slots__ = ("_number", "_records", "_scanned_at", "_shares", "limits", "size", "verify")
 
     def __init__(self, verify: Verify, limits: Limits | None = None) -> None:
         self.verify = verify
@@ -180,6 +187,8 @@ class Storage:
         self.size = 0  # bytes, as `Item.size` counts them
         self._records: dict[str, _Record] = {}
         self._scanned_at = float("-inf")
+        self._shares: Shares | None = None  # once there is so much that it matters
+        self._number = 0
 
     def __len__(self) -> int:
         """Returns how many keys are held."""
@@ -196,8 +205,17 @@ class Storage:
         self._expire_record(key, record, now)
         return record.items
 
-    def put(self, key: str, subkey: str | None, item: Item, now: float) -> str | None:
-        """Store an item. Returns None if it, or another copy of it, is held now, else the reason why not."""
+    def put(self, key: str, subkey: str | None, item: Item, now: float, publisher: bytes = b"") -> str | None:
+        """Store an item. Returns None if it, or another copy of it, is held now, else the reason why not.
+
+        Args:
+            key: The key of the record.
+            subkey: The subkey, in a dictionary.
+            item: The item; those of this node itself (`ours`) are never dropped for others.
+            now: The time.
+            publisher: Who has sent it, as far as that is known. If there is no room, the publisher that has most of it
+                gives some up.
+        """
         limits = self.limits
         problem = limits.problem(key, subkey, item.value, item.expires_at - now)
         if problem is not None:
@@ -217,28 +235,13 @@ class Storage:
             return "signed by another owner" if item.owner != held.owner else "a later entry is held"
         if (item.owner is not None or item.signature is not None) and not self.verify(key, subkey, item):
             return "the signature does not hold"
-        if record is not None and held is None:
-            if (subkey is None) != (None in record.items):
-                return "the key holds a dictionary" if subkey is None else "the key holds a plain value"
-            if len(record.items) >= limits.max_subkeys:
-                return f"the dictionary is full ({limits.max_subkeys} subkeys)"
-        growth = item.size(subkey) - (held.size(subkey) if held is not None else 0)
-        if record is not None and record.size + growth > limits.max_record:
-            return f"the record is full ({limits.max_record} bytes)"
-        if (record is None and len(self._records) >= limits.max_keys) or self.size + growth > limits.max_bytes:
-            if now >= self._scanned_at + SCAN_PERIOD:  # else each refused item would cost a scan of everything
-                self._scanned_at = now
-                self.expire(now)
-            if record is None and len(self._records) >= limits.max_keys:
-                return f"the node is full ({limits.max_keys} keys)"
-            if self.size + growth > limits.max_bytes:
-                return f"the node is full ({limits.max_bytes} bytes)"
-        if record is None:
-            record = self._records[key] = _Record()
-        record.items[subkey] = item
-        record.next_expiry = min(record.next_expiry, item.expires_at)
-        record.size += growth
-        self.size += growth
+        if record is not None and held is None and (subkey is None) != (None in record.items):
+            return "the key holds a dictionary" if subkey is None else "the key holds a plain value"
+        item.publisher = None if item.ours else publisher
+        problem = self._make_room(key, subkey, item, now)
+        if problem is not None:
+            return problem
+        self._insert(key, subkey, item)
         return None
 
     def expire(self, now: float) -> None:
@@ -246,13 +249,111 @@ class Storage:
         for key, record in list(self._records.items()):
             self._expire_record(key, record, now)
 
+    # ------------------------------------------------------------ room
+
+    def _make_room(self, key: str, subkey: str | None, item: Item, now: float) -> str | None:
+        """Drop items until there is room for a new one. Returns the reason if there can be none.
+
+        1. In its record, for one more subkey and its bytes. 2. In the node, for one more key. 3. In the node, for its
+        bytes.
+        """
+        limits, size = self.limits, item.size(subkey)
+
+        def growth() -> int:
+            held = self._items_at(key).get(subkey)
+            return size - (held.size(subkey) if held is not None else 0)
+
+        def record_is_full(record: _Record) -> str:
+            if subkey not in record.items and len(record.items) >= limits.max_subkeys:
+                return f"the dictionary is full ({limits.max_subkeys} subkeys)"
+            return (
+                f"the record is full ({limits.max_record} bytes)" if record.size + growth() > limits.max_record else ""
+            )
+
+        def node_is_full() -> str:
+            if key not in self._records and len(self._records) >= limits.max_keys:
+                return f"the node is full ({limits.max_keys} keys)"
+            return f"the node is full ({limits.max_bytes} bytes)" if self.size + growth() > limits.max_bytes else ""
+
+        while (record := self._records.get(key)) is not None and (problem := record_is_full(record)):
+            if record.shares is None:
+                record.shares = RecordShares()
+                for other, held in record.items.items():
+                    record.shares.count(held.publisher, held.size(other))
+            victim = record.shares.victim(record.items, item, growth(), subkey, now)  # 1
+            if victim is None:
+                return problem
+            self._drop(key, record, victim)
+        if node_is_full() and now >= self._scanned_at + SCAN_PERIOD:  # else each item would cost a scan of everything
+            self._scanned_at = now
+            self.expire(now)
+        while problem := node_is_full():
+            keys = key not in self._records and len(self._records) >= limits.max_keys
+            place = self._counted().victim(self._items_at, item, growth(), keys=keys)  # 2, 3
+            if place is None:
+                return problem
+            self._drop(place[0], self._records[place[0]], place[1])
+        return None
+
+    def _counted(self) -> Shares:
+        """The shares of all publishers, counted from here on."""
+        if self._shares is None:
+            shares = self._shares = Shares()
+            for key, record in self._records.items():
+                shares.count_key(record.creator, 1)
+                for subkey, item in record.items.items():
+                    shares.count(item.publisher, item.size(subkey))
+                    shares.remember(key, subkey, item, self._items_at)
+        return self._shares
+
+    def _items_at(self, key: str) -> Mapping[str | None, Item]:
+        record = self._records.get(key)
+        return {} if record is None else record.items
+
+    def _insert(self, key: str, subkey: str | None, item: Item) -> None:
+        record = self._records.get(key)
+        if record is None:
+            record = self._records[key] = _Record(item.publisher)
+            if self._shares is not None:
+                self._shares.count_key(item.publisher, 1)
+        held = record.items.get(subkey)
+        if held is not None:
+            self._count(record, held, -held.size(subkey))
+        self._number += 1
+        item.number = self._number
+        record.items[subkey] = item
+        record.next_expiry = min(record.next_expiry, item.expires_at)
+        self._count(record, item, item.size(subkey))
+        if self._shares is not None:
+            self._shares.remember(key, subkey, item, self._items_at)
+        elif self.size * COUNT_FROM > self.limits.max_bytes or len(self._records) * COUNT_FROM > self.limits.max_keys:
+            self._counted()
+
+    def _drop(self, key: str, record: _Record, subkey: str | None) -> None:
+        item = record.items.pop(subkey)
+        self._count(record, item, -item.size(subkey))
+        if not record.items:
+            self._forget(key, record)
+
+    def _count(self, record: _Record, item: Item, size: int) -> None:
+        record.size += size
+        self.size += size
+        if record.shares is not None:
+            record.shares.count(item.publisher, size)
+        if self._shares is not None:
+            self._shares.count(item.publisher, size)
+
+    def _forget(self, key: str, record: _Record) -> None:
+        del self._records[key]
+        if self._shares is not None:
+            self._shares.count_key(record.creator, -1)
+
     def _expire_record(self, key: str, record: _Record, now: float) -> None:
         if now < record.next_expiry:
             return
         for subkey in [subkey for subkey, item in record.items.items() if item.expires_at <= now]:
-            size = record.items.pop(subkey).size(subkey)
-            record.size -= size
-            self.size -= size
+            item = record.items.pop(subkey)
+            self._count(record, item, -item.size(subkey))
         record.next_expiry = min((item.expires_at for item in record.items.values()), default=float("inf"))
         if not record.items:
-            del self._records[key]
+            self._forget(key, record)
