@@ -9,15 +9,19 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from tests.front_end import WIDGET, open_kernel
-from tests.readme import blocks, cells
+from tests.readme import README, blocks, cells
 
 TIMEOUT = 110.0  # seconds; importing torch in five processes takes most of it
 pytestmark = pytest.mark.timeout(180)
+
+
+ROOT = README.parent
 
 
 def run(folder: Path, *command: str, typed: str = "") -> str:
@@ -53,3 +57,15 @@ def test_it_runs_cell_by_cell_in_a_kernel(tmp_path):
         assert kernel.value("run.steps > before or run.steps == 400")
         assert kernel.value("[server.state for server in swarm.servers]") == ["running"] * 4
         kernel.run("swarm.close()")
+
+
+@pytest.mark.parametrize("file", ["README.md", "Makefile", "environment.yml"])
+def test_the_extras_that_are_named_exist(file):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = re.findall(r"(?:labkit|\.)\[([a-z,]+)\]", (ROOT / file).read_text(encoding="utf-8"))
+    assert "lab" in ",".join(named).split(",") and set(",".join(named).split(",")) <= set(extras)
+
+
+def test_make_lab_opens_a_notebook_that_exists():
+    [notebook] = re.findall(r"default_url=/lab/tree/(\S+\.ipynb)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert (ROOT / notebook).is_file()
