@@ -60,6 +60,24 @@ def check_first_swarm(notebook: Any, full: bool) -> None:
     assert len(snapshots(notebook)) >= (2 if full else 1)
 
 
+def check_how_it_works(notebook: Any, full: bool) -> None:
+    plain = texts(notebook)
+    assert "10 numbers give the scores of 25 experts" in plain
+    assert re.search(r"^. +expert:ffn +0\. +go on below$", plain, re.MULTILINE), "a marker"
+    assert re.search(r"^. +expert:ffn\.0 +1 +its server's address$", plain, re.MULTILINE), "a leaf"
+    found = re.search(
+        r"4 records read in 2 steps; the best experts: ffn\.\d\.\d, ffn\.\d\.\d, ffn\.\d\.\d$", plain, re.MULTILINE
+    )
+    assert found is not None
+    assert numbers(r"from the layer's own output: ([0-9.e-]+)", plain)[0] < 1e-5
+    (alone,), (together,) = (numbers(rf"trainers={n} *: .* staleness +([0-9.]+)", plain) for n in (1, 16))
+    assert alone == 0 and (8 if full else 3) < together < 17
+    if full:
+        slow, quick = numbers(r"trainers=\d+ *: +([0-9,]+) samples/s", plain)
+        assert quick > 1.5 * slow, "others compute while one waits"
+    assert len(pictures(notebook)) == 5
+
+
 def check_watch_it_fail(notebook: Any, full: bool) -> None:
     plain = texts(notebook)
     steps = numbers(r"(\d+) steps, loss", plain)
@@ -193,6 +211,7 @@ CHECKS: dict[str, Callable[[Any, bool], None]] = {
     "expert_search": check_expert_search,
     "convergence": check_convergence,
     "throughput": check_throughput,
+    "00_how_it_works": check_how_it_works,
     "01_first_swarm": check_first_swarm,
     "02_watch_it_fail": check_watch_it_fail,
     "03_your_own_expert": check_your_own_expert,
@@ -203,7 +222,7 @@ CHECKS: dict[str, Callable[[Any, bool], None]] = {
 
 def test_every_notebook_has_its_checks_and_every_tutorial_is_in_the_list() -> None:
     assert sorted(path.stem for path in NOTEBOOKS) == sorted(CHECKS)
-    assert len(TUTORIALS) == 5
+    assert len(TUTORIALS) == 6
     contents = (ROOT / "tutorials" / "README.md").read_text(encoding="utf-8")
     assert all(f"({path.name})" in contents for path in TUTORIALS)
 

@@ -1,5 +1,6 @@
 """The wing that calls experts: the MoE layer, and what it takes to find them, ask them and go on without some.
 
 Reading order, a batch's way: `moe` (the layer), `dispatch` (one pass), `beam_search`, `gather`, `expert_client` (one
-call). Besides: `expert` (one expert as a module), `session` (how layers reach a swarm).
+call). Besides: `expert` (one expert as a module), `session` (how layers reach a swarm), `tracing` (the
+search step by step, for teaching).
 """
