@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, TypeVar
 
 C = TypeVar("C", bound=type)
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
@@ -52,3 +54,16 @@ def suggest_fields(cls: C) -> C:
 
     cls.__init__ = checked  # type: ignore[misc]
     return cls
+
+
+def suggest_options(function: F) -> F:
+    """Let a function or method answer an unknown keyword with the option that is nearest to it."""
+    known = [name for name in inspect.signature(function).parameters if name != "self"]
+
+    @functools.wraps(function)
+    def checked(*args: Any, **options: Any) -> Any:
+        if unknown := options.keys() - set(known):
+            raise ValueError(no_option(function.__name__, unknown, known))
+        return function(*args, **options)
+
+    return checked  # type: ignore[return-value]

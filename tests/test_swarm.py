@@ -460,7 +460,7 @@ def test_a_layer_takes_the_sizes_of_its_grid_from_the_swarm(still):
         still.moe(4, (3, 3))
     with pytest.raises(ValueError, match=r"nobody serves a grid 'cnn' in this swarm, but ffn; .*name=….*grid=…"):
         still.moe(4, name="cnn")
-    with pytest.raises(ValueError, match=r"moe has no option k_bets; did you mean 'k_best'\? It has k_best"):
+    with pytest.raises(ValueError, match=r"moe has no option k_bets; did you mean 'k_best'\? It has dim, grid"):
         still.moe(4, k_bets=2)
 
 

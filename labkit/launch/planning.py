@@ -6,8 +6,7 @@ options, and in which kind of isolation; for a layer, which grid it calls and ho
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import msgspec
 import torch
 
-from labkit.client.dispatch import DispatchConfig
 from labkit.contact import Contact
 from labkit.directory.grids import GridInfo
 from labkit.expert_uid import check_name, split_uid, spread
@@ -23,7 +21,7 @@ from labkit.launch.runners import ServerPlan
 from labkit.node import NodeConfig
 from labkit.server.layers import BUILTIN_KINDS, Factory, expert_reference, make_expert
 from labkit.server.server import ServerConfig
-from labkit.suggest import did_you_mean, nearest, no_option
+from labkit.suggest import did_you_mean
 from labkit.wire.security import Identity
 from labkit.wire.transport import LOOPBACK, announced_address
 
@@ -193,36 +191,3 @@ def plan_servers(
         ServerPlan(replace(config, uids=part), node, Identity.generate(), (join,), member_file, lasting, folder)
         for part in parts
     ]
-
-
-# ---------------------------------------------------------------- layers
-
-
-def known_sizes(grids: Mapping[str, GridInfo], name: str) -> tuple[int, ...]:
-    """The sizes of the grid `name` among those that are served. Raises `ValueError` if it is not one of them."""
-    if name not in grids:
-        if not grids:
-            raise ValueError(f"no grid is served in this swarm; serve {name!r} first, or give its sizes: grid=…")
-        close = nearest(name, grids)
-        raise ValueError(
-            f"nobody serves a grid {name!r} in this swarm, but {', '.join(sorted(grids))}; "
-            + (f"did you mean {close!r}? Say " if close else "say ")
-            + "which is meant with name=…, or, if it is still to be served, give its sizes: grid=…"
-        )
-    return grids[name].sizes
-
-
-def dispatch_config(sizes: Sequence[int], options: Mapping[str, Any]) -> DispatchConfig:
-    """How a layer calls its experts.
-
-    Args:
-        sizes: The sizes of its grid.
-        options: Fields of `DispatchConfig`; without `k_best` a row is sent to the best four experts.
-
-    Raises:
-        ValueError: An option is unknown or wrong.
-    """
-    unknown = set(options) - set(DispatchConfig.__dataclass_fields__)
-    if unknown:
-        raise ValueError(no_option("moe", unknown, DispatchConfig.__dataclass_fields__))
-    return DispatchConfig(**{"k_best": min(4, math.prod(sizes)), **options})
