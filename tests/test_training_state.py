@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -106,3 +107,51 @@ def test_a_pause_says_when_a_step_takes_too_long():
         pass
     go.set()
     assert run.wait().steps == 2
+
+
+def cosine(optimizer):
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
+
+
+def test_schedule_accumulated_gradients_and_validations_go_on_where_they_were():
+    config = TrainConfig(
+        steps=20, trainers=1, batch_size=8, schedule=cosine, accumulate=3, warmup=2, every=4, patience=9
+    )
+
+    def run(of: nn.Module, emit=None, state=None) -> Run:
+        return Run(of, (X, Y), config, emit=emit, validate=(X, Y), metrics="accuracy", _resume_from=state).wait()
+
+    whole, interrupted, other = model(), model(), model()
+    torch.manual_seed(1)
+    straight = run(whole)
+    torch.manual_seed(1)
+    state = run(interrupted, stopping(10)).state_dict()
+    assert state["shared"]["gradients"] == 1
+    second = run(other, state=state)
+    assert all(torch.equal(other.state_dict()[name], value) for name, value in whole.state_dict().items())
+    assert second.validations == straight.validations and len(second.validations) == 5
+    assert second.best is not None and straight.best is not None
+    assert (second.best.step, second.best.loss) == (straight.best.step, straight.best.loss)
+
+
+def test_a_run_may_be_saved_by_on_step():
+    states: list[dict[str, Any]] = []
+
+    def save(step):
+        if step.step == 7:
+            states.append(step.run.state_dict())
+
+    whole, other = model(), model()
+    torch.manual_seed(1)
+    straight = Run(whole, (X, Y), CONFIG, on_step=save).wait()
+    second = Run(other, (X, Y), CONFIG, _resume_from=states[0]).wait()
+    assert [step.loss for step in second.history] == [step.loss for step in straight.history]
+    assert all(torch.equal(other.state_dict()[name], value) for name, value in whole.state_dict().items())
+
+
+def test_the_state_of_another_model_optimizer_or_data_is_refused():
+    state = Run(model(), (X, Y), CONFIG).wait().state_dict()
+    with pytest.raises(ValueError, match="parameters, and that of the run that was saved"):
+        Run(nn.Linear(4, 2), (X, Y), CONFIG, _resume_from={**state, "model": nn.Linear(4, 2).state_dict()})
+    with pytest.raises(ValueError, match="shuffled in another way"):
+        Run(model(), list(zip(X.split(8), Y.split(8), strict=True)), CONFIG, _resume_from=state)
