@@ -363,6 +363,11 @@ class Graph:
         return Graph(self.x.to(device), self.y.to(device), self.num_graphs)
 
 
+class OfEncodings(Layer):
+    def forward(self, encoding):
+        return self.layer(encoding.data["a"] + encoding.data["b"])
+
+
 class OfGraphs(Layer):
     def forward(self, graph):
         return self.layer(graph.x + graph.x)
@@ -387,6 +392,7 @@ WORDS = {"a": A, "b": A, "labels": LABELS}
         (Adds, (A.numpy(), A.numpy(), LABELS.numpy())),
         (Adds, [(A.numpy(), A.numpy(), LABELS.numpy())]),
         (OfPairs, [((A, A), LABELS)]),
+        (OfEncodings, [(UserDict({"a": A, "b": A}), LABELS)]),
         (OfGraphs, [Graph(A, LABELS, 16)]),
         *((model, data) for model in (ReturnsLoss, ReturnsDict, ReturnsTuple) for data in (
             [WORDS], [UserDict(WORDS)], Rows(), DataLoader(Rows(), 16), DataLoader(RowsWithoutLength(), 16),

@@ -219,6 +219,24 @@ def test_what_cannot_be_copied_is_shared(make, tmp_path):
         thing.close()
 
 
+def test_an_object_that_holds_a_layer_of_the_model_holds_that_of_the_replica():
+    class Helper:
+        def __init__(self, layer: nn.Module) -> None:
+            self.layer, self.lock = layer, threading.Lock()
+
+    class Helped(Keeps):
+        def __init__(self) -> None:
+            super().__init__(None)
+            self.helpers = [Helper(self.layer)]
+
+        def forward(self, x):
+            helper = self.helpers[0]
+            with helper.lock:
+                return helper.layer(x)
+
+    assert_equal(trained(Helped()), trained_by_hand(Helped()))
+
+
 def test_a_model_may_keep_its_swarm_its_servers_and_a_run():
     with Swarm("kept") as swarm:
         servers = swarm.serve("ffn", hidden=4, grid=(2,), isolation="task")

@@ -98,9 +98,12 @@ def moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, np.ndarray):
         return tensor_of(value).to(device)
     if isinstance(value, Mapping):
-        return {name: moved(part, device) for name, part in value.items()}
+        named = {name: moved(part, device) for name, part in value.items()}
+        return value if all(named[name] is part for name, part in value.items()) else named
     if isinstance(value, (tuple, list)) and not isinstance(value, PackedSequence):
         parts = [moved(part, device) for part in value]
+        if all(new is old for new, old in zip(parts, value, strict=True)):
+            return value
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value.to(device) if hasattr(value, "to") else value
 

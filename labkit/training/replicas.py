@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, ModuleType
 
 from torch import Tensor, nn
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+MAX_LOOKED_AT = 1000  # objects, in search of parts of the model
 _OWN = ("_parameters", "_buffers", "_modules")  # what every module has, and can be copied
 
 
@@ -80,23 +81,52 @@ def _compilers(model: nn.Module) -> Iterator[object]:
 def _uncopyable(model: nn.Module, shared: Mapping[int, object]) -> Iterator[object]:
     """What modules keep as attributes and cannot be copied."""
     # Modules and tensors stay as they are in these trials, so that each is about one attribute, and quick.
-    memo = {**shared, **{id(one): one for one in (*model.modules(), *model.parameters(), *model.buffers())}}
+    own = {id(one): one for one in (*model.modules(), *model.parameters(), *model.buffers())}
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if name not in _OWN:
-                yield from _uncopyable_parts(value, memo)
+                yield from _uncopyable_parts(value, {**shared, **own}, own, set())
 
 
-def _uncopyable_parts(value: object, memo: Mapping[int, object]) -> Iterator[object]:
+def _uncopyable_parts(
+    value: object, memo: Mapping[int, object], own: Mapping[int, object], seen: set[int]
+) -> Iterator[object]:
+    """What has to be shared so that a value can be copied: itself, or less of it where it holds parts of the model."""
+    if id(value) in seen or _copies(value, memo):
+        return
+    seen.add(id(value))
+    if isinstance(value, (list, tuple, dict, set)) or _holds(value, own, set()):
+        found = [part for inner in _inside(value) for part in _uncopyable_parts(inner, memo, own, seen)]
+        if _copies(value, {**memo, **{id(part): part for part in found}}):
+            yield from found
+            return
+    yield value
+
+
+def _copies(value: object, memo: Mapping[int, object]) -> bool:
     try:
         copy.deepcopy(value, dict(memo))
     except Exception:
-        if type(value) in (list, tuple, dict, set):
-            parts = list(value.values()) if isinstance(value, dict) else list(value)  # type: ignore[call-overload]
-            for part in parts:
-                yield from _uncopyable_parts(part, memo)
-        else:
-            yield value
+        return False
+    return True
+
+
+def _holds(value: object, own: Mapping[int, object], seen: set[int]) -> bool:
+    """Whether a module or tensor of the model is in an object, so that each copy of the model needs one of its own."""
+    if id(value) in own:
+        return True
+    if id(value) in seen or len(seen) > MAX_LOOKED_AT:
+        return False
+    seen.add(id(value))
+    return any(_holds(inner, own, seen) for inner in _inside(value))
+
+
+def _inside(value: object) -> list[object]:
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, (list, tuple, set)):
+        return list(value)
+    return [] if isinstance(value, (ModuleType, type)) else list(getattr(value, "__dict__", {}).values())
 
 
 def copy_buffers(source: nn.Module, target: nn.Module) -> None:

@@ -97,6 +97,8 @@ class Validator:
         self._data = data
         self._every = every
         self._metrics = {VALIDATION_LOSS: "loss", **named(metrics)}
+        if VALIDATION_LOSS in named(metrics):
+            raise ValueError(f"a metric cannot be called {VALIDATION_LOSS!r}, since that is measured in any case")
         self._loss_function = loss_function
         self._patience = patience
         self._without_improvement = 0
