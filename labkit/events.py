@@ -212,6 +212,6 @@ class Listeners:
         for listener in self._listeners:
             try:
                 listener(event)
-            except Exception:
+            except (Exception, SystemExit, GeneratorExit):  # none of its errors reaches the object that emits
                 logger.exception("the listener %r failed and was removed", listener)
                 self.remove(listener)

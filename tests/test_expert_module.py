@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -505,6 +506,27 @@ def test_what_an_expert_takes_is_known_before_its_first_call(module, inputs, out
 def test_what_cannot_be_found_out_is_unknown_until_a_call_has_shown_it(module):
     backend = expert(module())
     backend.expert.find_schema()
+    assert backend.schema is None
+
+
+def test_an_expert_that_takes_too_long_is_not_waited_for_and_what_it_gives_late_is_ignored():
+    class Slow(nn.Linear):
+        go, ended = threading.Event(), threading.Event()
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.go.wait(20)
+            output = super().forward(x)
+            self.ended.set()
+            return output
+
+    backend = expert(Slow(4, 4))
+    backend.expert.find_schema(timeout=0.05)
+    assert backend.schema is None
+    Slow.go.set()
+    assert Slow.ended.wait(20)
+    for thread in threading.enumerate():
+        if thread.name == "labkit-trial":
+            thread.join(20)
     assert backend.schema is None
 
 

@@ -72,6 +72,14 @@ class InlineCompute:
         done(value, error, seconds)
 
 
+def ends_within(seconds: float, work: Callable[[], object]) -> bool:
+    """Run this in a thread of its own. Returns whether it has ended by then; if not, the thread is left behind."""
+    thread = threading.Thread(target=work, name="labkit-trial", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
 class ComputeThread:
     """The compute thread of one device, alive inside `async with`. One hand-over each way per piece of work.
 

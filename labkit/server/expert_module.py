@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from labkit.errors import BadRequest
 from labkit.expert_protocol import MAX_TENSORS, ExpertSchema, TensorSchema
+from labkit.server.executor import ends_within
 from labkit.server.schema import (
     ANY,
     describe_tensors,
@@ -75,6 +76,7 @@ class ExpertModule:
         self.module = module
         self.schema: ExpertSchema | None = None
         self.guesses: list[TensorSchema] = []  # what it may take: tried in vain
+        self._trials_end = False  # whether trials came too late to matter
         self._takes = str(getattr(module, "takes", ""))  # what to send, for error texts
         self._ways: dict[tuple[Schema, tuple[str, ...]], _Way] = {}  # newest last
         self._look_at_buffers()
@@ -186,11 +188,19 @@ class ExpertModule:
 
     # ---------------------------------------------------------------- what it takes
 
-    def find_schema(self) -> None:
+    def find_schema(self, timeout: float | None = None) -> None:
         """Find out what the module takes and gives, from what it says itself or by a trial; see `server/schema`.
 
-        A trial leaves no trace in buffers or in torch's random numbers. If all of them fail, nothing is known yet.
+        A trial leaves no trace in buffers or in torch's random numbers. If all of them fail, or take longer than
+        `timeout` seconds, nothing is known yet. Without a timeout, no thread is used.
         """
+        if timeout is None:
+            self._find_schema()
+        elif not ends_within(timeout, self._find_schema):
+            self._trials_end = True
+            logger.info("expert %s was tried in vain for %g s, to see what it takes", self.uid, timeout)
+
+    def _find_schema(self) -> None:
         device = next((t.device for t in (*self.module.parameters(), *self.module.buffers())), torch.device("cpu"))
         try:
             example = example_of(self.module)
@@ -201,6 +211,8 @@ class ExpertModule:
             logger.warning("the example_inputs of expert %s do not work: %s", self.uid, describe_error(error))
             return
         for trial in trials(self.module):
+            if self._trials_end:
+                return
             self.guesses.append(trial)
             try:
                 self._try([rows_of(trial, 0, str(device))])
@@ -213,15 +225,19 @@ class ExpertModule:
 
     def _try(self, inputs: list[Tensor], keywords: tuple[str, ...] = ()) -> None:
         """Run the module on these, leave no trace, and learn its schema from what it gives."""
-        random = torch.get_rng_state()
+        random, before = torch.get_rng_state(), _buffers_of(self.module)
+        tensors: list[Tensor] = []
         try:
-            with torch.no_grad(), self.buffers_restored(always=True):
+            with torch.no_grad():
                 outputs = self._hand_over([t.clone() for t in inputs], keywords)
                 tensors = _tensors_of(outputs, inputs[0].shape[0])
         finally:
-            if not torch.equal(random, torch.get_rng_state()):
-                torch.set_rng_state(random)
-        self._learn(inputs, keywords, tensors)
+            if not self._trials_end:  # else the module is in use
+                _put_back(before)
+                if not torch.equal(random, torch.get_rng_state()):
+                    torch.set_rng_state(random)
+        if not self._trials_end:
+            self._learn(inputs, keywords, tensors)
 
     # ---------------------------------------------------------------- buffers
 

@@ -8,10 +8,8 @@ task here: its answer is handed to a callback, `on_result`.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -30,9 +28,10 @@ from labkit.errors import (
 from labkit.events import BatchProcessed, Emit, ignore
 from labkit.server.backend import ExpertBackend
 from labkit.server.batch import PAUSED, DeviceLost, RunningBatch, compute_batch_in_parts
+from labkit.server.device import DeviceQueue, OnResult, QueuedRequest, Result, State, StateOrder
 from labkit.server.executor import ComputeThread, Executor, InlineCompute, OnComputed
 from labkit.server.statistics import RuntimeCounters, ServerStatistics
-from labkit.server.task_pool import PoolKey, Task, TaskPools
+from labkit.server.task_pool import PoolKey, Task
 from labkit.server.validation import NO_OPTIONS, CallOptions, schema_of
 from labkit.wire.transport import await_callback
 
@@ -41,63 +40,6 @@ __all__ = ["ComputeThread", "Executor", "OnResult", "InlineCompute", "QueuedRequ
 logger = logging.getLogger(__name__)
 
 STOPPED = "the runtime of this server was stopped"
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """The answer to a request.
-
-    Args:
-        tensors: The output, or the gradients of the inputs; each [rows, ...].
-        queue_seconds: How long the request waited for its batch.
-        compute_seconds: How long the whole batch took.
-        updates: Optimizer steps that the expert had made when the batch was done.
-    """
-
-    tensors: list[Tensor]
-    queue_seconds: float
-    compute_seconds: float
-    updates: int
-
-
-State = dict[str, Tensor]  # of an expert: see `ExpertBackend.state`
-OnResult = Callable[[Result | Exception], None]
-QueuedRequest = Task[Result]
-
-
-@dataclass(eq=False, slots=True)
-class _Snapshot:
-    """A copy of an expert's state that is to be taken between two batches, and handed to `on_state`.
-
-    If `state` is given, it is put in the expert's place, and nothing is taken.
-    """
-
-    backend: ExpertBackend
-    on_state: Callable[[State | Exception], None]
-    state: State | None = None
-
-    def cancel(self) -> None:
-        self.on_state = lambda state: None
-
-
-@dataclass(slots=True)
-class _Device:
-    """What waits for one device, requests in pools and snapshots to take between two batches, and what is computed."""
-
-    executor: Executor | None = None  # while the runtime runs
-    pools: TaskPools[Result] = field(default_factory=TaskPools)
-    snapshots: deque[_Snapshot] = field(default_factory=deque)
-    fail_current: Callable[[Exception], object] | None = None  # fails what is being computed; None while nothing is
-    batch: RunningBatch | None = None  # which is being computed
-    paused: deque[RunningBatch] = field(default_factory=deque)  # between two of their parts
-    others_first: bool = False  # whether it is the turn of another batch than those
-    starting: bool = False
-
-    def blocked(self, key: PoolKey) -> bool:
-        return any(batch.blocks(key) for batch in self.paused)
-
-    def may_copy(self, uid: str) -> bool:
-        return not any(batch.key.uid == uid and batch.key.direction == "backward" for batch in self.paused)
 
 
 class Runtime:
@@ -132,7 +74,7 @@ class Runtime:
         self._emit = emit
         self._executor = executor
         self._threads = threads
-        self._devices = {backend.config.device: _Device() for backend in self.backends.values()}
+        self._devices = {backend.config.device: DeviceQueue() for backend in self.backends.values()}
         self._compute_threads: list[ComputeThread] = []
         self._running = self._stopped = self._settling = False
         self._batch_ended = trio.Event()  # for `settle`
@@ -249,16 +191,15 @@ class Runtime:
             while device.snapshots:
                 device.snapshots.popleft().on_state(RemoteFailure(STOPPED))
 
-    def _advance(self, device: _Device) -> None:
+    def _advance(self, device: DeviceQueue) -> None:
         """Start what is next, if nothing is being computed. (Work that ends at once calls this while it starts.)"""
         if device.starting:
             return
         device.starting = True
         try:
             while self._running and device.fail_current is None:
-                snapshot = next((s for s in device.snapshots if device.may_copy(s.backend.uid)), None)
+                snapshot = device.next_order()
                 if snapshot is not None:
-                    device.snapshots.remove(snapshot)
                     self._take_snapshot(device, snapshot)
                 elif not self._run_batch(device):
                     break
@@ -266,7 +207,7 @@ class Runtime:
             device.starting = False
 
     def _start(
-        self, device: _Device, work: Callable[[], Any], done: OnComputed, fail: Callable[[Exception], object],
+        self, device: DeviceQueue, work: Callable[[], Any], done: OnComputed, fail: Callable[[Exception], object],
         uid: str, direction: str, rows: int,
     ) -> None:  # fmt: skip
         """Compute one thing. `done` gets the outcome; if the runtime ends before, `fail` gets an error instead."""
@@ -291,7 +232,7 @@ class Runtime:
 
         device.executor.start(work, on_computed, self._nursery, uid=uid, direction=direction, rows=rows)
 
-    def _run_batch(self, device: _Device) -> bool:
+    def _run_batch(self, device: DeviceQueue) -> bool:
         """Start the next batch, or the next part of one. Returns whether there was any."""
         batch = None
         if not self._settling and (device.others_first or not device.paused):
@@ -311,7 +252,7 @@ class Runtime:
         self._start(device, batch.step, done, batch.fail, batch.key.uid, batch.key.direction, batch.rows)
         return True
 
-    def _next_batch(self, device: _Device) -> RunningBatch | None:
+    def _next_batch(self, device: DeviceQueue) -> RunningBatch | None:
         now = trio.current_time()
         tasks, late = device.pools.next_batch(now, self._max_rows, device.blocked)
         self._counters.expired += len(late)
@@ -348,7 +289,7 @@ class Runtime:
         if answered:
             self._emit(BatchProcessed(uid=uid, direction=direction, rows=rows, requests=len(answered), seconds=seconds))
 
-    def _take_snapshot(self, device: _Device, snapshot: _Snapshot) -> None:
+    def _take_snapshot(self, device: DeviceQueue, snapshot: StateOrder) -> None:
         backend = snapshot.backend
 
         def done(value: Any, error: BaseException | None, seconds: float) -> None:
@@ -382,8 +323,8 @@ class Runtime:
         device = self._devices[backend.config.device]
         if self._running:
 
-            def begin(on_state: Callable[[State | Exception], None]) -> _Snapshot:
-                snapshot = _Snapshot(backend, on_state)
+            def begin(on_state: Callable[[State | Exception], None]) -> StateOrder:
+                snapshot = StateOrder(backend, on_state)
                 device.snapshots.append(snapshot)
                 self._advance(device)
                 return snapshot
@@ -405,8 +346,8 @@ class Runtime:
         backend = self.backends[uid]
         device = self._devices[backend.config.device]
 
-        def begin(on_state: Callable[[State | Exception], None]) -> _Snapshot:
-            snapshot = _Snapshot(backend, on_state, state)
+        def begin(on_state: Callable[[State | Exception], None]) -> StateOrder:
+            snapshot = StateOrder(backend, on_state, state)
             device.snapshots.append(snapshot)
             self._advance(device)
             return snapshot

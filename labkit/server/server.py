@@ -60,6 +60,7 @@ logger = logging.getLogger(__name__)
 
 SETTLE_TIMEOUT = 20.0  # seconds that a clean stop waits for the batch that is being computed
 STOP_TIMEOUT = 30.0  # seconds that a whole clean stop may take, the saves included, where experts are small
+TRIAL_TIMEOUT = 2.0  # seconds in which an expert that does not say what it takes is tried
 HEADER_ROOM = 1 << 16  # bytes of an answer that are not its tensors, at most
 STOP_TIMEOUT_PER_GB = 20.0  # seconds more for each GB to save: a disk that takes 50 MB/s is slow
 
@@ -149,7 +150,7 @@ class ExpertServer:
             backends[uid] = self._make_backend(uid)
             first = backends[config.uids[0]].expert
             if uid == config.uids[0]:
-                first.find_schema()
+                first.find_schema(TRIAL_TIMEOUT if executor is None else None)
             else:  # all are of one kind
                 backends[uid].expert.schema, backends[uid].expert.guesses = first.schema, first.guesses
         self.runtime = Runtime(

@@ -1,0 +1,86 @@
+"""What waits for one device of a server, and what it computes. Plain state; `server/runtime` decides with it.
+
+Order: what requests and orders are answered with, then the queue of a device.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from labkit.server.backend import ExpertBackend
+from labkit.server.batch import RunningBatch
+from labkit.server.executor import Executor
+from labkit.server.task_pool import PoolKey, Task, TaskPools
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The answer to a request.
+
+    Args:
+        tensors: The output, or the gradients of the inputs; each [rows, ...].
+        queue_seconds: How long the request waited for its batch.
+        compute_seconds: How long the whole batch took.
+        updates: Optimizer steps that the expert had made when the batch was done.
+    """
+
+    tensors: list[Tensor]
+    queue_seconds: float
+    compute_seconds: float
+    updates: int
+
+
+State = dict[str, Tensor]  # of an expert: see `ExpertBackend.state`
+OnResult = Callable[[Result | Exception], None]
+QueuedRequest = Task[Result]
+
+
+@dataclass(eq=False, slots=True)
+class StateOrder:
+    """A copy of an expert's state that is to be taken between two batches, and handed to `on_state`.
+
+    If `state` is given, it is put in the expert's place, and nothing is taken.
+    """
+
+    backend: ExpertBackend
+    on_state: Callable[[State | Exception], None]
+    state: State | None = None
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
+        self.on_state = lambda state: None
+
+
+@dataclass(slots=True)
+class DeviceQueue:
+    """What waits for one device, requests in pools and snapshots to take between two batches, and what is computed."""
+
+    executor: Executor | None = None  # while the runtime runs
+    pools: TaskPools[Result] = field(default_factory=TaskPools)
+    snapshots: deque[StateOrder] = field(default_factory=deque)
+    fail_current: Callable[[Exception], object] | None = None  # fails what is being computed; None while nothing is
+    batch: RunningBatch | None = None  # which is being computed
+    paused: deque[RunningBatch] = field(default_factory=deque)  # between two of their parts
+    others_first: bool = False  # whether it is the turn of another batch than those
+    starting: bool = False
+
+    def blocked(self, key: PoolKey) -> bool:
+        """Whether such requests have to wait for the rest of a batch."""
+        return any(batch.blocks(key) for batch in self.paused)
+
+    def next_order(self) -> StateOrder | None:
+        """Take out the first order that need not wait for the rest of a batch."""
+        order = next((order for order in self.snapshots if not self._waits(order)), None)
+        if order is not None:
+            self.snapshots.remove(order)
+        return order
+
+    def _waits(self, order: StateOrder) -> bool:
+        return any(
+            batch.key.uid == order.backend.uid and (batch.key.direction == "backward" or order.state is not None)
+            for batch in self.paused
+        )
