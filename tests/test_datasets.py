@@ -12,9 +12,12 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from pyarrow import feather
 from sklearn.datasets import load_digits
 
 from labkit.errors import DataNotFound, LabkitError
@@ -440,6 +443,19 @@ def test_columns_are_chosen_by_name_or_the_choice_is_refused(tmp_path):
 
 def test_two_columns_of_one_name_are_refused(tmp_path):
     assert "2 columns of train.csv are called 'x'" in refusal(csv_files(tmp_path, "x,x,label\n1,2,0\n1,2,1\n"))
+
+
+def test_arrow_types_that_other_libraries_write_and_two_columns_of_one_name_in_parquet(tmp_path):
+    for split in ("train", "test"):
+        texts = pa.array(["dog", "cat"], pa.string_view())
+        table = pa.table({"x": pa.array([1, 2], pa.int8()), "note": texts, "label": texts.cast(pa.large_string())})
+        feather.write_feather(table, tmp_path / f"{split}.feather", compression="uncompressed")
+    assert (data.load("my", tmp_path).labels, data.load("my", tmp_path).columns) == (("cat", "dog"), ("x",))
+    (tmp_path / "twice").mkdir()
+    for split in ("train", "test"):
+        table = pa.Table.from_arrays([pa.array([1, 2])] * 3, names=["x", "x", "label"])
+        pq.write_table(table, tmp_path / "twice" / f"{split}.parquet")
+    assert "2 columns of train.parquet are called 'x'" in refusal(tmp_path / "twice")
 
 
 def test_csv_files_with_other_separators_and_with_faults(tmp_path):

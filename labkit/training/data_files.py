@@ -210,6 +210,10 @@ def _flat(table: Any, kinds: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         kind = kinds.get(name, {})
         if types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
+        if (
+            plain := {"string_view": pa.large_string(), "binary_view": pa.large_binary()}.get(str(column.type))
+        ) is not None:
+            column = column.cast(plain)  # as polars writes them
         if types.is_struct(column.type) and {field.name for field in column.type} != {"bytes", "path"}:
             below = pa.Table.from_batches(pa.table({name: column}).to_batches()).flatten()
             inner, inner_kinds = _flat(below, {f"{name}.{key}": value for key, value in kind.items()})
