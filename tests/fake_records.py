@@ -34,7 +34,9 @@ class FakeRecords:
             self.records.setdefault(entry.key, {})[entry.subkey] = value
         return [self.copies] * len(entries)
 
-    async def get_many(self, keys: Sequence[str]) -> dict[str, Value | dict[str, Value] | None]:
+    async def get_many(
+        self, keys: Sequence[str], *, quorum: int | None = None
+    ) -> dict[str, Value | dict[str, Value] | None]:
         self.gets.append(list(keys))
         await self._travel()
         return {key: self.plain.get(key) or self._live(key) for key in keys}

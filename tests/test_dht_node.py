@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -10,6 +12,8 @@ import trio
 from trio.testing import MockClock
 
 from labkit.dht import DHTConfig, DHTNode, Entry, Signer, Value
+from labkit.dht.flights import Flights
+from labkit.dht.lookup import Lookup
 from labkit.dht.protocol import KeyItems, Ping, Store, WireItem
 from labkit.dht.storage import Role, key_id
 from labkit.errors import BadRequest
@@ -103,6 +107,108 @@ async def test_many_keys_share_calls_in_a_large_network(autojump_clock: MockCloc
     found = await nodes[20].get_many([f"key{i}" for i in range(100)])
     assert all(data(value) == b"value" for value in found.values())
     assert network.calls["dht.find"] <= 60  # alone, each key would take at least 3
+
+
+async def test_gets_of_one_key_at_the_same_time_share_a_look_up(autojump_clock: MockClock) -> None:
+    network = FakeNetwork()
+    nodes = await network.nodes(30, DHTConfig(k=8))
+    await nodes[1].store_many([Entry(key, b"value", 100.0) for key in "abc"])
+    reader = next(node for node in nodes if not any(node.storage.get(key, 0.0) for key in "abc"))
+    network.calls.clear()
+    await reader.get_many(["a", "b", "c"])
+    alone = network.calls["dht.find"]
+    network.calls.clear()
+    found: list[Any] = []
+
+    async def get(keys: list[str]) -> None:
+        found.append(await reader.get_many(keys))
+
+    async with trio.open_nursery() as nursery:
+        for keys in (["a", "b", "c"], ["a"], ["c", "a"], ["b"], ["b", "c"]) * 5:
+            nursery.start_soon(get, keys)
+            await trio.sleep(0.001)
+    assert network.calls["dht.find"] == alone
+    assert len(found) == 25 and all(data(value) == b"value" for some in found for value in some.values())
+
+
+async def test_a_get_that_is_cancelled_takes_none_of_those_with_it_that_share_its_look_up(
+    autojump_clock: MockClock,
+) -> None:
+    network = FakeNetwork()
+    nodes = await network.nodes(30, DHTConfig(k=8))
+    await nodes[1].store("key", b"value", 100.0)
+    found: list[Any] = []
+    first = trio.CancelScope()
+
+    async def get(scope: trio.CancelScope) -> None:
+        with scope:
+            found.append(await nodes[20].get("key"))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(get, first)
+        await trio.sleep(0.01)
+        for _ in range(3):
+            nursery.start_soon(get, trio.CancelScope())
+        second = trio.CancelScope()
+        nursery.start_soon(get, second)
+        await trio.sleep(0.03)
+        second.cancel()  # one that waits
+        first.cancel()  # and the one whose look-up it is
+    assert list(map(data, found)) == [b"value"] * 3
+
+
+async def test_an_error_in_a_look_up_reaches_all_who_share_it_and_none_who_come_later(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = await FakeNetwork().nodes(8)
+    caught: list[str] = []
+
+    async def fail(*_: Any, **__: Any) -> None:
+        await trio.sleep(1.0)
+        raise RuntimeError("broken")
+
+    async def get() -> None:
+        try:
+            await nodes[3].get("key")
+        except RuntimeError as error:
+            caught.append(str(error))
+
+    with monkeypatch.context() as broken:
+        broken.setattr("labkit.dht.node.run_lookups", fail)
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(get)
+    assert caught == ["broken"] * 3
+    assert await nodes[3].get("key") is None
+
+
+async def test_who_asks_after_a_store_or_wants_more_replicas_does_not_share_a_look_up_that_began_before(
+    autojump_clock: MockClock,
+) -> None:
+    async def run(lookups: Sequence[Lookup]) -> None:
+        await trio.sleep(1.0)
+
+    flights = Flights(run)
+
+    async def begins_anew(quorum: int, **options: Any) -> bool:
+        make = partial(Lookup, "key", 0, [], k=1, alpha=1, quorum=quorum)
+        _, own = await flights.look_up({"key": make}, quorum, **options)
+        return own == {"key"}
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(begins_anew, 3)
+        await trio.sleep(0.5)
+        assert not await begins_anew(2)
+        nursery.start_soon(begins_anew, 3)
+        await trio.sleep(0.5)
+        assert await begins_anew(5)
+        nursery.start_soon(begins_anew, 3)
+        await trio.sleep(0.5)
+        assert await begins_anew(3, share=False)
+        nursery.start_soon(begins_anew, 3)
+        await trio.sleep(0.5)
+        flights.forget(["key"])
+        assert await begins_anew(3)
 
 
 async def test_a_dictionary_merges_what_several_writers_store(autojump_clock: MockClock) -> None:

@@ -15,12 +15,14 @@ store counts it from its arrival, so every republishing adds one network delay t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import trio
 
 from labkit.contact import Contact
 from labkit.dht import protocol
+from labkit.dht.flights import Flights
 from labkit.dht.lookup import Lookup, run_lookups
 from labkit.dht.maintenance import Maintenance
 from labkit.dht.peers import DHTConfig, Peers
@@ -58,6 +60,7 @@ class DHTNode:
         self.client_only = client_only
         self.storage = Storage(verify, self.config.limits)
         self.peers = Peers(caller, contact, self.config, client_only=client_only, on_new=self._on_new)
+        self._flights = Flights(self._run_lookups)
         self.replicas = Replicas(self.peers, self.find_nodes)
         self._maintenance = Maintenance(self.peers, self.storage, self.replicas, self.find_nodes)
         self._service = Service(self.storage, self.peers, self.config, self._maintenance.republish_at)
@@ -134,6 +137,7 @@ class DHTNode:
             for index, refusal in zip(indices, refusals or (), strict=False):
                 held[index] += not refusal
 
+        self._flights.forget([entry.key for entry in entries])  # those that began before this was stored
         async with trio.open_nursery() as nursery:
             for contact, rows in outgoing.items():
                 position = 0
@@ -142,6 +146,7 @@ class DHTNode:
                     indices = [index for index, _, _ in rows[position : position + count]]
                     position += count
                     nursery.start_soon(store_at, contact, records, indices)
+        self._flights.forget([entry.key for entry in entries])
         return held
 
     # ------------------------------------------------------------ finding
@@ -167,14 +172,17 @@ class DHTNode:
         Args:
             keys: The keys.
             latest: See `get`.
-            quorum: Other nodes whose values are merged, if there are as many; by default the config's.
+            quorum: Other nodes whose values are merged, if there are as many; by default the config's. With it, the
+                look-ups begin now; else those of other gets that are under way will do.
         """
         now = trio.current_time()
-        quorum = 1 if not latest else self.config.quorum if quorum is None else quorum
-        lookups = {
-            key: self._new_lookup(key, key_id(key), quorum) for key in keys if latest or not self.storage.get(key, now)
+        needed = 1 if not latest else self.config.quorum if quorum is None else quorum
+        wanted: dict[str | bytes, Callable[[], Lookup]] = {
+            key: partial(self._new_lookup, key, key_id(key), needed)
+            for key in keys
+            if latest or not self.storage.get(key, now)
         }
-        await self._run_lookups(list(lookups.values()))
+        lookups, own = await self._flights.look_up(wanted, needed, share=quorum is None)
         now = trio.current_time()
         found: dict[str, GetResult] = {}
         to_cache: dict[Contact, list[tuple[str, WireItem]]] = {}
@@ -187,7 +195,7 @@ class DHTNode:
                 found[key] = {subkey: Value(i.value, i.expires_at) for subkey, i in items.items() if subkey is not None}
             elif plain is not None:
                 found[key] = Value(plain.value, plain.expires_at)
-                lacking = None if lookup is None else lookup.nearest_without()
+                lacking = lookup.nearest_without() if lookup is not None and key in own else None
                 if lacking is not None:
                     until = min(plain.expires_at, now + self.config.cache_ttl)
                     wire = WireItem(plain.value, until - now, None, plain.sequence, True, plain.owner, plain.signature)
@@ -200,9 +208,11 @@ class DHTNode:
 
     async def find_nodes(self, targets: Sequence[int]) -> dict[int, list[Contact]]:
         """Returns for each 160-bit id the k nearest nodes that answered, by distance."""
-        lookups = {target: self._new_lookup(target.to_bytes(protocol.ID_BYTES, "big"), target) for target in targets}
-        await self._run_lookups(list(lookups.values()))
-        return {target: lookup.nearest(self.config.k) for target, lookup in lookups.items()}
+        ids = {target: target.to_bytes(protocol.ID_BYTES, "big") for target in targets}
+        lookups, _ = await self._flights.look_up(
+            {query: partial(self._new_lookup, query, target) for target, query in ids.items()}, 0
+        )
+        return {target: lookups[query].nearest(self.config.k) for target, query in ids.items()}
 
     def _new_lookup(self, query: str | bytes, target: int, quorum: int = 0) -> Lookup:
         config = self.config

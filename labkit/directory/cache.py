@@ -35,7 +35,9 @@ class Records(Protocol):
 
     async def store_many(self, entries: Sequence[Entry]) -> list[int]: ...
 
-    async def get_many(self, keys: Sequence[str]) -> Mapping[str, Value | Mapping[str, Value] | None]: ...
+    async def get_many(
+        self, keys: Sequence[str], *, quorum: int | None = None
+    ) -> Mapping[str, Value | Mapping[str, Value] | None]: ...
 
 
 @suggest_fields

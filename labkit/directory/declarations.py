@@ -17,6 +17,7 @@ from labkit.directory.index import NAMESPACE, Decoded, PrefixRecord
 from labkit.expert_uid import ExpertInfo, parent
 
 PREFIXES_AT_ONCE = 1024  # that one bulk get reads
+QUORUM = 3  # replicas whose records are merged; the look-ups begin now, since what was declared before has to be seen
 
 IsAlive = Callable[[Contact], Awaitable[bool]]  # whether a node answers; one that is slow counts as alive
 
@@ -79,7 +80,7 @@ async def _read(dht: Records, config: DirectoryConfig, prefixes: Sequence[str]) 
     for start in range(0, len(prefixes), PREFIXES_AT_ONCE):
         some = prefixes[start : start + PREFIXES_AT_ONCE]
         with trio.move_on_after(config.timeout):
-            found = await dht.get_many([NAMESPACE + prefix for prefix in some])
+            found = await dht.get_many([NAMESPACE + prefix for prefix in some], quorum=QUORUM)
             for prefix in some:
                 records[prefix] = PrefixRecord(prefix, trio.current_time())
                 records[prefix].take(found.get(NAMESPACE + prefix), config.max_children, decoded)

@@ -35,8 +35,7 @@ HEARTBEAT_PERIOD = 2.0  # seconds between ZMTP pings; a peer that is silent for 
 _NOT_OURS = "; this machine has no such address: listen on tcp://0.0.0.0:PORT, and announce=… what others reach it by"
 LISTEN_HINTS = {
     zmq.EADDRINUSE: "; another program, or an earlier run, has this port: choose another, or * for any that is free",
-    zmq.EADDRNOTAVAIL: _NOT_OURS,
-    errno.ENODEV: _NOT_OURS,
+    **dict.fromkeys((zmq.EADDRNOTAVAIL, errno.ENODEV), _NOT_OURS),
     errno.EACCES: "; ports below 1024 are for administrators: choose a higher one",
 }
 STUCK_TIMEOUT = 15.0  # seconds after which a peer that takes none of the bytes sent to it counts as gone (Linux only)
@@ -301,9 +300,8 @@ def make_router(
         raw.bind(address)
     except zmq.ZMQError as error:
         raw.close(0)
-        reason, _, _ = error.strerror.partition(" (addr=")
-        hint = LISTEN_HINTS.get(error.errno or 0, "")
-        raise LabkitError(f"cannot listen on {address}: {reason}{hint}") from None
+        reason = error.strerror.partition(" (addr=")[0] + LISTEN_HINTS.get(error.errno or 0, "")
+        raise LabkitError(f"cannot listen on {address}: {reason}") from None
     host, _, port = raw.getsockopt_string(zmq.LAST_ENDPOINT).removeprefix("tcp://").rpartition(":")
     return Socket(raw), host.strip("[]"), int(port)
 
