@@ -106,6 +106,10 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint-period", type=float, metavar="SECONDS",
         help="seconds between two saves (default: 10, or more where saving takes long)",
     )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint-keep", type=int, default=1, metavar="N",
+        help="checkpoints of each expert that are kept, the last one included (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the experts (default: %(default)s)")
     parser.add_argument(
         "--optimizer", default="adam", metavar="NAME",

@@ -50,6 +50,12 @@ def swarm():
         (lambda s: NodeConfig(anounce="host"), "announce"),  # type: ignore[call-arg]
         (lambda s: DHTConfig(republish=3.0), "republish_period"),  # type: ignore[call-arg]
         (lambda s: DirectoryConfig(time_out=3.0), "timeout"),  # type: ignore[call-arg]
+        (lambda s: lk.fit(nn.Linear(1, 1), [], trainer=1), "trainers"),  # type: ignore[call-arg]
+        (lambda s: lk.TrainConfig(trainer=3), "trainers"),  # type: ignore[call-arg]
+        (lambda s: lk.DispatchConfig(k_bets=3), "k_best"),  # type: ignore[call-arg]
+        (lambda s: s.moe(4, grid=(1, 1), routing="sofmax"), "softmax"),
+        (lambda s: s.moe(4, grid=(1, 1), codec="floatt16"), "float16"),
+        (lambda s: s.expert("experts.0.0", codec="flaot16"), "float16"),
         (lambda s: codec_for("blockwise", nn.Linear(1, 1).weight.dtype), "blockwise8"),
     ],
 )

@@ -166,6 +166,7 @@ def _serve_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "name": options.name,
         "checkpoint_dir": options.checkpoint_dir,
         "checkpoint_period": options.checkpoint_period,
+        "checkpoint_keep": options.checkpoint_keep,
         "backend": BackendConfig(
             optimizer=options.optimizer, lr=options.lr, clip_grad_norm=options.clip, device=options.device
         ),

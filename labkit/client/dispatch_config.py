@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from labkit.suggest import one_of, suggest_fields
 from labkit.wire.compression import CODECS
 
 
+@suggest_fields
 @dataclass(frozen=True)
 class DispatchConfig:
     """How many experts a row is sent to, and how long it waits for them.
@@ -63,4 +65,4 @@ class DispatchConfig:
                 "experts' latencies justify"
             )
         if self.codec not in CODECS:
-            raise ValueError(f"codec={self.codec!r}: one of {', '.join(CODECS)}")
+            raise ValueError(one_of("codec", self.codec, CODECS))

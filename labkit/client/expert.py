@@ -26,6 +26,7 @@ from labkit.client.sizes import row_bytes
 from labkit.errors import MessageTooLarge, NoExperts, Overloaded, RPCError
 from labkit.expert_protocol import Direction, ExpertSchema
 from labkit.expert_uid import ExpertInfo, parent, split_uid
+from labkit.suggest import did_you_mean
 from labkit.wire.compression import CODECS
 from labkit.wire.transport import await_callback
 
@@ -73,6 +74,7 @@ class RemoteExpert(nn.Module):
         if not 0 < timeout < math.inf or codec not in CODECS:
             raise ValueError(
                 f"timeout={timeout!r}, codec={codec!r}: finite seconds above 0, and one of {', '.join(CODECS)}"
+                f"{did_you_mean(codec, CODECS)}"
             )
         if train_expert not in (None, True, False):
             raise ValueError(f"train_expert={train_expert!r}: True, False, or None for unless it is frozen")

@@ -24,6 +24,7 @@ from labkit.client.outside_graphs import outside_graphs
 from labkit.client.session import Session, find_session
 from labkit.expert_protocol import MAX_TENSORS
 from labkit.expert_uid import check_grid, check_name
+from labkit.suggest import one_of
 
 ROUTINGS = ("softmax", "switch")
 _DROPPED_PENALTY = 1e9  # subtracted from the scores of dropped coordinates
@@ -98,7 +99,7 @@ class MixtureOfExperts(nn.Module):
         self.output_shapes = output_shapes(dim if out is None else out)
         self.dispatch = dispatch or DispatchConfig(k_best=min(4, math.prod(self.grid)))
         if routing not in ROUTINGS:
-            raise ValueError(f"routing={routing!r}: one of {', '.join(ROUTINGS)}")
+            raise ValueError(one_of("routing", routing, ROUTINGS))
         if not 0 <= jitter < 1 or not 0 <= grid_dropout < 1:
             raise ValueError(f"jitter={jitter!r}, grid_dropout={grid_dropout!r}: shares of at least 0 and below 1")
         if self.dispatch.k_best > math.prod(self.grid):

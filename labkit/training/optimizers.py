@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from labkit.server.optimizer import SGD, Adam, AdamW
+from labkit.suggest import did_you_mean
 
 DEFAULT_LR = 1e-3
 SCHEDULES = ("constant", "linear")
@@ -73,7 +74,8 @@ def check_schedule(schedule: object) -> None:
             "schedule=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)"
         )
     if not callable(schedule) and schedule not in SCHEDULES:
-        raise ValueError(f"schedule={schedule!r}: one of {', '.join(SCHEDULES)}, or a function of the optimizer")
+        hint = did_you_mean(schedule, SCHEDULES)
+        raise ValueError(f"schedule={schedule!r}: one of {', '.join(SCHEDULES)}, or a function of the optimizer{hint}")
 
 
 def make_schedule(schedule: str | ScheduleFactory, optimizer: torch.optim.Optimizer | None) -> Any:

@@ -27,6 +27,7 @@ from labkit.errors import LabkitError, NoExperts, NotEnoughExperts, RPCError, Sw
 from labkit.events import Emit, MetricsLogged, StepFailed, StepFinished, ignore
 from labkit.forks import on_fork
 from labkit.of_this_process import OfThisProcess
+from labkit.suggest import suggest_options
 from labkit.training import failures
 from labkit.training.batches import Batch, Stream
 from labkit.training.forward import LossFunction, initialise
@@ -564,6 +565,7 @@ class Run(OfThisProcess):
         self._seconds = time.monotonic() - self._started
 
 
+@suggest_options
 def fit(
     model: nn.Module, data: Any, *, loss: LossFunction | None = None, optimizer: str | OptimizerFactory | None = None,
     validate: Any = None, every: int | None = None, metrics: Metrics | None = None, patience: int | None = None,

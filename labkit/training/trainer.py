@@ -17,6 +17,7 @@ from torch import nn
 
 from labkit.client.expert import RemoteExpert
 from labkit.client.moe import MixtureOfExperts
+from labkit.suggest import suggest_fields
 from labkit.training.batches import Batch, batch_of
 from labkit.training.forward import LossFunction, call, check_gradient, loss_of, on_device_of
 from labkit.training.metrics import evaluate as evaluate
@@ -26,6 +27,7 @@ from labkit.training.shared_model import SharedModel
 from labkit.training.staleness import UpdateRule
 
 
+@suggest_fields
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
     """How to train a model: the options of `lk.fit`.
