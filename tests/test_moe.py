@@ -131,6 +131,7 @@ class Held(FeedForward):
     """Computes nothing while all of its kind are held."""
 
     begun, free = threading.Event(), threading.Event()
+    free.set()  # a server tries an expert when it starts
 
     def __init__(self) -> None:
         super().__init__(WIDE, WIDE)

@@ -67,6 +67,7 @@ class Lab(TaskCaller):
         self.behaviour: dict[tuple[str, str], Answer] = {}
         self.asked: list[tuple[float, str, str]] = []
         self.updates: dict[str, int] = {}  # optimizer steps that experts say they have made; 1 for others
+        self.leaving: set[str] = set()  # experts that say with each answer that their server is about to stop
         self.start = trio.current_time()
 
     def behave(self, answer: Answer, *uids: str, direction: str = "forward") -> None:
@@ -81,7 +82,7 @@ class Lab(TaskCaller):
         honest = [tensors[0 if direction == "forward" else 1] * number(uid)]
         with trio.move_on_after(timeout):
             answer = await self.behaviour.get((direction, uid), after(0.1))(honest)
-            return Reply(ExpertReply(0.0, 0.0, self.updates.get(uid, 1)), answer)
+            return Reply(ExpertReply(0.0, 0.0, self.updates.get(uid, 1), uid in self.leaving), answer)
         raise DeadlineExceeded("no answer")
 
     @property
@@ -390,6 +391,21 @@ async def test_a_backward_pass_with_too_few_answers_is_an_error_or_a_gradient_of
 
 
 # ---------------------------------------------------------------- who is there at all
+
+
+async def test_an_answer_of_a_server_that_is_leaving_is_used_and_the_server_is_not_called_again(autojump_clock):
+    lab = Lab(k_best=2)
+    lab.leaving = {"ffn.0"}
+    sent, outputs = await lab.forward(ROW, prefer([0, 1]))
+    assert sent.answered.all() and outputs.tolist() == [[[1, 1], [2, 2]]]
+    sent, _ = await lab.forward(ROW, prefer([0, 1]))
+    assert answered(sent) == {"ffn.1", "ffn.2"}
+    assert not lab.failures()
+    lab.leaving.clear()
+    await lab.declare()  # another life
+    await lab.session.directory.refresh(lab.uids)
+    sent, _ = await lab.forward(ROW, prefer([0, 1]))
+    assert answered(sent) == {"ffn.0", "ffn.1"}
 
 
 async def test_where_nobody_else_is_left_an_expert_on_back_off_is_asked(autojump_clock):
