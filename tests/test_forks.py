@@ -16,7 +16,7 @@ from tests.swarms import eventually
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 
 SWARM = """
-import json, multiprocessing, os, signal, sys, time, warnings
+import atexit, gc, json, multiprocessing, os, signal, sys, time, warnings
 import torch, labkit as lk
 from torch import nn
 warnings.simplefilter("ignore")  # Python 3.12 and later warn of every fork beside threads
@@ -37,13 +37,18 @@ def refused(act):
         return time.monotonic() - began < 2 and "forked" in said
     return False
 
-def forked(act):
-    '''What `act` returns in a forked child that ends as Python programs do, with `atexit` and finalizers.'''
+def forked(act, end=None):
+    '''What `act` returns in a forked child that ends as those of `multiprocessing` do, or by `end`.'''
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.write(write, json.dumps(act()).encode())
-        sys.exit()
+        if end is not None:
+            end()
+        # Not to the very end: where the parent computes, torch's own exit may wait for threads that are not there.
+        atexit._run_exitfuncs()
+        gc.collect()
+        os._exit(0)
     os.close(write)
     with open(read) as answer:
         text = answer.read()
@@ -104,6 +109,7 @@ leaf = swarm.expert("ffn.0.0")
 leaf(x).sum().backward()
 def nothing(): pass
 forked(nothing)
+forked(nothing, end=sys.exit)
 for method in ("fork", "forkserver", "spawn"):
     child = multiprocessing.get_context(method).Process(target=os.getpid)
     child.start(); child.join()
