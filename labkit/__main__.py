@@ -108,7 +108,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--checkpoint-keep", type=int, default=1, metavar="N",
-        help="checkpoints of each expert that are kept, the last one included (default: %(default)s)",
+        help="checkpoints of each expert to keep, the last one included (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the experts (default: %(default)s)")
     parser.add_argument(

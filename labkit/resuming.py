@@ -62,9 +62,9 @@ def resume(
     """Go on with a run that `run.save` saved, here or elsewhere. Returns at once, like `lk.fit`.
 
     The model gets its parameters, the run its optimizer, its place in the data and its random
-    numbers, and the experts in the swarm's servers get their states. With one trainer and no
-    failures it goes on as if it had never been interrupted (experts with `train_mode=True`
-    draw other random numbers).
+    numbers, and the experts in the swarm's servers get their states. With one trainer, and if
+    no answer is lost or late (`k_min=k_best` waits for all), it goes on as if it had never
+    been interrupted. (Experts with `train_mode=True` draw other random numbers.)
 
     The swarm has to serve the grid, with as many servers as you like. States are loaded into
     servers that this notebook has started. Others load them when they start:

@@ -176,6 +176,7 @@ def test_a_swarm_that_cannot_be_joined_is_a_line_that_says_why(capsys):
         (["--member", "me"], "'me' is not a public key"),
         (["--checkpoint-dir", "/dev/null"], "no checkpoints can be kept in /dev/null"),
         (["--checkpoint-period", "0"], "checkpoint_period=0"),
+        (["--checkpoint-keep", "0"], "checkpoint_keep=0"),
         (["--name", "a.b"], "'a.b' is not a grid name"),
         (["--device", "abacus"], "abacus"),
         (["--optimizer", "adm"], "optimizer='adm': one of adam, adamw, sgd; did you mean 'adam'?"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ TRAIN: dict[str, Any] = {"trainers": 1, "batch_size": 8, "schedule": "linear", "
 
 
 def model(swarm: Swarm, **options: Any) -> nn.Module:
-    moe = swarm.moe(8, grid=(2, 2), k_best=2, jitter=0.1, **options)
+    all_answers: dict[str, Any] = {"k_best": 2, "k_min": 2, "forward_timeout": 60, "backward_timeout": 60}
+    moe = swarm.moe(8, grid=(2, 2), jitter=0.1, **all_answers, **options)  # on a busy machine, too
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), moe, nn.Linear(8, 2))
 
 
@@ -63,17 +66,28 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("servers", "isolation"), [(3, "task"), (2, "process")])
-def test_a_run_that_is_resumed_by_other_servers_equals_the_one_that_was_never_interrupted(
-    saved, tmp_path, servers, isolation
-):
+def resume_elsewhere(saved: Path, ended: Path, servers: int, isolation: str) -> None:
+    """Resume the run in a new swarm, and save it at its end."""
     with Swarm("other") as swarm:
         swarm.serve("ffn", servers=servers, **HOW | {"isolation": isolation})
         run = lk.resume(saved / "ckpt", model(swarm), swarm, (X, Y)).wait()
-        run.save(tmp_path / "ended")
+        run.save(ended)
     assert run.steps == 30
     assert [step.loss for step in run.history] == json.loads((saved / "losses").read_text())
-    assert_same_run(tmp_path / "ended", saved / "whole")
+    assert_same_run(ended, saved / "whole")
+
+
+def test_a_run_that_is_resumed_by_other_servers_equals_the_one_that_was_never_interrupted(saved, tmp_path):
+    resume_elsewhere(saved, tmp_path / "ended", 3, "task")
+
+
+def test_so_does_one_that_is_resumed_in_another_process_with_servers_in_processes_of_their_own(saved, tmp_path):
+    code = (
+        "import sys, torch; from pathlib import Path; from tests.test_resuming import resume_elsewhere; "
+        "torch.set_num_threads(1); resume_elsewhere(Path(sys.argv[1]), Path(sys.argv[2]), 2, 'process')"
+    )
+    command = [sys.executable, "-c", code, str(saved), str(tmp_path / "ended")]
+    subprocess.run(command, check=True, timeout=100, cwd=Path(__file__).parent.parent)
 
 
 def test_what_is_saved_in_the_middle_has_gradients_that_wait_and_the_state_of_adam(saved):
