@@ -180,7 +180,6 @@ def test_a_swarm_that_cannot_be_joined_is_a_line_that_says_why(capsys):
         (["--name", "a.b"], "'a.b' is not a grid name"),
         (["--device", "abacus"], "abacus"),
         (["--optimizer", "adm"], "optimizer='adm': one of adam, adamw, sgd; did you mean 'adam'?"),
-        (["--checkpoint-keep", "0"], "checkpoint_keep=0"),
         (["--clip", "-1"], "clip_grad_norm=-1"),
         (["--threads", "0"], "threads=0"),
         (["--label", "a\nb"], "at most 64 characters in one line"),
