@@ -305,10 +305,18 @@ def test_a_crash_in_the_middle_of_a_save_leaves_what_was_saved_before(tmp_path, 
     assert len(list(tmp_path.glob("step-*"))) == 1 and (tmp_path / "mine.txt").exists()
 
 
-def test_a_save_names_its_place_when_it_is_called_wherever_the_run_goes_on(tmp_path, fresh, monkeypatch):
+def test_a_run_is_saved_where_it_was_meant_to_be_when_save_was_called(tmp_path, fresh, monkeypatch):
     run = lk.fit(model(fresh), (X, Y), steps=2, **TRAIN).wait()
     monkeypatch.chdir(tmp_path)
+    paused = type(run).paused
+
+    def move_and_pause(*arguments: Any) -> Any:
+        os.chdir("/")
+        return paused(*arguments)
+
+    monkeypatch.setattr(type(run), "paused", move_and_pause)
     assert run.save("ckpt") == tmp_path / "ckpt"
+    assert (tmp_path / "ckpt" / MANIFEST).exists()
 
 
 def test_a_server_that_saves_to_the_experts_of_the_folder_is_left_alone(tmp_path):

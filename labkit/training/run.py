@@ -27,6 +27,7 @@ from labkit.errors import LabkitError, NoExperts, NotEnoughExperts, RPCError, Sw
 from labkit.events import Emit, MetricsLogged, StepFailed, StepFinished, ignore
 from labkit.forks import on_fork
 from labkit.of_this_process import OfThisProcess
+from labkit.paths import user_path
 from labkit.suggest import suggest_options
 from labkit.training import failures
 from labkit.training.batches import Batch, Stream
@@ -362,6 +363,7 @@ class Run(OfThisProcess):
             ValueError: A part of the state, such as that of a schedule of one's own, is
                 nothing that can be saved.
         """
+        folder = user_path(folder, "folder")  # before the pause, in which the current folder may change
         with self.paused(timeout):
             given = {
                 "loss": code_name(self._loss_function),

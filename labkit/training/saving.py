@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from labkit.contact import Contact
 from labkit.directory.grids import GridInfo
 from labkit.errors import CheckpointError, RPCError
 from labkit.expert_uid import ExpertInfo, grid_uids, split_uid
-from labkit.paths import user_path
 from labkit.server.snapshots import MAX_SNAPSHOTS, fetch_snapshot
 from labkit.training.run_folder import EXPERTS, SavedExpert, SavedGrid, SavedRun, new_moment, write_moment
 from labkit.training.trainer import TrainConfig
@@ -36,7 +34,7 @@ MAX_PLACES = 1 << 16  # of a grid that is looked up anew; larger ones are saved 
 
 
 def save_run(
-    folder: str | os.PathLike[str],
+    folder: Path,
     state: Mapping[str, Any],
     config: TrainConfig,
     given: Mapping[str, str],
@@ -46,7 +44,7 @@ def save_run(
     """Save a run, and the experts of its model. No trainer of the run may be in the middle of a step.
 
     Args:
-        folder: Where to.
+        folder: Where to; an absolute path.
         state: What `Run.state_dict` returned.
         config: The run's options.
         given: What was given as code or data, by name, with a name for it.
@@ -72,7 +70,7 @@ def save_run(
         if sessions:
             run.grids, run.experts = sessions[0].run(_fetch_all, sessions[0], model, moment / EXPERTS)
             write_moment(moment, run, state["model"], rest)
-    return user_path(folder)
+    return folder
 
 
 def code_name(function: object) -> str:
