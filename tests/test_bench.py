@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import redirect_stdout
 from functools import cache
 from io import StringIO
@@ -227,7 +228,8 @@ print(json.dumps({"asked": sys.argv[1:], "calls_per_s": random.uniform(20, 40)})
 
 def test_all_of_it_is_measured_beside_a_peer_into_a_file_that_is_not_begun_anew(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "labkit.py").write_text(OURS)  # what `python -m labkit` runs here
+    (tmp_path / "ours.py").write_text(OURS)
+    monkeypatch.setattr(suite, "python_command", lambda module, *options: [sys.executable, "ours.py", *options])
     (tmp_path / "peer.py").write_text('print("a line"); print(\'{"work": {"calls": 9}, "calls_per_s": 10.0}\')')
     options = "rpc --calls 5 --hidden 8 --clients 1 --experts 1"
     rows = [SuiteRow("small", options, "peer.py --calls 9"), SuiteRow("other", options, "small")]
@@ -321,8 +323,8 @@ def test_what_cannot_be_searched_is_refused_by_the_name_of_the_option(option, co
         (["moe", "--side", "2", "--k-best", "5"], "k_best=5: the grid has 4 experts"),
         (["dht", "--peers", "1"], "peers=1"),
         (["all", "--out", "none", "--runs", "0"], "runs=0"),
-        (["all", "--out", "none", "--peer-scripts", "nowhere"], "peer_scripts=nowhere: there is no such folder"),
-        (["all", "--out", "nowhere/results.jsonl"], "out=nowhere/results.jsonl: there is no folder nowhere"),
+        (["all", "--out", "none", "--peer-scripts", "nowhere"], "nowhere: there is no such folder"),
+        (["all", "--out", "nowhere/results.jsonl"], "nowhere/results.jsonl: there is no folder "),
         (
             ["all", "--out", "none", "--only", "lstm"],
             "only=lstm: no row has this in its name. There are: rpc nop, batch",
