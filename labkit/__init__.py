@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Swarm": "swarm",
-    "fit": "training.run",
+    "fit": "training.fit",
     "resume": "resuming",
     "JsonlLogger": "view.log.loggers",
     "WandbLogger": "view.log.loggers",
@@ -71,8 +71,8 @@ if TYPE_CHECKING:
     from labkit.swarm import Swarm as Swarm
     from labkit.training import losses as losses
     from labkit.training.datasets import load as load
+    from labkit.training.fit import fit as fit
     from labkit.training.metrics import evaluate as evaluate
-    from labkit.training.run import fit as fit
     from labkit.training.trainer import TrainConfig as TrainConfig
     from labkit.view.log.loggers import JsonlLogger as JsonlLogger
     from labkit.view.log.loggers import WandbLogger as WandbLogger

@@ -23,9 +23,10 @@ from labkit.server.optimizer import BackendConfig
 from labkit.server.snapshots import fetch_head, release
 from labkit.training import losses
 from labkit.training.forward import LossFunction
+from labkit.training.metrics import Metrics
 from labkit.training.optimizers import NAMED as NAMED_OPTIMIZERS
 from labkit.training.optimizers import OptimizerFactory, ScheduleFactory
-from labkit.training.run import Metrics, Run
+from labkit.training.run import Run
 from labkit.training.run_folder import EXPERTS, SavedGrid, SavedRun, read_moment
 from labkit.training.saving import code_name, find_experts, grids_of
 from labkit.training.trainer import TrainConfig

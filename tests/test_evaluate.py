@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import labkit as lk
 from labkit.training.datasets import ClassificationData
-from labkit.training.run import fit
+from labkit.training.fit import fit
 
 N, CLASSES, POSITIONS = 10, 5, 7
 X = torch.randn(N, 3, generator=torch.Generator().manual_seed(0))

@@ -18,8 +18,9 @@ import labkit as lk
 from labkit.errors import NotEnoughExperts
 from labkit.events import Event, MetricsLogged
 from labkit.training.datasets import ClassificationData, batches
+from labkit.training.fit import fit
 from labkit.training.metrics import VALIDATION_LOSS
-from labkit.training.run import Run, fit
+from labkit.training.run import Run
 from labkit.training.trainer import TrainConfig, evaluate
 from labkit.training.validation import TrainingStep
 

@@ -167,7 +167,7 @@ def test_the_swarm_shows_itself_as_a_table(notebook):
 
 def test_a_run_goes_on_between_cells_and_an_interrupt_of_wait_does_not_end_it(notebook):
     assert notebook.run(FIT).error is None
-    waited = notebook.run("run.wait()", interrupt_in="Run._join")
+    waited = notebook.run("run.wait()", interrupt_in="Trainers.join")
     assert waited.error == "KeyboardInterrupt"
     before = notebook.value("run.steps")
     assert notebook.run(f"while run.steps < {before + 3}: run.wait(0.01)").error is None

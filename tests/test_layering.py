@@ -60,7 +60,7 @@ ONLY = {
         "portal.py",
         "server/executor.py",
         "server/user_code.py",
-        "training/run.py",
+        "training/trainer_threads.py",
         "training/shared_model.py",
         "training/turns.py",
         "simulation/lockstep.py",

@@ -17,7 +17,8 @@ from torch.nn.utils import parametrizations, weight_norm
 
 from labkit.swarm import Swarm
 from labkit.training.datasets import batches
-from labkit.training.run import Run, fit
+from labkit.training.fit import fit
+from labkit.training.run import Run
 from labkit.training.trainer import TrainConfig, evaluate
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))

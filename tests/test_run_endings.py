@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-import labkit.training.run
+import labkit.training.trainer_threads
 from labkit.client.dispatch import DispatchConfig
 from labkit.client.moe import MixtureOfExperts
 from labkit.errors import ExpertsRefused, LabkitError, NoExperts, TrainingFailed
 from labkit.swarm import Swarm
-from labkit.training.run import fit
+from labkit.training.fit import fit
 
 X = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
 Y = (X.sum(1) > 0).long()
@@ -58,13 +58,13 @@ def test_what_cannot_recover_ends_the_run_at_the_first_batch(error):
 
 
 def test_what_may_recover_is_waited_for(monkeypatch):
-    monkeypatch.setattr(labkit.training.run, "FAILURE_PAUSE", 0.0)
+    monkeypatch.setattr(labkit.training.trainer_threads, "FAILURE_PAUSE", 0.0)
     run = fit(Fails(*[NoExperts("servers restart") for _ in range(20)]), (X, Y), steps=5, trainers=1).wait(10)
     assert run.steps == 5 and run.failed_batches == 20
 
 
 def test_servers_that_have_served_this_run_are_waited_for_even_if_nobody_knows_them_any_more(monkeypatch):
-    monkeypatch.setattr(labkit.training.run, "FAILURE_PAUSE", 0.0)
+    monkeypatch.setattr(labkit.training.trainer_threads, "FAILURE_PAUSE", 0.0)
     model = Fails()
     lost = [lasting(NoExperts("no such grid")) for _ in range(20)]
 
@@ -129,7 +129,7 @@ def test_where_the_log_is_shown_the_line_is_not_printed_as_well(capsys):
 def script(code: str) -> str:
     """What a process that runs this says on stderr."""
     head = (
-        "import torch, threading, time; from torch import nn; from labkit.training.run import fit\n"
+        "import torch, threading, time; from torch import nn; from labkit.training.fit import fit\n"
         "X, Y = torch.randn(60, 8), torch.randint(0, 2, (60,))\n"
     )
     done = subprocess.run([sys.executable, "-c", head + code], capture_output=True, text=True, timeout=60)

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-import labkit.training.run
+import labkit.training.trainer_threads
 from labkit.errors import NotEnoughExperts, SwarmClosed, TrainingFailed
 from labkit.events import Event, StepFailed, StepFinished
 from labkit.swarm import Swarm
 from labkit.training.datasets import ClassificationData, batches
-from labkit.training.run import Run, fit, latest_run
+from labkit.training.fit import fit
+from labkit.training.run import Run, latest_run
 from labkit.training.shared_model import SharedModel
 from labkit.training.staleness import DelayCompensation, UpdateRule
 from labkit.training.trainer import TrainConfig, evaluate, train_step
@@ -38,7 +39,7 @@ def classifier(*layers: nn.Module) -> nn.Sequential:
 
 @pytest.fixture(autouse=True)
 def no_pause_after_a_failure(monkeypatch):
-    monkeypatch.setattr(labkit.training.run, "FAILURE_PAUSE", 0.0)
+    monkeypatch.setattr(labkit.training.trainer_threads, "FAILURE_PAUSE", 0.0)
 
 
 def sgd(parameters):

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-import labkit.training.run
 from labkit.errors import LabkitError
+from labkit.training import active_runs
 from labkit.training.run import Run
 from labkit.training.trainer import TrainConfig
 
@@ -63,8 +63,8 @@ def stopping(step: int):
 
     def stop(event):
         if event.step == step:
-            for run in labkit.training.run._runs:
-                run._stop.set()
+            for run in active_runs.runs:
+                run.stop()
 
     return stop
 

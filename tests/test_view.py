@@ -12,7 +12,7 @@ from torch import nn
 
 from labkit.errors import SwarmClosed
 from labkit.events import CallFailed, CallFinished, RowsUnanswered, ServerLost, StepFinished
-from labkit.training.run import fit
+from labkit.training.fit import fit
 from labkit.view import progress
 from labkit.view.collect.telemetry import Telemetry
 from labkit.view.progress import show_progress

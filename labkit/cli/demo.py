@@ -25,7 +25,8 @@ from labkit.expert_uid import grid_for
 from labkit.server.optimizer import BackendConfig
 from labkit.swarm import Swarm
 from labkit.training.datasets import ClassificationData, load
-from labkit.training.run import Run, fit
+from labkit.training.fit import fit
+from labkit.training.run import Run
 from labkit.training.trainer import evaluate
 from labkit.view.progress import show_progress
 

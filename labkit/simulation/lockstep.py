@@ -1,8 +1,9 @@
 """Synchronous code in a simulation: threads that take turns with trio, so that only one runs at a time.
 
 A forward pass through an MoE layer waits for the network in the middle of plain PyTorch code, so a trainer needs a
-thread, as it does in `training/run`. In lockstep it computes only while trio stands still, and trio goes on only while
-the thread waits for a call. So no virtual time passes while a trainer computes, and a repeated run has the same result.
+thread, as it does in `training/trainer_threads`. In lockstep it computes only while trio stands still, and trio goes on
+only while the thread waits for a call. So no virtual time passes while a trainer computes, and a repeated run has the
+same result.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from labkit.training.losses import IGNORED, binary_cross_entropy, classes_in_dim
 from labkit.training.replicas import copy_model
 
 Metric = str | Callable[[Any, Any], Any] | Any  # a name, a function of outputs and y, or an object (see `as_meter`)
+Metrics = Metric | Sequence[Metric] | Mapping[str, Metric]  # several, in a list or by name
 NAMES = ("accuracy", "loss", "perplexity")
 VALIDATION_LOSS = "validation loss"
 

@@ -1,4 +1,4 @@
-"""Training: the readable loop. `run.py` runs it in many trainers that share one model.
+"""Training: the readable loop. `trainer_threads` runs it in many threads that share one model.
 
 Each trainer takes a batch, computes gradients with a replica that holds the parameters as they were when it began, and
 applies them to the shared model under a lock (asynchronous SGD, as in the paper). So while one waits for the network

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from labkit.training.batches import source_of
 from labkit.training.forward import LossFunction
-from labkit.training.metrics import VALIDATION_LOSS, Metric, measure, named
+from labkit.training.metrics import VALIDATION_LOSS, Metrics, measure, named
 
 VALIDATION_BATCH = 256  # rows that the model gets at once, where the data are not batches already
 
@@ -90,7 +90,7 @@ class Validator:
     """
 
     def __init__(
-        self, data: Any, every: int, metrics: Metric | Sequence[Metric] | Mapping[str, Metric] | None,
+        self, data: Any, every: int, metrics: Metrics | None,
         loss_function: LossFunction | None, patience: int | None,
     ) -> None:  # fmt: skip
         source_of(data, VALIDATION_BATCH, seed=None)  # a wrong form is refused before the training
