@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import itertools
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
@@ -354,6 +355,20 @@ async def test_large_numbers_whose_sum_is_not_finite_are_an_answer(autojump_cloc
 
 
 # ---------------------------------------------------------------- backward
+
+
+async def test_gradients_do_not_depend_on_who_answers_first(autojump_clock):
+    """A sum of floats depends on its order; one trainer's run is to be the same again, to the bit."""
+    lab = Lab(k_best=3)
+    sent, _ = await lab.forward(ROW, prefer([0, 1, 2]))
+    values = {"ffn.0": 1e8, "ffn.1": -1e8, "ffn.2": 1.0}
+    sums = set()
+    for order in itertools.permutations(values):
+        for place, uid in enumerate(order):
+            answer = after(0.1 * (place + 1), lambda grad, value=values[uid]: torch.full_like(grad, value))
+            lab.behave(answer, uid, direction="backward")
+        sums.add((await lab.backward(sent, ROW, torch.ones(1, 3, DIM)))[0, 0].item())
+    assert len(sums) == 1
 
 
 async def test_an_expert_that_fails_in_the_backward_pass_gives_no_input_gradient(autojump_clock):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from labkit.client.dispatch import DispatchConfig
 from labkit.client.moe import MixtureOfExperts
-from labkit.client.patience import AdaptivePatience, Latencies, Open, Pace, load_of, percentile
+from labkit.client.patience import TRUSTED_AFTER, AdaptivePatience, Latencies, Open, Pace, load_of, percentile
 from labkit.events import CallFailed, CallFinished, Event, PassFinished
 from labkit.expert_uid import grid_uids, spread
 from labkit.server.server import ServerConfig
@@ -123,12 +123,38 @@ async def test_when_the_network_is_quick_again_so_is_a_pass_that_loses_a_call(au
     lab = Lab(k_best=2)
     lab.behave(after(0.9), "ffn.1")
     await share_answered(lab, "ffn.1", 80)
+    lab.behave(NEVER, "ffn.1")
+    lab.session.directory.report_failure = lambda *args, **kwargs: ()  # type: ignore[method-assign]  # no back-off
+    await lab.forward(ROW, prefer([0, 1]))
     lab.behave(after(0.1), "ffn.1")
     await share_answered(lab, "ffn.1", 80)
     lab.behave(NEVER, "ffn.1")
     lab.start = trio.current_time()
     await lab.forward(ROW, prefer([0, 1]))
-    assert lab.seconds < 0.3
+    assert lab.seconds < 0.4
+
+
+async def test_a_server_that_has_lost_nothing_is_waited_for_though_the_machine_stands_still_for_once(autojump_clock):
+    """Else a run without any failures would come out differently on a busy machine."""
+    lab = Lab(k_best=2)
+    await share_answered(lab, "ffn.1", 60)
+    lab.behave(after(0.9), "ffn.1")
+    sent, _ = await lab.forward(ROW, prefer([0, 1]))
+    assert answered(sent) == {"ffn.0", "ffn.1"}
+
+
+async def test_one_that_was_late_once_is_trusted_again_after_many_answers(autojump_clock):
+    lab = Lab(k_best=2)
+    lab.session.directory.report_failure = lambda *args, **kwargs: ()  # type: ignore[method-assign]
+    await share_answered(lab, "ffn.1", 20)
+    for answers, waited_for in ((TRUSTED_AFTER - 1, False), (TRUSTED_AFTER, True)):
+        lab.behave(NEVER, "ffn.1")
+        await lab.forward(ROW, prefer([0, 1]))
+        lab.behave(after(0.1), "ffn.1")
+        assert await share_answered(lab, "ffn.1", answers) == 1
+        lab.behave(after(0.9), "ffn.1")
+        sent, _ = await lab.forward(ROW, prefer([0, 1]))
+        assert ("ffn.1" in answered(sent)) is waited_for
 
 
 async def test_a_server_that_has_hardly_answered_yet_has_a_second(autojump_clock):

@@ -167,15 +167,21 @@ async def dispatch_backward(
                 forward_updates=sent.updates.get(request.expert.uid), train=train,
             )  # fmt: skip
 
+        answers: list[tuple[RowGroup, Sequence[Tensor]]] = []
+
         def take(request: RowGroup, answer: ExpertOutput) -> None:
-            for total, grad in zip(totals, answer.tensors, strict=True):
-                total.index_add_(0, request.rows, grad)
+            answers.append((request, answer.tensors))
 
         gathering = this.gather(sent.answered.sum(1).clamp(max=config.k_min), config.k_best)
         requests = requests_for(sent.experts, sent.choice.masked_fill(~sent.answered, -1))
         size = row_bytes(inputs) + sum(row_bytes([grad[:, 0]]) for grad in grad_outputs)  # the answer's is less
         await gathering.run(requests, _Handle(session, size, ask, take))
         this.check(sent)
+    # Sums of floats depend on their order, and a run is to be the same again, whoever answers first.
+    place = {info.uid: number for number, info in enumerate(sent.experts)}
+    for request, tensors in sorted(answers, key=lambda each: place[each[0].expert.uid]):
+        for total, grad in zip(totals, tensors, strict=True):
+            total.index_add_(0, request.rows, grad)
     return grads
 
 

@@ -7,8 +7,11 @@ By default each server is waited for as long as its own latencies justify. What 
 that was given up we know only that it takes longer than that. Were such calls left out, the slow ones would vanish from
 the record and patience would shrink further and further. So
 
-1. they count as at least as long as they were waited for (the Kaplan-Meier estimate of the distribution);
-2. each one in a row doubles the patience with that server, and every sixteenth is waited for as long as is allowed at
+1. a server that has answered all of its last calls in time is waited for as long as is allowed at all. That costs
+   nothing as long as it answers, and a busy machine may make anyone late for once;
+2. calls that were given up count as at least as long as they were waited for (the Kaplan-Meier estimate of the
+   distribution);
+3. each one in a row doubles the patience with that server, and every sixteenth is waited for as long as is allowed at
    all. So the record gets to know how long late calls take, and a network that has become slower is noticed.
 
 Calls that are never answered, however long one waits, do not lengthen patience: the percentile is one of the answers.
@@ -26,7 +29,8 @@ from labkit.contact import Contact
 FIRST_GUESS = 1.0  # seconds after the answers that were needed; for servers that have not answered often enough yet
 MOST = 1.0  # seconds after the answers that were needed; or as long as those took, if that is more
 LEAST = 0.05  # seconds after the answers that were needed: what is on its way into this process may still be read
-LEAST_TIME = 0.2  # seconds after the request: any process may stand still for so long
+LEAST_TIME = 0.3  # seconds after the request: on a busy machine, any process may stand still for so long
+TRUSTED_AFTER = 512  # answers of a server since it was late last, after which it is waited for as long as is allowed
 PERCENTILE = 0.95  # of the answers
 MARGIN = 1.5  # times that percentile
 ENOUGH_ANSWERS = 8  # of a server, before its latencies say anything
@@ -85,6 +89,7 @@ class Latencies:
 
     def __init__(self) -> None:
         self._records: OrderedDict[Load, LatencyRecord] = OrderedDict()
+        self._distrusted: OrderedDict[Contact, int] = OrderedDict()  # servers that were late: answers until forgotten
 
     def note(self, load: Load, seconds: float, answered: bool) -> None:
         """Note a call that was answered, or given up, after so many seconds."""
@@ -96,11 +101,24 @@ class Latencies:
         else:
             self._records.move_to_end(load)
         record.note(seconds, answered)
+        self._note_trust(load.contact, answered)
+
+    def _note_trust(self, contact: Contact, answered: bool) -> None:
+        if not answered:
+            self._distrusted[contact] = TRUSTED_AFTER
+            self._distrusted.move_to_end(contact)
+            if len(self._distrusted) > MAX_RECORDS:
+                self._distrusted.popitem(last=False)
+        elif contact in self._distrusted:
+            self._distrusted[contact] -= 1
+            if not self._distrusted[contact]:
+                del self._distrusted[contact]
 
     def justified(self, load: Load) -> float | None:
-        """How long a call of this load may take, in seconds; None if too little is known."""
+        """How long a call of this load may take: seconds, None if too little is known, infinity for all there are."""
         record = self._records.get(load)
-        return None if record is None else record.justified()
+        seconds = None if record is None else record.justified()
+        return seconds if seconds is None or load.contact in self._distrusted else math.inf
 
 
 class Pace(NamedTuple):
