@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import labkit as lk
 from labkit.training.datasets import ClassificationData
 from labkit.training.fit import fit
+from labkit.training.metrics import named
 
 N, CLASSES, POSITIONS = 10, 5, 7
 X = torch.randn(N, 3, generator=torch.Generator().manual_seed(0))
@@ -125,6 +127,55 @@ def test_a_loss_is_that_of_all_labels_however_they_are_cut_into_batches(batch_si
     assert perplexity == pytest.approx(math.exp(expected))
 
 
+WEIGHTS = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 256])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(weight=WEIGHTS),
+        nn.CrossEntropyLoss(ignore_index=2),
+        nn.CrossEntropyLoss(weight=WEIGHTS, ignore_index=2, label_smoothing=0.1),
+        functools.partial(F.cross_entropy, weight=WEIGHTS),
+        nn.NLLLoss(weight=WEIGHTS),
+    ],
+)
+def test_so_is_one_whose_classes_have_weights_or_do_not_count(loss, batch_size):
+    found = lk.evaluate(Says(SCORES), ROWS, Y, metric="loss", loss=loss, batch_size=batch_size)
+    assert found == pytest.approx(loss(SCORES, Y).item())
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs", "y", "said"),
+    [
+        (None, LOGITS, LOGITS, "With one number a row the loss is"),
+        (nn.CrossEntropyLoss(), LOGITS, LOGITS, "With one number a row the loss is"),
+        (None, LOGITS[:, None], torch.zeros(N), "With one number a row the loss is"),
+        (None, LOGITS[:, None], YES[:, None].float(), "neither probabilities nor one-hot"),
+        (None, SCORES, SCORES, "neither probabilities nor one-hot: for numbers the loss is lk.losses.mse"),
+        (None, SEQUENCES[:, :5], TOKENS[:, :5], "in the second or in the last dimension"),
+        (F.mse_loss, LOGITS[:, None], LOGITS, r"outputs \[10, 1\] and y \[10\] have to have one shape"),
+        (nn.HuberLoss(), LOGITS, LOGITS[:, None], r"outputs \[10\] and y \[10, 1\] have to have one shape"),
+        (functools.partial(F.smooth_l1_loss, beta=2.0), LOGITS[:, None], LOGITS, "have to have one shape"),
+        (nn.MSELoss(reduction="sum"), LOGITS, LOGITS, "reduction='sum' it is no mean"),
+        (functools.partial(F.cross_entropy, reduction="sum"), SCORES, Y, "reduction='sum' it is no mean"),
+        ("mse", LOGITS, LOGITS, "loss=lk.losses.mse"),
+        ("msee", LOGITS, LOGITS, "did you mean 'mse'"),
+        (nn.MSELoss, LOGITS, LOGITS, r"is a class; give an instance, loss=MSELoss\(\)"),
+        (3, LOGITS, LOGITS, "loss=3: a function of outputs and y"),
+    ],
+)
+def test_a_loss_that_would_be_another_number_is_refused_in_words(loss, outputs, y, said):
+    with pytest.raises(ValueError, match=said):
+        lk.evaluate(Says(outputs), ROWS, y, metric="loss", loss=loss)
+
+
+def test_several_metrics_of_one_name_are_refused_since_only_one_would_be_shown():
+    with pytest.raises(ValueError, match="several metrics are called '<lambda>'; give them names"):
+        named([lambda outputs, y: 1.0, lambda outputs, y: 2.0])
+
+
 class Largest:
     """A metric that needs all data, in the manner of torchmetrics."""
 
@@ -170,6 +221,14 @@ LOSSES: list[tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]] = [
     (lk.losses.cross_entropy, SCORES, Y[:, None], F.cross_entropy(SCORES, Y)),
     (lk.losses.cross_entropy, SEQUENCES, TOKENS, F.cross_entropy(SEQUENCES.flatten(0, 1), TOKENS.flatten())),
     (lk.losses.cross_entropy, SCORES, torch.full((N,), -100), torch.tensor(0.0)),
+    (lk.losses.cross_entropy, SCORES, F.one_hot(Y, CLASSES), F.cross_entropy(SCORES, Y)),
+    (lk.losses.cross_entropy, SCORES, SCORES.softmax(1), F.cross_entropy(SCORES, SCORES.softmax(1))),
+    (
+        lk.losses.cross_entropy,
+        SEQUENCES,
+        F.one_hot(TOKENS, SEQUENCES.shape[2]).float(),
+        F.cross_entropy(SEQUENCES.flatten(0, 1), TOKENS.flatten()),
+    ),
     (lk.losses.mse, LOGITS[:, None], YES, F.mse_loss(LOGITS, YES.float())),
     (lk.losses.mae, LOGITS, YES[:, None], F.l1_loss(LOGITS, YES.float())),
     (lk.losses.binary_cross_entropy, LOGITS[:, None], YES, F.binary_cross_entropy_with_logits(LOGITS, YES.float())),

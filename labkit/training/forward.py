@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from labkit.training.batches import TARGETS, Batch, moved
+from labkit.training.given_losses import check_pairs
 from labkit.training.losses import cross_entropy, scores_of
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -65,6 +66,7 @@ def loss_of(outputs: Any, batch: Batch, loss_function: LossFunction | None) -> T
     Raises:
         ValueError: It is no mean, or there is nothing to compute it from.
     """
+    check_pairs(loss_function, outputs, batch.target)
     loss = loss_function(outputs, batch.target) if loss_function is not None else own_loss(outputs, batch)
     if loss is None:
         if not isinstance(batch.target, Tensor):

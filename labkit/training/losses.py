@@ -13,9 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 IGNORED = -100  # a label that does not count, as in torch
+ONE_NUMBER = (
+    "scores of classes have the shape [rows, classes]; these have {}. With one number a row the loss is "
+    "lk.losses.binary_cross_entropy or lk.losses.mse"
+)
 
 
 def cross_entropy(outputs: Any, y: Tensor) -> Tensor:
@@ -27,7 +31,7 @@ def cross_entropy(outputs: Any, y: Tensor) -> Tensor:
     Args:
         outputs: Scores [n, C], or [n, t, C] for sequences, or [n, C, ...] as in torch.
         y: Classes [n], [n, 1], [n, t] or [n, ...], where -100 does not count; or
-            probabilities in the shape of the scores.
+            probabilities, or one-hot rows, in the shape of the scores.
 
     Returns:
         The mean over the labels that count, a scalar; 0 if none does.
@@ -36,9 +40,16 @@ def cross_entropy(outputs: Any, y: Tensor) -> Tensor:
         ValueError: The shapes do not fit together.
     """
     scores = scores_of(outputs)
-    if y.is_floating_point() and y.shape == scores.shape:
-        return F.cross_entropy(scores, y)
+    if scores.ndim >= 2 and y.shape == scores.shape:
+        return F.cross_entropy(*_probabilities_in_dim_1(scores, y))
+    check_order(scores, y)
+    return _mean_over_classes(scores, y)
+
+
+def _mean_over_classes(scores: Tensor, y: Tensor) -> Tensor:
     scores, y = classes_in_dim_1(scores, y)
+    if scores.shape[1] == 1:
+        raise ValueError(ONE_NUMBER.format(list(scores.shape)))
     if not (y != IGNORED).any():
         return scores.sum() * 0.0
     return F.cross_entropy(scores, y)
@@ -69,7 +80,7 @@ def next_token(outputs: Any, y: Tensor) -> Tensor:
             f"next_token: scores [rows, positions, tokens] and y [rows, positions] of at least two positions; got "
             f"{list(scores.shape)} and {list(y.shape)}"
         )
-    return cross_entropy(scores[:, :-1].transpose(1, 2), y[:, 1:])
+    return _mean_over_classes(scores[:, :-1].transpose(1, 2), y[:, 1:])
 
 
 def binary_cross_entropy(outputs: Any, y: Tensor) -> Tensor:
@@ -148,13 +159,33 @@ def scores_of(outputs: Any) -> Tensor:
     return found
 
 
+def check_order(scores: Tensor, y: Tensor) -> None:
+    """Raise `ValueError` where it cannot be seen whether scores are [n, C, t] or [n, t, C]."""
+    if scores.ndim == 3 and scores.shape[1] == scores.shape[2] and y.shape == scores.shape[:2]:
+        raise ValueError(
+            f"scores {list(scores.shape)} and y {list(y.shape)}: are the classes in the second or in the last "
+            "dimension? Give a function that knows it: loss=torch.nn.functional.cross_entropy for the second, or "
+            "loss=lambda outputs, y: torch.nn.functional.cross_entropy(outputs.transpose(1, 2), y); for accuracy, "
+            "metric=lambda outputs, y: (outputs.argmax(-1) == y).float().mean()"
+        )
+
+
+def _probabilities_in_dim_1(scores: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores and probabilities [n, C, ...] of classes, from those or [n, t, C]. Raises `ValueError`."""
+    y = y.to(scores.dtype)
+    for dim in (1, -1):
+        if scores.shape[dim] > 1 and bool((y >= 0).all() & ((y.sum(dim) - 1).abs() < 1e-2).all()):
+            return scores.movedim(dim, 1), y.movedim(dim, 1)
+    raise ValueError(
+        f"y has the shape of the scores, {list(y.shape)}, and its rows are neither probabilities nor one-hot: for "
+        "numbers the loss is lk.losses.mse, and where a row has several labels lk.losses.binary_cross_entropy"
+    )
+
+
 def classes_in_dim_1(scores: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Scores and classes as torch's losses take them: [n, C, ...] and [n, ...]. Raises `ValueError`."""
     if scores.ndim < 2 or y.is_complex():
-        raise ValueError(
-            f"scores of classes have the shape [rows, classes]; these have {list(scores.shape)}. With one number a row "
-            "the loss is lk.losses.binary_cross_entropy or lk.losses.mse"
-        )
+        raise ValueError(ONE_NUMBER.format(list(scores.shape)))
     first = torch.Size((scores.shape[0], *scores.shape[2:]))
     if y.shape == (*scores.shape[:-1], 1) and y.shape != first:
         y = y.squeeze(-1)
@@ -184,30 +215,3 @@ def alike(scores: Tensor, y: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 def _article(noun: str) -> str:
     return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
-
-
-def terms(loss: Any, outputs: Any, y: Any, rows: int) -> int:
-    """How many labels, or rows, a loss is the mean of, so that the means of batches make the mean of all.
-
-    Args:
-        loss: The loss function; None for a model that returns its loss.
-        outputs: What the model returned.
-        y: Labels.
-        rows: Of the batch.
-    """
-    if not isinstance(y, Tensor):
-        return rows
-    if loss is next_token:
-        return int((y[:, 1:] != IGNORED).sum())
-    plain = isinstance(loss, nn.CrossEntropyLoss) and loss.weight is None and loss.ignore_index == IGNORED
-    if loss is None or loss in (cross_entropy, F.cross_entropy) or plain:
-        if y.is_floating_point():
-            return rows
-        counted = y[:, 1:] if loss is None and _is_causal(outputs, y) else y
-        return int((counted != IGNORED).sum())
-    return y.numel() if loss in (binary_cross_entropy, mse, mae) else rows
-
-
-def _is_causal(outputs: Any, y: Tensor) -> bool:
-    """Whether a model that returns its loss shifts the labels itself, as the causal ones of Hugging Face do."""
-    return "CausalLM" in type(outputs).__name__ and y.ndim == 2

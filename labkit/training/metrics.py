@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from labkit.suggest import did_you_mean, suggest_options
 from labkit.training.batches import Batch, one_pass
 from labkit.training.forward import LossFunction, call, loss_of, on_device_of
-from labkit.training.losses import IGNORED, binary_cross_entropy, classes_in_dim_1, next_token, scores_of, terms
+from labkit.training.given_losses import check_loss, terms
+from labkit.training.losses import IGNORED, binary_cross_entropy, check_order, classes_in_dim_1, next_token, scores_of
 from labkit.training.replicas import copy_model
 
 Metric = str | Callable[[Any, Any], Any] | Any  # a name, a function of outputs and y, or an object (see `as_meter`)
@@ -46,7 +48,7 @@ class MeanLoss:
 
     def __init__(self, loss_function: LossFunction | None, *, exponential: bool = False) -> None:
         self._function, self._exponential = loss_function, exponential
-        self._sum, self._count = 0.0, 0
+        self._sum, self._count = 0.0, 0.0
 
     def add(self, outputs: Any, batch: Batch) -> None:
         """Take a batch into account."""
@@ -91,11 +93,8 @@ class Accuracy:
             raise ValueError("accuracy needs labels, and there is no y in this batch")
         if self._shifted and scores.ndim == 3 and y.shape == scores.shape[:2]:
             scores, y = scores[:, :-1].movedim(-1, 1), y[:, 1:]
-        elif scores.ndim == 3 and scores.shape[1] == scores.shape[2] and y.shape == scores.shape[:2]:
-            raise ValueError(
-                f"scores {list(scores.shape)} and y {list(y.shape)}: are the classes in the second or in the last "
-                "dimension? Give a function as the metric, which knows it"
-            )
+        else:
+            check_order(scores, y)
         if scores.ndim == 0 or len(scores) != len(y if y.ndim else [0]):
             raise ValueError(f"the model returned {list(scores.shape)} for y {list(y.shape)}: as many rows are needed")
         if scores.ndim == 1 or (scores.ndim == 2 and scores.shape[1] == 1):
@@ -208,10 +207,16 @@ def named(metrics: Metric | Sequence[Metric] | Mapping[str, Metric] | None) -> d
         return {}
     if not isinstance(metrics, Mapping):
         listed = list(metrics) if isinstance(metrics, (tuple, list, set)) else [metrics]
-        metrics = {one if isinstance(one, str) else getattr(one, "__name__", type(one).__name__): one for one in listed}
+        names = [one if isinstance(one, str) else getattr(one, "__name__", type(one).__name__) for one in listed]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"several metrics are called {twice!r}; give them names: metrics={{'one': …, 'two': …}}")
+        metrics = dict(zip(names, listed, strict=True))
     for name, metric in metrics.items():
         if isinstance(metric, str) and metric not in NAMES:
-            raise ValueError(f"metric {metric!r}: one of {', '.join(NAMES)}, or a function of outputs and y")
+            raise ValueError(
+                f"metric {metric!r}: one of {', '.join(NAMES)}, or a function of outputs and y"
+                f"{did_you_mean(metric, NAMES)}"
+            )
         if not (isinstance(name, str) and (isinstance(metric, str) or _is_object(metric) or callable(metric))):
             raise ValueError(f"metric {name!r}: a name, or a function of outputs and y, not {metric!r}")
     return dict(metrics)
@@ -271,6 +276,7 @@ def measure(
     return {name: meter.value() for name, meter in meters.items()}
 
 
+@suggest_options
 def evaluate(
     model: nn.Module, x: Any, y: Any = None, *, metric: Metric = "accuracy", loss: LossFunction | None = None,
     batch_size: int = 256,
@@ -295,7 +301,7 @@ def evaluate(
             that returns a number, whose mean is weighted with the rows of each batch. What
             needs all data at once may be an object with `update(outputs, y)` and `compute()`.
         loss: The loss function of "loss" and "perplexity". Default: the model's own loss, or
-            cross-entropy.
+            cross-entropy. One of your own is weighted with the rows of each batch.
         batch_size: Rows that the model gets at once, where x are not batches already.
             Default 256.
 
@@ -313,6 +319,7 @@ def evaluate_replica(
     """`evaluate`, of a copy of a model, which is put in eval mode."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: at least 1")
+    check_loss(loss)
     data = x if y is None else (x, y)
     if y is not None and not all(isinstance(part, Tensor) or hasattr(part, "__array__") for part in data):
         raise ValueError("x and y: two tensors or arrays; other forms of data have their labels in them, without y")
