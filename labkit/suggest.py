@@ -9,6 +9,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, TypeVar
 
+OTHER_WORDS = {  # of other libraries, with ours
+    "learning_rate": "lr", "validation_data": "validate", "val_data": "validate", "eval_data": "validate",
+    "eval_dataset": "validate", "valid": "validate", "val": "validate", "criterion": "loss", "loss_function": "loss",
+    "callback": "on_step", "callbacks": "on_step", "gradient_accumulation_steps": "accumulate",
+    "accumulate_grad_batches": "accumulate", "max_grad_norm": "clip_grad_norm", "gradient_clip_val": "clip_grad_norm",
+    "grad_clip": "clip_grad_norm", "early_stopping": "patience", "num_workers": "trainers", "workers": "trainers",
+    "eval_steps": "every", "warmup_steps": "warmup", "bs": "batch_size",
+    "per_device_train_batch_size": "batch_size", "num_train_epochs": "epochs", "random_state": "seed",
+}  # fmt: skip
+
 C = TypeVar("C", bound=type)
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -37,7 +47,8 @@ def one_of(name: str, value: object, known: Iterable[str]) -> str:
 def no_option(what: str, unknown: Iterable[str], known: Iterable[str]) -> str:
     """Returns the text of an error about options that `what` does not have."""
     known, unknown = list(known), sorted(unknown)
-    close = did_you_mean(unknown[0], known)
+    meant = OTHER_WORDS.get(unknown[0])
+    close = f"; did you mean {meant!r}?" if meant in known else did_you_mean(unknown[0], known)
     return f"{what} has no option {', '.join(unknown)}{f'{close} It' if close else '; it'} has {', '.join(known)}"
 
 
@@ -58,10 +69,19 @@ def suggest_fields(cls: C) -> C:
 
 def suggest_options(function: F) -> F:
     """Let a function or method answer an unknown keyword with the option that is nearest to it."""
-    known = [name for name in inspect.signature(function).parameters if name != "self"]
+    parameters = inspect.signature(function).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.name != "self"]
+    by_place = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    open_ended = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
 
     @functools.wraps(function)
     def checked(*args: Any, **options: Any) -> Any:
+        if len(args) > len(by_place) and not open_ended:
+            taken = [name for name in by_place if name != "self"]
+            pair = "; x and y are one value, (x, y)" if "data" in taken else ""
+            raise TypeError(
+                f"{function.__name__} takes {', '.join(taken)} by their places, and everything else by name{pair}"
+            )
         if unknown := options.keys() - set(known):
             raise ValueError(no_option(function.__name__, unknown, known))
         return function(*args, **options)

@@ -51,6 +51,12 @@ def swarm():
         (lambda s: DHTConfig(republish=3.0), "republish_period"),  # type: ignore[call-arg]
         (lambda s: DirectoryConfig(time_out=3.0), "timeout"),  # type: ignore[call-arg]
         (lambda s: lk.fit(nn.Linear(1, 1), [], trainer=1), "trainers"),  # type: ignore[call-arg]
+        (lambda s: lk.fit(nn.Linear(1, 1), [], learning_rate=1), "lr"),  # type: ignore[call-arg]
+        (lambda s: lk.fit(nn.Linear(1, 1), [], val_data=1), "validate"),  # type: ignore[call-arg]
+        (lambda s: lk.evaluate(nn.Linear(1, 1), [], metric="acuracy"), "accuracy"),
+        (lambda s: lk.evaluate(nn.Linear(1, 1), [], metrics="accuracy"), "metric"),  # type: ignore[call-arg]
+        (lambda s: lk.load("digits", seeds=1), "seed"),  # type: ignore[call-arg]
+        (lambda s: lk.resume("ckpt", nn.Linear(1, 1), s, [], step=1), "steps"),  # type: ignore[call-arg]
         (lambda s: lk.TrainConfig(trainer=3), "trainers"),  # type: ignore[call-arg]
         (lambda s: lk.DispatchConfig(k_bets=3), "k_best"),  # type: ignore[call-arg]
         (lambda s: s.moe(4, grid=(1, 1), routing="sofmax"), "softmax"),
@@ -76,3 +82,8 @@ def test_a_config_that_suggests_is_the_dataclass_that_it_was():
     assert suggest_fields.__doc__ and lk.BackendConfig.__doc__
     with pytest.raises(TypeError, match="it has optimizer, lr"):
         lk.BackendConfig(zebra=1)  # type: ignore[call-arg]
+
+
+def test_a_value_too_many_by_its_place_is_told_what_may_stand_there():
+    with pytest.raises(TypeError, match=r"fit takes model, data by their places, .* x and y are one value, \(x, y\)"):
+        lk.fit(nn.Linear(1, 1), [1], [1], steps=1)  # type: ignore[call-arg, arg-type]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -387,6 +388,12 @@ def test_batches_that_are_no_batches_end_the_run(data, said):
         ({}, "either steps=… or epochs=…"),
         ({"steps": 1, "epochs": 1}, "either steps=… or epochs=…"),
         ({"steps": 0}, "steps=0"),
+        ({"steps": True}, "steps=True"),
+        ({"steps": 1, "lr": "1e-3"}, "lr='1e-3': a number"),
+        ({"steps": 1, "lr": -1.0}, "lr=-1.0: a finite number of at least 0"),
+        ({"steps": 1, "balance": "a"}, "balance='a': a number"),
+        ({"steps": 1, "balance": -1}, "balance=-1: a finite number of at least 0"),
+        ({"steps": 1, "seed": "a"}, "seed='a': a whole number"),
         ({"steps": 1.5}, "steps=1.5"),
         ({"epochs": float("nan")}, "epochs=nan"),
         ({"steps": 1, "trainers": 0}, "trainers=0"),
@@ -414,6 +421,11 @@ def test_batches_that_are_no_batches_end_the_run(data, said):
 def test_options_that_make_no_sense_are_refused(options, said):
     with pytest.raises(ValueError, match=said):
         fit(classifier(), (X, Y), **options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = TrainConfig(steps=np.int64(5), lr=np.float32(0.5))  # type: ignore[arg-type]
+    assert (config.steps, config.lr) == (5, 0.5) and (type(config.steps), type(config.lr)) == (int, float)
 
 
 def test_the_signature_of_fit_shows_every_option_of_its_config_with_the_same_default():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import gzip
+import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from labkit.errors import DataNotFound
 from labkit.paths import user_path
+from labkit.suggest import suggest_options
 from labkit.training.columns import inputs, left_out
 from labkit.training.data_files import SPLITS, Split, read_splits
 from labkit.training.labels import classes, label_column
@@ -68,6 +70,7 @@ class ClassificationData:
         return f"ClassificationData({self.name!r}, {sizes}, {self.classes} classes{unused})"
 
 
+@suggest_options
 def load(
     dataset: str = "digits",
     data_dir: str | Path | None = None,
@@ -116,6 +119,10 @@ def load(
             seconds.
         ValueError: The data set is of another form. It says what is wrong with which column.
     """
+    if not isinstance(dataset, str):
+        raise ValueError(f"lk.load({dataset!r}): the name of a data set, such as 'digits'")
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise ValueError(f"seed={seed!r}: a whole number")
     if dataset == "digits":
         if data_dir is not None or columns is not None or label is not None or test_share is not None:
             raise ValueError(

@@ -9,7 +9,8 @@ through an MoE layer waits for the network in the middle of plain PyTorch code.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import numbers
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ from labkit.training.optimizers import SCHEDULES as SCHEDULES
 from labkit.training.optimizers import ScheduleFactory, check_schedule
 from labkit.training.shared_model import SharedModel
 from labkit.training.staleness import UpdateRule
+
+WHOLE = {
+    "steps": 1, "batch_size": 1, "trainers": 1, "max_failures": 1, "accumulate": 1, "every": 1, "patience": 1,
+    "seed": 0, "warmup": 0,
+}  # options that are whole numbers, each with its least value  # fmt: skip
 
 
 @suggest_fields
@@ -92,17 +98,30 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps=… or epochs=…")
-        for name in ("steps", "batch_size", "trainers", "max_failures", "accumulate", "every", "patience"):
-            value = getattr(self, name)
-            optional = value is None and name in ("steps", "every", "patience")
-            if not optional and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-                raise ValueError(f"{name}={value!r}: a whole number of at least 1")
+        for field in fields(self):
+            if (value := getattr(self, field.name)) is not None and field.name != "schedule":
+                object.__setattr__(self, field.name, self._number(field.name, value))
         check_schedule(self.schedule)
         if not 0 <= self.beta1 < 1:
             raise ValueError(f"beta1={self.beta1!r}: at least 0 and below 1")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise ValueError(f"epochs={self.epochs!r}: a finite number above 0")
+        if not 0 <= self.lr < math.inf:
+            raise ValueError(f"lr={self.lr!r}: a finite number of at least 0")
+        if not 0 <= self.balance < math.inf:
+            raise ValueError(f"balance={self.balance!r}: a finite number of at least 0")
         self.update_rule(0)
+
+    @staticmethod
+    def _number(name: str, value: Any) -> int | float:
+        """A number that was given, maybe one of numpy, as Python's own. Raises `ValueError`."""
+        if name not in WHOLE:
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise ValueError(f"{name}={value!r}: a number")
+            return value if isinstance(value, int) else float(value)
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < WHOLE[name]:
+            raise ValueError(f"{name}={value!r}: a whole number of at least {WHOLE[name]}")
+        return int(value)
 
     def update_rule(self, total_steps: int) -> UpdateRule:
         """How gradients become updates in a run of so many steps. Raises `ValueError`."""
