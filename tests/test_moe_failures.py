@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import itertools
+import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import msgspec
@@ -365,8 +366,8 @@ async def test_gradients_do_not_depend_on_who_answers_first(autojump_clock):
     sums = set()
     for order in itertools.permutations(values):
         for place, uid in enumerate(order):
-            answer = after(0.1 * (place + 1), lambda grad, value=values[uid]: torch.full_like(grad, value))
-            lab.behave(answer, uid, direction="backward")
+            filled = partial(torch.full_like, fill_value=values[uid])
+            lab.behave(after(0.1 * (place + 1), filled), uid, direction="backward")
         sums.add((await lab.backward(sent, ROW, torch.ones(1, 3, DIM)))[0, 0].item())
     assert len(sums) == 1
 
