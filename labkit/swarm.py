@@ -1,17 +1,13 @@
 """The swarm: what a notebook holds. It starts or joins one, serves experts in it, and makes layers that call them.
 
-Here is put together what a batch passes: the lab thread with one node, and the session in which layers call experts.
+A batch passes by: layers call experts in the session that `swarm_lifecycle` opened.
 """
 
 from __future__ import annotations
 
-import atexit
 import inspect
-import logging
 import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,56 +16,37 @@ from torch import get_num_threads, nn
 
 from labkit.client.dispatch_config import DispatchConfig
 from labkit.client.expert import RemoteExpert
-from labkit.client.expert_client import ExpertClient
 from labkit.client.fitting import fitting_outputs, known_sizes
 from labkit.client.moe import MixtureOfExperts
-from labkit.client.session import Session, close_session, open_session
 from labkit.contact import Contact, Invitation
 from labkit.directory.grids import GridInfo
-from labkit.errors import JoinError, LabkitError, SwarmClosed
-from labkit.events import Emit, Listeners
+from labkit.events import Emit
 from labkit.expert_uid import ExpertInfo, check_grid, split_uid
 from labkit.faults import Faults
-from labkit.joining import check_reachable
 from labkit.launch import planning
-from labkit.launch.folder import TemporaryFolder, remove_abandoned
-from labkit.launch.handle import ServerHandle, end_all
-from labkit.launch.lab import Lab, run_lab
+from labkit.launch.handle import ServerHandle
 from labkit.launch.order import ServeOrder
 from labkit.launch.places import Wish
-from labkit.node import NodeConfig, check_config
-from labkit.of_this_process import OfThisProcess
+from labkit.node import NodeConfig
 from labkit.paths import user_path
-from labkit.portal import Portal
-from labkit.server.layers import Factory, check_options, importing
+from labkit.printable import printable
+from labkit.server.layers import Factory, check_options
 from labkit.server.optimizer import BackendConfig
 from labkit.server.statistics import ServerStatistics
 from labkit.suggest import suggest_options
-from labkit.text import for_output
+from labkit.swarm_lifecycle import SwarmLifecycle
 from labkit.view.collect.inventory import ask_all_servers
-from labkit.view.collect.telemetry import Telemetry
-from labkit.view.log.own_loop import OwnLoop
-from labkit.view.page.remote_service import RemoteService
 from labkit.view.summary import SwarmSummary
-from labkit.view.swarm_view import SwarmView
-from labkit.wire.security import Identity, Members, parse_key
-from labkit.wire.transport import LOOPBACK, split_address
+from labkit.wire.security import Identity, parse_key
+from labkit.wire.transport import LOOPBACK
 
 if TYPE_CHECKING:
     from labkit.view.log.swarm_logging import Logging
     from labkit.view.page.dashboard import Dashboard
     from labkit.view.picture.snapshot import Picture
 
-logger = logging.getLogger(__name__)
 
-CLOSE_TIMEOUT = 2.0  # seconds that `close` takes at most
-CLEAN_STOP_TIME = 1.2  # seconds of these that servers have to save their experts
-CLEAN_STOP_GRACE = 0.3  # seconds of these that the lab thread may be late with it
-
-_open: dict[str, Swarm] = {}
-
-
-class Swarm(OfThisProcess):
+class Swarm(SwarmLifecycle):
     """A swarm of expert servers. `Swarm()` starts one, `Swarm.join(invite)` joins one.
 
     Its network runs in a thread of its own. Its methods may be called from any other thread,
@@ -95,84 +72,6 @@ class Swarm(OfThisProcess):
         members: Public keys of those who may join, which makes the swarm private.
         node: Timeouts and limits of its node.
     """
-
-    def __init__(
-        self, name: str = "default", *, listen: str = LOOPBACK, announce: str | None = None, secure: bool | None = None,
-        key: str | Path | Identity | None = None, members: Sequence[str] | None = None, node: NodeConfig | None = None,
-        _join: tuple[Contact, ...] = (),
-    ) -> None:  # fmt: skip
-        identity = key if isinstance(key, Identity) else Identity.generate() if key is None else Identity.load(key)
-        if not isinstance(name, str):
-            raise ValueError(f"name={name!r}: a text")
-        if (module := importing()) is not None:
-            raise LabkitError(
-                f"the module {module!r} starts a swarm when it is imported, and whoever serves experts of it imports "
-                "it; put that part of the module under: if __name__ == '__main__':"
-            )
-        self.name = name
-        self.servers: list[ServerHandle] = []
-        self.telemetry = Telemetry()
-        self.listeners = Listeners()
-        self.listeners.add(self.telemetry)
-        self._own_loop = OwnLoop(self.telemetry, self.listeners)
-        self._faults = Faults()
-        self.remote_service = RemoteService(lambda: getattr(self, "view", None))
-        keys = None if members is None else [identity.public_key, *map(parse_key, members)]
-        self._node_config = replace(node or NodeConfig(), listen=listen, announce=announce, secure=secure)
-        check_config(self._node_config, private=keys is not None)
-        # The swarm of the same name goes on until this one is there, or cannot be because of it.
-        before = _open.get(name)
-        if before is not None and before._is_in_the_way(identity, self._node_config, _join):
-            before.close()
-        remove_abandoned()
-        self._folder = TemporaryFolder()
-        portal: Portal | None = None
-        try:
-            self._members = Members(keys, Path(self._folder.name) / "members")
-            self._members.admit()
-            self._portal = portal = Portal(name)
-            self._lab: Lab = self._portal.start(
-                partial(
-                    run_lab, self._portal, identity, self._node_config, join=_join, methods=self.remote_service.methods,
-                    admission=self._members.admission(), faults=self._faults, emit=self.listeners,
-                )
-            )  # fmt: skip
-            if before is not None:
-                before.close()
-        except BaseException:
-            if portal is not None:
-                portal.close()
-            self._folder.cleanup()
-            raise
-        self._node = self._lab.node
-        experts = ExpertClient(self._node.client, self._node.directory, self.listeners)
-        self._session = Session(name, self._portal, self._node.directory, experts, self.listeners)
-        open_session(self._session)
-        self.view = SwarmView(
-            name, self._lab, self.servers, self.telemetry, self.listeners, in_flight=lambda: experts.in_flight,
-            inject_faults=self.faults,
-        )  # fmt: skip
-        _open[name] = self
-
-    def _is_in_the_way(self, identity: Identity, config: NodeConfig, join: Sequence[Contact]) -> bool:
-        """Whether this swarm has to be closed before one of the same name can be: they share a key, or a port.
-
-        Raises `JoinError` if the other would not come to be: it joins this very swarm, or cannot join.
-        """
-        if self.closed:
-            return True
-        own = {self._node.contact.key, *(server.contact.key for server in self.servers if server.contact is not None)}
-        if any(contact.key in own for contact in join):
-            raise JoinError(
-                f"this invitation leads to the swarm {self.name!r} of this process, which would be closed, since the "
-                "new one has its name; give another name=…, or none"
-            )
-        ports = {split_address(self._node_config.listen)[1], str(self._node.contact.port)} - {"*"}
-        if identity.public_key != self._node.contact.key and split_address(config.listen)[1] not in ports:
-            return False
-        for contact in join[:1]:
-            self._portal.call(check_reachable, self._node.client, contact, identity.public_key)
-        return True
 
     @classmethod
     def join(
@@ -301,16 +200,7 @@ class Swarm(OfThisProcess):
         Raises:
             ValueError: A number is out of range.
         """
-        if latency is not None or loss is not None:
-            self._portal.check_open()
-        self._faults.set(latency, loss)
-        if latency is not None or loss is not None:
-            self._portal.call(self._apply_faults, latency, loss)
-        return self._faults
-
-    async def _apply_faults(self, latency: float | None, loss: float | None) -> None:
-        for server in self.servers:
-            await server.lifecycle.apply_faults(latency, loss)
+        return self._inject_faults(latency, loss)
 
     def statistics(self, timeout: float = 5.0) -> dict[str, ServerStatistics]:
         """Returns the statistics of all servers of the swarm, by address.
@@ -493,54 +383,7 @@ class Swarm(OfThisProcess):
         return self.view.summary()
 
     def __repr__(self) -> str:
-        return for_output(self.summary().text())
+        return printable(self.summary().text())
 
     def _repr_html_(self) -> str:
         return self.summary().html()
-
-    # ------------------------------------------------------------ ending
-
-    @property
-    def closed(self) -> bool:
-        """Whether the swarm is closed."""
-        return self._portal.closed
-
-    def close(self) -> None:
-        """Stop the servers started here, leave the swarm, and end its thread. Safe to repeat.
-
-        It takes two seconds at most. What servers cannot save in that time stays as it was saved
-        last; for large ones, call `server.stop()` before. A forked process only forgets the swarm,
-        which goes on in the process that started it.
-        """
-        until = time.monotonic() + CLOSE_TIMEOUT
-        self.view.end()  # its last scene shows the swarm as it was
-        close_session(self._session)
-        if _open.get(self.name) is self:
-            del _open[self.name]
-        if self._portal.forked:
-            return
-        try:
-            # A little more than they have, and not for ever: a listener may block the lab thread.
-            self._portal.call(end_all, list(self.servers), CLEAN_STOP_TIME, timeout=CLEAN_STOP_TIME + CLEAN_STOP_GRACE)
-        except SwarmClosed:
-            pass
-        finally:  # also when this is interrupted
-            if not self._portal.close(CLOSE_TIMEOUT - CLEAN_STOP_TIME - CLEAN_STOP_GRACE):
-                logger.warning("the lab thread of swarm %r did not end in time", self.name)
-            self.view.close(until - time.monotonic())
-            self._folder.cleanup()
-
-    def __enter__(self) -> Swarm:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def close_all() -> None:
-    """Close every swarm of this process."""
-    for swarm in list(_open.values()):
-        swarm.close()
-
-
-atexit.register(close_all)

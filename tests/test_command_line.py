@@ -26,7 +26,8 @@ from labkit.cli.serve import read_options
 from labkit.errors import SwarmClosed
 from labkit.events import CallFinished
 from labkit.server.checkpoints import load_expert
-from labkit.swarm import Swarm, _open
+from labkit.swarm import Swarm
+from labkit.swarm_lifecycle import _open
 from labkit.wire.security import Identity, key_text
 from tests.swarms import eventually
 
@@ -106,14 +107,21 @@ def test_a_swarm_of_terminals_and_a_trainer_lives_on_without_the_terminal_that_s
 # ---------------------------------------------------------------- in this process, which is as good
 
 
+def the_swarm() -> Swarm:
+    """The swarm that `labkit serve` has opened in this process."""
+    swarm = _open["serve"]
+    assert isinstance(swarm, Swarm)
+    return swarm
+
+
 def serving() -> bool:
-    return "serve" in _open and any(server.alive for server in _open["serve"].servers)
+    return "serve" in _open and any(server.alive for server in the_swarm().servers)
 
 
 def signal_when_it_serves(number: signal.Signals) -> threading.Thread:
     def send() -> None:
         eventually(serving)
-        swarm = _open["serve"]
+        swarm = the_swarm()
         swarm.expert("ffn.0")(X).sum().backward()
         os.kill(os.getpid(), number)
 
@@ -136,7 +144,7 @@ def test_a_server_that_ends_by_itself_ends_the_command_with_its_reason(capsys):
     def kill() -> None:
         eventually(serving)
         with suppress(SwarmClosed):  # the command may hear of it, and close the swarm, before this call returns
-            _open["serve"].servers[0].kill()
+            the_swarm().servers[0].kill()
 
     thread = threading.Thread(target=kill)
     thread.start()
@@ -201,8 +209,8 @@ def test_options_of_a_server_reach_its_experts_and_its_label_is_seen_by_all(caps
 
     def look() -> None:
         eventually(serving)
-        (server,) = _open["serve"].servers
-        with Swarm.join(_open["serve"].invite(), name="other") as other:
+        (server,) = the_swarm().servers
+        with Swarm.join(the_swarm().invite(), name="other") as other:
             seen.append((server.plan.server, repr(other), other._repr_html_()))
         server.kill()
 
@@ -232,7 +240,7 @@ def test_a_server_says_now_and_then_what_it_does_when_it_was_called_and_else_not
 
     def call() -> None:
         eventually(serving)
-        swarm = _open["serve"]
+        swarm = the_swarm()
         for _ in range(3):
             swarm.expert("nop.0.0")(X)
         reports = cli_serve.Report(swarm, rewrite=False)
@@ -279,7 +287,7 @@ def test_a_joined_server_listens_as_wide_as_the_swarm(capsys):
         def look() -> None:
             eventually(serving)
             heard.extend(info.contact.host for info in wide.experts().values())
-            _open["serve"].servers[0].kill()
+            the_swarm().servers[0].kill()
 
         thread = threading.Thread(target=look)
         thread.start()
@@ -295,8 +303,8 @@ def test_a_joined_server_takes_all_free_places_of_a_grid_that_is_named_after_its
 
         def look() -> None:
             eventually(serving)
-            taken.append(len(_open["serve"].servers[0].uids))
-            _open["serve"].servers[0].kill()
+            taken.append(len(the_swarm().servers[0].uids))
+            the_swarm().servers[0].kill()
 
         thread = threading.Thread(target=look)
         thread.start()

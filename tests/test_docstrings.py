@@ -31,7 +31,10 @@ def documented() -> Iterator[tuple[str, object]]:
     for thing in PUBLIC:
         yield thing.__qualname__, thing
         if inspect.isclass(thing):
-            for name, member in vars(thing).items():
+            members: dict[str, object] = {}
+            for base in reversed(thing.__mro__):  # what is inherited from classes of ours, too
+                members |= vars(base) if base.__module__.startswith("labkit") else {}
+            for name, member in members.items():
                 method = isinstance(member, (staticmethod, classmethod, property)) or inspect.isfunction(member)
                 if method and not name.startswith("_"):
                     yield f"{thing.__qualname__}.{name}", getattr(member, "__func__", member)

@@ -15,7 +15,7 @@ from labkit.events import CallFinished, Event
 from labkit.experiments.convergence import ConvergenceConfig, History, run
 from labkit.experiments.results import load, load_all, save
 from labkit.experiments.runner import plan, run_all
-from labkit.server.server import ServerConfig
+from labkit.server.config import ServerConfig
 from labkit.simulation.lockstep import Lockstep
 from labkit.simulation.network import open_simnet
 from labkit.simulation.swarm import open_simulated_swarm

@@ -13,8 +13,9 @@ import trio
 from labkit.errors import DeadlineExceeded
 from labkit.expert_protocol import ExpertRequest
 from labkit.faults import Faults
+from labkit.server.config import ServerConfig
 from labkit.server.executor import InlineCompute
-from labkit.server.server import ExpertServer, ServerConfig
+from labkit.server.server import ExpertServer
 from labkit.wire.rpc_types import Reply, Request
 from labkit.wire.timers import Timers
 from labkit.wire.transport import Peer

@@ -23,8 +23,8 @@ ROOT = Path(labkit.__file__).parent
 # From the ground up. A part imports parts that come before it; the two wings, `server` and `client`, are strangers.
 FLOORS = [
     # words: no I/O, no async
-    "errors", "suggest", "forks", "text", "paths", "histogram", "faults", "events", "contact", "expert_uid",
-    "of_this_process",
+    "errors", "suggest", "forks", "printable", "paths", "histogram", "faults", "events", "contact", "expert_uid",
+    "process_bound",
     # the network, the DHT, and the experts in it
     "wire", "dht", "expert_protocol", "directory", "joining", "node", "portal",
     # the two wings
@@ -34,7 +34,7 @@ FLOORS = [
     # the notebook
     "launch", "view", "view.worker_thread", "view.scene", "view.outputs", "view.collect", "view.summary",
     "view.picture", "view.log", "view.page", "view.export", "view.recording", "view.progress", "view.swarm_view",
-    "swarm", "resuming",
+    "swarm_lifecycle", "swarm", "resuming",
     # other people's training loops
     "integrations",
     # what a user imports; it imports the others when they are used

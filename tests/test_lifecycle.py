@@ -24,7 +24,7 @@ from labkit.launch.lifecycle import ServerLifecycle
 from labkit.launch.runners import ServerPlan
 from labkit.launch.states import TRANSITIONS, ServerEvent, ServerState, next_state
 from labkit.node import NodeConfig
-from labkit.server.server import ServerConfig
+from labkit.server.config import ServerConfig
 from labkit.wire.security import Identity
 
 START, STOP, DISCARD, KILL, READY, START_FAILED, ENDED, SAVED, NOT_SAVED = ServerEvent

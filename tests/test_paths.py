@@ -12,7 +12,7 @@ import torch
 import labkit as lk
 from labkit.__main__ import main
 from labkit.paths import user_path
-from labkit.server.server import ServerConfig
+from labkit.server.config import ServerConfig
 from labkit.swarm import Swarm
 from labkit.view.log.loggers import JsonlLogger, WandbLogger
 from labkit.view.picture.canvas import Picture

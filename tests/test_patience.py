@@ -17,7 +17,7 @@ from labkit.client.moe import MixtureOfExperts
 from labkit.client.patience import TRUSTED_AFTER, AdaptivePatience, Latencies, Open, Pace, load_of, percentile
 from labkit.events import CallFailed, CallFinished, Event, PassFinished
 from labkit.expert_uid import grid_uids, spread
-from labkit.server.server import ServerConfig
+from labkit.server.config import ServerConfig
 from labkit.simulation.network import open_simnet
 from labkit.simulation.swarm import open_simulated_swarm
 from labkit.simulation.virtual_clock import run_in_virtual_time

@@ -9,7 +9,7 @@ import pytest
 from labkit.directory.grids import GridInfo
 from labkit.launch.planning import check_all_places, fit_options, plan_servers
 from labkit.node import NodeConfig
-from labkit.server.server import ServerConfig
+from labkit.server.config import ServerConfig
 from labkit.wire.transport import announced_address
 from tests.fake_network import make_contact
 

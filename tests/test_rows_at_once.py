@@ -20,8 +20,8 @@ from labkit.errors import MessageTooLarge
 from labkit.events import CallFailed, CallFinished, Event
 from labkit.expert_uid import grid_uids
 from labkit.node import NodeConfig
+from labkit.server.config import ServerConfig
 from labkit.server.optimizer import BackendConfig
-from labkit.server.server import ServerConfig
 from labkit.simulation.network import open_simnet
 from labkit.simulation.swarm import SIMULATED_NODE_CONFIG, open_simulated_swarm
 from labkit.simulation.virtual_clock import run_in_virtual_time

@@ -25,10 +25,12 @@ from labkit.node import Node, open_node
 from labkit.portal import unwrap
 from labkit.server import checkpoints
 from labkit.server.backend import ExpertBackend
-from labkit.server.checkpoints import load_expert, save_expert
+from labkit.server.checkpoints import checkpoint_directory, load_expert, save_expert
+from labkit.server.config import ServerConfig
+from labkit.server.leaving import stop_timeout
 from labkit.server.optimizer import BackendConfig
 from labkit.server.runtime import Runtime
-from labkit.server.server import ServerConfig, checkpoint_directory, serve_experts, stop_timeout
+from labkit.server.server import serve_experts
 from labkit.server.statistics import ServerStatistics
 from labkit.wire.rpc_types import BULK
 from labkit.wire.security import Identity

@@ -26,7 +26,8 @@ from labkit.events import CallFinished
 from labkit.node import NodeConfig
 from labkit.server.checkpoints import load_expert
 from labkit.server.layers import FeedForward
-from labkit.swarm import Swarm, close_all
+from labkit.swarm import Swarm
+from labkit.swarm_lifecycle import close_all
 from labkit.view.scene import Scene
 from labkit.wire.security import Identity
 from tests.swarms import eventually, parameters

@@ -25,9 +25,9 @@ from labkit.client.moe import MixtureOfExperts
 from labkit.errors import NoExperts, NotEnoughExperts, RPCError
 from labkit.events import CallFailed, CallFinished, Event, RoutingChosen
 from labkit.expert_uid import check_grid, grid_uids, spread
+from labkit.server.config import ServerConfig
 from labkit.server.layers import FeedForward
 from labkit.server.optimizer import Adam, BackendConfig
-from labkit.server.server import ServerConfig
 from labkit.simulation.lockstep import Lockstep
 from labkit.simulation.network import open_simnet
 from labkit.simulation.swarm import SimulatedSwarm, open_simulated_swarm

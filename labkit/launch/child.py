@@ -30,8 +30,10 @@ from labkit.launch.folder import remove_if_abandoned, use
 from labkit.launch.parent import watch_parent
 from labkit.node import NodeConfig
 from labkit.portal import unwrap
+from labkit.server.config import ServerConfig
+from labkit.server.leaving import STOP_TIMEOUT
 from labkit.server.loading import LoadOrder
-from labkit.server.server import STOP_TIMEOUT, ServerConfig, serve_experts
+from labkit.server.server import serve_experts
 from labkit.wire.security import Admission, Identity
 from labkit.wire.zmq_transport import open_network
 

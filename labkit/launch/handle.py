@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import trio
 
@@ -19,16 +19,16 @@ from labkit.launch.lab import Lab
 from labkit.launch.lifecycle import ServerLifecycle
 from labkit.launch.runners import ServerPlan
 from labkit.launch.states import ServerEvent
-from labkit.of_this_process import OfThisProcess
+from labkit.printable import printable
+from labkit.process_bound import ProcessBound
 from labkit.server.statistics import ServerStatistics, call_statistics
-from labkit.text import for_output
 
 logger = logging.getLogger(__name__)
 
 MAX_STARTING = 8  # servers that start at the same time; hundreds would hold each other up beyond their deadlines
 
 
-class ServerHandle(OfThisProcess):
+class ServerHandle(ProcessBound):
     """A local expert server. `Swarm.serve` returns handles, and `swarm.servers` lists them.
 
     Its methods may be called from any thread but the lab thread. Those that change something
@@ -184,7 +184,7 @@ class ServerHandle(OfThisProcess):
 
     def __repr__(self) -> str:
         where = f" at {self.contact.endpoint}" if self.contact is not None and self.alive else ""
-        return for_output(f"<server {self.state}{where}: {len(self.uids)} experts, {self.uids[0]} … {self.uids[-1]}>")
+        return printable(f"<server {self.state}{where}: {len(self.uids)} experts, {self.uids[0]} … {self.uids[-1]}>")
 
 
 # ---------------------------------------------------------------- several at once
@@ -259,3 +259,9 @@ async def load_all(parts: Sequence[tuple[ServerHandle, Sequence[str]]], folder: 
                 nursery.start_soon(load, handle, uids, check_only, failures)
         if failures:
             raise failures[0]
+
+
+async def apply_faults(servers: Iterable[ServerHandle], latency: float | None, loss: float | None) -> None:
+    """Inject faults into these servers; None leaves one as it is."""
+    for server in servers:
+        await server.lifecycle.apply_faults(latency, loss)

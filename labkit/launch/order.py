@@ -16,8 +16,9 @@ from labkit.launch.handle import ServerHandle, begin_all
 from labkit.launch.lab import Lab
 from labkit.launch.places import Places, Wish, hold_places
 from labkit.node import NodeConfig
+from labkit.server.checkpoints import checkpoint_directory
+from labkit.server.config import ServerConfig
 from labkit.server.layers import Factory
-from labkit.server.server import ServerConfig, checkpoint_directory
 from labkit.wire.security import Members
 
 

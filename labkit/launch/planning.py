@@ -19,8 +19,8 @@ from labkit.directory.grids import GridInfo
 from labkit.expert_uid import check_name, split_uid, spread
 from labkit.launch.runners import ServerPlan
 from labkit.node import NodeConfig
+from labkit.server.config import ServerConfig
 from labkit.server.layers import BUILTIN_KINDS, Factory, expert_reference, make_expert
-from labkit.server.server import ServerConfig
 from labkit.suggest import did_you_mean
 from labkit.wire.security import Identity
 from labkit.wire.transport import LOOPBACK, announced_address

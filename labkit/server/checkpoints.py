@@ -16,8 +16,9 @@ import safetensors.torch
 import trio
 from torch import Tensor
 
-from labkit.errors import CheckpointError, RemoteFailure, RPCError
+from labkit.errors import CheckpointError, LabkitError, RemoteFailure, RPCError
 from labkit.expert_uid import split_uid
+from labkit.paths import user_path
 from labkit.server.backend import ExpertBackend
 from labkit.server.runtime import Runtime
 from labkit.server.tensor_files import CHECKSUM, checksum, is_whole, link_file, read_tensors, separate, write_tensors
@@ -289,3 +290,17 @@ def _path(directory: str | os.PathLike[str], uid: str) -> Path:
 
 def _metadata(uid: str, kind: str) -> dict[str, str]:
     return {"format": FORMAT, "uid": uid, "kind": kind}
+
+
+def checkpoint_directory(path: str | Path | None) -> str | None:
+    """The path of a directory for checkpoints, made if need be. Raises `LabkitError` if it cannot be written to."""
+    if path is None:
+        return None
+    directory = user_path(path, "checkpoint_dir")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK):
+            raise PermissionError(0, "it cannot be written to")
+    except OSError as error:
+        raise LabkitError(f"no checkpoints can be kept in {directory}: {error.strerror}") from None
+    return str(directory)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import trio
 
@@ -19,6 +19,7 @@ from labkit.contact import Contact
 from labkit.directory import Directory
 from labkit.errors import LabkitError
 from labkit.expert_protocol import Direction
+from labkit.server.backend import ExpertBackend
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ MAX_AWAITED = 1024  # of an expert
 LEAVE_TIMEOUT = 10.0  # seconds that all this takes at most
 HURRIED_QUIET_TIME = 0.05  # the same where a whole swarm is closed, within two seconds
 HURRIED_TIMEOUT = 0.3
+STOP_TIMEOUT = 30.0  # seconds that a whole clean stop may take, the saves included, where experts are small
+STOP_TIMEOUT_PER_GB = 20.0  # seconds more for each GB to save: a disk that takes 50 MB/s is slow
 
 
 class Traffic:
@@ -114,3 +117,12 @@ async def leave(
                 logger.debug("%s could not be taken out of the directory: %s", contact.endpoint, error)
             await traffic.until_quiet()
         nursery.cancel_scope.cancel()
+
+
+def stop_timeout(backends: Iterable[ExpertBackend]) -> float:
+    """Seconds that a server of these experts may take for a clean stop before it is killed.
+
+    They are thirty, and twenty more for each GB of the experts and their optimizers. (A swarm that is closed does not
+    wait so long.)
+    """
+    return STOP_TIMEOUT + round(STOP_TIMEOUT_PER_GB * sum(backend.state_bytes for backend in backends) / 1e9)

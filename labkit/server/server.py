@@ -7,45 +7,37 @@ and respond when its batch has been computed.
 from __future__ import annotations
 
 import logging
-import math
-import os
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 import trio
 
 from labkit.contact import Contact
 from labkit.directory.grids import GridInfo, keep_grid_declared
-from labkit.errors import DeadlineExceeded, LabkitError, RPCError, UnknownExpert
+from labkit.errors import DeadlineExceeded, RPCError, UnknownExpert
 from labkit.events import Emit, ignore
 from labkit.expert_protocol import (
     BACKWARD,
     FORWARD,
-    MAX_LABEL,
     SCHEMA,
     STATISTICS,
     Direction,
     ExpertReply,
     ExpertRequest,
     ExpertSchema,
-    clean_label,
 )
-from labkit.expert_uid import check_inside, split_uid
+from labkit.expert_uid import split_uid
 from labkit.faults import Faults
 from labkit.joining import is_alive
 from labkit.node import NodeConfig, open_node
-from labkit.paths import user_path
 from labkit.server.backend import ANSWER_LIMIT, ExpertBackend
 from labkit.server.checkpoints import Progress, keep_checkpoints, restore, save_all
+from labkit.server.config import ServerConfig
 from labkit.server.layers import kind_name, make_expert
-from labkit.server.leaving import Traffic, leave
+from labkit.server.leaving import Traffic, leave, stop_timeout
 from labkit.server.loading import LoadOrder, carry_out_loads
-from labkit.server.optimizer import BackendConfig
 from labkit.server.ownership import FolderClaim, own_checkpoints
 from labkit.server.runtime import Executor, QueuedRequest, Result, Runtime
 from labkit.server.snapshots import Snapshots
@@ -59,63 +51,8 @@ from labkit.wire.transport import Network
 logger = logging.getLogger(__name__)
 
 SETTLE_TIMEOUT = 20.0  # seconds that a clean stop waits for the batch that is being computed
-STOP_TIMEOUT = 30.0  # seconds that a whole clean stop may take, the saves included, where experts are small
 TRIAL_TIMEOUT = 2.0  # seconds in which an expert that does not say what it takes is tried
 HEADER_ROOM = 1 << 16  # bytes of an answer that are not its tensors, at most
-STOP_TIMEOUT_PER_GB = 20.0  # seconds more for each GB to save: a disk that takes 50 MB/s is slow
-
-
-@dataclass(frozen=True)
-class ServerConfig:
-    """What a server holds. The values are plain (if `kind` is text), so that a child process can get them as JSON.
-
-    Args:
-        uids: The experts to serve, each once.
-        grid: Sizes of the grid that the uids lie in, which is declared with them; None to declare no grid.
-        kind: A registered name, `"package.module:factory"`, or a factory; see `make_expert`.
-        options: What the factory is given.
-        backend: How the experts are trained and what they accept.
-        checkpoint_dir: Experts are loaded from there at the start, and saved there regularly and at a clean stop.
-        checkpoint_period: Seconds between two saves; None for `usual_period`.
-        checkpoint_keep: Checkpoints of each expert that are kept, the last one included.
-        max_queue_rows: Rows that may wait before requests are turned away.
-        threads: Torch's threads for one operation; None leaves them as they are.
-        seed: Makes each expert's fresh parameters a function of the seed and its uid, provided that nothing else in
-            this process draws from torch's generator meanwhile. In a server process nothing does. A trainer beside a
-            server that is a task may; then some of the trainer's own numbers come twice, too.
-        label: A name for the server, which others see.
-    """
-
-    uids: tuple[str, ...]
-    grid: tuple[int, ...] | None = None
-    kind: Any = "ffn"  # str | Factory
-    options: dict[str, Any] = field(default_factory=dict)
-    backend: BackendConfig = field(default_factory=BackendConfig)
-    checkpoint_dir: str | None = None
-    checkpoint_period: float | None = None
-    checkpoint_keep: int = 1
-    max_queue_rows: int = 65536
-    threads: int | None = None
-    seed: int | None = None
-    label: str = ""
-
-    def __post_init__(self) -> None:
-        if self.checkpoint_dir is not None:  # absolute, so that a later restart finds it, whatever the folder is then
-            object.__setattr__(self, "checkpoint_dir", str(user_path(self.checkpoint_dir, "checkpoint_dir")))
-        for uid in self.uids:
-            split_uid(uid)
-        if self.grid is not None:
-            check_inside(self.uids, self.grid)
-        if len(set(self.uids)) != len(self.uids) or not self.uids:
-            raise ValueError("uids: at least one, and each once")
-        if self.checkpoint_period is not None and not 0 < self.checkpoint_period < math.inf:
-            raise ValueError(f"checkpoint_period={self.checkpoint_period}: a number of seconds above 0")
-        if not isinstance(self.checkpoint_keep, int) or self.checkpoint_keep < 1:
-            raise ValueError(f"checkpoint_keep={self.checkpoint_keep!r}: a number of checkpoints, at least 1")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads={self.threads}: at least 1")
-        if not isinstance(self.label, str) or self.label != clean_label(self.label):
-            raise ValueError(f"label={self.label!r}: at most {MAX_LABEL} characters in one line")
 
 
 class ExpertServer:
@@ -369,15 +306,6 @@ async def _serve_owned(
         await save_all(server.runtime, config.checkpoint_dir, saved, config.checkpoint_keep)
 
 
-def stop_timeout(backends: Iterable[ExpertBackend]) -> float:
-    """Seconds that a server of these experts may take for a clean stop before it is killed.
-
-    They are thirty, and twenty more for each GB of the experts and their optimizers. (A swarm that is closed does not
-    wait so long.)
-    """
-    return STOP_TIMEOUT + round(STOP_TIMEOUT_PER_GB * sum(backend.state_bytes for backend in backends) / 1e9)
-
-
 async def _build(make: Callable[[], ExpertServer], executor: Executor | None) -> ExpertServer:
     """Build or load the experts in a thread: that can take seconds, and the network has to go on.
 
@@ -407,17 +335,3 @@ def grid_info(server: ExpertServer) -> GridInfo:
         key: value for key, value in config.options.items() if isinstance(value, (bool, int, float, str))
     }
     return GridInfo(config.grid or (), config.kind if isinstance(config.kind, str) else "", plain, server.schema())
-
-
-def checkpoint_directory(path: str | Path | None) -> str | None:
-    """The path of a directory for checkpoints, made if need be. Raises `LabkitError` if it cannot be written to."""
-    if path is None:
-        return None
-    directory = user_path(path, "checkpoint_dir")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if not os.access(directory, os.W_OK):
-            raise PermissionError(0, "it cannot be written to")
-    except OSError as error:
-        raise LabkitError(f"no checkpoints can be kept in {directory}: {error.strerror}") from None
-    return str(directory)

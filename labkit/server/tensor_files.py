@@ -11,7 +11,8 @@ import secrets
 import shutil
 import stat
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
@@ -113,17 +114,27 @@ def _file_mode(directory: int) -> int:
     return 0o600 | directory & (0o044 if open_to_all else 0o064)
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write another file in this block, under the name that is yielded: at its end that takes the place of `path`.
+
+    If the block raises, it is removed, and `path` is as it was.
+    """
+    aside = path.with_name(f".{secrets.token_hex(8)}~.tmp")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def link_file(path: Path, name: Path) -> None:
     """Give a file a second name, which may be another's by now; where that is impossible, copy it. Raises `OSError`."""
-    aside = name.with_name(f".{secrets.token_hex(8)}~.tmp")
-    try:
+    with replacing(name) as aside:
         try:
             os.link(path, aside)  # nobody changes a file: each writes a new one and replaces the name
         except OSError:
             shutil.copy2(path, aside)
-        os.replace(aside, name)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def sync_directory(directory: Path) -> None:

@@ -21,8 +21,9 @@ from labkit.directory import DirectoryConfig
 from labkit.events import Emit, ignore
 from labkit.faults import Faults
 from labkit.node import Node, NodeConfig, open_node
+from labkit.server.config import ServerConfig
 from labkit.server.executor import InlineCompute
-from labkit.server.server import ServerConfig, serve_experts
+from labkit.server.server import serve_experts
 from labkit.simulation.lockstep import Lockstep
 from labkit.simulation.network import SimNetwork
 from labkit.wire.security import Identity

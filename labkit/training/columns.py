@@ -8,7 +8,6 @@ meant or refused with a `ValueError` that names the column, and the file and row
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from labkit.suggest import did_you_mean
 from labkit.training.data_files import Split, is_unnamed
 
 INDEXES = ("index", "id", "idx")  # what people call an index of pandas, or a running number
@@ -173,8 +173,7 @@ def _columns(split: Split) -> str:
 
 
 def _near(split: Split, name: str) -> str:
-    close = difflib.get_close_matches(name, split.table.column_names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; it has {_listed(split.table.column_names)}"
+    return did_you_mean(name, split.table.column_names) or f"; it has {_listed(split.table.column_names)}"
 
 
 def words(split: Split, name: str) -> str:

@@ -9,7 +9,6 @@ when a data set is asked for and not before, so that `import labkit` stays quick
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from labkit.errors import DataNotFound
 from labkit.paths import user_path
-from labkit.suggest import suggest_options
+from labkit.suggest import did_you_mean, suggest_options
 from labkit.training.columns import inputs, left_out
 from labkit.training.data_files import SPLITS, Split, read_splits
 from labkit.training.labels import classes, label_column
@@ -235,8 +234,7 @@ def _from_hub(dataset: str) -> dict[str, Split]:
     import datasets
 
     name = HUB_NAMES.get(dataset, dataset)
-    close = difflib.get_close_matches(dataset.lower(), ["digits", *HUB_NAMES], n=1)
-    hint = f"; did you mean {close[0]!r}?" if close and dataset not in HUB_NAMES else ""
+    hint = "" if dataset in HUB_NAMES else did_you_mean(dataset, ["digits", *HUB_NAMES])
     reachable = _hub_has(name, hint)
     offline_before = datasets.config.HF_HUB_OFFLINE
     # Offline, `datasets` looks into its cache at once; without this it tries the hub for half a minute first.

@@ -8,7 +8,6 @@ test share the numbering.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from labkit.suggest import did_you_mean
 from labkit.training.columns import kind_of, numbers, words
 from labkit.training.data_files import Split
 
@@ -31,8 +31,7 @@ def label_column(split: Split, wanted: str | None) -> str:
     present: list[str] = split.table.column_names
     if wanted is not None:
         if wanted not in present:
-            close = difflib.get_close_matches(wanted, present, n=1)
-            near = f"; did you mean {close[0]!r}?" if close else f"; its columns are {', '.join(map(repr, present))}"
+            near = did_you_mean(wanted, present) or f"; its columns are {', '.join(map(repr, present))}"
             raise ValueError(f"{split.dataset}: {split.files} has no column {wanted!r}{near}")
         return wanted
     if "label" in present:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -44,9 +43,9 @@ def make_optimizer(
     if isinstance(wanted, torch.optim.Optimizer):
         raise ValueError(f"optimizer={type(wanted).__name__}(…) is an instance, made for a model before; {ADVICE}")
     if isinstance(wanted, str) and wanted not in NAMED:
-        close = difflib.get_close_matches(wanted.lower(), NAMED, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"optimizer={wanted!r}: one of {', '.join(NAMED)}, a class or a function{hint}")
+        raise ValueError(
+            f"optimizer={wanted!r}: one of {', '.join(NAMED)}, a class or a function{did_you_mean(wanted, NAMED)}"
+        )
     if not callable(wanted) and not isinstance(wanted, str):
         raise ValueError(f"optimizer={wanted!r}: {ADVICE}")
     parameters = list(model.parameters())

@@ -22,8 +22,8 @@ from torch import nn
 from labkit.client.session import Session, find_session
 from labkit.errors import SwarmClosed
 from labkit.events import Emit, StepFinished, ignore
-from labkit.of_this_process import OfThisProcess
 from labkit.paths import user_path
+from labkit.process_bound import ProcessBound
 from labkit.training import active_runs
 from labkit.training.active_runs import STOP_TIMEOUT
 from labkit.training.batches import Stream
@@ -40,7 +40,7 @@ from labkit.training.validation import Best, OnStep, TrainingStep, Validation, V
 PAUSE_TIMEOUT = 60.0  # seconds that steps and validations may take when a run is paused
 
 
-class Run(OfThisProcess):
+class Run(ProcessBound):
     """A training run in the background, started by `lk.fit`.
 
     One run at a time trains a model: an earlier one is stopped first, so a cell may run

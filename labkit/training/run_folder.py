@@ -35,7 +35,7 @@ from torch import Tensor
 from labkit.errors import CheckpointError
 from labkit.paths import user_path
 from labkit.server.ownership import FolderTaken, claim_checkpoints
-from labkit.server.tensor_files import is_whole, link_file, read_tensors, sync_directory, write_tensors
+from labkit.server.tensor_files import is_whole, link_file, read_tensors, replacing, sync_directory, write_tensors
 from labkit.training.plain import flatten, unflatten
 
 FORMAT = "labkit run 1"
@@ -220,15 +220,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _write_json(path: Path, value: Any) -> None:
     """Replace a JSON file atomically."""
-    aside = path.with_name(f".{secrets.token_hex(8)}~.tmp")
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path) as aside, open(aside, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
     sync_directory(path.parent)
 
 

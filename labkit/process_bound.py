@@ -1,4 +1,4 @@
-"""What belongs to one process, as a swarm, a server's handle and a run do: it has threads, and no copies.
+"""What is bound to its process, as a swarm, a server's handle and a run are: it has threads, and no copies.
 
 A model may keep such an object as an attribute. Then all copies of the model, such as the replicas of trainers, share
 it.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import NoReturn, TypeVar
 
-T = TypeVar("T", bound="OfThisProcess")
+T = TypeVar("T", bound="ProcessBound")
 
 
-class OfThisProcess:
+class ProcessBound:
     """Copies are the object itself, and it is not pickled."""
 
     def __copy__(self: T) -> T:
