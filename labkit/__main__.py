@@ -14,7 +14,7 @@ from labkit import __version__, quick_imports
 from labkit.cli.bench import add_bench_options, add_number
 from labkit.cli.parser import Parser
 from labkit.cli.terminal import at_terminal
-from labkit.launch.python import search_working_folder_last
+from labkit.launch.child_python import search_working_folder_last
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -363,7 +363,7 @@ class Swarm(SwarmLifecycle):
             TypeError: A value is no number.
             ValueError: A value has more than one element, or `step` is not a whole number.
         """
-        self._own_loop.log(step, loss, samples, metrics)
+        self._custom_loop.log(step, loss, samples, metrics)
 
     def log_to(self, logger: Any, period: float = 1.0) -> Logging:
         """Log training steps and the swarm, until `stop()` of what this returns or the swarm's end.

@@ -22,15 +22,15 @@ from labkit.errors import JoinError, LabkitError, SwarmClosed
 from labkit.events import Listeners
 from labkit.faults import Faults
 from labkit.joining import check_reachable
-from labkit.launch.folder import TemporaryFolder, remove_abandoned
 from labkit.launch.handle import ServerHandle, apply_faults, end_all
 from labkit.launch.lab import Lab, run_lab
+from labkit.launch.temporary_folder import TemporaryFolder, remove_abandoned
 from labkit.node import NodeConfig, check_config
 from labkit.portal import Portal
 from labkit.process_bound import ProcessBound
 from labkit.server.layers import importing
 from labkit.view.collect.telemetry import Telemetry
-from labkit.view.log.own_loop import OwnLoop
+from labkit.view.log.custom_loop import CustomLoop
 from labkit.view.page.remote_service import RemoteService
 from labkit.view.swarm_view import SwarmView
 from labkit.wire.security import Identity, Members, parse_key
@@ -77,7 +77,7 @@ class SwarmLifecycle(ProcessBound):
         self.telemetry = Telemetry()
         self.listeners = Listeners()
         self.listeners.add(self.telemetry)
-        self._own_loop = OwnLoop(self.telemetry, self.listeners)
+        self._custom_loop = CustomLoop(self.telemetry, self.listeners)
         self._faults = Faults()
         self.remote_service = RemoteService(lambda: getattr(self, "view", None))
         keys = None if members is None else [identity.public_key, *map(parse_key, members)]

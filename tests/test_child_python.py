@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from labkit.launch.python import importable, search_working_folder_last, working_folder_last
+from labkit.launch.child_python import importable, search_working_folder_last, working_folder_last
 
 KINDS = """
 from torch import nn

@@ -17,7 +17,7 @@ from labkit.events import MetricsLogged, PassFinished, StepFinished
 from labkit.view import export
 from labkit.view.collect.curves import MAX_CURVES, MAX_POINTS
 from labkit.view.collect.telemetry import MAX_PASS_KINDS, MAX_PASSES
-from labkit.view.log.own_loop import OwnLoop
+from labkit.view.log.custom_loop import CustomLoop
 from labkit.view.log.rows import MetricQueue, swarm_row
 from labkit.view.page.frame_writer import FRAME_BUDGET, FrameWriter
 from labkit.view.picture.snapshot import draw
@@ -128,7 +128,7 @@ class Loop:
 
     def __init__(self, stage: Stage) -> None:
         self.events: list[Any] = []
-        self._loop = OwnLoop(stage.telemetry, self.take)
+        self._loop = CustomLoop(stage.telemetry, self.take)
         self._stage = stage
 
     def take(self, event: Any) -> None:

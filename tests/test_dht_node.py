@@ -12,9 +12,9 @@ import trio
 from trio.testing import MockClock
 
 from labkit.dht import DHTConfig, DHTNode, Entry, Signer, Value
-from labkit.dht.flights import Flights
 from labkit.dht.lookup import Lookup
 from labkit.dht.protocol import KeyItems, Ping, Store, WireItem
+from labkit.dht.shared_lookups import Flights
 from labkit.dht.storage import Role, key_id
 from labkit.errors import BadRequest
 from labkit.wire.rpc_types import Request, SyncMethod

@@ -15,8 +15,15 @@ from pathlib import Path
 import pytest
 
 import labkit as lk
-from labkit.launch import folder
-from labkit.launch.folder import OWNER_FILE, TemporaryFolder, remove_abandoned, remove_if_abandoned, use
+from labkit.launch import temporary_folder
+from labkit.launch.temporary_folder import (
+    HEADER,
+    OWNER_FILE,
+    TemporaryFolder,
+    remove_abandoned,
+    remove_if_abandoned,
+    use,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +35,7 @@ def temporary(tmp_path, monkeypatch):
 @contextmanager
 def owner(temporary: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """A process with a folder, and that folder."""
-    code = "from labkit.launch.folder import *; print(TemporaryFolder().name, flush=True); input()"
+    code = "from labkit.launch.temporary_folder import *; print(TemporaryFolder().name, flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "TMPDIR": str(temporary)},
@@ -78,7 +85,7 @@ def test_what_is_not_known_to_be_abandoned_is_left_alone(temporary, monkeypatch)
     (temporary / "labkit-other").mkdir()
     (temporary / "labkit-other" / OWNER_FILE).write_text("not labkit's")
     (temporary / "labkit-remote").mkdir()  # of a machine whose locks this one may not see
-    (temporary / "labkit-remote" / OWNER_FILE).write_text(f"{folder.HEADER}\nanother{socket.gethostname()}\nthen\n")
+    (temporary / "labkit-remote" / OWNER_FILE).write_text(f"{HEADER}\nanother{socket.gethostname()}\nthen\n")
     before = set(temporary.iterdir())
     monkeypatch.setattr(os, "getuid", lambda: os.geteuid() + 1)  # all of it is another user's
     assert remove_abandoned() == 0
@@ -90,7 +97,7 @@ def test_what_is_not_known_to_be_abandoned_is_left_alone(temporary, monkeypatch)
 
 
 def test_a_file_system_without_locks_leaves_folders_without_owners(temporary, monkeypatch):
-    monkeypatch.setattr(folder, "_lock_shared", lambda descriptor: False)
+    monkeypatch.setattr(temporary_folder, "_lock_shared", lambda descriptor: False)
     unowned = TemporaryFolder()
     assert remove_abandoned() == 0 and Path(unowned.name).exists()
     unowned.cleanup()
@@ -103,6 +110,6 @@ def test_a_thousand_other_folders_hold_nobody_up(temporary, monkeypatch):
         (temporary / f"labkit-{number}").mkdir()
     began = time.monotonic()
     assert remove_abandoned() == 0
-    assert time.monotonic() - began < 2 * folder.MOST_TIME
+    assert time.monotonic() - began < 2 * temporary_folder.MOST_TIME
     monkeypatch.setattr(tempfile, "tempdir", str(temporary / "gone"))
     assert remove_abandoned() == 0

@@ -69,7 +69,7 @@ ONLY = {
         "view/outputs.py",
         "view/swarm_view.py",
         "view/picture/canvas.py",
-        "view/log/own_loop.py",
+        "view/log/custom_loop.py",
         "view/log/rows.py",
         "view/log/swarm_logging.py",
         "experiments/runner.py",

@@ -17,8 +17,8 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
 
+from labkit.launch.child_python import child_environment, child_folder, python_command
 from labkit.launch.parent import limit_time, watch_parent
-from labkit.launch.python import child_environment, child_folder, python_command
 
 # Called with the first order. Each value that it yields is printed, and the `yield` returns the next order.
 WorkerRole = Callable[[Any], Generator[Any, Any, None]]

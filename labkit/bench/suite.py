@@ -22,7 +22,7 @@ from typing import Any
 
 from labkit.bench.report import check_at_least, ratios_to
 from labkit.errors import LabkitError
-from labkit.launch.python import child_environment, python_command
+from labkit.launch.child_python import child_environment, python_command
 from labkit.launch.runners import OWN_GROUP
 from labkit.paths import user_path
 

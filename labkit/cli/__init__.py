@@ -1,4 +1,4 @@
 """The commands of `labkit`, one a module; `labkit/__main__` reads their options.
 
-`page_server` is the child process of `watch`.
+`parser` and `terminal` are what all share. `page_server` is the child process of `watch`.
 """

@@ -22,7 +22,6 @@ import trio
 
 from labkit.contact import Contact
 from labkit.dht import protocol
-from labkit.dht.flights import Flights
 from labkit.dht.lookup import Lookup, run_lookups
 from labkit.dht.maintenance import Maintenance
 from labkit.dht.peers import DHTConfig, Peers
@@ -30,6 +29,7 @@ from labkit.dht.protocol import KeyItems, WireItem
 from labkit.dht.replicas import Replicas
 from labkit.dht.routing import RoutingTable
 from labkit.dht.service import Service
+from labkit.dht.shared_lookups import Flights
 from labkit.dht.signing import merge, verify
 from labkit.dht.storage import Entry, Item, Storage, Value, key_id
 from labkit.wire.rpc_types import Caller, Methods

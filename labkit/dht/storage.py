@@ -2,7 +2,7 @@
 
 A key's record is either one plain value or a dictionary of subkeys, each with its own expiration (the prefix index that
 beam search reads is such a dictionary). A node that is full drops what expires first to make room for what is new; see
-`room`. Plain state: the time is passed in. Times are on the local clock; between nodes an expiration travels as the
+`eviction`. Plain state: the time is passed in. Times are on the local clock; between nodes an expiration travels as the
 time to live that is left, since volunteers' clocks are wrong.
 """
 
@@ -15,7 +15,7 @@ from enum import IntEnum
 from typing import Protocol
 
 from labkit.contact import ID_BITS
-from labkit.dht.room import Publisher, RecordShares, Shares
+from labkit.dht.eviction import Publisher, RecordShares, Shares
 
 SCAN_PERIOD = 1.0  # seconds between two scans of all records for expired ones, while a node is full
 COUNT_FROM = 16  # a node that has reached this part of a limit counts who has how much

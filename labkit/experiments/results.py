@@ -20,8 +20,8 @@ import torch
 
 from labkit.experiments.convergence import ConvergenceConfig, History
 from labkit.experiments.expert_search import SearchConfig, measure
+from labkit.launch.child_python import child_environment, child_folder, python_command
 from labkit.launch.parent import watch_parent
-from labkit.launch.python import child_environment, child_folder, python_command
 from labkit.paths import user_path
 
 COUNTS_BY_STALENESS = ("staleness", "expert_staleness")  # counters of a `History`

@@ -21,8 +21,8 @@ from typing import Any
 
 from labkit.experiments.convergence import ConvergenceConfig, run
 from labkit.experiments.results import load, save
+from labkit.launch.child_python import child_environment, child_folder, python_command
 from labkit.launch.parent import watch_parent
-from labkit.launch.python import child_environment, child_folder, python_command
 from labkit.paths import user_path
 from labkit.training.datasets import load as load_data
 

@@ -26,8 +26,8 @@ import trio
 from labkit.contact import Contact
 from labkit.errors import LabkitError
 from labkit.faults import Faults
-from labkit.launch.folder import remove_if_abandoned, use
 from labkit.launch.parent import watch_parent
+from labkit.launch.temporary_folder import remove_if_abandoned, use
 from labkit.node import NodeConfig
 from labkit.portal import unwrap
 from labkit.server.config import ServerConfig

@@ -27,7 +27,7 @@ from labkit.events import Emit
 from labkit.faults import Faults
 from labkit.forks import keep_private, release
 from labkit.launch.child import MAX_ORDERS, ChildCommand, ChildConfig, ChildLoad, ChildReport
-from labkit.launch.python import child_environment, child_folder, python_command
+from labkit.launch.child_python import child_environment, child_folder, python_command
 from labkit.node import NodeConfig
 from labkit.portal import unwrap
 from labkit.server.config import ServerConfig

@@ -1,7 +1,8 @@
 """The wing that holds experts: a server answers calls to them, and trains them.
 
-Reading order, a request's way: `server`, `runtime` (batches), `device`, `task_pool`, `executor` (its threads), `batch`,
-`backend` (one expert), `parts` (of a large request), `expert_module` (calls the module), `optimizer`. Besides: `layers`
-(kinds of experts), `schema` (what they take), `user_code` (what they raise), `validation`, `leaving` (a clean stop),
-`checkpoints`, `ownership` (of their folder), `snapshots` (an expert's state over the network), `statistics`.
+Reading order, a request's way: `server` and its `config`, `runtime` (batches), `device` (what waits for it),
+`task_pool`, `executor` (its threads), `batch`, `backend` (one expert), `parts` (of a large request), `expert_module`
+(calls the module), `optimizer`. Besides: `layers` (kinds of experts), `schema` (what they take), `user_code` (what they
+raise), `validation`, `leaving` (a clean stop), `checkpoints` and their `tensor_files`, `ownership` (of their folder),
+`loading` (of saved states), `snapshots` (an expert's state over the network), `statistics`.
 """

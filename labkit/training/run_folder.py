@@ -36,7 +36,7 @@ from labkit.errors import CheckpointError
 from labkit.paths import user_path
 from labkit.server.ownership import FolderTaken, claim_checkpoints
 from labkit.server.tensor_files import is_whole, link_file, read_tensors, replacing, sync_directory, write_tensors
-from labkit.training.plain import flatten, unflatten
+from labkit.training.serialization import flatten, unflatten
 
 FORMAT = "labkit run 1"
 MANIFEST, RUN, MODEL, STATE, EXPERTS = "manifest.json", "run.json", "model.safetensors", "state.safetensors", "experts"

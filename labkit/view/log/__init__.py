@@ -1,1 +1,1 @@
-"""Training and swarm as rows: `swarm_logging` hands the `rows` to one of the `loggers`."""
+"""Training and swarm as rows: `swarm_logging` hands the `rows` to one of the `loggers`. `custom_loop`: `swarm.log`."""

@@ -29,7 +29,7 @@ if os.path.isfile(file):
     spec = importlib.util.spec_from_file_location("labkit", file)
     sys.modules["labkit"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["labkit"])
-from labkit.launch.python import run_main
+from labkit.launch.child_python import run_main
 run_main()
 """
 

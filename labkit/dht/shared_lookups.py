@@ -1,4 +1,4 @@
-"""Look-ups that are under way, which whoever asks for the same key at the same time shares.
+"""Shared look-ups: those that are under way, which whoever asks for the same key at the same time shares.
 
 Each look-up runs in the task that has begun it. If that task is cancelled, one of those who wait begins anew; an error
 reaches all of them.

@@ -18,7 +18,7 @@ MAX_STEP = 1 << 53
 WANTED = "log a number, or a tensor or array with one element"
 
 
-class OwnLoop:
+class CustomLoop:
     """The loop's steps so far. May be used from any thread; the network is not asked.
 
     Args:

@@ -1,4 +1,4 @@
-"""Who gives way when a DHT node is full: of whoever has most, what expires first. Plain state, no I/O.
+"""Eviction, or who gives way when a DHT node is full: of whoever has most, what expires first. Plain state, no I/O.
 
 A node is full when it holds as many keys or bytes as its limits say, and a record when it holds as many subkeys or
 bytes. Then something is dropped for what is new. If that were simply what expires first of all, one peer that stores
