@@ -21,7 +21,9 @@ from labkit.launch.handle import ServerHandle, load_all
 from labkit.launch.planning import grid_name
 from labkit.server.optimizer import BackendConfig
 from labkit.server.snapshots import fetch_head, release
+from labkit.suggest import suggest_options
 from labkit.training import losses
+from labkit.training.active_runs import data_saved_with
 from labkit.training.forward import LossFunction
 from labkit.training.metrics import Metrics
 from labkit.training.optimizers import NAMED as NAMED_OPTIMIZERS
@@ -41,11 +43,12 @@ LOAD_TIMEOUT = 300.0  # seconds that servers have to check, and to load, what wa
 NAMED = 3  # experts that an error names
 
 
+@suggest_options
 def resume(
     folder: str | os.PathLike[str],
     model: nn.Module,
     swarm: Swarm,
-    data: Any,
+    data: Any = None,
     *,
     loss: LossFunction | None = None,
     optimizer: str | OptimizerFactory | None = None,
@@ -80,7 +83,8 @@ def resume(
         folder: What `run.save` wrote.
         model: A model of the same form, whose layers call grids of the same names and sizes.
         swarm: The swarm that serves them now; the model's layers call it from then on.
-        data: The data of the run, as for `lk.fit`. Only the place in them was saved.
+        data: The data of the run, as for `lk.fit`. Only the place in them was saved. Default:
+            those of the run that was saved there, if it is a run of this process.
         loss: The loss of the run; one of your own has to be given again.
         optimizer: Its optimizer; one that is not Adam, AdamW or SGD has to be given again.
         schedule: Its schedule, which has to be given again if it was a function.
@@ -102,16 +106,23 @@ def resume(
     Raises:
         CheckpointError: The folder holds no such run, or the model, the swarm or its servers
             do not fit it. The text says what to do.
-        ValueError: An option is wrong, or the data are not those of the run.
+        ValueError: An option is wrong, data are needed, or they are not those of the run.
         SwarmClosed: The swarm is closed.
     """
+    if not isinstance(model, nn.Module) or isinstance(swarm, nn.Module):
+        raise ValueError(
+            "lk.resume takes a folder, a model and a swarm, in this order: lk.resume(folder, model, swarm)"
+        )
     moment, saved, tensors, state = read_moment(folder)
     # 1. Check what can be checked without changing anything.
     changes = {
         "steps": steps, "epochs": epochs, "trainers": trainers, "every": every, "patience": patience,
         "max_failures": max_failures, "schedule": schedule,
     }  # fmt: skip
+    if validate is None:
+        saved.config |= {"every": None, "patience": None}  # which are about validations
     config = _config(saved, {name: value for name, value in changes.items() if value is not None})
+    data = _known_data(moment) if data is None else data
     loss, optimizer = _given_again(saved, loss, optimizer, validate)
     _check_model(saved, model, tensors)
     session = find_session(swarm.name)
@@ -144,6 +155,17 @@ def resume(
 
 
 # ---------------------------------------------------------------- the run
+
+
+def _known_data(moment: Path) -> Any:
+    """The data of the run that was saved there, if it is one of this process. Raises `ValueError` if not."""
+    data = data_saved_with(moment.name)
+    if data is None:
+        raise ValueError(
+            f"data are needed: of those of the run in {moment.parent} only the place was saved, and it is no run of "
+            "this process; give them again: lk.resume(folder, model, swarm, data)"
+        )
+    return data
 
 
 def _config(saved: SavedRun, changes: Mapping[str, Any]) -> TrainConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -210,6 +211,32 @@ def test_experts_at_servers_of_others_cannot_be_overwritten_and_the_error_says_w
         theirs.serve("ffn", **HOW)
         with pytest.raises(CheckpointError, match=r"not started here, .*labkit serve --checkpoint-dir .*ckpt/experts"):
             lk.resume(saved / "ckpt", model(swarm), swarm, (X, Y))
+
+
+def test_the_data_need_not_be_given_again_where_the_run_is_still_known(tmp_path, fresh):
+    run = lk.fit(model(fresh), (X, Y), steps=10, **TRAIN).wait()
+    run.save(tmp_path / "ckpt")
+    resumed = lk.resume(tmp_path / "ckpt", model(fresh), fresh, steps=12).wait()
+    assert resumed.steps == 12 and len(resumed.history) == 12
+    del run, resumed
+    gc.collect()
+    with pytest.raises(ValueError, match=r"data are needed: .* only the place was saved.*model, swarm, data\)"):
+        lk.resume(tmp_path / "ckpt", model(fresh), fresh)
+
+
+def test_a_run_that_was_validated_goes_on_without_where_no_validation_data_are_given(tmp_path, fresh, caplog):
+    options = {"validate": (X, Y), "every": 2, "patience": 50, **TRAIN}
+    lk.fit(model(fresh), (X, Y), steps=4, **options).wait().save(tmp_path)
+    resumed = lk.resume(tmp_path, model(fresh), fresh, (X, Y), steps=6).wait()
+    assert resumed.steps == 6 and resumed.validations == []
+    assert "give the validation data again, validate=…" in caplog.text
+    again = lk.resume(tmp_path, model(fresh), fresh, (X, Y), steps=6, validate=(X, Y)).wait()
+    assert [validation.step for validation in again.validations] == [2, 4, 6]
+
+
+def test_a_model_and_a_swarm_in_the_wrong_order_are_told_so(tmp_path, fresh):
+    with pytest.raises(ValueError, match=r"in this order: lk.resume\(folder, model, swarm\)"):
+        lk.resume(tmp_path, fresh, model(fresh), (X, Y))  # type: ignore[arg-type]
 
 
 def test_code_that_was_given_has_to_be_given_again(tmp_path, fresh):

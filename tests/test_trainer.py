@@ -394,6 +394,10 @@ def test_batches_that_are_no_batches_end_the_run(data, said):
         ({"steps": 1, "balance": "a"}, "balance='a': a number"),
         ({"steps": 1, "balance": -1}, "balance=-1: a finite number of at least 0"),
         ({"steps": 1, "seed": "a"}, "seed='a': a whole number"),
+        ({"steps": 1, "loss": "mse"}, "loss='mse': give the function itself, loss=lk.losses.mse"),
+        ({"steps": 1, "loss": nn.MSELoss}, "MSELoss is a class"),
+        ({"steps": 1, "loss": nn.MSELoss(reduction="sum")}, "it is no mean"),
+        ({"steps": 1, "on_step": 3}, "on_step=3: a function is needed"),
         ({"steps": 1.5}, "steps=1.5"),
         ({"epochs": float("nan")}, "epochs=nan"),
         ({"steps": 1, "trainers": 0}, "trainers=0"),
@@ -421,6 +425,12 @@ def test_batches_that_are_no_batches_end_the_run(data, said):
 def test_options_that_make_no_sense_are_refused(options, said):
     with pytest.raises(ValueError, match=said):
         fit(classifier(), (X, Y), **options)
+
+
+@pytest.mark.parametrize("model", [nn.Linear, lambda x: x, None])
+def test_what_is_no_module_is_no_model(model):
+    with pytest.raises(ValueError, match="a module is needed"):
+        fit(model, (X, Y), steps=1)
 
 
 def test_numbers_of_numpy_are_numbers():

@@ -9,11 +9,13 @@ import atexit
 import logging
 import time
 import weakref
+from typing import Any
 
 from torch import nn
 
 from labkit.errors import TrainingFailed
 from labkit.forks import on_fork
+from labkit.training.batches import Stream
 from labkit.training.trainer_threads import Trainers
 
 logger = logging.getLogger(__name__)
@@ -22,6 +24,13 @@ STOP_TIMEOUT = 10.0  # seconds that batches in flight may take when a run is sto
 EXIT_TIMEOUT = 3.0  # seconds that batches in flight may take when Python exits
 
 runs: weakref.WeakSet[Trainers] = weakref.WeakSet()
+saved: weakref.WeakValueDictionary[str, Stream] = weakref.WeakValueDictionary()  # by the folder's name of a moment
+
+
+def data_saved_with(moment: str) -> Any:
+    """The data of the run that saved this moment, if it is one of this process that somebody still has; else None."""
+    batches = saved.get(moment)
+    return None if batches is None else batches.data
 
 
 def stop_earlier(model: nn.Module) -> None:

@@ -232,6 +232,7 @@ class Stream:
         seed: The same one gives the same batches, except where an iterable of the caller's decides.
 
     Attributes:
+        data: What was given.
         length: How many batches an epoch has, None if that is not known.
 
     Raises:
@@ -239,7 +240,7 @@ class Stream:
     """
 
     def __init__(self, data: Any, batch_size: int, seed: int) -> None:
-        self._data = data
+        self.data = data
         self._source = source_of(data, batch_size, seed=seed)
         self.length = self._source.length
         self._epoch = 0
@@ -303,7 +304,7 @@ class Stream:
         """End the epoch: a `DataLoader` may have processes."""
         batches, self._batches = self._batches, None
         close = getattr(batches, "close", None)
-        if batches is not self._data and close is not None:
+        if batches is not self.data and close is not None:
             close()
 
 

@@ -28,6 +28,7 @@ from labkit.training import active_runs
 from labkit.training.active_runs import STOP_TIMEOUT
 from labkit.training.batches import Stream
 from labkit.training.forward import LossFunction, initialise
+from labkit.training.given_losses import check_loss
 from labkit.training.metrics import Metric, Metrics, evaluate_replica
 from labkit.training.optimizers import OptimizerFactory, make_optimizer, make_schedule
 from labkit.training.run_record import RunRecord
@@ -77,6 +78,11 @@ class Run(ProcessBound):
         metrics: Metrics | None = None, on_step: OnStep | None = None, _resume_from: Mapping[str, Any] | None = None,
         _before_start: Callable[[Run], object] | None = None,
     ) -> None:  # fmt: skip
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model={model!r}: a module is needed, an instance of torch.nn.Module")
+        check_loss(loss_function)
+        if on_step is not None and not callable(on_step):
+            raise ValueError(f"on_step={on_step!r}: a function is needed, which is called with a record of each step")
         self.model = model
         self.config = config
         self._record = RunRecord()
@@ -337,7 +343,9 @@ class Run(ProcessBound):
                 "schedule": "" if isinstance(self.config.schedule, str) else code_name(self.config.schedule),
                 "validate": "" if self._validator is None else "validation data",
             }
-            return save_run(folder, self.state_dict(timeout), self.config, given, self.model, self._sessions)
+            moment = save_run(folder, self.state_dict(timeout), self.config, given, self.model, self._sessions)
+        active_runs.saved[moment.name] = self._batches
+        return folder
 
     def _load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned, before the trainers begin."""

@@ -52,7 +52,7 @@ def save_run(
         sessions: The swarms that it calls.
 
     Returns:
-        The folder.
+        The folder of this moment in it.
 
     Raises:
         CheckpointError: It could not be saved; an earlier save in the folder is as it was.
@@ -70,7 +70,7 @@ def save_run(
         if sessions:
             run.grids, run.experts = sessions[0].run(_fetch_all, sessions[0], model, moment / EXPERTS)
             write_moment(moment, run, state["model"], rest)
-    return folder
+    return moment
 
 
 def code_name(function: object) -> str:
