@@ -134,6 +134,11 @@ def resume(
 
     def load(run: Run) -> None:  # 3. Servers check all experts, and then load them.
         _check_optimizer(saved, run)
+        if run.steps > run.total_steps:
+            raise ValueError(
+                f"the run has done {run.steps} steps before it was saved, and steps and epochs count them, too: more "
+                f"than these {run.total_steps} are needed"
+            )
         drawn = torch.get_rng_state()
         session.run(load_all, list(ours.items()), str(moment / EXPERTS), LOAD_TIMEOUT)
         torch.set_rng_state(drawn)  # whatever else went on here meanwhile

@@ -420,12 +420,13 @@ def test_a_batch_of_one_tensor_is_input_and_y(data):
     assert run.history[0].samples == 60
 
 
-def test_a_language_model_learns_from_its_tokens():
+@pytest.mark.parametrize("data", [TensorDataset, torch.clone, torch.Tensor.numpy])
+def test_a_language_model_learns_from_its_tokens(data):
     torch.manual_seed(0)
     tokens = torch.arange(8).repeat(50, 2)[:, :9]
     model = nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 8))
     run = fit(
-        model, TensorDataset(tokens), loss=lk.losses.next_token, epochs=60, batch_size=25, trainers=2, lr=0.03,
+        model, data(tokens), loss=lk.losses.next_token, epochs=60, batch_size=25, trainers=2, lr=0.03,
         validate=(tokens, tokens), metrics=["perplexity", "accuracy"],
     ).wait()  # fmt: skip
     assert run.validations[-1].metrics["perplexity"] < 1.2

@@ -164,13 +164,16 @@ def of_another_grid(swarm: Swarm) -> nn.Module:
         (model, {"optimizer": lambda p: torch.optim.Adam(list(p)[:2])}, "group"),
         (model, {"optimizer": "sgd"}, "saved with the optimizer Adam, and this is SGD: give the same one"),
         (model, {"steps": 0}, "steps=0: a whole number"),
+        (model, {"steps": 7}, "the run has done 11 steps before it was saved"),
+        (model, {"data": (X[:20], Y[:20])}, "these have 3 batches an epoch, and those of the run that was saved had 7"),
+        (model, {"data": [(X, Y)] * 7}, "shuffled in another way"),
     ],
 )
 def test_a_run_that_does_not_fit_is_refused_in_words_and_changes_nothing(fresh, saved, make, options, said):
     net = make(fresh)
     before = state_of(fresh, net)
     with pytest.raises((CheckpointError, ValueError), match=said):
-        lk.resume(saved / "ckpt", net, fresh, (X, Y), **options)
+        lk.resume(saved / "ckpt", net, fresh, **{"data": (X, Y), **options})
     assert all(map(torch.equal, state_of(fresh, net), before))
 
 

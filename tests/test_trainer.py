@@ -322,12 +322,21 @@ class Endless(IterableDataset):
     [
         (ROWS, LABELS),
         [ROWS, LABELS],
+        {"input": ROWS, "labels": LABELS.numpy()},
         ClassificationData("ten", ROWS, LABELS, ROWS[:1], LABELS[:1], 10),
         TensorDataset(ROWS, LABELS),
         DataLoader(TensorDataset(ROWS, LABELS), 4),
         [(ROWS[:4], LABELS[:4]), (ROWS[4:8], LABELS[4:8]), (ROWS[8:], LABELS[8:])],
     ],
-    ids=["tensors", "list of tensors", "ClassificationData", "Dataset", "DataLoader", "list of batches"],
+    ids=[
+        "tensors",
+        "list of tensors",
+        "dictionary of tensors",
+        "ClassificationData",
+        "Dataset",
+        "DataLoader",
+        "list of batches",
+    ],
 )
 def test_an_epoch_shows_each_row_once_whatever_the_form_of_the_data(data):
     seen = seen_by(data, epochs=2)
@@ -361,6 +370,8 @@ def test_the_same_seed_gives_the_same_batches_and_another_others(data):
         ((ROWS.numpy(), LABELS.numpy().astype(str)), "an array of <U21 cannot become a tensor"),
         (ROWS, "data=Tensor"),
         ((ROWS, LABELS[:3]), "10 rows and y has 3"),
+        ({"input": ROWS, "labels": LABELS[:3]}, "10 rows and y has 3"),
+        ({"input": ROWS, "labels": 3}, "data=dict"),
     ],
 )
 def test_unusable_data_is_refused_at_once(data, said):

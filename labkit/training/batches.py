@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from labkit.training.datasets import ClassificationData
 
 FORMS = (
-    "(x, y) as two torch tensors or numpy arrays, (x1, x2, y) with several inputs, what lk.load(name) returns, a "
-    "Dataset, or an iterable of batches, such as a DataLoader"
+    "(x, y) as two torch tensors or numpy arrays, (x1, x2, y) with several inputs, a dictionary of them, tokens [rows, "
+    "positions], what lk.load(name) returns, a Dataset, or an iterable of batches, such as a DataLoader"
 )
 TARGETS = ("labels", "label", "targets", "target", "y")  # where a batch that is a dictionary keeps its y
 _END = object()
@@ -156,9 +156,17 @@ def source_of(data: Any, batch_size: int, *, seed: int | None) -> Source:
         data = (data.train_x, data.train_y) if seed is not None else (data.test_x, data.test_y)
     generator = torch.Generator().manual_seed(seed or 0)
     if isinstance(data, (tuple, list)) and len(data) >= 2 and all(_is_array(part) for part in data):
-        return _of_tensors([tensor_of(part) for part in data], batch_size, None if seed is None else generator)
+        return _of_tensors([tensor_of(part) for part in data], tuple, batch_size, None if seed is None else generator)
+    if isinstance(data, Mapping) and data and all(map(_is_array, data.values())):
+        names = list(data)
+        parts = [tensor_of(part) for part in data.values()]
+        return _of_tensors(
+            parts, lambda rows: dict(zip(names, rows, strict=True)), batch_size, None if seed is None else generator
+        )
+    if isinstance(data, (Tensor, np.ndarray)) and _are_tokens(data):
+        return _of_tensors([tensor_of(data)], tuple, batch_size, None if seed is None else generator)
     if _is_misfit(data):
-        raise ValueError(f"data={type(data).__name__}: {FORMS}")
+        raise ValueError(f"data={type(data).__name__}: give {FORMS}")
     if isinstance(data, Dataset) or _is_map_style(data):
         shuffle = seed is not None and not isinstance(data, IterableDataset)
         data = DataLoader(data, batch_size, shuffle=shuffle, generator=generator)
@@ -180,7 +188,10 @@ def source_of(data: Any, batch_size: int, *, seed: int | None) -> Source:
     return Source(epoch, length, _generators(data))
 
 
-def _of_tensors(parts: Sequence[Tensor], batch_size: int, generator: torch.Generator | None) -> Source:
+def _of_tensors(
+    parts: Sequence[Tensor], form: Callable[[Iterator[Tensor]], Any], batch_size: int,
+    generator: torch.Generator | None,
+) -> Source:  # fmt: skip
     n = len(parts[0]) if parts[0].ndim else 0
     if n == 0 or any(part.ndim == 0 or len(part) != n for part in parts):
         *x, y = (f"{len(part)} rows" if part.ndim else "no rows" for part in parts)
@@ -193,13 +204,18 @@ def _of_tensors(parts: Sequence[Tensor], batch_size: int, generator: torch.Gener
     def cut(order: Tensor | None, skip: int) -> Iterator[Any]:
         for start in range(skip * batch_size, n, batch_size):
             rows = slice(start, start + batch_size) if order is None else order[start : start + batch_size]  # [batch]
-            yield tuple(part[rows] for part in parts)
+            yield form(part[rows] for part in parts)
 
     return Source(epoch, math.ceil(n / batch_size), () if generator is None else (generator,))
 
 
 def _is_array(part: Any) -> bool:
     return isinstance(part, (Tensor, np.ndarray)) or (hasattr(part, "__array__") and hasattr(part, "to_numpy"))
+
+
+def _are_tokens(data: Any) -> bool:
+    """Whether one tensor or array is all data, input and y: rows of whole numbers, as a language model takes them."""
+    return data.ndim == 2 and data.dtype in (torch.int32, torch.int64, np.int32, np.int64)
 
 
 def _is_map_style(data: Any) -> bool:
@@ -281,10 +297,21 @@ class Stream:
     def state_dict(self) -> dict[str, Any]:
         """The place in the data, as plain numbers and tensors."""
         begun = self._began is not None
-        return {"epoch": self._epoch, "taken": self._taken, "begun": begun, **(self._began or self._random())}
+        place = {"epoch": self._epoch, "taken": self._taken, "begun": begun, "length": self.length}
+        return {**place, **(self._began or self._random())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a place in the same data. An iterable is begun anew, and its batches up to there are skipped."""
+        """Go to a place in the same data. An iterable is begun anew, and its batches up to there are skipped.
+
+        Raises:
+            ValueError: These are other data, as far as can be seen: they have another length, or other generators.
+        """
+        if state["length"] != self.length:
+            before, now = (what or "an unknown number of" for what in (state["length"], self.length))
+            raise ValueError(
+                f"data: these have {now} batches an epoch, and those of the run that was saved had {before}; give the "
+                "same data"
+            )
         if len(state["own"]) != len(self._source.generators):
             raise ValueError("data: these are shuffled in another way than those of the run that was saved")
         for generator, saved in zip(self._source.generators, state["own"], strict=True):

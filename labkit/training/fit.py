@@ -40,11 +40,12 @@ def fit(
         model: Any module; its `swarm.moe` layers call experts. Its modules keep the mode they
             are in. If all of them are in eval mode they are trained in train mode, but for
             those whose parameters are frozen.
-        data: `(x, y)` tensors or arrays, `(x1, x2, y)` with several inputs, what `lk.load`
-            returns (its training part), a torch `Dataset`, or any iterable of batches, such
-            as a `DataLoader`, which is gone through again and again. A batch is a tuple whose
-            last part is y, a dictionary, with which the model is called as `model(**batch)`,
-            or a tensor, which is both. Batches are moved to where the model is.
+        data: `(x, y)` tensors or arrays, `(x1, x2, y)` with several inputs, a dictionary of
+            them, tokens `[rows, positions]`, what `lk.load` returns (its training part), a
+            torch `Dataset`, or any iterable of batches, such as a `DataLoader`, which is gone
+            through again and again. A batch is a tuple whose last part is y, a dictionary,
+            with which the model is called as `model(**batch)`, or a tensor, which is both.
+            Batches are moved to where the model is.
         loss: A function of outputs and y that returns a mean, such as those of `lk.losses`.
             Default: the loss that the model returns itself, or cross-entropy.
         optimizer: "adam" (default), "adamw", "sgd", a class, or a function that makes an
