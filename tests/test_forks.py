@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -164,25 +165,28 @@ print("well")
 
 def test_servers_and_files_end_with_a_killed_parent_even_if_a_child_that_it_forked_lives_on(tmp_path):
     code = """
+def say(*words):  # a line at a time: an unbuffered print could be cut in two by another process's
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 def live_on():
-    print(os.getpid(), flush=True)
+    say(os.getpid())
     time.sleep(600)
 multiprocessing.get_context("fork").Process(target=live_on).start()
-print(server.pid, folder, flush=True)
+say(server.pid, folder)
 time.sleep(600)
 """
     script = SWARM.replace("ISOLATION", "'process'") + code
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(parent)
+        stack.callback(parent.kill)  # before it is waited for, whatever fails here
         assert parent.stdout is not None
         said = [parent.stdout.readline().split() for _ in range(2)]
         [child], [server, folder] = sorted(said, key=len)
-        try:
-            served = psutil.Process(int(server))
-            parent.kill()
-            parent.wait()
-            eventually(lambda: not served.is_running() or served.status() == psutil.STATUS_ZOMBIE, 10)
-            assert psutil.pid_exists(int(child))
-            eventually(lambda: not Path(folder).exists(), 10)
-        finally:
-            os.kill(int(child), signal.SIGKILL)
+        stack.callback(os.kill, int(child), signal.SIGKILL)
+        served = psutil.Process(int(server))
+        parent.kill()
+        parent.wait()
+        eventually(lambda: not served.is_running() or served.status() == psutil.STATUS_ZOMBIE, 10)
+        assert psutil.pid_exists(int(child))
+        eventually(lambda: not Path(folder).exists(), 10)
