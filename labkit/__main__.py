@@ -42,7 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.basicConfig(
             level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
         )
-        return COMMANDS[options.command](options)
+        try:
+            return COMMANDS[options.command](options)
+        except KeyboardInterrupt:  # while it is being imported, or ends
+            print("stopped", file=sys.stderr)
+            return 130
 
 
 def add_demo_options(parser: argparse.ArgumentParser) -> None:

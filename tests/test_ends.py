@@ -106,6 +106,16 @@ sys.exit(main())
 """  # `labkit serve`, with an expert that has learnt something which is not saved yet
 
 
+AT_IMPORT = """
+find = builtins.__import__
+def interrupted(name, *rest):
+    if name == "torch":
+        os.kill(os.getpid(), signal.SIGINT)
+    return find(name, *rest)
+builtins.__import__ = interrupted
+"""  # Ctrl-C at the moment in which torch is imported
+
+
 def test_sighup_ends_labkit_serve_when_its_experts_are_saved(tmp_path):
     with started(["-c", TAUGHT, *SERVE[2:], str(tmp_path / "experts")], tmp_path / "files") as serving:
         serving.until(b"serving until")
@@ -127,14 +137,23 @@ def test_so_does_closing_its_terminal_where_nothing_can_be_written_any_more(tmp_
     assert state is not None and state["counter.updates"] == 1
 
 
-def test_a_reader_of_its_output_that_goes_away_ends_it_too(tmp_path):
+@pytest.mark.parametrize("words", [b"", b"serving until"], ids=["while it starts", "while it serves"])
+def test_a_reader_of_its_output_that_goes_away_ends_it_too(tmp_path, words):
     with started(["-c", TAUGHT, *SERVE[2:], str(tmp_path / "experts")], tmp_path / "files") as serving:
+        serving.until(words)
         os.close(serving._output)
         serving._output = os.open(os.devnull, os.O_RDONLY)
-        serving.process.wait(START_TIME)
+        serving.process.wait(END_TIME if words else START_TIME)
         serving.check_end(status=0)
     state = load_expert(tmp_path / "experts", "ffn.0")
     assert state is not None and state["counter.updates"] == 1
+
+
+def test_an_interrupt_before_it_has_begun_to_serve_ends_it_in_a_word(tmp_path):
+    code = f"import builtins, os, signal\n{AT_IMPORT}\nimport sys\nfrom labkit.__main__ import main\nsys.exit(main())"
+    with started(["-c", code, "serve"], tmp_path / "files") as serving:
+        serving.check_end(status=130)
+    assert serving.said == b"stopped\n"
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])

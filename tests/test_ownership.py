@@ -44,7 +44,7 @@ def owner(tmp_path):
 
 
 def test_experts_belong_to_one_process_at_a_time_and_the_loser_is_told_to_whom_and_what_to_do(tmp_path, owner):
-    with pytest.raises(FolderTaken, match=rf"an owner: the process {owner.pid} on .*, since .*, saves ffn\.0 there"):
+    with pytest.raises(FolderTaken, match=rf"an owner: the process {owner.pid} on .* \(since .*\) saves ffn\.0 there"):
         claim_checkpoints(tmp_path, ["ffn.0", "ffn.1"])
     with pytest.raises(FolderTaken, match=r"stop that one first, or give this one a folder of its own"):
         claim_checkpoints(tmp_path, ["ffn.0"])
@@ -68,7 +68,7 @@ def test_a_killed_owner_owns_nothing_and_leaves_nothing(tmp_path, owner):
 
 def test_two_tasks_of_one_process_are_two_owners(tmp_path):
     claim = claim_checkpoints(tmp_path, ["ffn.0"])
-    with pytest.raises(FolderTaken, match=r"another server of this process, saves ffn\.0"):
+    with pytest.raises(FolderTaken, match=r"another server of this process saves ffn\.0"):
         claim_checkpoints(tmp_path, ["ffn.0"])
     claim.release()
     claim.release()
@@ -148,7 +148,7 @@ def test_two_swarms_over_one_folder_do_not_overwrite_each_other(tmp_path, isolat
         one.serve("ffn", isolation="task", **how)
         one.expert("ffn.0.0")(X).sum().backward()
         learnt = one.expert("ffn.0.0")(X)
-        with pytest.raises(ServerFailed, match=r"did not start: .* has an owner: .*, saves ffn\.0\.0 there"):
+        with pytest.raises(ServerFailed, match=r"did not start: .* has an owner: .* saves ffn\.0\.0 there"):
             two.serve("ffn", isolation=isolation, **how)
         assert two.servers == []
         one.servers[0].stop()

@@ -18,6 +18,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
+from labkit.cli.terminal import output_is_read
 from labkit.errors import LabkitError, ServerFailed
 from labkit.expert_protocol import clean_label
 from labkit.launch.handle import ServerHandle
@@ -30,13 +31,14 @@ DEFAULT_HIDDEN = 64  # width of the experts of a new grid
 DEFAULT_EXPERTS = 8  # of a new grid
 REPORT_PERIOD = 30.0  # seconds between two lines that say how it goes
 TERMINAL_PERIOD = 2.0  # the same where one line is written again and again
+LOOK_PERIOD = 2.0  # seconds between two looks whether somebody still reads the output
 
 
 def serve(options: argparse.Namespace) -> None:
     """Start or join a swarm, serve experts in this process, print the invitation, and stay until stopped.
 
     Ctrl-C or SIGTERM is a clean stop: the experts are saved, if there is a folder for it. A second one does not wait
-    for that.
+    for that. So is the end of whoever reads the output, such as `head`.
 
     Args:
         options: The options of `labkit serve`.
@@ -66,9 +68,11 @@ def _serve_until_stopped(options: argparse.Namespace) -> None:
             print(f"to see it as a web page: labkit watch {shlex.quote(invitation)}")
             print("serving until Ctrl-C", flush=True)
             while server.state == "running":
-                server.wait(None if options.quiet else report.period)
-                if server.state == "running":
-                    report.write(server)
+                server.wait(LOOK_PERIOD)
+                if not output_is_read():
+                    raise KeyboardInterrupt
+                if server.state == "running" and not options.quiet:
+                    report.write_if_due(server)
             report.end_line()
             raise ServerFailed(f"the server ended: {server.failure or server.state}")
         except KeyboardInterrupt:
@@ -97,8 +101,15 @@ class Report:
         self._rewrite = rewrite
         self._requests = 0
         self._at = time.monotonic()
+        self._due = self._at + self.period
         self._said = ""  # all but the rate
         self._width = 0  # of the line that stands in the terminal
+
+    def write_if_due(self, server: ServerHandle) -> None:
+        """Write a line, if there is news and the last look for it is long enough ago."""
+        if time.monotonic() >= self._due:
+            self._due = time.monotonic() + self.period
+            self.write(server)
 
     def write(self, server: ServerHandle) -> None:
         """Write a line, if there is news."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import signal
 import sys
 from collections.abc import Iterator
@@ -47,6 +48,19 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.SIG_DFL, None):  # of a job in the background
         raise KeyboardInterrupt
     signal.raise_signal(signal.SIGINT)
+
+
+def output_is_read() -> bool:
+    """Whether somebody can still read standard output, as far as can be said without writing to it."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):
+        return True  # there is none, or one that is not the system's
+    if not hasattr(select, "poll"):  # on Windows
+        return True
+    look = select.poll()
+    look.register(descriptor, 0)  # what makes it useless is told in any case
+    return not look.poll(0)
 
 
 class _Output:

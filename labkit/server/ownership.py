@@ -167,12 +167,12 @@ def _check(path: Path, folder: Path, wanted: set[str]) -> None:
     both = sorted(wanted.intersection(record.names))
     if not both:
         return
-    who = f"the process {record.pid} on {record.host}, since {record.since}"
+    who = f"the process {record.pid} on {record.host} (since {record.since})"
     if (record.pid, record.host) == (os.getpid(), socket.gethostname()):
         who = "another server of this process"
     others = f" and {len(both) - 1} more" if len(both) > 1 else ""
     raise FolderTaken(
-        f"{folder} has an owner: {who}, saves {both[0]}{others} there. Two that save to the same files would "
+        f"{folder} has an owner: {who} saves {both[0]}{others} there. Two that save to the same files would "
         "overwrite each other: stop that one first, or give this one a folder of its own",
         record.leaving,
     )
