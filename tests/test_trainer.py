@@ -12,6 +12,7 @@ from collections.abc import Callable
 from itertools import chain
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -372,6 +373,8 @@ def test_the_same_seed_gives_the_same_batches_and_another_others(data):
         ((ROWS, LABELS[:3]), "10 rows and y has 3"),
         ({"input": ROWS, "labels": LABELS[:3]}, "10 rows and y has 3"),
         ({"input": ROWS, "labels": 3}, "data=dict"),
+        ((ROWS.tolist(), LABELS.tolist()), "data=tuple: give .x, y. as two torch tensors"),
+        (pd.DataFrame(ROWS.numpy()), "data=DataFrame: give .x, y. as two torch tensors"),
     ],
 )
 def test_unusable_data_is_refused_at_once(data, said):

@@ -225,11 +225,19 @@ def _is_map_style(data: Any) -> bool:
 
 
 def _is_misfit(data: Any) -> bool:
-    """Whether this could be iterated over, but surely is not data: a name, one tensor, a pair of numbers."""
+    """Whether this could be iterated over, but surely is not data: a name, one tensor or table, a pair of numbers."""
     if isinstance(data, (tuple, list)):
         batches = [isinstance(part, (Tensor, np.ndarray, tuple, list, Mapping)) for part in data]
-        return len(data) == 2 and (not all(batches) or sum(map(_is_array, data)) == 1)
-    return isinstance(data, (str, bytes, Mapping, Tensor, np.ndarray))
+        numbers = any(map(_is_numbers, data))
+        return len(data) == 2 and (not all(batches) or sum(map(_is_array, data)) == 1 or numbers)
+    return isinstance(data, (str, bytes, Mapping)) or _is_array(data)
+
+
+def _is_numbers(part: Any) -> bool:
+    """Whether this is a list of numbers, or of lists of them, which is to be a tensor."""
+    while isinstance(part, (tuple, list)) and part:
+        part = part[0]
+    return isinstance(part, (int, float))
 
 
 def _generators(data: Any) -> tuple[torch.Generator, ...]:
