@@ -39,8 +39,9 @@ demo: .venv/ready
 lab: .venv/lab-ready
 	@$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/tutorials/01_first_swarm.ipynb $(ARGS)
 
+# Two files at a time, on two cores: torch's threads are not to spin while they wait for work.
 test: .venv/ready .venv-colab/ready
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-browser: .venv/browser-ready
 	@test -x "$(CHROMIUM)" || { \

@@ -30,7 +30,8 @@ X = torch.linspace(-1, 1, 12).reshape(3, 4)
 @pytest.fixture(scope="module")
 def eight() -> Iterator[Swarm]:
     """A private swarm (servers are members too, and know the others) with eight server processes."""
-    with Swarm("eight", members=[]) as swarm:
+    with pytest.MonkeyPatch.context() as patch, Swarm("eight", members=[]) as swarm:
+        patch.delenv("OMP_WAIT_POLICY", raising=False)  # `make test` has it: see below what servers get without it
         swarm.serve("nop", grid=(4, 4), servers=8, isolation="process", threads=1)
         yield swarm
 
