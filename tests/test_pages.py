@@ -181,6 +181,16 @@ def test_a_dashboard_that_was_displayed_gives_signs_of_life_before_its_page_is_h
     assert kernel.run(60, looks=False) == []
 
 
+def test_a_kernel_that_runs_no_long_cells_gives_none_to_pages_that_are_not_heard():
+    pages, now = Pages(lambda id: None, unheard=False), 0.0
+    pages.shown(now)
+    assert pages.turn(now + 60) is None and pages.wait(now + 60) is None
+    pages.on_message(look(looking=False) | {"paused": True}, now + 60)
+    assert pages.wait(now + 61) is not None, "it is there, in sight"
+    gone = now + 61 + PAGE_TIMEOUT
+    assert pages.turn(gone) is None and pages.wait(gone) is None and not pages.known
+
+
 def test_when_all_is_over_a_page_that_speaks_is_answered(kernel):
     kernel.take(look(fresh=True))
     kernel.run(20, over=True)

@@ -59,7 +59,7 @@ class Dashboard(anywidget.AnyWidget):
     def __init__(self, source: FrameSource, view: DashboardView | None = None, *, alone: bool = False) -> None:
         self._source = source
         self.view = view
-        self._pages = Pages(source.forget)
+        self._pages = Pages(source.forget, unheard=not alone)  # a kernel of its own runs no long cells
         self._messages: deque[object] = deque()  # from pages, to be handled
         self._commands: deque[ButtonCommand] = deque()  # to be executed
         self._answers: deque[Header] = deque()  # to be sent

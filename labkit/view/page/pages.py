@@ -145,10 +145,13 @@ class Pages:
 
     Args:
         forget: Called with the id of each page that is gone.
+        unheard: Whether pages may be there that are not heard, because the kernel runs a cell. Where that cannot be, a
+            page that went without a word gets no more signs of life, which would keep its kernel from being ended.
     """
 
-    def __init__(self, forget: Callable[[str], None]) -> None:
+    def __init__(self, forget: Callable[[str], None], *, unheard: bool = True) -> None:
         self._forget = forget
+        self._unheard_time = BEAT_TIMEOUT if unheard else -math.inf
         self._pages: dict[str, _Page] = {}
         self._frame_at = -math.inf  # when the next frame may go
         self._chunk_at = -math.inf
@@ -212,7 +215,7 @@ class Pages:
         for page in list(self._pages.values()):
             if now - page.heard_at > PAGE_TIMEOUT:
                 if page.watching:  # gone, or not heard by a busy kernel
-                    self._awaited_until = page.heard_at + BEAT_TIMEOUT
+                    self._awaited_until = page.heard_at + self._unheard_time
                 self._drop(page.id)
 
     def _drop(self, id: str) -> None:
@@ -226,7 +229,7 @@ class Pages:
 
     def shown(self, now: float) -> None:
         """The dashboard was displayed: a page will come, which may not be heard before the cell has ended."""
-        self._awaited_until = now + BEAT_TIMEOUT
+        self._awaited_until = now + self._unheard_time
         self._beat_at = now
 
     # ------------------------------------------------------------ messages to pages
