@@ -1,6 +1,6 @@
-"""The README's code does what it says: as a script, in IPython's shell, and cell by cell in a Jupyter kernel.
+"""The README's code does what it says: as a script, and line by line in IPython's shell.
 
-`tests/browser/test_readme.py` runs it in JupyterLab.
+`tests/browser/test_readme.py` runs it cell by cell in JupyterLab.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.front_end import WIDGET, open_kernel
 from tests.readme import README, blocks, cells
 
 TIMEOUT = 110.0  # seconds; importing torch in five processes takes most of it
@@ -46,17 +45,6 @@ def test_it_runs_in_the_shell_of_ipython(tmp_path):
     assert "swarm 'default', open at" in said  # the dashboard, in words
     assert re.search(r"labkit://\S+@127\.0\.0\.1:\d+", said)
     assert re.search(r"<run \w+: [\d,]+ of 400 steps", said)
-
-
-def test_it_runs_cell_by_cell_in_a_kernel(tmp_path):
-    with open_kernel(tmp_path) as kernel:
-        done = [kernel.run(source) for source in cells()]
-        assert WIDGET in done[0].bundle
-        assert "labkit://" in done[-1].bundle["text/plain"]
-        kernel.run("before = run.steps\nwhile run.running and run.steps < before + 3: run.wait(0.1)")
-        assert kernel.value("run.steps > before or run.steps == 400")
-        assert kernel.value("[server.state for server in swarm.servers]") == ["running"] * 4
-        kernel.run("swarm.close()")
 
 
 @pytest.mark.parametrize("file", ["README.md", "Makefile", "environment.yml"])
