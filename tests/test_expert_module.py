@@ -368,7 +368,7 @@ def test_the_last_inputs_are_handed_over_by_keyword_and_get_gradients_in_their_o
 @pytest.mark.parametrize(
     ("tensors", "keywords", "text"),
     [
-        ((X, X), ("sclae",), "unexpected keyword argument 'sclae'|missing a required argument: 'scale'"),
+        ((X, X), ("sclae",), "unexpected keyword argument 'sclae'|missing a required .*: 'scale'"),
         ((X,), (), "missing a required"),
         ((X, X, X), ("scale", "scale"), "each once, for an input"),
         ((X,), ("x", "scale"), "2 keywords for 1 inputs"),
