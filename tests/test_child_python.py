@@ -62,6 +62,7 @@ def test_and_from_a_folder_that_is_gone(tmp_path):
     code = """
 import os, sys, torch, labkit as lk
 (torch.ones(2, 2) @ torch.ones(2, 2)).sum()  # torch loads the rest of itself, which it cannot do in such a folder
+lk.Swarm  # and so do the packages that it imports
 sys.path[:0] = ["", "relative"]
 os.rmdir(os.getcwd())
 with lk.Swarm() as swarm:
