@@ -173,7 +173,7 @@ def _host() -> str:
 def _boot() -> str:
     """What tells this run of the machine from all others, in all of its containers; empty where that is not known."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         return ""
 
