@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import atexit
 import logging
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from labkit.client.expert_client import ExpertClient
 from labkit.client.session import Session, close_session, open_session
@@ -41,6 +44,9 @@ logger = logging.getLogger(__name__)
 CLOSE_TIMEOUT = 2.0  # seconds that `close` takes at most
 CLEAN_STOP_TIME = 1.2  # seconds of these that servers have to save their experts
 CLEAN_STOP_GRACE = 0.3  # seconds of these that the lab thread may be late with it
+
+# Signals by which a process is asked to end, and which a handler may make an exception of.
+_INTERRUPTS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 S = TypeVar("S", bound="SwarmLifecycle")
 
@@ -154,22 +160,25 @@ class SwarmLifecycle(ProcessBound):
         """Stop the servers started here, leave the swarm, and end its thread. Safe to repeat.
 
         It takes two seconds at most. What servers cannot save in that time stays as it was saved
-        last; for large ones, call `server.stop()` before. A forked process only forgets the
-        swarm, which goes on in the process that started it.
+        last; for large ones, call `server.stop()` before. An interrupt meanwhile is raised at the
+        end. A forked process only forgets the swarm, which goes on where it was started.
         """
-        until = time.monotonic() + CLOSE_TIMEOUT
-        self.view.end()  # its last scene shows the swarm as it was
-        close_session(self._session)
-        if _open.get(self.name) is self:
-            del _open[self.name]
-        if self._portal.forked:
-            return
+        with _interrupts_wait():
+            until = time.monotonic() + CLOSE_TIMEOUT
+            self.view.end()  # its last scene shows the swarm as it was
+            close_session(self._session)
+            if _open.get(self.name) is self:
+                del _open[self.name]
+            if not self._portal.forked:
+                self._end(until)
+
+    def _end(self, until: float) -> None:
         try:
             # A little more than they have, and not for ever: a listener may block the lab thread.
             self._portal.call(end_all, list(self.servers), CLEAN_STOP_TIME, timeout=CLEAN_STOP_TIME + CLEAN_STOP_GRACE)
         except SwarmClosed:
             pass
-        finally:  # also when this is interrupted
+        finally:
             if not self._portal.close(CLOSE_TIMEOUT - CLEAN_STOP_TIME - CLEAN_STOP_GRACE):
                 logger.warning("the lab thread of swarm %r did not end in time", self.name)
             self.view.close(until - time.monotonic())
@@ -184,8 +193,32 @@ class SwarmLifecycle(ProcessBound):
 
 def close_all() -> None:
     """Close every swarm of this process."""
-    for swarm in list(_open.values()):
-        swarm.close()
+    with _interrupts_wait():
+        for swarm in list(_open.values()):
+            swarm.close()
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Put off what signals would raise here until this is left, for what takes seconds and must not stay half done."""
+    heard: list[int] = []
+
+    def hear(number: int, frame: object) -> None:
+        heard.append(number)
+
+    handlers: dict[int, Any] = {}
+    try:
+        if threading.current_thread() is threading.main_thread():  # no other is interrupted
+            for number in _INTERRUPTS:
+                if callable(handler := signal.getsignal(number)):
+                    handlers[number] = handler
+                    signal.signal(number, hear)
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if heard:
+            signal.raise_signal(heard[0])
 
 
 atexit.register(close_all)

@@ -18,6 +18,7 @@ import labkit as lk
 from labkit.launch import temporary_folder
 from labkit.launch.temporary_folder import (
     HEADER,
+    NEW_OWNER_FILE,
     OWNER_FILE,
     TemporaryFolder,
     remove_abandoned,
@@ -96,9 +97,32 @@ def test_what_is_not_known_to_be_abandoned_is_left_alone(temporary, monkeypatch)
     assert (temporary / "elsewhere" / OWNER_FILE).exists()
 
 
+@pytest.mark.parametrize("begun", [[], [NEW_OWNER_FILE]])
+def test_a_folder_whose_making_was_broken_off_is_removed_when_it_is_old(temporary, begun):
+    folder = temporary / "labkit-begun"
+    folder.mkdir()
+    for name in begun:
+        (folder / name).touch()
+    assert remove_abandoned() == 0
+    os.utime(folder, (1e9, 1e9))
+    assert remove_abandoned() == 1 and not folder.exists()
+
+
+def test_a_removal_that_is_broken_off_is_finished_by_the_next_start(temporary, monkeypatch):
+    with owner(temporary) as (process, left):
+        process.kill()
+    (left / "experts").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(temporary_folder.shutil, "rmtree", lambda path, **_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            remove_abandoned()
+    assert remove_abandoned() == 1 and not left.exists()
+
+
 def test_a_file_system_without_locks_leaves_folders_without_owners(temporary, monkeypatch):
     monkeypatch.setattr(temporary_folder, "_lock_shared", lambda descriptor: False)
     unowned = TemporaryFolder()
+    os.utime(unowned.name, (1e9, 1e9))
     assert remove_abandoned() == 0 and Path(unowned.name).exists()
     unowned.cleanup()
     unowned.cleanup()

@@ -65,6 +65,7 @@ ONLY = {
         "training/turns.py",
         "simulation/lockstep.py",
         "launch/parent.py",
+        "swarm_lifecycle.py",
         "view/worker_thread.py",
         "view/outputs.py",
         "view/swarm_view.py",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import socket
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -540,6 +542,38 @@ def test_close_takes_no_time_and_leaves_no_thread_socket_or_folder(own_temporary
         swarm.experts()
 
 
+@pytest.mark.parametrize("step", ["view.end", "_portal.call", "_portal.close", "view.close", "_folder.cleanup"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_waits_until_all_is_closed(own_temporary_folder, tmp_path, monkeypatch, name, step):
+    swarm = Swarm("interrupted")
+    part, method = step.split(".")
+    with interrupted_at(monkeypatch, getattr(swarm, part), method, getattr(signal, name)):
+        swarm.close()
+    assert swarm.closed and list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def interrupted_at(monkeypatch, part: object, method: str, number: int) -> Iterator[None]:
+    """A call of this method begins with a signal, whose handler raises; it does so at the end of this block."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        signal.raise_signal(number)
+        return unhurt(*arguments, **options)
+
+    unhurt = getattr(part, method)
+    before = signal.signal(number, interrupt)
+    try:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(part, method, interrupted)
+            yield
+        assert signal.getsignal(number) is interrupt
+    finally:
+        signal.signal(number, before)
+
+
 def test_close_does_not_wait_for_an_expert_that_computes_forever():
     computing, go_on = threading.Event(), threading.Event()
 
@@ -641,9 +675,10 @@ def test_a_swarm_that_does_not_come_to_be_leaves_nothing(own_temporary_folder):
     assert leftovers() == before
 
 
-def test_all_swarms_are_closed_at_exit():
+def test_all_swarms_are_closed_at_exit(monkeypatch):
     with Swarm("one") as one, Swarm("two") as two:
-        close_all()
+        with interrupted_at(monkeypatch, one.view, "end", signal.SIGINT):
+            close_all()
         assert one.closed and two.closed
 
 

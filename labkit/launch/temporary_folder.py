@@ -26,8 +26,11 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "labkit-"
 OWNER_FILE = "owner"
+NEW_OWNER_FILE = "owner.new"  # its name until it is locked
 HEADER = "labkit folder 1"
 MOST_TIME = 0.5  # seconds in which `remove_abandoned` begins to remove folders; others are left to the next start
+UNLOCKED_FILE = "no-owner"  # or if it cannot be
+LEAST_AGE = 600.0  # seconds since the last change of a folder without an owner, which may only be in the making
 MAX_OWNER_BYTES = 1000
 
 
@@ -48,16 +51,18 @@ class TemporaryFolder:
             self._lock = _make_owner_file(Path(self.name))
         except OSError as error:  # a file system without locks: then nobody will take the folder for abandoned
             logger.debug("%s has no owner: %s", self.name, error)
+            with suppress(OSError):
+                os.replace(Path(self.name) / NEW_OWNER_FILE, Path(self.name) / UNLOCKED_FILE)
 
     def cleanup(self) -> None:
         """Remove the folder. Safe to repeat."""
         if is_forked(self._process):
             return
-        shutil.rmtree(self.name, ignore_errors=True)
+        _remove(Path(self.name))
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-            shutil.rmtree(self.name, ignore_errors=True)  # on Windows the file that was open is left
+            _remove(Path(self.name))  # on Windows the file that was open is left
 
 
 class FolderLock:
@@ -94,8 +99,10 @@ def remove_if_abandoned(folder: str | os.PathLike[str]) -> bool:
         if not _is_ours(path.lstat(), stat.S_ISDIR):
             return False
         descriptor = os.open(path / OWNER_FILE, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+    except FileNotFoundError:
+        return _remove_if_broken_off(path)  # or of an earlier version, or somebody else's
     except OSError:
-        return False  # without an owner's file: of an earlier version, or somebody else's
+        return False
     try:
         if not _is_ours(os.fstat(descriptor), stat.S_ISREG) or not _is_from_here(descriptor):
             return False
@@ -107,13 +114,38 @@ def remove_if_abandoned(folder: str | os.PathLike[str]) -> bool:
             path = aside
         elif not _lock_exclusively(descriptor):
             return False
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
         return True
     except OSError:
         return False
     finally:
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def _remove_if_broken_off(path: Path) -> bool:
+    """Remove a folder whose making or removal was broken off: it holds nothing, or an owner's file yet to be named."""
+    try:
+        if time.time() < path.lstat().st_mtime + LEAST_AGE or {*os.listdir(path)} - {NEW_OWNER_FILE}:
+            return False
+        (path / NEW_OWNER_FILE).unlink(missing_ok=True)
+        path.rmdir()
+        return True
+    except OSError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder; its owner's file last, so that the next start can go on with what is broken off."""
+    with suppress(OSError), os.scandir(path) as entries:
+        for entry in entries:
+            if entry.name != OWNER_FILE:
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    with suppress(OSError):
+                        os.unlink(entry.path)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_abandoned() -> int:
@@ -134,7 +166,7 @@ def remove_abandoned() -> int:
 
 def _make_owner_file(folder: Path) -> FolderLock:
     """The file gets its name when it is locked: nobody ever sees it unlocked while we live."""
-    new = folder / f"{OWNER_FILE}.new"
+    new = folder / NEW_OWNER_FILE
     descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         os.write(descriptor, f"{HEADER}\n{_host()}\n{_boot()}\n".encode())
