@@ -113,7 +113,7 @@ def test_a_removal_that_is_broken_off_is_finished_by_the_next_start(temporary, m
         process.kill()
     (left / "experts").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(temporary_folder.shutil, "rmtree", lambda path, **_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("shutil.rmtree", lambda path, **_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             remove_abandoned()
     assert remove_abandoned() == 1 and not left.exists()
