@@ -4,7 +4,8 @@
 #   make test ARGS="tests/test_datasets.py -k digits"
 #   make test PYTHON=python3.13
 #
-# For who changes the dashboard: `make frontend` bundles its pages anew (Node.js), `make test-browser` opens them.
+# For who changes the dashboard: `make frontend` bundles its pages anew (Node.js), `make test-browser` opens them. For who
+# changes how hosts reach each other: `make test-network`.
 
 PYTHON ?= python3
 ARGS ?=
@@ -21,7 +22,7 @@ STATIC := labkit/view/static
 CHROMIUM ?= /usr/bin/chromium
 export CHROMIUM
 
-.PHONY: demo lab test test-browser lint frontend frontend-check clean
+.PHONY: demo lab test test-browser test-network lint frontend frontend-check clean
 
 # An environment cannot be moved: its programs, and its link to this checkout, are absolute paths. That of a checkout which
 # was copied or moved is made anew.
@@ -48,6 +49,10 @@ test-browser: .venv/browser-ready
 	    echo "There is no chromium at $(CHROMIUM). On Debian: apt-get install chromium"; \
 	    echo "Elsewhere name the one that is there: make test-browser CHROMIUM=/path/to/chrome"; exit 1; }
 	@$(BIN)/python -m pytest $(or $(ARGS),tests/browser)
+
+# Hosts, routers and firewalls in a network of their own: Linux, iproute2 and nftables.
+test-network: .venv/ready
+	@$(BIN)/python -m tests.network.within $(BIN)/python -m pytest $(or $(ARGS),tests/network)
 
 lint: .venv/ready
 	@$(BIN)/python -m ruff check .
