@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ import labkit as lk
 from labkit.client.dispatch import DispatchConfig
 from labkit.client.expert import RemoteExpert
 from labkit.client.moe import MixtureOfExperts
-from labkit.errors import MessageTooLarge
+from labkit.errors import MessageTooLarge, NonFiniteTensor
 from labkit.events import CallFailed, CallFinished, Event
 from labkit.expert_uid import grid_uids
 from labkit.node import NodeConfig
@@ -216,3 +218,125 @@ def test_a_row_that_is_too_large_by_itself_is_refused_in_words():
             RemoteExpert("ffn.0", "simulated")(torch.randn(2, 2000))
 
     in_a_swarm(use, (2,), refuse=set(), message_bytes=SMALL)
+
+
+# ---------------------------------------------------------------- rows with numbers that are none
+
+
+class Inverse(nn.Module):
+    """w / x of the first number: no number where that is 0, and where it is tiny only its gradient is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(DIM))
+
+    def forward(self, x: Tensor, further: Tensor | None = None) -> Tensor:
+        return self.weight / x[:, :1] + (0 if further is None else further)
+
+
+def with_inverse(use: Callable[[Callable[[], list[Event]]], None]) -> None:
+    """Run this with a swarm whose first expert is an `Inverse` with an optimizer. It gets a function for what was."""
+
+    async def main() -> None:
+        events: list[Event] = []
+        backend = BackendConfig(optimizer="sgd", lr=0.01)
+        servers = [
+            ServerConfig(("ffn.0",), (2,), kind=Inverse, backend=backend, threads=1),
+            ServerConfig(("ffn.1",), (2,), kind=Further, backend=backend, threads=1),
+        ]
+        async with open_simnet() as network, open_simulated_swarm(network, servers, emit=events.append) as swarm:
+            await swarm.lockstep.run(use, lambda: list(events))
+
+    run_in_virtual_time(main)
+
+
+class Further(nn.Module):
+    """Gives x, and whatever comes beside it."""
+
+    def forward(self, x: Tensor, further: Tensor | None = None) -> Tensor:
+        return x + (0 if further is None else further)
+
+
+def calls(events: list[Event], kind: type[Event], direction: str) -> list[Event]:
+    return [event for event in events if isinstance(event, kind) and getattr(event, "direction", "") == direction]
+
+
+def layer_over_both(**options: Any) -> MixtureOfExperts:
+    layer = MixtureOfExperts(DIM, (2,), swarm="simulated", dispatch=DispatchConfig(k_best=2, **options))
+    nn.init.zeros_(layer.gate.weight)  # both count alike
+    nn.init.zeros_(layer.gate.bias)
+    return layer
+
+
+@pytest.mark.parametrize("codec", ["none", "float16", "blockwise8"])
+def test_a_row_that_overflows_in_an_expert_costs_no_other_row_that_expert(codec):
+    def use(events: Callable[[], list[Event]]) -> None:
+        layer, x = layer_over_both(codec=codec), torch.ones(5, DIM)
+        x[3, 0] = 0
+        good = (1 + x) / 2
+        good[3] = x[3]  # what the other expert gives
+        assert_close(layer(x), good, atol=0.05, rtol=0)
+        assert not calls(events(), CallFailed, "forward")
+
+    with_inverse(use)
+
+
+def test_a_row_whose_gradient_overflows_costs_no_other_row_its_gradient_and_the_expert_learns_from_the_others():
+    def use(events: Callable[[], list[Event]]) -> None:
+        layer, one = layer_over_both(), RemoteExpert("ffn.0", "simulated")
+        x = torch.ones(5, DIM)
+        x[3, 0] = 1e-30  # a square that is 0
+        x.requires_grad_()
+        before = one(torch.ones(1, DIM)).detach()
+        layer(x).sum().backward()
+        assert x.grad is not None
+        assert x.grad[:, 0].tolist() == pytest.approx([0.5 - DIM / 2, 0.5 - DIM / 2, 0.5 - DIM / 2, 0.5, 0.5 - DIM / 2])
+        assert_close(one(torch.ones(1, DIM)), before - 0.01 * 4 * 0.5)
+
+    with_inverse(use)
+
+
+def test_a_row_that_overflows_everywhere_is_what_the_error_is_about_or_zero_where_that_is_allowed():
+    def use(events: Callable[[], list[Event]]) -> None:
+        x = torch.ones(5, DIM)
+        x[3, 0] = 0
+        strict = MixtureOfExperts(DIM, (2,), swarm="simulated", dispatch=DispatchConfig(k_best=2, k_min=2))
+        with pytest.raises(lk.NotEnoughExperts, match=r"1 of 5 rows.*too few answers"):
+            strict(x)
+        lenient = layer_over_both(k_min=2, allow_zero_outputs=True)
+        assert (lenient(x) != 0).any(1).tolist() == [True, True, True, False, True]
+
+    with_inverse(use)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_rows_with_numbers_that_are_none_are_refused_before_anything_is_sent(bad):
+    def use(events: Callable[[], list[Event]]) -> None:
+        x = torch.ones(5, DIM)
+        poisoned = x.clone()
+        poisoned[2, 1] = bad
+        for module, of in ((layer_over_both(), "'ffn'"), (RemoteExpert("ffn.0", "simulated"), "'ffn.0'")):
+            before = events()
+            with pytest.raises(NonFiniteTensor, match=rf"inputs for {of}.*in row 2\. Nothing was sent"):
+                module(x, poisoned)
+            assert events() == before or not calls(events()[len(before) :], CallFinished, "forward")
+            y = module(x, x)
+            before = events()
+            with pytest.raises(NonFiniteTensor, match=rf"output gradients for {of}.*in row 2\. Nothing was sent"):
+                y.backward(poisoned)
+            assert events() == before
+
+    with_inverse(use)
+
+
+def test_a_gradient_that_is_no_number_in_a_row_that_nobody_answered_matters_to_no_other():
+    def use(events: Callable[[], list[Event]]) -> None:
+        layer, x = layer_over_both(k_min=2, allow_zero_outputs=True), torch.ones(5, DIM)
+        x[3, 0] = 0
+        x.requires_grad_()
+        gradient = torch.ones(5, DIM)
+        gradient[3] = math.nan
+        layer(x).backward(gradient)
+        assert x.grad is not None and x.grad.isfinite().all() and x.grad[[0, 1, 2, 4]].abs().min() > 0
+
+    with_inverse(use)

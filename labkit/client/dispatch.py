@@ -114,9 +114,10 @@ async def dispatch_forward(
             failed = gathering.failed
             if len(failed) >= MAX_ALIKE and not sent.updates and alike(failed, places_of(sent.experts)):
                 return []  # the rest of a large grid would refuse these rows, too
-            others = WithoutExperts(session.directory, failed)
+            others = WithoutExperts(session.directory, failed.keys() - gathering.partial)
+            most = k + len(gathering.partial)  # of which a row may have asked so many in vain
             with trio.move_on_at(this.deadline):
-                found = await beam_search(others, name, [scores[short] for scores in grid_scores], k)
+                found = await beam_search(others, name, [scores[short] for scores in grid_scores], most)
                 return requests(_refill(sent, found, short, free))
             return []
 
@@ -170,7 +171,7 @@ async def dispatch_backward(
         answers: list[tuple[RowGroup, Sequence[Tensor]]] = []
 
         def take(request: RowGroup, answer: ExpertOutput) -> None:
-            answers.append((request, answer.tensors))
+            answers.append((request, answer.tensors))  # 0 in rows that overflowed
 
         gathering = this.gather(sent.answered.sum(1).clamp(max=config.k_min), config.k_best)
         requests = requests_for(sent.experts, sent.choice.masked_fill(~sent.answered, -1))

@@ -21,9 +21,10 @@ from labkit.client.frozen import are_wanted, gradient_nodes
 from labkit.client.gather import MAX_HALVINGS
 from labkit.client.outside_graphs import outside_graphs
 from labkit.client.overload import pause_before
+from labkit.client.refusals import check_finite
 from labkit.client.session import Session, find_session
 from labkit.client.sizes import row_bytes
-from labkit.errors import MessageTooLarge, NoExperts, Overloaded, RPCError
+from labkit.errors import MessageTooLarge, NoExperts, NonFiniteTensor, Overloaded, RPCError
 from labkit.expert_protocol import Direction, ExpertSchema
 from labkit.expert_uid import ExpertInfo, parent, split_uid
 from labkit.suggest import did_you_mean
@@ -193,7 +194,11 @@ class RemoteExpert(nn.Module):
             while True:
                 tries += 1
                 try:
-                    return list((await await_callback(partial(begin, tensors))).tensors)
+                    answer = await await_callback(partial(begin, tensors))
+                    if answer.overflowed is not None:
+                        bad = int(answer.overflowed.sum())
+                        raise NonFiniteTensor(f"{rows} finite rows gave {self.uid} NaN or infinity in {bad} of them")
+                    return list(answer.tensors)
                 except Overloaded:
                     pause = pause_before(tries, since, trio.current_time(), deadline, self.uid)
                     if pause is None:
@@ -242,6 +247,8 @@ class _Calling:
 
     def run(self, direction: Direction, inputs: Sequence[Tensor], grads: Sequence[Tensor], train: bool) -> list[Tensor]:
         local = [for_the_wire(x) for x in inputs], [for_the_wire(grad) for grad in grads]
+        check_finite(self.expert.uid, "inputs", local[0])
+        check_finite(self.expert.uid, "output gradients", local[1])
         return self.session.run(self.expert._call, self.session, direction, *local, self.keywords, train)
 
 

@@ -37,10 +37,17 @@ ShapeAndType = tuple[tuple[int, ...], torch.dtype]  # that a tensor of an answer
 
 @dataclass(frozen=True, slots=True)
 class ExpertOutput:
-    """What an expert answered. `updates`: optimizer steps that it had made by then."""
+    """What an expert answered.
+
+    Args:
+        tensors: Each [rows, ...], 0 in rows that overflowed.
+        updates: Optimizer steps that it had made by then.
+        overflowed: Bool [rows], which rows gave it NaN or infinity; None if none did.
+    """
 
     tensors: Sequence[Tensor]
     updates: int
+    overflowed: Tensor | None = None
 
 
 Outcome = ExpertOutput | RPCError
@@ -83,7 +90,7 @@ class ExpertClient:
             output_shapes: The answer is to have one tensor [rows, *shape] for each of these, of the first input's
                 dtype; None accepts tensors of any number, shape and dtype.
             done: Called once with the answer or a kind of `RPCError`, in the lab thread, perhaps before this returns.
-                The error is `BadReply` for an answer of another shape, or with NaN or infinity.
+                The error is `BadReply` for an answer of another shape, or with NaN or infinity in all rows.
             **options: `timeout`, `codec` and `keywords`; see `ExpertCall`.
         """
         rows, dtype = len(inputs[0]), inputs[0].dtype
@@ -196,7 +203,7 @@ class ExpertCall:
             self._fail(reply)
             return
         try:
-            answer = check_answer(reply.tensors, self._expected, self._expert)
+            answer, overflowed = check_answer(reply.tensors, self._expected, self._expert)
         except RPCError as error:
             self._fail(error)
             return
@@ -219,7 +226,7 @@ class ExpertCall:
                 compute=body.compute_seconds, bytes=reply.bytes, updates=body.updates, staleness=staleness,
             )
         )  # fmt: skip
-        self._done(ExpertOutput(answer, body.updates))
+        self._done(ExpertOutput(answer, body.updates, overflowed))
 
     def _fail(self, error: RPCError) -> None:
         self._end()
@@ -240,16 +247,17 @@ class ExpertCall:
 
 def check_answer(
     tensors: Sequence[Tensor], expected: Sequence[ShapeAndType] | None, expert: ExpertInfo
-) -> list[Tensor]:
-    """The tensors of an answer, cast to the expected dtypes.
+) -> tuple[list[Tensor], Tensor | None]:
+    """The tensors of an answer, cast to the expected dtypes, and its rows that are not finite, as in `ExpertOutput`.
 
-    Raises `BadReply` if they are not of the expected shapes (None: any) or not finite.
+    Raises `BadReply` if they are not of the expected shapes (None: any), or if no row is finite.
     """
     if expected is not None and len(tensors) != len(expected):
         raise _misfit(f"{expert.uid} answered with {len(tensors)} tensors instead of {len(expected)}")
     if not 0 < len(tensors) <= MAX_TENSORS and expected is None:
         raise _misfit(f"{expert.uid} answered with {len(tensors)} tensors; expected are 1 to {MAX_TENSORS}")
-    answer = []
+    answer: list[Tensor] = []
+    overflowed: Tensor | None = None
     wanted_by_place: Sequence[ShapeAndType | None] = [None] * len(tensors) if expected is None else expected
     for tensor, wanted in zip(tensors, wanted_by_place, strict=True):
         if wanted is not None and tuple(tensor.shape) != wanted[0]:
@@ -260,9 +268,14 @@ def check_answer(
         cast = tensor if wanted is None else tensor.to(wanted[1])
         # A finite sum has finite terms, and is much faster to see; but finite terms may have an infinite sum.
         if not (math.isfinite(cast.sum()) or bool(cast.isfinite().all())):
-            raise BadReply(f"{expert.uid} answered with values that are not finite numbers")
+            bad = ~cast.isfinite().reshape(len(cast), -1).all(1) if cast.ndim else torch.ones(1, dtype=torch.bool)
+            overflowed = bad if overflowed is None else overflowed | bad
         answer.append(cast)
-    return answer
+    if overflowed is not None:
+        if overflowed.all():
+            raise BadReply(f"{expert.uid} answered with values that are not finite numbers")
+        answer = [tensor.index_fill(0, overflowed.nonzero()[:, 0], 0) for tensor in answer]
+    return answer, overflowed
 
 
 def _misfit(text: str) -> BadReply:

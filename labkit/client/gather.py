@@ -23,7 +23,7 @@ from labkit.client.expert_client import ExpertCall, ExpertOutput, OnDone, Outcom
 from labkit.client.overload import pause_before
 from labkit.client.patience import Open, Pace, Patience, load_of
 from labkit.contact import Contact
-from labkit.errors import DeadlineExceeded, MessageTooLarge, Overloaded, RPCError
+from labkit.errors import DeadlineExceeded, MessageTooLarge, NonFiniteTensor, Overloaded, RPCError
 from labkit.expert_uid import ExpertInfo
 
 MAX_HALVINGS = 10  # of one request, since a server may refuse whatever we send
@@ -96,7 +96,8 @@ class Gathering:
     """The answers to one pass.
 
     `answered` is bool [n, k]: whether a slot has been answered. `failed` holds the experts that did not answer, by uid,
-    and why; `failed_rows` for how many rows each of them did not.
+    and why; `failed_rows` for how many rows each of them did not. Those that left single rows out, whose numbers
+    overflowed, are among them, and in `partial`: other rows may still be sent to them.
 
     Args:
         needed: [n], how many answers each row needs.
@@ -122,6 +123,7 @@ class Gathering:
         self.answered = torch.zeros((len(needed), slots), dtype=torch.bool)
         self.failed: dict[str, RPCError] = {}
         self.failed_rows = Counter[str]()
+        self.partial: set[str] = set()
         self.waited = Waited()
         self._answered = self.answered.numpy()  # the same memory
         self._waiting = np.zeros_like(self._answered)  # slots that may still be answered
@@ -259,14 +261,25 @@ class Gathering:
             places = self._close(request)
             try:
                 handle.take(request, outcome)
-                self._answered[places] = True
+                self._answered[places] = True if outcome.overflowed is None else ~outcome.overflowed.numpy()
+                if outcome.overflowed is not None:
+                    self._leave_out(request, int(outcome.overflowed.sum()))
             except Exception as error:  # raised by `run`, and not in the reader of all answers
                 self._broken = error
         self._changed.set()
 
+    def _leave_out(self, request: RowGroup, rows: int) -> None:
+        uid = request.expert.uid
+        if uid not in self.failed:
+            error = NonFiniteTensor(f"finite numbers gave expert {uid} NaN or infinity in {rows} rows")
+            self.failed[uid] = error
+            self.partial.add(uid)
+        self.failed_rows[uid] += rows
+
     def _fail(self, request: RowGroup, error: RPCError) -> None:
         self._close(request)
         self.failed[request.expert.uid] = error
+        self.partial.discard(request.expert.uid)
         self.failed_rows[request.expert.uid] += len(request.rows)
 
     def _close(self, request: RowGroup) -> tuple[np.ndarray, np.ndarray]:

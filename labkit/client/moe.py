@@ -21,6 +21,7 @@ from labkit.client.dispatch import DispatchConfig, Dispatched, dispatch_backward
 from labkit.client.expert_client import for_the_wire
 from labkit.client.frozen import are_wanted, gradient_nodes
 from labkit.client.outside_graphs import outside_graphs
+from labkit.client.refusals import check_finite
 from labkit.client.session import Session, find_session
 from labkit.expert_protocol import MAX_TENSORS
 from labkit.expert_uid import check_grid, check_name
@@ -129,6 +130,8 @@ class MixtureOfExperts(nn.Module):
         Raises:
             NoExperts: The grid has no live expert.
             NotEnoughExperts: A row got fewer than `k_min` answers.
+            NonFiniteTensor: There is NaN or infinity among the further inputs.
+            ValueError: It is in x, or shapes do not fit.
             SwarmClosed: The swarm is not open in this process.
         """
         if x.ndim < 1 or x.shape[-1] != self.dim:
@@ -161,6 +164,7 @@ class MixtureOfExperts(nn.Module):
         if self.training and self.grid_dropout:
             searched = [_drop(score, self.grid_dropout) for score in searched]
         local = [for_the_wire(tensor) for tensor in inputs]
+        check_finite(self.name, "further inputs", local[1:])  # (The search sees what x holds, by its scores.)
         sent, outputs = session.run(
             dispatch_forward, session, self.dispatch, self.name, local, searched, self.output_shapes, keywords
         )
@@ -299,9 +303,11 @@ class _ExpertOutputs(torch.autograd.Function):
         if not train and not any(ctx.needs_input_grad[len(nothing) :]):
             return *nothing, *(None for _ in inputs)
         local = [for_the_wire(tensor) for tensor in inputs]
+        local_grads = [for_the_wire(grad) for grad in grad_outputs]
+        check_finite(passing.sent.name, "output gradients", local_grads, passing.sent.answered)
         grads = passing.session.run(
-            dispatch_backward, passing.session, passing.config, passing.sent, local,
-            [for_the_wire(grad) for grad in grad_outputs], passing.keywords, train,
+            dispatch_backward, passing.session, passing.config, passing.sent, local, local_grads, passing.keywords,
+            train,
         )  # fmt: skip
         returned = (grad if grad is None else grad.to(x.device, x.dtype) for grad, x in zip(grads, inputs, strict=True))
         return *nothing, *returned

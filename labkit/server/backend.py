@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from labkit.errors import BadRequest, CheckpointError, MessageTooLarge, NonFiniteTensor
+from labkit.errors import CheckpointError, MessageTooLarge, NonFiniteTensor
 from labkit.expert_protocol import Direction, ExpertSchema
 from labkit.server.expert_module import ExpertModule
+from labkit.server.gradients import gradients_of_good_rows
 from labkit.server.optimizer import BackendConfig, laid_out, make_optimizer, optimizer_slots, take_step
 from labkit.server.parts import Parts, add_gradients, cut, finish, together
 from labkit.server.user_code import contained
@@ -26,9 +26,8 @@ from labkit.server.validation import (
     CallOptions,
     check_finite,
     checked_rows,
-    describe,
     norm_of,
-    schema_of,
+    rows_not_finite,
     squares_finite,
 )
 
@@ -63,6 +62,7 @@ class ExpertBackend:
         self.expert = ExpertModule(uid, self.module)
         self.updates = 0  # optimizer steps
         self.rows_processed = 0  # rows of all passes, forward and backward
+        self.overflowed = False  # whether the last pass left rows out, since their numbers overflowed
         self.answer_limit = ANSWER_LIMIT  # bytes of all outputs of a request
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._pending: dict[str, Tensor] = {}  # gradients of the passes since the last step, when accumulating
@@ -88,6 +88,8 @@ class ExpertBackend:
     def forward(self, *inputs: Tensor, keywords: tuple[str, ...] = ()) -> Tensor:
         """The output [rows, ...] on the CPU, without a gradient; of several the first. Changes nothing.
 
+        A row that overflows is NaN or infinite; if all of them do, that is an error.
+
         `keywords`: the names of the last inputs, which are handed to the module by keyword.
 
         Raises `BadRequest`, `NonFiniteTensor`.
@@ -110,11 +112,13 @@ class ExpertBackend:
             train: Whether to take a step. Without it, only `rows_processed` changes.
 
         Returns:
-            The gradients of the floating-point inputs in their order and dtypes, on the CPU.
+            The gradients of the floating-point inputs in their order and dtypes, on the CPU. Rows whose gradient
+                overflows are NaN, and the expert does not learn from them.
 
         Raises:
             BadRequest: The tensors do not fit the expert.
-            NonFiniteTensor: There is NaN or infinity among the numbers, or gradients overflow.
+            NonFiniteTensor: There is NaN or infinity among the numbers, or the gradients of all rows or of the
+                parameters overflow.
 
         After an error parameters, buffers, optimizer state and counters are what they were, to the bit.
         """
@@ -164,11 +168,15 @@ class ExpertBackend:
     def _forward(self, parts: Parts, keywords: tuple[str, ...]) -> Generator[None, None, list[Tensor]]:
         answers: list[list[Tensor]] = []
         rows = sum(len(part[0]) for part in parts)
+        bad_rows = 0
         for part in parts:
             if answers:
                 yield
             with torch.no_grad(), self.expert.buffers_restored(always=True):
                 outputs = self.expert([t.to(self.config.device) for t in part], keywords)
+                bad = rows_not_finite(outputs)
+            bad_rows += 0 if bad is None else int(bad.sum())
+            if bad_rows == rows:
                 check_finite(outputs, f"finite inputs gave expert {self.uid} an output")
             size = sum(t.nbytes for t in outputs) * rows // len(part[0])
             if size > self.answer_limit:
@@ -177,6 +185,7 @@ class ExpertBackend:
                     f"{self.answer_limit}; send fewer rows at once"
                 )
             answers.append([self._to_cpu(t) for t in outputs])
+        self.overflowed = bad_rows > 0
         return together(answers)
 
     def _to_cpu(self, tensor: Tensor) -> Tensor:
@@ -189,56 +198,27 @@ class ExpertBackend:
     ) -> Generator[None, None, list[Tensor]]:
         answers: list[list[Tensor]] = []
         total: dict[str, Tensor] = {}
+        good_rows = 0
         with self.expert.buffers_restored(always=not options.train):
             for part in parts:
                 if answers:
                     yield
-                input_grads, grads = self._gradients([t.to(self.config.device) for t in part], options)
+                tensors = [t.to(self.config.device) for t in part]
+                input_grads, grads, good = gradients_of_good_rows(self.expert, self._parameters, tensors, options)
+                good_rows += good
                 answers.append([self._to_cpu(grad) for grad in input_grads])
                 if len(parts) == 1:
                     total = grads
                 else:
                     add_gradients(total, grads)
+            if good_rows == 0:
+                check_finite(input_grads, f"finite inputs gave expert {self.uid} an input gradient")
             if options.train:
                 staleness = 0.0 if forward_updates is None else max(0.0, self.updates - forward_updates)
                 # (Gradients of half precision are added up in float32.)
                 self._step({name: grad.to(self._parameters[name].dtype) for name, grad in total.items()}, staleness)
+        self.overflowed = good_rows < sum(len(part[0]) for part in parts)
         return together(answers)
-
-    def _gradients(self, tensors: Sequence[Tensor], options: CallOptions) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """The gradients of the floating-point inputs, and those of the parameters, by name. Changes only buffers."""
-        inputs, grad_outputs = tensors[: -options.outputs], tensors[-options.outputs :]
-        leaves = [t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs]
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        with torch.enable_grad(), contained():
-            # 1. The forward pass again, this time with a graph.
-            outputs = self.expert(leaves, options.keywords)
-            if [t.shape for t in outputs] != [t.shape for t in grad_outputs] or not all(
-                t.is_floating_point() for t in grad_outputs
-            ):
-                there, here = describe(schema_of(outputs)), describe(schema_of(grad_outputs))
-                raise BadRequest(
-                    f"expert {self.uid} has output {there} for these inputs; the output gradient is {here}"
-                )
-            # 2. All gradients.
-            names = list(self._parameters) if options.train else []
-            sources = [*wanted, *(self._parameters[name] for name in names)]
-            grads: Sequence[Tensor | None] = [None] * len(sources)
-            losses = [
-                _Weighed.apply(output, grad.to(output.dtype))  # type: ignore[no-untyped-call]
-                for output, grad in zip(outputs, grad_outputs, strict=True)
-                if output.requires_grad
-            ]
-            if losses and sources:
-                grads = torch.autograd.grad(losses, sources, allow_unused=True)
-            # An embedding may give sparse ones.
-            grads = [g if g is None or g.layout is torch.strided else g.to_dense() for g in grads]
-            input_grads = [
-                torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(wanted, grads, strict=False)
-            ]
-            check_finite(input_grads, f"finite inputs gave expert {self.uid} an input gradient")
-        of_parameters = zip(names, grads[len(wanted) :], strict=True)
-        return input_grads, {name: grad for name, grad in of_parameters if grad is not None}
 
     def _step(self, grads: dict[str, Tensor], staleness: float) -> None:
         """Add gradients to the pending ones and, when it is time, step. Raises `NonFiniteTensor` before any change.
@@ -352,23 +332,3 @@ class ExpertBackend:
     def _module_tensors(self) -> dict[str, Tensor]:
         with contained():
             return {name: t for name, t in self.module.state_dict().items() if isinstance(t, Tensor)}
-
-
-# ---------------------------------------------------------------- helpers
-
-
-class _Weighed(torch.autograd.Function):
-    """A number whose gradient by `output` is `grad_output`: what `autograd.grad` starts from without a look at shapes.
-
-    To compare the shapes of an output and a gradient that is given, torch 2 imports sympy: most of a CPU-second in the
-    first backward pass of each server.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, grad_output: Tensor) -> Tensor:
-        ctx.grad_output = grad_output
-        return torch.zeros((), device=output.device)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
-        return ctx.grad_output, None

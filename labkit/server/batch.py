@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from labkit.errors import RemoteFailure, RPCError
+from labkit.errors import NonFiniteTensor, RemoteFailure, RPCError
 from labkit.expert_protocol import Direction
 from labkit.server.backend import ExpertBackend
 from labkit.server.parts import finish
 from labkit.server.task_pool import PoolKey, Task
 from labkit.server.user_code import describe_error
-from labkit.server.validation import NO_OPTIONS, CallOptions, check_finite
+from labkit.server.validation import NO_OPTIONS, CallOptions, check_finite, rows_not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ def compute_batch(
 ) -> Answers:
     """Compute one batch.
 
-    1. Refuse the requests with NaN or infinity, alone.
+    1. Refuse the requests with NaN or infinity, alone. (Where finite numbers overflow, only these rows are not finite
+       in the answer.)
     2. Merge the others: one pass, and for a backward pass one optimizer step.
     3. If that fails, compute them one by one, so that only the guilty fail. (A failed pass has changed nothing.)
 
@@ -92,7 +93,7 @@ def compute_batch_in_parts(
         else:
             sizes = [requests[i][0].shape[0] for i in good]
             for i, *parts in zip(good, *(torch.split(result, sizes) for result in results), strict=True):
-                answers[i] = parts
+                answers[i] = _unless_all_overflowed(parts, backend) if backend.overflowed else parts
             return answers, backend.updates
     # 3. (Or there was only one, which is neither copied nor merged.)
     for i in good:
@@ -152,6 +153,14 @@ class RunningBatch:
         """Give all its requests the same error."""
         for task in self.tasks:
             task.on_result(error)
+
+
+def _unless_all_overflowed(tensors: list[Tensor], backend: ExpertBackend) -> list[Tensor] | RPCError:
+    """The answer to one of several requests, in whose pass some rows overflowed; an error if all of its own did."""
+    bad = rows_not_finite(tensors)
+    if bad is None or not bad.all():
+        return tensors
+    return NonFiniteTensor(f"finite inputs gave expert {backend.uid} NaN or infinity in all {len(bad)} rows")
 
 
 def _mean_forward_updates(

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -248,12 +249,15 @@ class ExpertModule:
         self.storages = {t.untyped_storage().data_ptr() for t in own}  # memory that training changes
 
     @contextmanager
-    def buffers_restored(self, *, always: bool) -> Iterator[None]:
-        """Put the module's buffers (running statistics) back after the block: always, or only when it fails."""
+    def buffers_restored(self, *, always: bool) -> Iterator[Callable[[], None]]:
+        """Put the module's buffers (running statistics) back after the block: always, or only when it fails.
+
+        The block may do so itself, with what it is given.
+        """
         before = _buffers_of(self.module) if self._has_buffers else []
         failed = True
         try:
-            yield
+            yield partial(_put_back, before)
             failed = False
         finally:
             if before and (always or failed):

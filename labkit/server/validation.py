@@ -63,6 +63,16 @@ def check_finite(tensors: Sequence[Tensor], what: str = "the request has a tenso
             raise NonFiniteTensor(f"{what} with NaN or infinity (shape {list(tensor.shape)}); nothing was changed")
 
 
+def rows_not_finite(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Bool [rows], which rows of floating-point tensors [rows, ...] hold NaN or infinity; None if none does."""
+    bad = None
+    for tensor in tensors:
+        if tensor.is_floating_point() and not _is_finite(tensor.detach().sum()):
+            these = ~torch.isfinite(tensor.detach()).flatten(1).all(1) if tensor.ndim > 1 else ~torch.isfinite(tensor)
+            bad = these if bad is None else bad | these
+    return bad if bad is not None and bool(bad.any()) else None
+
+
 def squares_finite(tensors: Iterable[Tensor], *, kept: bool) -> bool:
     """Whether the squares of these tensors are finite: none has NaN, infinity, or numbers too large for an optimizer.
 

@@ -11,7 +11,8 @@ functions of tensors, no I/O. Bytes are little-endian, as everywhere that torch 
 
 An error bound is that of a float32 result; decoding to a narrower dtype adds that dtype's rounding. Finite numbers stay
 finite (one that is too large for the codec becomes the largest that it has). NaN and infinity stay non-finite, so that
-a receiver that refuses them still sees them. Under blockwise8 they turn their whole block into NaN.
+a receiver that refuses them still sees them. Under blockwise8 they turn their whole block into NaN, so a message sends
+such a tensor with `none`: see `codec_name_for`.
 """
 
 from __future__ import annotations
@@ -152,6 +153,17 @@ def codec_for(name: str, dtype: torch.dtype) -> Codec:
     if name not in CODECS:
         raise ValueError(f"there is no codec {name!r}; choose one of {', '.join(CODECS)}{did_you_mean(name, CODECS)}")
     return CODECS[name] if dtype.is_floating_point else NONE
+
+
+def codec_name_for(tensor: Tensor, name: str) -> str:
+    """Returns the codec with which a message sends a tensor, where `name` is wanted: that, or `none`.
+
+    `none` for what is no floating-point number, and for NaN or infinity in blocks, which would spread to other rows.
+    """
+    if not tensor.is_floating_point():
+        return "none"
+    spreads = name == Blockwise8().name and not math.isfinite(tensor.detach().sum())
+    return "none" if spreads else name
 
 
 # ---------------------------------------------------------------- helpers

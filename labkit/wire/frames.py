@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from labkit.errors import MalformedMessage, MessageTooLarge
-from labkit.wire.compression import CODECS
+from labkit.wire.compression import CODECS, codec_name_for
 
 VERSION = 3  # of the protocol; raise it when bodies or methods change in a way that an older node cannot read
 MAGIC = b"LK"
@@ -187,7 +187,7 @@ def _encode_tensors(tensors: Sequence[Tensor], codec: str) -> tuple[list[TensorS
             raise ValueError(f"a tensor of {tensor.dtype} cannot be sent; known are {', '.join(_DTYPES)}")
         if tensor.ndim > MAX_NDIM:
             raise ValueError(f"a tensor of {tensor.ndim} dimensions cannot be sent; at most {MAX_NDIM}")
-        name = codec if tensor.is_floating_point() else "none"
+        name = codec_name_for(tensor, codec)
         buffers.append(_buffer(tensor.detach(), name))
         specs.append(TensorSpec(dtype, tuple(tensor.shape), name))
     return specs, buffers
