@@ -608,3 +608,47 @@ def refusal_of_hub(name):
     with pytest.raises(ValueError) as raised:
         data.load(name)
     return str(raised.value)
+
+
+# ---------------------------------------------------------------- paths in the place of names
+
+
+@pytest.mark.parametrize("name", ["digits.csv", "iris.v2.csv"])
+def test_a_path_may_stand_in_the_place_of_a_name(tmp_path, monkeypatch, name):
+    (tmp_path / "my").mkdir()
+    for file in (tmp_path / "my" / name, tmp_path / name):
+        file.write_text("width,label\n1.5,a\n2.5,b\n3.5,a\n0.5,b\n")
+    monkeypatch.chdir(tmp_path)
+    for path in (name, f"my/{name}", f"./my/{name}", tmp_path / name, str(tmp_path / name)):
+        table = data.load(path, test_share=0.5)
+        assert (table.name, table.dim, table.labels) == (name.split(".")[0], 1, ("a", "b"))
+
+
+def test_so_may_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "my" / "iris").mkdir(parents=True)
+    for split in ("train", "test"):
+        parquet(tmp_path / "my" / "iris", split, {"width": [1.5, 2.5], "label": [0, 1]})
+    monkeypatch.chdir(tmp_path / "my")
+    assert data.load("./iris").dim == data.load("../my/iris").dim == data.load(tmp_path / "my" / "iris").dim == 1
+
+
+def test_a_path_to_nothing_is_said_to_be_one_and_two_of_them_are_refused(tmp_path):
+    with pytest.raises(DataNotFound, match=r"no file .*nothing\.csv"):
+        data.load(str(tmp_path / "nothing.csv"))
+    with pytest.raises(ValueError, match="one path, or a name and a path"):
+        data.load("a.csv", tmp_path)
+
+
+def test_one_data_set_that_save_to_disk_left_can_be_split(tmp_path):
+    rows = datasets.Dataset.from_dict({"width": [float(i) for i in range(10)], "label": [0, 1] * 5})
+    rows.save_to_disk(tmp_path / "disk", num_shards=3)
+    table = data.load(tmp_path / "disk", test_share=0.2)
+    assert sorted(torch.cat([table.train_x, table.test_x]).flatten().tolist()) == [float(i) for i in range(10)]
+
+
+def test_files_of_two_splits_that_are_called_alike_are_told_apart(tmp_path):
+    train = datasets.Dataset.from_dict({"width": [1.0, 2.0], "label": [0, 1]})
+    splits = datasets.DatasetDict(train=train, test=train.rename_column("width", "height"))
+    splits.save_to_disk(tmp_path / "disk")
+    with pytest.raises(ValueError, match=r"test/data-\S+ has no column 'width'.*unlike train/data-"):
+        data.load("disk", tmp_path)

@@ -80,6 +80,20 @@ class Split:
         return column.storage if isinstance(column.type, pa.BaseExtensionType) else column
 
 
+def is_path(text: str) -> bool:
+    """Whether this is a path rather than a name: it ends as a table does, begins as a path does, or is there.
+
+    A name without a folder is a name, whatever is here.
+    """
+    path = Path(text)
+    return (
+        _suffix(path) in TABLES
+        or text.startswith((".", "~"))
+        or path.is_absolute()
+        or (len(path.parts) > 1 and path.exists())
+    )
+
+
 def is_unnamed(column: str) -> bool:
     """Whether a column has no name, which in a file of pandas means that it is an index."""
     return not column.strip() or column.startswith("Unnamed: ")
@@ -99,11 +113,14 @@ def read_splits(dataset: str, root: Path) -> dict[str, Split]:
         if "train" in found:
             return {split: _read(dataset, split, files, folder) for split, files in found.items()}
     for folder in (root, root / dataset):  # not split: one file, or a folder of images for each class
-        tables = [path for path in _listed(folder) if _suffix(path) in TABLES]
-        if len(tables) == 1:
+        saved = (folder / "state.json").is_file()  # one `Dataset`, with as many files as it has
+        tables = _tables_below(folder) if saved else [path for path in _listed(folder) if _suffix(path) in TABLES]
+        if len(tables) == 1 or (tables and saved):
             return {"train": _read(dataset, "train", tables, folder)}
         if not tables and (files := [path for below in _listed(folder) if below.is_dir() for path in _images(below)]):
             return {"train": _read(dataset, "train", files, folder)}
+    if _suffix(root) in TABLES and not root.exists():
+        raise DataNotFound(f"no {dataset} here: there is no file {root}")
     looked = f"neither {root} nor {root / dataset} has both" if root.is_dir() else f"there is no folder {root} with"
     raise DataNotFound(
         f"no {dataset} here: {looked} train-*.parquet and test-*.parquet (or .csv, .json, .arrow, or folders train and "
@@ -139,19 +156,23 @@ def _files(folder: Path, names: Sequence[str]) -> list[Path]:
             ):
                 found.append(path)
             if path.is_dir() and stem == name:
-                state = path / "state.json"  # `Dataset.save_to_disk` says which of its files count
-                listed = (
-                    [path / file["filename"] for file in json.loads(state.read_bytes())["_data_files"]]
-                    if (state.is_file())
-                    else [file for file in _listed(path) if file.name != "dataset_info.json"]
-                )
-                found += [file for file in listed if file.is_file() and _suffix(file) in TABLES] or _images(path)
+                found += _tables_below(path) or _images(path)
         kinds = sorted({_suffix(path) for path in found if _suffix(path) in TABLES})
         if len(kinds) > 1:
             raise ValueError(f"the split {name} in {folder} is there as {' and as '.join(kinds)}: leave one of them")
         if found:
             return found
     return []
+
+
+def _tables_below(folder: Path) -> list[Path]:
+    """The tables in a folder; of what `Dataset.save_to_disk` has left those that count."""
+    state = folder / "state.json"
+    if state.is_file():
+        listed = [folder / file["filename"] for file in json.loads(state.read_bytes()).get("_data_files", [])]
+    else:
+        listed = [file for file in _listed(folder) if file.name != "dataset_info.json"]
+    return [file for file in listed if file.is_file() and _suffix(file) in TABLES]
 
 
 def _read(dataset: str, split: str, files: Sequence[Path], folder: Path) -> Split:
@@ -175,7 +196,8 @@ def _read(dataset: str, split: str, files: Sequence[Path], folder: Path) -> Spli
             odd = [name for name in {**said, **kinds} if said.get(name) != kinds.get(name)]
             raise ValueError(f"{dataset}: {files[0].name} and {path.name} say other things of the column {odd[0]!r}")
         tables, kinds = [*tables, table], said
-    parts = [(path.name, table.num_rows) for path, table in zip(files, tables, strict=True)]
+    # (`save_to_disk` calls the files of all splits alike.)
+    parts = [(path.relative_to(folder).as_posix(), table.num_rows) for path, table in zip(files, tables, strict=True)]
     if not any(rows for _, rows in parts):
         raise DataNotFound(f"{dataset}: there are no rows in {', '.join(map(str, files))}")
     return Split(dataset, split, _joined(dataset, tables, files), kinds, parts)

@@ -25,7 +25,7 @@ from labkit.errors import DataNotFound
 from labkit.paths import user_path
 from labkit.suggest import did_you_mean, suggest_options
 from labkit.training.columns import inputs, left_out
-from labkit.training.data_files import SPLITS, Split, read_splits
+from labkit.training.data_files import SPLITS, Split, is_path, read_splits
 from labkit.training.labels import classes, label_column
 
 HUB_NAMES = {"mnist": "ylecun/mnist"}  # short names of ours
@@ -71,7 +71,7 @@ class ClassificationData:
 
 @suggest_options
 def load(
-    dataset: str = "digits",
+    dataset: str | Path = "digits",
     data_dir: str | Path | None = None,
     *,
     seed: int = 0,
@@ -92,14 +92,15 @@ def load(
         run = lk.fit(model, data, epochs=5)
         lk.evaluate(model, data.test_x, data.test_y)
 
-        flowers = lk.load("iris", "data/iris.csv", label="species", test_share=0.2)
+        flowers = lk.load("data/iris.csv", label="species", test_share=0.2)
 
     Args:
-        dataset: Name of the data set. Default "digits".
+        dataset: Name of the data set, or a path, which is what `data_dir` may be. Default
+            "digits".
         data_dir: A folder with `train` and `test` as parquet, csv, json or arrow files
-            (`train.csv`, `test-0.parquet`), as `save_to_disk` of `datasets` leaves them, or
-            as folders that hold a folder of images for each class; or a folder with a folder
-            of the data set's name that has them; or one file. Then nothing is downloaded.
+            (`train.csv`, `test-0.parquet`), or as folders that hold a folder of images for
+            each class; what `save_to_disk` of `datasets` leaves; a folder with a folder of
+            the data set's name that has them; or one file. Then nothing is downloaded.
             Default None: from the hub, or from what was downloaded before.
         seed: For the split of "digits", and of `test_share`. Default 0.
         label: The column of labels. Default None: `label`, or the only one it can be.
@@ -118,11 +119,16 @@ def load(
             seconds.
         ValueError: The data set is of another form. It says what is wrong with which column.
     """
+    from_path = isinstance(dataset, Path) or (isinstance(dataset, str) and is_path(dataset))
+    if from_path:
+        if data_dir is not None:
+            raise ValueError(f"lk.load({str(dataset)!r}, {str(data_dir)!r}): one path, or a name and a path")
+        dataset, data_dir = Path(dataset).name.split(".")[0] or str(dataset), dataset
     if not isinstance(dataset, str):
-        raise ValueError(f"lk.load({dataset!r}): the name of a data set, such as 'digits'")
+        raise ValueError(f"lk.load({dataset!r}): the name of a data set, such as 'digits', or a path")
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         raise ValueError(f"seed={seed!r}: a whole number")
-    if dataset == "digits":
+    if dataset == "digits" and not from_path:
         if data_dir is not None or columns is not None or label is not None or test_share is not None:
             raise ValueError(
                 "digits is part of scikit-learn, reads no files, and is split already: leave data_dir, label, columns "
