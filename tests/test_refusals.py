@@ -8,6 +8,8 @@ import pytest
 import torch
 import trio
 
+from labkit.client.expert import RemoteExpert
+from labkit.client.moe import MixtureOfExperts
 from labkit.client.overload import pause_before
 from labkit.errors import (
     BadRequest,
@@ -180,3 +182,27 @@ def test_pauses_grow_are_bounded_and_end_at_half_the_time():
     assert all(pause is not None and 0.02 <= pause <= 1.5 for pause in pauses)
     assert pauses[0] is not None and pauses[-1] is not None and pauses[0] < 0.08 < 0.5 <= pauses[-1]
     assert pause_before(1, since=0.0, now=4.99, deadline=10.0, uid="ffn.0") is None
+
+
+# ---------------------------------------------------------------- inputs that are none
+
+
+@pytest.mark.parametrize(
+    ("inputs", "keywords", "text"),
+    [
+        ((), {"scale": 2.0}, r"was given float as scale=….*tensors"),
+        ((None,), {}, r"was given None as input 2.*leave it out"),
+        ((), {"mask": None}, r"was given None as mask=….*leave it out"),
+        (([1.0, 2.0],), {}, r"was given list as input 2"),
+        ((torch.tensor(3.5),), {}, r"one number as input 2.*torch\.full\(\(rows, 1\), 3\.5\)"),
+    ],
+)
+def test_what_is_no_tensor_with_rows_is_refused_in_words_before_anything_is_sent(inputs, keywords, text):
+    for module in (MixtureOfExperts(DIM, (4,), swarm="none is open"), RemoteExpert("ffn.0", "none is open")):
+        with pytest.raises((TypeError, ValueError), match=text):
+            module(torch.ones(3, DIM), *inputs, **keywords)
+
+
+def test_tokens_are_no_input_for_a_gate():
+    with pytest.raises(TypeError, match=r"got torch\.int64.*further inputs"):
+        MixtureOfExperts(DIM, (4,), swarm="none is open")(torch.ones(3, DIM, dtype=torch.int64))

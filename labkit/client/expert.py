@@ -19,9 +19,9 @@ from torch.autograd.function import once_differentiable
 from labkit.client.expert_client import ExpertCall, OnDone, for_the_wire
 from labkit.client.frozen import are_wanted, gradient_nodes
 from labkit.client.gather import MAX_HALVINGS
+from labkit.client.inputs import check_finite, check_tensors
 from labkit.client.outside_graphs import outside_graphs
 from labkit.client.overload import pause_before
-from labkit.client.refusals import check_finite
 from labkit.client.session import Session, find_session
 from labkit.client.sizes import row_bytes
 from labkit.errors import MessageTooLarge, NoExperts, NonFiniteTensor, Overloaded, RPCError
@@ -107,6 +107,7 @@ class RemoteExpert(nn.Module):
         tensors = (*inputs, *keywords.values())
         if not tensors:
             raise ValueError(f"the expert {self.uid} is called with one input at least")
+        check_tensors(f"the expert {self.uid}", inputs, keywords)
         anchor: Tensor | None = self.anchor
         nodes: list[Any] = []
         if self.train_expert is None:

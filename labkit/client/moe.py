@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 from labkit.client.dispatch import DispatchConfig, Dispatched, dispatch_backward, dispatch_forward
 from labkit.client.expert_client import for_the_wire
 from labkit.client.frozen import are_wanted, gradient_nodes
+from labkit.client.inputs import check_finite, check_tensors
 from labkit.client.outside_graphs import outside_graphs
-from labkit.client.refusals import check_finite
 from labkit.client.session import Session, find_session
 from labkit.expert_protocol import MAX_TENSORS
 from labkit.expert_uid import check_grid, check_name
@@ -134,8 +134,14 @@ class MixtureOfExperts(nn.Module):
             ValueError: It is in x, or shapes do not fit.
             SwarmClosed: The swarm is not open in this process.
         """
-        if x.ndim < 1 or x.shape[-1] != self.dim:
+        check_tensors(f"the layer over the grid {self.name!r}", (x, *others), keywords)
+        if x.shape[-1] != self.dim:
             raise ValueError(f"the input's last dimension is {self.dim} here; got a tensor of shape {list(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(
+                f"the gate decides on floating-point numbers; got {x.dtype}. Hand tokens and the like over as further "
+                "inputs"
+            )
         leading = x.shape[:-1]  # b...
         further = (*others, *keywords.values())
         if any(other.shape[: len(leading)] != leading for other in further):

@@ -8,10 +8,7 @@ model may be training without the experts that somebody meant it to have.
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping, Sequence
-
-from torch import Tensor
+from collections.abc import Mapping
 
 from labkit.client.session import Session
 from labkit.errors import (
@@ -52,30 +49,6 @@ MEANINGS: dict[type[RPCError], str] = {
     NotAdmitted: "its server does not admit us",
     SecurityMismatch: "only one side encrypts",
 }
-
-
-def check_finite(name: str, what: str, tensors: Sequence[Tensor], sent: Tensor | None = None) -> None:
-    """Raise `NonFiniteTensor` for what experts would refuse, before it costs other rows of their requests.
-
-    Args:
-        name: The grid, or an expert.
-        what: What the tensors are, in words.
-        tensors: Each [n, ...].
-        sent: Bool, which of their first dimensions are sent at all; None for all.
-    """
-    for place, tensor in enumerate(tensors):
-        if not tensor.is_floating_point() or math.isfinite(tensor.sum()):  # a finite sum has finite terms
-            continue
-        bad = ~tensor.isfinite()
-        if sent is not None:
-            bad[~sent] = False
-        rows = bad.reshape(len(tensor), -1).any(1).nonzero()[:, 0].tolist()
-        if rows:
-            which = f"row {rows[0]}" if len(rows) == 1 else f"{len(rows)} rows, the first of them row {rows[0]}"
-            raise NonFiniteTensor(
-                f"{what} for {name!r}: number {place + 1} of {len(tensors)}, of shape {list(tensor.shape)}, has NaN or "
-                f"infinity in {which}. Nothing was sent, since experts would refuse it"
-            )
 
 
 def is_refusal(error: RPCError) -> bool:
