@@ -145,6 +145,15 @@ def test_a_layer_that_was_frozen_learns_again_when_it_is_let_go(shared):
     assert shared.trained()
 
 
+def test_what_is_frozen_between_the_two_passes_learns_as_little_as_other_modules_do(shared):
+    for module in (shared.moe(), shared.swarm.expert("ffn.0")):
+        y = module(torch.randn(10, DIM, requires_grad=True)).sum()
+        module.requires_grad_(False)
+        y.backward()
+        assert all(parameter.grad is None for parameter in module.parameters())
+        assert not shared.trained()
+
+
 def test_copies_of_a_frozen_layer_are_frozen(shared):
     moe = shared.moe(train_experts=False)
     for layer in (copy.deepcopy(moe), copy.deepcopy(shared.moe().requires_grad_(False))):

@@ -36,6 +36,9 @@ def are_wanted(nodes: Iterable[Any]) -> bool:
 
 
 def _is_wanted(node: Any) -> bool:
+    leaf = getattr(node, "variable", None)
+    if leaf is not None and not leaf.requires_grad:  # frozen since the forward pass: torch gives it no gradient either
+        return False
     asked = getattr(torch._C, "_will_engine_execute_node", None)
     if asked is None:  # a torch that does not say
         return True
