@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from labkit import __version__, quick_imports
 from labkit.cli.bench import add_bench_options, add_number
-from labkit.cli.parser import Parser
+from labkit.cli.parser import Parser, in_options
 from labkit.cli.terminal import at_terminal
 from labkit.launch.child_python import search_working_folder_last
 
@@ -170,7 +170,7 @@ def run_demo(options: argparse.Namespace) -> int:
     try:
         demo(DemoConfig(**fields), as_json=options.json, page=options.watch, browser=not options.no_browser)
     except (LabkitError, ValueError) as error:
-        return _fail(error)
+        return _fail(error, options)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -186,7 +186,7 @@ def run_serve(options: argparse.Namespace) -> int:
     try:
         serve(options)
     except (LabkitError, ValueError) as error:
-        return _fail(error)
+        return _fail(error, options)
     except KeyboardInterrupt:  # before it serves, or while it saves
         print("stopped", file=sys.stderr)
         return 130
@@ -202,7 +202,7 @@ def run_watch(options: argparse.Namespace) -> int:
     try:
         watch(options.invite, open_browser=not options.no_browser, port=options.port, key=options.key)
     except (LabkitError, ValueError) as error:
-        return _fail(error)
+        return _fail(error, options)
     except KeyboardInterrupt:
         pass  # the usual end
     return 0
@@ -217,7 +217,7 @@ def run_bench(options: argparse.Namespace) -> int:
     try:
         bench(options)
     except (LabkitError, ValueError) as error:
-        return _fail(error)
+        return _fail(error, options)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -233,16 +233,16 @@ def run_keygen(options: argparse.Namespace) -> int:
     try:
         identity.save(options.file)
     except (LabkitError, ValueError) as error:
-        return _fail(error)
+        return _fail(error, options)
     except OSError as error:
-        return _fail(f"{options.file} cannot be written: {error.strerror}")
+        return _fail(f"{options.file} cannot be written: {error.strerror}", options)
     print(key_text(identity.public_key))
     return 0
 
 
-def _fail(error: Exception | str) -> int:
-    """Print why a command has failed. Returns its exit status."""
-    print(f"labkit: {error}", file=sys.stderr)
+def _fail(error: Exception | str, options: argparse.Namespace) -> int:
+    """Print why a command has failed, in the words of its options. Returns its exit status."""
+    print(f"labkit: {in_options(str(error), vars(options))}", file=sys.stderr)
     return 1
 
 

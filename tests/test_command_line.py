@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import labkit as lk
 from labkit.__main__ import main
 from labkit.cli import serve as cli_serve
+from labkit.cli.parser import in_options
 from labkit.cli.serve import read_options
 from labkit.errors import SwarmClosed
 from labkit.events import CallFinished
@@ -174,34 +175,73 @@ def test_a_swarm_that_cannot_be_joined_is_a_line_that_says_why(capsys):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--experts", "0"], "experts=0"),
-        (["--grid", "0", "4"], "grid="),
+        (["--experts", "0"], "--experts 0: "),
+        (["--grid", "0", "4"], "--grid 0 4: "),
         (["--expert", "cnn"], "unknown expert kind 'cnn'; known are"),
         (["--expert", "no.such:Thing"], "'no.such:Thing' cannot be imported"),
-        (["--hidden", "7", "--expert", "transformer"], "hidden=7 is not a multiple of heads=8"),
+        (["--hidden", "0"], "--hidden 0: a whole number from 1"),
+        (["--hidden", "7", "--expert", "transformer"], "--hidden 7 is not a multiple of heads=8"),
         (["--listen", "4000"], "tcp://HOST:PORT"),
         (["--key", "/no/such/key"], "make one: labkit keygen /no/such/key"),
         (["--member", "me"], "'me' is not a public key"),
         (["--checkpoint-dir", "/dev/null"], "no checkpoints can be kept in /dev/null"),
-        (["--checkpoint-period", "0"], "checkpoint_period=0"),
-        (["--checkpoint-keep", "0"], "checkpoint_keep=0"),
+        (["--checkpoint-period", "0"], "--checkpoint-period 0.0: "),
+        (["--checkpoint-keep", "0"], "--checkpoint-keep 0: "),
+        (["--checkpoint-dir", ""], "--checkpoint-dir '': "),
+        (["--announce", "a:b:c"], "--announce a:b:c is not an address"),
         (["--name", "a.b"], "'a.b' is not a grid name"),
-        (["--device", "abacus"], "abacus"),
-        (["--optimizer", "adm"], "optimizer='adm': one of adam, adamw, sgd; did you mean 'adam'?"),
-        (["--clip", "-1"], "clip_grad_norm=-1"),
-        (["--threads", "0"], "threads=0"),
+        (["--device", "gpu"], "--device gpu: write cpu, or cuda"),
+        (["--device", "meta"], "--device meta: write cpu, or cuda"),
+        (["--device", "cuda:99"], "--device cuda:99: not here; torch can compute on cpu"),
+        (["--optimizer", "adm"], "--optimizer adm: one of adam, adamw, sgd; did you mean 'adam'?"),
+        (["--clip", "-1"], "--clip -1.0: "),
+        (["--lr", "nan"], "--lr nan: "),
+        (["--threads", "0"], "--threads 0: "),
+        (["--threads", "100000"], "--threads 100000: from 1 to 1,024"),
         (["--label", "a\nb"], "at most 64 characters in one line"),
         (["--expert", "transfomer"], "did you mean 'transformer'?"),
         (["--option", "inner"], "--option 'inner': write NAME=VALUE"),
         (["--option", "inner=8", "--option", "inner=9"], "inner is given twice"),
         (["--option", "iner=8"], "takes no option iner; did you mean 'inner'? It takes hidden (required), inner"),
-        (["--option", "inner=wide"], "inner"),
+        (["--option", "inner=wide"], "inner='wide': a whole number from 1"),
+        (
+            ["--option", "lr=1"],
+            "takes no option lr; it takes hidden (required), inner. How it is trained is set by --lr, --opt",
+        ),
+        (["--expert", "transformer", "--option", "heads=0"], "heads=0: a whole number from 1"),
+        (["--expert", "transformer", "--option", "causal=yes"], "causal='yes': true or false"),
         (["--option", "label=x"], "--option label=…: not an option of a kind"),
         (["--hidden", "4", "--option", "hidden=8"], "either --hidden"),
     ],
 )
 def test_what_cannot_be_served_is_a_line_that_says_why(capsys, arguments, text):
     assert text in complaint(capsys, "serve", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["demo", "--seed", "-1"], "--seed -1: "),
+        (["demo", "--seed", f"{10**30}"], "--seed 1000"),
+        (["demo", "--data-dir", "here"], "--data-dir: the data set digits reads no files"),
+        (["demo", "--dataset", "mnist", "--data-dir", ""], "--data-dir '': "),
+        (["bench", "rpc", "--hidden", "0"], "--hidden 0: "),
+        (["bench", "moe", "--k-best", "100"], "--k-best 100"),
+        (["bench", "latency", "--delays-ms", "-5"], "--delays-ms -5"),
+    ],
+)
+def test_what_a_command_cannot_do_is_said_in_the_words_of_its_options(capsys, arguments, text):
+    assert text in complaint(capsys, *arguments)
+
+
+def test_an_error_is_put_in_the_words_of_a_command_line_and_what_is_no_argument_is_left_as_it_is():
+    names = ["lr", "grid", "name", "key"]
+    assert in_options("serve it with name=…, as grid=(2, 3) or lr=0.5", names) == (
+        "serve it with --name …, as --grid 2 3 or --lr 0.5"
+    )
+    assert in_options("name='a b': no name", names) == "--name 'a b': no name"
+    other = "labkit://host:1?key=3, with heads=8 and color=1"
+    assert in_options(other, names) == other
 
 
 def test_options_of_a_server_reach_its_experts_and_its_label_is_seen_by_all(capsys):

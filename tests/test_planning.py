@@ -46,7 +46,7 @@ def test_servers_are_announced_at_the_host_of_the_swarm_with_ports_of_their_own(
 
 
 def test_a_transformer_without_heads_is_refused_whoever_says_so():
-    with pytest.raises(ValueError, match="no transformer expert can be made"):
+    with pytest.raises(ValueError, match="heads=0: a whole number"):
         fit_options("transformer", {}, "t", GridInfo((2,), "transformer", {"hidden": 8, "heads": 0}))
 
 

@@ -32,6 +32,7 @@ from labkit.view.progress import show_progress
 
 HIDDEN = 64  # width of the model and its experts
 CHECKPOINT_PERIOD = 2.0  # seconds
+MAX_SEED = 1 << 63  # of torch's generators
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class DemoConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1")
+        if not 0 <= self.seed < MAX_SEED:
+            raise ValueError(f"--seed {self.seed}: from 0 to 2**63 - 1")
+        if self.data_dir is not None and self.dataset == "digits":
+            raise ValueError("--data-dir: the data set digits reads no files; name another one with --dataset")
         if self.servers > self.experts:
             raise ValueError(f"--servers {self.servers}: at most one for each of the {self.experts} experts")
         if self.k_best > self.experts:

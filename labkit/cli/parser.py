@@ -4,10 +4,36 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from labkit.suggest import did_you_mean
+
+OTHER_NAMES = {"clip_grad_norm": "clip"}  # of arguments, with the options that give them
+TRAINING_OPTIONS = "--lr, --optimizer and --clip"
+
+
+def in_options(text: str, names: Iterable[str]) -> str:
+    """What an error says of arguments of functions, in the words of a command line: `lr=-1:` as `--lr -1:`.
+
+    Args:
+        text: The error.
+        names: The options of the command, as attributes: `data_dir` for `--data-dir`.
+    """
+    options = {name: name for name in names} | OTHER_NAMES
+    argument = rf"(?<!--option )(?<!--option ')(?<![\w.?&/-])({'|'.join(sorted(options, key=len, reverse=True))})="
+    value = r"('[^'\n]*'|[\[(][-\d., ]*[\])]|…|[^\s:;,)]+)"
+
+    def write(found: re.Match[str]) -> str:
+        name, given = options[found[1]].replace("_", "-"), found[2]
+        if given.startswith("'"):
+            given = shlex.quote(given[1:-1])
+        elif given[0] in "[(":
+            given = " ".join(re.findall(r"[-\d.]+", given))
+        return f"--{name} {given}"
+
+    return re.sub(argument + value, write, text.replace("backend=BackendConfig(…)", TRAINING_OPTIONS))
 
 
 class Parser(argparse.ArgumentParser):

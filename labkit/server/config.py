@@ -14,6 +14,8 @@ from labkit.expert_uid import check_inside, split_uid
 from labkit.paths import user_path
 from labkit.server.optimizer import BackendConfig
 
+MAX_THREADS = 1024  # of one operation; many more than a system gives a process end it, without a word
+
 
 @dataclass(frozen=True)
 class ServerConfig:
@@ -62,7 +64,7 @@ class ServerConfig:
             raise ValueError(f"checkpoint_period={self.checkpoint_period}: a number of seconds above 0")
         if not isinstance(self.checkpoint_keep, int) or self.checkpoint_keep < 1:
             raise ValueError(f"checkpoint_keep={self.checkpoint_keep!r}: a number of checkpoints, at least 1")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads={self.threads}: at least 1")
+        if self.threads is not None and not (isinstance(self.threads, int) and 1 <= self.threads <= MAX_THREADS):
+            raise ValueError(f"threads={self.threads!r}: from 1 to {MAX_THREADS:,}")
         if not isinstance(self.label, str) or self.label != clean_label(self.label):
             raise ValueError(f"label={self.label!r}: at most {MAX_LABEL} characters in one line")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import numbers
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
@@ -25,6 +26,8 @@ from labkit.suggest import did_you_mean
 
 Factory = Callable[..., nn.Module]
 F_co = TypeVar("F_co", bound=Factory)
+
+MAX_SIZE = 1 << 20  # of a dimension of the kinds below
 
 _factories: dict[str, Factory] = {}
 _importing: ContextVar[str | None] = ContextVar("importing", default=None)
@@ -230,7 +233,7 @@ def _no_option(kind: str | Factory, factory: Factory, unknown: Iterable[str], al
 
 def _options_of(factory: Factory) -> str:
     names = (f"{p.name} (required)" if p.default is p.empty else p.name for p in _takes(factory))
-    return f"it takes {', '.join(names) or 'nothing'}. How it is trained is said in backend=BackendConfig(…)"
+    return f"it takes {', '.join(names) or 'nothing'}. How it is trained is set by backend=BackendConfig(…)"
 
 
 def _takes(factory: Factory) -> list[inspect.Parameter]:
@@ -243,6 +246,13 @@ def _label(kind: str | Factory) -> str:
 
 
 # ---------------------------------------------------------------- the kinds that come with labkit
+
+
+def check_size(name: str, value: object) -> int:
+    """Returns the size of a dimension that an option gives. Raises `ValueError` if it is none."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and 1 <= (size := int(value)) <= MAX_SIZE:
+        return size
+    raise ValueError(f"{name}={value!r}: a whole number from 1 to {MAX_SIZE:,}")
 
 
 class FeedForward(nn.Module):
@@ -259,7 +269,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden: int, inner: int | None = None) -> None:
         super().__init__()
-        inner = 4 * hidden if inner is None else inner
+        check_size("hidden", hidden)
+        inner = 4 * hidden if inner is None else check_size("inner", inner)
         self.takes = f"float32 [rows, {hidden}]"
         self.layers = nn.Sequential(
             nn.Linear(hidden, inner), nn.LayerNorm(inner), nn.ReLU(),
@@ -291,9 +302,13 @@ class Transformer(nn.Module):
         self, hidden: int, heads: int = 8, inner: int | None = None, causal: bool = False, max_length: int = 2048
     ) -> None:
         super().__init__()
+        for name, size in (("hidden", hidden), ("heads", heads), ("max_length", max_length)):
+            check_size(name, size)
+        if not isinstance(causal, bool):
+            raise ValueError(f"causal={causal!r}: true or false")
         if hidden % heads:
             raise ValueError(f"hidden={hidden} is not a multiple of heads={heads}")
-        inner = 2 * hidden if inner is None else inner
+        inner = 2 * hidden if inner is None else check_size("inner", inner)
         self.heads, self.causal, self.max_length = heads, causal, max_length
         self.takes = f"float32 [rows, at most {max_length}, {hidden}]"
         self.attention_norm = nn.LayerNorm(hidden)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from labkit.server.hardware import check_device_name
 from labkit.server.validation import HALF_PRECISION
 from labkit.suggest import one_of, suggest_fields
 
@@ -104,7 +105,8 @@ class BackendConfig:
         if not (math.isfinite(self.age_power) and self.age_power >= 0):
             raise ValueError(f"age_power={self.age_power!r}: a finite number of at least 0")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
-            raise ValueError(f"clip_grad_norm={self.clip_grad_norm}: a positive number, or None for no clipping")
+            raise ValueError(f"clip_grad_norm={self.clip_grad_norm!r}: a number above 0; leave it out for no bound")
+        object.__setattr__(self, "device", check_device_name(self.device))
 
     def lr_at(self, updates: int, staleness: float = 0.0) -> float:
         """The learning rate of a step: a schedule without state.

@@ -35,6 +35,7 @@ from labkit.node import NodeConfig, open_node
 from labkit.server.backend import ANSWER_LIMIT, ExpertBackend
 from labkit.server.checkpoints import Progress, keep_checkpoints, restore, save_all
 from labkit.server.config import ServerConfig
+from labkit.server.hardware import check_device
 from labkit.server.layers import kind_name, make_expert
 from labkit.server.leaving import Traffic, leave, stop_timeout
 from labkit.server.loading import LoadOrder, carry_out_loads
@@ -82,6 +83,7 @@ class ExpertServer:
         self._timers = timers
         self.faults = faults or Faults()
         self.traffic = Traffic()
+        check_device(config.backend.device)
         backends: dict[str, ExpertBackend] = {}
         for uid in config.uids:
             backends[uid] = self._make_backend(uid)

@@ -252,7 +252,7 @@ def _from_hub(dataset: str) -> dict[str, Split]:
             raise DataNotFound(f"the hub's data set {name!r} could not be downloaded: {error}") from error
         raise DataNotFound(
             f"the hub cannot be reached for the data set {name!r}, and no earlier download of it is on this machine; "
-            f"name a folder with its parquet files: data_dir=… (or --data-dir …){hint}"
+            f"name a folder with its parquet files: data_dir=…{hint}"
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline_before

@@ -44,7 +44,7 @@ class UpdateRule:
         if self.warmup < 0 or (self.decay_over and self.decay_over <= self.warmup):
             raise ValueError(f"warmup={self.warmup!r}: at least 0, and less than the updates of the whole run")
         if self.clip_grad_norm is not None and not 0 < self.clip_grad_norm < math.inf:
-            raise ValueError(f"clip_grad_norm={self.clip_grad_norm!r}: a positive number, or None for no clipping")
+            raise ValueError(f"clip_grad_norm={self.clip_grad_norm!r}: a number above 0; leave it out for no bound")
         for name in ("age_power", "compensation"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name}={getattr(self, name)!r}: a finite number of at least 0")
