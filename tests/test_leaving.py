@@ -181,6 +181,56 @@ async def test_it_waits_for_the_backward_passes_of_experts_that_are_trained_as_l
     assert await stopped_after(traffic) <= RETURN_TIME + 0.01
 
 
+async def test_it_waits_for_a_caller_that_comes_back_until_that_one_has_heard_that_it_leaves(autojump_clock):
+    """One who calls now and then uses an address that it has read before the server took it out of the directory."""
+
+    def call(caller: str) -> None:
+        traffic.arrive("ffn.0", "forward", caller)
+        traffic.end("ffn.0", "forward", answered=True)
+
+    traffic = Traffic()
+    for _ in range(3):
+        call("rare")
+        await trio.sleep(1)
+    for _ in range(100):
+        call("often")
+        await trio.sleep(0.001)
+    traffic.leaving = True
+    async with trio.open_nursery() as nursery:
+
+        async def call_again() -> None:
+            await trio.sleep(0.8)
+            call("rare")
+
+        nursery.start_soon(call_again)
+        assert await stopped_after(traffic) == pytest.approx(0.8 + QUIET_TIME)
+
+    traffic = Traffic()
+    for seconds in (0, 20):
+        await trio.sleep(seconds)
+        call("very rare")
+    assert await stopped_after(traffic) == pytest.approx(leaving.CALLER_TIME)
+
+
+async def test_a_caller_that_calls_once_a_second_loses_no_call_and_hears_that_the_server_leaves():
+    stop = trio.Event()
+    async with lab(config(), stop=stop) as here:
+        replies = []
+        for number in range(3):
+            if number == 2:
+                stop.set()
+            if number:
+                await trio.sleep(1)
+            replies.append(
+                await here.node.client.call(
+                    here.server, FORWARD, ExpertRequest(UIDS[0]), [X], returns=ExpertReply, timeout=5.0, lane=BULK
+                )
+            )
+        assert [reply.body.leaving for reply in replies] == [False, False, True]
+        with trio.fail_after(5):
+            await here.ended.wait()
+
+
 async def test_it_does_not_wait_for_ever_and_hardly_at_all_where_a_swarm_is_closed(autojump_clock):
     traffic = Traffic()
     traffic.arrive("ffn.0", "forward")

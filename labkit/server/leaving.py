@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Hashable, Iterable, Sequence
 
 import trio
 
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 QUIET_TIME = 0.3  # seconds without a request after which nobody seems to call any more
 RETURN_TIME = 3.0  # seconds after a forward pass in which its backward pass may come, at most
 MAX_AWAITED = 1024  # of an expert
+CALLER_TIME = 4.0  # seconds after a caller's last request in which the next one is awaited, at most
+MAX_CALLERS = 4096  # of an expert each, that are remembered
 LEAVE_TIMEOUT = 10.0  # seconds that all this takes at most
 HURRIED_QUIET_TIME = 0.05  # the same where a whole swarm is closed, within two seconds
 HURRIED_TIMEOUT = 0.3
@@ -37,7 +39,9 @@ class Traffic:
     """The requests of a server: those that are open, and the backward passes that are still to come.
 
     Which forward passes come back, nobody says. So the oldest forward pass of an expert that was answered is taken for
-    the one whose backward pass comes, and a backward pass is awaited for twice as long as others took.
+    the one whose backward pass comes, and a backward pass is awaited for twice as long as others took. A caller that
+    has come back to an expert is awaited for twice the time after which it did, since it may come once more before it
+    reads the directory again; then its answer says that the server leaves, and it comes no more.
     """
 
     def __init__(self) -> None:
@@ -47,12 +51,17 @@ class Traffic:
         self._trained = set[str]()  # the experts that have had a backward pass
         self._answered = defaultdict[str, deque[float]](lambda: deque(maxlen=MAX_AWAITED))  # forward passes: when
         self._return_time = 0.0  # seconds from a forward pass to its backward pass
+        self._callers = OrderedDict[
+            tuple[Hashable, str], tuple[float, float]
+        ]()  # the last request, and the time between
         self._changed = trio.Event()
 
-    def arrive(self, uid: str, direction: Direction) -> None:
-        """Note a request."""
+    def arrive(self, uid: str, direction: Direction, caller: Hashable = None) -> None:
+        """Note a request of an expert, and of whom, if that is known."""
         self._open += 1
         self._last = trio.current_time()
+        if caller is not None and direction == "forward":
+            self._note_caller((caller, uid))
         if direction == "backward":
             self._trained.add(uid)
             answered = self._answered[uid]
@@ -61,6 +70,15 @@ class Traffic:
                 if took <= RETURN_TIME:  # else it was of those that have no backward pass
                     self._return_time = max(took, 0.95 * self._return_time)
                     break
+
+    def _note_caller(self, key: tuple[Hashable, str]) -> None:
+        before = self._callers.pop(key, None)
+        if self.leaving:
+            return  # the answer says so
+        between = 0.0 if before is None else max(self._last - before[0], 0.8 * before[1])
+        self._callers[key] = self._last, between
+        if len(self._callers) > MAX_CALLERS:
+            self._callers.popitem(last=False)
 
     def end(self, uid: str, direction: Direction, answered: bool) -> None:
         """Note that a request was answered, or has failed or was given up."""
@@ -78,7 +96,12 @@ class Traffic:
         if hurried:
             return self._last + HURRIED_QUIET_TIME
         awaited = max((self._answered[uid][-1] for uid in self._trained if self._answered[uid]), default=-math.inf)
-        return max(self._last + QUIET_TIME, awaited + min(2 * self._return_time, RETURN_TIME))
+        callers = (last + min(2 * between, CALLER_TIME) for last, between in self._callers.values())
+        return max(
+            self._last + QUIET_TIME,
+            awaited + min(2 * self._return_time, RETURN_TIME),
+            max(callers, default=-math.inf),
+        )
 
     async def until_quiet(self, hurried: bool = False) -> None:
         """Wait until all requests are answered, and no more are expected; `hurried`: for less long."""

@@ -179,7 +179,7 @@ class ExpertServer:
             self._timers.at(request.deadline, respond, DeadlineExceeded("lost, as faults are injected here"))
             ended = True
         else:
-            self.traffic.arrive(body.uid, direction)
+            self.traffic.arrive(body.uid, direction, request.peer)
             self._timers.after(delay, enqueue)
         return forget
 
