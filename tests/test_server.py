@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from labkit.contact import Contact
 from labkit.dht.storage import Entry
-from labkit.directory.grids import GRIDS_KEY, GridInfo, find_grids
+from labkit.directory.grids import GRIDS_KEY, GridInfo, find_grids, keep_grid_declared
 from labkit.errors import BadRequest, CheckpointError, LabkitError, NonFiniteTensor, Overloaded, UnknownExpert
 from labkit.expert_protocol import BACKWARD, FORWARD, SCHEMA, ExpertRequest, ExpertSchema, TensorSchema
 from labkit.faults import Faults
@@ -127,6 +127,21 @@ async def test_what_an_expert_takes_can_be_asked_before_its_first_call():
         await here.call("forward", [X])
         assert await ask(UIDS[0]) == FOUR  # a call has shown it
         assert await ask(UIDS[1]) is None
+
+
+async def test_a_server_that_does_not_know_what_its_experts_take_declares_what_another_one_knows():
+    async with lab(config(kind="nop")) as here, trio.open_nursery() as nursery:
+        unknown = (await find_grids(here.node.dht, 5.0))["ffn"]
+        known = msgspec.structs.replace(unknown, schema=FOUR)
+        assert unknown.schema is None
+        for declared, expected in (
+            (known, known),
+            (unknown, known),  # the same experts
+            (msgspec.structs.replace(unknown, kind="ffn"), msgspec.structs.replace(unknown, kind="ffn")),
+        ):
+            await nursery.start(keep_grid_declared, here.node.dht, "ffn", declared, 30.0)
+            assert (await find_grids(here.node.dht, 5.0))["ffn"] == expected
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize(

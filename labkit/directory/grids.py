@@ -21,6 +21,7 @@ from labkit.expert_uid import check_grid, check_name
 logger = logging.getLogger(__name__)
 
 GRIDS_KEY = "grids"  # of the record in the DHT
+SCHEMA_TIMEOUT = 2.0  # seconds for a look at what others have declared
 Text = Annotated[str, msgspec.Meta(max_length=200)]
 
 
@@ -67,17 +68,27 @@ async def keep_grid_declared(
 ) -> None:
     """Declare a grid every `ttl / 3` seconds, until cancelled. `task_status` is told after the first time.
 
-    `info`: what to declare, or a function that says it each time.
+    `info`: what to declare, or a function that says it each time. A server that does not know yet what its experts take
+    declares what another server of the same experts has found out.
     """
     while True:
-        entry = Entry(GRIDS_KEY, msgspec.msgpack.encode(info() if callable(info) else info), ttl, name)
+        now = info() if callable(info) else info
         try:
-            await dht.store_many([entry])
+            if now.schema is None:
+                now = await _with_known_schema(dht, name, now)
+            await dht.store_many([Entry(GRIDS_KEY, msgspec.msgpack.encode(now), ttl, name)])
         except LabkitError as error:
             logger.warning("the grid %s could not be declared: %s", name, error)
         task_status.started()
         task_status = trio.TASK_STATUS_IGNORED
         await trio.sleep(ttl / 3)
+
+
+async def _with_known_schema(dht: Records, name: str, info: GridInfo) -> GridInfo:
+    """The record with the schema that another server has declared for the same experts, if there is one."""
+    known = (await find_grids(dht, SCHEMA_TIMEOUT)).get(name)
+    same = known is not None and msgspec.structs.replace(known, schema=None) == info
+    return known if known is not None and same else info
 
 
 def _check_schema(schema: ExpertSchema) -> None:
