@@ -81,12 +81,19 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> object:
     home = _HOME.get(name) or _MODULES.get(name)
     if home is None:
-        raise AttributeError(f"module 'labkit' has no attribute {name!r}")
+        # With the name, since Python suggests one itself where the name is missing: twice is too often.
+        raise AttributeError(f"module 'labkit' has no attribute {name!r}{_meant(name)}", name=name)
     with quick_imports():
         module = importlib.import_module(f"labkit.{home}")
         value = module if name in _MODULES else getattr(module, name)
     globals()[name] = value
     return value
+
+
+def _meant(name: str) -> str:
+    from labkit.suggest import did_you_mean
+
+    return "" if name.startswith("_") else did_you_mean(name, __all__)
 
 
 @contextmanager

@@ -16,6 +16,9 @@ OTHER_WORDS = {  # of other libraries, with ours
     "accumulate_grad_batches": "accumulate", "max_grad_norm": "clip_grad_norm", "gradient_clip_val": "clip_grad_norm",
     "grad_clip": "clip_grad_norm", "early_stopping": "patience", "num_workers": "trainers", "workers": "trainers",
     "eval_steps": "every", "warmup_steps": "warmup", "bs": "batch_size",
+    "k": "k_best", "top_k": "k_best", "topk": "k_best", "num_experts": "experts", "n_experts": "experts",
+    "num_experts_per_tok": "k_best", "hidden_size": "hidden", "hidden_dim": "hidden", "d_model": "hidden",
+    "num_heads": "heads", "n_heads": "heads", "host": "listen", "port": "listen", "address": "listen",
     "per_device_train_batch_size": "batch_size", "num_train_epochs": "epochs", "random_state": "seed",
 }  # fmt: skip
 
@@ -70,20 +73,22 @@ def suggest_fields(cls: C) -> C:
 def suggest_options(function: F) -> F:
     """Let a function or method answer an unknown keyword with the option that is nearest to it."""
     parameters = inspect.signature(function).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.name != "self"]
+    known = [parameter.name for parameter in parameters if parameter.name not in ("self", "cls")]
+    shown = [name for name in known if not name.startswith("_")]
     by_place = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     open_ended = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
 
     @functools.wraps(function)
     def checked(*args: Any, **options: Any) -> Any:
         if len(args) > len(by_place) and not open_ended:
-            taken = [name for name in by_place if name != "self"]
+            taken = [name for name in by_place if name in known]
             pair = "; x and y are one value, (x, y)" if "data" in taken else ""
             raise TypeError(
                 f"{function.__name__} takes {', '.join(taken)} by their places, and everything else by name{pair}"
             )
         if unknown := options.keys() - set(known):
-            raise ValueError(no_option(function.__name__, unknown, known))
+            what = type(args[0]).__name__ if function.__name__ == "__init__" else function.__name__
+            raise ValueError(no_option(what, unknown, shown))
         return function(*args, **options)
 
     return checked  # type: ignore[return-value]

@@ -74,6 +74,7 @@ class Swarm(SwarmLifecycle):
     """
 
     @classmethod
+    @suggest_options
     def join(
         cls, invite: str, *, name: str | None = None, listen: str | None = None, announce: str | None = None,
         secure: bool | None = None, key: str | Path | Identity | None = None, members: Sequence[str] | None = None,
@@ -189,6 +190,7 @@ class Swarm(SwarmLifecycle):
         self.servers += handles
         return handles
 
+    @suggest_options
     def faults(self, latency: float | None = None, loss: float | None = None) -> Faults:
         """Inject faults into all servers started here. Returns the faults that hold now.
 
@@ -272,6 +274,7 @@ class Swarm(SwarmLifecycle):
             train_experts=train_experts, dispatch=config,
         )  # fmt: skip
 
+    @suggest_options
     def expert(
         self, uid: str, *, timeout: float = 10.0, codec: str = "none", train_expert: bool | None = None
     ) -> RemoteExpert:

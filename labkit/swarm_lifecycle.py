@@ -32,6 +32,7 @@ from labkit.node import NodeConfig, check_config
 from labkit.portal import Portal
 from labkit.process_bound import ProcessBound
 from labkit.server.layers import importing
+from labkit.suggest import suggest_options
 from labkit.view.collect.telemetry import Telemetry
 from labkit.view.log.custom_loop import CustomLoop
 from labkit.view.page.remote_service import RemoteService
@@ -65,6 +66,7 @@ class SwarmLifecycle(ProcessBound):
         view: What shows it.
     """
 
+    @suggest_options
     def __init__(
         self, name: str = "default", *, listen: str = LOOPBACK, announce: str | None = None, secure: bool | None = None,
         key: str | Path | Identity | None = None, members: Sequence[str] | None = None, node: NodeConfig | None = None,

@@ -41,6 +41,12 @@ def swarm():
         (lambda s: s.serve("ffn", hidden=4, experst=4), "experts"),
         (lambda s: s.serve("ffn", hidden=4, chekpoint_dir="x"), "checkpoint_dir"),
         (lambda s: s.serve(Mine, widht=4), "width"),
+        (lambda s: s.serve("ffn", hidden_size=4), "hidden"),
+        (lambda s: s.moe(4, top_k=2), "k_best"),
+        (lambda s: lk.Swarm("other", lissten="tcp://127.0.0.1:*"), "listen"),  # type: ignore[call-arg]
+        (lambda s: lk.Swarm.join("labkit://", nmae="other"), "name"),  # type: ignore[call-arg]
+        (lambda s: s.faults(latncy=1), "latency"),
+        (lambda s: s.expert("experts.0.0", time_out=1), "timeout"),
         (lambda s: s.serve("nop", isolation="taks"), "task"),
         (lambda s: s.moe(4, name="expert"), "experts"),
         (lambda s: s.moe(4, grid=(1, 1), k_bst=4), "k_best"),
@@ -68,6 +74,22 @@ def swarm():
 def test_a_misspelt_word_is_asked_back(swarm: Swarm, wrong: Callable[[Swarm], object], meant: str):
     with pytest.raises((ValueError, TypeError), match=f"did you mean '{meant}'\\?"):
         wrong(swarm)
+
+
+def test_a_misspelt_name_of_the_package_is_asked_back():
+    with pytest.raises(AttributeError, match="no attribute 'Swrm'; did you mean 'Swarm'\\?"):
+        lk.Swrm  # noqa: B018
+    assert not hasattr(lk, "__fit__")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"accumulate": "x"}, {"accumulate": 1.5}, {"max_batch_size": True}, {"lr": "x"}, {"beta1": "x"},
+     {"age_power": None}, {"clip_grad_norm": "x"}, {"total_steps": None}, {"device": "gpu"}, {"device": 1.5}],
+)  # fmt: skip
+def test_a_value_of_the_wrong_kind_is_refused_in_words(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+        lk.BackendConfig(**wrong)
 
 
 def test_nothing_is_suggested_that_is_not_near():

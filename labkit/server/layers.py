@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit.server.user_code import CodeWantedOut, contained, describe_error
-from labkit.suggest import did_you_mean
+from labkit.suggest import OTHER_WORDS, did_you_mean
 
 Factory = Callable[..., nn.Module]
 F_co = TypeVar("F_co", bound=Factory)
@@ -226,7 +226,9 @@ def _check_options(kind: str | Factory, factory: Factory, options: Mapping[str, 
 
 def _no_option(kind: str | Factory, factory: Factory, unknown: Iterable[str], also: Iterable[str]) -> str:
     unknown = sorted(unknown)
-    close = did_you_mean(unknown[0], [*(p.name for p in _takes(factory)), *also])
+    known = [*(p.name for p in _takes(factory)), *also]
+    meant = OTHER_WORDS.get(unknown[0])
+    close = f"; did you mean {meant!r}?" if meant in known else did_you_mean(unknown[0], known)
     text = f"expert kind {_label(kind)!r} takes no option {', '.join(unknown)}"
     return f"{text}{close} I{_options_of(factory)[1:]}" if close else f"{text}; {_options_of(factory)}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from types import FunctionType
@@ -88,23 +89,24 @@ class BackendConfig:
             raise ValueError(one_of("optimizer", self.optimizer, OPTIMIZERS))
         if self.schedule not in ("constant", "linear"):
             raise ValueError(one_of("schedule", self.schedule, ("constant", "linear")))
+        for name, least in (("accumulate", 1), ("max_batch_size", 1), ("warmup_steps", 0), ("total_steps", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < least:
+                raise ValueError(f"{name}={value!r}: a whole number of at least {least}")
         if self.schedule == "linear" and self.total_steps <= self.warmup_steps:
             raise ValueError(
                 f"total_steps={self.total_steps!r}: a linear schedule needs more of them than "
                 f"warmup_steps={self.warmup_steps!r}"
             )
-        for name, least in (("accumulate", 1), ("max_batch_size", 1), ("warmup_steps", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)!r}: at least {least}")
         for name in ("lr", "weight_decay", "momentum"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            if not _is_number(value) or not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value!r}: a finite number of at least 0")
-        if not 0 <= self.beta1 < 1:
+        if not (_is_number(self.beta1) and 0 <= self.beta1 < 1):
             raise ValueError(f"beta1={self.beta1!r}: at least 0 and below 1")
-        if not (math.isfinite(self.age_power) and self.age_power >= 0):
+        if not (_is_number(self.age_power) and math.isfinite(self.age_power) and self.age_power >= 0):
             raise ValueError(f"age_power={self.age_power!r}: a finite number of at least 0")
-        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+        if self.clip_grad_norm is not None and not (_is_number(self.clip_grad_norm) and self.clip_grad_norm > 0):
             raise ValueError(f"clip_grad_norm={self.clip_grad_norm!r}: a number above 0; leave it out for no bound")
         object.__setattr__(self, "device", check_device_name(self.device))
 
@@ -119,6 +121,10 @@ class BackendConfig:
         if self.schedule == "linear" and updates >= self.warmup_steps:
             factor = max(0.0, (self.total_steps - updates) / (self.total_steps - self.warmup_steps))
         return self.lr * factor * math.pow(1.0 + staleness, -self.age_power)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: BackendConfig) -> torch.optim.Optimizer | None:
