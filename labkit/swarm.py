@@ -327,6 +327,7 @@ class Swarm(SwarmLifecycle):
 
     def on_event(self, listener: Emit) -> Callable[[], None]:
         """Call `listener` with every event, in its thread. Returns a function that ends this."""
+        self._portal.check_open()
         return self.listeners.add(listener)
 
     def invite(self) -> Invitation:
@@ -351,7 +352,8 @@ class Swarm(SwarmLifecycle):
         """Show a training loop of your own in the dashboard and in the loggers of `log_to`.
 
         It is cheap, and any thread may call it. A number may be a tensor or an array with one
-        element; NaN is taken, too. `lk.fit` needs none of this.
+        element; NaN is taken, too. `lk.fit` needs none of this. Once the swarm is closed nothing
+        shows it any more, which a warning says: the loop goes on.
 
         Example:
             swarm.log(loss=loss, accuracy=0.93)
@@ -378,7 +380,11 @@ class Swarm(SwarmLifecycle):
             logger: A `WandbLogger`, a `JsonlLogger`, or any object with `log(dict)` and
                 `finish()`.
             period: Seconds between two rows of the swarm.
+
+        Raises:
+            SwarmClosed: The swarm is closed.
         """
+        self._portal.check_open()
         return self.view.log_to(logger, period)
 
     def summary(self) -> SwarmSummary:

@@ -85,7 +85,7 @@ class SwarmLifecycle(ProcessBound):
         self.telemetry = Telemetry()
         self.listeners = Listeners()
         self.listeners.add(self.telemetry)
-        self._custom_loop = CustomLoop(self.telemetry, self.listeners)
+        self._custom_loop = CustomLoop(self.telemetry, self.listeners, name, closed=lambda: self.closed)
         self._faults = Faults()
         self.remote_service = RemoteService(lambda: getattr(self, "view", None))
         keys = None if members is None else [identity.public_key, *map(parse_key, members)]

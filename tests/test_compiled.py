@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,18 @@ class Own(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = self.inner(x)
         return output
+
+
+def test_trainers_use_what_the_first_of_them_has_compiled():
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    compiled: list[object] = []
+    model: Any = torch.compile(Own(nn.Linear(DIM, 3)), backend=backend)
+    data = torch.randn(80, DIM), torch.zeros(80, dtype=torch.long)
+    assert lk.fit(model, data, steps=40, batch_size=8, trainers=6).wait().state == "finished"
+    assert len(compiled) == 1
 
 
 def test_one_graph_for_all_is_refused_with_the_reason(swarm):

@@ -235,11 +235,23 @@ def test_a_swarm_shows_and_logs_a_loop_of_ones_own_from_any_thread(tmp_path):
         eventually(lambda: swarm.view.scene().headline.steps == 200)
         logger.stop()
         curves = swarm.view.scene().curves
-    swarm.log(loss=0.1)  # after the end it does nothing
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert sum("metrics/eval/f1" in row for row in rows) == 200
     assert {row["train/loss"] for row in rows if "train/loss" in row} == {0.5}
     assert [(curve.name, set(curve.value.tolist())) for curve in curves] == [("eval/f1", {0.75})]
+
+
+def test_a_closed_swarm_says_once_that_it_shows_nothing_and_does_not_end_the_loop(caplog):
+    with lk.Swarm("closed") as swarm:
+        pass
+    for _ in range(3):
+        swarm.log(loss=0.1)
+    assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [
+        "the swarm 'closed' is closed here: what is logged to it is shown nowhere"
+    ]
+    for listen in (lambda: swarm.log_to(print), lambda: swarm.on_event(print)):
+        with pytest.raises(lk.SwarmClosed, match="the swarm 'closed' is closed"):
+            listen()
 
 
 # ---------------------------------------------------------------- what passes wait for

@@ -42,6 +42,22 @@ class Says(nn.Module):
 ROWS = torch.arange(N)
 
 
+class Attributes(dict):
+    """A dictionary whose entries are attributes, and which has no others, not even for `getattr` with a default."""
+
+    __getattr__ = dict.__getitem__
+
+
+def test_outputs_may_be_a_dictionary_that_knows_no_attributes_but_its_own():
+    class Model(nn.Module):
+        def forward(self, rows, labels):
+            return Attributes(loss=F.cross_entropy(SCORES[rows], labels), logits=SCORES[rows])
+
+    batches = [{"rows": ROWS, "labels": Y}]
+    assert lk.evaluate(Model(), batches) == 0.7
+    assert lk.evaluate(Model(), batches, metric="loss") == pytest.approx(F.cross_entropy(SCORES, Y).item())
+
+
 @pytest.mark.parametrize(
     ("outputs", "y", "right"),
     [

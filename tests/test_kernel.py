@@ -175,6 +175,17 @@ def test_a_run_goes_on_between_cells_and_an_interrupt_of_wait_does_not_end_it(no
     assert notebook.run("run.stop()").result["text/plain"].startswith("<run stopped: ")
 
 
+def test_a_run_that_fails_while_another_cell_runs_says_so_under_the_cell_that_started_it(notebook):
+    wait_and_fail = "import threading; go = threading.Event(); fail = lambda step: go.wait(30) and 1 / 0"
+    started_in = notebook.client.execute(f"{wait_and_fail}; run = lk.fit(model, (x, y), steps=9, on_step=fail)")
+    notebook.client.execute("go.set()\nwhile run.running: time.sleep(0.01)")
+    text = ""
+    while "the run failed" not in text:
+        message = notebook.client.get_iopub_msg(timeout=TIMEOUT)
+        text = message["content"].get("text", "")
+    assert message["parent_header"]["msg_id"] == started_in
+
+
 def test_an_interrupt_ends_the_call_of_its_cell_only(notebook):
     assert notebook.run("swarm.faults(latency=1000.0)").error is None
     held = notebook.run("model(x)", interrupt_in="_Call.wait")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import subprocess
 import sys
 import threading
@@ -97,6 +98,39 @@ def test_over_a_swarm_an_unknown_grid_and_a_wrong_width_are_told_at_once():
         wrong = nn.Sequential(nn.Linear(8, 6), layer, nn.Linear(6, 2))
         with pytest.raises(TrainingFailed, match="no batch can succeed here"):
             fit(wrong, (X, Y), steps=1000).wait(10)
+
+
+def test_where_all_servers_have_left_or_too_few_experts_are_served_a_fresh_run_ends_at_once():
+    with Swarm("endings") as swarm:
+        (server,) = swarm.serve("ffn", hidden=8, grid=(2, 2), experts=2, isolation="task")
+        impatient = swarm.moe(8, k_best=3, k_min=3)
+        every, one = swarm.moe(8), swarm.expert(min(swarm.experts()))
+        missing = swarm.expert(min({"ffn.0.0", "ffn.0.1", "ffn.1.0"} - swarm.experts().keys()))
+        for layer, says in ((impatient, "fewer than k_min=3"), (missing, "nobody serves")):
+            with pytest.raises(TrainingFailed, match=f"no batch can succeed here: .*{says}"):
+                fit(nn.Sequential(layer, nn.Linear(8, 2)), (X, Y), steps=1000).wait(10)
+        server.stop()
+        for layer, says in ((every, "no live expert of the grid 'ffn'"), (one, f"nobody serves {one.uid}")):
+            with pytest.raises(TrainingFailed, match=f"no batch can succeed here: {says}"):
+                fit(nn.Sequential(layer, nn.Linear(8, 2)), (X, Y), steps=1000).wait(10)
+
+
+def test_servers_that_were_killed_may_come_back_so_a_fresh_run_waits_for_them():
+    with Swarm("endings") as swarm:
+        (server,) = swarm.serve("ffn", hidden=8, grid=(2, 2), isolation="task")
+        model = nn.Sequential(swarm.moe(8), nn.Linear(8, 2))
+        server.kill()
+        run = fit(model, (X, Y), steps=5, trainers=2)
+        while run.failed_batches < 3:
+            time.sleep(0.01)
+        server.restart()
+        assert run.wait(30).state == "finished"
+
+
+def test_batches_without_a_finite_loss_are_not_waited_for_as_servers_are(monkeypatch):
+    monkeypatch.setattr(labkit.training.trainer_threads, "FAILURE_PAUSE", 1.0)
+    with pytest.raises(TrainingFailed, match="50 batches in a row failed; the last: the loss is nan"):
+        fit(nn.Linear(8, 2), (X * math.nan, Y), steps=5, trainers=1).wait(10)
 
 
 @pytest.mark.parametrize("model", [nn.Linear(9, 2), Fails(lasting(NoExperts("no such\n   grid")))])

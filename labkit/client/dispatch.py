@@ -298,7 +298,7 @@ async def _find_experts(
             f"no live expert of the grid {name!r}: {where}; serve some with swarm.serve(name={name!r}, …) or "
             "`labkit serve`, or try again when its servers are back"
         )
-        nobody.recoverable = routing is None or session.directory.declared(name)
+        nobody.recoverable = routing is None or session.directory.may_hold(name, len(grid_scores))
         raise nobody
     alive = (routing.choice >= 0).sum(1)  # [n]
     fewest = int(alive.min()) if n else k
@@ -310,9 +310,11 @@ async def _find_experts(
     if too_few:
         rows = int((alive < config.k_min).sum())
         session.emit(RowsUnanswered(prefix=name, direction="forward", rows=rows))
-        raise NotEnoughExperts(
+        short = NotEnoughExperts(
             f"{rows} of {n} rows find fewer than k_min={config.k_min} live experts in the grid {name!r}: {where}"
         )
+        short.recoverable = session.directory.may_hold(name, len(grid_scores), config.k_min)
+        raise short
     if first_time:
         logger.warning("k_best=%d, but some rows find only %d live experts in the grid %r (%s)", k, fewest, name, where)
     return routing

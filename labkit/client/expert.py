@@ -146,7 +146,7 @@ class RemoteExpert(nn.Module):
         if info is None:
             name = parent(self.uid)[0]
             error = NoExperts(f"nobody serves {self.uid}: {await session.directory.explain(name)}")
-            error.recoverable = session.directory.declared(name)
+            error.recoverable = self.uid in session.directory.suspended([name])  # else it is not declared at all
             raise error
         return info
 

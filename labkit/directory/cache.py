@@ -161,6 +161,22 @@ class PrefixCache:
                         suspended[info.uid] = info
         return suspended
 
+    def may_hold(self, name: str, dims: int, count: int) -> bool:
+        """Whether `count` experts may be declared in the `dims`-dimensional grid `name`, offered or not.
+
+        Prefixes that are not cached, but have a marker, may hold any number.
+        """
+        now, prefixes = trio.current_time(), [name]
+        for level in range(1, dims + 1):
+            records = [record for prefix in prefixes if (record := self.records.get(prefix)) is not None]
+            if level > 1 and len(records) < len(prefixes):
+                return True
+            if level == dims:
+                break
+            prefixes = [f"{r.prefix}.{c}" for r in records for c, expires_at in r.markers.items() if now < expires_at]
+        leaves = (expires_at for record in records for _, expires_at in record.leaves.values())
+        return sum(now < expires_at for expires_at in leaves) >= count
+
     def changed(self, prefix: str) -> None:
         """Note that the suspicions about a prefix's experts have changed."""
         if (record := self.records.get(prefix)) is not None:

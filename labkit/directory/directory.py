@@ -288,6 +288,14 @@ class Directory:
         record = self._cache.records.get(prefix)
         return record is not None and bool(record.leaves or record.markers)
 
+    def may_hold(self, name: str, dims: int, count: int = 1) -> bool:
+        """Whether so many experts may be declared in the `dims`-dimensional grid `name`, offered or not.
+
+        From the cache alone, where prefixes that have not been read may hold any number. Markers outlive the experts
+        of servers that have left, so it is leaves that count.
+        """
+        return self._cache.may_hold(name, dims, count)
+
     async def explain(self, prefix: str) -> str:
         """Returns where and how `prefix` is looked up, and what is there and one level below, for error messages."""
         asked = f"{NAMESPACE + prefix!r} was looked up through our DHT node at {self._dht.contact.endpoint}"

@@ -39,7 +39,8 @@ def fit(
     Args:
         model: Any module; its `swarm.moe` layers call experts. Its modules keep the mode they
             are in. If all of them are in eval mode they are trained in train mode, but for
-            those whose parameters are frozen.
+            those whose parameters are frozen. Trainers share what `torch.compile(model)` has
+            compiled; after `model.compile()`, which wraps nothing, they run it as it is.
         data: `(x, y)` tensors or arrays, `(x1, x2, y)` with several inputs, a dictionary of
             them, tokens `[rows, positions]`, what `lk.load` returns (its training part), a
             torch `Dataset`, or any iterable of batches, such as a `DataLoader`, which is gone

@@ -94,8 +94,8 @@ def terms(loss: Any, outputs: Any, y: Any, rows: int) -> float:
         return int((y[:, 1:] != losses.IGNORED).sum())
     function = function_of(loss)
     if loss is None or function in (losses.cross_entropy, F.cross_entropy, F.nll_loss):
-        if y.is_floating_point() or y.shape == getattr(outputs, "shape", None):  # probabilities, or one-hot rows
-            return rows
+        if y.is_floating_point() or (isinstance(outputs, Tensor) and y.shape == outputs.shape):
+            return rows  # probabilities, or one-hot rows
         options = options_of(loss)
         counted = y[:, 1:] if loss is None and _is_causal(outputs, y) else y
         ignored, weight = options.get("ignore_index"), options.get("weight")

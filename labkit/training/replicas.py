@@ -78,6 +78,11 @@ def _compilers(model: nn.Module) -> Iterator[object]:
             yield compiler
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` has wrapped any of its modules."""
+    return any(True for _ in _compilers(model))
+
+
 def _uncopyable(model: nn.Module, shared: Mapping[int, object]) -> Iterator[object]:
     """What modules keep as attributes and cannot be copied."""
     # Modules and tensors stay as they are in these trials, so that each is about one attribute, and quick.

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 
 import torch
@@ -23,6 +23,7 @@ from labkit.training import failures
 from labkit.training.batches import Batch, Stream
 from labkit.training.forward import LossFunction
 from labkit.training.metrics import MeasuringStopped
+from labkit.training.replicas import is_compiled
 from labkit.training.run_record import RunRecord
 from labkit.training.shared_model import SharedModel
 from labkit.training.trainer import TrainConfig, train_step
@@ -32,7 +33,7 @@ from labkit.training.validation import Validator
 logger = logging.getLogger(__name__)
 
 POLL_INTERVAL = 0.02  # seconds between two looks at trainers that are waited for
-FAILURE_PAUSE = 0.05  # seconds that a trainer pauses after a failed batch, for each that has failed in a row
+FAILURE_PAUSE = 0.05  # seconds that a trainer pauses after a failed batch, for each outage in a row
 
 OUTAGES = (NotEnoughExperts, NoExperts, RPCError)  # which cost a batch, and not the run
 
@@ -82,10 +83,14 @@ class Trainers:
         self._told = told
         self._claimed = 0  # steps that are done or being tried
         self._failures_in_a_row = 0
+        self._outages_in_a_row = 0
         self._succeeded = False  # whether any step has been done in this process
         self._stop = threading.Event()
         self._turns = Turns[StepFinished](self._tell, most=2 * config.trainers)
         self._threads: list[threading.Thread] = []
+        self._place = failures.place_of_caller()
+        self._compiles = is_compiled(shared.model)
+        self._first_step = threading.Lock()
 
     def start(self) -> None:
         """Start the threads, and wait until each has begun. An interrupt ends them again."""
@@ -174,7 +179,7 @@ class Trainers:
         if step is not None:
             self._turns.report()
         else:  # Lost servers may be about to come back; failing again at once would not wait for them.
-            self._stop.wait(min(FAILURE_PAUSE * self._failures_in_a_row, 1.0))
+            self._stop.wait(min(FAILURE_PAUSE * self._outages_in_a_row, 1.0))
         return True
 
     def _claim(self) -> Batch | None:
@@ -192,13 +197,14 @@ class Trainers:
         """Train on a batch; None if it failed."""
         started = time.monotonic()
         try:
-            loss, staleness = train_step(self.shared, replica, batch, self._loss_function, self._config.balance)
+            with self._alone_until_compiled():
+                loss, staleness = train_step(self.shared, replica, batch, self._loss_function, self._config.balance)
+                self._succeeded = True
         except (*OUTAGES, FloatingPointError) as error:
             self._give_back(batch.rows, error)
             return None
         with self.lock:
-            self._failures_in_a_row = 0
-            self._succeeded = True
+            self._failures_in_a_row = self._outages_in_a_row = 0
             self._record.samples += batch.rows
             finished = StepFinished(
                 step=self._record.steps + 1, loss=loss, samples=batch.rows, seconds=time.monotonic() - started,
@@ -209,6 +215,19 @@ class Trainers:
             self._record.steps += 1  # last: a step that counts is in `history`, and listeners know of it
             return finished
 
+    @contextmanager
+    def _alone_until_compiled(self) -> Iterator[None]:
+        """A block for a step of a model of `torch.compile`: until one has succeeded, one trainer at a time enters.
+
+        All replicas use what the first one has compiled; at the same time each would compile it anew.
+        """
+        if self._compiles:
+            with self._first_step:
+                if not self._succeeded:
+                    yield
+                    return
+        yield
+
     def _give_back(self, samples: int, error: Exception) -> None:
         """Drop a batch that failed, so that another takes its step. Raises `TrainingFailed` where that is of no use."""
         with self.lock:
@@ -216,6 +235,7 @@ class Trainers:
             self._claimed -= 1
             self._record.failed_batches += 1
             self._failures_in_a_row += 1
+            self._outages_in_a_row += isinstance(error, OUTAGES)
             too_many = self._failures_in_a_row >= self._config.max_failures
         logger.debug("a batch was dropped: %s", error)
         # Where a step has been done before, servers may restart and come back as they were.
@@ -283,7 +303,7 @@ class Trainers:
                 self.error, self.traceback = error, error.__traceback__
         self._stop.set()
         if first:
-            failures.say(error, self._record.steps, self.total_steps)
+            failures.say(error, self._record.steps, self.total_steps, self._place)
 
     def _wind_up(self) -> None:
         """What the last trainer does."""
@@ -297,7 +317,7 @@ class Trainers:
 
     def leave_behind(self) -> None:
         """In a forked process, which has none of the threads: the run has ended here, and says why."""
-        self.lock, self.shared._lock = threading.RLock(), threading.Lock()  # a trainer may hold them
+        self.lock, self.shared._lock, self._first_step = threading.RLock(), threading.Lock(), threading.Lock()
         self._turns = Turns[StepFinished](self._tell, most=1)
         if self.left:
             self.left = 0

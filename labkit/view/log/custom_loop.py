@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from labkit.events import Emit, MetricsLogged, StepFinished
 from labkit.view.collect.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
 
 MAX_METRICS = 100  # in one call
 MAX_NAME = 100  # characters
@@ -24,11 +27,18 @@ class CustomLoop:
     Args:
         telemetry: Is told the last step, for the headline.
         emit: Gets the events.
+        name: The swarm.
+        closed: Whether it is closed.
     """
 
-    def __init__(self, telemetry: Telemetry, emit: Emit) -> None:
+    def __init__(
+        self, telemetry: Telemetry, emit: Emit, name: str = "", closed: Callable[[], bool] = lambda: False
+    ) -> None:
         self._telemetry = telemetry
         self._emit = emit
+        self._name = name
+        self._closed = closed
+        self._warned = False
         self._lock = threading.Lock()
         self._step = 0
         self._at: float | None = None  # when a loss was logged last
@@ -47,6 +57,11 @@ class CustomLoop:
             self._step = number
             if known_loss is not None:
                 self._at = now
+        if self._closed():
+            if not self._warned:
+                self._warned = True
+                logger.warning("the swarm %r is closed here: what is logged to it is shown nowhere", self._name)
+            return
         if known_loss is not None:
             self._telemetry.logged_step = number, known_loss, now
             self._emit(StepFinished(at=now, step=number, loss=known_loss, samples=count, seconds=seconds, staleness=0))
