@@ -270,6 +270,13 @@ def test_it_is_said_what_a_pass_waits_for(stage):
     assert backward == "a backward pass takes 20 ms, none of it waiting for stragglers; waits at most 4.00 s"
 
 
+def test_where_rows_need_every_answer_it_is_said_that_a_pass_waits_for_those(stage):
+    passed(stage, seconds=10.0, waited=0.0, patience=0.0)
+    assert waits_lines(stage.sampler.scene().waits) == [
+        "a forward pass takes 10 s, all of it for answers that rows need"
+    ]
+
+
 def test_several_layers_are_told_apart_and_what_is_long_ago_is_forgotten(stage):
     passed(stage, "ffn")
     passed(stage, "attention")

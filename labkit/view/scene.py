@@ -153,6 +153,8 @@ class Waits:
     @property
     def words(self) -> str:
         """As a sentence."""
+        if self.patience == 0 and self.waited == 0:  # such as with k_min=k_best
+            return f"a {self.direction} pass takes {seconds_text(self.seconds)}, all of it for answers that rows need"
         part = f"{seconds_text(self.waited)} of it" if self.waited >= 0.0005 else "none of it"
         text = f"a {self.direction} pass takes {seconds_text(self.seconds)}, {part} waiting for stragglers"
         if self.patience > 0:
