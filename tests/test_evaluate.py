@@ -273,3 +273,17 @@ def test_a_run_evaluates_with_its_own_loss():
 def test_arrays_of_numpy_are_data():
     x, y = X.double().numpy(), np.asarray(Y)
     assert fit(nn.Linear(3, CLASSES), (x, y), steps=2).wait().steps == 2
+
+
+@pytest.mark.parametrize("wrong", [3, 7, -1])
+def test_a_label_that_is_none_of_the_classes_is_named_when_it_is_trained_on(wrong):
+    y = torch.tensor([0, wrong, -100, 2])
+    for scores, labels in ((torch.zeros(4, 3), y), (torch.zeros(1, 4, 3), y[None])):
+        with pytest.raises(ValueError, match=f"y has the class {wrong}, and the model scores the classes 0 to 2"):
+            lk.losses.cross_entropy(scores, labels)
+
+
+@pytest.mark.parametrize("labels", [np.array(["b", "a"]), np.array(["b", 1], dtype=object)])
+def test_labels_that_are_texts_are_refused_with_what_numbers_them(labels):
+    with pytest.raises(ValueError, match=r"texts cannot become a tensor.*'b'.*numpy\.unique"):
+        lk.fit(nn.Linear(2, 2), (np.ones((2, 2)), labels), steps=1)

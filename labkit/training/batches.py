@@ -114,7 +114,10 @@ def tensor_of(array: Any) -> Tensor:
         return array
     numbers = np.asarray(array)
     if numbers.dtype.kind not in "biuf":
-        raise ValueError(f"data: an array of {numbers.dtype} cannot become a tensor; numbers are needed")
+        texts = [value for value in numbers.reshape(-1)[:1000].tolist() if isinstance(value, (str, bytes))]
+        such = f", such as {texts[0]!r}: number classes with numpy.unique(y, return_inverse=True)[1]" if texts else ""
+        what = "texts" if texts else f"an array of {numbers.dtype}"
+        raise ValueError(f"data: {what} cannot become a tensor; numbers are needed{such}")
     tensor = torch.from_numpy(
         np.array(numbers, copy=not numbers.flags.writeable or min(numbers.strides, default=0) < 0)
     )

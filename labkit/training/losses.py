@@ -37,7 +37,7 @@ def cross_entropy(outputs: Any, y: Tensor) -> Tensor:
         The mean over the labels that count, a scalar; 0 if none does.
 
     Raises:
-        ValueError: The shapes do not fit together.
+        ValueError: The shapes do not fit together, or a label is none of the classes.
     """
     scores = scores_of(outputs)
     if scores.ndim >= 2 and y.shape == scores.shape:
@@ -50,9 +50,17 @@ def _mean_over_classes(scores: Tensor, y: Tensor) -> Tensor:
     scores, y = classes_in_dim_1(scores, y)
     if scores.shape[1] == 1:
         raise ValueError(ONE_NUMBER.format(list(scores.shape)))
-    if not (y != IGNORED).any():
+    counts = y != IGNORED
+    if not counts.any():
         return scores.sum() * 0.0
+    check_classes(y, counts, scores.shape[1])
     return F.cross_entropy(scores, y)
+
+
+def check_classes(y: Tensor, counts: Tensor, classes: int) -> None:
+    """Raise `ValueError` if a label that counts is no class. (On a GPU torch ends the process's device for that.)"""
+    if (wrong := y[counts & ((y < 0) | (y >= classes))]).numel():
+        raise ValueError(f"y has the class {int(wrong[0])}, and the model scores the classes 0 to {classes - 1}")
 
 
 def next_token(outputs: Any, y: Tensor) -> Tensor:

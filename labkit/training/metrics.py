@@ -20,7 +20,15 @@ from labkit.suggest import did_you_mean, suggest_options
 from labkit.training.batches import Batch, one_pass
 from labkit.training.forward import LossFunction, call, loss_of, on_device_of
 from labkit.training.given_losses import check_loss, terms
-from labkit.training.losses import IGNORED, binary_cross_entropy, check_order, classes_in_dim_1, next_token, scores_of
+from labkit.training.losses import (
+    IGNORED,
+    binary_cross_entropy,
+    check_classes,
+    check_order,
+    classes_in_dim_1,
+    next_token,
+    scores_of,
+)
 from labkit.training.replicas import copy_model
 
 Metric = str | Callable[[Any, Any], Any] | Any  # a name, a function of outputs and y, or an object (see `as_meter`)
@@ -104,9 +112,7 @@ class Accuracy:
             y = _classes_of(y)
         scores, y = classes_in_dim_1(scores, y)
         counts = y != IGNORED
-        if (wrong := y[counts & ((y < 0) | (y >= scores.shape[1]))]).numel():
-            most = scores.shape[1] - 1
-            raise ValueError(f"y has the class {int(wrong[0])}, and the model scores the classes 0 to {most}")
+        check_classes(y, counts, scores.shape[1])
         right = (scores.argmax(1) == y) & ~scores.isnan().any(1)
         self._right += int((right & counts).sum())
         self._count += int(counts.sum())
