@@ -368,7 +368,7 @@ def test_the_same_seed_gives_the_same_batches_and_another_others(data):
         ([], "there are no batches in it"),
         ("digits", "data=str: .* what lk.load.name. returns"),
         ((ROWS, "labels"), "an iterable of batches"),
-        ((ROWS.numpy(), LABELS.numpy().astype(str)), "an array of <U21 cannot become a tensor"),
+        ((ROWS.numpy(), LABELS.numpy().astype(str)), "data: texts cannot become a tensor"),
         (ROWS, "data=Tensor"),
         ((ROWS, LABELS[:3]), "10 rows and y has 3"),
         ({"input": ROWS, "labels": LABELS[:3]}, "10 rows and y has 3"),
