@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -269,3 +270,28 @@ def test_a_layers_result_does_not_depend_on_max_batch_size_where_an_expert_gets_
         output.sum().backward()
     torch.testing.assert_close(output, x)
     torch.testing.assert_close(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_of_requests_that_are_computed_together_rows_that_overflow_cost_no_others(direction):
+    module = Doubling()
+    backend = ExpertBackend("big.0", module, BackendConfig(max_batch_size=3, optimizer="sgd", lr=1.0))
+    one, huge = torch.ones(1, 1), torch.full((1, 1), 3e38)
+    requests = [torch.cat([one, huge]), torch.cat([huge, huge]), torch.cat([one, one])]
+    tensors: list[Sequence[Tensor]] = [[x] if direction == "forward" else [torch.ones_like(x), x] for x in requests]
+    (partly, none, all_of_them), updates = compute_batch(backend, direction, tensors)
+    assert isinstance(none, NonFiniteTensor) and updates == (direction == "backward")
+    assert not isinstance(partly, Exception) and partly[0].isfinite().tolist() == [[True], [False]]
+    assert not isinstance(all_of_them, Exception) and all_of_them[0].tolist() == [[2.0], [2.0]]
+    assert module.weight.item() == (2.0 - 3 if updates else 2.0)
+
+
+class Doubling(nn.Module):
+    """2 x, at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
