@@ -68,7 +68,9 @@ def resume(
     The model gets its parameters, the run its optimizer, its place in the data and its random
     numbers, and the experts in the swarm's servers get their states. With one trainer, and if
     no answer is lost or late (`k_min=k_best` waits for all), it goes on as if it had never
-    been interrupted. (Experts with `train_mode=True` draw other random numbers.)
+    been interrupted. (Experts with `train_mode=True` draw other random numbers, and torch
+    rounds in other ways where servers, or the trainer, have another number of its threads:
+    `swarm.serve(…, threads=1)` gives each the same, however many there are.)
 
     The swarm has to serve the grid, with as many servers as you like. States are loaded into
     servers that this notebook has started. Others load them when they start:
@@ -167,8 +169,8 @@ def _known_data(moment: Path) -> Any:
     data = data_saved_with(moment.name)
     if data is None:
         raise ValueError(
-            f"data are needed: of those of the run in {moment.parent} only the place was saved, and it is no run of "
-            "this process; give them again: lk.resume(folder, model, swarm, data)"
+            f"give the data again: lk.resume(folder, model, swarm, data). {moment.parent} has the place of the run in "
+            "its data, and not the data themselves, and it is no run of this process, which would still have them"
         )
     return data
 

@@ -223,7 +223,7 @@ def test_the_data_need_not_be_given_again_where_the_run_is_still_known(tmp_path,
     assert resumed.steps == 12 and len(resumed.history) == 12
     del run, resumed
     gc.collect()
-    with pytest.raises(ValueError, match=r"data are needed: .* only the place was saved.*model, swarm, data\)"):
+    with pytest.raises(ValueError, match=r"give the data again: lk.resume\(folder, model, swarm, data\)"):
         lk.resume(tmp_path / "ckpt", model(fresh), fresh)
 
 
