@@ -133,6 +133,28 @@ def test_batches_without_a_finite_loss_are_not_waited_for_as_servers_are(monkeyp
         fit(nn.Linear(8, 2), (X * math.nan, Y), steps=5, trainers=1).wait(10)
 
 
+def test_a_run_whose_swarm_is_closed_in_the_middle_of_batches_is_stopped_and_nothing_in_it_has_failed(caplog):
+    with Swarm("endings") as swarm:
+        swarm.serve("ffn", hidden=8, grid=(2, 2), isolation="task")
+        layer, validations = swarm.moe(8), [(X, Y)] * 10_000
+        run = fit(nn.Sequential(layer, nn.Linear(8, 2)), (X, Y), steps=10**6, validate=validations, every=2)
+
+        class Hides(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.last, self.layers = nn.Linear(8, 2), [layer]  # a list, so that it is no module of this one
+
+            def forward(self, x):
+                return self.last(self.layers[0](x))
+
+        hidden = fit(Hides(), (X, Y), steps=10**6)
+        while min(run.steps, hidden.steps) < 3:
+            time.sleep(0.01)
+    for one in (run.wait(10), hidden.wait(10)):
+        assert one.state == "stopped" and "its swarm was closed" in repr(one)
+    assert run.failed_batches == 0 and "did not answer" not in caplog.text
+
+
 @pytest.mark.parametrize("model", [nn.Linear(9, 2), Fails(lasting(NoExperts("no such\n   grid")))])
 def test_a_failure_is_told_once_in_one_line_even_if_nobody_waits(model, capfd, caplog):
     run = fit(model, (X, Y), steps=100, trainers=3)

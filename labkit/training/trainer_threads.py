@@ -153,7 +153,8 @@ class Trainers:
                 pass
         except (SwarmClosed, TrainingFailed) as error:
             lab_failed = isinstance(error, SwarmClosed) and error.__cause__ is not None
-            if self._is_closed() and not lab_failed:
+            hidden = isinstance(error, SwarmClosed) and self._succeeded  # a layer that is no module of the model's
+            if (hidden or self._is_closed()) and not lab_failed:
                 self._stop_because("its swarm was closed")
             else:
                 self._end(error)
@@ -201,6 +202,9 @@ class Trainers:
                 loss, staleness = train_step(self.shared, replica, batch, self._loss_function, self._config.balance)
                 self._succeeded = True
         except (*OUTAGES, FloatingPointError) as error:
+            if self._is_closed():  # no outage: whoever closes the swarm stops its servers
+                self._stop_because("its swarm was closed")
+                return None
             self._give_back(batch.rows, error)
             return None
         with self.lock:
@@ -265,6 +269,8 @@ class Trainers:
         except MeasuringStopped:
             return {}
         except OUTAGES as error:
+            if self._is_closed():
+                return {}
             logger.warning("the validation after step %d is left out, since experts did not answer: %s", step, error)
             return {}
         finally:
