@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import atexit
 import logging
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from labkit.client.expert_client import ExpertClient
 from labkit.client.session import Session, close_session, open_session
@@ -24,6 +22,7 @@ from labkit.contact import Contact
 from labkit.errors import JoinError, LabkitError, SwarmClosed
 from labkit.events import Listeners
 from labkit.faults import Faults
+from labkit.interrupts import interrupts_wait
 from labkit.joining import check_reachable
 from labkit.launch.handle import ServerHandle, apply_faults, end_all
 from labkit.launch.lab import Lab, run_lab
@@ -45,9 +44,6 @@ logger = logging.getLogger(__name__)
 CLOSE_TIMEOUT = 2.0  # seconds that `close` takes at most
 CLEAN_STOP_TIME = 1.2  # seconds of these that servers have to save their experts
 CLEAN_STOP_GRACE = 0.3  # seconds of these that the lab thread may be late with it
-
-# Signals by which a process is asked to end, and which a handler may make an exception of.
-_INTERRUPTS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 S = TypeVar("S", bound="SwarmLifecycle")
 
@@ -96,34 +92,48 @@ class SwarmLifecycle(ProcessBound):
         if before is not None and before._is_in_the_way(identity, self._node_config, _join):
             before.close()
         remove_abandoned()
-        self._folder = TemporaryFolder()
-        portal: Portal | None = None
-        try:
-            self._members = Members(keys, Path(self._folder.name) / "members")
-            self._members.admit()
-            self._portal = portal = Portal(name)
+        with interrupts_wait() as interruptible:
+            self._folder = TemporaryFolder()
+            try:
+                self._begin(identity, keys, _join, interruptible)
+                with interruptible():  # the one before stays if it is interrupted until here
+                    pass
+                if before is not None:
+                    before.close()
+                    with interruptible():
+                        pass
+                open_session(self._session)
+                _open[name] = self
+            except BaseException:
+                if session := self.__dict__.get("_session"):
+                    close_session(session)
+                if portal := self.__dict__.get("_portal"):
+                    portal.close()
+                self._folder.cleanup()
+                raise
+
+    def _begin(
+        self, identity: Identity, keys: list[bytes] | None, join: tuple[Contact, ...],
+        interruptible: Callable[[], AbstractContextManager[None]],
+    ) -> None:  # fmt: skip
+        """Start the lab thread with a node in it, and let layers and the view find it."""
+        self._members = Members(keys, Path(self._folder.name) / "members")
+        self._members.admit()
+        self._portal = Portal(self.name)
+        with interruptible():  # to join may take long
             self._lab: Lab = self._portal.start(
                 partial(
-                    run_lab, self._portal, identity, self._node_config, join=_join, methods=self.remote_service.methods,
+                    run_lab, self._portal, identity, self._node_config, join=join, methods=self.remote_service.methods,
                     admission=self._members.admission(), faults=self._faults, emit=self.listeners,
                 )
             )  # fmt: skip
-            if before is not None:
-                before.close()
-        except BaseException:
-            if portal is not None:
-                portal.close()
-            self._folder.cleanup()
-            raise
         self._node = self._lab.node
         experts = ExpertClient(self._node.client, self._node.directory, self.listeners)
-        self._session = Session(name, self._portal, self._node.directory, experts, self.listeners)
-        open_session(self._session)
+        self._session = Session(self.name, self._portal, self._node.directory, experts, self.listeners)
         self.view = SwarmView(
-            name, self._lab, self.servers, self.telemetry, self.listeners, in_flight=lambda: experts.in_flight,
+            self.name, self._lab, self.servers, self.telemetry, self.listeners, in_flight=lambda: experts.in_flight,
             inject_faults=self._inject_faults,
         )  # fmt: skip
-        _open[name] = self
 
     def _is_in_the_way(self, identity: Identity, config: NodeConfig, join: Sequence[Contact]) -> bool:
         """Whether this swarm has to be closed before one of the same name can be: they share a key, or a port.
@@ -165,7 +175,7 @@ class SwarmLifecycle(ProcessBound):
         last; for large ones, call `server.stop()` before. An interrupt meanwhile is raised at the
         end. A forked process only forgets the swarm, which goes on where it was started.
         """
-        with _interrupts_wait():
+        with interrupts_wait():
             until = time.monotonic() + CLOSE_TIMEOUT
             self.view.end()  # its last scene shows the swarm as it was
             close_session(self._session)
@@ -195,32 +205,9 @@ class SwarmLifecycle(ProcessBound):
 
 def close_all() -> None:
     """Close every swarm of this process."""
-    with _interrupts_wait():
+    with interrupts_wait():
         for swarm in list(_open.values()):
             swarm.close()
-
-
-@contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Put off what signals would raise here until this is left, for what takes seconds and must not stay half done."""
-    heard: list[int] = []
-
-    def hear(number: int, frame: object) -> None:
-        heard.append(number)
-
-    handlers: dict[int, Any] = {}
-    try:
-        if threading.current_thread() is threading.main_thread():  # no other is interrupted
-            for number in _INTERRUPTS:
-                if callable(handler := signal.getsignal(number)):
-                    handlers[number] = handler
-                    signal.signal(number, hear)
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if heard:
-            signal.raise_signal(heard[0])
 
 
 atexit.register(close_all)

@@ -23,8 +23,8 @@ ROOT = Path(labkit.__file__).parent
 # From the ground up. A part imports parts that come before it; the two wings, `server` and `client`, are strangers.
 FLOORS = [
     # words: no I/O, no async
-    "errors", "suggest", "forks", "printable", "paths", "histogram", "faults", "events", "contact", "expert_uid",
-    "process_bound",
+    "errors", "suggest", "forks", "interrupts", "printable", "paths", "histogram", "faults", "events", "contact",
+    "expert_uid", "process_bound",
     # the network, the DHT, and the experts in it
     "wire", "dht", "expert_protocol", "directory", "joining", "node", "portal",
     # the two wings
@@ -65,7 +65,7 @@ ONLY = {
         "training/turns.py",
         "simulation/lockstep.py",
         "launch/parent.py",
-        "swarm_lifecycle.py",
+        "interrupts.py",
         "view/worker_thread.py",
         "view/outputs.py",
         "view/swarm_view.py",

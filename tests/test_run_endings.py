@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import subprocess
 import sys
 import threading
@@ -215,3 +216,16 @@ def test_a_run_whose_threads_wait_in_a_pause_can_be_stopped():
         stopper.start()
         stopper.join(10)
         assert not run.running
+
+
+def test_after_an_interrupt_while_a_run_begins_the_model_can_be_trained(monkeypatch):
+    model, barrier = nn.Linear(8, 2), threading.Barrier
+
+    def interrupted(parties: int) -> threading.Barrier:
+        signal.raise_signal(signal.SIGINT)
+        return barrier(parties)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as kept:  # as a notebook keeps it
+        patch.setattr(threading, "Barrier", interrupted)
+        fit(model, (X, Y), steps=1_000_000, trainers=3)
+    assert fit(model, (X, Y), steps=5).wait(20).steps == 5 and kept.value is not None

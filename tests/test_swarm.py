@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import labkit as lk
+from labkit import swarm_lifecycle
 from labkit.directory import DirectoryConfig
 from labkit.errors import NonFiniteTensor, ServerFailed, SwarmClosed
 from labkit.events import CallFinished
@@ -572,6 +573,16 @@ def interrupted_at(monkeypatch, part: object, method: str, number: int) -> Itera
         assert signal.getsignal(number) is interrupt
     finally:
         signal.signal(number, before)
+
+
+@pytest.mark.parametrize("step", ["TemporaryFolder", "Portal", "ExpertClient", "SwarmView", "open_session"])
+def test_an_interrupt_while_a_swarm_begins_leaves_nothing(own_temporary_folder, tmp_path, monkeypatch, step):
+    before = leftovers()
+    with interrupted_at(monkeypatch, swarm_lifecycle, step, signal.SIGINT):
+        Swarm("interrupted")
+    swarm_lifecycle.close_all()  # of what was there already when it came
+    eventually(lambda: leftovers() == before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_close_does_not_wait_for_an_expert_that_computes_forever():

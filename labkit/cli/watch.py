@@ -39,6 +39,7 @@ from labkit.cli.page_server import (
 from labkit.contact import Contact
 from labkit.errors import LabkitError
 from labkit.forks import keep_private, release
+from labkit.interrupts import interrupts_wait
 from labkit.launch.child_python import child_environment, child_folder, python_command
 from labkit.launch.runners import OWN_GROUP
 from labkit.launch.temporary_folder import TemporaryFolder
@@ -122,29 +123,31 @@ class WatchPage:
 
     def __init__(self, invite: str, secret: str | None, port: int, key: str | None) -> None:
         token = secrets.token_urlsafe(32)
-        self._folder = TemporaryFolder("watch-")
-        self._log = Path(self._folder.name) / "log"
         key = None if key is None else str(user_path(key, "key"))
-        config = PageServerConfig(str(invite), secret, key, port, token, self._folder.name, LONELY_TIME)
-        try:
-            with self._log.open("wb") as log:
-                self._process = subprocess.Popen(
-                    COMMAND, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log,
-                    env=child_environment(), cwd=child_folder(), **OWN_GROUP,
-                )  # fmt: skip
-        except BaseException:
-            self._folder.cleanup()
-            raise
-        try:
-            assert self._process.stdin is not None
-            keep_private(self._process.stdin.fileno())
-            with contextlib.suppress(OSError):  # if it has ended, `_wait_for_report` notices
-                self._process.stdin.write(msgspec.json.encode(config) + b"\n")
-                self._process.stdin.flush()
-            self.port = self._wait_for_report()
-        except BaseException:
-            self.close()
-            raise
+        with interrupts_wait() as interruptible:
+            self._folder = TemporaryFolder("watch-")
+            self._log = Path(self._folder.name) / "log"
+            config = PageServerConfig(str(invite), secret, key, port, token, self._folder.name, LONELY_TIME)
+            try:
+                with self._log.open("wb") as log:
+                    self._process = subprocess.Popen(
+                        COMMAND, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log,
+                        env=child_environment(), cwd=child_folder(), **OWN_GROUP,
+                    )  # fmt: skip
+            except BaseException:
+                self._folder.cleanup()
+                raise
+            try:
+                assert self._process.stdin is not None
+                keep_private(self._process.stdin.fileno())
+                with contextlib.suppress(OSError):  # if it has ended, `_wait_for_report` notices
+                    self._process.stdin.write(msgspec.json.encode(config) + b"\n")
+                    self._process.stdin.flush()
+                with interruptible():
+                    self.port = self._wait_for_report()
+            except BaseException:
+                self.close()
+                raise
         self.url = f"http://{LOOPBACK}:{self.port}/?token={token}"
 
     def _wait_for_report(self) -> int:
@@ -187,16 +190,14 @@ class WatchPage:
 
     def close(self) -> None:
         """End the page server and its kernels. Safe to repeat."""
-        if self._process.stdin is not None and not self._process.stdin.closed:
-            release(self._process.stdin.fileno())
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()  # the server ends when its input ends
-        try:
-            self._process.wait(STOP_TIME)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            if self._process.poll() is None:
+        with interrupts_wait():
+            if self._process.stdin is not None and not self._process.stdin.closed:
+                release(self._process.stdin.fileno())
+                with contextlib.suppress(OSError):
+                    self._process.stdin.close()  # the server ends when its input ends
+            try:
+                self._process.wait(STOP_TIME)
+            except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
             self._folder.cleanup()

@@ -15,6 +15,7 @@ from torch import nn
 
 from labkit.errors import TrainingFailed
 from labkit.forks import on_fork
+from labkit.interrupts import interrupts_wait
 from labkit.training.batches import Stream
 from labkit.training.trainer_threads import Trainers
 
@@ -49,11 +50,12 @@ def stop_earlier(model: nn.Module) -> None:
 @atexit.register
 def _stop_all() -> None:
     """Stop all runs at exit: a process that exits while threads of it are inside torch aborts."""
-    for run in list(runs):
-        run.stop()
-    deadline = time.monotonic() + EXIT_TIMEOUT
-    for run in list(runs):
-        run.join(deadline - time.monotonic())
+    with interrupts_wait():
+        for run in list(runs):
+            run.stop()
+        deadline = time.monotonic() + EXIT_TIMEOUT
+        for run in list(runs):
+            run.join(deadline - time.monotonic())
 
 
 @on_fork

@@ -19,6 +19,7 @@ from torch import nn
 from labkit.client.session import Session, find_session
 from labkit.errors import LabkitError, NoExperts, NotEnoughExperts, RPCError, SwarmClosed, TrainingFailed
 from labkit.events import Emit, MetricsLogged, StepFailed, StepFinished
+from labkit.interrupts import interrupts_wait
 from labkit.training import failures
 from labkit.training.batches import Batch, Stream
 from labkit.training.forward import LossFunction
@@ -94,23 +95,31 @@ class Trainers:
 
     def start(self) -> None:
         """Start the threads, and wait until each has begun. An interrupt ends them again."""
-        self._claimed = self._record.steps
-        self.left = max(1, min(self._config.trainers, self.total_steps - self._claimed))
-        self._torch_threads = max(1, torch.get_num_threads() // self.left)  # of each of them
-        self._ready = threading.Barrier(self.left + 1)
-        self._threads = [
-            threading.Thread(target=self._train, name=f"labkit-trainer-{number}", daemon=True)
-            for number in range(self.left)
-        ]
+        started = 0
         try:
-            torch_threads = torch.get_num_threads()
-            for thread in self._threads:
-                thread.start()
-            self._ready.wait()
-            torch.set_num_threads(torch_threads)  # what new threads begin with is what was set last, in any thread
-        except BaseException:  # an interrupt
+            with interrupts_wait():  # one that comes between would leave nobody knows how many
+                self._claimed = self._record.steps
+                self.left = max(1, min(self._config.trainers, self.total_steps - self._claimed))
+                torch_threads = torch.get_num_threads()
+                self._torch_threads = max(1, torch_threads // self.left)  # of each of them
+                self._ready = threading.Barrier(self.left + 1)
+                self._threads = [
+                    threading.Thread(target=self._train, name=f"labkit-trainer-{number}", daemon=True)
+                    for number in range(self.left)
+                ]
+                for thread in self._threads:
+                    thread.start()
+                    started += 1
+                self._ready.wait()
+                torch.set_num_threads(torch_threads)  # what new threads begin with is what was set last, in any thread
+        except BaseException:  # an interrupt, or there are too many threads
             self._stop.set()
-            self._ready.abort()
+            if self._threads:
+                self._ready.abort()
+            with self.lock:
+                self.left -= len(self._threads) - started
+                if started == 0:
+                    self._wind_up()
             raise
 
     def __repr__(self) -> str:
@@ -324,6 +333,7 @@ class Trainers:
     def leave_behind(self) -> None:
         """In a forked process, which has none of the threads: the run has ended here, and says why."""
         self.lock, self.shared._lock, self._first_step = threading.RLock(), threading.Lock(), threading.Lock()
+        self._stop = threading.Event()
         self._turns = Turns[StepFinished](self._tell, most=1)
         if self.left:
             self.left = 0

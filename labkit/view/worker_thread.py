@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 from labkit.forks import is_forked, this_process
+from labkit.interrupts import interrupts_wait
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class WorkerThread:
         """Call `step` soon. Never blocks; may be called from any thread."""
         if self._gone:
             return
-        with self._lock:
+        with interrupts_wait(), self._lock:  # a thread that was interrupted while it starts may never run
             self._woken.set()
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name=self._name, daemon=True)

@@ -19,6 +19,7 @@ import anywidget
 import traitlets
 
 from labkit.errors import LabkitError
+from labkit.interrupts import interrupts_wait
 from labkit.paths import user_path
 from labkit.view.page.commands import EXPORT_FORMATS
 from labkit.view.page.lasting_picture import LastingPicture
@@ -235,12 +236,13 @@ class Dashboard(anywidget.AnyWidget):
         if getattr(self, "_ended", True) or not hasattr(self, "_unwatch"):
             super().close()  # closed before, or never completely made
             return
-        self._ended = True
-        self._unwatch()
-        self._sender.wake()
-        self._sender.wait_for_end(SENDER_END_TIMEOUT)
-        self.layout.close()
-        super().close()
+        with interrupts_wait():
+            self._ended = True
+            self._unwatch()
+            self._sender.wake()
+            self._sender.wait_for_end(SENDER_END_TIMEOUT)
+            self.layout.close()
+            super().close()
 
 
 def bundled(name: str) -> str:
