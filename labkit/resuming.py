@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from labkit.client.session import Session, find_session
 from labkit.errors import CheckpointError, RPCError
 from labkit.expert_uid import ExpertInfo, split_uid
+from labkit.interrupts import interrupts_wait
 from labkit.launch.handle import ServerHandle, load_all
 from labkit.launch.planning import grid_name
 from labkit.server.optimizer import BackendConfig
@@ -142,16 +144,25 @@ def resume(
                 f"than these {run.total_steps} are needed"
             )
         drawn = torch.get_rng_state()
-        session.run(load_all, list(ours.items()), str(moment / EXPERTS), LOAD_TIMEOUT)
+        loaded = partial(load_all, list(ours.items()), str(moment / EXPERTS), LOAD_TIMEOUT)
+        with interruptible():
+            session.run(partial(loaded, check_only=True))
+        session.run(partial(loaded, check_only=False))
         torch.set_rng_state(drawn)  # whatever else went on here meanwhile
 
     state["model"] = tensors
-    try:  # 2. The run takes its own state over.
-        return Run(
-            model, data, config, loss, optimizer, validate=validate, metrics=metrics, on_step=on_step,
-            _resume_from=state, _before_start=load,
-        )  # fmt: skip
+    run: Run | None = None
+    try:
+        with interrupts_wait() as interruptible:  # the model, and the experts of all servers, or nothing
+            run = Run(  # 2. It takes its own state over.
+                model, data, config, loss, optimizer, validate=validate, metrics=metrics, on_step=on_step,
+                _resume_from=state, _before_start=load,
+            )  # fmt: skip
+        return run
     except BaseException as error:
+        if run is not None:  # an interrupt that came when all was loaded
+            run.stop()
+            raise
         model.load_state_dict(before)
         torch.set_rng_state(random)
         for layer, name in callers.items():

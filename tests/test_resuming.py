@@ -6,9 +6,10 @@ import gc
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from torch import nn
 
 import labkit as lk
 from labkit.errors import CheckpointError
+from labkit.launch.handle import ServerHandle
 from labkit.server.checkpoints import load_expert
 from labkit.swarm import Swarm
+from labkit.training.active_runs import runs
 from labkit.training.run_folder import MANIFEST, read_moment
 
 X = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
@@ -186,6 +189,35 @@ def test_experts_of_another_size_are_refused_by_their_servers_before_any_of_them
         with pytest.raises(CheckpointError, match=r"the server of ffn\.1\.1 did not load what was saved: .*kind"):
             lk.resume(saved / "ckpt", net, swarm, (X, Y))
         assert all(map(torch.equal, state_of(swarm, net), before))
+
+
+@pytest.mark.parametrize("moment, loaded", [("check", set()), ("load", {0, 1})])
+def test_an_interrupt_while_servers_load_leaves_all_as_they_were_or_all_loaded(saved, moment, loaded):
+    done = set()
+
+    def interrupted(server: ServerHandle, number: int) -> Any:
+        load = server.lifecycle.load
+
+        async def interrupt_and_load(folder: str, uids: Sequence[str], check_only: bool) -> None:
+            if number == 0 and check_only == (moment == "check"):
+                os.kill(os.getpid(), signal.SIGINT)  # of which the main thread hears
+            await load(folder, uids, check_only)
+            if not check_only:
+                done.add(number)
+
+        return interrupt_and_load
+
+    with Swarm("interrupted") as swarm:
+        swarm.serve("ffn", servers=2, **HOW)
+        for number, server in enumerate(swarm.servers):
+            server.lifecycle.load = interrupted(server, number)  # type: ignore[method-assign]
+        net = model(swarm)
+        before = state_of(swarm, net)
+        with pytest.raises(KeyboardInterrupt):
+            lk.resume(saved / "ckpt", net, swarm, (X, Y))
+        assert done == loaded
+        assert loaded or all(map(torch.equal, state_of(swarm, net), before))
+        assert not any(run.running for run in runs)
 
 
 def test_a_grid_that_nobody_serves_comes_with_the_line_that_serves_it(saved):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import trio
 
@@ -230,35 +230,37 @@ async def end_all(handles: Sequence[ServerHandle], timeout: float) -> None:
             nursery.start_soon(end, handle)
 
 
-async def load_all(parts: Sequence[tuple[ServerHandle, Sequence[str]]], folder: str, timeout: float) -> None:
-    """Let servers load experts from a folder: 1. all check whether they can; 2. if none refuses, all do.
+async def load_all(
+    parts: Sequence[tuple[ServerHandle, Sequence[str]]], folder: str, timeout: float, *, check_only: bool
+) -> None:
+    """Let servers load experts from a folder, side by side. To change all or none, let them check it all before.
 
     Args:
         parts: The servers, each with its experts.
         folder: Where the experts' checkpoints are.
-        timeout: Seconds that each of the two may take.
+        timeout: Seconds that it may take.
+        check_only: Whether they only check that they can.
 
     Raises:
-        CheckpointError: A server refuses, and nothing has changed, or it failed later. The text says what happened.
+        CheckpointError: A server refuses, or fails. The text says what happened.
         ServerFailed: A server does not run.
     """
-    for check_only in (True, False):
-        failures: list[LabkitError] = []
+    failures: list[LabkitError] = []
 
-        async def load(handle: ServerHandle, uids: Sequence[str], only: bool, failed: list[LabkitError]) -> None:
-            try:
-                with trio.fail_after(timeout):
-                    await handle.lifecycle.load(folder, uids, only)
-            except trio.TooSlowError:
-                failed.append(CheckpointError(f"{handle!r} had not read its experts after {timeout:g} s"))
-            except LabkitError as error:
-                failed.append(error)
+    async def load(handle: ServerHandle, uids: Sequence[str]) -> None:
+        try:
+            with trio.fail_after(timeout):
+                await handle.lifecycle.load(folder, uids, check_only)
+        except trio.TooSlowError:
+            failures.append(CheckpointError(f"{handle!r} had not read its experts after {timeout:g} s"))
+        except LabkitError as error:
+            failures.append(error)
 
-        async with trio.open_nursery() as nursery:
-            for handle, uids in parts:
-                nursery.start_soon(load, handle, uids, check_only, failures)
-        if failures:
-            raise failures[0]
+    async with trio.open_nursery() as nursery:
+        for handle, uids in parts:
+            nursery.start_soon(load, handle, uids)
+    if failures:
+        raise failures[0]
 
 
 async def apply_faults(servers: Iterable[ServerHandle], latency: float | None, loss: float | None) -> None:
