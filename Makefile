@@ -21,6 +21,8 @@ FRONTEND := labkit/view/frontend
 STATIC := labkit/view/static
 CHROMIUM ?= /usr/bin/chromium
 export CHROMIUM
+# Hundreds of Python processes would compile labkit anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo lab test test-browser test-network lint frontend frontend-check clean
 

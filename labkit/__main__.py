@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from labkit import __version__, quick_imports
 from labkit.cli.bench import add_bench_options, add_number
 from labkit.cli.parser import Parser, in_options
-from labkit.cli.terminal import at_terminal
+from labkit.cli.terminal import at_terminal, ignore_interrupts
 from labkit.launch.child_python import search_working_folder_last
 
 
@@ -43,10 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
         )
         try:
-            return COMMANDS[options.command](options)
+            status = COMMANDS[options.command](options)
         except KeyboardInterrupt:  # while it is being imported, or ends
+            if arguments is None:
+                ignore_interrupts()
             print("stopped", file=sys.stderr)
-            return 130
+            status = 130
+        if arguments is None:
+            ignore_interrupts()
+        return status
 
 
 def add_demo_options(parser: argparse.ArgumentParser) -> None:

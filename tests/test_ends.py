@@ -149,8 +149,11 @@ def test_a_reader_of_its_output_that_goes_away_ends_it_too(tmp_path, words):
     assert state is not None and state["counter.updates"] == 1
 
 
-def test_an_interrupt_before_it_has_begun_to_serve_ends_it_in_a_word(tmp_path):
-    code = f"import builtins, os, signal\n{AT_IMPORT}\nimport sys\nfrom labkit.__main__ import main\nsys.exit(main())"
+def test_an_interrupt_before_it_has_begun_to_serve_ends_it_in_a_word_and_another_one_is_not_heard(tmp_path):
+    code = (
+        f"import atexit, builtins, os, signal\n{AT_IMPORT}\nimport sys\nfrom labkit.__main__ import main\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\nsys.exit(main())"
+    )
     with started(["-c", code, "serve"], tmp_path / "files") as serving:
         serving.check_end(status=130)
     assert serving.said == b"stopped\n"

@@ -40,7 +40,15 @@ def at_terminal() -> Iterator[None]:
                 stream.flush()
         sys.stdout, sys.stderr = standard
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is _interrupt:  # else they are ignored by now
+                signal.signal(number, handler)
+
+
+def ignore_interrupts() -> None:
+    """Let this process, which ends by itself within seconds, end without a word about those who cannot wait."""
+    for name in ("SIGINT", *END_SIGNALS):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
