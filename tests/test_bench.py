@@ -15,7 +15,7 @@ import pytest
 
 from labkit.__main__ import main
 from labkit.bench import moe, rpc, suite
-from labkit.bench.limits import MIN_ECHO_SECONDS, echo, echo_limit
+from labkit.bench.echo import MIN_ECHO_SECONDS, echo, echo_limit
 from labkit.bench.processes import ProcessGroup, Worker
 from labkit.bench.report import ratios_to, read_peer, show
 from labkit.bench.suite import SuiteConfig, SuiteRow
@@ -28,7 +28,7 @@ from labkit.experiments.results import measure_all as measure_searches
 
 @pytest.fixture(autouse=True)
 def short_echoes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("labkit.bench.limits.MIN_ECHO_SECONDS", 0.05)
+    monkeypatch.setattr("labkit.bench.echo.MIN_ECHO_SECONDS", 0.05)
 
 
 def test_a_search_among_simulated_nodes_takes_round_trips_when_cold_and_no_time_when_warm(capsys):
@@ -134,7 +134,7 @@ def test_calls_that_train_may_be_encrypted_and_compressed_and_several_servers_ha
 
 def test_the_echo_takes_a_second_at_least_and_counts_all_clients(monkeypatch):
     assert MIN_ECHO_SECONDS == 1.0
-    monkeypatch.setattr("labkit.bench.limits.MIN_ECHO_SECONDS", 0.2)
+    monkeypatch.setattr("labkit.bench.echo.MIN_ECHO_SECONDS", 0.2)
     told = echo([([8], 1), ([8, 8], 1)], clients=[2, 1], calls=3)
     assert len(told) == 3
     assert all(calls > 3 and seconds >= 0.2 for calls, seconds in told), "three calls are soon made"
@@ -143,7 +143,7 @@ def test_the_echo_takes_a_second_at_least_and_counts_all_clients(monkeypatch):
 
 
 def test_the_limit_adds_up_what_clients_made_each_in_its_time(monkeypatch):
-    monkeypatch.setattr("labkit.bench.limits.echo", lambda *exchanges, **how: [(10, 1.0), (30, 2.0)])
+    monkeypatch.setattr("labkit.bench.echo.echo", lambda *exchanges, **how: [(10, 1.0), (30, 2.0)])
     assert echo_limit([([8], 1)], clients=[1, 1], calls=10) == 25.0
 
 

@@ -14,9 +14,9 @@ def has_ended(worker: Worker) -> bool:
 
 
 def test_a_worker_that_died_when_it_was_ready_is_named_and_the_others_end_with_the_block():
-    with pytest.raises(RuntimeError, match=r"a process of the benchmark \(limits:serve_echo\) ended with exit code -9"):
+    with pytest.raises(RuntimeError, match=r"a process of the benchmark \(echo:serve_echo\) ended with exit code -9"):
         with ProcessGroup() as group:
-            dead, other = group.start("limits:serve_echo", ORDER, ORDER)
+            dead, other = group.start("echo:serve_echo", ORDER, ORDER)
             dead.receive()
             dead.process.kill()
             dead.process.wait()
@@ -34,5 +34,5 @@ def test_workers_that_were_started_end_with_the_block_also_if_the_next_cannot_be
 
     monkeypatch.setattr(Worker, "send", note)
     with pytest.raises(TypeError, match="not JSON serializable"), ProcessGroup() as group:
-        group.start("limits:serve_echo", ORDER, object())
+        group.start("echo:serve_echo", ORDER, object())
     assert len(started) == 2 and all(map(has_ended, started))

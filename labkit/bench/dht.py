@@ -1,6 +1,6 @@
 """`labkit bench dht`: stores and gets among DHT nodes that are processes of their own.
 
-Beside it are the limits that `limits` measures in the same run. Each node's process runs `live`.
+Beside it are the limits that `echo` measures in the same run. Each node's process runs `live`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import trio
 
-from labkit.bench.limits import fan_out_limit
+from labkit.bench.echo import fan_out_limit
 from labkit.bench.processes import ProcessGroup, Worker
 from labkit.bench.report import check_at_least
 from labkit.contact import Contact

@@ -1,6 +1,6 @@
 """`labkit bench rpc`: calls to the experts of one or several servers, from clients in processes of their own.
 
-Beside it is the limit that `limits` measures in the same run. Each process of clients runs `call`.
+Beside it is the limit that `limits` and `echo` measure in the same run. Each process of clients runs `call`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from labkit.bench.limits import RoundTrip, echo_limit, experts_limit
+from labkit.bench.echo import RoundTrip, echo_limit
+from labkit.bench.limits import experts_limit
 from labkit.bench.processes import ProcessGroup, all_at_once, peak_rss_mb
 from labkit.bench.report import EXPERT_KINDS, check_at_least, milliseconds
 from labkit.server.backend import ExpertBackend
