@@ -16,11 +16,11 @@ import struct
 import subprocess
 import sys
 from base64 import b64decode
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import nbformat
+from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 
 from labkit.launch.parent import watch_parent
@@ -63,26 +63,34 @@ class NotebookRuns:
 async def run_all(folder: Path) -> None:
     """Run them with few steps, several side by side, and write what they put out, and what went wrong, into `folder`.
 
-    Each kernel has no key of anybody's, and a folder for temporary files. The end of standard input means that nobody
-    waits for them any more.
+    Half of what it would take to run each in a kernel of its own is imports. So a kernel runs one notebook after the
+    other, and forgets all names in between; after one that failed it is restarted. It has no key of anybody's, and a
+    folder for temporary files. The end of standard input means that nobody waits for them any more.
     """
+    problems: dict[str, str] = {}
+    left = iter(NOTEBOOKS)
 
-    async def run_one(path: Path) -> str:
-        temporary = folder / f"{path.stem}-files"
+    async def run_some(number: int) -> None:
+        """Run what is left, one after the other."""
+        temporary = folder / f"files-{number}"
         temporary.mkdir()
         others = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-        async with limit:
-            try:
-                await run(path, folder / path.name, {**others, "LABKIT_STEPS": str(STEPS), "TMPDIR": str(temporary)})
-            except Exception as error:
-                return str(error)
-        return ""
+        kernel = AsyncKernelManager(kernel_name="python3")
+        await kernel.start_kernel(env={**others, "LABKIT_STEPS": str(STEPS), "TMPDIR": str(temporary)})
+        try:
+            for path in left:
+                problems[path.name] = ""
+                try:
+                    await run(path, folder / path.name, kernel=kernel)
+                except Exception as error:
+                    problems[path.name] = str(error)
+                    await kernel.restart_kernel(now=True)
+        finally:
+            await kernel.shutdown_kernel()
 
     watch_parent()  # when this process exits, the kernels notice, and end with their servers
-    limit = asyncio.Semaphore(SIDE_BY_SIDE)
-    problems = await asyncio.gather(*map(run_one, NOTEBOOKS))
-    names = [path.name for path in NOTEBOOKS]
-    (folder / PROBLEMS).write_text(json.dumps(dict(zip(names, problems, strict=True))), encoding="utf-8")
+    await asyncio.gather(*map(run_some, range(SIDE_BY_SIDE)))
+    (folder / PROBLEMS).write_text(json.dumps(problems), encoding="utf-8")
 
 
 def read(path: Path) -> Any:
@@ -90,19 +98,34 @@ def read(path: Path) -> Any:
     return nbformat.read(path, as_version=4)
 
 
-async def run(path: Path, to: Path, environment: Mapping[str, str], timeout: int = CELL_TIMEOUT) -> None:
-    """Run a notebook from top to bottom in a new kernel, and keep its outputs. Raises what a cell raised.
+async def run(path: Path, to: Path, timeout: int = CELL_TIMEOUT, kernel: AsyncKernelManager | None = None) -> None:
+    """Run a notebook from top to bottom, and keep its outputs. Raises what a cell raised.
 
     Without widgets, of which a reader would only see that they are not there.
+
+    Args:
+        path: The notebook.
+        to: Where it is written as it ran.
+        timeout: Seconds that a cell may take.
+        kernel: One that may have run others; by default a new one.
     """
     notebook = read(path)
     for cell in code_cells(notebook):
         cell.outputs = []
     where = {"metadata": {"path": str(path.parent)}}
     how: dict[str, Any] = {"timeout": timeout, "kernel_name": "python3", "record_timing": False}
-    await NotebookClient(notebook, resources=where, store_widget_state=False, **how).async_execute(
-        env=dict(environment)
-    )
+    client = NotebookClient(notebook, km=kernel, resources=where, store_widget_state=False, **how)
+    if kernel is None:
+        await client.async_execute()
+    else:
+        client.kc = kernel.client()
+        client.kc.start_channels()
+        try:
+            await client.kc.wait_for_ready(timeout)
+            await client.kc.execute_interactive(f"%reset -f\n__import__('os').chdir({str(path.parent)!r})")
+            await client.async_execute()
+        finally:
+            client.kc.stop_channels()
     for cell in code_cells(notebook):
         for output in cell.outputs:
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
@@ -168,4 +191,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "--all":
         asyncio.run(run_all(Path(sys.argv[2])))
     else:
-        asyncio.run(run(Path(sys.argv[1]).absolute(), Path(sys.argv[-1]).absolute(), os.environ, WHOLE_CELL_TIMEOUT))
+        asyncio.run(run(Path(sys.argv[1]).absolute(), Path(sys.argv[-1]).absolute(), WHOLE_CELL_TIMEOUT))
