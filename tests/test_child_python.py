@@ -69,7 +69,10 @@ with lk.Swarm() as swarm:
     swarm.serve("ffn", hidden=2, grid=(1,), isolation="process")
     assert swarm.expert("ffn.0")(torch.ones(1, 2)).shape == (1, 2)
 """
-    subprocess.run([sys.executable, "-O", "-c", code], cwd=tmp_path / "gone", check=True, timeout=60)
+    # Python keeps what it compiles for -O, or this would compile all of torch every time.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    command = [sys.executable, "-O", "-c", code]
+    subprocess.run(command, cwd=tmp_path / "gone", env=environment, check=True, timeout=60)
 
 
 def test_pythons_library_comes_first_and_what_python_itself_ignores_last(tmp_path, monkeypatch):
@@ -89,32 +92,49 @@ def test_a_command_looks_into_the_current_folder_last(tmp_path, monkeypatch):
     assert sys.path[-1] == str(tmp_path) and sys.path.count(str(tmp_path)) == 1
 
 
-SERVES_ITSELF = (
-    KINDS
-    + """
+SERVES_ITSELF = """
 import labkit as lk
 swarm = lk.Swarm()
 swarm.serve(KIND, grid=(1,), isolation=ISOLATION)
 """
-)
+MODULES = {  # what each serves, and where
+    "exp0": ("Mine", "'task'"),
+    "exp1": ("'exp1:Mine'", "'task'"),
+    "exp2": ("'exp2:Later'", "'task'"),
+    "exp3": ("Mine", "None"),
+}
+IMPORT_ALL = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+        print("done")
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}".splitlines()[-1])
+"""
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory) -> dict[str, str]:
+    """The last words of the import of each module, all in one process."""
+    folder = tmp_path_factory.mktemp("modules")
+    for name, (kind, isolation) in MODULES.items():
+        code = SERVES_ITSELF.replace("KIND", kind).replace("ISOLATION", isolation)
+        (folder / f"{name}.py").write_text(KINDS + code)
+    command = [sys.executable, "-c", IMPORT_ALL, *MODULES]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=True)
+    return dict(zip(MODULES, done.stdout.splitlines(), strict=True))
 
 
 @pytest.mark.parametrize(
-    ("kind", "isolation", "said"),
+    ("module", "words"),
     [
-        ("Mine", "'task'", "done"),
-        ("'exp:Mine'", "'task'", "done"),
-        ("'exp:Later'", "'task'", "the module is still being imported, and has not come to 'Later'"),
-        ("Mine", "None", "the module 'exp' starts a swarm when it is imported"),
+        ("exp0", "done"),
+        ("exp1", "done"),
+        ("exp2", "the module is still being imported, and has not come to 'Later'"),
+        ("exp3", "the module 'exp3' starts a swarm when it is imported"),
     ],
 )
-def test_a_module_that_serves_its_own_class_while_it_is_imported(tmp_path, kind, isolation, said):
-    code = SERVES_ITSELF.replace("KIND", kind).replace("ISOLATION", isolation)
-    (tmp_path / "exp.py").write_text(code)
-    done = subprocess.run(
-        [sys.executable, "-c", "import exp; print('done')"], cwd=tmp_path, env={**os.environ}, capture_output=True,
-        text=True, timeout=60,
-    )  # fmt: skip
-    last = (done.stdout + done.stderr).strip().splitlines()[-1]
-    assert said in last
-    assert "ServerFailed" not in last or "if __name__ == '__main__'" in last
+def test_a_module_that_serves_its_own_class_while_it_is_imported(said, module, words):
+    assert words in said[module]
+    assert "ServerFailed" not in said[module] or "if __name__ == '__main__'" in said[module]
