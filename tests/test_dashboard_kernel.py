@@ -19,7 +19,7 @@ from torch import nn
 torch.manual_seed(0)
 swarm = lk.Swarm()
 swarm.serve("ffn", hidden=8, grid=(2, 2), servers=4, isolation="task")
-swarm.faults(latency=0.01)  # trainers wait, and leave the processor to others
+swarm.faults(latency=0.05)  # trainers wait, and leave the processor to others
 model = nn.Sequential(nn.Linear(4, 8), swarm.moe(8, k_best=2), nn.Linear(8, 2))
 x = torch.randn(64, 4)
 y = (x.sum(1) > 0).long()
