@@ -13,6 +13,8 @@ import psutil
 import pytest
 from hypothesis import settings
 
+import tests.quick_imports  # noqa: F401  # before anything of Jupyter's
+
 GRACE = 2.0  # seconds: what `close()` may take
 ELSEWHERE = (
     "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR", "XDG_CACHE_HOME",

@@ -2,7 +2,7 @@
 
 `python -m tests.notebook_runs NOTEBOOK` runs one at full size and saves it, as it is to be committed.
 
-`--all FOLDER` runs all of them with few steps, for their tests, which wait for that: a child process, since it has an
+`NotebookRuns` runs all of them with few steps, for their tests, which wait for that: a child process, since it has an
 event loop, and kernels, of its own.
 """
 
@@ -29,6 +29,10 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = [*sorted((ROOT / "notebooks").glob("*.ipynb")), *sorted((ROOT / "tutorials").glob("*.ipynb"))]
 STEPS = 28  # of a run in a test
 SIDE_BY_SIDE = 2
+RUN_ALL = """
+import asyncio, pathlib, sys, tests.quick_imports, tests.notebook_runs
+asyncio.run(tests.notebook_runs.run_all(pathlib.Path(sys.argv[1])))
+"""
 CELL_TIMEOUT = 150  # seconds, with few steps
 WHOLE_CELL_TIMEOUT = 1800  # at full size
 PROBLEMS = "problems.json"  # what went wrong, by the name of the notebook
@@ -43,8 +47,7 @@ class NotebookRuns:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.notebook_runs", "--all", str(folder)], cwd=ROOT, stdin=subprocess.PIPE,
-            start_new_session=True,
+            [sys.executable, "-c", RUN_ALL, str(folder)], cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
 
     def problems(self) -> dict[str, str]:
@@ -188,7 +191,4 @@ def check_committed(notebook: Any) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--all":
-        asyncio.run(run_all(Path(sys.argv[2])))
-    else:
-        asyncio.run(run(Path(sys.argv[1]).absolute(), Path(sys.argv[-1]).absolute(), WHOLE_CELL_TIMEOUT))
+    asyncio.run(run(Path(sys.argv[1]).absolute(), Path(sys.argv[-1]).absolute(), WHOLE_CELL_TIMEOUT))

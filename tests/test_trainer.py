@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import labkit.training.trainer_threads
 from labkit.errors import NotEnoughExperts, SwarmClosed, TrainingFailed
 from labkit.events import Event, StepFailed, StepFinished
+from labkit.server.optimizer import SGD
 from labkit.swarm import Swarm
 from labkit.training.datasets import ClassificationData, batches
 from labkit.training.fit import fit
@@ -428,7 +429,7 @@ def test_batches_that_are_no_batches_end_the_run(data, said):
         ({"steps": 1, "validate": (X, Y), "metrics": "precision"}, "metric 'precision': one of accuracy"),
         ({"steps": 1, "validate": "digits"}, "data=str"),
         ({"steps": 1, "optimizer": "adamm"}, "did you mean 'adam'"),
-        ({"steps": 1, "optimizer": torch.optim.SGD(nn.Linear(1, 1).parameters())}, "SGD.…. is an instance"),
+        ({"steps": 1, "optimizer": SGD(nn.Linear(1, 1).parameters())}, "SGD.…. is an instance"),
         ({"steps": 1, "optimizer": lambda p: torch.optim.SGD(nn.Linear(1, 1).parameters())}, "not this model's"),
         ({"steps": 1, "optimizer": lambda p: p}, "returned a list and no optimizer"),
         ({"steps": 1, "optimizer": torch.optim.LBFGS}, "LBFGS"),
