@@ -28,69 +28,69 @@ X = torch.linspace(-1, 1, 12).reshape(3, 4)
 
 
 @pytest.fixture(scope="module")
-def eight() -> Iterator[Swarm]:
-    """A private swarm (servers are members too, and know the others) with eight server processes."""
-    with pytest.MonkeyPatch.context() as patch, Swarm("eight", members=[]) as swarm:
+def four() -> Iterator[Swarm]:
+    """A private swarm (servers are members too, and know the others) with four server processes."""
+    with pytest.MonkeyPatch.context() as patch, Swarm("four", members=[]) as swarm:
         patch.delenv("OMP_WAIT_POLICY", raising=False)  # `make test` has it: see below what servers get without it
-        swarm.serve("nop", grid=(4, 4), servers=8, isolation="process", threads=1)
+        swarm.serve("nop", grid=(4, 4), servers=4, isolation="process", threads=1)
         yield swarm
 
 
-def test_each_server_has_a_process_and_a_session_of_its_own(eight):
-    pids = {server.pid for server in eight.servers}
-    assert len(pids) == 8
+def test_each_server_has_a_process_and_a_session_of_its_own(four):
+    pids = {server.pid for server in four.servers}
+    assert len(pids) == 4
     assert os.getpid() not in pids
     assert os.getsid(0) not in {os.getsid(pid) for pid in pids}  # so Ctrl-C in a terminal does not reach them
-    assert len(eight.experts()) == 16
+    assert len(four.experts()) == 16
 
 
-def test_the_secret_key_of_a_server_is_in_no_argument_and_no_environment(eight):
-    server = eight.servers[0]
+def test_the_secret_key_of_a_server_is_in_no_argument_and_no_environment(four):
+    server = four.servers[0]
     process = psutil.Process(server.pid)
     secret = server.plan.identity.seed.hex()
     assert secret not in " ".join(process.cmdline())
     assert secret not in str(process.environ())
 
 
-def test_torchs_threads_do_not_spin_in_a_server_unless_the_user_wants_them_to(eight, monkeypatch):
-    assert psutil.Process(eight.servers[0].pid).environ()["OMP_WAIT_POLICY"] == "PASSIVE"
+def test_torchs_threads_do_not_spin_in_a_server_unless_the_user_wants_them_to(four, monkeypatch):
+    assert psutil.Process(four.servers[0].pid).environ()["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     assert environment()["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
-def test_faults_reach_processes_and_change_while_they_run(eight):
-    eight.faults(loss=1.0)
-    eventually(lambda: all(server.statistics().loss == 1.0 for server in eight.servers))
+def test_faults_reach_processes_and_change_while_they_run(four):
+    four.faults(loss=1.0)
+    eventually(lambda: all(server.statistics().loss == 1.0 for server in four.servers))
     with pytest.raises(LabkitError, match="gave no answer"):
-        eight.expert("nop.0.0", timeout=0.2)(X)
-    eight.faults(loss=0.0)
-    eventually(lambda: all(server.statistics().loss == 0.0 for server in eight.servers))
-    assert eight.expert("nop.0.0")(X).equal(X)
+        four.expert("nop.0.0", timeout=0.2)(X)
+    four.faults(loss=0.0)
+    eventually(lambda: all(server.statistics().loss == 0.0 for server in four.servers))
+    assert four.expert("nop.0.0")(X).equal(X)
 
 
-def test_faults_of_one_server_are_its_own_until_those_of_all_are_set(eight):
-    first, second = eight.servers[:2]
+def test_faults_of_one_server_are_its_own_until_those_of_all_are_set(four):
+    first, second = four.servers[:2]
     assert repr(first.faults(latency=0.001)) == "Faults(latency=0.001, loss=0)"
     eventually(lambda: first.statistics().latency == 0.001)
-    assert second.statistics().latency == second.faults().latency == eight.faults().latency == 0.0
+    assert second.statistics().latency == second.faults().latency == four.faults().latency == 0.0
     with pytest.raises(ValueError, match="loss"):
         first.faults(latency=0.5, loss=2.0)
-    eight.faults(latency=0.0)
+    four.faults(latency=0.0)
     eventually(lambda: first.statistics().latency == 0.0)
 
 
-def test_a_swarm_asks_all_servers_for_statistics_those_started_elsewhere_too(eight):
-    here = {server.contact.endpoint for server in eight.servers}
-    asked = eight.statistics()
+def test_a_swarm_asks_all_servers_for_statistics_those_started_elsewhere_too(four):
+    here = {server.contact.endpoint for server in four.servers}
+    asked = four.statistics()
     assert set(asked) == here
-    assert sorted(uid for statistics in asked.values() for uid in statistics.experts) == sorted(eight.experts())
+    assert sorted(uid for statistics in asked.values() for uid in statistics.experts) == sorted(four.experts())
     key = Identity.generate()
-    eight.admit(key_text(key.public_key))
-    with Swarm.join(str(eight.invite()), key=key) as elsewhere:
+    four.admit(key_text(key.public_key))
+    with Swarm.join(str(four.invite()), key=key) as elsewhere:
         assert set(elsewhere.statistics()) == here
 
 
-def test_a_server_that_fails_to_start_says_why_in_its_own_words_and_leaves_nothing(eight, tmp_path, monkeypatch):
+def test_a_server_that_fails_to_start_says_why_in_its_own_words_and_leaves_nothing(four, tmp_path, monkeypatch):
     (tmp_path / "my_experts.py").write_text(
         "from torch import nn\n"
         "class Expert(nn.Linear):\n"
@@ -100,11 +100,11 @@ def test_a_server_that_fails_to_start_says_why_in_its_own_words_and_leaves_nothi
     monkeypatch.syspath_prepend(tmp_path)  # what the parent can import, so can its servers
     children = set(psutil.Process().children())
     with pytest.raises(ServerFailed, match=r"server of expert.0 did not start: there are no weights in my.weights"):
-        eight.serve("my_experts:Expert", grid=(1,))
+        four.serve("my_experts:Expert", grid=(1,))
     assert set(psutil.Process().children()) <= children
 
 
-def test_an_interrupt_while_a_server_starts_leaves_none_and_the_swarm_works_on(eight):
+def test_an_interrupt_while_a_server_starts_leaves_none_and_the_swarm_works_on(four):
     children = set(psutil.Process().children())
 
     def interrupt() -> None:
@@ -114,18 +114,18 @@ def test_an_interrupt_while_a_server_starts_leaves_none_and_the_swarm_works_on(e
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        eight.serve("nop", grid=(1,), name="other", isolation="process")
+        four.serve("nop", grid=(1,), name="other", isolation="process")
     thread.join()
     eventually(lambda: set(psutil.Process().children()) <= children)
-    assert len(eight.experts()) == 16
+    assert len(four.experts()) == 16
 
 
-def test_training_goes_on_when_half_of_eight_servers_are_killed_and_closing_leaves_nothing(eight):
-    pids = [server.pid for server in eight.servers]
+def test_training_goes_on_when_half_of_four_servers_are_killed_and_closing_leaves_nothing(four):
+    pids = [server.pid for server in four.servers]
     torch.manual_seed(0)
     x = torch.randn(512, 8)
     y = (x @ torch.randn(8, 3)).argmax(-1)
-    moe = eight.moe(16, name="nop", forward_timeout=5.0, backward_timeout=5.0, timeout_after_k_min=0.5)
+    moe = four.moe(16, name="nop", forward_timeout=5.0, backward_timeout=5.0, timeout_after_k_min=0.5)
     model = nn.Sequential(nn.Linear(8, 16), moe, nn.ReLU(), nn.Linear(16, 3))
     run = lk.fit(model, (x, y), steps=1_000_000, trainers=2, batch_size=32, lr=3e-3)
     eventually(lambda: run.steps >= 25)
@@ -136,11 +136,11 @@ def test_training_goes_on_when_half_of_eight_servers_are_killed_and_closing_leav
     assert run.running
     assert run.failed_batches <= 2  # those that were between their forward and their backward pass
     assert run.loss < loss
-    assert [server.state for server in eight.servers] == ["failed", "running"] * 4
+    assert [server.state for server in four.servers] == ["failed", "running"] * 2
     run.stop()
     os.kill(pids[1], signal.SIGSTOP)  # closing does not wait for one that hangs
     started = time.monotonic()
-    eight.close()
+    four.close()
     assert time.monotonic() - started < 2
     assert not any(psutil.pid_exists(pid) for pid in pids)
 
