@@ -190,11 +190,11 @@ def test_a_ratio_says_how_many_times_better_and_there_is_none_to_nothing():
         ("rpc", "it failed", "not the output of a peer's script"),
         ("rpc", "[1]", "not the output of a peer's script"),
         ("rpc", '{"store_s": 0.1}', "it has none of calls_per_s, samples_per_s"),
-        ("rpc", '{"work": {"batch": 512}, "calls_per_s": 1.0}', "with batch=512, and here it is batch=1"),
-        ("rpc", '{"work": {"expert": "ffn"}, "calls_per_s": 1.0}', "with expert=ffn, and here it is expert=nop"),
+        ("rpc", '{"work": {"batch": 512}, "calls_per_s": 1.0}', "with --batch 512, and here it is --batch 1"),
+        ("rpc", '{"work": {"expert": "ffn"}, "calls_per_s": 1.0}', "with --expert ffn, and here it is --expert nop"),
         ("rpc --expert ffn", '{"work": {"expert": "ffn"}, "calls_per_s": 1.0}', "what is ffn there is ffn2 here"),
-        ("rpc --codec float16", '{"calls_per_s": 1.0}', "with codec=none, and here it is codec=float16"),
-        ("rpc --servers 2", '{"calls_per_s": 1.0}', "with servers=1, and here it is servers=2"),
+        ("rpc --codec float16", '{"calls_per_s": 1.0}', "with --codec none, and here it is --codec float16"),
+        ("rpc --servers 2", '{"calls_per_s": 1.0}', "with --servers 1, and here it is --servers 2"),
         ("moe", '{"work": {"batch": 64}, "samples_per_s": 1.0}', "what is ffn there is ffn2 here"),
     ],
 )
@@ -206,7 +206,7 @@ def test_a_peer_that_did_other_work_is_refused_before_anything_is_measured(
     (tmp_path / "peer.json").write_text(said)
     assert main(["bench", *options.split(), "--peer-json", str(tmp_path / "peer.json")]) == 1
     told = capsys.readouterr().err
-    assert f"peer_json={tmp_path / 'peer.json'}: " in told and complaint in told
+    assert f"--peer-json {tmp_path / 'peer.json'}: " in told and complaint in told
 
 
 def test_a_peer_may_have_been_measured_for_longer_and_has_a_word_of_its_own_for_an_expert(tmp_path):
@@ -298,14 +298,14 @@ def test_a_row_that_fails_ends_the_suite(tmp_path):
 @pytest.mark.parametrize(
     ("option", "complaint"),
     [
-        (["--nodes", "1"], "nodes=1"),
-        (["--grid", "4", "0"], "grid="),
-        (["--grid", "2", "2", "--k-best", "5"], "k_best=5: the grid has 4 experts"),
-        (["--rtt-ms", "-1"], "rtt_ms=-1"),
-        (["--dead", "1"], "dead=1"),
-        (["--churn", "-1"], "churn=-1"),
-        (["--churn", "1", "--dead", "0.1"], "churn=1"),
-        (["--nodes", "2", "--dead", "0.9"], "dead=0.9"),
+        (["--nodes", "1"], "--nodes 1: at least 2"),
+        (["--grid", "4", "0"], "--grid 4 0: "),
+        (["--grid", "2", "2", "--k-best", "5"], "--k-best 5: the grid has 4 experts"),
+        (["--rtt-ms", "-1"], "--rtt-ms -1.0: "),
+        (["--dead", "1"], "--dead 1.0: "),
+        (["--churn", "-1"], "--churn -1.0: "),
+        (["--churn", "1", "--dead", "0.1"], "--churn 1.0: "),
+        (["--nodes", "2", "--dead", "0.9"], "--dead 0.9: "),
     ],
 )
 def test_what_cannot_be_searched_is_refused_by_the_name_of_the_option(option, complaint, capsys):
@@ -316,21 +316,21 @@ def test_what_cannot_be_searched_is_refused_by_the_name_of_the_option(option, co
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["rpc", "--expert", "lstm"], "expert='lstm': one of nop, ffn"),
-        (["rpc", "--clients", "0"], "clients=0"),
-        (["rpc", "--experts", "2", "--servers", "3"], "servers=3: there are 2 experts"),
-        (["rpc", "--codec", "zip"], "codec='zip': one of none"),
-        (["moe", "--side", "2", "--k-best", "5"], "k_best=5: the grid has 4 experts"),
-        (["dht", "--peers", "1"], "peers=1"),
-        (["all", "--out", "none", "--runs", "0"], "runs=0"),
+        (["rpc", "--expert", "lstm"], "--expert lstm: one of nop, ffn"),
+        (["rpc", "--clients", "0"], "--clients 0: at least 1"),
+        (["rpc", "--experts", "2", "--servers", "3"], "--servers 3: there are 2 experts"),
+        (["rpc", "--codec", "zip"], "--codec zip: one of none"),
+        (["moe", "--side", "2", "--k-best", "5"], "--k-best 5: the grid has 4 experts"),
+        (["dht", "--peers", "1"], "--peers 1: at least 2"),
+        (["all", "--out", "none", "--runs", "0"], "--runs 0: at least 1"),
         (["all", "--out", "none", "--peer-scripts", "nowhere"], "nowhere: there is no such folder"),
         (["all", "--out", "nowhere/results.jsonl"], "nowhere/results.jsonl: there is no folder "),
         (
             ["all", "--out", "none", "--only", "lstm"],
-            "only=lstm: no row has this in its name. There are: rpc nop, batch",
+            "--only lstm: no row has this in its name. There are: rpc nop, batch",
         ),
-        (["latency", "--block", "lstm"], "block='lstm': ffn or transformer"),
-        (["latency", "--delays-ms", "10", "-1"], "delays_ms=(10.0, -1.0)"),
+        (["latency", "--block", "lstm"], "--block lstm: ffn or transformer"),
+        (["latency", "--delays-ms", "10", "-1"], "--delays-ms 10.0 -1.0: "),
     ],
 )
 def test_what_cannot_be_measured_is_refused_by_the_name_of_the_option(options, complaint, capsys):

@@ -161,7 +161,7 @@ def test_figures_are_medians_over_runs(capsys):
         assert [len(rates) for rates in result[f"{who}_runs"]] == [2, 2]
         assert result[who] == pytest.approx([median(rates) for rates in result[f"{who}_runs"]], abs=0.11)
     assert main(["bench", "latency", "--runs", "0"]) == 1
-    assert "runs=0: at least 1" in capsys.readouterr().err
+    assert "--runs 0: at least 1" in capsys.readouterr().err
 
 
 def test_trainers_are_measured_beside_a_pipeline_over_the_same_slow_servers():
