@@ -191,7 +191,7 @@ def test_experts_of_another_size_are_refused_by_their_servers_before_any_of_them
         assert all(map(torch.equal, state_of(swarm, net), before))
 
 
-@pytest.mark.parametrize("moment, loaded", [("check", set()), ("load", {0, 1})])
+@pytest.mark.parametrize(("moment", "loaded"), [("check", set()), ("load", {0, 1})])
 def test_an_interrupt_while_servers_load_leaves_all_as_they_were_or_all_loaded(saved, moment, loaded):
     done = set()
 
