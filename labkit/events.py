@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from labkit.contact import Contact
+
 logger = logging.getLogger(__name__)
 
 
@@ -152,6 +154,21 @@ class ServerLost(Event):
     address: str
     uids: tuple[str, ...]
     detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddressChanged(Event):
+    """A node of this process is reached at another address than before, and has told the swarm so.
+
+    Args:
+        contact: The node, as it is reached now.
+        before: `host:port` at which it was reached.
+        reason: Why, in words.
+    """
+
+    contact: Contact
+    before: str
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,9 +28,9 @@ from labkit.errors import (
     SecurityMismatch,
     WrongServerKey,
 )
+from labkit.wire.addresses import resolve
 from labkit.wire.rpc_types import Caller
 from labkit.wire.security import key_text
-from labkit.wire.transport import resolve
 
 JOIN_TIMEOUT = 8.0  # seconds for all four steps
 PING_TIMEOUT = 1.0  # seconds; a node that has not answered by then counts as alive

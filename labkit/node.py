@@ -15,14 +15,15 @@ from labkit.contact import Contact, is_loopback
 from labkit.dht.node import DHTConfig, DHTNode
 from labkit.directory import Directory, DirectoryConfig
 from labkit.errors import JoinError
-from labkit.events import Emit, ignore
+from labkit.events import AddressChanged, Emit, ignore
 from labkit.joining import check_reachable
 from labkit.suggest import suggest_fields
+from labkit.wire.addresses import LOOPBACK, announced_address, split_address
 from labkit.wire.rpc_client import Client
 from labkit.wire.rpc_server import serve_rpc
 from labkit.wire.rpc_types import Methods, RPCLimits
 from labkit.wire.security import Admission, Identity, must_encrypt
-from labkit.wire.transport import LOOPBACK, Endpoint, Network, announced_address, split_address
+from labkit.wire.transport import Endpoint, Network
 
 BOOTSTRAP_ATTEMPTS = 3  # since a busy node may be late once
 
@@ -76,11 +77,43 @@ class Node:
     client: Client
     dht: DHTNode
     directory: Directory
+    emit: Emit = ignore
 
     @property
     def contact(self) -> Contact:
         """The contact at which others reach this node."""
         return self.endpoint.contact
+
+    def move(self, host: str, port: int, reason: str = "") -> Contact:
+        """Let others reach this node at another address from now on, as behind a relay or in another network.
+
+        The nodes that know it are told in the background, and its experts are declared anew at once. What leads to the
+        address is not its affair: it goes on listening where it did. Does nothing if that is its address already.
+
+        Args:
+            host: The host that others call: a name or an IP address.
+            port: The port that they call.
+            reason: Why, in words, for the event.
+
+        Returns:
+            Its contact from now on.
+
+        Raises:
+            ValueError: It is no address, or the node does not encrypt and others would call it from other machines.
+        """
+        before, contact = self.contact, Contact(self.contact.key, host, port, self.contact.secure)
+        if contact == before:
+            return before
+        if not contact.is_safe:
+            raise ValueError(
+                f"a node that does not encrypt cannot move to {contact.endpoint}: beyond this machine every connection "
+                "is encrypted; start it with secure=True"
+            )
+        self.endpoint.move(contact)
+        self.dht.move(contact)
+        self.directory.declare_anew()
+        self.emit(AddressChanged(contact=contact, before=before.endpoint, reason=reason))
+        return contact
 
 
 @asynccontextmanager
@@ -120,7 +153,7 @@ async def open_node(
             await nursery.start(dht.run)
             await nursery.start(directory.run)
             await _join(network, client, dht, join, identity)
-            yield Node(identity, endpoint, client, dht, directory)
+            yield Node(identity, endpoint, client, dht, directory, emit)
             nursery.cancel_scope.cancel()
 
 

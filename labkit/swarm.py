@@ -37,8 +37,8 @@ from labkit.suggest import suggest_options
 from labkit.swarm_lifecycle import SwarmLifecycle
 from labkit.view.collect.inventory import ask_all_servers
 from labkit.view.summary import SwarmSummary
+from labkit.wire.addresses import LOOPBACK
 from labkit.wire.security import Identity, parse_key
-from labkit.wire.transport import LOOPBACK
 
 if TYPE_CHECKING:
     from labkit.view.log.swarm_logging import Logging

@@ -36,8 +36,8 @@ from labkit.view.collect.telemetry import Telemetry
 from labkit.view.log.custom_loop import CustomLoop
 from labkit.view.page.remote_service import RemoteService
 from labkit.view.swarm_view import SwarmView
+from labkit.wire.addresses import LOOPBACK, split_address
 from labkit.wire.security import Identity, Members, parse_key
-from labkit.wire.transport import LOOPBACK, split_address
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,12 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import trio
 
 from labkit.contact import Contact
+from labkit.wire.addresses import LOOPBACK
 from labkit.wire.rpc_client import Client
 from labkit.wire.rpc_server import serve_rpc
 from labkit.wire.rpc_types import AsyncMethod, Methods, Reply, Request, RPCLimits
 from labkit.wire.security import Admission, Identity
-from labkit.wire.transport import LOOPBACK, Endpoint, Network
+from labkit.wire.transport import Endpoint, Network
 from labkit.wire.zmq_transport import open_network
 
 Wire = Callable[..., AbstractAsyncContextManager[Network]]

@@ -23,7 +23,7 @@ ROOT = Path(labkit.__file__).parent
 # From the ground up. A part imports parts that come before it; the two wings, `server` and `client`, are strangers.
 FLOORS = [
     # words: no I/O, no async
-    "errors", "suggest", "forks", "interrupts", "printable", "paths", "histogram", "faults", "events", "contact",
+    "errors", "suggest", "forks", "interrupts", "printable", "paths", "histogram", "faults", "contact", "events",
     "expert_uid", "process_bound",
     # the network, the DHT, and the experts in it
     "wire", "dht", "expert_protocol", "directory", "joining", "node", "portal",

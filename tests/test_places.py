@@ -185,7 +185,7 @@ def test_a_claimer_that_vanishes_holds_nobody_up():
     async def race() -> tuple[float, Outcomes]:
         async with a_swarm(1, 2) as (network, nodes, draw), trio.open_nursery() as nursery:
             await declare_grid(nursery, nodes[0])
-            gone = Claims(nodes[1].dht, nodes[1].contact, "ffn", 30.0, 20)
+            gone = Claims(nodes[1].dht, lambda: nodes[1].contact, "ffn", 30.0, 20)
             await gone.write(gone.new(ClaimState.CHOOSING, 1))
             network.unplug(nodes[1].contact)
             started = trio.current_time()
@@ -238,7 +238,7 @@ async def test_a_start_that_fails_or_is_interrupted_gives_its_places_back_at_onc
 
 async def test_claims_of_thousands_of_places_are_written_in_parts_and_garbage_is_ignored(autojump_clock):
     async with a_swarm(1, 1, latency=0.01) as (_, nodes, _):
-        mine, theirs = (Claims(node.dht, node.contact, "ffn", 30.0, 20) for node in nodes)
+        mine, theirs = (Claims(node.dht, partial(getattr, node, "contact"), "ffn", 30.0, 20) for node in nodes)
         uids = list(grid_uids("ffn", (100, 100)))
         claim = mine.new(ClaimState.HOLDING, 1, 7, len(uids), uids, GridInfo((100, 100), "nop"))
         assert await mine.write(claim)

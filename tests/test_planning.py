@@ -10,7 +10,7 @@ from labkit.directory.grids import GridInfo
 from labkit.launch.planning import check_all_places, fit_options, plan_servers
 from labkit.node import NodeConfig
 from labkit.server.config import ServerConfig
-from labkit.wire.transport import announced_address
+from labkit.wire.addresses import announced_address
 from tests.fake_network import make_contact
 
 HUGE = GridInfo((4, 4), "ffn", {"hidden": 50_000})

@@ -20,6 +20,7 @@ from labkit.dht.routing import KBucket
 from labkit.dht.storage import Role, Storage, key_id
 
 FIRST_CONTACTS = 2  # contacts that a newcomer gets for each bucket; calls, in both directions, add more
+TOLD_AT_ONCE = 16  # nodes that are told at the same time where we are now
 KEYS_PER_TURN = 256  # keys to look at before other tasks get a turn
 
 
@@ -91,6 +92,22 @@ class Maintenance:
                 self._joined_through[contact.node_id] = contact
                 nursery.start_soon(ping, contact)
         return answered
+
+    async def tell_all(self, contact: Contact) -> None:
+        """Tell all nodes that we know, and our neighbours among the others, that we are at `contact` now."""
+        peers, own_id = self._peers, self._peers.contact.node_id
+        told = trio.CapacityLimiter(TOLD_AT_ONCE)
+
+        async def tell(other: Contact) -> None:
+            async with told:
+                if contact == peers.contact:  # else we have moved on, and tell that instead
+                    await peers.tell(other)
+
+        async with trio.open_nursery() as nursery:
+            for other in peers.routing.nearest(own_id, len(peers.routing)):
+                nursery.start_soon(tell, other)
+        if contact == peers.contact:
+            await self._find_nodes([own_id])
 
     async def _fill_buckets(self) -> None:
         """Get to know a few nodes in each bucket that is farther away than the nearest neighbour.

@@ -55,7 +55,6 @@ class DHTNode:
     def __init__(
         self, caller: Caller, contact: Contact, config: DHTConfig | None = None, *, client_only: bool = False
     ) -> None:
-        self.contact = contact
         self.config = config or DHTConfig()
         self.client_only = client_only
         self.storage = Storage(verify, self.config.limits)
@@ -65,6 +64,16 @@ class DHTNode:
         self._maintenance = Maintenance(self.peers, self.storage, self.replicas, self.find_nodes)
         self._service = Service(self.storage, self.peers, self.config, self._maintenance.republish_at)
         self.methods = {} if client_only else self._service.methods
+
+    @property
+    def contact(self) -> Contact:
+        """This node's own contact."""
+        return self.peers.contact
+
+    def move(self, contact: Contact) -> None:
+        """Take another address, and tell the nodes that know this one, in the background. Its key stays the same."""
+        self.peers.move(contact)
+        self.peers.in_background(self._maintenance.tell_all, contact)
 
     @property
     def routing(self) -> RoutingTable:

@@ -41,6 +41,7 @@ from labkit.wire.transport import Cancellable, await_callback
 
 R = TypeVar("R", bound=Answered)
 
+MAX_TOLD = 4096  # nodes of which it is remembered that they know where we have moved
 MAX_BACKGROUND_TASKS = 64  # beyond, background work is dropped: all of it is repeated or repaired later
 
 
@@ -99,8 +100,8 @@ class Peers:
     """
 
     __slots__ = (
-        "_background", "_caller", "_deviation", "_on_new", "_probing", "_round_trip", "blacklist", "calls",
-        "calls_failed", "client_only", "config", "contact", "lost", "routing", "sender",
+        "_background", "_caller", "_deviation", "_on_new", "_probing", "_round_trip", "_told", "blacklist", "calls",
+        "calls_failed", "client_only", "config", "contact", "lost", "routing",
     )  # fmt: skip
 
     def __init__(
@@ -108,7 +109,6 @@ class Peers:
     ) -> None:
         self.contact = contact
         self.client_only = client_only
-        self.sender = None if client_only else contact  # how requests name this node
         self.routing = RoutingTable(contact.node_id, config.k)
         self.blacklist = Blacklist(config.blacklist_base, config.blacklist_max)
         self.lost: dict[int, Contact] = {}  # the last k that were forgotten, to try when no other node is left
@@ -119,8 +119,14 @@ class Peers:
         self._on_new = on_new
         self._background: trio.Nursery | None = None
         self._probing: set[int] = set()
+        self._told: set[int] | None = None  # nodes that were told where we have moved; None if we never have
         self._round_trip = 0.0  # seconds, smoothed, over all peers
         self._deviation = 0.0
+
+    @property
+    def sender(self) -> Contact | None:
+        """How requests name this node."""
+        return None if self.client_only else self.contact
 
     @property
     def slow_after(self) -> float:
@@ -183,13 +189,26 @@ class Peers:
                 done(None)
                 return
             self._timed(_now() - start)
-            self.blacklist.clear(contact.node_id)
-            self._seen(contact)
+            self._answered(contact)
             done(answered)
 
         return self._caller.begin(
             contact, method, body, done=on_reply, returns=returns, timeout=self.config.rpc_timeout
         )
+
+    def _answered(self, contact: Contact) -> None:
+        """Note that a node answered at this address.
+
+        It may have told us of another one meanwhile, as a node does that has moved. That one counts, while it works.
+        """
+        known = self.routing.get(contact.node_id)
+        moved = known is not None and contact.node_id not in self.blacklist
+        self.blacklist.clear(contact.node_id)
+        self._seen(known if known is not None and moved else contact)
+
+    def move(self, contact: Contact) -> None:
+        """Name ourselves by another contact from now on."""
+        self.contact, self._told = contact, set()
 
     async def ping(self, contact: Contact) -> bool:
         """Whether a node answers."""
@@ -221,7 +240,7 @@ class Peers:
 
         It is ignored if the connection was proven to be someone else's, or if calling it back would not be safe. A node
         that was on the blacklist is pinged at once and is back when it answers: it may be one that can call but cannot
-        be called. New callers are taken at their word.
+        be called. Other callers are taken at their word, also on the address at which they are now.
         """
         if sender is None or request.peer.key not in (None, sender.key) or not sender.is_safe:
             return
@@ -231,11 +250,22 @@ class Peers:
                 return
             self.blacklist.clear(sender.node_id)
         self._seen(sender)
+        told = self._told
+        if told is not None and sender.node_id not in told and len(told) < MAX_TOLD:
+            told.add(sender.node_id)  # it may have called us where we were, over a connection from then
+            self.in_background(self.tell, sender)
+
+    async def tell(self, contact: Contact) -> None:
+        """Tell a node where we are now."""
+        if self._told is not None and await self.ping(contact) and len(self._told) < MAX_TOLD:
+            self._told.add(contact.node_id)
 
     def failed(self, contact: Contact) -> None:
         """Note that a node did not answer, or answered nonsense."""
         self.calls_failed += 1
         node_id = contact.node_id
+        if self.routing.get(node_id) not in (None, contact):
+            return  # it has moved: where it is now, it may well answer
         failures = self.blacklist.failed(node_id, _now())
         self.routing.failed(node_id)
         if failures >= self.config.max_failures:

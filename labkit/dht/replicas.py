@@ -68,7 +68,8 @@ class Replicas:
         k = peers.config.k
         if trio.current_time() - at > peers.config.republish_period:
             return []
-        alive = [contact for contact in contacts if peers.usable(contact)]
+        now = [peers.routing.get(contact.node_id) or contact for contact in contacts]  # some may have moved
+        alive = [contact for contact in now if peers.usable(contact)]
         if len(alive) < k:
             return []
         both = {contact.node_id: contact for contact in (*alive, *peers.nearest(target, k))}

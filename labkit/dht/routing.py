@@ -67,6 +67,10 @@ class RoutingTable:
     def __contains__(self, node_id: int) -> bool:
         return node_id in self._bucket(node_id).contacts
 
+    def get(self, node_id: int) -> Contact | None:
+        """Returns the contact of a node; None if it is not known."""
+        return self._bucket(node_id).contacts.get(node_id)
+
     def __iter__(self) -> Iterator[Contact]:
         for bucket in self.buckets:
             yield from bucket.contacts.values()

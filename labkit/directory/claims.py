@@ -17,7 +17,7 @@ parse is ignored.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Annotated, Protocol
@@ -115,13 +115,13 @@ class Claims:
 
     Args:
         dht: The DHT.
-        contact: One's own node.
+        contact: Returns the contact of one's own node, which may move.
         name: The grid.
         ttl: Seconds that a claim lives after it was written.
         replicas: How many nodes a record is stored on (the DHT's k).
     """
 
-    def __init__(self, dht: ClaimRecords, contact: Contact, name: str, ttl: float, replicas: int) -> None:
+    def __init__(self, dht: ClaimRecords, contact: Callable[[], Contact], name: str, ttl: float, replicas: int) -> None:
         self.ticket = new_ticket()
         self._dht = dht
         self._contact = contact
@@ -135,7 +135,7 @@ class Claims:
         grid: GridInfo | None = None,
     ) -> Claim:  # fmt: skip
         """Returns a claim of one's own."""
-        return Claim(self.ticket, self._contact, state, attempt, number, wanted, frozenset(places), grid)
+        return Claim(self.ticket, self._contact(), state, attempt, number, wanted, frozenset(places), grid)
 
     async def write(self, claim: Claim) -> bool:
         """Write one's own claim, in place of what it was before. Returns whether any node has taken it."""

@@ -51,6 +51,7 @@ class Directory:
         self._declarations = 0
         self._since = round(time.time() * 1000)
         self._suspicions = Suspicions(self.config.suspicion)
+        self._anew = trio.Event()  # set when all is to be declared again at once
         self._cache = PrefixCache(dht, self.config, self._suspicions)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -93,7 +94,7 @@ class Directory:
         Who has read them before finds them until a cache is refreshed. Raises `LabkitError` if the DHT cannot be asked.
         """
         holders = await self.holders(uids)
-        mine = [uid for uid in uids if uid in holders and holders[uid].contact == contact]
+        mine = [uid for uid in uids if uid in holders and holders[uid].contact.key == contact.key]
         if mine:
             with trio.move_on_after(self.config.timeout):
                 await self._dht.store_many(withdrawals_of(mine, self.config.ttl))
@@ -112,7 +113,7 @@ class Directory:
 
         Args:
             uids: The experts, or a function that returns those to declare now.
-            contact: The node that holds them.
+            contact: The node that holds them. If that is ours and moves, they are declared where it is by then.
             is_alive: With it, each time before they are declared, it is checked that no other node that is alive has
                 declared one of them, too, as can happen in a network that was divided. The one that began later gives
                 the expert up and declares it no more (`ExpertGivenUp`).
@@ -125,6 +126,9 @@ class Directory:
         given_up: set[str] = set()
         first, pause = True, self.config.ttl / 3
         while True:
+            anew = self._anew
+            if contact.key == self._dht.contact.key:
+                contact = self._dht.contact
             now = [uid for uid in (uids() if callable(uids) else uids) if uid not in given_up]
             try:
                 if is_alive is not None:
@@ -142,7 +146,13 @@ class Directory:
             if first:
                 task_status.started()
             first = False
-            await trio.sleep(pause)
+            with trio.move_on_after(pause):
+                await anew.wait()
+
+    def declare_anew(self) -> None:
+        """Let every `keep_declared` declare its experts at once, as after a move."""
+        self._anew.set()
+        self._anew = trio.Event()
 
     async def _rivals(
         self, uids: Sequence[str], contact: Contact, is_alive: IsAlive, first: bool

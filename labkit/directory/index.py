@@ -232,5 +232,5 @@ def _is_older(info: ExpertInfo, than: ExpertInfo) -> bool:
 
     Between servers, the declaration counts that the DHT returns.
     """
-    same_life = (info.contact, boot_of(info.stamp)) == (than.contact, boot_of(than.stamp))
+    same_life = (info.contact.key, boot_of(info.stamp)) == (than.contact.key, boot_of(than.stamp))
     return same_life and info.stamp < than.stamp

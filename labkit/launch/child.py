@@ -25,6 +25,7 @@ import trio
 
 from labkit.contact import Contact
 from labkit.errors import LabkitError
+from labkit.events import AddressChanged, Event
 from labkit.faults import Faults
 from labkit.launch.parent import watch_parent
 from labkit.launch.temporary_folder import remove_if_abandoned, use
@@ -80,12 +81,18 @@ class ChildCommand(msgspec.Struct):
 
 
 class ChildReport(msgspec.Struct):
-    """A line that a child prints: first where it serves, or why it does not; then answers to orders to load."""
+    """A line that a child prints: first where it serves, or why it does not.
+
+    Then answers to orders to load, and where it is reached when that has changed.
+    """
 
     ready: Contact | None = None
     stop_timeout: float = STOP_TIMEOUT  # seconds that a clean stop may take, by the size of its experts
     failed: str | None = None
     loaded: int | None = None  # the number of an order; `failed` says what went wrong, if something did
+    moved: Contact | None = None
+    before: str = ""  # where it was reached, `host:port`
+    reason: str = ""
 
 
 def main() -> NoReturn:
@@ -152,13 +159,18 @@ async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
         with suppress(trio.RunFinishedError):
             token.run_sync_soon(action)
 
+    def report_move(event: Event) -> None:
+        if isinstance(event, AddressChanged):
+            _report(reports, ChildReport(moved=event.contact, before=event.before, reason=event.reason))
+
     async def serve(*, task_status: trio.TaskStatus[Contact]) -> None:
         admission = Admission(file=Path(config.member_file) if config.member_file else None)
         identity = Identity(bytes.fromhex(config.seed))
         async with open_network(config.node.limits.frames) as network:
             await serve_experts(
                 network, identity, config.server, config.node, join=config.join, admission=admission, faults=faults,
-                stop=stop, hurry=hurry, allow=set_stop_timeout, orders=orders, task_status=task_status,
+                emit=report_move, stop=stop, hurry=hurry, allow=set_stop_timeout, orders=orders,
+                task_status=task_status,
             )  # fmt: skip
 
     async def watch_signals(*, task_status: trio.TaskStatus[None]) -> None:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 import trio
 
 from labkit.contact import Contact
 from labkit.errors import CheckpointError, LabkitError, ServerFailed
+from labkit.events import AddressChanged
 from labkit.faults import Faults
 from labkit.launch.lab import Lab
-from labkit.launch.runners import Runner, ServerPlan, ServerProcess, ServerTask, keep_port
+from labkit.launch.ports import keep_port
+from labkit.launch.runners import Runner, ServerPlan, ServerProcess, ServerTask
 from labkit.launch.states import ServerEvent, ServerState, next_state
 from labkit.portal import unwrap
 
@@ -236,6 +239,7 @@ class ServerLifecycle:
 
     async def _run(self, runner: Runner, plan: ServerPlan, *, task_status: trio.TaskStatus[None]) -> None:
         """The whole life of a runner."""
+        runner.on_move = partial(self._note_move, runner)
         async with trio.open_nursery() as nursery:
             contact = await nursery.start(runner.run, plan, self.faults)
             await trio.lowlevel.checkpoint_if_cancelled()  # else it would be running, and end with the start
@@ -245,6 +249,12 @@ class ServerLifecycle:
                 await self.apply_faults()  # they may have changed meanwhile
             task_status.started()
             self._note_end(runner, await runner.wait())
+
+    def _note_move(self, runner: Runner, event: AddressChanged) -> None:
+        """Record that a server is reached at another address from now on."""
+        if self._runner is runner:
+            self.contact = event.contact
+        self._lab.emit(event)
 
     async def _until_found(self) -> None:
         """Wait until this process's own directory, which may know older records, finds the experts."""

@@ -101,7 +101,7 @@ async def hold_places(node: Node, wish: Wish, kind: str, fit: Fit) -> AsyncItera
         LabkitError: It is not decided in time who gets the places.
     """
     ttl = node.directory.config.ttl
-    claims = Claims(node.dht, node.contact, wish.name, ttl, node.dht.config.k)
+    claims = Claims(node.dht, lambda: node.contact, wish.name, ttl, node.dht.config.k)
     claimer = _Claimer(node, wish, kind, fit, claims)
     try:
         with trio.move_on_after(CLAIM_TIMEOUT) as limit:
@@ -196,7 +196,7 @@ class _Claimer:
         """The claims of others whose nodes are alive."""
         claims = (await self._claims.read()).values()
         async with trio.open_nursery() as nursery:
-            for contact in {claim.contact for claim in claims} - {self._node.contact}:
+            for contact in {claim.contact for claim in claims if claim.contact.key != self._node.contact.key}:
                 nursery.start_soon(self._is_alive, contact)
         gone = {contact for contact, (_, alive) in self._asked.items() if not alive}
         return [claim for claim in claims if claim.contact not in gone]

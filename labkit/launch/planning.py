@@ -22,8 +22,8 @@ from labkit.node import NodeConfig
 from labkit.server.config import ServerConfig
 from labkit.server.layers import BUILTIN_KINDS, Factory, expert_reference, make_expert
 from labkit.suggest import did_you_mean
+from labkit.wire.addresses import LOOPBACK, announced_address
 from labkit.wire.security import Identity
-from labkit.wire.transport import LOOPBACK, announced_address
 
 MAX_UNASKED_EXPERT_BYTES = 1 << 30  # of one expert whose options come from the swarm, not from the caller
 MAX_UNASKED_TOTAL_BYTES = 4 << 30  # of all experts, if their number comes from the swarm too

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +22,7 @@ import trio
 
 from labkit.contact import Contact
 from labkit.errors import ServerFailed
-from labkit.events import Emit
+from labkit.events import AddressChanged, Emit, Event, ignore
 from labkit.faults import Faults
 from labkit.forks import keep_private, release
 from labkit.launch.child import MAX_ORDERS, ChildCommand, ChildConfig, ChildLoad, ChildReport
@@ -35,7 +34,6 @@ from labkit.server.leaving import STOP_TIMEOUT
 from labkit.server.loading import LoadOrder
 from labkit.server.server import serve_experts
 from labkit.wire.security import Admission, Identity
-from labkit.wire.transport import split_address
 from labkit.wire.zmq_transport import ZmqNetwork
 
 logger = logging.getLogger(__name__)
@@ -43,7 +41,6 @@ logger = logging.getLogger(__name__)
 STDERR_TIMEOUT = 0.5  # seconds to read the rest of what a dead child wrote to its standard error
 LAST_LINES = 30  # of the standard error of a child that failed, in the error that says so
 MAX_LINE = 10_000  # bytes of a line of standard error that is not complete
-PORT_TRIES, PORT_INTERVAL = 25, 0.02  # attempts to get the port of the last runner; seconds between two
 COMMAND_QUEUE = 100  # commands that a child has not read yet
 # A session of its own, so that Ctrl-C in a terminal and the kernel's stop button reach the parent only.
 OWN_GROUP: dict[str, Any]
@@ -80,6 +77,7 @@ class Runner(Protocol):
     """What serves once, from its start to its end. `stop_timeout`: seconds that a clean stop may take."""
 
     stop_timeout: float
+    on_move: Callable[[AddressChanged], object]  # called when it is reached at another address than before
 
     @property
     def pid(self) -> int | None:
@@ -112,6 +110,7 @@ class ServerProcess:
 
     def __init__(self) -> None:
         self.stop_timeout = STOP_TIMEOUT  # until the child, when it is ready, says how long its own stop may take
+        self.on_move: Callable[[AddressChanged], object] = ignore
         self._process: trio.Process | None = None
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
@@ -192,6 +191,9 @@ class ServerProcess:
             *lines, rest = (rest + part).split(b"\n")
             for line in lines:
                 report = msgspec.json.decode(line, type=ChildReport)
+                if report.moved is not None:
+                    before, reason = report.before, report.reason
+                    self.on_move(AddressChanged(contact=report.moved, before=before, reason=reason))
                 if report.loaded is not None:
                     self._loaded[report.loaded] = report.failed or ""
                     self._news.unpark_all()
@@ -286,6 +288,7 @@ class ServerTask:
 
     def __init__(self, network: ZmqNetwork, emit: Emit) -> None:
         self.stop_timeout = STOP_TIMEOUT
+        self.on_move: Callable[[AddressChanged], object] = ignore
         self._network = network
         self._emit = emit
         self._scope = trio.CancelScope()
@@ -300,7 +303,7 @@ class ServerTask:
             with self._scope:
                 await serve_experts(
                     self._network, plan.identity, plan.server, plan.node, join=plan.join,
-                    admission=Admission(file=plan.member_file), faults=faults, emit=self._emit, stop=self._stop,
+                    admission=Admission(file=plan.member_file), faults=faults, emit=self._on_event, stop=self._stop,
                     hurry=self._hurry, allow=self._set_stop_timeout, orders=self._orders,
                     task_status=status,  # type: ignore[arg-type]
                 )  # fmt: skip
@@ -314,6 +317,12 @@ class ServerTask:
             logger.warning("a server in the lab thread failed", exc_info=error)
         finally:
             self._ended.set()
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, AddressChanged):
+            self.on_move(event)
+        else:
+            self._emit(event)
 
     def _set_stop_timeout(self, seconds: float) -> None:
         self.stop_timeout = seconds
@@ -365,30 +374,3 @@ class _Status:
     def started(self, value: Contact) -> None:
         self.started_already = True
         self._inner.started(value)
-
-
-# ---------------------------------------------------------------- ports
-
-
-async def keep_port(plan: ServerPlan, contact: Contact | None) -> ServerPlan:
-    """The plan, with the port of the last runner if that is free, since other nodes know the server by it."""
-    if contact is None:
-        return plan
-    for _ in range(PORT_TRIES):
-        if is_free(split_address(plan.node.listen)[0], contact.port):
-            listen = f"{plan.node.listen.rpartition(':')[0]}:{contact.port}"
-            return replace(plan, node=replace(plan.node, listen=listen))
-        await trio.sleep(PORT_INTERVAL)  # the last runner's socket may be closing
-    return plan
-
-
-def is_free(host: str, port: int) -> bool:
-    """Whether a server can listen at an address at which an earlier one has listened."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        if os.name == "posix":
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True

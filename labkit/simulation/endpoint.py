@@ -86,6 +86,9 @@ class Medium(Protocol):
     def new_route(self) -> bytes:
         """Returns the route of a new connection."""
 
+    def move(self, endpoint: SimEndpoint, contact: Contact) -> None:
+        """Give a node another place."""
+
     def reaches(self, direction: Direction) -> bool:
         """Whether the two ends are not cut off from each other."""
 
@@ -235,6 +238,11 @@ class SimEndpoint:
         self.links[link.peer.route] = link
         link.connect()
         return link
+
+    def move(self, contact: Contact) -> None:
+        """Take another place in the network. Connections that lead to the old one go on, until they are cut."""
+        self._network.move(self, contact)
+        self.contact = contact
 
     async def serve(self, on_request: OnRequest) -> None:
         self._on_request = on_request

@@ -24,10 +24,10 @@ from labkit.errors import ConnectionLost, LabkitError
 from labkit.simulation.endpoint import Deliver, Direction, Place, SimEndpoint, SimLink, place_of
 from labkit.simulation.latency import Latency, check_seconds, constant, is_number
 from labkit.simulation.virtual_clock import make_timers
+from labkit.wire.addresses import LOOPBACK, split_address
 from labkit.wire.frames import Frame, FrameLimits
 from labkit.wire.security import Admission, Identity, must_encrypt
 from labkit.wire.timers import Timer
-from labkit.wire.transport import LOOPBACK, split_address
 
 SILENCE_TIMEOUT = 6.0  # seconds after which a connection that is cut breaks, as by ZeroMQ's heartbeats
 FIRST_PORT = 1024
@@ -128,8 +128,17 @@ class SimNetwork:
             await trio.lowlevel.checkpoint()
             yield endpoint
         finally:
-            del self.nodes[place]
+            del self.nodes[place_of(endpoint.contact)]
             endpoint.end()
+
+    def move(self, endpoint: SimEndpoint, contact: Contact) -> None:
+        """Give a node another place: at the old one, new connections are refused."""
+        place = place_of(contact)
+        if self.nodes.get(place, endpoint) is not endpoint:
+            raise LabkitError(f"cannot move to {contact.endpoint}: Address already in use")
+        del self.nodes[place_of(endpoint.contact)]
+        self.nodes[place] = endpoint
+        self._known.add(place)
 
     # ------------------------------------------------------------ cutting connections
 

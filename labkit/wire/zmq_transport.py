@@ -17,19 +17,11 @@ import trio
 
 from labkit.contact import Contact, is_loopback
 from labkit.errors import ConnectionLost, LabkitError
+from labkit.wire.addresses import LOOPBACK, announced_address, resolve, split_address
 from labkit.wire.frames import Frame, FrameLimits
 from labkit.wire.security import Admission, Identity, answer_zap, must_encrypt
 from labkit.wire.timers import Timers
-from labkit.wire.transport import (
-    LOOPBACK,
-    OnEnd,
-    OnMessage,
-    OnRequest,
-    Peer,
-    announced_address,
-    resolve,
-    split_address,
-)
+from labkit.wire.transport import OnEnd, OnMessage, OnRequest, Peer
 from labkit.wire.zmq_socket import (
     FLUSH_TIME,
     Context,
@@ -141,6 +133,9 @@ class ZmqEndpoint:
         except RuntimeError:  # the nursery has ended
             raise ConnectionLost(f"{contact.endpoint} was not called, as this node is closing") from None
         return link
+
+    def move(self, contact: Contact) -> None:
+        self.contact = contact
 
     async def serve(self, on_request: OnRequest) -> None:
         secure = self.contact.secure
