@@ -96,8 +96,8 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name of the grid (default: that of the kind)")
     parser.add_argument(
         "--listen", metavar="tcp://HOST:PORT",
-        help="where to listen (default: a free port of loopback, or of all interfaces if the swarm to join is on "
-        "another machine)",
+        help="where to listen, PORT being a number, * or a range such as 31000-31099 (default: a free port of "
+        "loopback, or of all interfaces if the swarm to join is on another machine)",
     )  # fmt: skip
     parser.add_argument(
         "--announce", metavar="HOST[:PORT]", help="address at which others reach it (default: the one it listens at)"

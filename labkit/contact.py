@@ -25,6 +25,19 @@ LOOPBACK_NOTE = (
     'machines, start it with listen="tcp://0.0.0.0:*" (labkit serve --listen tcp://0.0.0.0:*) and, behind a router, '
     'announce="HOST:PORT"'
 )
+NO_NETWORK_NOTE = (
+    "This invitation is for the same machine only, since that machine has no network address but loopback now; once it "
+    "has another one, swarm.invite() returns an invitation for others"
+)
+ANNOUNCED_LOOPBACK_NOTE = (
+    "This invitation is for the same machine only, since the swarm announces a loopback address; announce= the HOST or "
+    "HOST:PORT at which others reach it"
+)
+LOOPBACK_HINT = (
+    "An invitation with a loopback address is for the same machine only, on which it was made. For others, ask for a "
+    'fresh one, of a swarm that was started with listen="tcp://0.0.0.0:*" (labkit serve --listen tcp://0.0.0.0:*) on a '
+    "machine that is connected to a network"
+)
 _HOST = re.compile(r"[\w.:%-]{1,255}")  # no control characters, which a terminal would obey
 
 
@@ -134,9 +147,19 @@ class Invitation(str):
 
     note: str
 
-    def __new__(cls, contact: Contact) -> Invitation:
+    def __new__(cls, contact: Contact, listen_host: str = "127.0.0.1", announced: bool = False) -> Invitation:
+        """Make an invitation.
+
+        Args:
+            contact: The node to join.
+            listen_host: Where it listens.
+            announced: Whether its address is one that its user has given.
+        """
         self = super().__new__(cls, contact.invitation())
-        self.note = LOOPBACK_NOTE if contact.is_loopback else ""
+        self.note = ""
+        if contact.is_loopback:
+            wide = not is_loopback(listen_host)
+            self.note = ANNOUNCED_LOOPBACK_NOTE if announced else NO_NETWORK_NOTE if wide else LOOPBACK_NOTE
         return self
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:

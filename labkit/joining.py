@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import trio
 
-from labkit.contact import LOOPBACK_NOTE, Contact
+from labkit.contact import LOOPBACK_HINT, Contact
 from labkit.dht.protocol import Ping, Pong
 from labkit.errors import (
     ConnectionLost,
@@ -141,7 +141,7 @@ async def _why_unreachable(caller: Caller, contact: Contact, own_key: bytes, tcp
 
 async def _resolve(contact: Contact) -> str:
     try:
-        return await resolve(contact.host)
+        return await resolve(contact.host, contact.port)
     except ConnectionLost as error:
         raise _Unreachable(
             str(error),
@@ -232,4 +232,4 @@ def _explain(error: RPCError, contact: Contact, own_key: bytes) -> tuple[str, st
 
 
 def _hint(contact: Contact) -> str:
-    return LOOPBACK_NOTE if contact.is_loopback else ""
+    return LOOPBACK_HINT if contact.is_loopback else ""

@@ -34,7 +34,8 @@ class NodeConfig:
     """Where a node listens and how it behaves.
 
     Args:
-        listen: The address to listen at, `tcp://host:port`; port `*` for any that is free.
+        listen: The address to listen at, `tcp://host:port`; port `*` for any that is free, `31000-31099` for a range,
+            of which a node and each of its servers take one.
         announce: The `host` or `host:port` that others should use, where that differs (see `ZmqNetwork.listen`).
         secure: Whether connections are encrypted; by default wherever that is needed.
         dht: How its DHT node behaves.
@@ -143,7 +144,12 @@ async def open_node(
     """
     config = config or NodeConfig()
     async with network.listen(
-        identity, config.listen, announce=config.announce, secure=config.secure, admission=admission
+        identity,
+        config.listen,
+        announce=config.announce,
+        secure=config.secure,
+        admission=admission,
+        toward=join,
     ) as endpoint:
         client = Client(endpoint, config.limits)
         dht = DHTNode(client, endpoint.contact, config.dht)

@@ -37,7 +37,7 @@ from labkit.suggest import suggest_options
 from labkit.swarm_lifecycle import SwarmLifecycle
 from labkit.view.collect.inventory import ask_all_servers
 from labkit.view.summary import SwarmSummary
-from labkit.wire.addresses import LOOPBACK
+from labkit.wire.addresses import LOOPBACK, all_interfaces, split_address
 from labkit.wire.security import Identity, parse_key
 
 if TYPE_CHECKING:
@@ -61,8 +61,9 @@ class Swarm(SwarmLifecycle):
     Args:
         name: Its name in this process; a swarm of the same name is closed first, so that a
             cell may run twice.
-        listen: Where its node listens, `tcp://host:port` with port `*` for any; by default
-            only on this machine.
+        listen: Where its node listens, `tcp://host:port` with port `*` for any, or a range for
+            the node and its servers, such as `tcp://0.0.0.0:31000-31099`; by default only on
+            this machine. `0.0.0.0` means all interfaces, `[::]` those of IPv6, too.
         announce: `host` or `host:port` that others use to reach it, where that differs, as
             behind a router.
         secure: Whether to encrypt; by default if it is private or can be reached from other
@@ -88,8 +89,9 @@ class Swarm(SwarmLifecycle):
         Args:
             invite: What `swarm.invite()` returned there, `labkit://<public key>@host:port`.
             name: Its name in this process; by default a name of its own.
-            listen: Where our node listens, `tcp://host:port` with port `*` for any; by default on
-                all interfaces if the swarm is on another machine, else on this machine only.
+            listen: Where our node listens, `tcp://host:port` with port `*` for any, or a range for
+                the node and its servers; by default on all interfaces if the swarm is on another
+                machine, else on this machine only.
             announce: `host` or `host:port` that others use to reach us, where that differs.
             secure: Whether our node encrypts; by default as the swarm does.
             key: The file of a key that stays the same, made by `labkit keygen`, which a private
@@ -104,7 +106,7 @@ class Swarm(SwarmLifecycle):
         """
         contact = Contact.from_invitation(invite)
         far = contact.secure and not contact.is_loopback  # then others have to call back from another machine
-        listen = ("tcp://0.0.0.0:*" if far else LOOPBACK) if listen is None else listen
+        listen = (all_interfaces(contact.host) if far else LOOPBACK) if listen is None else listen
         secure = True if secure is None and contact.secure and not far else secure
         return cls(
             name or f"joined {contact.endpoint}", listen=listen, announce=announce, secure=secure, key=key,
@@ -332,7 +334,8 @@ class Swarm(SwarmLifecycle):
 
     def invite(self) -> Invitation:
         """Returns the invitation to this swarm, `labkit://<public key>@host:port`, for `Swarm.join`."""
-        return Invitation(self._node.contact)
+        listen, announce = self._node_config.listen, self._node_config.announce
+        return Invitation(self._node.contact, split_address(listen)[0], announce is not None)
 
     def admit(self, key: str) -> None:
         """Let the holder of a public key join this swarm. Raises `ValueError` if it is open."""

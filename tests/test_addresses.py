@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from types import SimpleNamespace
 
 import pytest
 import trio
 
+from labkit import Swarm
+from labkit.contact import Contact
 from labkit.dht.node import DHTConfig
-from labkit.errors import ConnectionLost
+from labkit.errors import ConnectionLost, LabkitError
 from labkit.events import AddressChanged, Event
 from labkit.expert_uid import ExpertInfo
 from labkit.node import Node, NodeConfig, open_node
 from labkit.simulation.network import SimNetwork, open_simnet
+from labkit.wire.addresses import FAR_IPV4, FAR_IPV6, all_interfaces, find_own_address
 from labkit.wire.security import Identity
-from tests.nodes import calling
+from labkit.wire.zmq_transport import open_network
+from tests.nodes import calling, changed, serving
 
+UP = SimpleNamespace(isup=True)
 SMALL = NodeConfig(dht=DHTConfig(k=4))  # small enough that few nodes do not all know each other
 
 
@@ -122,3 +129,194 @@ async def test_a_node_that_does_not_encrypt_cannot_move_to_where_others_would_ca
             node.move("127.0.0.9", 70_000)
         before = node.contact
         assert node.move(before.host, before.port) == before
+
+
+# ---------------------------------------------------------------- which address is announced
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Gives this machine other interfaces and routes: addresses by interface, sources by destination."""
+
+    def set_up(interfaces: dict[str, list[str]], routes: dict[str, str]) -> None:
+        def family(address: str) -> socket.AddressFamily:
+            return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+        found = {
+            name: [SimpleNamespace(family=family(address), address=address) for address in entries]
+            for name, entries in interfaces.items()
+        }
+        monkeypatch.setattr("psutil.net_if_addrs", lambda: found)
+        monkeypatch.setattr("psutil.net_if_stats", lambda: dict.fromkeys(found, UP))
+        monkeypatch.setattr("labkit.wire.addresses._source_address", routes.get)
+
+    return set_up
+
+
+def at(host: str) -> Contact:
+    return Contact(bytes(32), host, 4000)
+
+
+async def test_a_node_announces_the_interface_by_which_it_reaches_whom_it_joins_else_that_of_the_default_route(machine):
+    machine(
+        {"lo": ["127.0.0.1", "::1"], "eth0": ["203.0.113.20"], "eth1": ["10.8.0.1", "fd00::8"]},
+        {"203.0.113.10": "203.0.113.20", FAR_IPV4: "10.8.0.1", FAR_IPV6: "fd00::8", "127.0.0.1": "127.0.0.1"},
+    )
+    assert await find_own_address("0.0.0.0", [at("203.0.113.10")]) == "203.0.113.20"
+    assert await find_own_address("0.0.0.0") == "10.8.0.1"
+    assert await find_own_address("0.0.0.0", [at("127.0.0.1"), at("no.such.host.invalid")]) == "10.8.0.1"
+    assert await find_own_address("::") == "fd00::8"
+    assert await find_own_address("::", [at("203.0.113.10")]) == "203.0.113.20"  # it listens there, too
+    assert await find_own_address("0.0.0.0", [at("2001:db8::5")]) == "10.8.0.1"
+    assert await find_own_address("10.8.0.1", [at("203.0.113.10")]) == "10.8.0.1"  # it listens nowhere else
+
+
+async def test_without_a_default_route_it_announces_what_it_has_that_of_containers_last_and_loopback_never(machine):
+    machine({"lo": ["127.0.0.1"], "docker0": ["172.17.0.1"], "eth0": ["169.254.3.4", "10.9.0.1"]}, {})
+    assert await find_own_address("0.0.0.0") == await find_own_address("::") == "10.9.0.1"
+    machine({"lo": ["127.0.0.1"], "docker0": ["172.17.0.1"], "eth0": ["fe80::1%eth0", "2001:db8::6"]}, {})
+    assert await find_own_address("0.0.0.0") == "172.17.0.1"
+    assert await find_own_address("::") == "2001:db8::6"
+    machine({"lo": ["127.0.0.1", "::1"]}, {})
+    assert await find_own_address("0.0.0.0") == "127.0.0.1"  # there is nothing else
+
+
+def test_an_invitation_for_the_same_machine_never_advises_what_was_done_already(machine):
+    machine({"lo": ["127.0.0.1"]}, {})
+    with Swarm("no-network", listen="tcp://0.0.0.0:*") as swarm:
+        note = swarm.invite().note
+        assert "same machine only" in note and "no network address but loopback" in note and "listen=" not in note
+    with Swarm("loopback", announce="127.0.0.1") as swarm:
+        assert "announce=" in swarm.invite().note and "listen=" not in swarm.invite().note
+    with Swarm("small") as swarm:
+        assert 'listen="tcp://0.0.0.0:*"' in swarm.invite().note
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "0.0.0.0", "::"])
+async def test_a_node_that_listens_on_all_interfaces_of_ipv6_is_reached_by_ipv4_too(host):
+    address = f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*"
+    reached = {"0.0.0.0": ["127.0.0.1"], "::": ["::1", "127.0.0.1"]}.get(host, [host])
+    async with open_network() as network, serving(network, address=address) as endpoint, calling(network) as client:
+        for way in reached:
+            reply = await client.call(changed(endpoint.contact, host=way), "echo", way, timeout=5.0)
+            assert reply.body == way
+        assert endpoint.contact.host not in ("0.0.0.0", "::")
+
+
+@pytest.mark.parametrize(
+    ("invited", "listens"),
+    [("203.0.113.10", "tcp://0.0.0.0:*"), ("2001:db8::5", "tcp://[::]:*"), ("lab.example.org", "tcp://[::]:*")],
+)
+def test_who_joins_listens_where_the_node_that_it_joins_can_call_back(invited, listens):
+    assert all_interfaces(invited) == listens
+
+
+class Names(trio.abc.HostnameResolver):
+    """Resolves every name to the same addresses, in this trio run."""
+
+    def __init__(self, *addresses: str) -> None:
+        self.addresses = addresses
+        trio.socket.set_custom_hostname_resolver(self)
+
+    async def getaddrinfo(self, host, port, family=0, type=0, proto=0, flags=0):
+        entry = (socket.SOCK_STREAM, 6, "")
+        return [(socket.AF_INET, *entry, (address, port or 0)) for address in self.addresses]
+
+    async def getnameinfo(self, sockaddr, flags):
+        raise NotImplementedError
+
+
+async def test_a_name_with_several_addresses_leads_to_the_one_that_answers():
+    Names("127.0.0.9", "127.0.0.1")
+    async with open_network() as network, serving(network) as endpoint, calling(network) as client:
+        named = changed(endpoint.contact, host="twice.example.org")
+        assert (await client.call(named, "echo", 1, timeout=5.0)).body == 1
+
+
+async def test_a_name_that_means_loopback_only_to_the_machine_itself_is_not_listened_at():
+    Names("127.0.1.1")  # as Debian has it
+    async with open_network() as network:
+        with pytest.raises(LabkitError, match=r"myhost means 127.0.1.1 on this machine itself.*tcp://0.0.0.0:\*"):
+            async with serving(network, address="tcp://myhost:*"):
+                pass
+        async with serving(network, address="tcp://my.localhost:*", secure=True) as endpoint:
+            assert endpoint.contact.host == "127.0.1.1"
+        Names("127.0.1.1", "127.0.0.1", "203.0.113.77")
+        with pytest.raises(LabkitError, match="no such address"):  # it is tried: the name has an address for others
+            async with serving(network, address="tcp://myhost:*"):
+                pass
+
+
+# ---------------------------------------------------------------- ranges of ports
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("tcp://0.0.0.0:31099-31000", "its first and its last one"), ("tcp://0.0.0.0:0-10", "its first and its last"),
+        ("tcp://0.0.0.0:31000-", "its first and its last"), ("tcp://0.0.0.0:31000-70000", "is not an address"),
+        ("tcp://0.0.0.0:-5", "is not an address"), ("tcp://a:b:*", r"tcp://\[::\]:\*"), ("0.0.0.0:4000", "is not an"),
+        ("tcp://0.0.0.0:²", "is not an address"), (4000, "is not an address"), ("tcp://a b:*", "is not an address"),
+    ],
+)  # fmt: skip
+def test_a_wrong_address_to_listen_at_is_told_with_the_right_form(address, said):
+    with pytest.raises(ValueError, match=said):
+        NodeConfig(listen=address)
+
+
+def free_ports(count: int) -> int:
+    """Returns the first of so many free ports in a row."""
+    for first in range(42_000, 60_000, count):
+        sockets = [socket.socket() for _ in range(count)]
+        try:
+            for offset, one in enumerate(sockets):
+                one.bind(("127.0.0.1", first + offset))
+            return first
+        except OSError:
+            continue
+        finally:
+            for one in sockets:
+                one.close()
+    raise AssertionError("no ports are free")
+
+
+async def test_each_node_takes_the_first_free_port_of_a_range_and_the_last_is_told_that_there_is_none():
+    first = free_ports(2)
+    address = f"tcp://127.0.0.1:{first}-{first + 1}"
+    async with open_network() as network, serving(network, address=address) as one:
+        async with serving(network, address=address) as other:
+            assert [one.contact.port, other.contact.port] == [first, first + 1]
+            with pytest.raises(LabkitError, match=f"{first}-{first + 1}: all 2 ports are in use.*a larger range"):
+                async with serving(network, address=address):
+                    pass
+
+
+def ports_taken(swarm: Swarm) -> list[int]:
+    return [server.contact.port for server in swarm.servers if server.contact is not None]
+
+
+@pytest.mark.parametrize("isolation", ["task", "process"])
+def test_the_servers_of_a_swarm_listen_in_its_range_of_ports_after_a_restart_too(isolation):
+    first = free_ports(3)
+    ports = range(first, first + 3)
+    with Swarm("firewalled", listen=f"tcp://127.0.0.1:{first}-{first + 2}") as swarm:
+        servers = swarm.serve("nop", grid=(2,), servers=2 if isolation == "task" else 1, isolation=isolation)
+        swarm_port = Contact.from_invitation(swarm.invite()).port
+        taken = ports_taken(swarm)
+        assert len({swarm_port, *taken}) == 1 + len(servers) and {swarm_port, *taken} <= set(ports)
+        servers[0].kill()
+        servers[0].restart()
+        assert ports_taken(swarm) == taken
+        with pytest.raises(ValueError, match=r"has 3 ports, and \d servers need one each.*range of at least \d"):
+            swarm.serve("nop", name="more", grid=(4,), servers=4, isolation="task")
+        assert "more" not in swarm.grids()
+
+
+def test_one_port_for_several_servers_is_an_error_that_says_so():
+    port = free_ports(1)
+    with Swarm("one port", listen=f"tcp://127.0.0.1:{port}") as swarm:
+        with pytest.raises(ValueError, match=f"the one port.*2 servers need one each.*127.0.0.1:{port}-{port + 2}"):
+            swarm.serve("nop", grid=(2,), servers=2, isolation="task")
+        swarm.serve("nop", grid=(1,), isolation="task")
+        with pytest.raises(ValueError, match="the one port"):
+            swarm.serve("nop", name="more", grid=(1,), isolation="task")

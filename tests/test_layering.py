@@ -48,7 +48,7 @@ PACKAGES_OF_PARTS = [["view"]]  # whose modules are parts, like those of labkit 
 
 # Who may import it: a module (`wire/zmq_socket.py`), or a whole folder (`view/page/`).
 ONLY = {
-    "zmq": {"wire/zmq_socket.py", "wire/security.py", "bench/echo.py"},
+    "zmq": {"wire/zmq_socket.py", "wire/zmq_reports.py", "wire/security.py", "bench/echo.py"},
     "ipywidgets": {"view/page/"},
     "anywidget": {"view/page/"},
     "IPython": {"view/page/"},

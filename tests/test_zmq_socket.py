@@ -25,9 +25,7 @@ async def pair(nursery: trio.Nursery) -> AsyncIterator[tuple[Socket, Socket]]:
     """Yields a ROUTER, and a DEALER that is connected to it."""
     context = make_context()
     identity = Identity.generate()
-    router, host, port = make_router(
-        context, "tcp://127.0.0.1:*", identity, secure=False, domain=b"", max_frame=1 << 26
-    )
+    router, host, port = make_router(context, "127.0.0.1", None, identity, secure=False, domain=b"", max_frame=1 << 26)
     dealer, monitor = make_dealer(context, host, port, identity, None, 1 << 26)
     nursery.start_soon(router.run)
     nursery.start_soon(dealer.run)

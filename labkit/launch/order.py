@@ -15,6 +15,7 @@ from labkit.launch import planning
 from labkit.launch.handle import ServerHandle, begin_all
 from labkit.launch.lab import Lab
 from labkit.launch.places import Places, Wish, hold_places
+from labkit.launch.ports import server_address
 from labkit.node import NodeConfig
 from labkit.server.checkpoints import checkpoint_directory
 from labkit.server.config import ServerConfig
@@ -64,6 +65,7 @@ class ServeOrder:
             ValueError: What is wanted does not fit together, or does not fit the grid.
             ServerFailed: A server did not start. Then none is left.
         """
+        server_address(self.node, self.servers + self.beside)  # so that no place is taken in vain
         if self.node.announce is not None:
             key = lab.node.identity.public_key
             await check_announced(lab.node.client, lab.node.contact, self.node.announce, key)

@@ -17,6 +17,7 @@ import torch
 from labkit.contact import Contact
 from labkit.directory.grids import GridInfo
 from labkit.expert_uid import check_name, split_uid, spread
+from labkit.launch.ports import server_address
 from labkit.launch.runners import ServerPlan
 from labkit.node import NodeConfig
 from labkit.server.config import ServerConfig
@@ -167,7 +168,7 @@ def plan_servers(
     Args:
         config: What to serve: all of the experts.
         servers: The number of servers.
-        node: The configuration of the swarm's own node; the servers listen like it, at ports of their own.
+        node: The configuration of the swarm's own node; the servers listen like it, each at a port of its own.
         join: The contact of the swarm to join.
         member_file: The public keys that may connect, in a private swarm.
         lasting: Whether the checkpoints outlive the swarm.
@@ -176,7 +177,7 @@ def plan_servers(
         folder: The swarm's temporary folder.
 
     Raises:
-        ValueError: There are fewer experts than servers.
+        ValueError: There are fewer experts than servers, or the node's address has too few ports for them.
     """
     parts = spread(config.uids, servers)
     if config.threads is None:
@@ -185,7 +186,7 @@ def plan_servers(
         threads = torch.get_num_threads() if threads is None else threads
         config = replace(config, threads=max(1, threads // (len(parts) + beside)))
     announce = node.announce and announced_address(node.announce, LOOPBACK, 0)[0]
-    listen = f"{node.listen.rpartition(':')[0]}:*"
+    listen = server_address(node, len(parts) + beside)
     node = replace(node, listen=listen, announce=announce, secure=join.secure or None)
     return [
         ServerPlan(replace(config, uids=part), node, Identity.generate(), (join,), member_file, lasting, folder)

@@ -1,4 +1,4 @@
-"""The ports of local servers: a server that is started again gets the port of its last runner.
+"""The ports of local servers: which they may listen at, and that one that is started again gets its last one.
 
 No batch passes here.
 """
@@ -13,14 +13,44 @@ import trio
 
 from labkit.contact import Contact
 from labkit.launch.runners import ServerPlan
-from labkit.wire.addresses import split_address
+from labkit.node import NodeConfig
+from labkit.wire.addresses import ports_of, split_address
 
 PORT_TRIES, PORT_INTERVAL = 25, 0.02  # attempts to get the port of the last runner; seconds between two
+
+
+def server_address(node: NodeConfig, servers: int) -> str:
+    """Returns the address at which a swarm's servers listen: like its own node, each at a port of its own.
+
+    Args:
+        node: The configuration of the swarm's own node.
+        servers: How many servers there will be at the same time.
+
+    Raises:
+        ValueError: The node's address has too few ports for them, as one port for several servers.
+    """
+    host, _, port = node.listen.rpartition(":")
+    ports = ports_of(port)
+    if ports is None or (len(ports) == 1 and servers == 1):
+        return f"{host}:*"
+    if len(ports) > servers:
+        return node.listen
+    first = ports[0]
+    last = first + max(servers, 1)
+    example = f"{host}:{first}-{last}" if last < 1 << 16 else f"{host}:31000-31099"
+    have = "is the one port of the swarm's own node" if len(ports) == 1 else f"has {len(ports)} ports"
+    raise ValueError(
+        f"listen={node.listen!r} {have}, and {servers} {'server needs' if servers == 1 else 'servers need'} one each "
+        f"beside it: start the swarm with a range of at least {servers + 1} ports, such as listen={example!r}, or "
+        f"with any that are free: listen='{host}:*'"
+    )
 
 
 async def keep_port(plan: ServerPlan, contact: Contact | None) -> ServerPlan:
     """The plan, with the port of the last runner if that is free, since other nodes know the server by it."""
     if contact is None:
+        return plan
+    if (allowed := ports_of(split_address(plan.node.listen)[1])) is not None and contact.port not in allowed:
         return plan
     for _ in range(PORT_TRIES):
         if is_free(split_address(plan.node.listen)[0], contact.port):

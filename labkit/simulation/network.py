@@ -24,7 +24,7 @@ from labkit.errors import ConnectionLost, LabkitError
 from labkit.simulation.endpoint import Deliver, Direction, Place, SimEndpoint, SimLink, place_of
 from labkit.simulation.latency import Latency, check_seconds, constant, is_number
 from labkit.simulation.virtual_clock import make_timers
-from labkit.wire.addresses import LOOPBACK, split_address
+from labkit.wire.addresses import LOOPBACK, ports_of, split_address
 from labkit.wire.frames import Frame, FrameLimits
 from labkit.wire.security import Admission, Identity, must_encrypt
 from labkit.wire.timers import Timer
@@ -107,6 +107,7 @@ class SimNetwork:
         announce: str | None = None,
         secure: bool | None = None,
         admission: Admission | None = None,
+        toward: Sequence[Contact] = (),
     ) -> AsyncIterator[SimEndpoint]:
         """Listen at an address for the length of the block. The arguments are those of `ZmqNetwork.listen`.
 
@@ -118,7 +119,10 @@ class SimNetwork:
         secure = must_encrypt(secure, host, admission)
         if address == LOOPBACK:
             host = str(IPv4Address(next(self._hosts)))
-        place = host, (FIRST_PORT if address == LOOPBACK else next(self._ports)) if port == "*" else int(port)
+        if (allowed := ports_of(port)) is None:
+            place = host, FIRST_PORT if address == LOOPBACK else next(self._ports)
+        else:
+            place = host, next((p for p in allowed if (host, p) not in self.nodes), allowed[0])
         if place in self.nodes:
             raise LabkitError(f"cannot listen on {address}: Address already in use")
         self._known.add(place)

@@ -1,54 +1,85 @@
 """The addresses of a node: where it listens, what others are told to call, and the way from a name to an IP address.
 
-No batch passes here: `zmq_transport` asks when a node begins to listen, and when it makes a link.
+No batch passes here: `zmq_transport` asks when a node begins to listen, and when it makes a link; `reachability` asks
+now and then whether this machine has another address by now.
+
+Order: what a user gives (`split_address`, `announced_address`), names, this machine's own addresses.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import socket
+from collections.abc import Iterable, Iterator
 
 import trio
 
-from labkit.contact import is_host
+from labkit.contact import Contact, is_host, is_loopback
 from labkit.errors import ConnectionLost
 
 LOOPBACK = "tcp://127.0.0.1:*"
+FAR_IPV4, FAR_IPV6 = "198.51.100.1", "2001:db8::1"  # for documentation: no machine has them
+VIRTUAL = ("docker", "br-", "veth", "virbr", "vmnet", "vboxnet", "cni", "flannel", "cali", "lxc", "podman", "ifb")
+RESOLVE_TIMEOUT = 1.5  # seconds to resolve the name of a node to join, before it is known whether that is needed
 
 
 def split_address(address: str) -> tuple[str, str]:
-    """Split `tcp://host:port` into host and port (a number or `*`). Raises `ValueError` for anything else."""
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
-    host = "0.0.0.0" if host == "*" else host.strip("[]")
-    if not address.startswith("tcp://") or not host or not (port == "*" or (port.isdigit() and int(port) < 65536)):
-        raise ValueError(f"listen={address!r} is not an address; write tcp://HOST:PORT, for example tcp://0.0.0.0:*")
+    """Split an address to listen at.
+
+    Args:
+        address: `tcp://host:port`, where the port may be `*` for any that is free, or a range such as `31000-31099`.
+
+    Returns:
+        The host, and the port as it is written.
+
+    Raises:
+        ValueError: It is no such address.
+    """
+    host, _, port = str(address).removeprefix("tcp://").rpartition(":")
+    host = "0.0.0.0" if host == "*" else host.removeprefix("[").removesuffix("]")
+    form = f"listen={address!r} is not an address; write tcp://HOST:PORT, for example tcp://0.0.0.0:*"
+    if not isinstance(address, str) or not address.startswith("tcp://") or not is_host(host):
+        raise ValueError(form)
+    if ":" in host and ipaddress_or_none(host) is None:
+        raise ValueError(f"{form}; an IPv6 address as tcp://[::]:*")
+    first, dash, last = port.partition("-")
+    if port != "*" and not all(
+        part.isascii() and part.isdigit() and int(part) < 65536 for part in (first, last or "0")
+    ):
+        raise ValueError(form)
+    if dash and not (last and 0 < int(first) <= int(last)):
+        raise ValueError(f"listen={address!r}: a range of ports is its first and its last one, such as 31000-31099")
     return host, port
 
 
-async def resolve(host: str) -> str:
-    """Returns the IP address of a host. Raises `ConnectionLost` if its name does not resolve."""
-    if host == "localhost":
-        return "127.0.0.1"
-    try:
-        ipaddress.ip_address(host)
-        return host
-    except ValueError:
-        pass
-    try:
-        found = await trio.socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise ConnectionLost(f"the name {host} does not resolve ({error})") from None
-    return str(found[0][4][0])
+def all_interfaces(host: str) -> str:
+    """Returns where to listen so that a node at `host` can call back: at all interfaces, of IPv4 or of both."""
+    ip = ipaddress_or_none(host)
+    wide = socket.has_dualstack_ipv6() and (ip is None or ip.version == 6)
+    return "tcp://[::]:*" if wide else "tcp://0.0.0.0:*"
+
+
+def ports_of(port: str) -> range | None:
+    """Returns the ports that an address allows, from what `split_address` returned; None if it may be any free one."""
+    if port in ("*", "0"):
+        return None
+    first, _, last = port.partition("-")
+    return range(int(first), int(last or first) + 1)
 
 
 def announced_address(announce: str | None, host: str, port: int) -> tuple[str, int]:
-    """Returns the host and port for the contact of a node that is bound to `host` and `port`.
+    """Returns the host and port for the contact of a node.
 
-    `announce`: the `HOST` or `HOST:PORT` that others should use; by default the bound one, and this machine's own
-    address where that is 0.0.0.0 or ::. Raises `ValueError` if it is neither.
+    Args:
+        announce: The `HOST` or `HOST:PORT` that others should use; None for `host` and `port`.
+        host: What it announces otherwise.
+        port: The port that it is bound to.
+
+    Raises:
+        ValueError: `announce` is neither.
     """
     if announce is None:
-        return (_own_address() if ipaddress.ip_address(host).is_unspecified else host), port
+        return host, port
     form = f"announce={announce!r} is not an address; write HOST or HOST:PORT, such as 203.0.113.5:4000"
     if not isinstance(announce, str):
         raise ValueError(form)
@@ -71,6 +102,9 @@ def announced_address(announce: str | None, host: str, port: int) -> tuple[str, 
     return name, int(announced_port) if announced_port else port
 
 
+# ---------------------------------------------------------------- names
+
+
 def ipaddress_or_none(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """Returns an IP address, or None if the text is none."""
     try:
@@ -79,11 +113,137 @@ def ipaddress_or_none(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Addres
         return None
 
 
-def _own_address() -> str:
-    """Returns this machine's address on the interface of its default route; loopback if it has none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+def plain_ip(address: str) -> str:
+    """Returns 10.0.0.7 for ::ffff:10.0.0.7, which is how an IPv6 socket sees it; others as they are."""
+    ip = ipaddress_or_none(address)
+    mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
+    return str(mapped) if mapped is not None else address
+
+
+async def resolve(host: str, port: int | None = None) -> str:
+    """Returns the IP address of a host.
+
+    Args:
+        host: Its name, or its IP address, which is returned as it is.
+        port: If the name has several addresses, as of IPv4 and IPv6, the first one that accepts connections at this
+            port is returned; without a port, the first one.
+
+    Raises:
+        ConnectionLost: Its name does not resolve.
+    """
+    if ipaddress_or_none(host) is not None:
+        return host
+    found = await _addresses_of(host)
+    if len(found) > 1 and port is not None:
         try:
-            probe.connect(("192.0.2.1", 9))  # a documentation address: connecting a datagram socket sends nothing
-            return str(probe.getsockname()[0])
+            stream = await trio.open_tcp_stream(host, port)
         except OSError:
-            return "127.0.0.1"
+            pass  # the first will say why
+        else:
+            peer = str(stream.socket.getpeername()[0])
+            await trio.aclose_forcefully(stream)
+            return peer
+    return found[0]
+
+
+async def resolve_to_listen(host: str) -> str:
+    """Returns the IP address of this machine to bind, of the name or address that a user gave.
+
+    Raises:
+        ConnectionLost: The name does not resolve, or leads to this machine's loopback although it is not called so.
+    """
+    found = [host] if ipaddress_or_none(host) is not None else await _addresses_of(host)
+    beyond = [address for address in found if not is_loopback(address)]
+    if not beyond and found != [host] and "localhost" not in host:
+        raise ConnectionLost(f"the name {host} means {found[0]} on this machine itself, where no other can call it")
+    return (beyond or found)[0]
+
+
+async def _addresses_of(host: str) -> list[str]:
+    if host == "localhost":
+        return ["127.0.0.1"]
+    try:
+        found = await trio.socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ConnectionLost(f"the name {host} does not resolve ({error})") from None
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+# ---------------------------------------------------------------- this machine's own addresses
+
+
+async def find_own_address(host: str, toward: Iterable[Contact] = ()) -> str:
+    """Returns what a node announces that listens at `host`.
+
+    That is `host`, unless it means all interfaces. Then it is the address of the interface 1. by which this machine
+    reaches the nodes that are joined, 2. of its default route; 3. any global or private address that it has, those of
+    virtual machines and containers last. Loopback it is only where there is nothing else.
+
+    Args:
+        host: An IP address.
+        toward: The nodes to join.
+    """
+    ip = ipaddress.ip_address(host)
+    if not ip.is_unspecified:
+        return host
+    families = [socket.AF_INET] if ip.version == 4 else [socket.AF_INET6, socket.AF_INET]
+    joined: list[str] = []
+    with trio.move_on_after(RESOLVE_TIMEOUT):
+        for contact in toward:
+            try:
+                joined.append(await resolve(contact.host))
+            except ConnectionLost:
+                continue
+    far = [FAR_IPV6 if family == socket.AF_INET6 else FAR_IPV4 for family in families]
+    for there in (*joined, *far):  # 1, 2
+        here = _source_address(there)
+        if here is not None and _family(here) in families and not is_loopback(here):
+            return here
+    for family in families:  # 3
+        for address in interface_addresses(family):
+            return address
+    return "::1" if families == [socket.AF_INET6] else "127.0.0.1"
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def _source_address(there: str) -> str | None:
+    """Returns the address from which this machine would call another; None if it has no way there."""
+    try:
+        with socket.socket(_family(there), socket.SOCK_DGRAM) as probe:
+            probe.connect((there, 9))  # which sends nothing, as it is a datagram socket
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
+
+
+def interface_addresses(family: socket.AddressFamily) -> list[str]:
+    """Returns the addresses of this machine's interfaces that are up, the likeliest to be reached by others first.
+
+    None are loopback ones, and none are link-local, which mean nothing to other machines.
+    """
+    return [address for address, _ in sorted(_interfaces(family), key=lambda found: found[1])]
+
+
+def _interfaces(family: socket.AddressFamily) -> Iterator[tuple[str, bool]]:
+    """Yields each address, and whether its interface is one of virtual machines or containers."""
+    import psutil  # it is needed by few nodes
+
+    states = psutil.net_if_stats()
+    for name, entries in psutil.net_if_addrs().items():
+        for entry in entries:
+            ip = ipaddress_or_none(entry.address) if entry.family == family else None
+            up = name not in states or states[name].isup
+            if ip is not None and up and not (ip.is_loopback or ip.is_link_local or ip.is_unspecified):
+                yield entry.address, name.startswith(VIRTUAL)
+
+
+def is_own(address: str) -> bool:
+    """Whether this machine has an address: another machine cannot tell by it whether it reaches this one."""
+    if is_loopback(address):
+        return True
+    if (ip := ipaddress_or_none(address)) is None:
+        return False
+    return address in interface_addresses(socket.AF_INET if ip.version == 4 else socket.AF_INET6)

@@ -137,7 +137,7 @@ class Network(Protocol):
 
     def listen(
         self, identity: Identity, address: str = ..., *, announce: str | None = None, secure: bool | None = None,
-        admission: Admission | None = None,
+        admission: Admission | None = None, toward: Sequence[Contact] = (),
     ) -> AbstractAsyncContextManager[Endpoint]:  # fmt: skip
         """Give a node its endpoint for the length of the block. See `ZmqNetwork.listen` for the arguments."""
 

@@ -1,4 +1,5 @@
-"""ZeroMQ sockets under trio: the only module that moves bytes with zmq. `zmq_transport` makes links of them.
+"""ZeroMQ sockets under trio: the only module that moves bytes with zmq. `zmq_transport` makes links of them, and
+`zmq_reports` reads what ZeroMQ says about connections.
 
 ZeroMQ signals events by an edge-triggered file descriptor. Each socket has one pump task that owns it: the pump reads
 `EVENTS`, delivers what has arrived or wakes the tasks that wait for it, and only then waits for the descriptor. Any
@@ -6,12 +7,11 @@ send or receive may swallow an edge that another task waits for, so `EVENTS` is 
 that finds nothing checks what was read then before it waits, since that reading may have swallowed its own edge. A
 receive takes a message off the socket only in the moment in which it returns it, so that cancelling it loses nothing.
 
-Order: `Socket`, how each kind of socket is made, what ZeroMQ says about connections.
+Order: `Socket`, how each kind of socket is made.
 """
 
 from __future__ import annotations
 
-import errno
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -20,11 +20,11 @@ from typing import Any
 import trio
 import zmq
 from zmq.utils import z85
-from zmq.utils.monitor import parse_monitor_message
 
-from labkit.errors import ConnectionLost, HandshakeFailed, LabkitError, NotAdmitted, SecurityMismatch, WrongServerKey
+from labkit.errors import ConnectionLost, LabkitError
 from labkit.wire.frames import Frame
 from labkit.wire.security import Identity
+from labkit.wire.zmq_reports import MONITORED_EVENTS, why_not_bound
 
 QUEUE_LENGTH = 1000  # messages that ZeroMQ queues for each connection and direction
 MESSAGES_PER_TURN = 64  # messages to deliver before other tasks get a turn
@@ -32,20 +32,10 @@ ZERO_COPY_SIZE = 1 << 16  # bytes; messages whose frames are all smaller are cop
 FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.05  # seconds between two attempts to send to a peer of a ROUTER without room
 FLUSH_TIME = 0.2  # seconds that closing a listener waits for its last replies to leave
 HEARTBEAT_PERIOD = 2.0  # seconds between ZMTP pings; a peer that is silent for three periods counts as gone
-_NOT_OURS = "; this machine has no such address: listen on tcp://0.0.0.0:PORT, and announce=… what others reach it by"
-LISTEN_HINTS = {
-    zmq.EADDRINUSE: "; another program, or an earlier run, has this port: choose another, or * for any that is free",
-    **dict.fromkeys((zmq.EADDRNOTAVAIL, errno.ENODEV), _NOT_OURS),
-    errno.EACCES: "; ports below 1024 are for administrators: choose a higher one",
-}
 STUCK_TIMEOUT = 15.0  # seconds after which a peer that takes none of the bytes sent to it counts as gone (Linux only)
 HANDSHAKE_TIMEOUT = 5.0  # seconds that a handshake may take
 MAX_SOCKETS = 8192  # of a context
 ZAP_ADDRESS = "inproc://zeromq.zap.01"
-MONITORED_EVENTS = (
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
-)  # fmt: skip
 # As plain numbers: those of pyzmq are `enum` flags, and each `&` and `|` of them takes a microsecond.
 NOBLOCK, NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK) | int(zmq.SNDMORE)
 POLLIN, POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
@@ -272,38 +262,56 @@ def make_context() -> Context:
 
 
 def make_router(
-    context: Context, address: str, identity: Identity, *, secure: bool, domain: bytes, max_frame: int
-) -> tuple[Socket, str, int]:
+    context: Context, host: str, ports: range | None, identity: Identity, *, secure: bool, domain: bytes,
+    max_frame: int,
+) -> tuple[Socket, str, int]:  # fmt: skip
     """Make a ROUTER and bind it. Returns it with the host and port that it is bound to.
 
     Args:
         context: ZeroMQ's context.
-        address: `tcp://host:port`; port `*` for any that is free.
+        host: The IP address to bind.
+        ports: The ports to try, in this order; None for any that is free.
         identity: The keys of the node.
         secure: Whether connections are encrypted (CURVE).
         domain: ZAP domain under which `make_zap`'s socket is asked who may connect.
         max_frame: Size of the largest frame to accept, bytes.
 
     Raises:
-        LabkitError: The address cannot be bound.
+        LabkitError: None of them can be bound.
     """
     raw = context.socket(zmq.ROUTER)
     _configure(raw, max_frame)
     raw.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    raw.setsockopt(zmq.IPV6, "[" in address)
+    raw.setsockopt(zmq.IPV6, ":" in host)  # with which [::] takes connections of IPv4, too
     if secure:
         raw.setsockopt(zmq.CURVE_SERVER, 1)
         raw.setsockopt(zmq.CURVE_SECRETKEY, z85.encode(identity.secret_key))
         raw.setsockopt(zmq.ZAP_DOMAIN, domain)
         raw.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
     try:
-        raw.bind(address)
-    except zmq.ZMQError as error:
+        _bind(raw, f"tcp://[{host}]" if ":" in host else f"tcp://{host}", ports)
+    except LabkitError:
         raw.close(0)
-        reason = error.strerror.partition(" (addr=")[0] + LISTEN_HINTS.get(error.errno or 0, "")
-        raise LabkitError(f"cannot listen on {address}: {reason}") from None
+        raise
     host, _, port = raw.getsockopt_string(zmq.LAST_ENDPOINT).removeprefix("tcp://").rpartition(":")
     return Socket(raw), host.strip("[]"), int(port)
+
+
+def _bind(raw: zmq.Socket[bytes], where: str, ports: range | None) -> None:
+    """Bind a socket to the first port that is free. Raises `LabkitError` that says what is in the way."""
+    for port in ports or ("*",):
+        try:
+            raw.bind(f"{where}:{port}")
+            return
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EADDRINUSE and ports is not None and len(ports) > 1:
+                continue
+            raise LabkitError(f"cannot listen on {where}:{port}: {why_not_bound(error)}") from None
+    assert ports is not None
+    raise LabkitError(
+        f"cannot listen on {where}:{ports[0]}-{ports[-1]}: all {len(ports)} ports are in use, by other programs, or by "
+        "nodes and servers of this machine, each of which takes one; give a larger range"
+    )
 
 
 def make_dealer(
@@ -364,37 +372,3 @@ def _configure(raw: zmq.Socket[bytes], max_frame: int) -> None:
     raw.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(3 * HEARTBEAT_PERIOD * 1000))
     raw.setsockopt(zmq.TCP_MAXRT, round(STUCK_TIMEOUT * 1000))
     raw.setsockopt(zmq.HANDSHAKE_IVL, round(HANDSHAKE_TIMEOUT * 1000))
-
-
-# ---------------------------------------------------------------- what ZeroMQ reports
-
-
-def read_monitor(frames: Sequence[zmq.Frame], where: str, secure: bool) -> LabkitError | None:
-    """Returns the error that a monitor message means for the connection to `where`; None while all is well."""
-    event = parse_monitor_message([frame.bytes for frame in frames])
-    kind = event["event"]
-    if kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-        return NotAdmitted(f"{where} is a private swarm and does not admit our key")
-    if kind == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-        if event["value"] == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
-            ours, theirs = ("", "not ") if secure else ("not ", "")
-            return SecurityMismatch(f"we do {ours}encrypt, {where} does {theirs}")
-        return HandshakeFailed(f"{where} does not speak our protocol")
-    if kind == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-        if secure:
-            return WrongServerKey(f"{where} broke off the handshake: it does not hold the key we expect")
-        return HandshakeFailed(f"{where} broke off the handshake: it does not speak our protocol")
-    if kind == zmq.EVENT_DISCONNECTED:
-        return ConnectionLost(f"the connection to {where} broke")
-    if kind == zmq.EVENT_CLOSED:
-        return ConnectionLost(f"{where} refused the connection")
-    return None
-
-
-def user_id(frame: zmq.Frame) -> bytes | None:
-    """Returns the public key that the sender of this frame proved in its handshake, if any."""
-    try:
-        text = frame.get("User-Id")
-    except zmq.ZMQError:
-        return None
-    return bytes.fromhex(text) if isinstance(text, str) and text else None

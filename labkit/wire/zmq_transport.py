@@ -17,11 +17,20 @@ import trio
 
 from labkit.contact import Contact, is_loopback
 from labkit.errors import ConnectionLost, LabkitError
-from labkit.wire.addresses import LOOPBACK, announced_address, resolve, split_address
+from labkit.wire.addresses import (
+    LOOPBACK,
+    announced_address,
+    find_own_address,
+    ports_of,
+    resolve,
+    resolve_to_listen,
+    split_address,
+)
 from labkit.wire.frames import Frame, FrameLimits
 from labkit.wire.security import Admission, Identity, answer_zap, must_encrypt
 from labkit.wire.timers import Timers
 from labkit.wire.transport import OnEnd, OnMessage, OnRequest, Peer
+from labkit.wire.zmq_reports import read_monitor, user_id
 from labkit.wire.zmq_socket import (
     FLUSH_TIME,
     Context,
@@ -32,8 +41,6 @@ from labkit.wire.zmq_socket import (
     make_dealer,
     make_router,
     make_zap,
-    read_monitor,
-    user_id,
 )
 
 logger = logging.getLogger(__name__)
@@ -62,7 +69,7 @@ class ZmqLink:
         sockets: list[Socket] = []
         try:
             with self._scope:
-                host = await resolve(self.contact.host)
+                host = await resolve(self.contact.host, self.contact.port)
                 server_key = self.contact.key if secure else None
                 sockets += make_dealer(context, host, self.contact.port, identity, server_key, max_frame)
                 socket, monitor = sockets
@@ -209,17 +216,21 @@ class ZmqNetwork:
         announce: str | None = None,
         secure: bool | None = None,
         admission: Admission | None = None,
+        toward: Sequence[Contact] = (),
     ) -> AsyncIterator[ZmqEndpoint]:
         """Listen at an address, for the length of the block.
 
         Args:
             identity: The keys of the node.
-            address: `tcp://host:port`; port `*` for any that is free.
+            address: `tcp://host:port`; port `*` for any that is free, `31000-31099` for the first free one of a range.
+                Host 0.0.0.0 means all interfaces of IPv4, `[::]` those of IPv4 and IPv6.
             announce: The `host` or `host:port` that others should use, where that differs from what is bound. Needed
-                behind a router; guessed for 0.0.0.0.
+                behind a router. Where all interfaces are bound, one of their addresses is chosen: see
+                `addresses.find_own_address`.
             secure: Whether connections are encrypted (CURVE). By default they are in private swarms, and in nodes that
                 listen, or are announced, beyond loopback.
             admission: Who may connect; by default anybody.
+            toward: Nodes that will be called: the address that is announced is that of the way to them.
 
         Raises:
             ValueError: The arguments do not go together.
@@ -232,14 +243,19 @@ class ZmqNetwork:
         domain = f"node-{next(self._domains)}".encode()
         self._admissions[domain] = admission
         try:
-            ip = await resolve(bind_host)
+            ip = await resolve_to_listen(bind_host)
         except ConnectionLost as error:
-            raise LabkitError(f"cannot listen on {address}: {error}; listen on an address of this machine") from None
-        bound = f"tcp://[{ip}]:{bind_port}" if ":" in ip else f"tcp://{ip}:{bind_port}"
+            raise LabkitError(
+                f"cannot listen on {address}: {error}; listen on an address of this machine, or on all of them: "
+                "tcp://0.0.0.0:*"
+            ) from None
         socket, host, port = make_router(
-            self.context, bound, identity, secure=secure, domain=domain, max_frame=self.limits.message_bytes
-        )
+            self.context, ip, ports_of(bind_port), identity, secure=secure, domain=domain,
+            max_frame=self.limits.message_bytes,
+        )  # fmt: skip
         try:
+            if announce is None:
+                host = await find_own_address(host, toward)
             host, port = announced_address(announce, host, port)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(socket.run)
