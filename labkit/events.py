@@ -172,6 +172,21 @@ class AddressChanged(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReachabilityChanged(Event):
+    """It is known, or known anew, whether other machines reach a node of this process.
+
+    Args:
+        contact: The node, as it is to be reached.
+        state: "reachable", "not reachable", "only from this machine" or "not known yet".
+        text: The same as a sentence, with what to try.
+    """
+
+    contact: Contact
+    state: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepFinished(Event):
     """A training step was applied. `staleness`: updates that other trainers applied since its forward pass began."""
 
@@ -203,6 +218,7 @@ class StepFailed(Event):
     detail: str
 
 
+AddressNews = AddressChanged | ReachabilityChanged
 Emit = Callable[[Event], None]
 
 

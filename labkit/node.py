@@ -17,7 +17,9 @@ from labkit.directory import Directory, DirectoryConfig
 from labkit.errors import JoinError
 from labkit.events import AddressChanged, Emit, ignore
 from labkit.joining import check_reachable
+from labkit.reachability import CallBack
 from labkit.suggest import suggest_fields
+from labkit.whereabouts import Whereabouts
 from labkit.wire.addresses import LOOPBACK, announced_address, split_address
 from labkit.wire.rpc_client import Client
 from labkit.wire.rpc_server import serve_rpc
@@ -78,6 +80,7 @@ class Node:
     client: Client
     dht: DHTNode
     directory: Directory
+    whereabouts: Whereabouts
     emit: Emit = ignore
 
     @property
@@ -155,11 +158,16 @@ async def open_node(
         dht = DHTNode(client, endpoint.contact, config.dht)
         directory = Directory(dht, config.directory, emit)
         async with trio.open_nursery() as nursery:
-            await nursery.start(serve_rpc, endpoint, {**dht.methods, **(methods or {})}, config.limits)
+            offered = {**dht.methods, **CallBack(endpoint).methods, **(methods or {})}
+            await nursery.start(serve_rpc, endpoint, offered, config.limits)
             await nursery.start(dht.run)
             await nursery.start(directory.run)
             await _join(network, client, dht, join, identity)
-            yield Node(identity, endpoint, client, dht, directory, emit)
+            whereabouts = Whereabouts(client, dht, config.listen, config.announce, join, emit)
+            node = Node(identity, endpoint, client, dht, directory, whereabouts, emit)
+            if network.tcp:
+                nursery.start_soon(whereabouts.run, node.move, directory.declare_anew)
+            yield node
             nursery.cancel_scope.cancel()
 
 

@@ -61,9 +61,9 @@ class Swarm(SwarmLifecycle):
     Args:
         name: Its name in this process; a swarm of the same name is closed first, so that a
             cell may run twice.
-        listen: Where its node listens, `tcp://host:port` with port `*` for any, or a range for
-            the node and its servers, such as `tcp://0.0.0.0:31000-31099`; by default only on
-            this machine. `0.0.0.0` means all interfaces, `[::]` those of IPv6, too.
+        listen: Where its node listens, `tcp://host:port` with port `*` for any, or a range
+            for the node and its servers, such as `tcp://0.0.0.0:31000-31099`; by default only
+            on this machine. `0.0.0.0` means all interfaces, `[::]` those of IPv6, too.
         announce: `host` or `host:port` that others use to reach it, where that differs, as
             behind a router.
         secure: Whether to encrypt; by default if it is private or can be reached from other
@@ -89,8 +89,8 @@ class Swarm(SwarmLifecycle):
         Args:
             invite: What `swarm.invite()` returned there, `labkit://<public key>@host:port`.
             name: Its name in this process; by default a name of its own.
-            listen: Where our node listens, `tcp://host:port` with port `*` for any, or a range for
-                the node and its servers; by default on all interfaces if the swarm is on another
+            listen: Where our node listens, `tcp://host:port` with port `*` for any, or a range
+                for the node and its servers; by default on all interfaces if the swarm is on another
                 machine, else on this machine only.
             announce: `host` or `host:port` that others use to reach us, where that differs.
             secure: Whether our node encrypts; by default as the swarm does.

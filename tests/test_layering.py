@@ -26,7 +26,7 @@ FLOORS = [
     "errors", "suggest", "forks", "interrupts", "printable", "paths", "histogram", "faults", "contact", "events",
     "expert_uid", "process_bound",
     # the network, the DHT, and the experts in it
-    "wire", "dht", "expert_protocol", "directory", "joining", "node", "portal",
+    "wire", "dht", "expert_protocol", "directory", "joining", "reachability", "whereabouts", "node", "portal",
     # the two wings
     "server", "client",
     # training, in real and in virtual time

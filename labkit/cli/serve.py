@@ -13,13 +13,16 @@ import shlex
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 from labkit.cli.terminal import output_is_read
+from labkit.contact import Contact
 from labkit.errors import LabkitError, ServerFailed
+from labkit.events import AddressChanged, AddressNews
 from labkit.expert_protocol import clean_label
 from labkit.launch.handle import ServerHandle
 from labkit.launch.planning import grid_name
@@ -31,6 +34,9 @@ DEFAULT_HIDDEN = 64  # width of the experts of a new grid
 DEFAULT_EXPERTS = 8  # of a new grid
 REPORT_PERIOD = 30.0  # seconds between two lines that say how it goes
 TERMINAL_PERIOD = 2.0  # the same where one line is written again and again
+REACH_TIMEOUT = 12.0  # seconds in which others find out whether they reach the server
+REACH_LOOK_PERIOD = 0.05  # seconds between two looks whether they have
+MAX_NEWS = 16  # of addresses, that are not printed yet
 LOOK_PERIOD = 2.0  # seconds between two looks whether somebody still reads the output
 
 
@@ -58,8 +64,10 @@ def _serve_until_stopped(options: argparse.Namespace) -> None:
     arguments = _serve_arguments(options)  # first, so that nothing is started for a wrong one
     with _open_swarm(options) as swarm:
         report = Report(swarm, rewrite=sys.stdout.isatty())
+        news: deque[AddressNews] = deque(maxlen=MAX_NEWS)
         try:
             (server,) = swarm.serve(options.expert, isolation="task", **_defaults(options, swarm), **arguments)
+            _until_reach_is_known(server)
             print(repr(swarm))
             invitation = swarm.invite()
             print(f"\ninvitation: {invitation}")
@@ -67,8 +75,11 @@ def _serve_until_stopped(options: argparse.Namespace) -> None:
                 print(invitation.note)
             print(f"to see it as a web page: labkit watch {shlex.quote(invitation)}")
             print("serving until Ctrl-C", flush=True)
+            swarm.on_event(lambda event: news.append(event) if isinstance(event, AddressNews) else None)
             while server.state == "running":
                 server.wait(LOOK_PERIOD)
+                while news:
+                    report.write_news(news.popleft())
                 if not output_is_read():
                     raise KeyboardInterrupt
                 if server.state == "running" and not options.quiet:
@@ -81,6 +92,13 @@ def _serve_until_stopped(options: argparse.Namespace) -> None:
                 print("stopping …", file=sys.stderr)
             for server in swarm.servers:
                 server.stop()
+
+
+def _until_reach_is_known(server: ServerHandle) -> None:
+    """Wait a few seconds until others, if there are any, have tried to reach the server."""
+    deadline = time.monotonic() + REACH_TIMEOUT
+    while server.state == "running" and server.lifecycle.reachability is None and time.monotonic() < deadline:
+        server.wait(REACH_LOOK_PERIOD)
 
 
 def _raise_interrupt(number: int, frame: FrameType | None) -> None:
@@ -125,6 +143,18 @@ class Report:
         if said != self._said or self._rewrite:
             self._print(f"{time.strftime('%H:%M:%S')}  {said}: {rate:,.1f} calls/s{waiting}")
         self._said = said
+
+    def write_news(self, event: AddressNews) -> None:
+        """Say in a line that the swarm's node or server has another address, or is reached or not."""
+        if isinstance(event, AddressChanged):
+            said = f"{event.before} is {event.contact.endpoint} now: {event.reason}"
+            if event.contact.key == Contact.from_invitation(self._swarm.invite()).key:
+                said += f"; invitation: {self._swarm.invite()}"
+        else:
+            said = f"{event.contact.endpoint}: {event.text}"
+        self.end_line()
+        with suppress(OSError):
+            print(f"{time.strftime('%H:%M:%S')}  {said}", flush=True)
 
     def _print(self, line: str) -> None:
         with suppress(OSError):  # the terminal is gone; the experts are not

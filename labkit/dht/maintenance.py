@@ -20,6 +20,7 @@ from labkit.dht.routing import KBucket
 from labkit.dht.storage import Role, Storage, key_id
 
 FIRST_CONTACTS = 2  # contacts that a newcomer gets for each bucket; calls, in both directions, add more
+COME_BACK_ATTEMPTS, COME_BACK_PAUSE = 10, 1.0  # to reach anybody after we were away; seconds between two
 TOLD_AT_ONCE = 16  # nodes that are told at the same time where we are now
 KEYS_PER_TURN = 256  # keys to look at before other tasks get a turn
 
@@ -73,7 +74,9 @@ class Maintenance:
         each bucket that is farther away than the nearest neighbour (section 2.3).
         """
         own_id = self._peers.contact.node_id
-        answered = await self._ping_all([contact for contact in contacts if contact.node_id != own_id])  # 1
+        others = [contact for contact in contacts if contact.node_id != own_id]
+        self._joined_through |= {contact.node_id: contact for contact in others}
+        answered = await self._ping_all(others)  # 1
         if answered:
             await self._find_nodes([own_id])  # 2
             await self._fill_buckets()  # 3
@@ -89,9 +92,23 @@ class Maintenance:
 
         async with trio.open_nursery() as nursery:
             for contact in {contact.node_id: contact for contact in contacts}.values():
-                self._joined_through[contact.node_id] = contact
                 nursery.start_soon(ping, contact)
         return answered
+
+    async def come_back(self, contact: Contact) -> None:
+        """Find back to the other nodes after our machine was away, by those that we knew; then tell all where we are.
+
+        Its network may be there a moment later than its address, so it is tried several times.
+        """
+        peers = self._peers
+        for _ in range(COME_BACK_ATTEMPTS):
+            before = {**self._joined_through, **peers.lost}
+            known = peers.routing.nearest(peers.contact.node_id, peers.config.alpha)
+            if await self._ping_all([*before.values(), *known]) or contact != peers.contact:
+                break
+            peers.blacklist.forgive()
+            await trio.sleep(COME_BACK_PAUSE)
+        await self.tell_all(contact)
 
     async def tell_all(self, contact: Contact) -> None:
         """Tell all nodes that we know, and our neighbours among the others, that we are at `contact` now."""

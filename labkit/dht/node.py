@@ -75,6 +75,11 @@ class DHTNode:
         self.peers.move(contact)
         self.peers.in_background(self._maintenance.tell_all, contact)
 
+    def come_back(self) -> None:
+        """Find back to the other nodes and tell them where we are, in the background: this machine was away."""
+        self.peers.blacklist.forgive()
+        self.peers.in_background(self._maintenance.come_back, self.contact)
+
     @property
     def routing(self) -> RoutingTable:
         """The contacts that this node knows."""

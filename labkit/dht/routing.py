@@ -199,6 +199,10 @@ class Blacklist:
         """Note that a node has answered."""
         self._entries.pop(node_id, None)
 
+    def forgive(self) -> None:
+        """Forget all failures: they were our own."""
+        self._entries.clear()
+
     def blocks(self, node_id: int, now: float) -> bool:
         """Whether a node is to be left alone now. When its back-off is over it may be tried again."""
         entry = self._entries.get(node_id)

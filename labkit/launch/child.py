@@ -25,7 +25,7 @@ import trio
 
 from labkit.contact import Contact
 from labkit.errors import LabkitError
-from labkit.events import AddressChanged, Event
+from labkit.events import AddressChanged, AddressNews, Event, ReachabilityChanged
 from labkit.faults import Faults
 from labkit.launch.parent import watch_parent
 from labkit.launch.temporary_folder import remove_if_abandoned, use
@@ -80,19 +80,40 @@ class ChildCommand(msgspec.Struct):
     loss: float | None = None
 
 
+class ChildNews(msgspec.Struct):
+    """What is new about a server's address: an `AddressChanged`, or with a `state` a `ReachabilityChanged`."""
+
+    contact: Contact
+    text: str
+    before: str = ""
+    state: str = ""
+
+    @classmethod
+    def of(cls, event: AddressNews) -> ChildNews:
+        """Returns the event as it is reported."""
+        if isinstance(event, AddressChanged):
+            return cls(event.contact, event.reason, before=event.before)
+        return cls(event.contact, event.text, state=event.state)
+
+    @property
+    def event(self) -> AddressNews:
+        """The event in the parent."""
+        if self.state:
+            return ReachabilityChanged(contact=self.contact, state=self.state, text=self.text)
+        return AddressChanged(contact=self.contact, before=self.before, reason=self.text)
+
+
 class ChildReport(msgspec.Struct):
     """A line that a child prints: first where it serves, or why it does not.
 
-    Then answers to orders to load, and where it is reached when that has changed.
+    Then answers to orders to load, and what is new about its address.
     """
 
     ready: Contact | None = None
     stop_timeout: float = STOP_TIMEOUT  # seconds that a clean stop may take, by the size of its experts
     failed: str | None = None
     loaded: int | None = None  # the number of an order; `failed` says what went wrong, if something did
-    moved: Contact | None = None
-    before: str = ""  # where it was reached, `host:port`
-    reason: str = ""
+    news: ChildNews | None = None
 
 
 def main() -> NoReturn:
@@ -159,9 +180,9 @@ async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
         with suppress(trio.RunFinishedError):
             token.run_sync_soon(action)
 
-    def report_move(event: Event) -> None:
-        if isinstance(event, AddressChanged):
-            _report(reports, ChildReport(moved=event.contact, before=event.before, reason=event.reason))
+    def report_news(event: Event) -> None:
+        if isinstance(event, AddressNews):
+            _report(reports, ChildReport(news=ChildNews.of(event)))
 
     async def serve(*, task_status: trio.TaskStatus[Contact]) -> None:
         admission = Admission(file=Path(config.member_file) if config.member_file else None)
@@ -169,7 +190,7 @@ async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
         async with open_network(config.node.limits.frames) as network:
             await serve_experts(
                 network, identity, config.server, config.node, join=config.join, admission=admission, faults=faults,
-                emit=report_move, stop=stop, hurry=hurry, allow=set_stop_timeout, orders=orders,
+                emit=report_news, stop=stop, hurry=hurry, allow=set_stop_timeout, orders=orders,
                 task_status=task_status,
             )  # fmt: skip
 

@@ -85,6 +85,12 @@ class ServerHandle(ProcessBound):
         return self.lifecycle.contact
 
     @property
+    def reachability(self) -> str:
+        """Whether others reach it, as a sentence with what to try; empty while it does not run."""
+        found = self.lifecycle.reachability
+        return found.text if found is not None and self.alive else ""
+
+    @property
     def pid(self) -> int | None:
         """The process that it runs in; `None` while it is not running."""
         return self.lifecycle.pid

@@ -14,13 +14,14 @@ import trio
 
 from labkit.contact import Contact
 from labkit.errors import CheckpointError, LabkitError, ServerFailed
-from labkit.events import AddressChanged
+from labkit.events import AddressChanged, AddressNews, ReachabilityChanged
 from labkit.faults import Faults
 from labkit.launch.lab import Lab
 from labkit.launch.ports import keep_port
 from labkit.launch.runners import Runner, ServerPlan, ServerProcess, ServerTask
 from labkit.launch.states import ServerEvent, ServerState, next_state
 from labkit.portal import unwrap
+from labkit.reachability import Reach
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class ServerLifecycle:
         plan: All that it takes to start the server.
         isolation: "process" or "task".
         contact: Its address and public key; `None` before its first start.
+        reachability: Whether others reach it, as it was found last.
         failure: What went wrong, if the state is "failed".
         faults: What the server injects, now and after a restart.
     """
@@ -43,6 +45,7 @@ class ServerLifecycle:
         self.plan = plan
         self.isolation = isolation
         self.contact: Contact | None = None
+        self.reachability: ReachabilityChanged | None = None
         self.failure: str = ""
         self.faults = Faults(lab.faults.latency, lab.faults.loss)
         self._lab = lab
@@ -239,7 +242,7 @@ class ServerLifecycle:
 
     async def _run(self, runner: Runner, plan: ServerPlan, *, task_status: trio.TaskStatus[None]) -> None:
         """The whole life of a runner."""
-        runner.on_move = partial(self._note_move, runner)
+        runner.on_news = partial(self._note_news, runner)
         async with trio.open_nursery() as nursery:
             contact = await nursery.start(runner.run, plan, self.faults)
             await trio.lowlevel.checkpoint_if_cancelled()  # else it would be running, and end with the start
@@ -250,10 +253,15 @@ class ServerLifecycle:
             task_status.started()
             self._note_end(runner, await runner.wait())
 
-    def _note_move(self, runner: Runner, event: AddressChanged) -> None:
-        """Record that a server is reached at another address from now on."""
+    def _note_news(self, runner: Runner, event: AddressNews) -> None:
+        """Record that a server is reached at another address from now on, or whether it is."""
         if self._runner is runner:
-            self.contact = event.contact
+            if isinstance(event, AddressChanged):
+                self.contact = event.contact
+            else:
+                self.reachability = event
+                if event.state == Reach.NO:
+                    logger.warning("%s: %s", self._label, event.text)
         self._lab.emit(event)
 
     async def _until_found(self) -> None:

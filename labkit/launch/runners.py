@@ -22,7 +22,7 @@ import trio
 
 from labkit.contact import Contact
 from labkit.errors import ServerFailed
-from labkit.events import AddressChanged, Emit, Event, ignore
+from labkit.events import AddressNews, Emit, Event, ignore
 from labkit.faults import Faults
 from labkit.forks import keep_private, release
 from labkit.launch.child import MAX_ORDERS, ChildCommand, ChildConfig, ChildLoad, ChildReport
@@ -77,7 +77,7 @@ class Runner(Protocol):
     """What serves once, from its start to its end. `stop_timeout`: seconds that a clean stop may take."""
 
     stop_timeout: float
-    on_move: Callable[[AddressChanged], object]  # called when it is reached at another address than before
+    on_news: Callable[[AddressNews], object]  # called when there is news of its address
 
     @property
     def pid(self) -> int | None:
@@ -110,7 +110,7 @@ class ServerProcess:
 
     def __init__(self) -> None:
         self.stop_timeout = STOP_TIMEOUT  # until the child, when it is ready, says how long its own stop may take
-        self.on_move: Callable[[AddressChanged], object] = ignore
+        self.on_news: Callable[[AddressNews], object] = ignore
         self._process: trio.Process | None = None
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
@@ -191,9 +191,8 @@ class ServerProcess:
             *lines, rest = (rest + part).split(b"\n")
             for line in lines:
                 report = msgspec.json.decode(line, type=ChildReport)
-                if report.moved is not None:
-                    before, reason = report.before, report.reason
-                    self.on_move(AddressChanged(contact=report.moved, before=before, reason=reason))
+                if report.news is not None:
+                    self.on_news(report.news.event)
                 if report.loaded is not None:
                     self._loaded[report.loaded] = report.failed or ""
                     self._news.unpark_all()
@@ -288,7 +287,7 @@ class ServerTask:
 
     def __init__(self, network: ZmqNetwork, emit: Emit) -> None:
         self.stop_timeout = STOP_TIMEOUT
-        self.on_move: Callable[[AddressChanged], object] = ignore
+        self.on_news: Callable[[AddressNews], object] = ignore
         self._network = network
         self._emit = emit
         self._scope = trio.CancelScope()
@@ -319,8 +318,8 @@ class ServerTask:
             self._ended.set()
 
     def _on_event(self, event: Event) -> None:
-        if isinstance(event, AddressChanged):
-            self.on_move(event)
+        if isinstance(event, AddressNews):
+            self.on_news(event)
         else:
             self._emit(event)
 

@@ -127,7 +127,7 @@ class SimLink:
         self._open = False
         here, there = place_of(home.contact), place_of(contact)
         self.out, self.back = Direction(here, there), Direction(there, here)
-        self.peer = Peer(network.new_route(), home.identity.public_key if contact.secure else None)
+        self.peer = Peer(network.new_route(), home.identity.public_key if contact.secure else None, here[0])
 
     def connect(self) -> None:
         """Begin to make the connection."""

@@ -204,3 +204,4 @@ class Scene:
     marks: Sequence[Mark]
     curves: Sequence[Curve] = ()  # in the order in which their names were first logged
     waits: Sequence[Waits] = ()  # of layers that were called lately
+    reachability: Sequence[str] = ()  # whether others reach our node and servers, in sentences

@@ -17,6 +17,7 @@ from labkit.expert_uid import ExpertInfo, split_uid
 from labkit.launch.handle import ServerHandle
 from labkit.node import Node
 from labkit.server.statistics import call_statistics
+from labkit.view.collect.inventory import reachability_lines
 from labkit.view.collect.telemetry import Calls, Telemetry
 from labkit.view.collect.waiting import waits_of
 from labkit.view.scene import waits_lines
@@ -69,6 +70,7 @@ class SwarmSummary:
     calls: int
     failed: dict[str, int]
     waits: Sequence[str] = ()  # what passes wait for, in sentences
+    reachability: Sequence[str] = ()  # whether others reach it, in sentences
 
     def text(self) -> str:
         """As plain text, a line for each server."""
@@ -77,7 +79,7 @@ class SwarmSummary:
             rows = [("", *COLUMN_NAMES), *(self._cells(row) for row in self.servers)]
             widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
             lines += ["  ".join(map(_justify, ("", *COLUMN_NAMES), row, widths)).rstrip() for row in rows]
-        lines += [self._footline(), *self.waits]
+        lines += [self._footline(), *self.reachability, *self.waits]
         return "\n".join(lines)
 
     def html(self) -> str:
@@ -103,7 +105,7 @@ class SwarmSummary:
             f"<table><thead>{line('th', COLUMN_NAMES)}</thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""
         )
         head = html.escape(self._headline())
-        foot = "<br>".join(map(html.escape, (self._footline(), *self.waits)))
+        foot = "<br>".join(map(html.escape, (self._footline(), *self.reachability, *self.waits)))
         return f'{STYLE}<div class="labkit-swarm"><strong>{head}</strong>{table}<div>{foot}</div></div>'
 
     def _headline(self) -> str:
@@ -219,8 +221,9 @@ def summarize(
     contact = node.contact
     waits = waits_lines(waits_of(telemetry, time.monotonic()))
     return SwarmSummary(
-        name, "open", contact.endpoint, contact.secure, grids, rows, total.finished, dict(total.failed), waits
-    )
+        name, "open", contact.endpoint, contact.secure, grids, rows, total.finished, dict(total.failed), waits,
+        reachability_lines(node, servers),
+    )  # fmt: skip
 
 
 def _row(telemetry: Telemetry, label: str, state: str, address: str, experts: int, alive: int) -> ServerRow:

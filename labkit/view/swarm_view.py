@@ -26,7 +26,7 @@ from labkit.faults import Faults
 from labkit.launch.handle import ServerHandle
 from labkit.launch.lab import Lab
 from labkit.training.run import latest_run
-from labkit.view.collect.inventory import Inventory, keep_polled, local_servers
+from labkit.view.collect.inventory import Inventory, keep_polled, local_servers, reachability_lines
 from labkit.view.collect.sampler import Sampler
 from labkit.view.collect.telemetry import Telemetry
 from labkit.view.outputs import Output, Outputs, Show
@@ -137,7 +137,10 @@ class SwarmView:
     def _inventory_now(self) -> Inventory:
         """Returns the last inventory with the servers started here as they are now, so that a kill is seen at once."""
         inventory, locals = self._inventory, local_servers(self._servers)
-        return inventory if locals == inventory.locals else replace(inventory, locals=locals)
+        reachability = reachability_lines(self._lab.node, self._servers)
+        if (locals, reachability) == (inventory.locals, inventory.reachability):
+            return inventory
+        return replace(inventory, locals=locals, reachability=reachability)
 
     def _mark_changes(self, known: bool) -> None:
         """Mark the servers started here that have ended, restart, or are back since the last look.

@@ -240,10 +240,6 @@ def _interfaces(family: socket.AddressFamily) -> Iterator[tuple[str, bool]]:
                 yield entry.address, name.startswith(VIRTUAL)
 
 
-def is_own(address: str) -> bool:
-    """Whether this machine has an address: another machine cannot tell by it whether it reaches this one."""
-    if is_loopback(address):
-        return True
-    if (ip := ipaddress_or_none(address)) is None:
-        return False
-    return address in interface_addresses(socket.AF_INET if ip.version == 4 else socket.AF_INET6)
+def own_addresses() -> set[str]:
+    """Returns all addresses of this machine's interfaces but loopback and link-local ones."""
+    return {*interface_addresses(socket.AF_INET), *interface_addresses(socket.AF_INET6)}

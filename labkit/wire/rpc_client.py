@@ -323,6 +323,11 @@ class Client:
             del self._connections[contact, lane]
             connection.link.close()
 
+    def forget_all(self) -> None:
+        """Close all links, as when the way to all others has changed. Calls that wait on them fail."""
+        for contact, _ in list(self._connections):
+            self.forget(contact)
+
     def forget(self, contact: Contact) -> None:
         """Close the links to a node. Calls that wait on them fail."""
         for lane in (CONTROL, BULK):

@@ -196,8 +196,8 @@ class Members:
 def answer_zap(frames: Sequence[bytes], admissions: dict[bytes, Admission]) -> list[bytes] | None:
     """Returns the ZAP reply to a ZAP request (RFC 27), or None if it is no request.
 
-    The user id of an admitted connection is its public key in hex, so that every message from it carries the key that
-    the handshake proved.
+    The user id of an admitted connection is its public key in hex and the address that it comes from, so that every
+    message from it carries the key that the handshake proved.
 
     Args:
         frames: A message of the ZAP socket.
@@ -205,12 +205,12 @@ def answer_zap(frames: Sequence[bytes], admissions: dict[bytes, Admission]) -> l
     """
     try:
         start = list(frames).index(b"") + 1
-        version, request_id, domain, _address, _identity, mechanism, *credentials = frames[start:]
+        version, request_id, domain, address, _identity, mechanism, *credentials = frames[start:]
     except ValueError:
         return None
     envelope = list(frames[:start])
     admission = admissions.get(domain)
     ok = version == b"1.0" and mechanism == b"CURVE" and len(credentials) == 1 and admission is not None
     if ok and admission is not None and admission.admits(credentials[0]):
-        return [*envelope, b"1.0", request_id, b"200", b"OK", credentials[0].hex().encode(), b""]
+        return [*envelope, b"1.0", request_id, b"200", b"OK", credentials[0].hex().encode() + address, b""]
     return [*envelope, b"1.0", request_id, b"400", b"not admitted", b"", b""]

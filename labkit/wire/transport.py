@@ -44,11 +44,12 @@ class Peer:
     """The sender of a request.
 
     `route` names the connection that it came on, `key` is the public key that the CURVE handshake proved, if there was
-    one.
+    one, and `address` the IP address that the connection comes from; an IPv4 one may be written as ::ffff:10.0.0.7.
     """
 
     route: bytes
     key: bytes | None = None
+    address: str = ""
 
 
 OnMessage = Callable[[Sequence[Frame]], object]  # called with the frames of a message that arrived over a link

@@ -20,6 +20,7 @@ LISTEN_HINTS = {
     errno.EAFNOSUPPORT: "; this machine has no IPv6: listen on tcp://0.0.0.0:PORT",
     errno.EACCES: "; ports below 1024 are for administrators: choose a higher one",
 }
+KEY_LETTERS = 64  # of a user id: the public key in hex; the rest is the address (`security.answer_zap`)
 MONITORED_EVENTS = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
@@ -53,10 +54,12 @@ def read_monitor(frames: Sequence[zmq.Frame], where: str, secure: bool) -> Labki
     return None
 
 
-def user_id(frame: zmq.Frame) -> bytes | None:
-    """Returns the public key that the sender of this frame proved in its handshake, if any."""
+def user_id(frame: zmq.Frame) -> tuple[bytes | None, str]:
+    """Returns the public key that the sender of this frame proved in its handshake, if any, and its IP address."""
     try:
         text = frame.get("User-Id")
     except zmq.ZMQError:
-        return None
-    return bytes.fromhex(text) if isinstance(text, str) and text else None
+        return None, ""
+    if not isinstance(text, str) or not text:
+        return None, ""
+    return bytes.fromhex(text[:KEY_LETTERS]), text[KEY_LETTERS:]

@@ -45,6 +45,7 @@ from labkit.wire.zmq_socket import (
 
 logger = logging.getLogger(__name__)
 
+LOOPBACK_IP = "127.0.0.1"  # where unencrypted connections come from
 TERM_TIMEOUT = 1.0  # seconds to wait for the end of ZeroMQ's own thread
 FILES_PER_LINK = 4  # open files: a signal for each of its two sockets, the connection, and one from a peer to us
 FEWEST_LINKS = 8  # however few files the system lets us open
@@ -150,7 +151,7 @@ class ZmqEndpoint:
         def on_message(message: ZmqMessage) -> None:
             route, *frames = message
             if frames:
-                peer = Peer(route.bytes, user_id(frames[0]) if secure else None)
+                peer = Peer(route.bytes, *user_id(frames[0])) if secure else Peer(route.bytes, None, LOOPBACK_IP)
                 on_request(peer, [frame.buffer for frame in frames])
 
         self._socket.on_message = on_message

@@ -24,10 +24,12 @@ from labkit.errors import LabkitError, RPCError
 from labkit.expert_uid import ExpertInfo
 from labkit.launch.handle import ServerHandle
 from labkit.node import Node
+from labkit.reachability import Reach
 from labkit.server.statistics import ServerStatistics, call_statistics, without_experts
 
 logger = logging.getLogger(__name__)
 
+MAX_REACHABILITY = 3  # sentences about who is reached
 FIND_PERIOD = 2.0  # seconds between two look-ups of all experts; longer where there are many, because of:
 EXPERTS_PER_SECOND = 150  # that are looked up: each takes ten microseconds of the process that also trains
 SERVERS_PER_SECOND = 6  # that are asked: each answer takes a third of a millisecond of that process
@@ -66,6 +68,7 @@ class Inventory:
     locals: tuple[LocalServer, ...] = ()  # as in `swarm.servers`
     polled_at: float = -math.inf  # when the directory was last read, monotonic; -inf: never
     failures: Mapping[str, int] = field(default_factory=dict)  # address -> how often in a row it did not answer
+    reachability: tuple[str, ...] = ()  # whether others reach our node and servers, in sentences
 
 
 def local_servers(servers: Sequence[ServerHandle]) -> tuple[LocalServer, ...]:
@@ -77,6 +80,27 @@ def _local(server: ServerHandle) -> LocalServer:
     faults, contact = server.faults(), server.contact
     address = contact.endpoint if contact is not None else ""
     return LocalServer(server.state, address, server.uids, faults.latency, faults.loss, server.label)
+
+
+def reachability_lines(node: Node, servers: Sequence[ServerHandle]) -> tuple[str, ...]:
+    """Returns a sentence that says whether others reach a swarm's own node, and one for each server that is worse off.
+
+    May be called from any thread.
+
+    Args:
+        node: The swarm's own node.
+        servers: The servers started here.
+    """
+    own = node.whereabouts.now
+    lines = [own.text]
+    for number, server in enumerate(servers):
+        found = server.lifecycle.reachability
+        if server.alive and found is not None and found.state == Reach.NO:
+            either = f"{found.contact.endpoint} is not reachable either"
+            lines.append(f"servers[{number}]: {either if own.state == Reach.NO else found.text}")
+    if len(lines) > MAX_REACHABILITY:
+        lines[MAX_REACHABILITY:] = [f"and {len(lines) - MAX_REACHABILITY} more servers are not reachable"]
+    return tuple(lines)
 
 
 async def keep_polled(
@@ -132,6 +156,7 @@ class _Poll:
             Inventory(
                 self._grids, self._found.experts, self._found.suspects, dict(self._statistics),
                 local_servers(self._servers), self._polled_at, dict(self._failures),
+                reachability_lines(self._node, self._servers),
             )
         )  # fmt: skip
 

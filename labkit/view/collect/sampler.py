@@ -131,6 +131,7 @@ class Sampler:
             marks=tuple(self._telemetry.marks),
             curves=self._curves.read(),
             waits=waits_of(self._telemetry, now, self._server_of),
+            reachability=inventory.reachability,
         )
 
     # ------------------------------------------------------------ from telemetry's rows to the registry's

@@ -1,0 +1,181 @@
+"""Where a node is: it notices that its machine has another address or has slept, and asks others whether they reach it.
+
+A laptop that changes its network, or wakes up, is back in its swarm without a restart: the node announces its new
+address, drops the connections of before, tells the nodes that it knows, and declares its experts anew. No batch passes
+here. Every `LOOK_PERIOD` seconds:
+
+1. Look at this machine's addresses, and at a clock that goes on while it sleeps. 2. If something has changed, come
+back. 3. If the answer may be another one now, ask others whether they reach the node (`reachability`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import msgspec
+import trio
+
+from labkit.contact import Contact, is_loopback
+from labkit.dht.node import DHTNode
+from labkit.errors import ConnectionLost
+from labkit.events import Emit, ReachabilityChanged
+from labkit.reachability import Reach, Reachability, ask_others, is_elsewhere, judge, not_known, only_here
+from labkit.wire.addresses import find_own_address, ipaddress_or_none, own_addresses, resolve, split_address
+from labkit.wire.rpc_client import Client
+
+LOOK_PERIOD = 3.0  # seconds between two looks at this machine's addresses
+SLEPT = 10.0  # seconds by which a look may be late: beyond, the machine has slept, and others have given its links up
+RESOLVE_TIMEOUT = 5.0  # seconds for the names of the nodes that were joined
+ASK_AGAIN = {Reach.YES: 300.0, Reach.NO: 30.0, Reach.UNKNOWN: 10.0, Reach.HERE: 0.0}  # seconds, by the last answer
+
+
+def sleepless_clock() -> float:
+    """Returns seconds on a clock that goes on while the machine sleeps."""
+    boottime = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.time() if boottime is None else time.clock_gettime(boottime)
+
+
+class Whereabouts:
+    """Where one node is, and whether others reach it there. All of it belongs to one trio thread.
+
+    Args:
+        client: The node's own.
+        dht: The node's own: it knows others, and has the contact that is announced.
+        listen: The address that the user gave to listen at.
+        announce: The one to announce, if the user gave one.
+        joined: The nodes that were joined.
+        emit: Called with a `ReachabilityChanged` when there is another answer.
+        clock: Goes on while the machine sleeps, seconds.
+
+    Attributes:
+        direct: The node as it is reached without a relay.
+        now: Whether others reach it where it says to be.
+        settled: Set when that is known for the first time, or it is known that nobody is there to ask.
+        news: Set, and replaced by a new one, whenever `direct` or `now` has changed.
+    """
+
+    def __init__(
+        self, client: Client, dht: DHTNode, listen: str, announce: str | None, joined: Sequence[Contact], emit: Emit, *,
+        clock: Callable[[], float] = sleepless_clock,
+    ) -> None:  # fmt: skip
+        self._client = client
+        self._dht = dht
+        self._listen, self._announce = listen, announce
+        self._joined = list(joined)
+        self._emit = emit
+        self._clock = clock
+        self._asked: tuple[Contact, float] | None = None  # about which contact others were asked last, and when
+        self._asking = False
+        self._address = None if dht.contact.is_loopback else dht.contact.host  # of this machine; None if it has none
+        self.direct = dht.contact
+        self.now = not_known(self.direct, trying=True)
+        self.settled = trio.Event()
+        self.news = trio.Event()
+
+    async def run(self, move: Callable[[str, int, str], object], declare_anew: Callable[[], object]) -> None:
+        """Look, come back and ask, until cancelled.
+
+        Args:
+            move: Gives the node another address: host, port, and the reason in words.
+            declare_anew: Lets the node's experts be declared at once.
+        """
+        host = split_address(self._listen)[0]
+        ip = ipaddress_or_none(host)
+        chosen = self._announce is None and ip is not None and ip.is_unspecified  # by us: it may have to change
+        toward = await self._resolve_joined() if chosen else []
+        looked_at = self._clock()
+        async with trio.open_nursery() as nursery:
+            while True:
+                self._ask_if_due(nursery)  # 3
+                await trio.sleep(LOOK_PERIOD)
+                before, looked_at = looked_at, self._clock()  # 1
+                slept = looked_at - before > LOOK_PERIOD + SLEPT
+                changed = chosen and self._has_changed(await find_own_address(host, toward))
+                if slept or changed:
+                    reason = "this machine has slept" if slept else "this machine has another address"
+                    self._come_back(move, declare_anew, reason)  # 2
+
+    async def _resolve_joined(self) -> list[Contact]:
+        """Returns the nodes that were joined, by IP address, so that no look has to ask for it."""
+        found = []
+        with trio.move_on_after(RESOLVE_TIMEOUT):
+            for contact in self._joined:
+                try:
+                    found.append(msgspec.structs.replace(contact, host=await resolve(contact.host)))
+                except ConnectionLost:
+                    continue
+        return found
+
+    # ------------------------------------------------------------ coming back
+
+    def _has_changed(self, address: str) -> bool:
+        """Take note of this machine's address. Returns whether it has another one than before, or one again."""
+        found = None if is_loopback(address) else address
+        before, self._address = self._address, found
+        return found is not None and found != before
+
+    def _come_back(
+        self, move: Callable[[str, int, str], object], declare_anew: Callable[[], object], reason: str
+    ) -> None:
+        self._client.forget_all()  # they lead over the old address, or to nodes that have given us up
+        before, address = self.direct, self._address
+        if address is not None and address != before.host and self._announce is None:
+            self.direct = msgspec.structs.replace(before, host=address)
+        if self.direct != before and self._dht.contact == before:
+            move(self.direct.host, self.direct.port, reason)
+        else:
+            declare_anew()
+        self._dht.come_back()
+        self._asked = None
+        self._tell_news()
+
+    # ------------------------------------------------------------ asking others
+
+    async def try_direct(self) -> Reachability:
+        """Ask others whether they reach the node without a relay, now."""
+        votes = await ask_others(self._client, self.direct, self._joined, self._known)
+        if not votes:
+            return not_known(self.direct, silent=True)
+        return judge(self.direct, votes, self._listen, self._announce)
+
+    def _known(self) -> list[Contact]:
+        return list(self._dht.routing)
+
+    def _ask_if_due(self, nursery: trio.Nursery) -> None:
+        contact, own = self._dht.contact, own_addresses()
+        if contact.is_loopback or (self._address is None and contact == self.direct):
+            self._asked = None
+            self._say(only_here(contact, self._listen, self._announce))
+        elif not any(is_elsewhere(other, contact, own) for other in (*self._joined, *self._known())):
+            self._asked = None  # so that the first who comes is asked at once
+            self._say(not_known(contact))
+        elif not self._asking and self._is_due(contact):
+            self._asking, self._asked = True, (contact, trio.current_time())
+            nursery.start_soon(self._ask, contact)
+
+    def _is_due(self, contact: Contact) -> bool:
+        if self._asked is None or self._asked[0] != contact:
+            return True
+        return trio.current_time() - self._asked[1] >= ASK_AGAIN[self.now.state]
+
+    async def _ask(self, contact: Contact) -> None:
+        try:
+            votes = await ask_others(self._client, contact, self._joined, self._known)
+        finally:
+            self._asking = False
+        if contact == self._dht.contact:  # else it has moved meanwhile, and is asked about anew
+            found = judge(contact, votes, self._listen, self._announce) if votes else not_known(contact, silent=True)
+            self._say(found)
+
+    def _say(self, found: Reachability) -> None:
+        before, self.now = self.now, found
+        news = (before.state, before.contact) != (found.state, found.contact) or not self.settled.is_set()
+        self.settled.set()
+        if news:
+            self._emit(ReachabilityChanged(contact=found.contact, state=str(found.state), text=found.text))
+            self._tell_news()
+
+    def _tell_news(self) -> None:
+        self.news.set()
+        self.news = trio.Event()

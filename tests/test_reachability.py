@@ -1,0 +1,348 @@
+"""Whether others reach a node: it asks them to call back, and says what they found; and it comes back after changes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from labkit import Swarm
+from labkit.contact import Contact
+from labkit.errors import BadRequest, Overloaded, RPCError
+from labkit.events import AddressChanged, Event, ReachabilityChanged
+from labkit.node import Node, NodeConfig, open_node
+from labkit.reachability import (
+    ASK_PERIOD,
+    CALL_BACK_TIME,
+    MAX_CALLS_BACK,
+    Reach,
+    ReachReply,
+    ReachRequest,
+    Vote,
+    ask,
+    ask_others,
+    judge,
+    not_known,
+    only_here,
+)
+from labkit.simulation.network import SimNetwork, open_simnet
+from labkit.whereabouts import LOOK_PERIOD, SLEPT, Whereabouts
+from labkit.wire.security import Identity
+from tests.nodes import changed
+from tests.swarms import eventually
+
+WIDE = "tcp://0.0.0.0:*"
+
+
+@asynccontextmanager
+async def node_at(network: SimNetwork, host: str, *join: Node, **options: object) -> AsyncIterator[Node]:
+    config = NodeConfig(listen=f"tcp://{host}:*")
+    async with open_node(network, Identity.generate(), config, join=[n.contact for n in join], **options) as node:  # type: ignore[arg-type]
+        yield node
+
+
+@asynccontextmanager
+async def two_machines() -> AsyncIterator[tuple[SimNetwork, Node, Node]]:
+    async with (
+        open_simnet(latency=0.02) as network,
+        node_at(network, "192.0.2.1") as helper,
+        node_at(network, "192.0.2.2", helper) as node,
+    ):
+        yield network, helper, node
+
+
+# ---------------------------------------------------------------- calling back
+
+
+async def test_a_node_is_called_back_and_told_from_where_it_was_seen(autojump_clock) -> None:
+    async with two_machines() as (_, helper, node):
+        assert await ask(node.client, helper.contact, node.contact) == Vote(helper.contact, True, "192.0.2.2")
+
+
+async def test_a_no_takes_the_same_time_whatever_is_at_the_address_so_that_it_tells_nothing_about_others(
+    autojump_clock,
+) -> None:
+    async with two_machines() as (network, helper, node), node_at(network, "192.0.2.3", helper) as third:
+        nobody_listens = changed(node.contact, port=9)
+        somebody_else = changed(node.contact, host=third.contact.host, port=third.contact.port)
+        silent = changed(node.contact, host="192.0.2.2")
+        times = []
+        for contact in (nobody_listens, somebody_else):
+            started = trio.current_time()
+            assert await ask(node.client, helper.contact, contact) == Vote(helper.contact, False, "192.0.2.2")
+            times.append(round(trio.current_time() - started, 2))
+            await trio.sleep(ASK_PERIOD)
+        assert silent == node.contact
+        network.unplug(third.contact)
+        started = trio.current_time()
+        assert (await ask(node.client, helper.contact, somebody_else)).reached is False  # type: ignore[union-attr]
+        times.append(round(trio.current_time() - started, 2))
+        assert len(set(times)) == 1 and times[0] >= CALL_BACK_TIME
+
+
+async def refusal(node: Node, helper: Node, contact: Contact) -> RPCError:
+    with pytest.raises(RPCError) as caught:
+        await node.client.call(
+            helper.contact, "node.reach", ReachRequest(contact), returns=ReachReply, timeout=2 * CALL_BACK_TIME
+        )
+    return caught.value
+
+
+async def test_nobody_is_called_back_for_another_or_at_what_is_nobodys_address_or_the_helpers_own(
+    autojump_clock,
+) -> None:
+    async with two_machines() as (network, helper, node), node_at(network, "192.0.2.3", helper) as third:
+        before = network.messages
+        for contact, said in [
+            (third.contact, "proved that key"), (changed(node.contact, secure=False), "proved that key"),
+            (changed(node.contact, host="127.0.0.1"), "for another machine"),
+            (changed(node.contact, host="0.0.0.0"), "nobody's address"),
+            (changed(node.contact, host="224.0.0.1"), "nobody's address"),
+        ]:  # fmt: skip
+            error = await refusal(node, helper, contact)
+            assert isinstance(error, BadRequest) and said in str(error)
+        assert network.messages - before == 10  # five requests, five refusals, and no call to anybody
+
+
+async def test_who_asks_too_often_and_too_many_at_once_are_sent_away(autojump_clock) -> None:
+    async with two_machines() as (network, helper, node):
+        assert await ask(node.client, helper.contact, node.contact)
+        assert isinstance(await refusal(node, helper, node.contact), Overloaded)
+        await trio.sleep(ASK_PERIOD)
+        assert await ask(node.client, helper.contact, node.contact)
+        async with trio.open_nursery() as nursery:
+            votes: list[Vote | None] = []
+
+            async def ask_for_a_no() -> None:
+                async with node_at(network, "192.0.2.9", helper) as other:
+                    votes.append(await ask(other.client, helper.contact, changed(other.contact, port=9)))
+
+            for _ in range(MAX_CALLS_BACK + 3):
+                nursery.start_soon(ask_for_a_no)
+        assert sorted(vote is None for vote in votes) == [False] * MAX_CALLS_BACK + [True] * 3
+
+
+# ---------------------------------------------------------------- whom to ask
+
+
+class Helpers:
+    """A `Caller` whose nodes answer what they are said to: True, False, or None for nothing."""
+
+    def __init__(self, **found: bool | None) -> None:
+        self.found = {host.replace("_", "."): reached for host, reached in found.items()}
+        self.asked: list[str] = []
+
+    async def call(self, contact, method, body=None, tensors=(), *, returns=None, timeout, lane="", codec=""):
+        self.asked.append(contact.host)
+        await trio.lowlevel.checkpoint()
+        reached = self.found[contact.host]
+        if reached is None:
+            raise Overloaded("not now")
+        found = reached
+
+        class Answer:
+            body = ReachReply(found, "8.8.4.4")
+
+        return Answer
+
+
+def contact_at(host: str) -> Contact:
+    return Contact(host.encode().ljust(32, b"."), host, 4000)
+
+
+OWN = contact_at("8.8.8.8")
+
+
+async def asked(joined: list[str], **found: bool | None) -> tuple[list[str], list[bool]]:
+    helpers = Helpers(**found)
+    known = [contact_at(host) for host in helpers.found]
+    votes = await ask_others(helpers, OWN, [contact_at(host) for host in joined], lambda: known)  # type: ignore[arg-type]
+    return sorted(helpers.asked), sorted(vote.reached for vote in votes)
+
+
+async def test_the_node_that_was_joined_and_one_other_are_asked_and_a_third_where_they_disagree() -> None:
+    hosts, votes = await asked(["1.1.1.1"], **{"1_1_1_1": True, "2_2_2_2": True, "3_3_3_3": True})
+    assert len(hosts) == 2 and "1.1.1.1" in hosts and votes == [True, True]
+    hosts, votes = await asked(["1.1.1.1"], **{"1_1_1_1": False, "2_2_2_2": True, "3_3_3_3": True})
+    assert len(hosts) == 3 and votes == [False, True, True]
+
+
+async def test_who_does_not_answer_is_replaced_and_nodes_of_this_machine_are_not_asked() -> None:
+    hosts, votes = await asked(["1.1.1.1"], **{"1_1_1_1": None, "2_2_2_2": True, "8_8_8_8": True, "127_0_0_1": True})
+    assert hosts == ["1.1.1.1", "2.2.2.2"] and votes == [True]
+    assert await asked([], **{"8_8_8_8": True, "127_0_0_1": True}) == ([], [])
+    assert await asked(["1.1.1.1"], **{"1_1_1_1": None}) == (["1.1.1.1"], [])
+
+
+async def test_a_neighbour_in_ones_own_network_does_not_outvote_who_is_outside() -> None:
+    hosts, votes = await asked(["1.1.1.1"], **{"1_1_1_1": False, "192_168_1_7": True, "192_168_1_8": True})
+    assert len(hosts) == 2 and votes == [False, True]  # a second neighbour would prove no more than the first
+
+
+# ---------------------------------------------------------------- how it is said
+
+
+HIDDEN = contact_at("192.168.1.5")
+
+
+def said(votes: list[Vote], listen: str = WIDE, announce: str | None = None, contact: Contact = HIDDEN) -> str:
+    return judge(contact, votes, listen, announce).text
+
+
+def vote(reached: bool, seen: str = "203.0.113.1", by: str = "1.1.1.1") -> Vote:
+    return Vote(contact_at(by), reached, seen)
+
+
+def test_each_answer_is_one_sentence_that_says_what_to_try_and_never_what_was_done() -> None:
+    assert said([vote(True)]) == "reachable: 1.1.1.1 called back at 192.168.1.5:4000"
+    behind = said([vote(False)])
+    assert "could not call back at 192.168.1.5:4000, and saw this machine as 203.0.113.1: a router" in behind
+    assert 'listen="tcp://0.0.0.0:31000-31099", announce="203.0.113.1"' in behind
+    ranged = said([vote(False)], "tcp://0.0.0.0:5000-5009")
+    assert "Forward ports 5000 to 5009" in ranged and "listen" not in ranged and 'announce="203.0.113.1"' in ranged
+    wrong = said([vote(False)], announce="lab.example.org:4000", contact=contact_at("lab.example.org"))
+    assert "Is announce='lab.example.org:4000' the address" in wrong and "listen=" not in wrong
+    wall = said([vote(False, seen="192.168.1.5")])
+    assert "a firewall, of this machine or on the way, does not let port 4000 through" in wall
+    assert 'listen="tcp://0.0.0.0:31000-31099"' in wall and "announce" not in wall
+    assert said([vote(False, seen="192.168.1.5")], "tcp://[::]:5000").endswith("open port 5000 there")
+
+
+def test_a_majority_counts_and_else_those_that_reached_nothing() -> None:
+    both = [vote(True, by="2.2.2.2"), vote(False)]
+    assert "1.1.1.1 could not call back at 192.168.1.5:4000, 2.2.2.2 could" in said(both)
+    assert said([*both, vote(True, by="3.3.3.3")]).startswith("reachable: 2.2.2.2, 3.3.3.3 called back")
+    assert judge(HIDDEN, both, WIDE, None).seen == "203.0.113.1"
+
+
+def test_who_is_on_loopback_is_told_why(monkeypatch) -> None:
+    here = contact_at("127.0.0.1")
+    monkeypatch.setattr("labkit.reachability.own_addresses", set)
+    assert 'listen="tcp://0.0.0.0:*"' in only_here(here, "tcp://127.0.0.1:*", None).text
+    assert "no network address but loopback now" in only_here(here, WIDE, None).text
+    assert "announce='127.0.0.1'" in only_here(here, WIDE, "127.0.0.1").text
+    monkeypatch.setattr("labkit.reachability.own_addresses", lambda: {"2001:db8::5"})
+    assert 'listen="tcp://[::]:*"' in only_here(here, WIDE, None).text
+    assert not_known(here).state is Reach.UNKNOWN
+
+
+def test_a_swarm_says_whether_it_is_reached_in_its_repr_its_html_and_in_the_view() -> None:
+    with Swarm("local") as swarm:
+        swarm.serve("nop", grid=(1,), isolation="task")
+        sentence = "reached only from this machine, since it listens there only"
+        assert len(re.findall(sentence, repr(swarm))) == 1 and sentence in swarm._repr_html_()
+        eventually(lambda: any(sentence in line for line in swarm.view.scene().reachability))
+        assert sentence in swarm.servers[0].reachability
+
+
+# ---------------------------------------------------------------- a machine that changes its network, or sleeps
+
+
+class Machine:
+    """What `Whereabouts` looks at: the machine's address, and a clock that goes on while it sleeps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.address = "192.0.2.2"
+        self.asleep = 0.0
+        monkeypatch.setattr("labkit.whereabouts.find_own_address", self.find_own_address)
+        monkeypatch.setattr("labkit.whereabouts.own_addresses", lambda: {self.address})
+        monkeypatch.setattr("labkit.reachability.own_addresses", lambda: {self.address})
+
+    async def find_own_address(self, host: str, toward: object) -> str:
+        return self.address
+
+    def clock(self) -> float:
+        return trio.current_time() + self.asleep
+
+    @asynccontextmanager
+    async def running(self, node: Node, joined: Node, events: list[Event]) -> AsyncIterator[Whereabouts]:
+        whereabouts = Whereabouts(node.client, node.dht, WIDE, None, [joined.contact], events.append, clock=self.clock)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(whereabouts.run, node.move, node.directory.declare_anew)
+            yield whereabouts
+            nursery.cancel_scope.cancel()
+
+
+def state_of(whereabouts: Whereabouts) -> Reach:
+    return whereabouts.now.state
+
+
+@pytest.fixture
+def machine(monkeypatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+async def test_a_machine_with_another_address_is_announced_there_and_asks_anew(autojump_clock, machine) -> None:
+    events: list[Event] = []
+    async with two_machines() as (_, helper, node), machine.running(node, helper, events) as whereabouts:
+        await whereabouts.settled.wait()
+        assert state_of(whereabouts) is Reach.YES and whereabouts.now.seen == "192.0.2.2"
+        machine.address = "198.51.100.7"
+        await trio.sleep(2 * LOOK_PERIOD)
+        assert node.contact.host == "198.51.100.7" and whereabouts.direct == node.contact
+        assert helper.dht.routing.get(node.contact.node_id) == node.contact
+        await trio.sleep(LOOK_PERIOD)
+        assert whereabouts.now.contact == node.contact and state_of(whereabouts) is Reach.YES
+        states = [(event.contact.host, event.state) for event in events if isinstance(event, ReachabilityChanged)]
+        assert states == [("192.0.2.2", "reachable"), ("198.51.100.7", "reachable")]
+
+
+async def test_a_machine_without_a_network_keeps_its_address_until_it_has_one_again(autojump_clock, machine) -> None:
+    async with two_machines() as (_, helper, node), machine.running(node, helper, []) as whereabouts:
+        await whereabouts.settled.wait()
+        before = node.contact
+        machine.address = "127.0.0.1"
+        await trio.sleep(2 * LOOK_PERIOD)
+        assert node.contact == before and state_of(whereabouts) is Reach.HERE
+        assert "no network address but loopback now" in whereabouts.now.text
+        machine.address = before.host
+        await trio.sleep(3 * LOOK_PERIOD)
+        assert node.contact == before and state_of(whereabouts) is Reach.YES
+
+
+async def test_a_machine_that_has_slept_is_back_with_its_experts_declared_anew(autojump_clock, machine) -> None:
+    async with two_machines() as (network, helper, node), machine.running(node, helper, []) as whereabouts:
+        await whereabouts.settled.wait()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(node.directory.keep_declared, ["ffn.0"], node.contact)
+            await helper.directory.refresh(["ffn.0"])
+            before = (await helper.directory.find(["ffn.0"]))["ffn.0"]
+            network.unplug(node.contact)
+            await helper.dht.peers.ping(node.contact)  # it is gone
+            await node.dht.peers.ping(helper.contact)
+            network.heal(node.contact)
+            machine.asleep += LOOK_PERIOD + SLEPT
+            await trio.sleep(LOOK_PERIOD + 1.0)
+            await helper.directory.refresh(["ffn.0"])
+            after = (await helper.directory.find(["ffn.0"]))["ffn.0"]
+            assert before is not None and after is not None and after.stamp > before.stamp
+            assert helper.dht.peers.usable(node.contact) and node.dht.peers.usable(helper.contact)
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_node_behind_a_relay_stays_there_when_its_machine_changes_its_address(autojump_clock, machine) -> None:
+    async with two_machines() as (_, helper, node), machine.running(node, helper, []) as whereabouts:
+        await whereabouts.settled.wait()
+        relayed = node.move("192.0.2.77", 5000, "a relay")
+        machine.address = "198.51.100.7"
+        await trio.sleep(2 * LOOK_PERIOD)
+        assert node.contact == relayed and whereabouts.direct.host == "198.51.100.7"
+        assert whereabouts.now.contact == relayed
+
+
+async def test_the_first_node_of_a_swarm_asks_as_soon_as_there_is_somebody(autojump_clock, machine) -> None:
+    events: list[Event] = []
+    async with open_simnet(latency=0.02) as network, node_at(network, "192.0.2.2") as node:
+        whereabouts = Whereabouts(node.client, node.dht, WIDE, None, [], events.append, clock=machine.clock)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(whereabouts.run, node.move, node.directory.declare_anew)
+            await whereabouts.settled.wait()
+            assert state_of(whereabouts) is Reach.UNKNOWN and "no node on another machine" in whereabouts.now.text
+            async with node_at(network, "192.0.2.1", node):
+                await trio.sleep(LOOK_PERIOD + 1.0)
+                assert state_of(whereabouts) is Reach.YES
+            nursery.cancel_scope.cancel()
+    assert not [event for event in events if isinstance(event, AddressChanged)]
