@@ -25,6 +25,7 @@ class FrameStore:
         self.marks: list[tuple[float, str]] = []
         self.curves: list[tuple[str, np.ndarray]] = []  # name, [points, 2]
         self.waits: list[str] = []
+        self.reach: list[str] = []
         self.width, self.first = 0.0, 0
         self.series = np.zeros((0, len(SERIES)), np.float32)
         self.columns: dict[tuple[str, str], np.ndarray] = {}
@@ -49,6 +50,7 @@ class FrameStore:
             self._append(header["series"], buffers)
             used.add(header["series"]["buffer"])
         self.waits = header.get("waits", self.waits)
+        self.reach = header.get("reach", self.reach)
         for curve in header.get("curves", ()):
             self._draw(curve, buffers[curve["buffer"]])
             used.add(curve["buffer"])

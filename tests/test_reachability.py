@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -19,6 +21,7 @@ from labkit.reachability import (
     CALL_BACK_TIME,
     MAX_CALLS_BACK,
     Reach,
+    Reachability,
     ReachReply,
     ReachRequest,
     Vote,
@@ -29,10 +32,14 @@ from labkit.reachability import (
     only_here,
 )
 from labkit.simulation.network import SimNetwork, open_simnet
+from labkit.view import export
+from labkit.view.collect.inventory import reachability_lines
+from labkit.view.page.frame_writer import FrameWriter
+from labkit.view.recording import take_keyframe
 from labkit.whereabouts import LOOK_PERIOD, SLEPT, Whereabouts
 from labkit.wire.security import Identity
+from tests.frame_store import FrameStore
 from tests.nodes import changed
-from tests.swarms import eventually
 
 WIDE = "tcp://0.0.0.0:*"
 
@@ -234,8 +241,30 @@ def test_a_swarm_says_whether_it_is_reached_in_its_repr_its_html_and_in_the_view
         swarm.serve("nop", grid=(1,), isolation="task")
         sentence = "reached only from this machine, since it listens there only"
         assert len(re.findall(sentence, repr(swarm))) == 1 and sentence in swarm._repr_html_()
-        eventually(lambda: any(sentence in line for line in swarm.view.scene().reachability))
-        assert sentence in swarm.servers[0].reachability
+        scene, store, writer = swarm.view.scene(), FrameStore(), FrameWriter()
+        assert sentence in scene.reachability[0] and sentence in swarm.servers[0].reachability
+        store.apply(*writer.frame(scene, layer=0, mode="load", control=True))
+        assert store.reach == list(scene.reachability)
+        store.apply(*writer.frame(scene, layer=0, mode="load", control=True))
+        assert "reach" not in store.header  # it is sent when it changes
+        assert json.loads(export.to_json(scene))["reachability"] == list(scene.reachability)
+        assert take_keyframe(scene, False).unpack()[0]["reach"] == list(scene.reachability)
+
+
+def test_a_sentence_for_each_server_is_short_where_it_is_the_same_and_not_without_end() -> None:
+    def server(state: Reach) -> SimpleNamespace:
+        found = ReachabilityChanged(contact=contact_at("192.168.1.5"), state=str(state), text="not reachable: a wall")
+        return SimpleNamespace(alive=True, lifecycle=SimpleNamespace(reachability=found))
+
+    def lines(own: Reachability, *servers: SimpleNamespace) -> tuple[str, ...]:
+        node = SimpleNamespace(whereabouts=SimpleNamespace(now=own))
+        return reachability_lines(node, servers)  # type: ignore[arg-type]
+
+    good, bad = judge(HIDDEN, [vote(True)], WIDE, None), judge(HIDDEN, [vote(False)], WIDE, None)
+    assert lines(good, server(Reach.YES)) == (good.text,)
+    assert lines(good, server(Reach.NO)) == (good.text, "servers[0]: not reachable: a wall")
+    assert lines(bad, server(Reach.NO)) == (bad.text, "servers[0]: 192.168.1.5:4000 is not reachable either")
+    assert lines(bad, *[server(Reach.NO)] * 9)[-1] == "and 7 more servers are not reachable"
 
 
 # ---------------------------------------------------------------- a machine that changes its network, or sleeps

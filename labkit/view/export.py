@@ -31,6 +31,7 @@ from labkit.view.page.columns import (
     write_mark,
     write_opening,
     write_piece,
+    write_reach,
     write_series,
     write_servers,
     write_waits,
@@ -70,7 +71,7 @@ def to_json(scene: Scene) -> bytes:
     The keys are `labkit` (its version), `swarm`, `seconds` since the start, `wall` (Unix time), `source` and
     `headline`; `series`, with a list for each name and `t`, the seconds at which bins begin; `curves`, what was
     measured while training: by name, lists of `t`, `step` and `value`; and `experts`, `servers`, `marks` and `waits`
-    (what passes wait for), lists of records.
+    (what passes wait for), lists of records; and `reachability`, sentences that say whether others reach our nodes.
 
         frame = pandas.DataFrame(json.load(open("labkit-default.json"))["series"])
     """
@@ -86,6 +87,7 @@ def to_json(scene: Scene) -> bytes:
             "series": _series(scene.series),
             "curves": {curve.name: _curve(curve) for curve in scene.curves},
             "waits": [_waits(one) for one in scene.waits],
+            "reachability": list(scene.reachability),
             "experts": _experts(scene),
             "servers": _servers(scene.servers),
             "marks": [{"t": round(mark.at, 3), "text": mark.text} for mark in scene.marks],
@@ -132,7 +134,7 @@ def static_frame(scene: Scene) -> tuple[Header, list[bytes]]:
     header["marks"] = [write_mark(mark) for mark in scene.marks]
     header["series"] = write_series(scene, 0, len(scene.series.values), True, buffers)
     header["curves"] = [write_curve(one, n, 0, len(one.at), buffers) for n, one in enumerate(scene.curves)]
-    header["waits"] = write_waits(scene)
+    header["waits"], header["reach"] = write_waits(scene), write_reach(scene)
     for column in STATIC:
         values = column.read(scene)
         header["pieces"].append(write_piece(column, values, 0, len(values), buffers))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from labkit.view import export
-from labkit.view.page.columns import MOVING, Header, write_opening, write_piece, write_servers, write_waits
+from labkit.view.page.columns import MOVING, Header, write_opening, write_piece, write_reach, write_servers, write_waits
 from labkit.view.scene import Mark, Scene, State
 
 MAX_KEYFRAMES = 240
@@ -102,7 +102,7 @@ def take_keyframe(scene: Scene, eventful: bool) -> Keyframe:
     """Pack all of a scene that changes, except for series and marks: the last scene has all of those."""
     header, buffers = write_opening(scene, reset=False, control=False), list[bytes]()
     header["server_text"] = {"start": 0, "rows": write_servers(scene.servers)}
-    header["waits"] = write_waits(scene)
+    header["waits"], header["reach"] = write_waits(scene), write_reach(scene)
     for column in MOVING:
         values = column.read(scene)
         header["pieces"].append(write_piece(column, values, 0, len(values), buffers))

@@ -215,6 +215,7 @@ def write_series(scene: Scene, skip: int, count: int, reset: bool, buffers: list
 
 BIN_BYTES = 4 * len(SERIES)
 POINT_BYTES = 8
+MAX_REACH_TEXT = 500  # characters of a sentence that says whether others reach a node
 MAX_WAITS_TEXT = 240  # characters of a line that says what passes wait for
 
 
@@ -228,6 +229,11 @@ def write_curve(curve: Curve, number: int, start: int, count: int, buffers: list
 def write_waits(scene: Scene) -> list[str]:
     """Returns what passes wait for, a sentence for each layer and direction."""
     return [line[:MAX_WAITS_TEXT] for line in waits_lines(scene.waits)]
+
+
+def write_reach(scene: Scene) -> list[str]:
+    """Returns whether others reach our node and servers, in sentences."""
+    return [line[:MAX_REACH_TEXT] for line in scene.reachability]
 
 
 def number(value: float, digits: int = 6) -> float | None:

@@ -29,6 +29,7 @@ from labkit.view.page.columns import (
     write_mark,
     write_opening,
     write_piece,
+    write_reach,
     write_series,
     write_server,
     write_waits,
@@ -74,6 +75,7 @@ class FrameWriter:
         self._width, self._next_bin = 0.0, 0  # of the series
         self._curves: dict[int, tuple[int, int]] = {}  # by number: version, and how many points were sent
         self._waits: list[str] = []
+        self._reach: list[str] = []
         self._columns = [_Sent(column) for column in COLUMNS]
 
     def frame(self, scene: Scene, *, layer: int, mode: str, control: bool) -> tuple[Header, list[bytes]]:
@@ -96,6 +98,7 @@ class FrameWriter:
         room -= self._write_layers(scene, header, room // 2)
         room -= self._write_marks(scene, header, room // 4)
         room -= self._write_waits(scene, header)
+        room -= self._write_reach(scene, header)
         # 2. what has been added
         room -= self._write_series(scene, header, buffers, room * 3 // 5)
         room -= self._write_text(scene, header, room // 2 if self._fresh else room // 3)
@@ -129,6 +132,13 @@ class FrameWriter:
         if lines == self._waits:
             return 0
         self._waits = header["waits"] = lines
+        return _size(lines) + PIECE_OVERHEAD
+
+    def _write_reach(self, scene: Scene, header: Header) -> int:
+        lines = write_reach(scene)
+        if lines == self._reach:
+            return 0
+        self._reach = header["reach"] = lines
         return _size(lines) + PIECE_OVERHEAD
 
     def _write_curves(self, scene: Scene, header: Header, buffers: list[bytes], room: int) -> int:

@@ -46,7 +46,7 @@ EXPORT_TIMEOUT = 30.0  # seconds, for the first part, which waits until the expo
 FRAME_RETRY_DELAY = 1.0  # seconds after a failed call for which no page asks again
 HEADER_KEYS = {
     "reset", "at", "wall", "swarm", "open", "source", "can", "headline", "layers", "server_text", "marks", "series",
-    "pieces", "curves", "waits",
+    "pieces", "curves", "waits", "reach",
 }  # fmt: skip
 LASTING_KEYS = {"at", "wall", "swarm", "source", "headline"}  # of the last header, shown when no other comes
 MAX_LAYER = (1 << 16) - 1

@@ -26,8 +26,9 @@ export function serversPanel(store: Store, ctx: Context): Panel {
   const scroller = h("div", { class: "lk-scroll", tabindex: "-1" }, table);
   const keys = h("span", { class: "lk-keys", "aria-hidden": "true" },
     ...["queue", "compute", "network"].map((part) => h("span", {}, h("i", { class: `lk-key lk-part-${part}` }), part)));
+  const reach = h("p", { class: "lk-reach lk-waits lk-dim" });
   const el = h("section", { "aria-label": "Servers", class: "lk-panel lk-servers" },
-    h("div", { class: "lk-panel-head" }, h("h3", {}, "Servers"), keys, everyone.el), h("div", { class: "lk-strip-box" }, strip.el), scroller, more);
+    h("div", { class: "lk-panel-head" }, h("h3", {}, "Servers"), keys, everyone.el), reach, h("div", { class: "lk-strip-box" }, strip.el), scroller, more);
 
   const touch = () => order.touch(performance.now() / 1000);
   for (const event of ["pointermove", "pointerdown", "keydown", "focusin"]) scroller.addEventListener(event, touch, { passive: true });
@@ -48,6 +49,7 @@ export function serversPanel(store: Store, ctx: Context): Panel {
 
   const update = () => {
     const rows = store.servers, frame = store.frame;
+    text(reach, store.reach.join("\n"));
     const listed = order.next(rows, performance.now() / 1000).slice(0, all ? MAX_ROWS : WORST_SHOWN);
     const slowest = Math.max(1e-9, ...rows.map((row) => (row.latency[1][1] || 0) + (row.latency[2][1] || 0) + (row.latency[3][1] || 0)));
     const elements: Element[] = [];

@@ -7,7 +7,7 @@ export const NOWHERE = 0xffffffff; // `cell` of an expert whose place has not co
 const MAX_ROWS = { experts: 1 << 20, servers: 1 << 16 };
 const MAX_BINS = 1 << 15;
 const MAX_MARKS = 1000;
-const MAX_CURVES = 64, MAX_POINTS = 4096, MAX_WAITS = 16;
+const MAX_CURVES = 64, MAX_POINTS = 4096, MAX_SENTENCES = 16;
 const MAX_LAYERS = 1 << 16;
 
 // Columns of length n; rows keep their place for good. NaN in a Float32Array: nothing is known.
@@ -36,6 +36,10 @@ export interface SeriesTable { width: number; first: number; values: Record<stri
 // Something that was measured while training. NaN: it was not finite.
 export interface Curve { name: string; at: number[]; value: number[] }
 
+function sentences(lines: unknown[]): string[] {
+  return lines.filter((line): line is string => typeof line === "string").slice(0, MAX_SENTENCES);
+}
+
 export class Store {
   frame: Frame | null = null; // the last one, its headline checked; its pieces are gone
   layers: Layer[] = [];
@@ -45,6 +49,7 @@ export class Store {
   marks: [at: number, text: string][] = [];
   curves: Curve[] = [];
   waits: string[] = [];
+  reach: string[] = [];
   receivedAt = 0; // performance.now()
   lost = ""; // why it is not known how things stand now: the kernel is gone
   // Counts of changes, for panels that draw only what is new: "experts", "experts.load", …, "servers", "series", "marks", "layers".
@@ -63,7 +68,8 @@ export class Store {
     if (Array.isArray(frame.marks)) this.takeMarks(frame.marks);
     if (isObject(frame.series)) this.takeSeries(frame.series, views);
     if (Array.isArray(frame.curves)) for (const one of frame.curves) this.takeCurve(one, views);
-    if (Array.isArray(frame.waits)) this.waits = frame.waits.filter((line) => typeof line === "string").slice(0, MAX_WAITS);
+    if (Array.isArray(frame.waits)) this.waits = sentences(frame.waits);
+    if (Array.isArray(frame.reach)) this.reach = sentences(frame.reach);
     if (Array.isArray(frame.pieces)) for (const piece of frame.pieces) this.takePiece(piece, views);
     this.notify();
   }
@@ -106,6 +112,7 @@ export class Store {
     this.marks = [];
     this.curves = [];
     this.waits = [];
+    this.reach = [];
     for (const name of ["experts", "servers", "series", "marks", "layers", "curves"]) this.touch(name);
   }
 

@@ -46,6 +46,7 @@ export interface Frame {
   // points of learning curves, f32 [count, 2]: seconds since the start, and value. Start 0: all that was before is void
   curves?: { curve: number; name: string; start: number; count: number; buffer: number }[];
   waits?: string[]; // what passes wait for, in sentences; when they change
+  reach?: string[]; // whether others reach this node and its servers, likewise
   pieces: Piece[];
   lost?: string; // not sent: set in the page when the kernel is gone
 }

@@ -226,6 +226,11 @@ it("says what a pass waits for", () => {
   expect(region("Training").querySelector(".lk-waits")!.textContent).toBe("a forward pass takes 0.21 s");
 });
 
+it("says whether others reach it", () => {
+  give(swarm(undefined, undefined, { reach: ["not reachable: 203.0.113.10 could not call back", 7 as never] }));
+  expect(region("Servers").querySelector(".lk-reach")!.textContent).toBe("not reachable: 203.0.113.10 could not call back");
+});
+
 it("says that its kernel is gone, and lets go of all that would need it, until it is back", () => {
   give(swarm());
   const needing = () => [...el.querySelectorAll<HTMLButtonElement | HTMLInputElement>(".lk-controls button, .lk-actions button, .lk-slider input")];
