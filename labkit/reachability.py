@@ -91,11 +91,9 @@ def only_here(contact: Contact, listen: str, announce: str | None) -> Reachabili
     if announce is not None:
         why = f"since announce={announce!r} is this machine itself; announce the address at which others reach it"
     elif is_loopback(host):
-        why = (
-            'since it listens there only; for others: listen="tcp://0.0.0.0:*" (labkit serve --listen tcp://0.0.0.0:*)'
-        )
+        why = 'since it listens there only; for others: listen="tcp://0.0.0.0:*"'
     elif ":" not in host and any(":" in address for address in own_addresses()):
-        why = 'which has no IPv4 address; listen to IPv6, too: listen="tcp://[::]:*" (labkit serve --listen "tcp://[::]:*")'
+        why = 'which has no IPv4 address; listen to IPv6, too: listen="tcp://[::]:*"'
     else:
         why = "which has no network address but loopback now; when it gets one, it is announced"
     return Reachability(Reach.HERE, contact, f"reached only from this machine, {why}")

@@ -90,8 +90,8 @@ class Swarm(SwarmLifecycle):
             invite: What `swarm.invite()` returned there, `labkit://<public key>@host:port`.
             name: Its name in this process; by default a name of its own.
             listen: Where our node listens, `tcp://host:port` with port `*` for any, or a range
-                for the node and its servers; by default on all interfaces if the swarm is on another
-                machine, else on this machine only.
+                for the node and its servers; by default on all interfaces if the swarm is on
+                another machine, else on this machine only.
             announce: `host` or `host:port` that others use to reach us, where that differs.
             secure: Whether our node encrypts; by default as the swarm does.
             key: The file of a key that stays the same, made by `labkit keygen`, which a private

@@ -40,11 +40,15 @@ SAID: dict[str, Any] = {
 }  # fmt: skip
 
 
+REACHED = SimpleNamespace(now=SimpleNamespace(text="reachable", state="reachable"))
+
+
 class Handle:
     """As much of a `ServerHandle` as polling sees."""
 
     def __init__(self, number: int, state: str = "running", uids: tuple[str, ...] = ("ffn.0.0",)) -> None:
         self.state, self.uids, self.contact = state, uids, make_contact(number)
+        self.lifecycle = SimpleNamespace(reachability=None)
         self.plan = SimpleNamespace(identity=SimpleNamespace(public_key=self.contact.key))
         self.label = ""
 
@@ -67,7 +71,15 @@ class Lab:
         self.most_at_once = self.under_way = 0
         self.contacts = [make_contact(number) for number in range(servers)]
         self.inventories: list[Inventory] = []
-        self.node = cast(Node, SimpleNamespace(client=self, dht=self.records, directory=self.directory))
+        self.node = cast(
+            Node,
+            SimpleNamespace(
+                client=self,
+                dht=self.records,
+                directory=self.directory,
+                whereabouts=REACHED,
+            ),  # fmt: skip
+        )
 
     async def declare(self, uids: Sequence[str] = UIDS, sizes: tuple[int, ...] = (4, 4)) -> None:
         info = msgspec.msgpack.encode(GridInfo(sizes, "ffn", {}))

@@ -83,10 +83,10 @@ def zap(domain: bytes = b"here", mechanism: bytes = b"CURVE", key: bytes = b"k" 
     return [b"route", b"", b"1.0", b"1", domain, b"127.0.0.1", b"", mechanism, key]
 
 
-def test_zap_answers_with_the_key_as_user_id_and_refuses_the_rest() -> None:
+def test_zap_answers_with_the_key_and_the_address_as_user_id_and_refuses_the_rest() -> None:
     admissions = {b"here": Admission([b"k" * 32])}
     admitted = answer_zap(zap(), admissions)
-    assert admitted == [b"route", b"", b"1.0", b"1", b"200", b"OK", (b"k" * 32).hex().encode(), b""]
+    assert admitted == [b"route", b"", b"1.0", b"1", b"200", b"OK", (b"k" * 32).hex().encode() + b"127.0.0.1", b""]
     for request in (zap(domain=b"elsewhere"), zap(mechanism=b"NULL"), zap(key=b"x" * 32)):
         refused = answer_zap(request, admissions)
         assert refused is not None and refused[4] == b"400"

@@ -153,7 +153,8 @@ async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
     """Serve until a command, a signal or the parent's end asks for a stop, and experts are saved."""
     faults, stop, hurry = Faults(config.latency, config.loss), trio.Event(), trio.Event()
     token = trio.lowlevel.current_trio_token()
-    stop_timeout = STOP_TIMEOUT
+    stop_timeout, ready = STOP_TIMEOUT, False
+    news: list[ChildReport] = []  # that comes before it is ready
     to_carry_out, orders = trio.open_memory_channel[LoadOrder](MAX_ORDERS)
 
     def set_stop_timeout(seconds: float) -> None:
@@ -182,7 +183,13 @@ async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
 
     def report_news(event: Event) -> None:
         if isinstance(event, AddressNews):
-            _report(reports, ChildReport(news=ChildNews.of(event)))
+            news.append(ChildReport(news=ChildNews.of(event)))
+            if ready:
+                report_all(news)
+
+    def report_all(some: list[ChildReport]) -> None:
+        while some:
+            _report(reports, some.pop(0))
 
     async def serve(*, task_status: trio.TaskStatus[Contact]) -> None:
         admission = Admission(file=Path(config.member_file) if config.member_file else None)
@@ -205,7 +212,8 @@ async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
         await background.start(watch_signals)
         async with trio.open_nursery() as nursery:
             contact: Contact = await nursery.start(serve)
-            _report(reports, ChildReport(ready=contact, stop_timeout=stop_timeout))
+            ready = True
+            report_all([ChildReport(ready=contact, stop_timeout=stop_timeout), *news])
         background.cancel_scope.cancel()
 
 

@@ -242,6 +242,7 @@ class ServerLifecycle:
 
     async def _run(self, runner: Runner, plan: ServerPlan, *, task_status: trio.TaskStatus[None]) -> None:
         """The whole life of a runner."""
+        self.reachability = None
         runner.on_news = partial(self._note_news, runner)
         async with trio.open_nursery() as nursery:
             contact = await nursery.start(runner.run, plan, self.faults)

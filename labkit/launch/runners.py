@@ -117,6 +117,7 @@ class ServerProcess:
         self._last_lines: deque[str] = deque(maxlen=LAST_LINES)
         self._stderr_read = trio.Event()
         self._commands: trio.MemorySendChannel[bytes] | None = None
+        self._unread = b""  # of what the child reports
         self._loads = 0  # orders to load, so far
         self._loaded: dict[int, str] = {}  # the answers to them that nobody has taken
         self._news = trio.lowlevel.ParkingLot()  # where they are waited for
@@ -177,7 +178,8 @@ class ServerProcess:
                 await self._wait_for_end(process)
                 raise ServerFailed(self._describe_end())
             data += part
-        report = msgspec.json.decode(data.partition(b"\n")[0], type=ChildReport)
+        line, _, self._unread = data.partition(b"\n")
+        report = msgspec.json.decode(line, type=ChildReport)
         if report.ready is None:
             raise ServerFailed(report.failed or self._describe_end())
         self.stop_timeout = report.stop_timeout
@@ -186,9 +188,8 @@ class ServerProcess:
     async def _read_answers(self, process: trio.Process) -> None:
         """Read what the child reports once it serves."""
         assert process.stdout is not None
-        rest = b""
-        async for part in process.stdout:
-            *lines, rest = (rest + part).split(b"\n")
+        while True:
+            *lines, self._unread = self._unread.split(b"\n")
             for line in lines:
                 report = msgspec.json.decode(line, type=ChildReport)
                 if report.news is not None:
@@ -196,6 +197,9 @@ class ServerProcess:
                 if report.loaded is not None:
                     self._loaded[report.loaded] = report.failed or ""
                     self._news.unpark_all()
+            if not (part := await process.stdout.receive_some()):
+                return
+            self._unread += part
 
     async def load(self, folder: str, uids: Sequence[str], check_only: bool) -> str:
         self._loads += 1
