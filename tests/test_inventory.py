@@ -78,7 +78,7 @@ class Lab:
                 dht=self.records,
                 directory=self.directory,
                 whereabouts=REACHED,
-            ),  # fmt: skip
+            ),
         )
 
     async def declare(self, uids: Sequence[str] = UIDS, sizes: tuple[int, ...] = (4, 4)) -> None:
