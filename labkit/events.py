@@ -187,6 +187,19 @@ class ReachabilityChanged(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RelayChanged(Event):
+    """A node of this process, which takes no connections, has found or lost the relay that takes them for it.
+
+    Args:
+        relay: `host:port` of the relay's node; empty if there is none now.
+        detail: More about it, in words; if there is none, why, and what to try.
+    """
+
+    relay: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepFinished(Event):
     """A training step was applied. `staleness`: updates that other trainers applied since its forward pass began."""
 
