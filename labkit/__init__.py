@@ -35,6 +35,7 @@ _HOME = {
     "DispatchConfig": "client.dispatch",
     "MixtureOfExperts": "client.moe",
     "RemoteExpert": "client.expert",
+    "RelayLimits": "relay.limits",
     "LabkitError": "errors",
     "DataNotFound": "errors",
     "JoinError": "errors",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from labkit.errors import ServerFailed as ServerFailed
     from labkit.errors import SwarmClosed as SwarmClosed
     from labkit.errors import TrainingFailed as TrainingFailed
+    from labkit.relay.limits import RelayLimits as RelayLimits
     from labkit.resuming import resume as resume
     from labkit.server.layers import register_expert as register_expert
     from labkit.server.optimizer import BackendConfig as BackendConfig

@@ -1,4 +1,4 @@
-"""The `labkit` command: its options, and what runs for `demo`, `serve`, `watch`, `bench` and `keygen`.
+"""The `labkit` command: its options, and what runs for `demo`, `serve`, `relay`, `watch`, `bench` and `keygen`.
 
 The commands are in `labkit.cli`, which imports torch, and so they are imported when the options have been read.
 """
@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, summary, add in (
         ("demo", "train on digits while a server is killed and brought back", add_demo_options),
         ("serve", "serve experts, in a new swarm or in one that is running", add_serve_options),
+        ("relay", "let nodes be reached that take no connections, such as those behind a router", add_relay_options),
         ("watch", "show the dashboard of a running swarm as a web page", add_watch_options),
         ("bench", "measure how fast labkit is", add_bench_options),
         ("keygen", "make a key file, and print its public key", add_keygen_options),
@@ -77,7 +78,7 @@ def add_demo_options(parser: argparse.ArgumentParser) -> None:
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `labkit serve`."""
-    parser.add_argument("--join", metavar="INVITE", help="invitation of a running swarm (default: start a new one)")
+    add_join_option(parser)
     parser.add_argument(
         "--experts", type=int, metavar="N",
         help="experts to serve (default: as many as the grid has free places; 8 in a new grid)",
@@ -94,20 +95,10 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         "--hidden", type=int, metavar="N", help="width of the experts (default: the running grid's, or 64)"
     )
     parser.add_argument("--name", help="name of the grid (default: that of the kind)")
+    add_network_options(parser)
     parser.add_argument(
-        "--listen", metavar="tcp://HOST:PORT",
-        help="where to listen, PORT being a number, * or a range such as 31000-31099 (default: a free port of "
-        "loopback, or of all interfaces if the swarm to join is on another machine)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--announce", metavar="HOST[:PORT]", help="address at which others reach it (default: the one it listens at)"
+        "--relay", action="store_true", help="relay for nodes that take no connections, such as those behind a router"
     )
-    parser.add_argument("--secure", action="store_true", help="encrypt on loopback too; elsewhere that is always on")
-    parser.add_argument("--key", metavar="FILE", help="key file made by labkit keygen (default: a new key)")
-    parser.add_argument(
-        "--member", action="append", metavar="KEY",
-        help="make the swarm private, and admit the holder of this public key; may be repeated",
-    )  # fmt: skip
     parser.add_argument(
         "--checkpoint-dir", metavar="DIR", help="folder to load experts from and to save them to (default: none)"
     )
@@ -146,6 +137,41 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="do not say now and then how many experts, calls and peers it has",
     )
+
+
+def add_join_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--join` of `labkit serve` and `labkit relay`."""
+    parser.add_argument("--join", metavar="INVITE", help="invitation of a running swarm (default: start a new one)")
+
+
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of both that say where the node listens, and who may join a new swarm."""
+    parser.add_argument(
+        "--listen", metavar="tcp://HOST:PORT",
+        help="where to listen, PORT being a number, * or a range such as 31000-31099 (default: a free port of "
+        "loopback, or of all interfaces if the swarm to join is on another machine)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--announce", metavar="HOST[:PORT]", help="address at which others reach it (default: the one it listens at)"
+    )
+    parser.add_argument("--secure", action="store_true", help="encrypt on loopback too; elsewhere that is always on")
+    parser.add_argument("--key", metavar="FILE", help="key file made by labkit keygen (default: a new key)")
+    parser.add_argument(
+        "--member", action="append", metavar="KEY",
+        help="make the swarm private, and admit the holder of this public key; may be repeated",
+    )  # fmt: skip
+
+
+def add_relay_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `labkit relay`."""
+    add_join_option(parser)
+    add_network_options(parser)
+    add_number(parser, "--clients", 64, "nodes to relay for, each at a port of its own")
+    add_number(parser, "--connections", 1024, "connections to relay at the same time, in all")
+    parser.add_argument(
+        "--mb-per-s", type=float, metavar="MB", help="megabytes that may pass in a second, in all (default: no limit)"
+    )
+    parser.add_argument("--quiet", "-q", action="store_true", help="do not say now and then how much it relays")
 
 
 def add_watch_options(parser: argparse.ArgumentParser) -> None:
@@ -193,6 +219,22 @@ def run_serve(options: argparse.Namespace) -> int:
     except (LabkitError, ValueError) as error:
         return _fail(error, options)
     except KeyboardInterrupt:  # before it serves, or while it saves
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run_relay(options: argparse.Namespace) -> int:
+    """Run `labkit relay`. Returns the exit status."""
+    with quick_imports():
+        from labkit.cli.relay import relay
+        from labkit.errors import LabkitError
+
+    try:
+        relay(options)
+    except (LabkitError, ValueError) as error:
+        return _fail(error)
+    except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
     return 0
@@ -251,7 +293,10 @@ def _fail(error: Exception | str, options: argparse.Namespace) -> int:
     return 1
 
 
-COMMANDS = {"demo": run_demo, "serve": run_serve, "watch": run_watch, "bench": run_bench, "keygen": run_keygen}
+COMMANDS = {
+    "demo": run_demo, "serve": run_serve, "relay": run_relay, "watch": run_watch, "bench": run_bench,
+    "keygen": run_keygen,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

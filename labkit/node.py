@@ -18,6 +18,8 @@ from labkit.errors import JoinError
 from labkit.events import AddressChanged, Emit, ignore
 from labkit.joining import check_reachable
 from labkit.reachability import CallBack
+from labkit.relay.limits import RelayLimits
+from labkit.relay.relaying import Relaying
 from labkit.suggest import suggest_fields
 from labkit.whereabouts import Whereabouts
 from labkit.wire.addresses import LOOPBACK, announced_address, split_address
@@ -40,17 +42,21 @@ class NodeConfig:
             of which a node and each of its servers take one.
         announce: The `host` or `host:port` that others should use, where that differs (see `ZmqNetwork.listen`).
         secure: Whether connections are encrypted; by default wherever that is needed.
+        relay: With it, the node relays for nodes that take no connections, within these limits.
+        hidden: Whether it takes no connections itself, and so is reached through a relay that it finds.
         dht: How its DHT node behaves.
         directory: How experts are declared and cached.
         limits: Limits of its calls.
 
     Raises:
-        ValueError: An address is none.
+        ValueError: An address is none, or a node that takes no connections is to relay.
     """
 
     listen: str = LOOPBACK
     announce: str | None = None
     secure: bool | None = None
+    relay: RelayLimits | None = None
+    hidden: bool = False
     dht: DHTConfig = field(default_factory=DHTConfig)
     directory: DirectoryConfig = field(default_factory=DirectoryConfig)
     limits: RPCLimits = field(default_factory=RPCLimits)
@@ -59,6 +65,8 @@ class NodeConfig:
         split_address(self.listen)
         if self.announce is not None:
             announced_address(self.announce, "127.0.0.1", 0)
+        if self.hidden and self.relay is not None:
+            raise ValueError("a node that takes no connections cannot relay for others: leave out hidden or relay")
 
 
 def check_config(config: NodeConfig, *, private: bool) -> None:
@@ -81,6 +89,7 @@ class Node:
     dht: DHTNode
     directory: Directory
     whereabouts: Whereabouts
+    relaying: Relaying
     emit: Emit = ignore
 
     @property
@@ -157,16 +166,19 @@ async def open_node(
         client = Client(endpoint, config.limits)
         dht = DHTNode(client, endpoint.contact, config.dht)
         directory = Directory(dht, config.directory, emit)
+        relaying = Relaying(network, endpoint, config.relay)
+        offered = {**dht.methods, **CallBack(endpoint).methods, **relaying.methods, **(methods or {})}
         async with trio.open_nursery() as nursery:
-            offered = {**dht.methods, **CallBack(endpoint).methods, **(methods or {})}
             await nursery.start(serve_rpc, endpoint, offered, config.limits)
             await nursery.start(dht.run)
             await nursery.start(directory.run)
             await _join(network, client, dht, join, identity)
             whereabouts = Whereabouts(client, dht, config.listen, config.announce, join, emit)
-            node = Node(identity, endpoint, client, dht, directory, whereabouts, emit)
+            node = Node(identity, endpoint, client, dht, directory, whereabouts, relaying, emit)
+            await nursery.start(relaying.run_server, dht, whereabouts)
             if network.tcp:
                 nursery.start_soon(whereabouts.run, node.move, directory.declare_anew)
+                await nursery.start(relaying.follow, config.hidden, whereabouts, client, dht, join, node.move, emit)
             yield node
             nursery.cancel_scope.cancel()
 
@@ -179,7 +191,8 @@ async def _join(
     failures: list[JoinError] = []
     for contact in contacts:
         try:
-            await check_reachable(client, contact, identity.public_key, tcp=network.tcp)
+            tcp = network.tcp and contact.key not in network.direct
+            await check_reachable(client, contact, identity.public_key, tcp=tcp)
             break
         except JoinError as error:
             failures.append(error)

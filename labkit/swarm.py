@@ -30,6 +30,7 @@ from labkit.launch.places import Wish
 from labkit.node import NodeConfig
 from labkit.paths import user_path
 from labkit.printable import printable
+from labkit.relay.limits import RelayLimits
 from labkit.server.layers import Factory, check_options
 from labkit.server.optimizer import BackendConfig
 from labkit.server.statistics import ServerStatistics
@@ -72,6 +73,8 @@ class Swarm(SwarmLifecycle):
             key is new each time.
         members: Public keys of those who may join, which makes the swarm private.
         node: Timeouts and limits of its node.
+        relay: Whether nodes that take no connections are reached through this one, at ports
+            of their own; an `lk.RelayLimits` says within which limits.
     """
 
     @classmethod
@@ -79,7 +82,7 @@ class Swarm(SwarmLifecycle):
     def join(
         cls, invite: str, *, name: str | None = None, listen: str | None = None, announce: str | None = None,
         secure: bool | None = None, key: str | Path | Identity | None = None, members: Sequence[str] | None = None,
-        node: NodeConfig | None = None,
+        node: NodeConfig | None = None, relay: bool | RelayLimits = False,
     ) -> Swarm:  # fmt: skip
         """Join the swarm that an invitation leads to.
 
@@ -98,6 +101,7 @@ class Swarm(SwarmLifecycle):
                 swarm has to admit; by default the key is new each time.
             members: Public keys of those who may call our node; by default anybody.
             node: Timeouts and limits of our node.
+            relay: Whether nodes that take no connections may be reached through ours.
 
         Raises:
             InviteError: The text is no invitation.
@@ -110,7 +114,7 @@ class Swarm(SwarmLifecycle):
         secure = True if secure is None and contact.secure and not far else secure
         return cls(
             name or f"joined {contact.endpoint}", listen=listen, announce=announce, secure=secure, key=key,
-            members=members, node=node, _join=(contact,),
+            members=members, node=node, relay=relay, _join=(contact,),
         )  # fmt: skip
 
     # ------------------------------------------------------------ serving

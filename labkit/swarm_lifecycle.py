@@ -27,9 +27,10 @@ from labkit.joining import check_reachable
 from labkit.launch.handle import ServerHandle, apply_faults, end_all
 from labkit.launch.lab import Lab, run_lab
 from labkit.launch.temporary_folder import TemporaryFolder, remove_abandoned
-from labkit.node import NodeConfig, check_config
+from labkit.node import Node, NodeConfig, check_config
 from labkit.portal import Portal
 from labkit.process_bound import ProcessBound
+from labkit.relay.limits import RelayLimits
 from labkit.server.layers import importing
 from labkit.suggest import suggest_options
 from labkit.view.collect.telemetry import Telemetry
@@ -66,7 +67,7 @@ class SwarmLifecycle(ProcessBound):
     def __init__(
         self, name: str = "default", *, listen: str = LOOPBACK, announce: str | None = None, secure: bool | None = None,
         key: str | Path | Identity | None = None, members: Sequence[str] | None = None, node: NodeConfig | None = None,
-        _join: tuple[Contact, ...] = (),
+        relay: bool | RelayLimits = False, _join: tuple[Contact, ...] = (),
     ) -> None:  # fmt: skip
         identity = key if isinstance(key, Identity) else Identity.generate() if key is None else Identity.load(key)
         if not isinstance(name, str):
@@ -85,7 +86,11 @@ class SwarmLifecycle(ProcessBound):
         self._faults = Faults()
         self.remote_service = RemoteService(lambda: getattr(self, "view", None))
         keys = None if members is None else [identity.public_key, *map(parse_key, members)]
-        self._node_config = replace(node or NodeConfig(), listen=listen, announce=announce, secure=secure)
+        if not isinstance(relay, (bool, RelayLimits)):
+            raise ValueError(f"relay={relay!r}: True, False, or a RelayLimits, such as lk.RelayLimits(clients=8)")
+        node = node or NodeConfig()
+        limits = relay if isinstance(relay, RelayLimits) else RelayLimits() if relay else node.relay
+        self._node_config = replace(node, listen=listen, announce=announce, secure=secure, relay=limits)
         check_config(self._node_config, private=keys is not None)
         # The swarm of the same name goes on until this one is there, or cannot be because of it.
         before = _open.get(name)
@@ -162,6 +167,12 @@ class SwarmLifecycle(ProcessBound):
         if latency is not None or loss is not None:
             self._portal.call(apply_faults, self.servers, latency, loss)
         return self._faults
+
+    @property
+    def relaying(self) -> str:
+        """Who relays for our node, or for how many nodes it relays; empty if neither."""
+        node: Node = self._node
+        return node.relaying.words
 
     @property
     def closed(self) -> bool:

@@ -26,7 +26,7 @@ FLOORS = [
     "errors", "suggest", "forks", "interrupts", "printable", "paths", "histogram", "faults", "contact", "events",
     "expert_uid", "process_bound",
     # the network, the DHT, and the experts in it
-    "wire", "dht", "expert_protocol", "directory", "joining", "reachability", "whereabouts", "node", "portal",
+    "wire", "dht", "expert_protocol", "directory", "joining", "reachability", "whereabouts", "relay", "node", "portal",
     # the two wings
     "server", "client",
     # training, in real and in virtual time
@@ -222,7 +222,7 @@ def test_imports_point_down_and_no_files_import_each_other_in_a_circle():
             "client/moe.py imports server/backend.py, but client and server are strangers",
         ),
         ({"gossip.py": ""}, "gossip.py belongs to the part gossip, which has no floor: give it one in FLOORS"),
-        ({"relay/pipe.py": ""}, "relay/pipe.py belongs to the part relay, which has no floor: give it one in FLOORS"),
+        ({"tube/pipe.py": ""}, "tube/pipe.py belongs to the part tube, which has no floor: give it one in FLOORS"),
         (
             {"portal.py": "import labkit.events", "events.py": ""},
             "portal.py imports events.py, but portal may import only ['errors', 'forks']",

@@ -26,6 +26,7 @@ from labkit.events import AddressChanged, AddressNews
 from labkit.expert_protocol import clean_label
 from labkit.launch.handle import ServerHandle
 from labkit.launch.planning import grid_name
+from labkit.relay.limits import RelayLimits
 from labkit.server.layers import BUILTIN_KINDS
 from labkit.server.optimizer import BackendConfig
 from labkit.swarm import Swarm
@@ -62,18 +63,14 @@ def serve(options: argparse.Namespace) -> None:
 
 def _serve_until_stopped(options: argparse.Namespace) -> None:
     arguments = _serve_arguments(options)  # first, so that nothing is started for a wrong one
-    with _open_swarm(options) as swarm:
+    with open_swarm(options, "serve", relay=options.relay) as swarm:
         report = Report(swarm, rewrite=sys.stdout.isatty())
         news: deque[AddressNews] = deque(maxlen=MAX_NEWS)
         try:
             (server,) = swarm.serve(options.expert, isolation="task", **_defaults(options, swarm), **arguments)
             _until_reach_is_known(server)
             print(repr(swarm))
-            invitation = swarm.invite()
-            print(f"\ninvitation: {invitation}")
-            if invitation.note:
-                print(invitation.note)
-            print(f"to see it as a web page: labkit watch {shlex.quote(invitation)}")
+            print_invitation(swarm)
             print("serving until Ctrl-C", flush=True)
             swarm.on_event(lambda event: news.append(event) if isinstance(event, AddressNews) else None)
             while server.state == "running":
@@ -99,6 +96,15 @@ def _until_reach_is_known(server: ServerHandle) -> None:
     deadline = time.monotonic() + REACH_TIMEOUT
     while server.state == "running" and server.lifecycle.reachability is None and time.monotonic() < deadline:
         server.wait(REACH_LOOK_PERIOD)
+
+
+def print_invitation(swarm: Swarm) -> None:
+    """Print how others join a swarm, and how they see it."""
+    invitation = swarm.invite()
+    print(f"\ninvitation: {invitation}")
+    if invitation.note:
+        print(invitation.note)
+    print(f"to see it as a web page: labkit watch {shlex.quote(invitation)}")
 
 
 def _raise_interrupt(number: int, frame: FrameType | None) -> None:
@@ -176,8 +182,18 @@ def _count(number: int, word: str) -> str:
     return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
-def _open_swarm(options: argparse.Namespace) -> Swarm:
-    """Start or join a swarm."""
+def open_swarm(options: argparse.Namespace, name: str, *, relay: bool | RelayLimits) -> Swarm:
+    """Start or join a swarm.
+
+    Args:
+        options: The options of `labkit serve` or `labkit relay`.
+        name: The swarm's name.
+        relay: See `Swarm`.
+
+    Raises:
+        ValueError: An option is wrong.
+        LabkitError: The swarm cannot be started or joined.
+    """
     given = {
         "listen": options.listen,
         "announce": options.announce,
@@ -186,10 +202,10 @@ def _open_swarm(options: argparse.Namespace) -> Swarm:
     }
     network: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if options.join is None:
-        return Swarm("serve", members=options.member, **network)
+        return Swarm(name, members=options.member, relay=relay, **network)
     if options.member:
         raise ValueError("--member is for whoever starts a private swarm: leave it out with --join")
-    return Swarm.join(options.join, name="serve", **network)
+    return Swarm.join(options.join, name=name, relay=relay, **network)
 
 
 def _serve_arguments(options: argparse.Namespace) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class ChildConfig(msgspec.Struct):
     latency: float  # seconds
     loss: float
     folder: str | None  # the parent's temporary folder, which is to last as long as this process
+    direct: dict[str, tuple[str, int]] = {}  # where nodes of this machine are called: see `ZmqNetwork.direct`; keys hex
 
 
 class ChildLoad(msgspec.Struct):
@@ -114,6 +115,7 @@ class ChildReport(msgspec.Struct):
     failed: str | None = None
     loaded: int | None = None  # the number of an order; `failed` says what went wrong, if something did
     news: ChildNews | None = None
+    direct: tuple[str, int] | None = None  # where this machine calls it, if others do so through a relay
 
 
 def main() -> NoReturn:
@@ -155,6 +157,7 @@ async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
     token = trio.lowlevel.current_trio_token()
     stop_timeout, ready = STOP_TIMEOUT, False
     news: list[ChildReport] = []  # that comes before it is ready
+    directly = {bytes.fromhex(key): at for key, at in config.direct.items()}
     to_carry_out, orders = trio.open_memory_channel[LoadOrder](MAX_ORDERS)
 
     def set_stop_timeout(seconds: float) -> None:
@@ -183,7 +186,8 @@ async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
 
     def report_news(event: Event) -> None:
         if isinstance(event, AddressNews):
-            news.append(ChildReport(news=ChildNews.of(event)))
+            direct = directly.get(event.contact.key)
+            news.append(ChildReport(news=ChildNews.of(event), direct=direct))
             if ready:
                 report_all(news)
 
@@ -195,6 +199,7 @@ async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
         admission = Admission(file=Path(config.member_file) if config.member_file else None)
         identity = Identity(bytes.fromhex(config.seed))
         async with open_network(config.node.limits.frames) as network:
+            network.direct = directly
             await serve_experts(
                 network, identity, config.server, config.node, join=config.join, admission=admission, faults=faults,
                 emit=report_news, stop=stop, hurry=hurry, allow=set_stop_timeout, orders=orders,
@@ -212,8 +217,8 @@ async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
         await background.start(watch_signals)
         async with trio.open_nursery() as nursery:
             contact: Contact = await nursery.start(serve)
-            ready = True
-            report_all([ChildReport(ready=contact, stop_timeout=stop_timeout), *news])
+            ready, direct = True, directly.get(contact.key)
+            report_all([ChildReport(ready=contact, stop_timeout=stop_timeout, direct=direct), *news])
         background.cancel_scope.cancel()
 
 

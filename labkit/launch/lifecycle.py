@@ -219,8 +219,9 @@ class ServerLifecycle:
                 plan = await keep_port(self.plan, self.contact)
                 if self._orders != number or self.state != "starting":
                     raise ServerFailed(self.failure)
+                network, emit = self._lab.network, self._lab.emit
                 runner = self._runner = (
-                    ServerProcess() if self.isolation == "process" else ServerTask(self._lab.network, self._lab.emit)
+                    ServerProcess(network) if self.isolation == "process" else ServerTask(network, emit)
                 )
                 await self._lab.nursery.start(self._run, runner, plan)
                 await self._until_found()

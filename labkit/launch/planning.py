@@ -187,7 +187,7 @@ def plan_servers(
         config = replace(config, threads=max(1, threads // (len(parts) + beside)))
     announce = node.announce and announced_address(node.announce, LOOPBACK, 0)[0]
     listen = server_address(node, len(parts) + beside)
-    node = replace(node, listen=listen, announce=announce, secure=join.secure or None)
+    node = replace(node, listen=listen, announce=announce, secure=join.secure or None, relay=None)
     return [
         ServerPlan(replace(config, uids=part), node, Identity.generate(), (join,), member_file, lasting, folder)
         for part in parts

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -108,7 +108,8 @@ class Runner(Protocol):
 class ServerProcess:
     """A server as a child process."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: ZmqNetwork) -> None:
+        self._direct = network.direct
         self.stop_timeout = STOP_TIMEOUT  # until the child, when it is ready, says how long its own stop may take
         self.on_news: Callable[[AddressNews], object] = ignore
         self._process: trio.Process | None = None
@@ -154,12 +155,13 @@ class ServerProcess:
                 self._commands, to_send = trio.open_memory_channel[bytes](COMMAND_QUEUE)
                 nursery.start_soon(self._write_commands, to_send)
                 nursery.start_soon(self._read_stderr)
-                self._send(_config(plan, faults))
+                self._send(_config(plan, faults, self._direct))
                 task_status.started(await self._read_report(process))
                 nursery.start_soon(self._read_answers, process)
                 await self._wait_for_end(process)
                 nursery.cancel_scope.cancel()
         finally:
+            self._direct.pop(plan.identity.public_key, None)
             if process.returncode is None:
                 process.kill()
             with trio.CancelScope(shield=True):
@@ -183,7 +185,15 @@ class ServerProcess:
         if report.ready is None:
             raise ServerFailed(report.failed or self._describe_end())
         self.stop_timeout = report.stop_timeout
+        self._note_direct(report.ready, report.direct)
         return report.ready
+
+    def _note_direct(self, contact: Contact, direct: tuple[str, int] | None) -> None:
+        """Call the child where this machine reaches it, if others reach it through a relay."""
+        if direct is not None:
+            self._direct[contact.key] = direct
+        else:
+            self._direct.pop(contact.key, None)
 
     async def _read_answers(self, process: trio.Process) -> None:
         """Read what the child reports once it serves."""
@@ -193,6 +203,7 @@ class ServerProcess:
             for line in lines:
                 report = msgspec.json.decode(line, type=ChildReport)
                 if report.news is not None:
+                    self._note_direct(report.news.contact, report.direct)
                     self.on_news(report.news.event)
                 if report.loaded is not None:
                     self._loaded[report.loaded] = report.failed or ""
@@ -276,11 +287,11 @@ def environment() -> dict[str, str]:
     return {"OMP_WAIT_POLICY": "PASSIVE", **child_environment()}
 
 
-def _config(plan: ServerPlan, faults: Faults) -> ChildConfig:
+def _config(plan: ServerPlan, faults: Faults, direct: Mapping[bytes, tuple[str, int]]) -> ChildConfig:
     member_file = None if plan.member_file is None else str(plan.member_file)
     return ChildConfig(
         plan.identity.seed.hex(), plan.server, plan.node, list(plan.join), member_file, faults.latency, faults.loss,
-        plan.folder,
+        plan.folder, {key.hex(): at for key, at in direct.items()},
     )  # fmt: skip
 
 

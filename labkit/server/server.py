@@ -83,6 +83,7 @@ class ExpertServer:
         self._timers = timers
         self.faults = faults or Faults()
         self.traffic = Traffic()
+        self.relay: Callable[[], Contact | None] = lambda: None  # returns the relay through which it is reached
         check_device(config.backend.device)
         backends: dict[str, ExpertBackend] = {}
         for uid in config.uids:
@@ -203,7 +204,8 @@ class ExpertServer:
         """How the server is doing."""
         statistics = self.runtime.statistics()
         statistics.latency, statistics.loss = self.faults.latency, self.faults.loss
-        statistics.label = self.config.label
+        statistics.label, relay = self.config.label, self.relay()
+        statistics.relay = "" if relay is None else relay.endpoint
         return statistics
 
 
@@ -276,6 +278,7 @@ async def _serve_owned(
         async with open_node(  # 3
             network, identity, node_config, join=join, methods=server.methods, admission=admission, emit=emit
         ) as node:
+            server.relay = lambda: node.relaying.relay
             async with trio.open_nursery() as keepers:
                 if config.grid is not None:
                     name, _ = split_uid(config.uids[0])

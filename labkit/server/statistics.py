@@ -49,6 +49,7 @@ class ServerStatistics(msgspec.Struct):
         queue_times: The same of the seconds in the queue.
         compute_times: The same of the seconds in the batch.
         label: The name that its owner gives the server; empty if there is none.
+        relay: `host:port` of the relay through which the server is reached, if it takes no connections itself.
     """
 
     experts: Annotated[dict[Uid, Count], PerExpert]
@@ -69,9 +70,10 @@ class ServerStatistics(msgspec.Struct):
     queue_times: Times = []
     compute_times: Times = []
     label: Annotated[str, msgspec.Meta(max_length=4 * MAX_LABEL)] = ""
+    relay: Annotated[str, msgspec.Meta(max_length=4 * MAX_LABEL)] = ""
 
     def __post_init__(self) -> None:
-        self.label = clean_label(self.label)
+        self.label, self.relay = clean_label(self.label), clean_label(self.relay)
         for column in (self.expert_rows, self.expert_requests, self.expert_seconds):
             if column and len(column) != len(self.experts):
                 raise ValueError(f"{len(column)} numbers for {len(self.experts)} experts")

@@ -222,6 +222,7 @@ class SimEndpoint:
     def __init__(self, network: Medium, identity: Identity, contact: Contact, admission: Admission) -> None:
         self.identity = identity
         self.contact = contact
+        self.bound = place_of(contact)
         self.timers = network.timers
         self.admission = admission
         self.links: dict[bytes, SimLink] = {}  # from this node, by route

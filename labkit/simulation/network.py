@@ -95,6 +95,7 @@ class SimNetwork:
         self._silent: dict[SimLink, Timer] = {}  # links that are cut, and the timer that breaks them
         self._held: dict[Direction, _Backlog] = {}  # what did not get through, by direction
         self.timers = make_timers()
+        self.direct: dict[bytes, Place] = {}
 
     # ------------------------------------------------------------ nodes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import trio
@@ -147,11 +147,13 @@ class Census:
         grids: The grids, by name.
         experts: All experts that are alive, by uid.
         labels: The names that owners give their servers, by address, where there are any.
+        relays: Who relays for servers that take no connections, by their address.
     """
 
     grids: dict[str, GridInfo] = field(default_factory=dict)
     experts: dict[str, ExpertInfo] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
+    relays: dict[str, str] = field(default_factory=dict)
 
 
 async def take_census(node: Node, servers: Sequence[ServerHandle] = ()) -> Census:
@@ -161,27 +163,29 @@ async def take_census(node: Node, servers: Sequence[ServerHandle] = ()) -> Censu
 
     Args:
         node: Our node in the swarm.
-        servers: The servers started here, which need not be asked.
+        servers: The servers started here, which need not be asked, unless a relay may stand before them.
     """
     census = Census()
     with trio.move_on_after(CENSUS_TIMEOUT) as limit:
         census.grids = await node.directory.grids()
         census.experts = await node.directory.experts_of(census.grids)
-        here = {server.contact for server in servers}
-        await _ask_labels(node, {info.contact for info in census.experts.values()} - here, census.labels)
+        here = {server.contact for server in servers} if node.relaying.keeper is None else set()
+        await _ask_labels(node, {info.contact for info in census.experts.values()} - here, census)
     if limit.cancelled_caught and not census.experts:
         census.experts = node.directory.known()
     return census
 
 
-async def _ask_labels(node: Node, contacts: Iterable[Contact], labels: dict[str, str]) -> None:
+async def _ask_labels(node: Node, contacts: Iterable[Contact], census: Census) -> None:
     async def ask(contact: Contact) -> None:
         try:
             said = await call_statistics(node.client, contact, CENSUS_TIMEOUT)
         except RPCError:
             return  # it has none that is known now
         if said.label and not said.label.startswith("servers["):
-            labels[contact.endpoint] = said.label
+            census.labels[contact.endpoint] = said.label
+        if said.relay:
+            census.relays[contact.endpoint] = said.relay
 
     async with trio.open_nursery() as nursery:
         for contact in islice(contacts, MAX_ASKED):
@@ -218,6 +222,9 @@ def summarize(
         rows.append(_row(telemetry, label, "remote", address, len(uids), len(uids)))
     alive = [split_uid(uid)[0] for uid in census.experts]
     grids = {grid: (info.sizes, alive.count(grid)) for grid, info in census.grids.items()}
+    for index, row in enumerate(rows):
+        if row.address in census.relays:
+            rows[index] = replace(row, address=f"{row.address} (relayed by {census.relays[row.address]})")
     contact = node.contact
     waits = waits_lines(waits_of(telemetry, time.monotonic()))
     return SwarmSummary(

@@ -90,6 +90,7 @@ class Endpoint(Protocol):
     """One node's place on the network."""
 
     contact: Contact
+    bound: tuple[str, int]  # host and port at which it listens
     timers: Timers  # of the network
     most_links: int  # how many links the operating system lets it have
 
@@ -135,6 +136,7 @@ class Network(Protocol):
 
     tcp: bool  # whether any program can connect to their addresses
     timers: Timers
+    direct: dict[bytes, tuple[str, int]]  # where nodes of this machine are called, by key, whatever their contacts say
 
     def listen(
         self, identity: Identity, address: str = ..., *, announce: str | None = None, secure: bool | None = None,

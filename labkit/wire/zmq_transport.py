@@ -55,8 +55,9 @@ MAX_UNSENT_PEERS = 256  # beyond, peers that left without taking their answers a
 class ZmqLink:
     """A `Link` over a DEALER."""
 
-    def __init__(self, contact: Contact, on_message: OnMessage, on_end: OnEnd) -> None:
+    def __init__(self, contact: Contact, at: tuple[str, int], on_message: OnMessage, on_end: OnEnd) -> None:
         self.contact = contact
+        self._at = at
         self.error: LabkitError | None = None
         self._on_message = on_message
         self._on_end = on_end
@@ -70,9 +71,9 @@ class ZmqLink:
         sockets: list[Socket] = []
         try:
             with self._scope:
-                host = await resolve(self.contact.host, self.contact.port)
+                host = await resolve(*self._at)
                 server_key = self.contact.key if secure else None
-                sockets += make_dealer(context, host, self.contact.port, identity, server_key, max_frame)
+                sockets += make_dealer(context, host, self._at[1], identity, server_key, max_frame)
                 socket, monitor = sockets
                 socket.on_message, monitor.on_message = self._on_zmq_message, self._on_monitor_message
                 self._socket = socket
@@ -123,9 +124,11 @@ class ZmqEndpoint:
     """An `Endpoint` over a ROUTER. Made by `ZmqNetwork.listen`."""
 
     def __init__(
-        self, network: ZmqNetwork, identity: Identity, contact: Contact, socket: Socket, nursery: trio.Nursery
-    ) -> None:
+        self, network: ZmqNetwork, identity: Identity, contact: Contact, bound: tuple[str, int], socket: Socket,
+        nursery: trio.Nursery,
+    ) -> None:  # fmt: skip
         self.contact = contact
+        self.bound = bound
         self.identity = identity
         self.timers = network.timers
         self.most_links = max(FEWEST_LINKS, open_files() * 3 // 4 // FILES_PER_LINK)  # a quarter is for all else
@@ -135,7 +138,9 @@ class ZmqEndpoint:
         self._unsent: dict[bytes, deque[UnsentFrames]] = {}
 
     def connect(self, contact: Contact, on_message: OnMessage, on_end: OnEnd) -> ZmqLink:
-        link, network = ZmqLink(contact, on_message, on_end), self._network
+        network = self._network
+        at = network.direct.get(contact.key, (contact.host, contact.port))
+        link = ZmqLink(contact, at, on_message, on_end)
         try:
             self._nursery.start_soon(link.run, network.context, self.identity, network.limits.message_bytes)
         except RuntimeError:  # the nursery has ended
@@ -197,6 +202,10 @@ class ZmqNetwork:
     """A network of ZeroMQ nodes in this trio run; `open_network` makes one.
 
     All nodes share its ZeroMQ context, its timers, and the task that answers who may connect (ZAP).
+
+    Attributes:
+        direct: Host and port at which this machine reaches a node of that key, whatever its contact says: for nodes of
+            this machine that others reach through a relay.
     """
 
     tcp = True
@@ -205,6 +214,7 @@ class ZmqNetwork:
         self.context = context
         self.limits = limits
         self.timers = Timers()
+        self.direct: dict[bytes, tuple[str, int]] = {}
         self._admissions: dict[bytes, Admission] = {}
         self._domains = itertools.count()
 
@@ -255,6 +265,7 @@ class ZmqNetwork:
             max_frame=self.limits.message_bytes,
         )  # fmt: skip
         try:
+            bound_to = host, port
             if announce is None:
                 host = await find_own_address(host, toward)
             host, port = announced_address(announce, host, port)
@@ -262,7 +273,7 @@ class ZmqNetwork:
                 nursery.start_soon(socket.run)
                 contact = Contact(identity.public_key, host, port, secure)
                 try:
-                    yield ZmqEndpoint(self, identity, contact, socket, nursery)
+                    yield ZmqEndpoint(self, identity, contact, bound_to, socket, nursery)
                 finally:
                     nursery.cancel_scope.cancel()
         finally:

@@ -161,12 +161,19 @@ class Registry:
                 self._failures[row] = count
 
     def _take_labels(self, inventory: Inventory) -> None:
-        """Call servers by the labels that they report. None of them passes for a server started here."""
+        """Call servers by the labels that they report. None of them passes for a server started here.
+
+        Beside it stands who relays for a server that takes no connections.
+        """
         for address, (statistics, _) in inventory.statistics.items():
             row = self._by_address.get(address)
-            if row is not None and self.local[row] < 0:
+            if row is None:
+                continue
+            if self.local[row] < 0:
                 label = "" if statistics.label.startswith("servers[") else statistics.label
                 self.labels[row] = label or address
+            if statistics.relay:
+                self.labels[row] += f" (relayed by {statistics.relay})"
 
     def _take_local(self, number: int, server: LocalServer, now: float) -> None:
         if number == len(self._locals):

@@ -1,0 +1,167 @@
+"""Nodes that take no connections find a relay by themselves, take another when it is gone, and serve through it."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import msgspec
+import pytest
+import torch
+import trio
+
+import labkit as lk
+from labkit.dht.node import Entry
+from labkit.events import AddressChanged, RelayChanged
+from labkit.node import NodeConfig
+from labkit.relay import keeper
+from labkit.relay.finding import RELAYS_KEY, RelayRecord, find_relays
+from labkit.relay.limits import RelayLimits
+from labkit.wire.zmq_transport import open_network
+from tests.nodes import changed
+from tests.relays import start_node
+from tests.swarms import eventually, soon
+
+RELAY = NodeConfig(secure=True, relay=RelayLimits())
+HIDDEN = NodeConfig(secure=True, hidden=True)
+
+
+@pytest.fixture
+async def start():
+    """Starts a node, each time it is called."""
+    async with open_network() as network, trio.open_nursery() as nursery:
+        yield partial(start_node, network, nursery)
+        nursery.cancel_scope.cancel()
+
+
+def relays_of(running) -> list[str]:
+    return [event.relay for event in running.events if isinstance(event, RelayChanged)]
+
+
+async def test_a_hidden_node_is_reached_through_whom_it_has_joined(start):
+    relay = await start(RELAY)
+    hidden = await start(HIDDEN, [relay.node.contact])
+    other = await start(join=[relay.node.contact])
+    assert hidden.node.relaying.words == f"relayed by {relay.node.contact.endpoint}"
+    assert relay.node.relaying.words == "relays for 1 node"
+    assert [client.port for client in relay.node.relaying.server.clients] == [hidden.node.contact.port]
+    assert await other.node.dht.peers.ping(hidden.node.contact)
+    assert relays_of(hidden) == [relay.node.contact.endpoint]
+    moves = [event.reason for event in hidden.events if isinstance(event, AddressChanged)]
+    assert moves == [f"relayed by {relay.node.contact.endpoint}"]
+
+
+async def test_a_hidden_node_finds_a_relay_in_the_dht_and_stays_hidden_from_nobody(start):
+    first = await start()
+    relay = await start(RELAY, [first.node.contact])
+    await soon(lambda: find_relays(first.node.dht, 1))
+    one = await start(HIDDEN, [first.node.contact])
+    two = await start(HIDDEN, [first.node.contact])
+    assert one.node.relaying.relay == two.node.relaying.relay == relay.node.contact
+    one.node.directory.declare_anew()
+    await one.node.directory.declare(["ffn.0.0"], one.node.contact)
+    found = (await two.node.directory.find(["ffn.0.0"]))["ffn.0.0"]
+    assert found is not None and found.contact == one.node.contact
+    assert await two.node.dht.peers.ping(found.contact)
+
+
+async def test_when_a_relay_is_gone_its_clients_take_another_and_are_found_there(start):
+    first = await start()
+    relays = [await start(RELAY, [first.node.contact]) for _ in range(2)]
+    await soon(lambda: both_known(first.node.dht))
+    hidden = await start(HIDDEN, [first.node.contact])
+    before = hidden.node.relaying.relay
+    gone, left = sorted(relays, key=lambda relay: relay.node.contact != before)
+
+    async def is_found_anew():
+        found = (await first.node.directory.look_up(["ffn.0"]))["ffn.0"].experts.get(0)
+        at_the_other = hidden.node.relaying.relay == left.node.contact
+        return at_the_other and found is not None and found.contact == hidden.node.contact
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(hidden.node.directory.keep_declared, ["ffn.0.0"], hidden.node.contact)
+        gone.scope.cancel()
+        await soon(is_found_anew, timeout=10)
+        nursery.cancel_scope.cancel()
+    assert await first.node.dht.peers.ping(hidden.node.contact)
+    assert relays_of(hidden) == [gone.node.contact.endpoint, "", left.node.contact.endpoint]
+
+
+async def both_known(dht) -> bool:
+    return len(await find_relays(dht, 1)) == 2
+
+
+async def test_a_node_without_a_relay_says_so_and_takes_the_first_that_comes(start, caplog, monkeypatch):
+    monkeypatch.setattr(keeper, "LONGEST_PAUSE", 0.2)
+    first = await start()
+    with caplog.at_level(logging.WARNING):
+        hidden = await start(HIDDEN, [first.node.contact])
+    assert "Nobody can reach this node. Start a relay" in caplog.text
+    assert "there is no method 'relay.reserve'" in hidden.node.relaying.words
+    assert hidden.node.relaying.relay is None and relays_of(hidden) == [""]
+    relay = await start(RELAY, [first.node.contact])
+    await soon(lambda: is_relayed(hidden))
+    assert relays_of(hidden) == ["", relay.node.contact.endpoint]
+
+
+async def is_relayed(running) -> bool:
+    return running.node.relaying.relay is not None
+
+
+async def test_a_record_of_a_relay_that_makes_no_sense_is_ignored(start):
+    first = await start(RELAY)
+    await soon(lambda: find_relays(first.node.dht, 1))
+    contact = first.node.contact
+    unsafe = changed(contact, host="192.0.2.1", secure=False)
+    bad = {"00" * 32: RelayRecord(contact, 1), "what": b"\xc1", contact.key.hex()[::-1]: RelayRecord(unsafe, 1)}
+    entries = [Entry(RELAYS_KEY, msgspec.msgpack.encode(value), 60, subkey) for subkey, value in bad.items()]
+    await first.node.dht.store_many(entries)
+    assert await find_relays(first.node.dht, 1) == [contact]
+
+
+def test_a_node_that_takes_no_connections_cannot_relay():
+    with pytest.raises(ValueError, match="cannot relay for others"):
+        NodeConfig(hidden=True, relay=RelayLimits())
+
+
+# ---------------------------------------------------------------- whole swarms
+
+
+@pytest.fixture
+def two_hidden():
+    """A relay and two swarms that take no connections."""
+    with (
+        lk.Swarm("relay", relay=True, secure=True) as relay,
+        lk.Swarm.join(relay.invite(), name="one", node=NodeConfig(hidden=True)) as one,
+        lk.Swarm.join(relay.invite(), name="two", node=NodeConfig(hidden=True)) as two,
+    ):
+        yield relay, one, two
+
+
+def test_two_hidden_swarms_train_each_others_experts_and_their_own_directly(two_hidden):
+    relay, one, two = two_hidden
+    one.serve("ffn", hidden=16, grid=(2, 2), isolation="task")
+    held = relay._node.relaying.server.held
+    x = torch.randn(4096, 16)
+    for swarm, relayed in ((two, True), (one, False)):
+        before = held.passed
+        swarm.moe(16, grid=(2, 2), k_best=2)(x).sum().backward()
+        assert (held.passed - before > x.nbytes) is relayed
+
+
+def test_a_server_process_of_a_hidden_notebook_is_called_directly_here_and_through_the_relay_elsewhere(two_hidden):
+    relay, one, two = two_hidden
+    (server,) = one.serve("ffn", hidden=16, grid=(2,), isolation="process")
+    ports = {client.port for client in relay._node.relaying.server.clients}
+    assert server.contact.port in ports, "it has a port of its own at the relay"
+    assert one._lab.network.direct[server.contact.key][1] not in ports
+    x = torch.randn(4, 16)
+    assert two.moe(16)(x).shape == (4, 16)
+    relay.close()
+    eventually(lambda: one._node.relaying.relay is None)
+    assert one.moe(16)(x).shape == (4, 16), "the relay is gone, and its own server is not"
+
+
+def test_relay_is_true_false_or_limits():
+    with pytest.raises(ValueError, match="relay='yes'"):
+        lk.Swarm("wrong", relay="yes")  # type: ignore[arg-type]
