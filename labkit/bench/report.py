@@ -21,7 +21,7 @@ PEER_FIGURES = {  # benchmark -> figures that a peer's script prints
 DURATION_OPTIONS = {"calls", "passes", "rounds"}  # they change how precisely something is measured, but not what
 PEER_KIND_NAMES = {"ffn2": "ffn", "ffn": None}  # our kind -> the peer's, whose `ffn` is a third of ours
 PEER_DEFAULTS: dict[str, dict[str, Any]] = {  # benchmark -> options that the peer always has and does not print
-    "rpc": {"codec": "none", "servers": 1},
+    "rpc": {"codec": "none", "servers": 1, "relay": False},
     "moe": {"expert": "ffn"},
 }
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -21,6 +21,7 @@ from labkit.bench.echo import RoundTrip, echo_limit
 from labkit.bench.limits import experts_limit
 from labkit.bench.processes import ProcessGroup, all_at_once, peak_rss_mb
 from labkit.bench.report import EXPERT_KINDS, check_at_least, milliseconds
+from labkit.node import NodeConfig
 from labkit.server.backend import ExpertBackend
 from labkit.server.layers import make_expert
 from labkit.swarm import Swarm
@@ -45,6 +46,8 @@ class RPCConfig:
         calls: Calls per client.
         backward: Whether a call is a forward and a backward pass, instead of a forward pass.
         secure: Whether connections are encrypted.
+        relay: Whether the servers take no connections, and are called through a relay, a process of its own. The same
+            is measured without one before. Connections are encrypted in any case.
         codec: How tensors are compressed on the way.
 
     Raises:
@@ -60,6 +63,7 @@ class RPCConfig:
     calls: int = 500
     backward: bool = False
     secure: bool = False
+    relay: bool = False
     codec: str = "none"
 
     def __post_init__(self) -> None:
@@ -78,11 +82,19 @@ def measure(config: RPCConfig) -> dict[str, Any]:
     Returns:
         What `--json` prints. `rows_per_batch` is the servers' mean batch. `lookup_ms` is the time in which a client
         that has just joined lists all experts with an empty cache, and `lookup_us_per_expert` the same divided by
-        their number. `fairness` is the slowest client's time divided by the quickest one's. `server_state_mb` is the
-        part of `server_rss_mb` that is parameters and, with `backward`, the optimizer's moments.
+        their number. With `relay`, `of_direct` compares the calls with `direct_per_s`, those without one, and
+        `relay_held_kb` is the most that the relay held at a time. `fairness` is the slowest client's time divided by
+        the quickest one's. `server_state_mb` is the part of `server_rss_mb` that is parameters and, with `backward`,
+        the optimizer's moments.
     """
+    direct: dict[str, Any] = {}
+    if config.relay:
+        config = replace(config, secure=True)
+        direct = measure(replace(config, relay=False))
     before = _limit(config, config.batch)
-    with ProcessGroup() as group, Swarm("bench", secure=config.secure or None) as swarm:
+    with ProcessGroup() as group, ExitStack() as stack:
+        relays = group.start("rpc:relay_others", None) if config.relay else []
+        swarm = stack.enter_context(_swarm(config, [relay.receive() for relay in relays]))
         servers = swarm.serve(
             EXPERT_KINDS[config.expert], experts=config.experts, servers=config.servers, name="expert",
             hidden=config.hidden, isolation="process",
@@ -93,6 +105,7 @@ def measure(config: RPCConfig) -> dict[str, Any]:
         processes = all_at_once(workers, lambda: warm_up.update(_work(swarm)))
         work = _work(swarm) - warm_up
         server_rss = max(peak_rss_mb(server.pid) for server in servers)
+        relayed = relays[0].request() if relays else {}
     results = [result for process in processes for result in process["clients"]]
     calls = config.clients * config.calls
     per_s = calls / max(result["seconds"] for result in results)
@@ -104,6 +117,12 @@ def measure(config: RPCConfig) -> dict[str, Any]:
         "calls_per_s": round(per_s, 1),
         "samples_per_s": round(per_s * config.batch, 1),
         **milliseconds([seconds for result in results for seconds in result["times"]]),
+        **(
+            {"of_direct": round(per_s / direct["calls_per_s"], 3), "direct_per_s": direct["calls_per_s"]}
+            if direct
+            else {}
+        ),
+        **relayed,
         "limit_per_s": round(limit, 1),
         "of_limit": round(per_s / limit, 3),
         "rows_per_batch": round(rows, 1),
@@ -114,6 +133,21 @@ def measure(config: RPCConfig) -> dict[str, Any]:
         "server_state_mb": round(_state_bytes(config) / (1 << 20), 1),
         "client_rss_mb": max(process["rss_mb"] for process in processes),
     }
+
+
+def _swarm(config: RPCConfig, invitations: Sequence[str]) -> Swarm:
+    """The swarm of the servers: a new one, or one behind the relay whose invitation is given."""
+    if invitations:
+        return Swarm.join(invitations[0], name="bench", node=NodeConfig(hidden=True))
+    return Swarm("bench", secure=config.secure or None)
+
+
+def relay_others(order: None) -> Generator[Any, Any, None]:
+    """The worker of the relay."""
+    with Swarm("relay", secure=True, relay=True) as swarm:
+        yield swarm.invite()
+        server = swarm._node.relaying.server
+        yield {"relay_held_kb": server.held.most >> 10, "relay_rss_mb": peak_rss_mb()}
 
 
 def _work(swarm: Swarm) -> Counter[str]:

@@ -55,6 +55,8 @@ ROWS = (
     SuiteRow("rpc nop, batch 1, secure", "rpc --secure", "rpc nop, batch 1"),
     SuiteRow("rpc nop, batch 512, secure", "rpc --batch 512 --calls 100 --secure", "rpc nop, batch 512"),
     SuiteRow("rpc nop, batch 512, secure, float16", "rpc --batch 512 --calls 100 --secure --codec float16"),
+    SuiteRow("rpc nop, batch 1, through a relay", "rpc --relay"),
+    SuiteRow("rpc nop, batch 512, through a relay", "rpc --batch 512 --calls 100 --relay"),
     SuiteRow("rpc ffn, batch 256, forward", "rpc --expert ffn --batch 256 --calls 32"),
     SuiteRow("rpc ffn, batch 256, forward and backward", "rpc --expert ffn --batch 256 --calls 32 --backward"),
     SuiteRow(

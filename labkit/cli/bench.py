@@ -27,6 +27,9 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     add_number(rpc, "--calls", 500, "calls that each client makes")
     rpc.add_argument("--backward", action="store_true", help="make a backward pass after each forward pass")
     rpc.add_argument(
+        "--relay", action="store_true", help="call the servers through a relay, and compare that with calling directly"
+    )
+    rpc.add_argument(
         "--codec", default="none", metavar="NAME",
         help="how tensors are compressed on the wire: none, float16, bfloat16 or blockwise8 (default: %(default)s)",
     )  # fmt: skip

@@ -14,7 +14,7 @@ import math
 
 import trio
 
-QUANTUM = 1 << 16  # bytes that go through before other tasks of the process have a turn
+QUANTUM = 1 << 17  # bytes that go through before other tasks of the process have a turn
 LEAST_COST = 1 << 12  # bytes that a chunk counts as at least, since small ones take time, too
 BURST = 0.05  # seconds: with a rate, what was not used of it is kept for as long
 _Waiting = tuple[float, int, int, trio.lowlevel.Task]  # tag, number, cost, task
