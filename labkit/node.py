@@ -22,7 +22,7 @@ from labkit.relay.limits import RelayLimits
 from labkit.relay.relaying import Relaying
 from labkit.suggest import suggest_fields
 from labkit.whereabouts import Whereabouts
-from labkit.wire.addresses import LOOPBACK, announced_address, split_address
+from labkit.wire.addresses import LOOPBACK, announced_address, ports_of, split_address
 from labkit.wire.rpc_client import Client
 from labkit.wire.rpc_server import serve_rpc
 from labkit.wire.rpc_types import Methods, RPCLimits
@@ -43,7 +43,9 @@ class NodeConfig:
         announce: The `host` or `host:port` that others should use, where that differs (see `ZmqNetwork.listen`).
         secure: Whether connections are encrypted; by default wherever that is needed.
         relay: With it, the node relays for nodes that take no connections, within these limits.
-        hidden: Whether it takes no connections itself, and so is reached through a relay that it finds.
+        hidden: Whether it takes no connections itself, and so is reached through a relay that it finds; by default it
+            asks others whether they reach it. If true, it needs no relay any more once they do; if false, it never
+            looks for one.
         dht: How its DHT node behaves.
         directory: How experts are declared and cached.
         limits: Limits of its calls.
@@ -56,7 +58,7 @@ class NodeConfig:
     announce: str | None = None
     secure: bool | None = None
     relay: RelayLimits | None = None
-    hidden: bool = False
+    hidden: bool | None = None
     dht: DHTConfig = field(default_factory=DHTConfig)
     directory: DirectoryConfig = field(default_factory=DirectoryConfig)
     limits: RPCLimits = field(default_factory=RPCLimits)
@@ -175,12 +177,18 @@ async def open_node(
             await _join(network, client, dht, join, identity)
             whereabouts = Whereabouts(client, dht, config.listen, config.announce, join, emit)
             node = Node(identity, endpoint, client, dht, directory, whereabouts, relaying, emit)
-            await nursery.start(relaying.run_server, dht, whereabouts)
+            await nursery.start(relaying.run_server, dht, whereabouts, relay_ports(config.listen))
             if network.tcp:
                 nursery.start_soon(whereabouts.run, node.move, directory.declare_anew)
                 await nursery.start(relaying.follow, config.hidden, whereabouts, client, dht, join, node.move, emit)
             yield node
             nursery.cancel_scope.cancel()
+
+
+def relay_ports(listen: str) -> Sequence[int]:
+    """The ports that a relay may use beside the node's own, if that has a range of them; empty for any."""
+    ports = ports_of(split_address(listen)[1])
+    return () if ports is None or len(ports) == 1 else ports
 
 
 async def _join(

@@ -9,11 +9,13 @@ import msgspec
 import pytest
 import torch
 import trio
+import trio.testing
 
 import labkit as lk
 from labkit.dht.node import Entry
-from labkit.events import AddressChanged, RelayChanged
+from labkit.events import AddressChanged, RelayChanged, ignore
 from labkit.node import NodeConfig
+from labkit.reachability import Reach, Reachability
 from labkit.relay import keeper
 from labkit.relay.finding import RELAYS_KEY, RelayRecord, find_relays
 from labkit.relay.limits import RelayLimits
@@ -42,7 +44,7 @@ async def test_a_hidden_node_is_reached_through_whom_it_has_joined(start):
     relay = await start(RELAY)
     hidden = await start(HIDDEN, [relay.node.contact])
     other = await start(join=[relay.node.contact])
-    assert hidden.node.relaying.words == f"relayed by {relay.node.contact.endpoint}"
+    assert hidden.node.relaying.words == f"it takes no connections itself: relayed by {relay.node.contact.endpoint}"
     assert relay.node.relaying.words == "relays for 1 node"
     assert [client.port for client in relay.node.relaying.server.clients] == [hidden.node.contact.port]
     assert await other.node.dht.peers.ping(hidden.node.contact)
@@ -106,6 +108,57 @@ async def test_a_node_without_a_relay_says_so_and_takes_the_first_that_comes(sta
 
 async def is_relayed(running) -> bool:
     return running.node.relaying.relay is not None
+
+
+class FakeWhereabouts:
+    """Says what a test wants about whether others reach a node."""
+
+    def __init__(self, direct):
+        self.direct, self.news, self.settled = direct, trio.Event(), trio.Event()
+        self.say(Reach.UNKNOWN)
+
+    def say(self, state):
+        self.now = Reachability(state, self.direct, "as the test says")
+        self.settled.set()
+        self.news.set()
+        self.news = trio.Event()
+
+    async def try_direct(self):
+        await trio.lowlevel.checkpoint()
+        return self.now
+
+
+async def test_a_node_takes_a_relay_when_others_do_not_reach_it_and_leaves_it_when_they_do(start):
+    relay = await start(RELAY)
+    running = await start(join=[relay.node.contact])
+    node, direct = running.node, running.node.contact
+    where = FakeWhereabouts(direct)
+    async with trio.open_nursery() as nursery:
+        follow = node.relaying.follow
+        await nursery.start(follow, None, where, node.client, node.dht, [relay.node.contact], node.move, ignore)
+        assert node.relaying.words == ""
+        where.say(Reach.NO)
+        assert await node.relaying.settle(where, 5)
+        assert node.relaying.relay == relay.node.contact and node.contact != direct
+        where.say(Reach.NO)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert node.relaying.relay is not None
+        where.say(Reach.YES)
+        await soon(lambda: is_at(node, direct))
+        assert node.relaying.words == "" and not await node.relaying.settle(where, 5)
+        nursery.cancel_scope.cancel()
+
+
+async def is_at(node, contact) -> bool:
+    return bool(node.contact == contact)
+
+
+async def test_a_node_that_is_never_to_be_relayed_is_not(start):
+    relay = await start(RELAY)
+    hidden = await start(NodeConfig(secure=True, hidden=False), [relay.node.contact])
+    hidden.node.whereabouts._say(Reachability(Reach.NO, hidden.node.contact, "not reachable"))
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    assert hidden.node.relaying.keeper is None
 
 
 async def test_a_record_of_a_relay_that_makes_no_sense_is_ignored(start):

@@ -7,7 +7,7 @@ batch passes here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from labkit.joining import check_announced
@@ -21,6 +21,8 @@ from labkit.server.checkpoints import checkpoint_directory
 from labkit.server.config import ServerConfig
 from labkit.server.layers import Factory
 from labkit.wire.security import Members
+
+SETTLE_TIMEOUT = 5.0  # seconds that servers wait until it is known whether others reach this machine
 
 
 @dataclass(frozen=True)
@@ -69,20 +71,22 @@ class ServeOrder:
         if self.node.announce is not None:
             key = lab.node.identity.public_key
             await check_announced(lab.node.client, lab.node.contact, self.node.announce, key)
+        hidden = await lab.node.relaying.settle(lab.node.whereabouts, SETTLE_TIMEOUT) or self.node.hidden
         kind = self.kind if isinstance(self.kind, str) else ""
         async with hold_places(lab.node, self.wish, kind, self.fit) as places:
-            handles = self._make_handles(lab, places)
+            handles = self._make_handles(lab, places, hidden)
             await begin_all(handles)
         return handles
 
-    def _make_handles(self, lab: Lab, places: Places) -> list[ServerHandle]:
+    def _make_handles(self, lab: Lab, places: Places, hidden: bool | None) -> list[ServerHandle]:
         if places.options != self.options and self.wish.experts is None and self.wish.uids is None:
             planning.check_all_places(self.kind, places.options, self.wish.name, len(places.uids))
         config = ServerConfig(
             uids=tuple(places.uids), grid=places.sizes, kind=self.kind, options=places.options, **self.config
         )
+        node = replace(self.node, hidden=hidden)
         plans = planning.plan_servers(
-            config, self.servers, self.node, lab.node.contact, member_file=self.members.file, lasting=self.lasting,
+            config, self.servers, node, lab.node.contact, member_file=self.members.file, lasting=self.lasting,
             threads=self.threads, beside=self.beside, folder=self.folder,
         )  # fmt: skip
         checkpoint_directory(config.checkpoint_dir)  # made when all else is known to be right

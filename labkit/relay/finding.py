@@ -44,15 +44,21 @@ class RelayRecord(msgspec.Struct, frozen=True, array_like=True):
     free: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
 
 
-async def keep_relay_declared(dht: RelayRecords, contact: Callable[[], Contact], relay: RelayServer) -> None:
+async def keep_relay_declared(
+    dht: RelayRecords, contact: Callable[[], Contact], relay: RelayServer, is_reached: Callable[[], bool]
+) -> None:
     """Write a relay into the DHT every fifteen seconds, until cancelled.
 
     Args:
         dht: The DHT.
         contact: Returns where the relay's node is reached now.
         relay: The relay.
+        is_reached: Whether others reach it; it is not written otherwise.
     """
     while True:
+        if not is_reached():
+            await trio.sleep(DECLARE_PERIOD)
+            continue
         where = contact()
         record = RelayRecord(where, relay.free)
         try:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import trio
 
 from labkit.contact import Contact
 from labkit.dht.node import DHTNode
 from labkit.events import Emit
+from labkit.reachability import Reach
 from labkit.relay.finding import keep_relay_declared
 from labkit.relay.keeper import Move, RelayKeeper
 from labkit.relay.limits import RelayLimits
 from labkit.relay.server import RelayServer
+from labkit.whereabouts import Whereabouts
 from labkit.wire.rpc_types import Caller, Methods
 from labkit.wire.transport import Endpoint, Network
+
+TRY_PERIOD = 60.0  # seconds between two questions whether others reach a relayed node directly
 
 
 class Relaying:
@@ -33,6 +38,7 @@ class Relaying:
     def __init__(self, network: Network, endpoint: Endpoint, limits: RelayLimits | None) -> None:
         self.server = None if limits is None else RelayServer(limits, encrypts=endpoint.contact.secure)
         self.keeper: RelayKeeper | None = None
+        self._looked = trio.Event()  # set when there has been a relay, or none was found
         self._network = network
         self._endpoint = endpoint
 
@@ -51,20 +57,94 @@ class Relaying:
         """What is to be said of it: who relays for it, or for how many it relays. Empty if there is nothing to say."""
         if self.keeper is not None:
             relay = self.keeper.relay
-            return f"relayed by {relay.endpoint}" if relay is not None else self.keeper.problem
+            if relay is None:
+                return self.keeper.problem or "it takes no connections itself, and looks for a relay"
+            return f"it takes no connections itself: relayed by {relay.endpoint}"
         if self.server is None:
             return ""
         clients = len(self.server.clients)
         return f"relays for {clients} {'node' if clients == 1 else 'nodes'}"
 
-    async def run_server(self, dht: DHTNode, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Relay for others, if the node is to, until cancelled."""
-        if self.server is None:
+    # ------------------------------------------------------------ for others
+
+    async def run_server(
+        self,
+        dht: DHTNode,
+        whereabouts: Whereabouts,
+        ports: Sequence[int] = (),
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Relay for others, if the node is to, until cancelled.
+
+        Args:
+            dht: The node's own, where others find it.
+            whereabouts: Knows whether others reach the node: else it is no relay.
+            ports: The ports that the relay may use; by default any.
+            task_status: Told when it is ready.
+
+        Raises:
+            LabkitError: It cannot listen.
+        """
+        server = self.server
+        if server is None:
             task_status.started()
             return
+
+        def is_reached() -> bool:
+            return self.keeper is None and whereabouts.now.state is not Reach.NO
+
         async with trio.open_nursery() as nursery:
-            await nursery.start(self.server.run, self._endpoint.bound[0])
-            nursery.start_soon(keep_relay_declared, dht, lambda: self._endpoint.contact, self.server)
+            await nursery.start(server.run, self._endpoint.bound[0], ports)
+            nursery.start_soon(keep_relay_declared, dht, lambda: self._endpoint.contact, server, is_reached)
+            task_status.started()
+
+    # ------------------------------------------------------------ for the node itself
+
+    async def follow(
+        self,
+        hidden: bool | None,
+        whereabouts: Whereabouts,
+        caller: Caller,
+        dht: DHTNode,
+        joined: Sequence[Contact],
+        move: Move,
+        emit: Emit,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Let others reach the node through a relay whenever they do not reach it otherwise, until cancelled.
+
+        Args:
+            hidden: Whether they do not, as far as that is known beforehand; False if there is to be no relay ever.
+            whereabouts: Knows whether they do.
+            caller: Makes the calls.
+            dht: Where relays are found.
+            joined: The nodes through which the node has joined, which may be relays.
+            move: Called with the address of the node from now on, and the reason.
+            emit: Gets a `RelayChanged` whenever a relay is found or lost.
+            task_status: Told when there is a relay, or none was found, or it is not known yet whether one is needed.
+        """
+        started = False
+        while hidden is not False:
+            if hidden is None:
+                if not started:
+                    task_status.started()
+                    started = True
+                await _until(whereabouts, lambda: whereabouts.now.state is Reach.NO)
+            async with trio.open_nursery() as nursery:
+                keep = partial(self.keep_relayed, caller, dht, joined, move, emit)
+                await nursery.start(keep)
+                self._looked.set()
+                if not started:
+                    task_status.started()
+                    started = True
+                await _until_reached_otherwise(whereabouts)
+                nursery.cancel_scope.cancel()
+            direct = whereabouts.direct
+            move(direct.host, direct.port, "it takes connections itself now, and needs no relay any more")
+            hidden = None
+        if not started:
             task_status.started()
 
     async def keep_relayed(
@@ -89,6 +169,31 @@ class Relaying:
         finally:
             self.keeper = None
             del self._network.direct[key]
+
+    async def settle(self, whereabouts: Whereabouts, timeout: float) -> bool:
+        """Wait until it is known whether the node needs a relay, and if so, has one or finds none.
+
+        `timeout`: seconds after which this returns all the same. Returns whether it needs one.
+        """
+        with trio.move_on_after(timeout):
+            await whereabouts.settled.wait()
+            if whereabouts.now.state is Reach.NO:
+                await self._looked.wait()
+        return self.keeper is not None
+
+
+async def _until(whereabouts: Whereabouts, condition: Callable[[], bool]) -> None:
+    while not condition():
+        await whereabouts.news.wait()
+
+
+async def _until_reached_otherwise(whereabouts: Whereabouts) -> None:
+    """Ask others now and then, and whenever something has changed, whether they reach the node without a relay."""
+    while True:
+        with trio.move_on_after(TRY_PERIOD):
+            await whereabouts.news.wait()
+        if (await whereabouts.try_direct()).state is Reach.YES:
+            return
 
 
 def own_address(bound: tuple[str, int]) -> tuple[str, int]:

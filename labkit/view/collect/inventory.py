@@ -91,8 +91,9 @@ def reachability_lines(node: Node, servers: Sequence[ServerHandle]) -> tuple[str
         node: The swarm's own node.
         servers: The servers started here.
     """
-    own = node.whereabouts.now
-    lines = [own.text]
+    own, relaying = node.whereabouts.now, node.relaying
+    outdated = relaying.relay is not None and own.contact != node.contact  # it was said of the address before
+    lines = [*([] if outdated else [own.text]), *([relaying.words] if relaying.words else [])]
     for number, server in enumerate(servers):
         found = server.lifecycle.reachability
         if server.alive and found is not None and found.state == Reach.NO:
