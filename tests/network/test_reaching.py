@@ -2,22 +2,60 @@
 
 from __future__ import annotations
 
-import pytest
+from labkit.contact import Contact
 
-EVERYBODY = ["public", "two_faced", "one", "two", "deep", "firewalled"]
-
-
-@pytest.fixture
-def public(on):
-    """A swarm at the public host with two experts."""
-    notebook = on.notebook("public")
-    invite = notebook.start(listen="tcp://0.0.0.0:*", announce="5.5.5.10")
-    notebook.serve(grid=[2])
-    return invite
+OPEN = "tcp://0.0.0.0:*"
+HOSTS = ["public", "two_faced", "one", "two", "deep", "firewalled"]
+BOTH = {"ffn.0": "", "ffn.1": ""}
 
 
-def test_everybody_reaches_a_public_host(on, public):
-    notebooks = {host: on.notebook(host) for host in EVERYBODY if host != "public"}
+def announced(invite: str) -> str:
+    return Contact.from_invitation(invite).host
+
+
+def test_everybody_reaches_a_public_host(on):
+    public = on.notebook("public")
+    invite = public.start(listen=OPEN)
+    public.serve(grid=[2])
+    assert announced(invite) == "5.5.5.10"
+    notebooks = {host: on.notebook(host) for host in HOSTS if host != "public"}
     for host, notebook in notebooks.items():
-        notebook.join(invite=public)
-        assert notebook.call() == {"ffn.0": "", "ffn.1": ""}, host
+        notebook.join(invite)
+        assert notebook.call() == BOTH, host
+
+
+def test_a_host_of_a_network_without_a_way_out_is_reached_from_that_network(on):
+    inner, between = on.notebook("inner"), on.notebook("two_faced")
+    invite = inner.start(listen=OPEN)
+    assert announced(invite) == "10.9.0.2"
+    inner.serve(grid=[2])
+    between.join(invite, listen=OPEN)
+    assert announced(between.invite()) == "10.9.0.1"  # of the interface on this side, and not that of the internet
+    assert between.call() == BOTH
+    between.serve(grid=[2], name="other")
+    assert inner.call() == {**BOTH, "other.0": "", "other.1": ""}
+
+
+def test_a_host_with_two_interfaces_announces_the_one_by_which_it_joins(on):
+    public, between = on.notebook("public"), on.notebook("two_faced")
+    between.join(public.start(listen=OPEN), listen=OPEN)
+    assert announced(between.invite()) == "5.5.5.11"
+
+
+def test_a_host_that_has_only_ipv6_is_reached_and_reaches_one_that_has_it(on):
+    six, public = on.notebook("six"), on.notebook("public")
+    invite = six.start(listen="tcp://[::]:*")
+    assert announced(invite) == "2a00:5::40"
+    six.serve(grid=[2])
+    public.join(invite, listen="tcp://[::]:*")
+    assert public.call() == BOTH
+    public.serve(grid=[2], name="other")
+    assert six.call() == {**BOTH, "other.0": "", "other.1": ""}
+
+
+def test_a_firewall_lets_a_range_of_ports_through(on):
+    firewalled, public = on.notebook("firewalled"), on.notebook("public")
+    invite = firewalled.start(listen="tcp://0.0.0.0:31000-31099")
+    firewalled.serve(grid=[2], isolation="process", servers=2)
+    public.join(invite)
+    assert public.call() == BOTH

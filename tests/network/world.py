@@ -220,8 +220,10 @@ def join(invite, **options):
     swarm = lk.Swarm.join(invite, **options)
     return repr(swarm)
 def serve(**options):
-    swarm.serve(isolation="task", **options)
+    swarm.serve(**{"isolation": "task", **options})
     return repr(swarm)
+def invite():
+    return str(swarm.invite())
 def look():
     return repr(swarm)
 def call():
@@ -281,6 +283,10 @@ class Notebook:
     def serve(self, **options: Any) -> str:
         """Serve experts of width 4. Returns how the swarm shows itself."""
         return str(self._ask("serve", {"kind": "ffn", "hidden": 4, **options}))
+
+    def invite(self) -> str:
+        """Returns an invitation."""
+        return str(self._ask("invite", {}))
 
     def look(self) -> str:
         """Returns how the swarm shows itself."""
