@@ -230,7 +230,7 @@ def call():
     answers = {}
     for uid in swarm.experts():
         try:
-            output = swarm.expert(str(uid))(torch.ones(1, 4))
+            output = swarm.expert(str(uid), timeout=3.0)(torch.ones(1, 4))
             answers[str(uid)] = "" if output.shape == (1, 4) else "wrong shape"
         except lk.LabkitError as error:
             answers[str(uid)] = str(error)
