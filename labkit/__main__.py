@@ -233,7 +233,7 @@ def run_relay(options: argparse.Namespace) -> int:
     try:
         relay(options)
     except (LabkitError, ValueError) as error:
-        return _fail(error)
+        return _fail(error, options)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -323,14 +323,6 @@ class Swarm(SwarmLifecycle):
     async def _count_known(self) -> int:
         return len(self._node.directory.known())
 
-    def peers(self) -> int:
-        """Returns how many other nodes of the swarm this one knows: servers and notebooks."""
-        return self._portal.call(self._count_peers)
-
-    async def _count_peers(self) -> int:
-        here = {server.plan.identity.public_key for server in self.servers}
-        return sum(contact.key not in here for contact in self._node.dht.routing)
-
     def on_event(self, listener: Emit) -> Callable[[], None]:
         """Call `listener` with every event, in its thread. Returns a function that ends this."""
         self._portal.check_open()

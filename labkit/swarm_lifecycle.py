@@ -168,6 +168,14 @@ class SwarmLifecycle(ProcessBound):
             self._portal.call(apply_faults, self.servers, latency, loss)
         return self._faults
 
+    def peers(self) -> int:
+        """Returns how many other nodes of the swarm this one knows: servers and notebooks."""
+        return self._portal.call(self._count_peers)
+
+    async def _count_peers(self) -> int:
+        here = {server.plan.identity.public_key for server in self.servers}
+        return sum(contact.key not in here for contact in self._node.dht.routing)
+
     @property
     def relaying(self) -> str:
         """Who relays for our node, or for how many nodes it relays; empty if neither."""

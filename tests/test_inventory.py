@@ -78,6 +78,7 @@ class Lab:
                 dht=self.records,
                 directory=self.directory,
                 whereabouts=REACHED,
+                relaying=SimpleNamespace(relay=None, words=""),
             ),
         )
 
