@@ -245,6 +245,9 @@ class CallBack:
 async def ask(caller: Caller, helper: Contact, contact: Contact) -> Vote | None:
     """Ask a node to call back. Returns what it found; None if it did not answer, or cannot do that now.
 
+    Nor does it count what a node found that is reached through a relay, and so sees us come from its own machine: it
+    may be on our machine, or in our network.
+
     Args:
         caller: Makes the call.
         helper: The node to ask.
@@ -255,6 +258,8 @@ async def ask(caller: Caller, helper: Contact, contact: Contact) -> Vote | None:
     except RPCError:
         return None
     seen = reply.body.seen if ipaddress_or_none(reply.body.seen) is not None else ""
+    if is_loopback(seen) and not helper.is_loopback:
+        return None
     return Vote(helper, reply.body.reached, seen)
 
 

@@ -12,13 +12,16 @@ import trio
 import trio.testing
 
 import labkit as lk
+from labkit.contact import Contact
 from labkit.dht.node import Entry
 from labkit.events import AddressChanged, RelayChanged, ignore
 from labkit.node import NodeConfig
-from labkit.reachability import Reach, Reachability
+from labkit.reachability import Reach, Reachability, ReachReply, ask
 from labkit.relay import keeper
 from labkit.relay.finding import RELAYS_KEY, RelayRecord, find_relays
 from labkit.relay.limits import RelayLimits
+from labkit.wire.rpc_types import Reply
+from labkit.wire.security import Identity
 from labkit.wire.zmq_transport import open_network
 from tests.nodes import changed
 from tests.relays import start_node
@@ -99,7 +102,7 @@ async def test_a_node_without_a_relay_says_so_and_takes_the_first_that_comes(sta
     with caplog.at_level(logging.WARNING):
         hidden = await start(HIDDEN, [first.node.contact])
     assert "Nobody can reach this node. Start a relay" in caplog.text
-    assert "there is no method 'relay.reserve'" in hidden.node.relaying.words
+    assert f"({first.node.contact.endpoint} is no relay)" in hidden.node.relaying.words
     assert hidden.node.relaying.relay is None and relays_of(hidden) == [""]
     relay = await start(RELAY, [first.node.contact])
     await soon(lambda: is_relayed(hidden))
@@ -110,6 +113,25 @@ async def is_relayed(running) -> bool:
     return running.node.relaying.relay is not None
 
 
+async def test_a_relay_through_which_nobody_reaches_the_node_is_left_for_another(start):
+    relays = [await start(RELAY)]
+    relays.append(await start(RELAY, [relays[0].node.contact]))
+    running = await start(join=[relay.node.contact for relay in relays])
+    node, contacts = running.node, [relay.node.contact for relay in relays]
+    where = FakeWhereabouts(node.contact)
+    async with trio.open_nursery() as nursery:
+        follow = node.relaying.follow
+        await nursery.start(follow, True, where, node.client, node.dht, contacts, node.move, ignore)
+        first = node.relaying.relay
+        where.say(Reach.NO, node.contact)
+        await soon(lambda: is_relayed_by(node, next(contact for contact in contacts if contact != first)))
+        nursery.cancel_scope.cancel()
+
+
+async def is_relayed_by(node, contact) -> bool:
+    return bool(node.relaying.relay == contact)
+
+
 class FakeWhereabouts:
     """Says what a test wants about whether others reach a node."""
 
@@ -117,8 +139,8 @@ class FakeWhereabouts:
         self.direct, self.news, self.settled = direct, trio.Event(), trio.Event()
         self.say(Reach.UNKNOWN)
 
-    def say(self, state):
-        self.now = Reachability(state, self.direct, "as the test says")
+    def say(self, state, contact=None):
+        self.now = Reachability(state, contact or self.direct, "as the test says")
         self.settled.set()
         self.news.set()
         self.news = trio.Event()
@@ -151,6 +173,18 @@ async def test_a_node_takes_a_relay_when_others_do_not_reach_it_and_leaves_it_wh
 
 async def is_at(node, contact) -> bool:
     return bool(node.contact == contact)
+
+
+async def test_what_a_relayed_node_reaches_says_nothing_of_whether_others_do():
+    class Relayed:
+        """A node that is called through a relay, and so sees all calls come from its own machine."""
+
+        async def call(self, *_, **__):
+            await trio.lowlevel.checkpoint()
+            return Reply(ReachReply(True, "127.0.0.1"))
+
+    helper, ours = (Contact(Identity.generate().public_key, host, 4000) for host in ("192.0.2.1", "192.168.1.2"))
+    assert await ask(Relayed(), helper, ours) is None  # type: ignore[arg-type]
 
 
 async def test_a_node_that_is_never_to_be_relayed_is_not(start):

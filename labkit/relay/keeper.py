@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import trio
 
 from labkit.contact import Contact
-from labkit.errors import RPCError
+from labkit.errors import RPCError, UnknownMethod
 from labkit.events import Emit, RelayChanged
 from labkit.relay.finding import RelayRecords, find_relays
 from labkit.relay.reservation import RelayedAddress, hold_reservation
@@ -68,6 +68,7 @@ class RelayKeeper:
         self._move = move
         self._emit = emit
         self._known: list[Contact] = []  # relays that were found in the DHT
+        self._holding = trio.CancelScope()  # of the reservation through which it is reached
         self._lost = b""  # the key of the last one that was lost
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -105,6 +106,11 @@ class RelayKeeper:
             await trio.sleep(LOOK_PERIOD)
             await self._look()
 
+    def reject(self) -> None:
+        """Take another relay, if one is known: others do not reach the node through this one."""
+        if self.relay is not None and any(contact.key != self.relay.key for contact in self._candidates()):
+            self._holding.cancel()
+
     def _candidates(self) -> list[Contact]:
         """The relays to ask: the one that has just been lost comes last."""
         some = {contact.key: contact for contact in (*self._joined, *self._known)}
@@ -129,6 +135,7 @@ class RelayKeeper:
                 for other in scopes:
                     if other is not scope:
                         other.cancel()
+                self._holding = scope
                 self._on_relayed(address)
                 on_ready()
                 settled.set()
@@ -139,6 +146,8 @@ class RelayKeeper:
                     await hold_reservation(
                         self._caller, relay, self._contact.key, self._own, held=self.held, task_status=status
                     )
+                except UnknownMethod:
+                    refusals[relay.endpoint] = f"{relay.endpoint} is no relay"
                 except RPCError as error:
                     refusals[relay.endpoint] = str(error)
             settled.set()

@@ -139,13 +139,27 @@ class Relaying:
                 if not started:
                     task_status.started()
                     started = True
-                await _until_reached_otherwise(whereabouts)
+                await self._until_reached_otherwise(whereabouts)
                 nursery.cancel_scope.cancel()
             direct = whereabouts.direct
             move(direct.host, direct.port, "it takes connections itself now, and needs no relay any more")
             hidden = None
         if not started:
             task_status.started()
+
+    async def _until_reached_otherwise(self, whereabouts: Whereabouts) -> None:
+        """Ask others now and then, and whenever something has changed, whether they reach the node without a relay.
+
+        If they do not reach it through the relay either, it takes another one.
+        """
+        while True:
+            with trio.move_on_after(TRY_PERIOD):
+                await whereabouts.news.wait()
+            if (await whereabouts.try_direct()).state is Reach.YES:
+                return
+            now = whereabouts.now
+            if self.keeper is not None and now.state is Reach.NO and now.contact == self._endpoint.contact:
+                self.keeper.reject()
 
     async def keep_relayed(
         self,
@@ -185,15 +199,6 @@ class Relaying:
 async def _until(whereabouts: Whereabouts, condition: Callable[[], bool]) -> None:
     while not condition():
         await whereabouts.news.wait()
-
-
-async def _until_reached_otherwise(whereabouts: Whereabouts) -> None:
-    """Ask others now and then, and whenever something has changed, whether they reach the node without a relay."""
-    while True:
-        with trio.move_on_after(TRY_PERIOD):
-            await whereabouts.news.wait()
-        if (await whereabouts.try_direct()).state is Reach.YES:
-            return
 
 
 def own_address(bound: tuple[str, int]) -> tuple[str, int]:
