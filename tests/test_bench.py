@@ -137,7 +137,7 @@ def test_calls_through_a_relay_are_measured_beside_direct_ones(monkeypatch):
     result = bench("rpc", "--relay", "--experts", "1", "--hidden", "64", "--calls", "5", "--clients", "1")
     assert result["secure"] and result["of_direct"] > 0
     assert result["of_direct"] == pytest.approx(result["calls_per_s"] / result["direct_per_s"], abs=0.01)
-    assert result["relay_held_kb"] >= 1, "a handshake is that large"
+    assert result["relay_held_kb"] >= 1
 
 
 def test_the_echo_takes_a_second_at_least_and_counts_all_clients(monkeypatch):
