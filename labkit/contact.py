@@ -25,14 +25,6 @@ LOOPBACK_NOTE = (
     'machines, start it with listen="tcp://0.0.0.0:*" (labkit serve --listen tcp://0.0.0.0:*) and, behind a router, '
     'announce="HOST:PORT"'
 )
-NO_NETWORK_NOTE = (
-    "This invitation is for the same machine only, since that machine has no network address but loopback now; once it "
-    "has another one, swarm.invite() returns an invitation for others"
-)
-ANNOUNCED_LOOPBACK_NOTE = (
-    "This invitation is for the same machine only, since the swarm announces a loopback address; announce= the HOST or "
-    "HOST:PORT at which others reach it"
-)
 LOOPBACK_HINT = (
     "An invitation with a loopback address is for the same machine only, on which it was made. For others, ask for a "
     'fresh one, of a swarm that was started with listen="tcp://0.0.0.0:*" (labkit serve --listen tcp://0.0.0.0:*) on a '
@@ -147,19 +139,15 @@ class Invitation(str):
 
     note: str
 
-    def __new__(cls, contact: Contact, listen_host: str = "127.0.0.1", announced: bool = False) -> Invitation:
+    def __new__(cls, contact: Contact, note: str | None = None) -> Invitation:
         """Make an invitation.
 
         Args:
             contact: The node to join.
-            listen_host: Where it listens.
-            announced: Whether its address is one that its user has given.
+            note: Where it works; by default what is to be said of a loopback address.
         """
         self = super().__new__(cls, contact.invitation())
-        self.note = ""
-        if contact.is_loopback:
-            wide = not is_loopback(listen_host)
-            self.note = ANNOUNCED_LOOPBACK_NOTE if announced else NO_NETWORK_NOTE if wide else LOOPBACK_NOTE
+        self.note = note if note is not None else LOOPBACK_NOTE if contact.is_loopback else ""
         return self
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:

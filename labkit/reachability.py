@@ -21,9 +21,9 @@ from enum import StrEnum
 import msgspec
 import trio
 
-from labkit.contact import Contact, is_loopback
+from labkit.contact import Contact, Invitation, is_loopback
 from labkit.dht.protocol import Ping, Pong
-from labkit.errors import BadRequest, Overloaded, RPCError
+from labkit.errors import BadRequest, ConnectionLost, DeadlineExceeded, NotAdmitted, Overloaded, RPCError
 from labkit.wire.addresses import ipaddress_or_none, own_addresses, plain_ip, ports_of, split_address
 from labkit.wire.rpc_client import Client
 from labkit.wire.rpc_types import AsyncMethod, Caller, Methods, Reply, Request
@@ -97,6 +97,15 @@ def only_here(contact: Contact, listen: str, announce: str | None) -> Reachabili
     else:
         why = "which has no network address but loopback now; when it gets one, it is announced"
     return Reachability(Reach.HERE, contact, f"reached only from this machine, {why}")
+
+
+def invite_to(contact: Contact, listen: str, announce: str | None) -> Invitation:
+    """Returns the invitation to a node, with a note if it is for the same machine only. The arguments are as above."""
+    host = split_address(listen)[0]
+    if not contact.is_loopback or (announce is None and is_loopback(host)):
+        return Invitation(contact)
+    why = only_here(contact, listen, announce).text
+    return Invitation(contact, f"This invitation is for the same machine only: the swarm is {why}")
 
 
 def not_known(contact: Contact, *, trying: bool = False, silent: bool = False) -> Reachability:
@@ -233,8 +242,12 @@ class CallBack:
         try:
             reply = await client.call(contact, "dht.ping", Ping(None), returns=Pong, timeout=CALL_BACK_TIME)
             return bool(reply.body.key == contact.key)
-        except RPCError:
+        except NotAdmitted:
+            return True  # it is there, and takes calls from those that it knows
+        except (ConnectionLost, DeadlineExceeded):
             return False
+        except RPCError:
+            return contact.secure  # something answered, over a connection that has proved the key
         finally:
             client.forget(contact)
 

@@ -30,6 +30,7 @@ from labkit.launch.places import Wish
 from labkit.node import NodeConfig
 from labkit.paths import user_path
 from labkit.printable import printable
+from labkit.reachability import invite_to
 from labkit.relay.limits import RelayLimits
 from labkit.server.layers import Factory, check_options
 from labkit.server.optimizer import BackendConfig
@@ -38,7 +39,7 @@ from labkit.suggest import suggest_options
 from labkit.swarm_lifecycle import SwarmLifecycle
 from labkit.view.collect.inventory import ask_all_servers
 from labkit.view.summary import SwarmSummary
-from labkit.wire.addresses import LOOPBACK, all_interfaces, split_address
+from labkit.wire.addresses import LOOPBACK, all_interfaces
 from labkit.wire.security import Identity, parse_key
 
 if TYPE_CHECKING:
@@ -62,9 +63,9 @@ class Swarm(SwarmLifecycle):
     Args:
         name: Its name in this process; a swarm of the same name is closed first, so that a
             cell may run twice.
-        listen: Where its node listens, `tcp://host:port` with port `*` for any, or a range
-            for the node and its servers, such as `tcp://0.0.0.0:31000-31099`; by default only
-            on this machine. `0.0.0.0` means all interfaces, `[::]` those of IPv6, too.
+        listen: Where its node listens, `tcp://host:port` with port `*` for any, or a range for
+            it and its servers (31000-31099); by default only on this machine. 0.0.0.0 means
+            all interfaces, [::] those of IPv6, too.
         announce: `host` or `host:port` that others use to reach it, where that differs, as
             behind a router.
         secure: Whether to encrypt; by default if it is private or can be reached from other
@@ -92,9 +93,9 @@ class Swarm(SwarmLifecycle):
         Args:
             invite: What `swarm.invite()` returned there, `labkit://<public key>@host:port`.
             name: Its name in this process; by default a name of its own.
-            listen: Where our node listens, `tcp://host:port` with port `*` for any, or a range
-                for the node and its servers; by default on all interfaces if the swarm is on
-                another machine, else on this machine only.
+            listen: Where our node listens, `tcp://host:port` with port `*` for any, or a range;
+                by default on all interfaces if the swarm is on another machine, else on this
+                machine only.
             announce: `host` or `host:port` that others use to reach us, where that differs.
             secure: Whether our node encrypts; by default as the swarm does.
             key: The file of a key that stays the same, made by `labkit keygen`, which a private
@@ -330,8 +331,7 @@ class Swarm(SwarmLifecycle):
 
     def invite(self) -> Invitation:
         """Returns the invitation to this swarm, `labkit://<public key>@host:port`, for `Swarm.join`."""
-        listen, announce = self._node_config.listen, self._node_config.announce
-        return Invitation(self._node.contact, split_address(listen)[0], announce is not None)
+        return invite_to(self._node.contact, self._node_config.listen, self._node_config.announce)
 
     def admit(self, key: str) -> None:
         """Let the holder of a public key join this swarm. Raises `ValueError` if it is open."""

@@ -143,16 +143,20 @@ class Whereabouts:
         return list(self._dht.routing)
 
     def _ask_if_due(self, nursery: trio.Nursery) -> None:
-        contact, own = self._dht.contact, own_addresses()
+        contact = self._dht.contact
         if contact.is_loopback or (self._address is None and contact == self.direct):
             self._asked = None
             self._say(only_here(contact, self._listen, self._announce))
-        elif not any(is_elsewhere(other, contact, own) for other in (*self._joined, *self._known())):
+        elif not self._somebody_elsewhere(contact):
             self._asked = None  # so that the first who comes is asked at once
             self._say(not_known(contact))
         elif not self._asking and self._is_due(contact):
             self._asking, self._asked = True, (contact, trio.current_time())
             nursery.start_soon(self._ask, contact)
+
+    def _somebody_elsewhere(self, contact: Contact) -> bool:
+        own = own_addresses()
+        return any(is_elsewhere(other, contact, own) for other in (*self._joined, *self._known()))
 
     def _is_due(self, contact: Contact) -> bool:
         if self._asked is None or self._asked[0] != contact:

@@ -37,7 +37,7 @@ from labkit.view.collect.inventory import reachability_lines
 from labkit.view.page.frame_writer import FrameWriter
 from labkit.view.recording import take_keyframe
 from labkit.whereabouts import LOOK_PERIOD, SLEPT, Whereabouts
-from labkit.wire.security import Identity
+from labkit.wire.security import Admission, Identity
 from tests.frame_store import FrameStore
 from tests.nodes import changed
 
@@ -88,6 +88,12 @@ async def test_a_no_takes_the_same_time_whatever_is_at_the_address_so_that_it_te
         assert (await ask(node.client, helper.contact, somebody_else)).reached is False  # type: ignore[union-attr]
         times.append(round(trio.current_time() - started, 2))
         assert len(set(times)) == 1 and times[0] >= CALL_BACK_TIME
+
+
+async def test_a_node_that_does_not_admit_the_helper_is_reached_all_the_same(autojump_clock) -> None:
+    async with open_simnet(latency=0.02) as network, node_at(network, "192.0.2.1") as helper:
+        async with node_at(network, "192.0.2.2", helper, admission=Admission([])) as private:
+            assert await ask(private.client, helper.contact, private.contact) == Vote(helper.contact, True, "192.0.2.2")
 
 
 async def refusal(node: Node, helper: Node, contact: Contact) -> RPCError:
