@@ -63,9 +63,8 @@ class Swarm(SwarmLifecycle):
     Args:
         name: Its name in this process; a swarm of the same name is closed first, so that a
             cell may run twice.
-        listen: Where its node listens, `tcp://host:port` with port `*` for any, or a range for
-            it and its servers (31000-31099); by default only on this machine. 0.0.0.0 means
-            all interfaces, [::] those of IPv6, too.
+        listen: Where it listens, `tcp://host:port`, with port `*` for any or a range such as
+            31000-31099; by default only on this machine. Host 0.0.0.0: all interfaces.
         announce: `host` or `host:port` that others use to reach it, where that differs, as
             behind a router.
         secure: Whether to encrypt; by default if it is private or can be reached from other
@@ -93,9 +92,8 @@ class Swarm(SwarmLifecycle):
         Args:
             invite: What `swarm.invite()` returned there, `labkit://<public key>@host:port`.
             name: Its name in this process; by default a name of its own.
-            listen: Where our node listens, `tcp://host:port` with port `*` for any, or a range;
-                by default on all interfaces if the swarm is on another machine, else on this
-                machine only.
+            listen: Where our node listens, as for `Swarm`; by default on all interfaces if the
+                swarm is on another machine, else on this machine only.
             announce: `host` or `host:port` that others use to reach us, where that differs.
             secure: Whether our node encrypts; by default as the swarm does.
             key: The file of a key that stays the same, made by `labkit keygen`, which a private
