@@ -65,8 +65,7 @@ class Swarm(SwarmLifecycle):
             cell may run twice.
         listen: Where it listens, `tcp://host:port`, with port `*` for any or a range such as
             31000-31099; by default only on this machine. Host 0.0.0.0: all interfaces.
-        announce: `host` or `host:port` that others use to reach it, where that differs, as
-            behind a router.
+        announce: `host` or `host:port` that others use, where that differs (behind a router).
         secure: Whether to encrypt; by default if it is private or can be reached from other
             machines.
         key: The file of a key that stays the same, made by `labkit keygen`; by default the
@@ -92,8 +91,7 @@ class Swarm(SwarmLifecycle):
         Args:
             invite: What `swarm.invite()` returned there, `labkit://<public key>@host:port`.
             name: Its name in this process; by default a name of its own.
-            listen: Where our node listens, as for `Swarm`; by default on all interfaces if the
-                swarm is on another machine, else on this machine only.
+            listen: Where our node listens, as for `Swarm`; by default where the swarm can call it.
             announce: `host` or `host:port` that others use to reach us, where that differs.
             secure: Whether our node encrypts; by default as the swarm does.
             key: The file of a key that stays the same, made by `labkit keygen`, which a private
@@ -104,8 +102,7 @@ class Swarm(SwarmLifecycle):
 
         Raises:
             InviteError: The text is no invitation.
-            JoinError: The swarm cannot be joined, after at most 10 seconds; it says why, and what
-                to try.
+            JoinError: It cannot be joined, after at most 10 seconds; the text says what to try.
         """
         contact = Contact.from_invitation(invite)
         far = contact.secure and not contact.is_loopback  # then others have to call back from another machine

@@ -264,7 +264,7 @@ def test_a_sentence_for_each_server_is_short_where_it_is_the_same_and_not_withou
 
     def lines(own: Reachability, *servers: SimpleNamespace) -> tuple[str, ...]:
         relaying = SimpleNamespace(relay=None, words="")
-        node = SimpleNamespace(whereabouts=SimpleNamespace(now=own), relaying=relaying)
+        node = SimpleNamespace(whereabouts=SimpleNamespace(now=own), contact=own.contact, relaying=relaying)
         return reachability_lines(node, servers)  # type: ignore[arg-type]
 
     good, bad = judge(HIDDEN, [vote(True)], WIDE, None), judge(HIDDEN, [vote(False)], WIDE, None)
