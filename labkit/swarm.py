@@ -91,7 +91,7 @@ class Swarm(SwarmLifecycle):
         Args:
             invite: What `swarm.invite()` returned there, `labkit://<public key>@host:port`.
             name: Its name in this process; by default a name of its own.
-            listen: Where our node listens, as for `Swarm`; by default where the swarm can call it.
+            listen: Where our node listens; by default where that swarm can call it.
             announce: `host` or `host:port` that others use to reach us, where that differs.
             secure: Whether our node encrypts; by default as the swarm does.
             key: The file of a key that stays the same, made by `labkit keygen`, which a private
@@ -102,7 +102,7 @@ class Swarm(SwarmLifecycle):
 
         Raises:
             InviteError: The text is no invitation.
-            JoinError: It cannot be joined, after at most 10 seconds; the text says what to try.
+            JoinError: It cannot be joined, within 10 seconds; it says why, and what to try.
         """
         contact = Contact.from_invitation(invite)
         far = contact.secure and not contact.is_loopback  # then others have to call back from another machine
