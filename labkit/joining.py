@@ -28,7 +28,7 @@ from labkit.errors import (
     SecurityMismatch,
     WrongServerKey,
 )
-from labkit.wire.addresses import resolve
+from labkit.wire.addresses import own_addresses, resolve
 from labkit.wire.rpc_types import Caller
 from labkit.wire.security import key_text
 
@@ -59,26 +59,33 @@ async def check_reachable(caller: Caller, contact: Contact, own_key: bytes, *, t
         raise JoinError(f"cannot join the swarm at {contact.endpoint}: {failure.text}") from failure.cause
 
 
-async def check_announced(caller: Caller, contact: Contact, announce: str, own_key: bytes) -> None:
+async def check_announced(caller: Caller, contact: Contact, announce: str) -> str:
     """Check that our own node is reached at the address that it announces.
 
     Args:
-        caller: Our own client.
+        caller: Calls it there, over a connection of its own.
         contact: Our own node, as it announces itself.
         announce: What the user gave.
-        own_key: Our public key.
+
+    Returns:
+        Why this machine does not reach it there, if others may all the same: not every router leads back to who is
+        behind it. Empty if it does.
 
     Raises:
-        ValueError: It is not; the text says why, and what to try.
+        ValueError: Nobody can; the text says why, and what to try.
     """
-    failure = await _why_unreachable(caller, contact, own_key, True)
-    if failure is not None:
-        what = "another node answers there" if isinstance(failure.cause, WrongServerKey) else failure.what
-        raise ValueError(
-            f"announce={announce!r}: by this, our own node would be reached at {contact.endpoint}, and it is not, not "
-            f"even from this machine: {what}. Give the HOST or HOST:PORT at which this machine is reached; "
-            "behind a router that is the router's address, with a port that it forwards to this machine"
-        )
+    failure = await _why_unreachable(caller, contact, contact.key, True)
+    if failure is None:
+        return ""
+    taken = isinstance(failure.cause, WrongServerKey)
+    what = "another node answers there" if taken else failure.what
+    if not (taken or failure.no_name or contact.is_loopback or contact.host in own_addresses()):
+        return what
+    raise ValueError(
+        f"announce={announce!r}: by this, our own node would be reached at {contact.endpoint}, and it is not, not "
+        f"even from this machine: {what}. Give the HOST or HOST:PORT at which this machine is reached; "
+        "behind a router that is the router's address, with a port that it forwards to this machine"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +95,7 @@ class _Failure:
     what: str
     hint: str
     cause: RPCError | None = None
+    no_name: bool = False  # its name does not resolve
 
     @property
     def text(self) -> str:
@@ -97,9 +105,9 @@ class _Failure:
 class _Unreachable(Exception):
     """A step has failed."""
 
-    def __init__(self, what: str, hint: str) -> None:
+    def __init__(self, what: str, hint: str, no_name: bool = False) -> None:
         super().__init__(what)
-        self.failure = _Failure(what, hint)
+        self.failure = _Failure(what, hint, no_name=no_name)
 
 
 async def _why_unreachable(caller: Caller, contact: Contact, own_key: bytes, tcp: bool) -> _Failure | None:
@@ -147,6 +155,7 @@ async def _resolve(contact: Contact) -> str:
             str(error),
             "Check the spelling, or use the IP address. If the invitation was copied as it is, whoever started the "
             "swarm gave it a wrong name (announce=…)",
+            no_name=True,
         ) from None
 
 

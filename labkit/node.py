@@ -5,8 +5,8 @@ Servers and notebooks are both nodes. A server adds methods of its own; a notebo
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 import trio
@@ -19,7 +19,7 @@ from labkit.events import AddressChanged, Emit, ignore
 from labkit.joining import check_reachable
 from labkit.reachability import CallBack
 from labkit.relay.limits import RelayLimits
-from labkit.relay.relaying import Relaying
+from labkit.relay.relaying import Relaying, own_address
 from labkit.suggest import suggest_fields
 from labkit.whereabouts import Whereabouts
 from labkit.wire.addresses import LOOPBACK, announced_address, ports_of, split_address
@@ -170,19 +170,34 @@ async def open_node(
         directory = Directory(dht, config.directory, emit)
         relaying = Relaying(network, endpoint, config.relay)
         offered = {**dht.methods, **CallBack(endpoint).methods, **relaying.methods, **(methods or {})}
-        async with trio.open_nursery() as nursery:
-            await nursery.start(serve_rpc, endpoint, offered, config.limits)
-            await nursery.start(dht.run)
-            await nursery.start(directory.run)
-            await _join(network, client, dht, join, identity)
-            whereabouts = Whereabouts(client, dht, config.listen, config.announce, join, emit)
-            node = Node(identity, endpoint, client, dht, directory, whereabouts, relaying, emit)
-            await nursery.start(relaying.run_server, dht, whereabouts, relay_ports(config.listen))
-            if network.tcp:
-                nursery.start_soon(whereabouts.run, node.move, directory.declare_anew)
-                await nursery.start(relaying.follow, config.hidden, whereabouts, client, dht, join, node.move, emit)
-            yield node
-            nursery.cancel_scope.cancel()
+        with _called_directly(network, endpoint, config.announce):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(serve_rpc, endpoint, offered, config.limits)
+                await nursery.start(dht.run)
+                await nursery.start(directory.run)
+                await _join(network, client, dht, join, identity)
+                whereabouts = Whereabouts(client, dht, config.listen, config.announce, join, emit)
+                node = Node(identity, endpoint, client, dht, directory, whereabouts, relaying, emit)
+                await nursery.start(relaying.run_server, dht, whereabouts, relay_ports(config.listen))
+                if network.tcp:
+                    nursery.start_soon(whereabouts.run, node.move, directory.declare_anew)
+                    await nursery.start(relaying.follow, config.hidden, whereabouts, client, dht, join, node.move, emit)
+                yield node
+                nursery.cancel_scope.cancel()
+
+
+@contextmanager
+def _called_directly(network: Network, endpoint: Endpoint, announce: str | None) -> Iterator[None]:
+    """Let this machine call a node where it listens, if it announces another address: not every router leads back."""
+    key = endpoint.contact.key
+    if not network.tcp or announce is None:
+        yield
+        return
+    network.direct[key] = own_address(endpoint.bound)
+    try:
+        yield
+    finally:
+        network.direct.pop(key, None)
 
 
 def relay_ports(listen: str) -> Sequence[int]:

@@ -88,7 +88,7 @@ class Reachability:
 def only_here(contact: Contact, listen: str, announce: str | None) -> Reachability:
     """What is to be said of a node whose address is a loopback one."""
     host = split_address(listen)[0]
-    if announce is not None:
+    if announce is not None and contact.is_loopback:
         why = f"since announce={announce!r} is this machine itself; announce the address at which others reach it"
     elif is_loopback(host):
         why = 'since it listens there only; for others: listen="tcp://0.0.0.0:*"'
@@ -158,10 +158,11 @@ def _what_to_try(contact: Contact, seen: str, listen: str, announce: str | None)
     which = f"port {ports[0]}" if ports and len(ports) == 1 else f"ports {ports[0]} to {ports[-1]}" if ports else ""
     start = "" if ports else f'listen="{base}:31000-31099"'
     if translated:
+        given = f'{start}, announce="{seen}" (labkit serve --listen …, --announce …)'
         return (
-            f"{came}: a router on the way translates addresses. Forward {which or 'some ports'} of the router to this "
-            f'machine, and start with {start + ", " if start else ""}announce="{seen}" (labkit serve '
-            f"{'--listen …, ' if start else ''}--announce …)"
+            f"{came}: a router on the way, or the host of a container, translates addresses. Forward "
+            f"{which or 'some ports'} of it to this machine, and start with "
+            + (given if start else f'announce="{seen}" (labkit serve --announce …)')
         )
     what = (
         f"open {which} there" if which else f"open some ports there, and start with {start} (labkit serve --listen …)"

@@ -82,8 +82,10 @@ class Whereabouts:
         """
         host = split_address(self._listen)[0]
         ip = ipaddress_or_none(host)
-        chosen = self._announce is None and ip is not None and ip.is_unspecified  # by us: it may have to change
-        toward = await self._resolve_joined() if chosen else []
+        wide = ip is not None and ip.is_unspecified  # else it listens at one address only, whatever changes
+        toward = await self._resolve_joined() if wide else []
+        if wide and self._announce is not None:
+            self._has_changed(await find_own_address(host, toward))
         looked_at = self._clock()
         async with trio.open_nursery() as nursery:
             while True:
@@ -91,7 +93,7 @@ class Whereabouts:
                 await trio.sleep(LOOK_PERIOD)
                 before, looked_at = looked_at, self._clock()  # 1
                 slept = looked_at - before > LOOK_PERIOD + SLEPT
-                changed = chosen and self._has_changed(await find_own_address(host, toward))
+                changed = wide and self._has_changed(await find_own_address(host, toward))
                 if slept or changed:
                     reason = "this machine has slept" if slept else "this machine has another address"
                     self._come_back(move, declare_anew, reason)  # 2

@@ -341,6 +341,25 @@ def test_a_swarm_that_announces_a_wrong_address_says_so_when_it_serves(plain, wi
     assert "no-such-host.example does not resolve" in why_not_served("no-such-host.example:4000")
 
 
+async def nobody_answers(address: str, contact: Contact) -> trio.SocketStream:
+    return await trio.sleep_forever()
+
+
+def test_an_announced_address_that_this_machine_does_not_reach_is_believed_as_routers_need_not_lead_back(
+    monkeypatch, caplog
+):
+    monkeypatch.setattr(joining, "JOIN_TIMEOUT", 0.2)
+    monkeypatch.setattr(joining, "_connect", nobody_answers)
+    with Swarm("routed", announce="203.0.113.77:4000") as swarm:
+        (server,) = swarm.serve("nop", grid=(1, 1), isolation="task")
+        assert "Not every router leads back" in caplog.text and "203.0.113.77:4000" in caplog.text
+        assert server.contact is not None and server.contact.host == "203.0.113.77"
+        assert swarm.expert("nop.0.0")(torch.ones(1, 4)).shape == (1, 4)  # here it is called where it listens
+        caplog.clear()
+        swarm.serve("nop", name="more", grid=(1, 1), isolation="task")
+        assert "leads back" not in caplog.text  # it was said once
+
+
 def test_who_joins_a_swarm_that_announces_a_wrong_address_reads_of_that_too():
     with Swarm("announced", announce="127.0.0.1:1") as swarm:
         assert "announce=…" in why_not(swarm.invite())

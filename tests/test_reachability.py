@@ -213,6 +213,7 @@ def test_each_answer_is_one_sentence_that_says_what_to_try_and_never_what_was_do
     assert said([vote(True)]) == "reachable: 1.1.1.1 called back at 192.168.1.5:4000"
     behind = said([vote(False)])
     assert "could not call back at 192.168.1.5:4000, and saw this machine as 203.0.113.1: a router" in behind
+    assert "container" in behind
     assert 'listen="tcp://0.0.0.0:31000-31099", announce="203.0.113.1"' in behind
     ranged = said([vote(False)], "tcp://0.0.0.0:5000-5009")
     assert "Forward ports 5000 to 5009" in ranged and "listen" not in ranged and 'announce="203.0.113.1"' in ranged

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
@@ -31,6 +31,7 @@ class Lab:
         node: The swarm's own node.
         faults: What servers inject when they begin.
         emit: Gets the events of the lab thread.
+        announced: Contacts of the node at which it was tried whether this machine reaches it.
     """
 
     portal: Portal
@@ -39,6 +40,7 @@ class Lab:
     node: Node
     faults: Faults
     emit: Emit
+    announced: set[Contact] = field(default_factory=set)
 
 
 async def run_lab(

@@ -6,6 +6,7 @@ batch passes here.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,10 +18,14 @@ from labkit.launch.lab import Lab
 from labkit.launch.places import Places, Wish, hold_places
 from labkit.launch.ports import server_address
 from labkit.node import NodeConfig
+from labkit.reachability import Reach
 from labkit.server.checkpoints import checkpoint_directory
 from labkit.server.config import ServerConfig
 from labkit.server.layers import Factory
+from labkit.wire.rpc_client import Client
 from labkit.wire.security import Members
+
+logger = logging.getLogger(__name__)
 
 SETTLE_TIMEOUT = 5.0  # seconds that servers wait until it is known whether others reach this machine
 
@@ -68,15 +73,34 @@ class ServeOrder:
             ServerFailed: A server did not start. Then none is left.
         """
         server_address(self.node, self.servers + self.beside)  # so that no place is taken in vain
-        if self.node.announce is not None:
-            key = lab.node.identity.public_key
-            await check_announced(lab.node.client, lab.node.contact, self.node.announce, key)
+        failure = "" if self.node.announce is None else await self._check_announced(lab, self.node.announce)
         hidden = await lab.node.relaying.settle(lab.node.whereabouts, SETTLE_TIMEOUT) or self.node.hidden
+        if failure and lab.node.whereabouts.now.state is not Reach.YES:
+            logger.warning(
+                "announce=%r: this machine does not reach its own node at %s: %s. Not every router leads back to those "
+                "behind it, so others may; as soon as there are any they are asked, and swarm says what they found",
+                self.node.announce, lab.node.whereabouts.direct.endpoint, failure,
+            )  # fmt: skip
         kind = self.kind if isinstance(self.kind, str) else ""
         async with hold_places(lab.node, self.wish, kind, self.fit) as places:
             handles = self._make_handles(lab, places, hidden)
             await begin_all(handles)
         return handles
+
+    async def _check_announced(self, lab: Lab, announce: str) -> str:
+        """Check that the announced address is ours. Returns why this machine does not reach it, if others may."""
+        contact, whereabouts = lab.node.contact, lab.node.whereabouts
+        if contact != whereabouts.direct or contact in lab.announced:
+            return ""  # it is reached through a relay; or that was done
+        client = Client(lab.node.endpoint, lab.node.client.limits)
+        lab.network.straight.add(contact)
+        try:
+            failure = await check_announced(client, contact, announce)
+        finally:
+            lab.network.straight.discard(contact)
+            client.forget_all()
+        lab.announced.add(contact)
+        return failure
 
     def _make_handles(self, lab: Lab, places: Places, hidden: bool | None) -> list[ServerHandle]:
         if places.options != self.options and self.wish.experts is None and self.wish.uids is None:

@@ -177,12 +177,14 @@ class Relaying:
         """
         key, own = self._endpoint.contact.key, own_address(self._endpoint.bound)
         self.keeper = RelayKeeper(caller, dht, self._endpoint.contact, own, joined=joined, move=move, emit=emit)
+        before = self._network.direct.get(key)
         self._network.direct[key] = own
         try:
             await self.keeper.run(task_status=task_status)
         finally:
             self.keeper = None
-            del self._network.direct[key]
+            if before is None:
+                del self._network.direct[key]
 
     async def settle(self, whereabouts: Whereabouts, timeout: float) -> bool:
         """Wait until it is known whether the node needs a relay, and if so, has one or finds none.

@@ -139,7 +139,9 @@ class ZmqEndpoint:
 
     def connect(self, contact: Contact, on_message: OnMessage, on_end: OnEnd) -> ZmqLink:
         network = self._network
-        at = network.direct.get(contact.key, (contact.host, contact.port))
+        at = (contact.host, contact.port)
+        if contact not in network.straight:
+            at = network.direct.get(contact.key, at)
         link = ZmqLink(contact, at, on_message, on_end)
         try:
             self._nursery.start_soon(link.run, network.context, self.identity, network.limits.message_bytes)
@@ -205,7 +207,8 @@ class ZmqNetwork:
 
     Attributes:
         direct: Host and port at which this machine reaches a node of that key, whatever its contact says: for nodes of
-            this machine that others reach through a relay.
+            this machine that others reach through a relay, or through a router that may not lead back here.
+        straight: Contacts that are called as they say all the same, to try whether that works.
     """
 
     tcp = True
@@ -215,6 +218,7 @@ class ZmqNetwork:
         self.limits = limits
         self.timers = Timers()
         self.direct: dict[bytes, tuple[str, int]] = {}
+        self.straight: set[Contact] = set()
         self._admissions: dict[bytes, Admission] = {}
         self._domains = itertools.count()
 
