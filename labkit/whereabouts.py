@@ -142,7 +142,9 @@ class Whereabouts:
         return judge(self.direct, votes, self._listen, self._announce)
 
     def _known(self) -> list[Contact]:
-        return list(self._dht.routing)
+        """Returns the nodes to ask: what those of our own network find says nothing of others."""
+        direct = self._client.endpoint.direct
+        return [contact for contact in self._dht.routing if contact.key not in direct]
 
     def _ask_if_due(self, nursery: trio.Nursery) -> None:
         contact = self._dht.contact

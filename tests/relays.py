@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import trio
 
 from labkit.contact import Contact
+from labkit.dht.protocol import Ping, Pong
 from labkit.events import Event
 from labkit.node import Node, NodeConfig, open_node
 from labkit.relay.limits import RelayLimits
@@ -16,7 +17,7 @@ from labkit.relay.reservation import hold_reservation
 from labkit.relay.server import RelayServer
 from labkit.wire.rpc_client import Client
 from labkit.wire.rpc_server import serve_rpc
-from labkit.wire.rpc_types import AsyncMethod
+from labkit.wire.rpc_types import AsyncMethod, Reply, SyncMethod
 from labkit.wire.security import Admission, Identity
 from labkit.wire.transport import Network
 from labkit.wire.zmq_transport import open_network
@@ -55,10 +56,9 @@ class Relay:
         with trio.CancelScope() as scope:
             async with self.network.listen(identity, secure=True) as endpoint, trio.open_nursery() as nursery:
                 own, client = endpoint.contact, Client(endpoint)
-                await nursery.start(serve_rpc, endpoint, {"echo": AsyncMethod(echo, object)})
-                address = await nursery.start(
-                    hold_reservation, client, self.contact, identity.public_key, (own.host, own.port)
-                )
+                ping = SyncMethod(lambda request: Reply(Pong(identity.public_key)), Ping)
+                await nursery.start(serve_rpc, endpoint, {"echo": AsyncMethod(echo, object), "dht.ping": ping})
+                address = await nursery.start(hold_reservation, client, self.contact, own, (own.host, own.port))
                 at_relay = changed(own, host=address.host, port=address.port)
                 task_status.started(Hidden(at_relay, own, client, scope, identity))
 

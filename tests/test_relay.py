@@ -13,7 +13,8 @@ from labkit.errors import ConnectionLost, NotAdmitted, Overloaded, RequestRefuse
 from labkit.relay import messages, reservation, server
 from labkit.relay.limits import RelayLimits
 from labkit.relay.listening import connect_to
-from labkit.relay.messages import Attach, Bring, MessageReader, Reserve, Reserved
+from labkit.relay.messages import AskNeighbours, Attach, Bring, MessageReader, Reserve, Reserved
+from labkit.relay.neighbours import Shortcuts
 from labkit.relay.splice import CHUNK, splice
 from labkit.wire.rpc_types import BULK
 from labkit.wire.security import Admission, Identity
@@ -114,7 +115,7 @@ async def test_the_relay_holds_no_more_than_a_chunk_while_a_fast_sender_meets_a_
         client.scope.cancel()
         identity = Identity.generate()
         async with calling(relay.network, identity) as caller, trio.open_nursery() as nursery:
-            address = await nursery.start(hold_for, caller, relay, identity, own)
+            address = await nursery.start(hold_for, caller, relay, own)
             sender = await connect_to(address.host, address.port, 5)
             reader = await listener.accept()
             sent, size, received = 0, 64 << 20, 0
@@ -139,8 +140,8 @@ async def test_the_relay_holds_no_more_than_a_chunk_while_a_fast_sender_meets_a_
             nursery.cancel_scope.cancel()
 
 
-async def hold_for(caller, relay, identity, own, *, task_status):
-    await reservation.hold_reservation(caller, relay.contact, identity.public_key, own, task_status=task_status)
+async def hold_for(caller, relay, own, *, task_status):
+    await reservation.hold_reservation(caller, relay.contact, caller.endpoint.contact, own, task_status=task_status)
 
 
 # ---------------------------------------------------------------- whom it relays for
@@ -192,6 +193,25 @@ async def test_what_is_no_greeting_of_a_client_is_hung_up_on(sent):
             await stream.send_eof()
         assert await is_closed(stream)
         assert (await relay.client.call(hidden.contact, "echo", 1, timeout=20)).body == 1
+
+
+async def test_a_relay_tells_its_clients_of_those_in_the_same_network_and_nobody_else():
+    async with relaying() as relay:
+        one, two = await relay.hide(), await relay.hide()
+        direct: dict[bytes, tuple[str, int]] = {}
+        shortcuts = Shortcuts(one.client, one.contact.key, direct, one.client.renew)
+        await shortcuts.look(relay.contact)
+        assert direct == {two.contact.key: (two.own.host, two.own.port)}
+        two.scope.cancel()
+        await soon(lambda: is_left_out(shortcuts, relay, direct))
+        with pytest.raises(RequestRefused, match="no such client"):
+            key = relay.client.endpoint.contact.key
+            await relay.client.call(relay.contact, messages.NEIGHBOURS, AskNeighbours(key), timeout=5)
+
+
+async def is_left_out(shortcuts: Shortcuts, relay: Relay, direct) -> bool:
+    await shortcuts.look(relay.contact)
+    return not direct
 
 
 # ---------------------------------------------------------------- limits
@@ -298,9 +318,9 @@ async def free_of_clients(relay: Relay) -> bool:
 
 async def test_a_relay_that_is_silent_counts_as_gone(monkeypatch):
     monkeypatch.setattr(reservation, "SILENCE", 0.3)
-    async with relaying() as relay, calling(relay.network, identity := Identity.generate()) as client:
+    async with relaying() as relay, calling(relay.network) as client:
         with pytest.raises(ConnectionLost, match="is gone"), trio.fail_after(10):
-            await reservation.hold_reservation(client, relay.contact, identity.public_key, ("127.0.0.1", 9))
+            await reservation.hold_reservation(client, relay.contact, client.endpoint.contact, ("127.0.0.1", 9))
 
 
 async def test_a_port_that_nobody_attaches_to_is_given_back(monkeypatch):

@@ -17,9 +17,10 @@ from labkit.dht.node import Entry
 from labkit.events import AddressChanged, RelayChanged, ignore
 from labkit.node import NodeConfig
 from labkit.reachability import Reach, Reachability, ReachReply, ask
-from labkit.relay import keeper
+from labkit.relay import keeper, relaying
 from labkit.relay.finding import RELAYS_KEY, RelayRecord, find_relays
 from labkit.relay.limits import RelayLimits
+from labkit.relay.neighbours import Shortcuts
 from labkit.wire.rpc_types import Reply
 from labkit.wire.security import Identity
 from labkit.wire.zmq_transport import open_network
@@ -215,6 +216,22 @@ def test_a_node_that_takes_no_connections_cannot_relay():
 
 
 @pytest.fixture
+def apart(monkeypatch):
+    """Relayed nodes do not find out that they are in one network."""
+
+    async def look(self, relay):
+        await trio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(Shortcuts, "look", look)
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """They look for neighbours all the time."""
+    monkeypatch.setattr(relaying, "NEIGHBOURS_PERIOD", 0.1)
+
+
+@pytest.fixture
 def two_hidden():
     """A relay and two swarms that take no connections."""
     with (
@@ -225,7 +242,7 @@ def two_hidden():
         yield relay, one, two
 
 
-def test_two_hidden_swarms_train_each_others_experts_and_their_own_directly(two_hidden):
+def test_two_hidden_swarms_train_each_others_experts_and_their_own_directly(apart, two_hidden):
     relay, one, two = two_hidden
     one.serve("ffn", hidden=16, grid=(2, 2), isolation="task")
     held = relay._node.relaying.server.held
@@ -234,6 +251,19 @@ def test_two_hidden_swarms_train_each_others_experts_and_their_own_directly(two_
         before = held.passed
         swarm.moe(16, grid=(2, 2), k_best=2)(x).sum().backward()
         assert (held.passed - before > x.nbytes) is relayed
+
+
+def test_hidden_swarms_of_one_network_call_each_other_directly(often, two_hidden):
+    relay, one, two = two_hidden
+    (server,) = one.serve("ffn", hidden=16, grid=(2,), isolation="task")
+    eventually(lambda: server.contact.key in two._lab.network.direct)
+    assert two._lab.network.direct[server.contact.key] == one._lab.network.direct[server.contact.key]
+    held = relay._node.relaying.server.held
+    before, x = held.passed, torch.randn(4096, 16)
+    two.moe(16)(x).sum().backward()
+    assert held.passed - before < x.nbytes
+    relay.close()
+    assert two.moe(16)(x).shape == x.shape, "it works without the relay"
 
 
 def test_a_server_process_of_a_hidden_notebook_is_called_directly_here_and_through_the_relay_elsewhere(two_hidden):

@@ -144,7 +144,7 @@ class RelayKeeper:
                 try:
                     status: trio.TaskStatus[RelayedAddress] = _Calls(on_started)  # type: ignore[assignment]
                     await hold_reservation(
-                        self._caller, relay, self._contact.key, self._own, held=self.held, task_status=status
+                        self._caller, relay, self._contact, self._own, held=self.held, task_status=status
                     )
                 except UnknownMethod:
                     refusals[relay.endpoint] = f"{relay.endpoint} is no relay"

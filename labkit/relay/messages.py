@@ -22,9 +22,12 @@ import msgspec
 import trio
 from msgspec import Meta
 
+from labkit.contact import Contact
 from labkit.errors import LabkitError
 
-RESERVE = "relay.reserve"  # the method
+RESERVE = "relay.reserve"  # a method
+NEIGHBOURS = "relay.neighbours"  # another: clients that the relay sees come from the same address
+MAX_NEIGHBOURS = 16
 MAX_MESSAGE = 256  # bytes
 PING_PERIOD = 1.0  # seconds between two messages on a control connection
 SILENCE = 4.0  # seconds without any after which the other side counts as gone
@@ -37,9 +40,10 @@ _LENGTH = struct.Struct("!H")
 
 
 class Reserve(msgspec.Struct, frozen=True, array_like=True):
-    """The body of `relay.reserve`: who asks for a port."""
+    """The body of `relay.reserve`: who asks for a port, as it is reached in its own network, if that is known."""
 
     key: Secret
+    direct: Contact | None = None
 
 
 class Reserved(msgspec.Struct, frozen=True, array_like=True):
@@ -56,6 +60,18 @@ class Reserved(msgspec.Struct, frozen=True, array_like=True):
     secret: Secret
     port: Port
     callers_port: Port
+
+
+class AskNeighbours(msgspec.Struct, frozen=True, array_like=True):
+    """The body of `relay.neighbours`: whose neighbours are asked for."""
+
+    key: Secret
+
+
+class Neighbours(msgspec.Struct, frozen=True, array_like=True):
+    """The answer to it: nodes behind the same router, probably, as they are reached in their own network."""
+
+    contacts: Annotated[list[Contact], Meta(max_length=MAX_NEIGHBOURS)]
 
 
 class Attach(msgspec.Struct, frozen=True, array_like=True, tag="attach"):

@@ -14,11 +14,14 @@ from labkit.reachability import Reach
 from labkit.relay.finding import keep_relay_declared
 from labkit.relay.keeper import Move, RelayKeeper
 from labkit.relay.limits import RelayLimits
+from labkit.relay.neighbours import Shortcuts
 from labkit.relay.server import RelayServer
 from labkit.whereabouts import Whereabouts
-from labkit.wire.rpc_types import Caller, Methods
+from labkit.wire.rpc_client import Client
+from labkit.wire.rpc_types import Methods
 from labkit.wire.transport import Endpoint, Network
 
+NEIGHBOURS_PERIOD = 10.0  # seconds between two looks for nodes of the same network that are relayed, too
 TRY_PERIOD = 60.0  # seconds between two questions whether others reach a relayed node directly
 
 
@@ -105,7 +108,7 @@ class Relaying:
         self,
         hidden: bool | None,
         whereabouts: Whereabouts,
-        caller: Caller,
+        client: Client,
         dht: DHTNode,
         joined: Sequence[Contact],
         move: Move,
@@ -118,7 +121,7 @@ class Relaying:
         Args:
             hidden: Whether they do not, as far as that is known beforehand; False if there is to be no relay ever.
             whereabouts: Knows whether they do.
-            caller: Makes the calls.
+            client: Makes the calls.
             dht: Where relays are found.
             joined: The nodes through which the node has joined, which may be relays.
             move: Called with the address of the node from now on, and the reason.
@@ -133,7 +136,7 @@ class Relaying:
                     started = True
                 await _until(whereabouts, lambda: whereabouts.now.state is Reach.NO)
             async with trio.open_nursery() as nursery:
-                keep = partial(self.keep_relayed, caller, dht, joined, move, emit)
+                keep = partial(self.keep_relayed, client, dht, joined, move, emit)
                 await nursery.start(keep)
                 self._looked.set()
                 if not started:
@@ -163,7 +166,7 @@ class Relaying:
 
     async def keep_relayed(
         self,
-        caller: Caller,
+        client: Client,
         dht: DHTNode,
         joined: Sequence[Contact],
         move: Move,
@@ -173,15 +176,23 @@ class Relaying:
     ) -> None:
         """Keep a node reachable that takes no connections, until cancelled. See `RelayKeeper` for the arguments.
 
-        Meanwhile the nodes of this process call it directly.
+        Meanwhile the nodes of this process call it directly, and it so calls its neighbours.
         """
         key, own = self._endpoint.contact.key, own_address(self._endpoint.bound)
-        self.keeper = RelayKeeper(caller, dht, self._endpoint.contact, own, joined=joined, move=move, emit=emit)
+        keeper = RelayKeeper(client, dht, self._endpoint.contact, own, joined=joined, move=move, emit=emit)
+        shortcuts = Shortcuts(client, key, self._network.direct, client.renew)
         before = self._network.direct.get(key)
-        self._network.direct[key] = own
+        self.keeper, self._network.direct[key] = keeper, own
         try:
-            await self.keeper.run(task_status=task_status)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(keeper.run)
+                task_status.started()
+                while True:
+                    if keeper.relay is not None:
+                        await shortcuts.look(keeper.relay)
+                    await trio.sleep(NEIGHBOURS_PERIOD)
         finally:
+            shortcuts.forget_all()
             self.keeper = None
             if before is None:
                 del self._network.direct[key]

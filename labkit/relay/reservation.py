@@ -55,7 +55,7 @@ class RelayedAddress:
 async def hold_reservation(
     caller: Caller,
     relay: Contact,
-    key: bytes,
+    node: Contact,
     own: tuple[str, int],
     *,
     held: Held | None = None,
@@ -68,7 +68,7 @@ async def hold_reservation(
     Args:
         caller: Makes the call.
         relay: The relay.
-        key: Our own public key.
+        node: Our own node, as it is reached in its own network.
         own: Host and port of our own listening socket, as it is reached from this machine.
         held: Counts the bytes that are held here.
         task_status: Started with the address when callers are let in there.
@@ -77,7 +77,7 @@ async def hold_reservation(
         RPCError: The relay does not take us, or is gone. The text says why.
     """
     reply = await caller.call(  # 1
-        relay, messages.RESERVE, Reserve(key), returns=Reserved, timeout=RESERVE_TIMEOUT
+        relay, messages.RESERVE, Reserve(node.key, node), returns=Reserved, timeout=RESERVE_TIMEOUT
     )
     reserved: Reserved = reply.body
     stream = await connect_to(relay.host, reserved.port, CONNECT_TIMEOUT)  # 2

@@ -16,7 +16,8 @@ from functools import partial
 
 import trio
 
-from labkit.errors import LabkitError, Overloaded, RequestRefused
+from labkit.contact import Contact
+from labkit.errors import BadRequest, LabkitError, Overloaded, RequestRefused
 from labkit.relay import messages
 from labkit.relay.limits import RelayLimits
 from labkit.relay.listening import accept_all, listen_at, peer_host, port_of
@@ -24,12 +25,14 @@ from labkit.relay.messages import (
     HELLO_TIMEOUT,
     PING_PERIOD,
     SILENCE,
+    AskNeighbours,
     Attach,
     Attached,
     BadRelayMessage,
     Bring,
     Fetch,
     MessageReader,
+    Neighbours,
     Reserve,
     Reserved,
     StillHere,
@@ -75,6 +78,7 @@ class _Client:
     listener: trio.SocketListener
     share: Share
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)  # of all that is done for it
+    direct: Contact | None = None  # how it is reached in its own network
     control: trio.SocketStream | None = None
     attached: trio.Event = field(default_factory=trio.Event)
     sending: trio.Lock = field(default_factory=trio.Lock)  # held while a message is sent to it
@@ -98,12 +102,15 @@ class RelayServer:
     def __init__(self, limits: RelayLimits | None = None, *, encrypts: bool = True) -> None:
         self.limits = limits or RelayLimits()
         self.held = Held()
-        self.methods: Methods = {messages.RESERVE: SyncMethod(self.rpc_reserve, Reserve)}
+        self.methods: Methods = {
+            messages.RESERVE: SyncMethod(self.rpc_reserve, Reserve),
+            messages.NEIGHBOURS: SyncMethod(self.rpc_neighbours, AskNeighbours),
+        }
         self._encrypts = encrypts
         self._turns = FairTurns(self.limits.bytes_per_s)
         self._clients: dict[bytes, _Client] = {}  # by reservation
         self._by_key: dict[bytes, _Client] = {}
-        self.ports: dict[bytes, int] = {}  # the last one of each key, oldest first
+        self._ports: dict[bytes, int] = {}  # the last one of each key, oldest first
         self._listen: Callable[[int], trio.SocketListener] | None = None
         self._nursery: trio.Nursery | None = None
         self.port = 0
@@ -159,26 +166,44 @@ class RelayServer:
         key: bytes = request.body.key
         if self._listen is None or self._nursery is None:
             raise RequestRefused("this relay is closing")
-        if self._encrypts and request.peer.key != key:
-            raise RequestRefused("a relay gives a port only to the node whose key the connection proves")
+        self._check_key(request, key)
+        direct = request.body.direct
+        if direct is not None and (direct.key != key or not direct.is_safe):
+            raise BadRequest("that is not how this node is reached")
         before = self._by_key.get(key)
         if before is not None:
             self._end(before)
         if not self.free:
             raise Overloaded(f"this relay has {len(self._clients)} clients, as many as it takes")
         try:
-            listener = self._listen(self.ports.get(key, 0))
+            listener = self._listen(self._ports.get(key, 0))
         except LabkitError as error:
             raise Overloaded(f"this relay has no port left: {error}") from None
         port = port_of(listener)
-        client = _Client(key, secrets.token_bytes(16), secrets.token_bytes(32), port, listener, self._turns.share())
+        id, secret = secrets.token_bytes(16), secrets.token_bytes(32)
+        client = _Client(key, id, secret, port, listener, self._turns.share(), direct=direct)
         self._clients[client.id] = self._by_key[key] = client
-        self.ports.pop(key, None)
-        self.ports[key] = port
-        if len(self.ports) > MAX_KNOWN_PORTS:
-            del self.ports[next(iter(self.ports))]
+        self._ports.pop(key, None)
+        self._ports[key] = port
+        if len(self._ports) > MAX_KNOWN_PORTS:
+            del self._ports[next(iter(self._ports))]
         self._nursery.start_soon(self._serve, client)
         return Reply(Reserved(client.id, client.secret, self.port, port))
+
+    def rpc_neighbours(self, request: Request) -> Reply:
+        """The other clients that come from the same address as the caller, and so may be in its network."""
+        self._check_key(request, request.body.key)
+        caller = self._by_key.get(request.body.key)
+        if caller is None or caller.control is None:
+            raise RequestRefused("this relay has no such client")
+        host = peer_host(caller.control)
+        others = (c for c in self._clients.values() if c is not caller and c.control is not None)
+        near = [client.direct for client in others if client.control and peer_host(client.control) == host]
+        return Reply(Neighbours([direct for direct in near if direct is not None][: messages.MAX_NEIGHBOURS]))
+
+    def _check_key(self, request: Request, key: bytes) -> None:
+        if self._encrypts and request.peer.key != key:
+            raise RequestRefused("a relay works only for the node whose key the connection proves")
 
     def _end(self, client: _Client) -> None:
         """Close the port of a client and all of its connections."""

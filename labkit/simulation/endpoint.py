@@ -224,6 +224,7 @@ class SimEndpoint:
         self.contact = contact
         self.bound = place_of(contact)
         self.timers = network.timers
+        self.direct: dict[bytes, Place] = {}
         self.admission = admission
         self.links: dict[bytes, SimLink] = {}  # from this node, by route
         self.peers: dict[bytes, SimLink] = {}  # to this node, by route

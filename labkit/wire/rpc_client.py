@@ -328,6 +328,19 @@ class Client:
         for contact, _ in list(self._connections):
             self.forget(contact)
 
+    def renew(self, key: bytes) -> None:
+        """Make new links to a node for later calls, as where it is called elsewhere; old ones end with their calls."""
+        for place, connection in list(self._connections.items()):
+            if place[0].key == key:
+                del self._connections[place]
+                self._close_when_idle(connection)
+
+    def _close_when_idle(self, connection: _Connection) -> None:
+        if connection.pending:
+            self.timers.after(LEAVING_PERIOD, self._close_when_idle, connection)
+        else:
+            connection.link.close()
+
     def forget(self, contact: Contact) -> None:
         """Close the links to a node. Calls that wait on them fail."""
         for lane in (CONTROL, BULK):

@@ -93,6 +93,7 @@ class Endpoint(Protocol):
     bound: tuple[str, int]  # host and port at which it listens
     timers: Timers  # of the network
     most_links: int  # how many links the operating system lets it have
+    direct: dict[bytes, tuple[str, int]]  # of the network
 
     def connect(self, contact: Contact, on_message: OnMessage, on_end: OnEnd) -> Link:
         """Make a new link to a node. Returns at once; the connection is made in the background.

@@ -130,7 +130,7 @@ class ZmqEndpoint:
         self.contact = contact
         self.bound = bound
         self.identity = identity
-        self.timers = network.timers
+        self.timers, self.direct = network.timers, network.direct
         self.most_links = max(FEWEST_LINKS, open_files() * 3 // 4 // FILES_PER_LINK)  # a quarter is for all else
         self._network = network
         self._socket = socket
