@@ -59,6 +59,12 @@ async def check_reachable(caller: Caller, contact: Contact, own_key: bytes, *, t
         raise JoinError(f"cannot join the swarm at {contact.endpoint}: {failure.text}") from failure.cause
 
 
+async def describe_unreachable(caller: Caller, contact: Contact, own_key: bytes) -> str:
+    """Say why a node cannot be reached, and what to try; an empty text if it answers. See `check_reachable`."""
+    failure = await _why_unreachable(caller, contact, own_key, True)
+    return "" if failure is None else failure.text
+
+
 async def check_announced(caller: Caller, contact: Contact, announce: str) -> str:
     """Check that our own node is reached at the address that it announces.
 

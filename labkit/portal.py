@@ -94,7 +94,10 @@ class Portal:
         if self.forked:
             raise self._closed_error()
 
-    def call(self, function: Callable[..., Awaitable[T]], *args: Any, timeout: float | None = None) -> T:
+    def call(
+        self, function: Callable[..., Awaitable[T]], *args: Any, timeout: float | None = None,
+        meanwhile: Callable[[], object] | None = None,
+    ) -> T:  # fmt: skip
         """Run an async function in the lab thread and wait for it.
 
         If this thread is interrupted meanwhile, the function is cancelled and the interrupt goes on.
@@ -103,6 +106,7 @@ class Portal:
             function: The function to run. Its errors are raised here, unwrapped from the groups of nurseries.
             args: Its arguments.
             timeout: Seconds to wait for an answer. For closing only: a function should have deadlines of its own.
+            meanwhile: Called now and then while this thread waits, to show how it goes.
 
         Returns:
             What the function returns.
@@ -121,7 +125,7 @@ class Portal:
                 call.settle(error=_LAB_ENDED)
             else:
                 self._run_soon(self._start_call, call)
-            value, error = call.wait(timeout)
+            value, error = call.wait(timeout, meanwhile)
         except BaseException:
             self._run_soon(call.abandon)
             call.wait(_GRACE_PERIOD)  # if it cannot be cancelled, the interrupt goes on all the same
@@ -264,7 +268,9 @@ class _Call:
         """Answer the call with a value or an error."""
         self._answers.put((value, error))
 
-    def wait(self, timeout: float | None = None) -> tuple[Any, BaseException | None]:
+    def wait(
+        self, timeout: float | None = None, meanwhile: Callable[[], object] | None = None
+    ) -> tuple[Any, BaseException | None]:
         """Wait for the answer: what was returned, and what was raised.
 
         If there is none within `timeout` seconds, the answer is that the lab thread has ended. By default this waits
@@ -276,6 +282,8 @@ class _Call:
             except queue.Empty:
                 if timeout is not None:
                     return None, _LAB_ENDED
+                if meanwhile is not None:
+                    meanwhile()
 
 
 def unwrap(error: BaseException) -> BaseException:

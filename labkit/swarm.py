@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from labkit.events import Emit
 from labkit.expert_uid import ExpertInfo, check_grid, split_uid
 from labkit.faults import Faults
 from labkit.launch import planning
+from labkit.launch.cluster import cluster_of
 from labkit.launch.handle import ServerHandle
 from labkit.launch.order import ServeOrder
 from labkit.launch.places import Wish
@@ -38,6 +39,7 @@ from labkit.server.statistics import ServerStatistics
 from labkit.suggest import suggest_options
 from labkit.swarm_lifecycle import SwarmLifecycle
 from labkit.view.collect.inventory import ask_all_servers
+from labkit.view.starting import execute
 from labkit.view.summary import SwarmSummary
 from labkit.wire.addresses import LOOPBACK, all_interfaces
 from labkit.wire.security import Identity, parse_key
@@ -118,15 +120,17 @@ class Swarm(SwarmLifecycle):
     def serve(
         self, kind: str | Factory = "ffn", *, grid: Sequence[int] | None = None, experts: int | None = None,
         servers: int = 1, name: str | None = None, uids: Sequence[str] | None = None, isolation: str | None = None,
+        on: Any = None, workers: str | Sequence[str] | None = None, resources: Mapping[str, float] | None = None,
         checkpoint_dir: str | Path | None = None, checkpoint_period: float | None = None, checkpoint_keep: int = 1,
         backend: BackendConfig | None = None, threads: int | None = None, seed: int | None = None, label: str = "",
         hidden: int | None = None, inner: int | None = None, heads: int | None = None, causal: bool | None = None,
         max_length: int | None = None, **options: Any,
     ) -> list[ServerHandle]:  # fmt: skip
-        """Start local expert servers, and return them when their experts can be found.
+        """Start expert servers, and return them when their experts can be found.
 
         Example:
             swarm.serve("ffn", hidden=256, grid=(4, 4), servers=4)
+            swarm.serve("ffn", hidden=256, grid=(16, 16), servers=8, on=Client(cluster))
 
         Args:
             kind: "ffn" (default), "transformer", "nop", a name given to `register_expert`, or a
@@ -138,10 +142,14 @@ class Swarm(SwarmLifecycle):
             name: The grid's name, by default that of the kind.
             uids: Which places to take, instead of `experts`. Another server that is alive must
                 not serve them.
-            isolation: "process", or "task" for a server in this process; by default "process" if
-                a process can import the kind. A name that only this process knows needs "task".
+            isolation: "process" (default), or "task" for a server in this process. A kind that
+                no import finds, as from a notebook cell, is handed to a process as code.
+            on: A `Client` of Dask, at whose workers the servers run; by default they run here.
+                Workers on other machines have to reach this one: `listen="tcp://0.0.0.0:*"`.
+            workers: Which workers, by addresses, names or hosts, as for Dask.
+            resources: What each server takes of its worker's, as for Dask: `{"GPU": 1}`.
             checkpoint_dir: Where experts are loaded from and saved to; by default a folder that
-                ends with the swarm.
+                ends with the swarm, or with the worker. One that all hosts share outlives both.
             checkpoint_period: Seconds between two saves; by default 10, or more if saving takes
                 over 2 % of the time.
             checkpoint_keep: Checkpoints of each expert that are kept; older ones are called
@@ -166,30 +174,29 @@ class Swarm(SwarmLifecycle):
         Raises:
             ExpertsTaken: There are not as many free places, or others serve those that are named.
             ValueError: The arguments do not fit together, or do not fit the running swarm.
-            ServerFailed: A server did not start.
+            ServerFailed: A server did not start; on a cluster it says at which host, and why.
         """
-        if backend is not None and not isinstance(backend, BackendConfig):
-            raise ValueError(f"backend={backend!r}: a BackendConfig, such as lk.BackendConfig(lr=1e-3)")
-        given = {"hidden": hidden, "inner": inner, "heads": heads, "causal": causal, "max_length": max_length}
-        options |= {option: value for option, value in given.items() if value is not None}
+        options |= planning.given(hidden=hidden, inner=inner, heads=heads, causal=causal, max_length=max_length)
         check_options(kind, options, also=inspect.signature(Swarm.serve).parameters)
         name = planning.grid_name(kind, name, uids)
-        known = self.grids().get(name)
         fit = partial(planning.fit_options, kind, options, name)
-        isolation, of_server = planning.isolate(isolation, kind, fit(known))
+        cluster = cluster_of(on, workers, resources, servers)
+        isolation, of_server = planning.isolate(
+            isolation, kind, fit(self.grids().get(name)), cluster=cluster is not None
+        )
         directory = Path(self._folder.name) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
         order = ServeOrder(
             Wish(name, grid, experts, uids), of_server, options, fit, servers, isolation,
             config={
-                "backend": backend or BackendConfig(), "checkpoint_dir": str(user_path(directory, "checkpoint_dir")),
+                "backend": planning.check_backend(backend), "checkpoint_dir": str(user_path(directory, "checkpoint_dir")),
                 "checkpoint_period": checkpoint_period, "checkpoint_keep": checkpoint_keep, "threads": threads,
                 "seed": seed, "label": label,
             },
             node=self._node_config, members=self._members, lasting=checkpoint_dir is not None,
-            threads=get_num_threads(), beside=sum(server.alive for server in self.servers), folder=self._folder.name,
+            threads=get_num_threads(), beside=sum(server.alive and not server.worker for server in self.servers),
+            folder=self._folder.name, cluster=cluster,
         )  # fmt: skip
-        handles = self._portal.call(order.execute, self._lab)
-        self.servers += handles
+        self.servers += (handles := execute(order, self._portal, self._lab))
         return handles
 
     @suggest_options

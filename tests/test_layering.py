@@ -33,8 +33,8 @@ FLOORS = [
     "training", "simulation",
     # the notebook
     "launch", "view", "view.worker_thread", "view.scene", "view.outputs", "view.collect", "view.summary",
-    "view.picture", "view.log", "view.page", "view.export", "view.recording", "view.progress", "view.swarm_view",
-    "swarm_lifecycle", "swarm", "resuming",
+    "view.picture", "view.log", "view.page", "view.export", "view.recording", "view.progress", "view.starting",
+    "view.swarm_view", "swarm_lifecycle", "swarm", "resuming",
     # other people's training loops
     "integrations",
     # what a user imports; it imports the others when they are used
@@ -56,6 +56,9 @@ ONLY = {
     "transformers": {"integrations/"},
     "lightning": {"integrations/"},
     "pytorch_lightning": {"integrations/"},
+    # Dask has a network of its own, to workers that the user has started.
+    "distributed": {"launch/cluster.py", "launch/cluster_worker.py"},
+    "dask": set[str](),
     "threading": {
         "portal.py",
         "server/executor.py",
@@ -66,6 +69,7 @@ ONLY = {
         "simulation/lockstep.py",
         "launch/parent.py",
         "interrupts.py",
+        "launch/cluster_worker.py",
         "view/worker_thread.py",
         "view/outputs.py",
         "view/swarm_view.py",
@@ -79,14 +83,14 @@ ONLY = {
     "multiprocessing": set[str](),  # a server process is spawned as `python -m labkit serve`
     "asyncio": set[str](),
     "pickle": set[str](),  # nothing that came from elsewhere may ever be unpickled
-    "cloudpickle": set[str](),
+    "cloudpickle": {"launch/by_value.py"},  # but code for processes of one's own; see below
     "dill": set[str](),
     "marshal": set[str](),
     "shelve": set[str](),
 }
 LATE = [
     "ipywidgets", "anywidget", "wandb", "datasets", "sklearn", "scipy", "matplotlib", "IPython", "PIL", "pandas",
-    "pyarrow", "transformers", "accelerate", "lightning",
+    "pyarrow", "transformers", "accelerate", "lightning", "cloudpickle", "distributed",
 ]  # fmt: skip
 
 Files = Mapping[str, str]  # module ("wire/frames.py") -> source
@@ -268,6 +272,36 @@ def test_nobody_calls_torch_load_or_save_which_pickle():
         if isinstance(node, ast.Attribute) and node.attr in ("load", "save") and ast.unparse(node.value) == "torch"
     ]
     assert users == []
+
+
+def test_code_is_handed_to_processes_of_ones_own_alone_and_nothing_from_the_network_is_ever_unpickled():
+    """Only a child reads code, of its standard input: what its own parent wrote."""
+    users = {module for module in house() if "launch/by_value.py" in imported_modules(module, house())}
+    assert users == {"launch/planning.py", "launch/order.py", "launch/server_process.py", "launch/child.py",
+                     "launch/placement.py"}  # fmt: skip
+    readers = {
+        module
+        for module in users
+        for node in ast.walk(ast.parse(house()[module]))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "by_value.read"
+    }
+    assert readers == {"launch/child.py"}
+    named = {
+        module
+        for module, source in house().items()
+        for name in imports(module, source)
+        if name.startswith("labkit.launch.by_value.") and name.rpartition(".")[2] in ("read", "write")
+    }
+    assert named == set(), "its functions are called by their full names, so that this test finds them"
+    # The child, which reads, hears of the network only behind `serve_experts`, and reads before that begins.
+    child = house()["launch/child.py"]
+    assert child.count("by_value.read") == 2 and child.index("_with_code(msgspec") < child.index("trio.run(_serve")
+
+
+def test_a_worker_of_a_cluster_loads_no_torch():
+    code = "import sys, labkit.launch.cluster_worker; print('torch' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60).stdout
+    assert output.split() == [b"False"]
 
 
 def test_importing_labkit_is_quick_and_brings_no_widgets_and_no_data_sets_nor_do_the_digits():

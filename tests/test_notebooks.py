@@ -104,9 +104,9 @@ def check_watch_it_fail(notebook: Any, full: bool) -> None:
 
 def check_your_own_expert(notebook: Any, full: bool) -> None:
     plain = texts(notebook)
-    assert "('task', ('gated.0', 'gated.1'))" in plain and "('task', ('scaled.0', 'scaled.1'))" in plain
+    assert "('process', ('gated.0', 'gated.1'))" in plain and "('process', ('scaled.0', 'scaled.1'))" in plain
     assert plain.count("('process', ('reader.") == 2
-    assert "'Gated' is defined in the notebook or script, which a server process cannot import" in plain
+    assert "Locked cannot be handed to a server process (TypeError: cannot pickle" in plain
     assert min(numbers(r"gradient of the \w+ +\[[0-9, ]+\], norm ([0-9.]+)", plain)) > 0
     assert "gradient of the tokens [5, 8, 32]" in plain
     assert "updates of reader.0.0: 0 before, 1 after" in plain
@@ -139,6 +139,17 @@ def check_two_notebooks_one_swarm(notebook: Any, full: bool) -> None:
         0.95 if full else 0.5
     )
     assert snapshots(notebook)
+
+
+def check_a_cluster_from_a_cell(notebook: Any, full: bool) -> None:
+    plain, html = texts(notebook), texts(notebook, "text/html")
+    assert plain.count("an expert with 4,256 parameters") == 4, "what a server wrote at its worker"
+    assert "worker 0: swish.0.0" in plain and "worker 1: swish.0.1" in plain
+    assert re.search(r"servers\[1\] \S+</td>", html), "the name of the host"
+    assert re.search(r"steps: its worker on \S+ \(tcp://\S+\) was lost; restart\(\) brings", plain)
+    assert "8 experts alive, servers[0] is running again" in plain
+    assert numbers(ACCURACY, plain)[-1] >= (0.9 if full else 0.2)
+    assert snapshots(notebook) and len(pictures(notebook)) > len(snapshots(notebook))
 
 
 def check_expert_search(notebook: Any, full: bool) -> None:
@@ -217,12 +228,13 @@ CHECKS: dict[str, Callable[[Any, bool], None]] = {
     "03_your_own_expert": check_your_own_expert,
     "04_log_to_wandb": check_log_to_wandb,
     "05_two_notebooks_one_swarm": check_two_notebooks_one_swarm,
+    "06_a_cluster_from_a_cell": check_a_cluster_from_a_cell,
 }
 
 
 def test_every_notebook_has_its_checks_and_every_tutorial_is_in_the_list() -> None:
     assert sorted(path.stem for path in NOTEBOOKS) == sorted(CHECKS)
-    assert len(TUTORIALS) == 6
+    assert len(TUTORIALS) == 7
     contents = (ROOT / "tutorials" / "README.md").read_text(encoding="utf-8")
     assert all(f"({path.name})" in contents for path in TUTORIALS)
 

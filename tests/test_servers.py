@@ -17,7 +17,7 @@ from torch import nn
 
 import labkit as lk
 from labkit.errors import LabkitError, ServerFailed
-from labkit.launch.runners import environment
+from labkit.launch.child_python import server_environment
 from labkit.server.checkpoints import load_expert
 from labkit.swarm import Swarm
 from labkit.wire.security import Identity, key_text
@@ -55,7 +55,7 @@ def test_the_secret_key_of_a_server_is_in_no_argument_and_no_environment(four):
 def test_torchs_threads_do_not_spin_in_a_server_unless_the_user_wants_them_to(four, monkeypatch):
     assert psutil.Process(four.servers[0].pid).environ()["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert environment()["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert server_environment()["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_faults_reach_processes_and_change_while_they_run(four):

@@ -159,13 +159,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a period": (dict(checkpoint_period=0), "checkpoint_period=0"),
     "none kept": (dict(checkpoint_keep=0), "checkpoint_keep=0: a number of checkpoints, at least 1"),
     "threads": (dict(threads=0), "threads=0: at least 1"),
-    "a lambda in a process": (
-        dict(kind=lambda: nn.Identity(), name="new", isolation="process"),
-        "cannot import .*lambda.* isolation=.task.",
+    "a kind for a process": (
+        dict(kind=partial(nn.Identity, threading.Lock()), name="new", isolation="process"),
+        "partial cannot be handed to a server process .* isolation=.task.",
     ),
     "an option for a process": (
-        dict(kind="torch.nn:Linear", name="new", isolation="process", device=object()),
-        "device=<object .* cannot be handed to a server process .* isolation=.task.",
+        dict(kind="torch.nn:Linear", name="new", isolation="process", device=threading.Lock()),
+        "device=<unlocked .* cannot be handed to a server process .* isolation=.task.",
     ),
 }  # fmt: skip
 
@@ -218,13 +218,17 @@ def test_a_registered_kind_and_one_from_a_module_are_served_by_their_names(swarm
     assert swarm.expert("linear.0")(X).shape == X.shape
 
 
-def test_a_kind_that_no_process_can_import_is_served_by_a_task(swarm):
-    class Local(nn.Identity):
-        pass
+def test_a_task_keeps_what_labkit_says_of_its_experts_and_python_prints_it_as_ever(swarm, capsys):
+    class Failing(nn.Identity):
+        def forward(self, x):
+            raise ZeroDivisionError("an expert of a test")
 
-    (server,) = swarm.serve(Local, grid=(1,))
-    assert server.isolation == "task"
+    (server,) = swarm.serve(Failing, grid=(1,), isolation="task")
     assert server.pid == os.getpid()
+    with pytest.raises(lk.LabkitError, match="an expert of a test"):
+        swarm.expert("failing.0")(X)
+    assert "an expert of a test" in server.logs()
+    assert server.logs(1) in server.logs() and server.logs(0) == ""
 
 
 def test_a_seed_makes_the_same_experts_whoever_serves_them(swarm, tmp_path):
@@ -338,7 +342,7 @@ def test_an_expert_whose_own_code_fails_is_told_of_with_its_own_words(swarm):
         raise KeyError("my weights")
 
     with pytest.raises(ServerFailed, match=r"the server of broken.0 did not start: 'my weights'") as caught:
-        swarm.serve(broken, grid=(1,))
+        swarm.serve(broken, grid=(1,), isolation="task")
     assert isinstance(caught.value.__cause__, KeyError)  # a notebook shows where it happened
 
 

@@ -22,8 +22,7 @@ from typing import Any
 
 from labkit.bench.report import check_at_least, ratios_to
 from labkit.errors import LabkitError
-from labkit.launch.child_python import child_environment, python_command
-from labkit.launch.runners import OWN_GROUP
+from labkit.launch.child_python import OWN_GROUP, child_environment, python_command
 from labkit.paths import user_path
 
 MEASUREMENT_TIMEOUT = 1200.0  # seconds; the latency benchmark takes six minutes

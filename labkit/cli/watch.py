@@ -40,8 +40,7 @@ from labkit.contact import Contact
 from labkit.errors import LabkitError
 from labkit.forks import keep_private, release
 from labkit.interrupts import interrupts_wait
-from labkit.launch.child_python import child_environment, child_folder, python_command
-from labkit.launch.runners import OWN_GROUP
+from labkit.launch.child_python import OWN_GROUP, child_environment, child_folder, python_command
 from labkit.launch.temporary_folder import TemporaryFolder
 from labkit.paths import user_path
 from labkit.swarm import Swarm

@@ -1,9 +1,10 @@
 """An expert server as a child process: what its parent tells it, and what it runs.
 
-The parent (`runners.ServerProcess`) writes to the child's standard input, one JSON object a line: first the
-configuration (with the secret key, which thus appears in no argument list), then commands. The end of the input means
-that the parent is gone, and the child stops cleanly: a killed kernel leaves no orphan. On its standard output the child
-reports that it is ready, or why not. Batches do not come this way; they reach `server.server` through the network.
+The parent (`server_process.ServerProcess`, or `cluster_worker` at a worker of a cluster) writes to the child's standard
+input, one JSON object a line: first the configuration (with the secret key, which thus appears in no argument list, and
+with the code of experts that no import finds), then commands. The end of the input means that the parent is gone, and
+the child stops cleanly: a killed kernel leaves no orphan. On its standard output the child reports that it is ready, or
+why not. Batches do not come this way; they reach `server.server` through the network.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -27,11 +29,13 @@ from labkit.contact import Contact
 from labkit.errors import LabkitError
 from labkit.events import AddressChanged, AddressNews, Event, ReachabilityChanged
 from labkit.faults import Faults
+from labkit.launch import by_value
 from labkit.launch.parent import watch_parent
 from labkit.launch.temporary_folder import remove_if_abandoned, use
 from labkit.node import NodeConfig
 from labkit.portal import unwrap
 from labkit.server.config import ServerConfig
+from labkit.server.layers import register_expert
 from labkit.server.leaving import STOP_TIMEOUT
 from labkit.server.loading import LoadOrder
 from labkit.server.server import serve_experts
@@ -57,6 +61,9 @@ class ChildConfig(msgspec.Struct):
     loss: float
     folder: str | None  # the parent's temporary folder, which is to last as long as this process
     direct: dict[str, tuple[str, int]] = {}  # where nodes of this machine are called: see `ZmqNetwork.direct`; keys hex
+    kind_code: bytes | None = None  # of `by_value.write`: the kind of the experts, if no import finds it
+    registered: bool = False  # whether it has its name from `register_expert`
+    options_code: bytes | None = None  # and their options, if they are not plain
 
 
 class ChildLoad(msgspec.Struct):
@@ -113,6 +120,7 @@ class ChildReport(msgspec.Struct):
     ready: Contact | None = None
     stop_timeout: float = STOP_TIMEOUT  # seconds that a clean stop may take, by the size of its experts
     failed: str | None = None
+    error: str = ""  # the type of what `failed` tells
     loaded: int | None = None  # the number of an order; `failed` says what went wrong, if something did
     news: ChildNews | None = None
     direct: tuple[str, int] | None = None  # where this machine calls it, if others do so through a relay
@@ -130,7 +138,7 @@ def main() -> NoReturn:
     try:
         line = sys.stdin.buffer.readline()
         if line:  # else the parent has gone already
-            config = msgspec.json.decode(line, type=ChildConfig)
+            config = _with_code(msgspec.json.decode(line, type=ChildConfig))
             folder = config.folder
             hold = use(folder) if folder is not None else None
             gc.freeze()  # what was imported stays: to look through torch for garbage holds all calls up for 60 ms
@@ -142,13 +150,26 @@ def main() -> NoReturn:
         failure = unwrap(error)
         if not isinstance(failure, (LabkitError, ValueError)):
             logger.exception("the server failed")
-        _report(reports, ChildReport(failed=str(failure) or type(failure).__name__))
+        _report(reports, ChildReport(failed=str(failure) or type(failure).__name__, error=type(failure).__name__))
     finally:
         with suppress(OSError):  # nobody may be left to read it
             sys.stderr.flush()
         if folder is not None:
             remove_if_abandoned(folder)  # by a parent that was killed, and by all of its other servers
         os._exit(status)  # waits for no thread: one may be reading commands, or computing
+
+
+def _with_code(config: ChildConfig) -> ChildConfig:
+    """The configuration with the kind and the options that were handed over as code, if any were."""
+    if config.kind_code is not None:
+        kind = by_value.read(config.kind_code)
+        if config.registered:
+            register_expert(config.server.kind, kind)
+        else:
+            config.server = replace(config.server, kind=kind)
+    if config.options_code is not None:
+        config.server = replace(config.server, options=by_value.read(config.options_code))
+    return config
 
 
 async def _serve(config: ChildConfig, reports: BinaryIO) -> None:

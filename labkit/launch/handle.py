@@ -14,7 +14,9 @@ import trio
 
 from labkit.contact import Contact
 from labkit.errors import CheckpointError, LabkitError, ServerFailed
+from labkit.expert_protocol import clean_label
 from labkit.faults import Faults
+from labkit.launch.cluster import Cluster
 from labkit.launch.lab import Lab
 from labkit.launch.lifecycle import ServerLifecycle
 from labkit.launch.runners import ServerPlan
@@ -29,7 +31,7 @@ MAX_STARTING = 8  # servers that start at the same time; hundreds would hold eac
 
 
 class ServerHandle(ProcessBound):
-    """A local expert server. `Swarm.serve` returns handles, and `swarm.servers` lists them.
+    """A server that was started from here. `Swarm.serve` returns handles.
 
     Its methods may be called from any thread but the lab thread. Those that change something
     return when it is done, unless they are called with `wait=False`.
@@ -40,18 +42,21 @@ class ServerHandle(ProcessBound):
         failure: What went wrong, if the state is "failed".
         alive: Whether it is running.
         uids: The experts that it holds.
-        label: The name that all who look at the swarm see; empty if it has none.
+        label: The name that all who look at the swarm see; empty if it has none. On a cluster
+            by default the name of its host.
+        host: The host that it runs on, or ran on last, if that is of a cluster; else empty.
+        worker: The address of its worker there, as Dask says it; else empty.
         contact: Its address and public key; `None` before its first start.
-        pid: The process that it runs in; `None` while it is not running.
-        isolation: "process" or "task".
+        pid: The process that it runs in, on its host; `None` while it is not running.
+        isolation: "process", "task" or "cluster".
         plan: All that it takes to start it.
         lifecycle: What starts and ends it; for use inside the lab thread.
     """
 
-    def __init__(self, lab: Lab, plan: ServerPlan, isolation: str) -> None:
+    def __init__(self, lab: Lab, plan: ServerPlan, isolation: str, cluster: Cluster | None = None) -> None:
         self.plan = plan
         self.isolation = isolation
-        self.lifecycle = ServerLifecycle(lab, plan, isolation)
+        self.lifecycle = ServerLifecycle(lab, plan, isolation, cluster)
         self._lab = lab
 
     @property
@@ -72,7 +77,17 @@ class ServerHandle(ProcessBound):
     @property
     def label(self) -> str:
         """The name that all who look at the swarm see; empty if it has none."""
-        return self.plan.server.label
+        return self.plan.server.label or clean_label(self.host)
+
+    @property
+    def host(self) -> str:
+        """The host that it runs on, or ran on last, if that is of a cluster."""
+        return self.lifecycle.host
+
+    @property
+    def worker(self) -> str:
+        """The address of the worker that it runs at, or ran at last, if that is of a cluster."""
+        return self.lifecycle.worker
 
     @property
     def alive(self) -> bool:
@@ -148,6 +163,20 @@ class ServerHandle(ProcessBound):
             ServerFailed: It did not start, or could not save its experts before (only if `wait`).
         """
         self._lab.portal.call(self.lifecycle.order, ServerEvent.START, wait)
+
+    def logs(self, lines: int = 100) -> str:
+        """Returns the last lines that it wrote: warnings, errors, and what its experts print.
+
+        They are kept when it ends and when it is restarted. Of a server that is a task they are
+        labkit's warnings alone, since what its experts print appears in this process anyway.
+
+        Example:
+            print(server.logs())
+
+        Args:
+            lines: How many at most, up to 1000.
+        """
+        return "\n".join(list(self.lifecycle.log)[-lines:] if lines > 0 else [])
 
     def faults(self, latency: float | None = None, loss: float | None = None) -> Faults:
         """Inject faults into this server alone, now and after a restart. See `Swarm.faults`.

@@ -7,6 +7,7 @@ A `ServerHandle` passes a notebook's orders on to it. What each order and each e
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Sequence
 from functools import partial
 
@@ -16,9 +17,12 @@ from labkit.contact import Contact
 from labkit.errors import CheckpointError, LabkitError, ServerFailed
 from labkit.events import AddressChanged, AddressNews, ReachabilityChanged
 from labkit.faults import Faults
+from labkit.launch.cluster import Cluster
+from labkit.launch.cluster_runner import ServerOnWorker
 from labkit.launch.lab import Lab
 from labkit.launch.ports import keep_port
-from labkit.launch.runners import Runner, ServerPlan, ServerProcess, ServerTask
+from labkit.launch.runners import LOG_LINES, Runner, ServerPlan, ServerTask
+from labkit.launch.server_process import ServerProcess
 from labkit.launch.states import ServerEvent, ServerState, next_state
 from labkit.portal import unwrap
 from labkit.reachability import Reach
@@ -34,16 +38,22 @@ class ServerLifecycle:
 
     Attributes:
         plan: All that it takes to start the server.
-        isolation: "process" or "task".
+        isolation: "process", "task" or "cluster".
         contact: Its address and public key; `None` before its first start.
         reachability: Whether others reach it, as it was found last.
         failure: What went wrong, if the state is "failed".
         faults: What the server injects, now and after a restart.
+        log: The last lines that the server wrote, those of earlier runners first.
+        host: The name of the host that it runs on, or ran on last; empty for this one.
+        worker: The address of its worker, or last one, if that is of a cluster; else empty.
     """
 
-    def __init__(self, lab: Lab, plan: ServerPlan, isolation: str) -> None:
+    def __init__(self, lab: Lab, plan: ServerPlan, isolation: str, cluster: Cluster | None = None) -> None:
         self.plan = plan
         self.isolation = isolation
+        self.log: deque[str] = deque(maxlen=LOG_LINES)
+        self.host = self.worker = ""
+        self._cluster = cluster
         self.contact: Contact | None = None
         self.reachability: ReachabilityChanged | None = None
         self.failure: str = ""
@@ -216,13 +226,10 @@ class ServerLifecycle:
                 await self._until_saved(saving)
             with trio.fail_after(START_TIMEOUT):
                 await self._reap()
-                plan = await keep_port(self.plan, self.contact)
+                plan = self.plan if self._cluster is not None else await keep_port(self.plan, self.contact)
                 if self._orders != number or self.state != "starting":
                     raise ServerFailed(self.failure)
-                network, emit = self._lab.network, self._lab.emit
-                runner = self._runner = (
-                    ServerProcess(network) if self.isolation == "process" else ServerTask(network, emit)
-                )
+                runner = self._runner = self._make_runner()
                 await self._lab.nursery.start(self._run, runner, plan)
                 await self._until_found()
             return
@@ -241,6 +248,13 @@ class ServerLifecycle:
         hide = isinstance(cause, (LabkitError, trio.TooSlowError))  # says it all; else it is an expert's own code
         raise ServerFailed(f"{self._label} did not start: {failure}") from None if hide else cause
 
+    def _make_runner(self) -> Runner:
+        if self._cluster is not None:
+            return ServerOnWorker(self._cluster, self._lab.node, self.log)
+        if self.isolation == "process":
+            return ServerProcess(self.log, self._lab.network)
+        return ServerTask(self._lab.network, self._lab.emit, self.log)
+
     async def _run(self, runner: Runner, plan: ServerPlan, *, task_status: trio.TaskStatus[None]) -> None:
         """The whole life of a runner."""
         self.reachability = None
@@ -249,7 +263,7 @@ class ServerLifecycle:
             contact = await nursery.start(runner.run, plan, self.faults)
             await trio.lowlevel.checkpoint_if_cancelled()  # else it would be running, and end with the start
             if self._runner is runner:
-                self.contact = contact
+                self.contact, self.host, self.worker = contact, runner.host, runner.worker
                 self._advance(ServerEvent.READY)
                 await self.apply_faults()  # they may have changed meanwhile
             task_status.started()

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from labkit.joining import check_announced
 from labkit.launch import planning
+from labkit.launch.by_value import HandedKind
+from labkit.launch.cluster import Cluster
 from labkit.launch.handle import ServerHandle, begin_all
 from labkit.launch.lab import Lab
 from labkit.launch.places import Places, Wish, hold_places
@@ -48,10 +50,14 @@ class ServeOrder:
         threads: Torch's threads in the caller's thread, which the servers here share.
         beside: How many servers run here already.
         folder: The swarm's temporary folder.
+        cluster: Where the servers run, if not here.
+
+    Attributes:
+        handles: The servers, once they begin to start.
     """
 
     wish: Wish
-    kind: str | Factory
+    kind: str | Factory | HandedKind
     options: Mapping[str, Any]
     fit: planning.Fit
     servers: int
@@ -63,6 +69,8 @@ class ServeOrder:
     threads: int
     beside: int
     folder: str | None = None
+    cluster: Cluster | None = None
+    handles: list[ServerHandle] = field(default_factory=list, init=False)
 
     async def execute(self, lab: Lab) -> list[ServerHandle]:
         """Take the places and start the servers. Returns them when their experts can be found.
@@ -72,7 +80,8 @@ class ServeOrder:
             ValueError: What is wanted does not fit together, or does not fit the grid.
             ServerFailed: A server did not start. Then none is left.
         """
-        server_address(self.node, self.servers + self.beside)  # so that no place is taken in vain
+        if self.cluster is None:
+            server_address(self.node, self.servers + self.beside)  # so that no place is taken in vain
         failure = "" if self.node.announce is None else await self._check_announced(lab, self.node.announce)
         hidden = await lab.node.relaying.settle(lab.node.whereabouts, SETTLE_TIMEOUT) or self.node.hidden
         if failure and lab.node.whereabouts.now.state is not Reach.YES:
@@ -83,9 +92,9 @@ class ServeOrder:
             )  # fmt: skip
         kind = self.kind if isinstance(self.kind, str) else ""
         async with hold_places(lab.node, self.wish, kind, self.fit) as places:
-            handles = self._make_handles(lab, places, hidden)
-            await begin_all(handles)
-        return handles
+            self.handles.extend(self._make_handles(lab, places, hidden))
+            await begin_all(self.handles)
+        return self.handles
 
     async def _check_announced(self, lab: Lab, announce: str) -> str:
         """Check that the announced address is ours. Returns why this machine does not reach it, if others may."""
@@ -104,15 +113,18 @@ class ServeOrder:
 
     def _make_handles(self, lab: Lab, places: Places, hidden: bool | None) -> list[ServerHandle]:
         if places.options != self.options and self.wish.experts is None and self.wish.uids is None:
+            assert not isinstance(self.kind, HandedKind)  # only for kinds that are built in others say the options
             planning.check_all_places(self.kind, places.options, self.wish.name, len(places.uids))
         config = ServerConfig(
             uids=tuple(places.uids), grid=places.sizes, kind=self.kind, options=places.options, **self.config
         )
-        node = replace(self.node, hidden=hidden)
+        node = replace(self.node, hidden=hidden) if self.cluster is None else planning.node_elsewhere(self.node)
         plans = planning.plan_servers(
             config, self.servers, node, lab.node.contact, member_file=self.members.file, lasting=self.lasting,
             threads=self.threads, beside=self.beside, folder=self.folder,
         )  # fmt: skip
         checkpoint_directory(config.checkpoint_dir)  # made when all else is known to be right
         self.members.admit(*(plan.identity.public_key for plan in plans))
-        return [ServerHandle(lab, plan, self.isolation) for plan in plans]
+        if self.cluster is not None:
+            plans = planning.plans_elsewhere(plans, self.node, config.threads)
+        return [ServerHandle(lab, plan, self.isolation, self.cluster) for plan in plans]

@@ -11,19 +11,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
-from labkit.contact import Contact
+from labkit.contact import Contact, is_loopback
 from labkit.directory.grids import GridInfo
 from labkit.expert_uid import check_name, split_uid, spread
+from labkit.launch import by_value
+from labkit.launch.by_value import HandedKind
 from labkit.launch.ports import server_address
 from labkit.launch.runners import ServerPlan
+from labkit.launch.server_process import is_plain
 from labkit.node import NodeConfig
 from labkit.server.config import ServerConfig
-from labkit.server.layers import BUILTIN_KINDS, Factory, expert_reference, make_expert
+from labkit.server.layers import BUILTIN_KINDS, Factory, expert_reference, find_factory, make_expert
+from labkit.server.optimizer import BackendConfig
 from labkit.suggest import did_you_mean
-from labkit.wire.addresses import LOOPBACK, announced_address
+from labkit.wire.addresses import LOOPBACK, announced_address, ports_of, split_address
 from labkit.wire.security import Identity
 
 MAX_UNASKED_EXPERT_BYTES = 1 << 30  # of one expert whose options come from the swarm, not from the caller
@@ -53,6 +56,18 @@ def grid_name(kind: str | Factory, name: str | None, uids: Sequence[str] | None)
     text = kind if isinstance(kind, str) else getattr(kind, "__name__", "expert")
     plain = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in text.rpartition(":")[2])
     return check_name(plain.lower().strip("-_") or "expert")
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options of these that are given."""
+    return {option: value for option, value in options.items() if value is not None}
+
+
+def check_backend(backend: BackendConfig | None) -> BackendConfig:
+    """How experts are trained, by default as usual. Raises `ValueError` if it is something else."""
+    if backend is not None and not isinstance(backend, BackendConfig):
+        raise ValueError(f"backend={backend!r}: a BackendConfig, such as lk.BackendConfig(lr=1e-3)")
+    return backend or BackendConfig()
 
 
 def fit_options(kind: str | Factory, options: dict[str, Any], name: str, known: GridInfo | None) -> dict[str, Any]:
@@ -120,43 +135,67 @@ def _bytes_of(expert: torch.nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*expert.parameters(), *expert.buffers()))
 
 
-def isolate(isolation: str | None, kind: str | Factory, options: dict[str, Any]) -> tuple[str, str | Factory]:
+def isolate(
+    isolation: str | None, kind: str | Factory, options: dict[str, Any], *, cluster: bool = False
+) -> tuple[str, str | Factory | HandedKind]:
     """Where a server runs, and the kind as it is handed to the server.
 
     Args:
         isolation: "process" or "task"; `None` means a process wherever a process can be given the kind and its options.
         kind: The kind of the experts.
         options: Their options.
+        cluster: Whether the servers run on a cluster, which then takes the place of both.
 
     Returns:
-        "process" or "task", and the kind: for a process always a name that it can import.
+        "process", "task" or "cluster", and the kind: for all but a task a name to import, or its code.
 
     Raises:
         ValueError: There is no such isolation, or a process cannot be given the kind or the options.
     """
     if isolation not in (None, "process", "task"):
         raise ValueError(f"isolation={isolation!r}: 'process' or 'task'{did_you_mean(isolation, ('process', 'task'))}")
+    if cluster and isolation is not None:
+        raise ValueError(f"isolation={isolation!r}: a server on a cluster (on=…) is a process there; leave it out")
     if isolation == "task":
         return isolation, kind
+    importable = isinstance(kind, str) and (kind in BUILTIN_KINDS or ":" in kind)
+    factory = find_factory(kind) if isinstance(kind, str) and not importable else kind
     try:
-        reference = expert_reference(kind)
-        _check_plain(options)
-        return "process", reference
-    except ValueError:
+        handed = kind if isinstance(kind, str) and importable else _hand_over(kind, factory)
+        for option, value in options.items():
+            _check_handed(f"{option}={value!r}", value)
+    except ValueError as error:
+        if cluster:
+            raise ValueError(f"{error}; define it in a module that the workers can import") from None
         if isolation == "process" or isinstance(kind, str):
-            raise
-        return "task", kind
-
-
-def _check_plain(options: dict[str, Any]) -> None:
-    for key, value in options.items():
-        try:
-            msgspec.json.encode(value)
-        except (TypeError, ValueError) as error:
             raise ValueError(
-                f"{key}={value!r} cannot be handed to a server process ({error}); give numbers, texts and lists of "
-                'them, or serve it with isolation="task"'
+                f'{error}; define it in a module that can be imported, or serve it with isolation="task"'
             ) from None
+        return "task", kind
+    return "cluster" if cluster else "process", handed
+
+
+def _hand_over(kind: str | Factory, factory: Any) -> str | HandedKind:
+    """A kind as a process gets it: a name that it can import, or the code of its factory."""
+    if not callable(factory) or isinstance(factory, torch.nn.Module):
+        raise ValueError(f"{factory!r} does not make modules")
+    if not by_value.is_by_value(getattr(factory, "__module__", "")):
+        try:
+            return expert_reference(factory)
+        except ValueError:
+            pass  # no import finds it
+    name = kind if isinstance(kind, str) else getattr(factory, "__name__", type(factory).__name__)
+    return HandedKind(name, isinstance(kind, str), _check_handed(name, factory))
+
+
+def _check_handed(what: str, thing: Any) -> bytes:
+    """The code of a thing. Raises `ValueError` if it cannot be handed over."""
+    if is_plain({"": thing}):
+        return b""
+    try:
+        return by_value.write(thing)
+    except ValueError as error:
+        raise ValueError(f"{what} cannot be handed to a server process ({error})") from None
 
 
 def plan_servers(
@@ -191,4 +230,34 @@ def plan_servers(
     return [
         ServerPlan(replace(config, uids=part), node, Identity.generate(), (join,), member_file, lasting, folder)
         for part in parts
+    ]
+
+
+def node_elsewhere(node: NodeConfig) -> NodeConfig:
+    """The configuration of a swarm's node as servers on other hosts take it: they say themselves where they are."""
+    host = node.listen.rpartition(":")[0]
+    return replace(node, listen=f"{host}:*", announce=None, hidden=None, relay=None)
+
+
+def plans_elsewhere(plans: Sequence[ServerPlan], node: NodeConfig, threads: int | None) -> list[ServerPlan]:
+    """Plans of servers that run on other hosts than this process.
+
+    Args:
+        plans: The plans, as for this host.
+        node: The configuration of the swarm's own node.
+        threads: Torch's threads in each server; `None` for what its host has.
+
+    Returns:
+        The same, but each server listens on all interfaces of its host, if the swarm does not listen on this machine
+        only, in the swarm's range of ports, if it has one.
+    """
+    host, port = split_address(node.listen)
+    ports = ports_of(port)
+    if not is_loopback(host):
+        host = "::" if ":" in host else "0.0.0.0"
+    shown = f"[{host}]" if ":" in host else host
+    listen = f"tcp://{shown}:{port if ports is not None and len(ports) > 1 else '*'}"
+    return [
+        replace(plan, node=replace(plan.node, listen=listen), server=replace(plan.server, threads=threads))
+        for plan in plans
     ]

@@ -1,32 +1,28 @@
-"""The runners of a local server: each serves once, from its start to its end, as a process or as a task.
+"""The runners of a server: each serves once, from its start to its end, as a task, a process, or on a cluster.
 
-`ServerProcess` starts a child process, whose side is in `child`; `ServerTask` serves in the lab thread. A
-`ServerLifecycle` has one runner after another, and treats both kinds alike. A runner starts the server that batches
-reach through the network; no batch passes here.
+`ServerTask`, here, serves in the lab thread; `ServerProcess` (in `server_process`) starts a child process, and
+`ServerOnWorker` (in `cluster_runner`) the same child at a worker of a cluster. A `ServerLifecycle` has one runner after
+another, and treats all kinds alike. A runner starts the server that batches reach through the network; no batch passes
+here.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import subprocess
-import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import msgspec
 import trio
 
 from labkit.contact import Contact
-from labkit.errors import ServerFailed
 from labkit.events import AddressNews, Emit, Event, ignore
 from labkit.faults import Faults
-from labkit.forks import keep_private, release
-from labkit.launch.child import MAX_ORDERS, ChildCommand, ChildConfig, ChildLoad, ChildReport
-from labkit.launch.child_python import child_environment, child_folder, python_command
+from labkit.launch.child import MAX_ORDERS
 from labkit.node import NodeConfig
 from labkit.portal import unwrap
 from labkit.server.config import ServerConfig
@@ -38,16 +34,7 @@ from labkit.wire.zmq_transport import ZmqNetwork
 
 logger = logging.getLogger(__name__)
 
-STDERR_TIMEOUT = 0.5  # seconds to read the rest of what a dead child wrote to its standard error
-LAST_LINES = 30  # of the standard error of a child that failed, in the error that says so
-MAX_LINE = 10_000  # bytes of a line of standard error that is not complete
-COMMAND_QUEUE = 100  # commands that a child has not read yet
-# A session of its own, so that Ctrl-C in a terminal and the kernel's stop button reach the parent only.
-OWN_GROUP: dict[str, Any]
-if sys.platform == "win32":
-    OWN_GROUP = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-else:
-    OWN_GROUP = {"start_new_session": True}
+LOG_LINES = 1000  # of what a server wrote, which are kept
 
 
 @dataclass(frozen=True)
@@ -80,6 +67,14 @@ class Runner(Protocol):
     on_news: Callable[[AddressNews], object]  # called when there is news of its address
 
     @property
+    def host(self) -> str:
+        """The name of the host that it runs on; empty for this one."""
+
+    @property
+    def worker(self) -> str:
+        """The address of the worker of a cluster that it runs at; empty if it runs at none."""
+
+    @property
     def pid(self) -> int | None:
         """The process that it runs in."""
 
@@ -105,202 +100,14 @@ class Runner(Protocol):
         """Let it load experts, while it serves: see `LoadOrder`. Returns what went wrong, or an empty string."""
 
 
-class ServerProcess:
-    """A server as a child process."""
-
-    def __init__(self, network: ZmqNetwork) -> None:
-        self._direct = network.direct
-        self.stop_timeout = STOP_TIMEOUT  # until the child, when it is ready, says how long its own stop may take
-        self.on_news: Callable[[AddressNews], object] = ignore
-        self._process: trio.Process | None = None
-        self._scope = trio.CancelScope()
-        self._ended = trio.Event()
-        self._last_lines: deque[str] = deque(maxlen=LAST_LINES)
-        self._stderr_read = trio.Event()
-        self._commands: trio.MemorySendChannel[bytes] | None = None
-        self._unread = b""  # of what the child reports
-        self._loads = 0  # orders to load, so far
-        self._loaded: dict[int, str] = {}  # the answers to them that nobody has taken
-        self._news = trio.lowlevel.ParkingLot()  # where they are waited for
-
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process is not None else None
-
-    async def run(self, plan: ServerPlan, faults: Faults, *, task_status: trio.TaskStatus[Contact]) -> None:
-        """Start the process and wait for its end. Raises `ServerFailed` if it does not come to serve."""
-        try:
-            with self._scope:
-                await self._run(plan, faults, task_status)
-        finally:
-            self._ended.set()
-            self._news.unpark_all()
-
-    async def _run(self, plan: ServerPlan, faults: Faults, task_status: trio.TaskStatus[Contact]) -> None:
-        process = self._process = await trio.lowlevel.open_process(
-            python_command("labkit.launch.child"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment(),
-            cwd=child_folder(),
-            **OWN_GROUP,
-        )
-        assert process.stdin is not None
-        # A process that we forked would hold the child's input open, and so keep the child beyond our own end.
-        private = process.stdin.fileno() if isinstance(process.stdin, trio.lowlevel.FdStream) else -1
-        keep_private(private)
-        try:
-            async with trio.open_nursery() as nursery:
-                self._commands, to_send = trio.open_memory_channel[bytes](COMMAND_QUEUE)
-                nursery.start_soon(self._write_commands, to_send)
-                nursery.start_soon(self._read_stderr)
-                self._send(_config(plan, faults, self._direct))
-                task_status.started(await self._read_report(process))
-                nursery.start_soon(self._read_answers, process)
-                await self._wait_for_end(process)
-                nursery.cancel_scope.cancel()
-        finally:
-            self._direct.pop(plan.identity.public_key, None)
-            if process.returncode is None:
-                process.kill()
-            with trio.CancelScope(shield=True):
-                await process.wait()
-                release(private)
-                for stream in (process.stdin, process.stdout, process.stderr):
-                    assert stream is not None
-                    await trio.aclose_forcefully(stream)
-
-    async def _read_report(self, process: trio.Process) -> Contact:
-        assert process.stdout is not None
-        data = b""
-        while b"\n" not in data:
-            part = await process.stdout.receive_some()
-            if not part:
-                await self._wait_for_end(process)
-                raise ServerFailed(self._describe_end())
-            data += part
-        line, _, self._unread = data.partition(b"\n")
-        report = msgspec.json.decode(line, type=ChildReport)
-        if report.ready is None:
-            raise ServerFailed(report.failed or self._describe_end())
-        self.stop_timeout = report.stop_timeout
-        self._note_direct(report.ready, report.direct)
-        return report.ready
-
-    def _note_direct(self, contact: Contact, direct: tuple[str, int] | None) -> None:
-        """Call the child where this machine reaches it, if others reach it through a relay."""
-        if direct is not None:
-            self._direct[contact.key] = direct
-        else:
-            self._direct.pop(contact.key, None)
-
-    async def _read_answers(self, process: trio.Process) -> None:
-        """Read what the child reports once it serves."""
-        assert process.stdout is not None
-        while True:
-            *lines, self._unread = self._unread.split(b"\n")
-            for line in lines:
-                report = msgspec.json.decode(line, type=ChildReport)
-                if report.news is not None:
-                    self._note_direct(report.news.contact, report.direct)
-                    self.on_news(report.news.event)
-                if report.loaded is not None:
-                    self._loaded[report.loaded] = report.failed or ""
-                    self._news.unpark_all()
-            if not (part := await process.stdout.receive_some()):
-                return
-            self._unread += part
-
-    async def load(self, folder: str, uids: Sequence[str], check_only: bool) -> str:
-        self._loads += 1
-        number = self._loads
-        self._send(ChildCommand(load=ChildLoad(number, folder, list(uids), check_only)))
-        while number not in self._loaded:
-            if self._ended.is_set():
-                return "its process has ended meanwhile"
-            await self._news.park()
-        return self._loaded.pop(number)
-
-    async def _wait_for_end(self, process: trio.Process) -> None:
-        await process.wait()
-        with trio.move_on_after(STDERR_TIMEOUT):  # a child of its own may hold its standard error open
-            await self._stderr_read.wait()
-
-    def _describe_end(self) -> str:
-        lines = "\n".join(self._last_lines)
-        code = self._process.returncode if self._process is not None else None
-        return f"its process ended with code {code}" + (f" after saying\n{lines}" if lines else "")
-
-    async def _write_commands(self, commands: trio.MemoryReceiveChannel[bytes]) -> None:
-        assert self._process is not None and self._process.stdin is not None
-        try:
-            async for line in commands:
-                await self._process.stdin.send_all(line)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # the child is gone, which `run` notices
-
-    async def _read_stderr(self) -> None:
-        """Copy the child's standard error to our log."""
-        assert self._process is not None and self._process.stderr is not None
-        rest = b""
-        async for part in self._process.stderr:  # ends when the child does
-            *lines, rest = (rest + part).split(b"\n")
-            rest = rest[-MAX_LINE:]
-            for line in lines:
-                text = line.decode(errors="replace").rstrip()
-                self._last_lines.append(text)
-                logger.info("server %d: %s", self._process.pid, text)
-        self._stderr_read.set()
-
-    async def wait(self) -> str:
-        await self._ended.wait()
-        clean = self._process is not None and self._process.returncode == 0
-        return "" if clean else self._describe_end()
-
-    def stop(self) -> None:
-        self._send(ChildCommand(stop=True))
-
-    def hurry(self) -> None:
-        self._send(ChildCommand(hurry=True))
-
-    def kill(self) -> None:
-        self._scope.cancel()  # which `_run` answers with SIGKILL
-
-    def apply_faults(self, faults: Faults) -> None:
-        self._send(ChildCommand(latency=faults.latency, loss=faults.loss))
-
-    def _send(self, line: ChildConfig | ChildCommand) -> None:
-        if self._commands is not None:
-            try:
-                self._commands.send_nowait(msgspec.json.encode(line) + b"\n")
-            except (trio.WouldBlock, trio.BrokenResourceError):
-                pass  # the child is gone, or hangs and will be killed
-
-
-def environment() -> dict[str, str]:
-    """The environment of a server process: torch's threads sleep when idle, unless the user says otherwise.
-
-    By default they spin for milliseconds after each operation, on cores that callers need. Asleep, they let two
-    clients of one server make half as many calls of 2 MB again, on two cores, and the longest took a third of the time.
-    """
-    return {"OMP_WAIT_POLICY": "PASSIVE", **child_environment()}
-
-
-def _config(plan: ServerPlan, faults: Faults, direct: Mapping[bytes, tuple[str, int]]) -> ChildConfig:
-    member_file = None if plan.member_file is None else str(plan.member_file)
-    return ChildConfig(
-        plan.identity.seed.hex(), plan.server, plan.node, list(plan.join), member_file, faults.latency, faults.loss,
-        plan.folder, {key.hex(): at for key, at in direct.items()},
-    )  # fmt: skip
-
-
 class ServerTask:
     """A server as a task of the lab thread."""
 
+    host = worker = ""
     pid = os.getpid()
 
-    def __init__(self, network: ZmqNetwork, emit: Emit) -> None:
+    def __init__(self, network: ZmqNetwork, emit: Emit, log: deque[str]) -> None:
+        self._log = log
         self.stop_timeout = STOP_TIMEOUT
         self.on_news: Callable[[AddressNews], object] = ignore
         self._network = network
@@ -313,6 +120,8 @@ class ServerTask:
 
     async def run(self, plan: ServerPlan, faults: Faults, *, task_status: trio.TaskStatus[Contact]) -> None:
         status = _Status(task_status)
+        _log.set(self._log)
+        logging.getLogger("labkit").addHandler(_capture)  # once, however often
         try:
             with self._scope:
                 await serve_experts(
@@ -371,6 +180,31 @@ class ServerTask:
             await answered.wait()
             nursery.cancel_scope.cancel()
         return failure
+
+
+class _Capture(logging.Handler):
+    """Keeps what labkit logs in a task of a server, and in the threads of such a task, for `ServerHandle.logs`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (log := _log.get()) is not None:
+            log.append(self.format(record))
+        # Where nobody has set up logging, Python prints warnings, unless a logger has a handler, which is this one.
+        last = logging.lastResort
+        if last is not None and record.levelno >= last.level and not self._others(record.name):
+            last.handle(record)
+
+    def _others(self, name: str) -> bool:
+        found: logging.Logger | None = logging.getLogger(name)
+        while found is not None:
+            if any(handler is not self for handler in found.handlers):
+                return True
+            found = found.parent if found.propagate else None
+        return False
+
+
+_log: ContextVar[deque[str] | None] = ContextVar("log", default=None)
+_capture = _Capture(logging.WARNING)
+_capture.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
 
 
 async def _call_after(event: trio.Event, function: Callable[[], object]) -> None:

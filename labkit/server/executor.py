@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import Any, Protocol
 
 import torch
@@ -91,7 +92,9 @@ class ComputeThread:
     def __init__(self, device: str = "cpu", *, threads: int | None = None) -> None:
         self._threads = threads
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._main, name=f"labkit-compute-{device}", daemon=True)
+        self._thread = threading.Thread(
+            target=copy_context().run, args=(self._main,), name=f"labkit-compute-{device}", daemon=True
+        )
         self._ended = trio.Event()
 
     @property

@@ -92,7 +92,7 @@ def make_expert(kind: str | Factory, **options: Any) -> nn.Module:
     Raises:
         ValueError: The kind is unknown, or the factory doesn't take an option, or misses one.
     """
-    factory = _find_factory(kind) if isinstance(kind, str) else kind
+    factory = find_factory(kind) if isinstance(kind, str) else kind
     if isinstance(factory, nn.Module):
         raise ValueError(
             f"an expert kind is what makes a module, not a module: give the class {type(factory).__name__} and its "
@@ -117,25 +117,22 @@ def expert_reference(kind: str | Factory) -> str:
     """The kind as text from which another process can build: a built-in name or `"package.module:factory"`.
 
     Raises `ValueError` if a fresh process could not find it: lambdas, things defined in a notebook or inside a function
-    or class, and instances. The text says what to do instead.
+    or class, and instances. `launch/planning` then hands over its code.
     """
     if isinstance(kind, str):
         if kind in BUILTIN_KINDS or ":" in kind:
             return kind
-        kind = _find_factory(kind)
+        kind = find_factory(kind)
     module, name = getattr(kind, "__module__", None), getattr(kind, "__qualname__", None)
-    way_out = 'put it at the top level of a module that can be imported, or serve it with isolation="task"'
     if not isinstance(module, str) or not isinstance(name, str):
-        raise ValueError(f"a server process cannot import {kind!r}, which has no name of its own; {way_out}")
+        raise ValueError(f"a server process cannot import {kind!r}, which has no name of its own")
     if module == "__main__":
-        raise ValueError(
-            f"{name!r} is defined in the notebook or script, which a server process cannot import; {way_out}"
-        )
+        raise ValueError(f"{name!r} is defined in the notebook or script, which a server process cannot import")
     if not name.isidentifier():  # "<lambda>", "f.<locals>.g", "Outer.Inner"
-        raise ValueError(f"a server process cannot import {module}.{name}, which is not at the top level; {way_out}")
+        raise ValueError(f"a server process cannot import {module}.{name}, which is not at the top level")
     reference = f"{module}:{name}"
     if _import_factory(reference) is not kind:
-        raise ValueError(f"{reference} is now another object than the one given (redefined, or wrapped); {way_out}")
+        raise ValueError(f"{reference} is now another object than the one given (redefined, or wrapped)")
     return reference
 
 
@@ -147,7 +144,8 @@ def kind_name(kind: str | Factory) -> str:
         return kind if isinstance(kind, str) else getattr(kind, "__name__", type(kind).__name__)
 
 
-def _find_factory(kind: str) -> Factory:
+def find_factory(kind: str) -> Factory:
+    """The factory of a kind that is registered, or of `"package.module:factory"`. Raises `ValueError` if it is none."""
     if ":" in kind:
         return _import_factory(kind)
     if kind not in _factories:
@@ -198,7 +196,7 @@ def check_options(kind: str | Factory, options: Mapping[str, Any], also: Iterabl
     """
     if isinstance(kind, str) and ":" in kind:
         return
-    factory = _find_factory(kind) if isinstance(kind, str) else kind
+    factory = find_factory(kind) if isinstance(kind, str) else kind
     try:
         parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):
