@@ -188,7 +188,8 @@ class Swarm(SwarmLifecycle):
         order = ServeOrder(
             Wish(name, grid, experts, uids), of_server, options, fit, servers, isolation,
             config={
-                "backend": planning.check_backend(backend), "checkpoint_dir": str(user_path(directory, "checkpoint_dir")),
+                "backend": planning.check_backend(backend),
+                "checkpoint_dir": str(user_path(directory, "checkpoint_dir")),
                 "checkpoint_period": checkpoint_period, "checkpoint_keep": checkpoint_keep, "threads": threads,
                 "seed": seed, "label": label,
             },
