@@ -161,7 +161,7 @@ def test_damaged_and_empty_files_are_named(tmp_path):
 
 
 def test_without_the_hub_mnist_says_at_once_what_to_do(no_hub):
-    with pytest.raises(DataNotFound, match=r"'ylecun/mnist'.*--data-dir"):
+    with pytest.raises(DataNotFound, match=r"'ylecun/mnist'.*data_dir=…"):
         data.load("mnist")
     assert not datasets.config.HF_HUB_OFFLINE
 
