@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
+import msgspec
 import pytest
 import trio
 
@@ -14,14 +17,18 @@ from labkit import Swarm
 from labkit.contact import Contact
 from labkit.dht.node import DHTConfig
 from labkit.errors import ConnectionLost, LabkitError
-from labkit.events import AddressChanged, Event
+from labkit.events import AddressChanged, Event, ReachabilityChanged
 from labkit.expert_uid import ExpertInfo
+from labkit.launch.child import ChildNews, ChildReport
 from labkit.node import Node, NodeConfig, open_node
+from labkit.server import server
 from labkit.simulation.network import SimNetwork, open_simnet
+from labkit.wire import addresses
 from labkit.wire.addresses import FAR_IPV4, FAR_IPV6, all_interfaces, find_own_address
 from labkit.wire.security import Identity
 from labkit.wire.zmq_transport import open_network
 from tests.nodes import calling, changed, serving
+from tests.swarms import eventually
 
 UP = SimpleNamespace(isup=True)
 SMALL = NodeConfig(dht=DHTConfig(k=4))  # small enough that few nodes do not all know each other
@@ -129,6 +136,51 @@ async def test_a_node_that_does_not_encrypt_cannot_move_to_where_others_would_ca
             node.move("127.0.0.9", 70_000)
         before = node.contact
         assert node.move(before.host, before.port) == before
+
+
+def test_a_swarm_and_its_servers_follow_their_machine_and_servers_start_again_there(monkeypatch):
+    here = ""
+
+    async def find_own_address(host: str, toward: object = ()) -> str:
+        return here or await addresses.find_own_address(host)
+
+    joined: list[Contact] = []
+
+    async def serve_experts(*args: Any, join: Sequence[Contact], **options: Any) -> None:
+        joined.extend(join)
+        await server.serve_experts(*args, join=join, **options)
+
+    monkeypatch.setattr("labkit.whereabouts.find_own_address", find_own_address)
+    monkeypatch.setattr("labkit.whereabouts.LOOK_PERIOD", 0.05)
+    monkeypatch.setattr("labkit.launch.runners.serve_experts", serve_experts)
+    with Swarm("laptop", listen="tcp://0.0.0.0:*") as swarm:
+        moves: list[AddressChanged] = []
+        swarm.on_event(lambda event: moves.append(event) if isinstance(event, AddressChanged) else None)
+        (handle,) = swarm.serve("nop", grid=(1,), isolation="task")
+        assert len(set(hosts(swarm))) == 1
+        here = "203.0.113.8"
+        eventually(lambda: hosts(swarm) == ["203.0.113.8", "203.0.113.8"] and len(moves) == 2)
+        assert len({event.contact.port for event in moves}) == 2
+        handle.kill()
+        handle.restart(wait=False)
+        eventually(lambda: len(joined) == 2)
+        assert joined[1].host == "203.0.113.8"
+
+
+def test_a_server_process_tells_its_parent_what_is_new_about_its_address():
+    contact = at("192.0.2.7")
+    for event in (
+        AddressChanged(contact=contact, before="192.0.2.1:4000", reason="this machine has another address"),
+        ReachabilityChanged(contact=contact, state="not reachable", text="not reachable: a wall"),
+    ):
+        line = msgspec.json.encode(ChildReport(news=ChildNews.of(event)))
+        told = msgspec.json.decode(line, type=ChildReport).news
+        assert told is not None and replace(told.event, at=event.at) == event
+
+
+def hosts(swarm: Swarm) -> list[str]:
+    own = Contact.from_invitation(swarm.invite()).host
+    return [own, *(server.contact.host for server in swarm.servers if server.contact is not None)]
 
 
 # ---------------------------------------------------------------- which address is announced

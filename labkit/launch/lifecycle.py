@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import trio
@@ -226,7 +227,9 @@ class ServerLifecycle:
                 await self._until_saved(saving)
             with trio.fail_after(START_TIMEOUT):
                 await self._reap()
-                plan = self.plan if self._cluster is not None else await keep_port(self.plan, self.contact)
+                plan = self._plan_now()
+                if self._cluster is None:
+                    plan = await keep_port(plan, self.contact)
                 if self._orders != number or self.state != "starting":
                     raise ServerFailed(self.failure)
                 runner = self._runner = self._make_runner()
@@ -268,6 +271,11 @@ class ServerLifecycle:
                 await self.apply_faults()  # they may have changed meanwhile
             task_status.started()
             self._note_end(runner, await runner.wait())
+
+    def _plan_now(self) -> ServerPlan:
+        """Returns the plan, with our own node among those to join where it is now: it may have moved since."""
+        own = self._lab.node.contact
+        return replace(self.plan, join=tuple(own if contact.key == own.key else contact for contact in self.plan.join))
 
     def _note_news(self, runner: Runner, event: AddressNews) -> None:
         """Record that a server is reached at another address from now on, or whether it is."""
