@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from labkit.contact import Contact
 from labkit.directory.grids import GridInfo
 from labkit.errors import CAUSES
 from labkit.events import CallFailed, CallFinished, RowsUnanswered, ServerLost, StepFinished
@@ -22,6 +23,7 @@ from labkit.view.collect.sampler import Sampler
 from labkit.view.collect.telemetry import Telemetry
 from labkit.view.scene import SERIES, Layer, Scene, State
 from tests.fake_network import make_contact
+from tests.nodes import changed
 
 START = 1000.0
 GRIDS = {"ffn": GridInfo((2, 2), "ffn", {})}
@@ -175,6 +177,21 @@ def test_nothing_is_known_at_first():
     assert (scene.experts.uids, scene.servers.labels, scene.layers, scene.source) == ((), (), (), "servers")
     assert math.isnan(scene.headline.loss) and math.isnan(scene.headline.calls) is False
     assert scene.servers.latency.shape == (0, 4, 3) and scene.series.values.shape == (0, len(SERIES))
+
+
+def test_a_remote_server_that_has_moved_keeps_its_row_and_shows_its_new_address():
+    stage = Stage()
+    home, away = make_contact(1), changed(make_contact(1), host="203.0.113.9")
+
+    def served_at(contact: Contact) -> Scene:
+        infos = {uid: ExpertInfo(uid, contact) for uid in UIDS}
+        stage.inventory = Inventory(grids=GRIDS, polled_at=stage.now, experts=infos)
+        return stage.after(1)
+
+    for contact in (home, away, home):
+        scene = served_at(contact)
+        assert list(scene.servers.addresses) == list(scene.servers.labels) == [contact.endpoint]
+        assert states(scene) == ([State.ALIVE] * 4, [("remote", State.ALIVE)])
 
 
 def test_a_remote_server_is_alive_then_silent_then_gone_and_keeps_its_row():

@@ -51,6 +51,7 @@ class Registry:
         self._expert_layers: list[int] = []
         self._by_address: dict[str, int] = {}
         self._by_contact: dict[Contact, int] = {}
+        self._by_key: dict[bytes, int] = {}  # a server that has moved keeps its row
         self._locals: list[int] = []  # rows of the servers started here
         self._local_uids: list[tuple[str, ...]] = []
         self._inventory: Inventory | None = None
@@ -211,6 +212,8 @@ class Registry:
         servers = np.array([self._contact_row(contact, now) for contact in contacts], dtype=np.int64)
         self._declared[:] = UNDECLARED
         suspended, offered = servers[len(rows[0]) :], servers[: len(rows[0])]
+        for contact, row in dict(zip(contacts[: len(offered)], offered.tolist(), strict=True)).items():
+            self._show_address(contact, row)
         for listed, theirs, at in ((SUSPENDED, rows[1], suspended), (OFFERED, rows[0], offered)):
             shown = theirs >= 0
             self._declared[theirs[shown]] = listed
@@ -224,10 +227,23 @@ class Registry:
     def _contact_row(self, contact: Contact, now: float) -> int:
         row = self._by_contact.get(contact)
         if row is None:
-            row = self._by_contact[contact] = self.address_row(contact.endpoint, now)
+            moved = self._by_key.get(contact.key) if contact.endpoint not in self._by_address else None
+            row = self.address_row(contact.endpoint, now) if moved is None else moved
+            if row >= 0:
+                self._by_address[contact.endpoint] = self._by_key[contact.key] = row
+            self._by_contact[contact] = row
             if len(self._by_contact) > 4 * MAX_SERVERS:
                 self._by_contact.clear()
+                self._by_key.clear()
         return row
+
+    def _show_address(self, contact: Contact, row: int) -> None:
+        """Show the address at which a server that was started elsewhere is now."""
+        if row < 0 or self.local[row] >= 0 or self.addresses[row] == contact.endpoint:
+            return
+        if self.labels[row] == self.addresses[row]:
+            self.labels[row] = contact.endpoint
+        self.addresses[row] = contact.endpoint
 
     def called(self, rows: Ints, servers: Ints) -> None:
         """Learn from telemetry at which servers [n] experts [n] were last called, for experts without a server."""
