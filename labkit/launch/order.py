@@ -123,6 +123,9 @@ class ServeOrder:
             config, self.servers, node, lab.node.contact, member_file=self.members.file, lasting=self.lasting,
             threads=self.threads, beside=self.beside, folder=self.folder,
         )  # fmt: skip
+        relay = lab.node.relaying.relay
+        if relay is not None:  # which they need, too, and so find at once
+            plans = [replace(plan, join=(*plan.join, relay)) for plan in plans]
         checkpoint_directory(config.checkpoint_dir)  # made when all else is known to be right
         self.members.admit(*(plan.identity.public_key for plan in plans))
         if self.cluster is not None:

@@ -77,7 +77,7 @@ class RelayKeeper:
         Args:
             task_status: Told when there is a relay, or none was found.
         """
-        ready, pause = False, FIRST_PAUSE
+        ready, pause, again = False, FIRST_PAUSE, False
 
         def on_ready() -> None:
             nonlocal ready
@@ -89,12 +89,15 @@ class RelayKeeper:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_looking)
             while True:
-                if await self._serve_through_one(on_ready):
-                    pause = FIRST_PAUSE
+                refusals = await self._serve_through_one(on_ready)
+                if refusals is None:
+                    pause, again = FIRST_PAUSE, False
                     continue
-                on_ready()
+                if again:  # the first look-up may have been too early, or a relay be about to start
+                    self._on_none(refusals)
+                    on_ready()
                 await trio.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
+                pause, again = min(2 * pause, LONGEST_PAUSE), True
                 await self._look()
 
     async def _look(self) -> None:
@@ -117,8 +120,11 @@ class RelayKeeper:
         usable = (c for c in some.values() if c.key != self._contact.key and (self._contact.secure or c.is_loopback))
         return sorted(usable, key=lambda contact: contact.key == self._lost)[:MAX_ASKED]
 
-    async def _serve_through_one(self, on_ready: Callable[[], None]) -> bool:
-        """Ask relays, and be reached through the first that takes us, until it is gone. Returns whether one did."""
+    async def _serve_through_one(self, on_ready: Callable[[], None]) -> dict[str, str] | None:
+        """Ask relays, and be reached through the first that takes us, until it is gone.
+
+        Returns None then; if none takes us, why not, by address.
+        """
         scopes: list[trio.CancelScope] = []
         refusals: dict[str, str] = {}
 
@@ -161,10 +167,9 @@ class RelayKeeper:
                 with trio.move_on_after(STAGGER):
                     await settled.wait()
         if self.relay is None:
-            self._on_none(refusals)
-            return False
+            return refusals
         self._on_lost(refusals.get(self.relay.endpoint, ""))
-        return True
+        return None
 
     def _on_relayed(self, address: RelayedAddress) -> None:
         self.relay, self.problem = address.relay, ""
