@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
@@ -276,6 +277,46 @@ async def is_over(stream: trio.SocketStream) -> bool:
 
 async def is_idle(relay: Relay) -> bool:
     return relay.server.connections == 0
+
+
+async def test_two_clients_have_equal_shares_of_a_relay_however_many_connections_each_has():
+    seconds, rate = 1.0, 10e6
+    async with relaying(RelayLimits(mb_per_s=rate / 1e6)) as relay:
+        received = {"many": 0, "one": 0}
+
+        async def flood(port: int) -> None:
+            stream = await connect_to("127.0.0.1", port, 5)
+            async with stream:
+                while True:
+                    await stream.send_all(bytes(CHUNK))
+
+        async def swallow(name: str, stream: trio.SocketStream) -> None:
+            async with stream:
+                while data := await stream.receive_some(CHUNK):
+                    received[name] += len(data)
+
+        async def serve(name: str, connections: int) -> None:
+            (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            async with calling(relay.network) as caller, trio.open_nursery() as tasks:
+                tasks.start_soon(trio.serve_listeners, partial(swallow, name), [listener])
+                address = await tasks.start(hold_for, caller, relay, listener.socket.getsockname()[:2])
+                for _ in range(connections):
+                    tasks.start_soon(flood, address.port)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve, "many", 20)
+            nursery.start_soon(serve, "one", 1)
+            await soon(lambda: all_begun(received))
+            before = dict(received)
+            await trio.sleep(seconds)
+            gained = {name: received[name] - before[name] for name in received}
+            nursery.cancel_scope.cancel()
+        assert gained["one"] > 0.3 * sum(gained.values())
+        assert sum(gained.values()) < 2 * rate * seconds
+
+
+async def all_begun(received: dict[str, int]) -> bool:
+    return min(received.values()) > 0
 
 
 # ---------------------------------------------------------------- ends
