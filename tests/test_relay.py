@@ -249,6 +249,17 @@ async def test_callers_over_a_limit_are_hung_up_on_and_those_before_go_on(limits
             await soon(lambda: called(third, hidden.contact))
 
 
+async def test_a_relay_leaves_files_to_its_node_where_the_system_lets_it_open_few(monkeypatch):
+    monkeypatch.setattr(server, "open_files", lambda: 7)
+    async with relaying() as relay:
+        hidden = await relay.hide()
+        assert (await relay.client.call(hidden.contact, "echo", 1, timeout=20)).body == 1
+        async with calling(relay.network) as second:
+            with pytest.raises(RPCError):
+                await second.call(hidden.contact, "echo", 2, timeout=3)
+        assert (await relay.client.call(hidden.contact, "echo", 3, timeout=20)).body == 3
+
+
 async def called(client, contact):
     try:
         return (await client.call(contact, "echo", 1, timeout=2)).body == 1

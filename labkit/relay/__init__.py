@@ -8,5 +8,6 @@ caller to the hidden node, so that a relay sees none of the plain text, and Zero
 
 Reading order: `splice` (two streams joined, with back-pressure), `turns` (fair shares), `messages` (what relay and
 hidden node say to each other), `limits`, `server` (relays for others), `reservation` (a port at a relay, as the hidden
-node holds it), `finding` (relays in the DHT), `keeper` (keeps a node reachable: finds a relay, and takes another).
+node holds it), `finding` (relays in the DHT), `keeper` (keeps a node reachable: finds a relay, and takes another),
+`neighbours` (relayed nodes of one network call each other directly), `relaying` (all of it, for one node).
 """

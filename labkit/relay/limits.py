@@ -17,7 +17,8 @@ class RelayLimits:
 
     Args:
         clients: How many nodes it relays for. Each has one port.
-        connections: How many connections are relayed at the same time, in all.
+        connections: How many connections are relayed at the same time, in all; fewer if the
+            system lets a process open less than four files for each.
         connections_per_client: How many of them may be one node's.
         connections_per_caller: How many of a node's connections may come from one address.
         waiting_per_client: How many callers of a node may wait for it to fetch them.

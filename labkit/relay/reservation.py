@@ -30,6 +30,7 @@ from labkit.relay.messages import (
 )
 from labkit.relay.splice import Held, splice
 from labkit.wire.rpc_types import Caller
+from labkit.wire.zmq_transport import open_files
 
 RESERVE_TIMEOUT = 3.0  # seconds for the call
 CONNECT_TIMEOUT = 3.0  # seconds for a connection to the relay
@@ -37,6 +38,7 @@ ATTACH_TIMEOUT = 3.0  # seconds for the relay's answer on it
 LOCAL_TIMEOUT = 2.0  # seconds for a connection to our own socket
 IDLE_TIMEOUT = 90.0  # seconds; the relay closes silent connections before
 MAX_FETCHED = 1024  # connections at the same time, whatever the relay says
+FILES_PER_CALLER = 6  # of those that the system lets us open: it takes three, and the node needs some for itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ async def _fetch_callers(
     nursery: trio.Nursery,
 ) -> None:  # fmt: skip
     """Read what the relay says, and fetch its callers, until it is silent or gone."""
-    fetched = trio.CapacityLimiter(MAX_FETCHED)
+    fetched = trio.CapacityLimiter(max(1, min(MAX_FETCHED, open_files() // FILES_PER_CALLER)))
 
     async def fetch(id: bytes) -> None:
         try:

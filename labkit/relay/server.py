@@ -40,6 +40,7 @@ from labkit.relay.messages import (
 from labkit.relay.splice import Held, close_at_once, splice
 from labkit.relay.turns import FairTurns, Share
 from labkit.wire.rpc_types import Methods, Reply, Request, SyncMethod
+from labkit.wire.zmq_transport import open_files
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ ATTACH_TIMEOUT = 10.0  # seconds that a reservation waits for its client to atta
 FETCH_TIMEOUT = 5.0  # seconds that a caller waits to be fetched
 MAX_GREETING = 256  # connections that have not said yet whose they are
 MAX_GREETING_PER_HOST = 64  # of these, from one address
+FILES_PER_CONNECTION = 4  # of those that the system lets us open: it takes two, and the node needs some for itself
 MAX_KNOWN_PORTS = 1024  # clients whose last port is remembered, so that they keep their address
 
 
@@ -111,6 +113,7 @@ class RelayServer:
         self._clients: dict[bytes, _Client] = {}  # by reservation
         self._by_key: dict[bytes, _Client] = {}
         self._ports: dict[bytes, int] = {}  # the last one of each key, oldest first
+        self._most = min(self.limits.connections, max(1, open_files() // FILES_PER_CONNECTION))
         self._listen: Callable[[int], trio.SocketListener] | None = None
         self._nursery: trio.Nursery | None = None
         self.port = 0
@@ -342,7 +345,7 @@ class RelayServer:
     def _has_room(self, client: _Client, host: str) -> bool:
         limits = self.limits
         return (
-            self._connections < limits.connections
+            self._connections < self._most
             and client.connections < limits.connections_per_client
             and client.callers[host] < limits.connections_per_caller
             and len(client.waiting) < limits.waiting_per_client
