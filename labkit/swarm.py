@@ -180,25 +180,20 @@ class Swarm(SwarmLifecycle):
         check_options(kind, options, also=inspect.signature(Swarm.serve).parameters)
         name = planning.grid_name(kind, name, uids)
         fit = partial(planning.fit_options, kind, options, name)
-        cluster = cluster_of(on, workers, resources, servers)
-        isolation, of_server = planning.isolate(
-            isolation, kind, fit(self.grids().get(name)), cluster=cluster is not None
-        )
+        isolation, of_server = planning.isolate(isolation, kind, fit(self.grids().get(name)), cluster=on is not None)
         directory = Path(self._folder.name) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
         order = ServeOrder(
             Wish(name, grid, experts, uids), of_server, options, fit, servers, isolation,
             config={
+                "checkpoint_dir": str(user_path(directory, "checkpoint_dir")), "checkpoint_period": checkpoint_period,
+                "checkpoint_keep": checkpoint_keep, "threads": threads, "seed": seed, "label": label,
                 "backend": planning.check_backend(backend),
-                "checkpoint_dir": str(user_path(directory, "checkpoint_dir")),
-                "checkpoint_period": checkpoint_period, "checkpoint_keep": checkpoint_keep, "threads": threads,
-                "seed": seed, "label": label,
             },
             node=self._node_config, members=self._members, lasting=checkpoint_dir is not None,
             threads=get_num_threads(), beside=sum(server.alive and not server.worker for server in self.servers),
-            folder=self._folder.name, cluster=cluster,
+            folder=self._folder.name, cluster=cluster_of(on, workers, resources, servers),
         )  # fmt: skip
-        self.servers += (handles := execute(order, self._portal, self._lab))
-        return handles
+        return execute(order, self._portal, self._lab, self.servers)
 
     @suggest_options
     def faults(self, latency: float | None = None, loss: float | None = None) -> Faults:

@@ -121,7 +121,7 @@ def test_a_worker_that_hears_nothing_of_the_notebook_stops_its_server(client, se
     try:
         assert servers[0].wait(30) == "its worker heard nothing of the notebook for 1 s, and stopped it"
     finally:
-        client.run(exec, KEEPER + "k.LEASE = 30.0")
+        client.run(exec, KEEPER + "k.LEASE = 60.0")
 
 
 def test_a_class_of_a_function_runs_at_the_worker_that_is_named_and_what_it_prints_comes_here(client, swarm):
@@ -247,11 +247,15 @@ def test_what_is_no_cluster_is_refused_in_words(swarm, arguments, text):
         swarm.serve("nop", grid=(1,), name="refused", **arguments)
 
 
-def test_a_client_that_is_closed_is_told_of(client, swarm):
+def test_servers_of_a_client_that_is_gone_end_and_a_closed_one_is_told_of(client, swarm):
     second = Client(client.scheduler.address)
-    second.close()
+    (server,) = swarm.serve("nop", grid=(1,), name="late", on=second)
+    child = psutil.Process(server.pid)
+    second.close()  # as the end of its process does
+    child.wait(20)
+    assert server.wait(20) != ""
     with pytest.raises(ServerFailed, match="its Dask client is closed; serve anew"):
-        swarm.serve("nop", grid=(1,), name="late", on=second)
+        server.restart()
 
 
 def test_isolation_is_left_out_on_a_cluster(client, swarm):

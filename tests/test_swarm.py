@@ -590,6 +590,22 @@ def test_an_interrupt_while_a_swarm_begins_leaves_nothing(own_temporary_folder, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_servers_that_run_when_an_interrupt_comes_are_listed(own_temporary_folder, monkeypatch):
+    with Swarm("listed") as swarm:
+        call = swarm._portal.call
+
+        def interrupted(function, *arguments, **options):
+            answer = call(function, *arguments, **options)
+            if getattr(function, "__name__", "") == "execute":
+                raise KeyboardInterrupt
+            return answer
+
+        monkeypatch.setattr(swarm._portal, "call", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            swarm.serve("nop", grid=(1,), isolation="task")
+        assert [server.state for server in swarm.servers] == ["running"]
+
+
 def test_close_does_not_wait_for_an_expert_that_computes_forever():
     computing, go_on = threading.Event(), threading.Event()
 
@@ -654,7 +670,7 @@ def test_nor_does_one_that_cannot_join_or_whose_port_is_taken(still):
             Swarm.join(invite, name="still")
     with pytest.raises(lk.JoinError):
         Swarm.join(nobody.replace(nobody[9:20], "AAAAAAAAAAA"), name="still")
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="did you mean 'listen'"):
         Swarm.join(still.invite(), name="still", lisen="tcp://127.0.0.1:*")  # type: ignore[call-arg]
     assert not still.closed
 

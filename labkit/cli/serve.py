@@ -230,7 +230,8 @@ def _serve_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "threads": options.threads,
         "label": label,
     }
-    if clash := of_kind.keys() & {*arguments, "experts", "uids", "servers", "isolation", "seed"}:
+    others = {"experts", "uids", "servers", "isolation", "seed", "on", "workers", "resources"}
+    if clash := of_kind.keys() & {*arguments, *others}:
         raise ValueError(f"--option {min(clash)}=…: not an option of a kind of experts; see labkit serve --help")
     return arguments | of_kind
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import trio
 
@@ -61,7 +62,27 @@ class Room:
         self.take(address, resources, -1)
 
 
+class Mailbox:
+    """Delivers what workers say as events of Dask, of which the scheduler keeps the last thousand for each topic.
+
+    Attributes:
+        topic: The one topic of a client.
+        hearers: Who hears of which run.
+    """
+
+    def __init__(self) -> None:
+        self.topic = f"labkit-{uuid.uuid4().hex}"
+        self.hearers: dict[str, Callable[[dict[str, Any]], object]] = {}
+
+    def deliver(self, event: tuple[float, dict[str, Any]]) -> None:
+        """Deliver one message; in a thread of Dask."""
+        hear = self.hearers.get(event[1]["run"])
+        if hear is not None:
+            hear(event[1])
+
+
 _rooms: dict[str, Room] = {}  # by the address of the scheduler
+_mailboxes: WeakKeyDictionary[Any, Mailbox] = WeakKeyDictionary()  # by the client
 
 
 class Cluster:
@@ -94,8 +115,7 @@ class Cluster:
         Raises:
             ServerFailed: Dask does not answer; the text says why.
         """
-        if self.client.status in ("closed", "closing"):
-            raise ServerFailed("its Dask client is closed; serve anew, with a new one: on=Client(cluster)")
+        self._check_open()
         try:
             with trio.fail_after(ANSWER_TIMEOUT + 1.0):
                 return await trio.to_thread.run_sync(
@@ -105,6 +125,10 @@ class Cluster:
             raise ServerFailed(f"Dask's scheduler at {self.address} gave no answer in {ANSWER_TIMEOUT:g} s") from None
         except (OSError, RuntimeError) as error:  # a connection that is lost, a loop that is closed
             raise ServerFailed(f"Dask's scheduler at {self.address} cannot be asked: {error}") from error
+
+    def _check_open(self) -> None:
+        if self.client.status in ("closed", "closing"):
+            raise ServerFailed("its Dask client is closed; serve anew, with a new one: on=Client(cluster)")
 
     @property
     def address(self) -> str:
@@ -168,18 +192,28 @@ class Cluster:
         free = [address for address in there if self.room.fits(address, self.resources, workers[address]["resources"])]
         return min(free, key=lambda address: (self.room.servers[address], address), default=None)
 
-    async def submit(self, topic: str, number: int, address: str | None) -> Any:
+    async def submit(self, run: str, number: int, address: str | None) -> Any:
         """Submit the task that keeps a server. Returns its future.
 
         Args:
-            topic: Where the task says what happens.
-            number: What it calls itself there.
+            run: The name of the server's run, under which its messages come to the mailbox.
+            number: How many submissions there have been for it.
             address: The worker that was chosen; None to let Dask choose.
         """
         return await self.ask(
-            self.client.submit, keep_server, topic, number, key=f"labkit-server-{uuid.uuid4().hex}",
+            self.client.submit, keep_server, self.mailbox.topic, run, number, key=f"labkit-server-{uuid.uuid4().hex}",
             workers=self.workers if address is None else [address], resources=self.resources or None, pure=False,
         )  # fmt: skip
+
+    @property
+    def mailbox(self) -> Mailbox:
+        """Where the messages of all servers come that this client has started."""
+        box = _mailboxes.get(self.client)
+        if box is None:
+            self._check_open()
+            box = _mailboxes[self.client] = Mailbox()
+            self.client.subscribe_topic(box.topic, box.deliver)  # which does not wait
+        return box
 
     @property
     def room(self) -> Room:

@@ -31,7 +31,7 @@ from labkit.node import Node
 
 logger = logging.getLogger(__name__)
 
-RENEW_INTERVAL = 5.0  # seconds between two signs of life of the notebook; see `cluster_worker.LEASE`
+RENEW_INTERVAL = 15.0  # seconds between two signs of life of the notebook; see `cluster_worker.LEASE`
 LOOK_INTERVAL = 0.5  # seconds between two looks at whether the worker is still there
 QUIET = 4.0  # seconds without a sign of life after which the scheduler is asked whether it still has the worker
 SILENCE = 30.0  # and after which the worker is lost, whatever the scheduler says
@@ -75,15 +75,15 @@ class ServerOnWorker(ChildRunner):
             self._end()
 
     async def _run(self, plan: ServerPlan, faults: Faults, task_status: trio.TaskStatus[Contact]) -> None:
-        cluster, topic = self._cluster, f"labkit-{uuid.uuid4().hex}"
-        task = self._task = Placement(cluster, topic)
+        run, mailbox = uuid.uuid4().hex, self._cluster.mailbox
+        task = self._task = Placement(self._cluster, run)
         token = trio.lowlevel.current_trio_token()
 
-        def hear(event: tuple[float, dict[str, Any]]) -> None:  # in a thread of Dask
+        def hear(message: dict[str, Any]) -> None:  # in a thread of Dask
             with suppress(trio.RunFinishedError):
-                token.run_sync_soon(self._hear, event[1])
+                token.run_sync_soon(self._hear, message)
 
-        await cluster.ask(cluster.client.subscribe_topic, topic, hear)
+        mailbox.hearers[run] = hear
         try:
             async with trio.open_nursery() as nursery:
                 await task.find(plan)
@@ -103,8 +103,7 @@ class ServerOnWorker(ChildRunner):
             with trio.CancelScope(shield=True), trio.move_on_after(KILL_TIMEOUT):
                 await self._leave()
                 await task.close()
-            with suppress(ValueError):
-                cluster.client.unsubscribe_topic(topic)
+            del mailbox.hearers[run]
 
     # ---------------------------------------------------------------- what the worker says
 

@@ -26,28 +26,31 @@ from typing import Any
 
 from labkit.launch.child_python import OWN_GROUP, child_folder, python_command, server_environment
 
-LEASE = 30.0  # seconds without a word of the notebook after which its server stops
+LEASE = 60.0  # seconds without a word of the notebook after which its server stops
+LOOK_INTERVAL = 0.5  # seconds between two looks at whether the notebook still wants a server that has not begun
 ALIVE_INTERVAL = 1.0  # seconds between two signs of life
 OUTPUT_INTERVAL = 0.1  # seconds between two messages of what the child writes
 MAX_LINES = 200  # of what the child writes, in one message; with more, the first are left out
 MAX_LINE = 4000  # characters of such a line
 STOP_TIME = 30.0  # seconds that a child has to save its experts when nobody waits for it
 STDERR_TIMEOUT = 0.5  # seconds to read the rest of what a dead child wrote
+FORGOTTEN = {"cancelled", "released", "forgotten"}  # words for a task that nobody wants any more
 CLOSING = {"closing", "closed", "closing_gracefully", "failed"}  # words for a worker that ends
 
 _keepers: dict[str, _Keeper] = {}  # by the name of the attempt
 
 
-def keep_server(topic: str, number: int) -> None:
+def keep_server(topic: str, run: str, number: int) -> None:
     """Start a server as a child process when the notebook says which, and wait for its end. A task of Dask.
 
     Args:
         topic: Under which topic the notebook hears of it.
+        run: The name of the server's run.
         number: Which of the notebook's submissions this is.
     """
     from distributed import get_worker, secede
 
-    keeper = _Keeper(get_worker(), topic, number)
+    keeper = _Keeper(get_worker(), topic, run, number)
     _keepers[keeper.attempt] = keeper
     try:
         secede()  # type: ignore[no-untyped-call]  # the thread is free for other tasks, and the resources are held
@@ -82,9 +85,10 @@ def is_here(folder: str) -> bool:
 class _Keeper:
     """Keeps one child. Its methods are called by the task's thread, but for `take`, which never waits."""
 
-    def __init__(self, worker: Any, topic: str, number: int) -> None:
+    def __init__(self, worker: Any, topic: str, run: str, number: int) -> None:
         self.attempt = uuid.uuid4().hex
-        self._worker, self._topic, self._number = worker, topic, number
+        self._worker, self._topic, self._run, self._number = worker, topic, run, number
+        self._key = worker.get_current_task()
         self._config: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._process: subprocess.Popen[bytes] | None = None
@@ -118,12 +122,15 @@ class _Keeper:
             "begun", number=self._number, address=self._worker.address, host=socket.gethostname(),
             nthreads=self._worker.state.nthreads,
         )  # fmt: skip
-        try:
-            config = self._config.get(timeout=LEASE)
-        except queue.Empty:
-            return  # this is a second attempt of Dask's, which nobody waits for
+        config = None
+        while self._why_stop() == "":
+            try:
+                config = self._config.get(timeout=LOOK_INTERVAL)
+                break
+            except queue.Empty:
+                pass
         if config is None:
-            self._say("ended", code=-signal.SIGTERM, why="")
+            self._say("ended", code=-signal.SIGTERM, why=self._why)
             return
         try:
             line = json.dumps(self._fit(json.loads(config))).encode() + b"\n"
@@ -192,17 +199,24 @@ class _Keeper:
             if now >= said + ALIVE_INTERVAL:
                 self._say("alive")
                 said = now
-            if now > self._renewed + LEASE:
-                self._why = f"its worker heard nothing of the notebook for {LEASE:g} s, and stopped it"
-            elif getattr(self._worker.status, "name", "") in CLOSING:
-                self._why = "its worker was closed"
-            if self._why and stop_by is None:
+            if self._why_stop() and stop_by is None:
                 self._lines.put(None)  # the end of its input, which the child answers with a clean stop
                 stop_by = now + STOP_TIME
             if self._kill or (stop_by is not None and now > stop_by):
                 process.kill()
             if not self._over.is_set():
                 time.sleep(OUTPUT_INTERVAL)
+
+    def _why_stop(self) -> str:
+        """Why this worker is to let the child stop, if it is; an empty text if not."""
+        task = self._worker.state.tasks.get(self._key)
+        if time.monotonic() > self._renewed + LEASE:
+            self._why = f"its worker heard nothing of the notebook for {LEASE:g} s, and stopped it"
+        elif getattr(self._worker.status, "name", "") in CLOSING:
+            self._why = "its worker was closed"
+        elif task is None or task.state in FORGOTTEN:  # as Dask does with the tasks of a client that is gone
+            self._why = "its notebook, or the client of Dask there, is gone"
+        return self._why
 
     def _write_lines(self) -> None:
         assert self._process is not None and self._process.stdin is not None
@@ -239,4 +253,5 @@ class _Keeper:
 
     def _say(self, what: str, **words: Any) -> None:
         with suppress(Exception):  # a worker that is closing has no stream any more
-            self._worker.log_event(self._topic, {"attempt": self.attempt, "what": what, **words})
+            message = {"run": self._run, "attempt": self.attempt, "what": what, **words}
+            self._worker.log_event(self._topic, message)

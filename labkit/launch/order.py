@@ -72,8 +72,12 @@ class ServeOrder:
     cluster: Cluster | None = None
     handles: list[ServerHandle] = field(default_factory=list, init=False)
 
-    async def execute(self, lab: Lab) -> list[ServerHandle]:
+    async def execute(self, lab: Lab, servers: list[ServerHandle]) -> list[ServerHandle]:
         """Take the places and start the servers. Returns them when their experts can be found.
+
+        Args:
+            lab: Where they live.
+            servers: They are added to these: here, where no interrupt can come between.
 
         Raises:
             ExpertsTaken: Others serve these places, or are about to.
@@ -94,6 +98,7 @@ class ServeOrder:
         async with hold_places(lab.node, self.wish, kind, self.fit) as places:
             self.handles.extend(self._make_handles(lab, places, hidden))
             await begin_all(self.handles)
+            servers += self.handles
         return self.handles
 
     async def _check_announced(self, lab: Lab, announce: str) -> str:

@@ -28,7 +28,7 @@ class Placement:
 
     Args:
         cluster: Where it may run.
-        topic: Under which topic of Dask it says what happens.
+        run: The name of its run, under which it says what happens.
 
     Attributes:
         attempt: The name of the attempt that was begun; empty before.
@@ -37,11 +37,11 @@ class Placement:
         nthreads: How many threads that worker has.
     """
 
-    def __init__(self, cluster: Cluster, topic: str) -> None:
+    def __init__(self, cluster: Cluster, run: str) -> None:
         self.attempt = self.worker = self.host = ""
         self.nthreads = 1
         self._cluster = cluster
-        self._topic = topic
+        self._run = run
         self._future: Any = None
         self._number = 0  # of the submission
         self._begun = trio.Event()
@@ -88,7 +88,7 @@ class Placement:
         if address is not None:
             self._take(address)
         self._number += 1
-        self._future = await self._cluster.submit(self._topic, self._number, address)
+        self._future = await self._cluster.submit(self._run, self._number, address)
 
     async def _check(self, plan: ServerPlan, workers: Workers) -> None:
         """Look whether these workers have the same labkit, and the same Python if code is to be handed to them."""

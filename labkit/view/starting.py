@@ -16,12 +16,15 @@ SHOW_AFTER = 1.0  # seconds after which a bar is shown
 LOG_PERIOD = 10.0  # seconds between two lines in a file or a pipe
 
 
-def execute(order: ServeOrder, portal: Portal, lab: Lab) -> list[ServerHandle]:
-    """Let the lab thread execute an order to serve; while that is at a cluster, show how far it is."""
+def execute(order: ServeOrder, portal: Portal, lab: Lab, servers: list[ServerHandle]) -> list[ServerHandle]:
+    """Let the lab thread execute an order to serve; while that is at a cluster, show how far it is.
+
+    See `ServeOrder.execute`.
+    """
     if order.cluster is None:
-        return portal.call(order.execute, lab)
+        return portal.call(order.execute, lab, servers)
     with show_start(order.handles, order.servers) as show:
-        return portal.call(order.execute, lab, meanwhile=show)
+        return portal.call(order.execute, lab, servers, meanwhile=show)
 
 
 @contextmanager

@@ -219,9 +219,16 @@ def join(invite, **options):
     global swarm
     swarm = lk.Swarm.join(invite, **options)
     return repr(swarm)
-def serve(**options):
-    swarm.serve(**{"isolation": "task", **options})
+def serve(on=None, **options):
+    if on is None:
+        where = {"isolation": "task"}
+    else:
+        from distributed import Client
+        where = {"on": Client(on)}
+    swarm.serve(**{**where, **options})
     return repr(swarm)
+def order(number, name, options):
+    return getattr(swarm.servers[number], name)(**options)
 def invite():
     return str(swarm.invite())
 def look():
@@ -283,6 +290,10 @@ class Notebook:
     def serve(self, **options: Any) -> str:
         """Serve experts of width 4. Returns how the swarm shows itself."""
         return str(self._ask("serve", {"kind": "ffn", "hidden": 4, **options}))
+
+    def order(self, number: int, name: str, **options: Any) -> Any:
+        """Call a method of a server that was started there. Returns what it returns."""
+        return self._ask("order", {"number": number, "name": name, "options": options})
 
     def invite(self) -> str:
         """Returns an invitation."""
