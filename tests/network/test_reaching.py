@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from labkit.contact import Contact
+from tests.network.waiting import until_said
 
 OPEN = "tcp://0.0.0.0:*"
 HOSTS = ["public", "two_faced", "one", "two", "deep", "firewalled"]
 BOTH = {"ffn.0": "", "ffn.1": ""}
+
+
+FORWARDS = """
+add chain ip nat pre { type nat hook prerouting priority -100; }
+add rule ip nat pre iifname "wan" tcp dport 31000-31099 dnat to 192.168.1.10
+insert rule ip nat forward iifname "wan" ct status dnat accept
+"""  # from outside only: a host behind it does not come back to itself by the router's address
 
 
 def announced(invite: str) -> str:
@@ -59,3 +67,19 @@ def test_a_firewall_lets_a_range_of_ports_through(on):
     firewalled.serve(grid=[2], isolation="process", servers=2)
     public.join(invite)
     assert public.call() == BOTH
+
+
+def test_a_router_that_forwards_a_range_of_ports_is_enough_even_if_it_does_not_lead_back(on, world):
+    router = world["router_one"]
+    before = router.rules()
+    router.nft(FORWARDS)
+    try:
+        public, one = on.notebook("public"), on.notebook("one")
+        one.join(public.start(listen=OPEN), listen="tcp://0.0.0.0:31000-31099", announce="5.5.5.21")
+        one.serve(grid=[2], isolation="process", servers=2)
+        assert one.call() == BOTH  # here they are called where they listen
+        assert public.call() == BOTH
+        until_said(one, "reachable: 5.5.5.10 called back at 5.5.5.21:31000")
+        assert "relayed" not in one.look()
+    finally:
+        router.nft(f"flush ruleset\n{before}")

@@ -82,6 +82,10 @@ class Host:
     def nft(self, rules: str) -> None:
         execute(*self.command("nft", "-f", "-"), given=rules)
 
+    def rules(self) -> str:
+        """Its rules, for `nft`."""
+        return execute(*self.command("nft", "list", "ruleset"))
+
     def set(self, setting: str, value: int) -> None:
         execute(*self.command("sh", "-c", f"echo {value} > /proc/sys/net/{setting}"))
 
