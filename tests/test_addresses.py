@@ -16,6 +16,7 @@ import trio
 from labkit import Swarm
 from labkit.contact import Contact
 from labkit.dht.node import DHTConfig
+from labkit.directory import Directory
 from labkit.errors import ConnectionLost, LabkitError
 from labkit.events import AddressChanged, Event, ReachabilityChanged
 from labkit.expert_uid import ExpertInfo
@@ -27,6 +28,7 @@ from labkit.wire import addresses
 from labkit.wire.addresses import FAR_IPV4, FAR_IPV6, all_interfaces, find_own_address
 from labkit.wire.security import Identity
 from labkit.wire.zmq_transport import open_network
+from tests.fake_records import FakeRecords, contact
 from tests.nodes import calling, changed, serving
 from tests.swarms import eventually
 
@@ -115,17 +117,30 @@ async def test_the_experts_of_a_node_that_moves_are_declared_anew_at_once_and_fo
 
 
 async def test_a_cache_never_goes_back_to_where_a_server_was_before_it_moved(autojump_clock) -> None:
-    async with open_simnet(latency=0.02) as network, swarm_of(network, 3) as (_, server, trainer):
-        await server.directory.declare(["ffn.0"], server.contact)
-        await found(trainer, "ffn.0")
-        after = server.move("127.0.9.9", 4000)
-        await server.directory.declare(["ffn.0"], after)
-        info = await found(trainer, "ffn.0")
-        assert trainer.directory.report_failure(info, "lost") == ("ffn.0",)
-        await trainer.directory.refresh(["ffn.0"])
-        assert (await trainer.directory.find(["ffn.0"]))["ffn.0"] is None  # what it declared before does not count
-        await server.directory.declare(["ffn.0"], after)
-        assert (await found(trainer, "ffn.0")).contact == after
+    records, before = FakeRecords(), contact(1)
+    after = changed(before, host="127.0.9.9")
+    server, trainer = Directory(records), Directory(records)
+    await server.declare(["ffn.0"], before)
+    old = {key: dict(entries) for key, entries in records.records.items()}
+    await server.declare(["ffn.0"], after)
+    await trainer.refresh(["ffn.0"])
+    records.records = old  # of a replica that did not hear of the second declaration
+    await trainer.refresh(["ffn.0"])
+    info = (await trainer.find(["ffn.0"]))["ffn.0"]
+    assert info is not None and info.contact == after
+
+
+async def test_who_calls_a_node_where_it_was_over_a_connection_from_then_is_told_where_it_is(autojump_clock) -> None:
+    async with open_simnet(latency=0.02) as network, swarm_of(network, 2) as (caller, moving):
+        before = moving.contact
+        assert await caller.dht.peers.ping(before)
+        moving.dht.routing.remove(caller.contact.node_id)  # so that it does not know whom to tell
+        after = moving.move("127.0.9.9", 4000)
+        await trio.sleep(1.0)
+        assert caller.dht.routing.get(before.node_id) == before
+        assert await caller.dht.peers.ping(before)
+        await trio.sleep(1.0)
+        assert caller.dht.routing.get(before.node_id) == after
 
 
 async def test_a_node_that_does_not_encrypt_cannot_move_to_where_others_would_call_it(autojump_clock) -> None:
@@ -168,10 +183,10 @@ def test_a_swarm_and_its_servers_follow_their_machine_and_servers_start_again_th
 
 
 def test_a_server_process_tells_its_parent_what_is_new_about_its_address():
-    contact = at("192.0.2.7")
+    server_contact = at("192.0.2.7")
     for event in (
-        AddressChanged(contact=contact, before="192.0.2.1:4000", reason="this machine has another address"),
-        ReachabilityChanged(contact=contact, state="not reachable", text="not reachable: a wall"),
+        AddressChanged(contact=server_contact, before="192.0.2.1:4000", reason="this machine has another address"),
+        ReachabilityChanged(contact=server_contact, state="not reachable", text="not reachable: a wall"),
     ):
         line = msgspec.json.encode(ChildReport(news=ChildNews.of(event)))
         told = msgspec.json.decode(line, type=ChildReport).news

@@ -31,7 +31,7 @@ from labkit.reachability import (
     not_known,
     only_here,
 )
-from labkit.simulation.network import SimNetwork, open_simnet
+from labkit.simulation.network import SILENCE_TIMEOUT, SimNetwork, open_simnet
 from labkit.view import export
 from labkit.view.collect.inventory import reachability_lines
 from labkit.view.page.frame_writer import FrameWriter
@@ -340,24 +340,36 @@ async def test_a_machine_without_a_network_keeps_its_address_until_it_has_one_ag
         assert node.contact == before and state_of(whereabouts) is Reach.YES
 
 
-async def test_a_machine_that_has_slept_is_back_with_its_experts_declared_anew(autojump_clock, machine) -> None:
-    async with two_machines() as (network, helper, node), machine.running(node, helper, []) as whereabouts:
+async def test_a_machine_that_has_slept_is_back_at_once(autojump_clock, machine) -> None:
+    async with two_machines() as (_, helper, node), machine.running(node, helper, []) as whereabouts:
         await whereabouts.settled.wait()
         async with trio.open_nursery() as nursery:
             await nursery.start(node.directory.keep_declared, ["ffn.0"], node.contact)
             await helper.directory.refresh(["ffn.0"])
             before = (await helper.directory.find(["ffn.0"]))["ffn.0"]
-            network.unplug(node.contact)
-            await helper.dht.peers.ping(node.contact)  # it is gone
-            await node.dht.peers.ping(helper.contact)
-            network.heal(node.contact)
+            await trio.sleep(LOOK_PERIOD / 2)
             machine.asleep += LOOK_PERIOD + SLEPT
-            await trio.sleep(LOOK_PERIOD + 1.0)
+            await trio.sleep(LOOK_PERIOD)
             await helper.directory.refresh(["ffn.0"])
             after = (await helper.directory.find(["ffn.0"]))["ffn.0"]
-            assert before is not None and after is not None and after.stamp > before.stamp
-            assert helper.dht.peers.usable(node.contact) and node.dht.peers.usable(helper.contact)
+            assert before is not None and after is not None and after.stamp > before.stamp  # declared anew
             nursery.cancel_scope.cancel()
+
+
+async def test_who_gave_a_machine_up_while_it_slept_takes_it_back_when_it_wakes(autojump_clock, machine) -> None:
+    async with two_machines() as (network, helper, node), machine.running(node, helper, []) as whereabouts:
+        await whereabouts.settled.wait()
+        network.unplug(node.contact)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(helper.dht.peers.ping, node.contact)
+            nursery.start_soon(node.dht.peers.ping, helper.contact)
+        await trio.sleep(SILENCE_TIMEOUT)  # in which all links break
+        network.heal(node.contact)
+        given_up = [(one.dht.peers.blacklist, other.contact.node_id) for one, other in ((helper, node), (node, helper))]
+        assert all(node_id in blacklist for blacklist, node_id in given_up)
+        machine.asleep += LOOK_PERIOD + SLEPT
+        await trio.sleep(LOOK_PERIOD + 1.0)
+        assert not any(node_id in blacklist for blacklist, node_id in given_up)
 
 
 async def test_a_node_behind_a_relay_stays_there_when_its_machine_changes_its_address(autojump_clock, machine) -> None:
