@@ -78,7 +78,7 @@ def lifecycle(servers, nursery) -> ServerLifecycle:
             return {uid: SimpleNamespace(contact=CONTACT) for uid in uids}
 
     unused: Any = None
-    node: Any = SimpleNamespace(directory=Directory())
+    node: Any = SimpleNamespace(directory=Directory(), contact=CONTACT)
     plan = ServerPlan(ServerConfig(("nop.0",), kind="nop"), NodeConfig(), Identity.generate(), join=())
     return ServerLifecycle(Lab(unused, nursery, unused, node, Faults(), ignore), plan, "task")
 
