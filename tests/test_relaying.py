@@ -251,6 +251,10 @@ def test_two_hidden_swarms_train_each_others_experts_and_their_own_directly(apar
         before = held.passed
         swarm.moe(16, grid=(2, 2), k_best=2)(x).sum().backward()
         assert (held.passed - before > x.nbytes) is relayed
+        words = f"relayed by {relay._node.contact.endpoint}"
+        assert f"{one.servers[0].contact.endpoint} ({words})" in repr(swarm)
+        assert f"it takes no connections itself: {words}" in repr(swarm)
+    assert "relays for 3 nodes" in repr(relay)
 
 
 def test_hidden_swarms_of_one_network_call_each_other_directly(often, two_hidden):

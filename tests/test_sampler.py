@@ -275,6 +275,18 @@ def test_a_server_is_shown_by_its_label_which_cannot_pass_for_one_started_here()
     assert labels("servers[0]") == labels("") == [at(1), "servers[0] mine"]
 
 
+def test_beside_the_name_of_a_server_stands_who_relays_for_it():
+    stage = Stage()
+    elsewhere, here = statistics(UIDS[:2], label="attic"), statistics(UIDS[2:])
+    elsewhere.relay = here.relay = "203.0.113.5:4000"
+    where = {UIDS[0]: 1, UIDS[1]: 1, UIDS[2]: 2, UIDS[3]: 2}
+    for seconds in (1, 2):
+        said = {at(1): (elsewhere, START), at(2): (here, START)}
+        stage.found(where, statistics=said, locals=(local("running", 2),))
+        labels = sorted(stage.after(seconds).servers.labels)
+        assert labels == ["attic (relayed by 203.0.113.5:4000)", "servers[0] (relayed by 203.0.113.5:4000)"]
+
+
 def test_statistics_with_an_endless_label_are_a_bad_reply():
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert({**msgspec.to_builtins(statistics([])), "label": "x" * 1000}, ServerStatistics)
