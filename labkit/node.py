@@ -168,7 +168,7 @@ async def open_node(
         client = Client(endpoint, config.limits)
         dht = DHTNode(client, endpoint.contact, config.dht)
         directory = Directory(dht, config.directory, emit)
-        relaying = Relaying(network, endpoint, config.relay)
+        relaying = Relaying(network, endpoint, client, config.relay)
         offered = {**dht.methods, **CallBack(endpoint).methods, **relaying.methods, **(methods or {})}
         with _called_directly(network, endpoint, config.announce):
             async with trio.open_nursery() as nursery:

@@ -157,12 +157,22 @@ async def test_a_private_swarm_relays_for_its_members_only():
                 await reserve(relay, client, stranger.public_key)
 
 
-async def test_nobody_reserves_a_port_under_the_key_of_another():
+async def test_nobody_takes_the_port_of_another_by_naming_its_key():
     async with relaying() as relay:
         hidden = await relay.hide()
-        with pytest.raises(RequestRefused, match="whose key the connection proves"):
-            await reserve(relay, relay.client, hidden.contact.key)
+        async with calling(relay.network, Identity.generate()) as thief:
+            assert (await reserve(relay, thief, hidden.contact.key)).callers_port != hidden.contact.port
         assert (await relay.client.call(hidden.contact, "echo", 1, timeout=20)).body == 1
+
+
+async def test_one_member_of_the_swarm_has_only_some_of_the_ports():
+    async with relaying(RelayLimits(clients_per_member=2)) as relay, calling(relay.network) as client:
+        keys = [Identity.generate().public_key for _ in range(3)]
+        for key in keys[:2]:
+            await reserve(relay, client, key)
+        with pytest.raises(Overloaded, match="of this member of the swarm"):
+            await reserve(relay, client, keys[2])
+        await relay.hide()
 
 
 async def test_nobody_attaches_or_fetches_a_caller_without_the_secret_nor_twice(monkeypatch):

@@ -14,15 +14,17 @@ import trio.testing
 import labkit as lk
 from labkit.contact import Contact
 from labkit.dht.node import Entry
+from labkit.errors import RequestRefused
 from labkit.events import AddressChanged, RelayChanged, ignore
 from labkit.node import NodeConfig
 from labkit.reachability import Reach, Reachability, ReachReply, ask
 from labkit.relay import keeper, relaying
 from labkit.relay.finding import RELAYS_KEY, RelayRecord, find_relays
 from labkit.relay.limits import RelayLimits
+from labkit.relay.messages import RESERVE_FOR, Reserve, ReserveFor
 from labkit.relay.neighbours import Shortcuts
 from labkit.wire.rpc_types import Reply
-from labkit.wire.security import Identity
+from labkit.wire.security import Identity, key_text
 from labkit.wire.zmq_transport import open_network
 from tests.nodes import changed
 from tests.relays import start_node
@@ -281,6 +283,33 @@ def test_a_server_process_of_a_hidden_notebook_is_called_directly_here_and_throu
     relay.close()
     eventually(lambda: one._node.relaying.relay is None)
     assert one.moe(16)(x).shape == (4, 16), "the relay is gone, and its own server is not"
+
+
+@pytest.mark.parametrize("isolation", ["task", "process"])
+def test_a_private_swarm_relays_for_its_members_and_their_servers_and_nobody_else(isolation):
+    keys = {name: Identity.generate() for name in ("hidden", "trainer", "stranger")}
+    members = [key_text(keys[name].public_key) for name in ("hidden", "trainer")]
+    with lk.Swarm("relay", relay=True, members=members) as relay:
+        join = partial(lk.Swarm.join, relay.invite())
+        with (
+            join(name="hidden", key=keys["hidden"], node=NodeConfig(hidden=True)) as hidden,
+            join(name="trainer", key=keys["trainer"], node=NodeConfig(hidden=False)) as trainer,
+        ):
+            (server,) = hidden.serve("ffn", hidden=16, grid=(2,), isolation=isolation)
+            ports = {client.port for client in relay._node.relaying.server.clients}
+            assert server.contact is not None and {server.contact.port, hidden._node.contact.port} == ports
+            assert eventually(lambda: len(trainer.experts())) == 2
+            assert trainer.moe(16)(torch.randn(4, 16)).shape == (4, 16)
+        with pytest.raises(lk.JoinError, match="private"):
+            join(name="stranger", key=keys["stranger"])
+
+
+async def test_nobody_asks_a_relay_by_way_of_a_node_that_has_not_started_it(start):
+    relay = await start(RELAY)
+    running, other = await start(join=[relay.node.contact]), await start(join=[relay.node.contact])
+    body = ReserveFor(relay.node.contact, Reserve(other.node.contact.key))
+    with pytest.raises(RequestRefused, match="only for servers that it has started"):
+        await other.node.client.call(running.node.contact, RESERVE_FOR, body, timeout=5)
 
 
 def test_relay_is_true_false_or_limits():

@@ -132,7 +132,9 @@ class ServeOrder:
         if relay is not None:  # which they need, too, and so find at once
             plans = [replace(plan, join=(*plan.join, relay)) for plan in plans]
         checkpoint_directory(config.checkpoint_dir)  # made when all else is known to be right
-        self.members.admit(*(plan.identity.public_key for plan in plans))
+        keys = [plan.identity.public_key for plan in plans]
+        self.members.admit(*keys)
+        lab.node.relaying.started_here.update(keys)
         if self.cluster is not None:
             plans = planning.plans_elsewhere(plans, self.node, config.threads)
         return [ServerHandle(lab, plan, self.isolation, self.cluster) for plan in plans]

@@ -150,7 +150,13 @@ class RelayKeeper:
                 try:
                     status: trio.TaskStatus[RelayedAddress] = _Calls(on_started)  # type: ignore[assignment]
                     await hold_reservation(
-                        self._caller, relay, self._contact, self._own, held=self.held, task_status=status
+                        self._caller,
+                        relay,
+                        self._contact,
+                        self._own,
+                        members=self._joined,
+                        held=self.held,
+                        task_status=status,
                     )
                 except UnknownMethod:
                     refusals[relay.endpoint] = f"{relay.endpoint} is no relay"

@@ -17,6 +17,8 @@ class RelayLimits:
 
     Args:
         clients: How many nodes it relays for. Each has one port.
+        clients_per_member: How many of them may be one member of the swarm and the servers
+            that it has started.
         connections: How many connections are relayed at the same time, in all; fewer if the
             system lets a process open less than four files for each.
         connections_per_client: How many of them may be one node's.
@@ -31,6 +33,7 @@ class RelayLimits:
     """
 
     clients: int = 64
+    clients_per_member: int = 32
     connections: int = 1024
     connections_per_client: int = 256
     connections_per_caller: int = 64

@@ -26,6 +26,7 @@ from labkit.contact import Contact
 from labkit.errors import LabkitError
 
 RESERVE = "relay.reserve"  # a method
+RESERVE_FOR = "relay.reserve_for"  # asks a member of the swarm to make that call, for a server that it has started
 NEIGHBOURS = "relay.neighbours"  # another: clients that the relay sees come from the same address
 MAX_NEIGHBOURS = 16
 MAX_MESSAGE = 256  # bytes
@@ -44,6 +45,13 @@ class Reserve(msgspec.Struct, frozen=True, array_like=True):
 
     key: Secret
     direct: Contact | None = None
+
+
+class ReserveFor(msgspec.Struct, frozen=True, array_like=True):
+    """The body of `relay.reserve_for`: which relay to ask, and what."""
+
+    relay: Contact
+    reserve: Reserve
 
 
 class Reserved(msgspec.Struct, frozen=True, array_like=True):

@@ -9,16 +9,20 @@ import trio
 
 from labkit.contact import Contact
 from labkit.dht.node import DHTNode
+from labkit.errors import RequestRefused
 from labkit.events import Emit
 from labkit.reachability import Reach
+from labkit.relay import messages
 from labkit.relay.finding import keep_relay_declared
 from labkit.relay.keeper import Move, RelayKeeper
 from labkit.relay.limits import RelayLimits
+from labkit.relay.messages import Reserved, ReserveFor
 from labkit.relay.neighbours import Shortcuts
+from labkit.relay.reservation import RESERVE_TIMEOUT
 from labkit.relay.server import RelayServer
 from labkit.whereabouts import Whereabouts
 from labkit.wire.rpc_client import Client
-from labkit.wire.rpc_types import Methods
+from labkit.wire.rpc_types import AsyncMethod, Methods, Reply, Request
 from labkit.wire.transport import Endpoint, Network
 
 NEIGHBOURS_PERIOD = 10.0  # seconds between two looks for nodes of the same network that are relayed, too
@@ -31,24 +35,40 @@ class Relaying:
     Args:
         network: Where the node listens.
         endpoint: Its endpoint.
+        client: Its own, for calls.
         limits: With them, it relays for others, within them.
 
     Attributes:
         server: The relay that it is, if it is one.
         keeper: What keeps it reachable, while it takes no connections itself.
+        started_here: The keys of servers that were started here, for which the node asks relays that do not admit them.
     """
 
-    def __init__(self, network: Network, endpoint: Endpoint, limits: RelayLimits | None) -> None:
+    def __init__(self, network: Network, endpoint: Endpoint, client: Client, limits: RelayLimits | None) -> None:
         self.server = None if limits is None else RelayServer(limits, encrypts=endpoint.contact.secure)
         self.keeper: RelayKeeper | None = None
+        self.started_here: set[bytes] = set()
+        self._client = client
         self._looked = trio.Event()  # set when there has been a relay, or none was found
         self._network = network
         self._endpoint = endpoint
 
     @property
     def methods(self) -> Methods:
-        """The methods that the node answers as a relay."""
-        return {} if self.server is None else self.server.methods
+        """The methods that the node answers, by name."""
+        others = {} if self.server is None else self.server.methods
+        return {messages.RESERVE_FOR: AsyncMethod(self.rpc_reserve_for, ReserveFor), **others}
+
+    async def rpc_reserve_for(self, request: Request) -> Reply:
+        """Reserve a port at a relay for a server that was started here, whose key a private swarm does not know."""
+        body: ReserveFor = request.body
+        key = body.reserve.key
+        if key not in self.started_here or request.peer.key not in (None, key) or not body.relay.is_safe:
+            raise RequestRefused("a node asks relays only for servers that it has started")
+        reply = await self._client.call(
+            body.relay, messages.RESERVE, body.reserve, returns=Reserved, timeout=RESERVE_TIMEOUT
+        )
+        return Reply(reply.body)
 
     @property
     def relay(self) -> Contact | None:

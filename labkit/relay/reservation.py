@@ -6,13 +6,14 @@ here: one to be told of callers, and for each caller one to the relay, spliced w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import trio
 
 from labkit.contact import Contact
-from labkit.errors import ConnectionLost, RPCError
+from labkit.errors import ConnectionLost, NotAdmitted, RPCError
 from labkit.relay import messages
 from labkit.relay.listening import connect_to
 from labkit.relay.messages import (
@@ -26,6 +27,7 @@ from labkit.relay.messages import (
     MessageReader,
     Reserve,
     Reserved,
+    ReserveFor,
     StillHere,
 )
 from labkit.relay.splice import Held, splice
@@ -33,6 +35,7 @@ from labkit.wire.rpc_types import Caller
 from labkit.wire.zmq_transport import open_files
 
 RESERVE_TIMEOUT = 3.0  # seconds for the call
+MEMBER_TIME = 1.0  # seconds more if another one makes it
 CONNECT_TIMEOUT = 3.0  # seconds for a connection to the relay
 ATTACH_TIMEOUT = 3.0  # seconds for the relay's answer on it
 LOCAL_TIMEOUT = 2.0  # seconds for a connection to our own socket
@@ -60,6 +63,7 @@ async def hold_reservation(
     node: Contact,
     own: tuple[str, int],
     *,
+    members: Sequence[Contact] = (),
     held: Held | None = None,
     task_status: trio.TaskStatus[RelayedAddress] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -72,16 +76,14 @@ async def hold_reservation(
         relay: The relay.
         node: Our own node, as it is reached in its own network.
         own: Host and port of our own listening socket, as it is reached from this machine.
+        members: Who may ask in our place, if the relay does not admit us: the notebook that has started this server.
         held: Counts the bytes that are held here.
         task_status: Started with the address when callers are let in there.
 
     Raises:
         RPCError: The relay does not take us, or is gone. The text says why.
     """
-    reply = await caller.call(  # 1
-        relay, messages.RESERVE, Reserve(node.key, node), returns=Reserved, timeout=RESERVE_TIMEOUT
-    )
-    reserved: Reserved = reply.body
+    reserved = await _reserve(caller, relay, Reserve(node.key, node), members)  # 1
     stream = await connect_to(relay.host, reserved.port, CONNECT_TIMEOUT)  # 2
     async with stream:
         reader = MessageReader(stream)
@@ -101,6 +103,25 @@ async def hold_reservation(
         except (BadRelayMessage, trio.BrokenResourceError) as error:
             raise ConnectionLost(f"the connection to the relay {relay.endpoint} broke ({error})") from None
     raise ConnectionLost(f"the relay {relay.endpoint} is gone")
+
+
+async def _reserve(caller: Caller, relay: Contact, body: Reserve, members: Sequence[Contact]) -> Reserved:
+    try:
+        reply = await caller.call(relay, messages.RESERVE, body, returns=Reserved, timeout=RESERVE_TIMEOUT)
+    except NotAdmitted as error:
+        refused = error
+    else:
+        assert isinstance(reply.body, Reserved)
+        return reply.body
+    for member in members:
+        with suppress(RPCError):
+            ask = ReserveFor(relay, body)
+            reply = await caller.call(
+                member, messages.RESERVE_FOR, ask, returns=Reserved, timeout=RESERVE_TIMEOUT + MEMBER_TIME
+            )
+            assert isinstance(reply.body, Reserved)
+            return reply.body
+    raise refused
 
 
 async def _say_that_we_are_here(stream: trio.SocketStream, scope: trio.CancelScope) -> None:

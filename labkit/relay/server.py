@@ -71,8 +71,9 @@ class _Caller:
 
 @dataclass(eq=False, slots=True)
 class _Client:
-    """A node that is relayed for."""
+    """A node that is relayed for. `member`: the key of who has asked for it, mostly the same."""
 
+    member: bytes
     key: bytes
     id: bytes
     secret: bytes
@@ -111,8 +112,8 @@ class RelayServer:
         self._encrypts = encrypts
         self._turns = FairTurns(self.limits.bytes_per_s)
         self._clients: dict[bytes, _Client] = {}  # by reservation
-        self._by_key: dict[bytes, _Client] = {}
-        self._ports: dict[bytes, int] = {}  # the last one of each key, oldest first
+        self._by_name: dict[tuple[bytes, bytes], _Client] = {}  # by member and key
+        self._ports: dict[tuple[bytes, bytes], int] = {}  # the last one of each, oldest first
         self._most = min(self.limits.connections, max(1, open_files() // FILES_PER_CONNECTION))
         self._listen: Callable[[int], trio.SocketListener] | None = None
         self._nursery: trio.Nursery | None = None
@@ -165,29 +166,38 @@ class RelayServer:
     # ------------------------------------------------------------ reservations
 
     def rpc_reserve(self, request: Request) -> Reply:
-        """Give the caller a port, and tell it how to attach. What it had before ends."""
+        """Give the caller, or a server that it has started, a port, and tell it how to attach.
+
+        What it had reserved before for the same node ends. A port under the key of a node that somebody else has
+        started harms nobody, since whoever calls there expects the holder of that key.
+        """
+        member = request.peer.key or b""
         key: bytes = request.body.key
+        name = member, key
         if self._listen is None or self._nursery is None:
             raise RequestRefused("this relay is closing")
-        self._check_key(request, key)
+        if self._encrypts and not member:
+            raise RequestRefused("a relay gives ports only to those who prove a key")
         direct = request.body.direct
         if direct is not None and (direct.key != key or not direct.is_safe):
             raise BadRequest("that is not how this node is reached")
-        before = self._by_key.get(key)
+        before = self._by_name.get(name)
         if before is not None:
             self._end(before)
         if not self.free:
             raise Overloaded(f"this relay has {len(self._clients)} clients, as many as it takes")
+        if sum(client.member == member for client in self._clients.values()) >= self.limits.clients_per_member:
+            raise Overloaded("this relay has as many clients of this member of the swarm as it takes")
         try:
-            listener = self._listen(self._ports.get(key, 0))
+            listener = self._listen(self._ports.get(name, 0))
         except LabkitError as error:
             raise Overloaded(f"this relay has no port left: {error}") from None
         port = port_of(listener)
         id, secret = secrets.token_bytes(16), secrets.token_bytes(32)
-        client = _Client(key, id, secret, port, listener, self._turns.share(), direct=direct)
-        self._clients[client.id] = self._by_key[key] = client
-        self._ports.pop(key, None)
-        self._ports[key] = port
+        client = _Client(member, key, id, secret, port, listener, self._turns.share(), direct=direct)
+        self._clients[client.id] = self._by_name[name] = client
+        self._ports.pop(name, None)
+        self._ports[name] = port
         if len(self._ports) > MAX_KNOWN_PORTS:
             del self._ports[next(iter(self._ports))]
         self._nursery.start_soon(self._serve, client)
@@ -195,18 +205,13 @@ class RelayServer:
 
     def rpc_neighbours(self, request: Request) -> Reply:
         """The other clients that come from the same address as the caller, and so may be in its network."""
-        self._check_key(request, request.body.key)
-        caller = self._by_key.get(request.body.key)
+        caller = self._by_name.get((request.peer.key or b"", request.body.key))
         if caller is None or caller.control is None:
             raise RequestRefused("this relay has no such client")
         host = peer_host(caller.control)
         others = (c for c in self._clients.values() if c is not caller and c.control is not None)
         near = [client.direct for client in others if client.control and peer_host(client.control) == host]
         return Reply(Neighbours([direct for direct in near if direct is not None][: messages.MAX_NEIGHBOURS]))
-
-    def _check_key(self, request: Request, key: bytes) -> None:
-        if self._encrypts and request.peer.key != key:
-            raise RequestRefused("a relay works only for the node whose key the connection proves")
 
     def _end(self, client: _Client) -> None:
         """Close the port of a client and all of its connections."""
@@ -215,8 +220,8 @@ class RelayServer:
             client.scope.cancel()
             if client.control is not None:
                 client.control.socket.close()
-            if self._by_key.get(client.key) is client:
-                del self._by_key[client.key]
+            if self._by_name.get((client.member, client.key)) is client:
+                del self._by_name[client.member, client.key]
 
     async def _serve(self, client: _Client) -> None:
         """1. Wait until the client attaches; 2. let callers in, 3. and tell it that we are there while it listens."""
