@@ -25,8 +25,10 @@ import labkit as lk
 from labkit.contact import Contact
 from labkit.errors import ServerFailed
 from labkit.launch import cluster_runner, order, placement, planning
+from labkit.launch.by_value import HandedKind
 from labkit.launch.cluster_runner import no_way_there
 from labkit.launch.handle import ServerHandle
+from labkit.launch.placement import Placement
 from labkit.swarm import Swarm
 from labkit.view.starting import show_start
 from labkit.wire.security import Identity, key_text
@@ -147,6 +149,22 @@ def test_a_class_of_a_function_runs_at_the_worker_that_is_named_and_what_it_prin
 # ---------------------------------------------------------------- what fails says so
 
 
+async def test_code_is_not_handed_to_a_worker_with_another_python():
+    class OldWorkers:
+        async def check(self, workers: Any) -> dict[str, str]:
+            return dict.fromkeys(workers, "3.9")
+
+    fake: Any = OldWorkers()
+    server = SimpleNamespace(kind=HandedKind("Mine", False, b""))
+    plan: Any = SimpleNamespace(server=server)
+    with pytest.raises(
+        ServerFailed, match=r"Mine is defined here .* but 10.1.1.1 \(worker tcp://a\) has 3.9; use the same"
+    ):
+        await Placement(fake, "a run")._check(plan, {"tcp://a": {"host": "10.1.1.1"}})
+    server.kind = "a.module:Mine"
+    await Placement(fake, "a run")._check(plan, {"tcp://a": {"host": "10.1.1.1"}})
+
+
 def test_workers_without_labkit_or_with_another_are_named_with_their_hosts(client, swarm):
     first, second = client.scheduler_info()["workers"]
     client.run(exec, "import labkit; labkit.__version__ = '0.0.9'", workers=[first])
@@ -253,7 +271,7 @@ def test_servers_of_a_client_that_is_gone_end_and_a_closed_one_is_told_of(client
     child = psutil.Process(server.pid)
     second.close()  # as the end of its process does
     child.wait(20)
-    assert server.wait(20) != ""
+    assert "its client of Dask was closed" in server.wait(20)
     with pytest.raises(ServerFailed, match="its Dask client is closed; serve anew"):
         server.restart()
 

@@ -126,8 +126,13 @@ class Cluster:
         except (OSError, RuntimeError) as error:  # a connection that is lost, a loop that is closed
             raise ServerFailed(f"Dask's scheduler at {self.address} cannot be asked: {error}") from error
 
+    @property
+    def closed(self) -> bool:
+        """Whether the client is closed."""
+        return self.client.status in ("closed", "closing")
+
     def _check_open(self) -> None:
-        if self.client.status in ("closed", "closing"):
+        if self.closed:
             raise ServerFailed("its Dask client is closed; serve anew, with a new one: on=Client(cluster)")
 
     @property

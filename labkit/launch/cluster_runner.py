@@ -37,6 +37,11 @@ QUIET = 4.0  # seconds without a sign of life after which the scheduler is asked
 SILENCE = 30.0  # and after which the worker is lost, whatever the scheduler says
 RELAY_TIMEOUT = 5.0  # seconds that a server that is not reached has to find a relay
 KILL_TIMEOUT = 3.0  # seconds to hear of the end of a server that was killed
+HAND_OVER = (
+    "a module of your own has to be where the workers run: client.upload_file(…) brings it there, and "
+    "cloudpickle.register_pickle_by_value(module) hands what it defines over as code"
+)
+ANOTHER = "restart() brings the server back on another worker"
 SIGNALLED = {-9: "SIGKILL, as by a host that is out of memory, or by hand"}
 
 
@@ -132,7 +137,7 @@ class ServerOnWorker(ChildRunner):
 
     def _lose(self, why: str = "") -> None:
         if not self._over.is_set():
-            self._lost = why or f"its worker on {self.host} ({self.worker}) was lost"
+            self._lost = why or f"its worker on {self.host} ({self.worker}) was lost; {ANOTHER}"
             self._cluster.note_lost(self.worker)
             self._over.set()
 
@@ -172,7 +177,7 @@ class ServerOnWorker(ChildRunner):
         if report is None or report.ready is None:
             failed = (report.failed if report is not None else None) or self._describe_end()
             if report is None or report.error != "JoinError":
-                raise ServerFailed(failed)
+                raise ServerFailed(f"{failed}; {HAND_OVER}" if "cannot be imported" in failed else failed)
             raise ServerFailed(no_way_there(self.host, plan.join[0], failed))
         self.stop_timeout = report.stop_timeout
         own_key, contact, unreachable = self._node.identity.public_key, report.ready, ""
@@ -224,10 +229,12 @@ class ServerOnWorker(ChildRunner):
         while True:
             await trio.sleep(LOOK_INTERVAL)
             quiet = trio.current_time() - self._heard
-            if task.status in ("error", "cancelled", "lost") and quiet > LOOK_INTERVAL:
+            if self._cluster.closed:
+                self._lose("its client of Dask was closed, and it has ended with that; serve anew: on=Client(cluster)")
+            elif task.status in ("error", "cancelled", "lost") and quiet > LOOK_INTERVAL:
                 self._lose(f"its task on {self.host} has ended: {await task.why_failed()}")
             elif quiet > SILENCE:
-                self._lose(f"its worker on {self.host} ({self.worker}) has said nothing for {SILENCE:g} s")
+                self._lose(f"its worker on {self.host} ({self.worker}) has said nothing for {SILENCE:g} s; {ANOTHER}")
             elif quiet > QUIET:
                 try:
                     workers = await self._cluster.all_workers()
@@ -271,10 +278,10 @@ class ServerOnWorker(ChildRunner):
             for _, event in await self._cluster.ask(self._cluster.client.get_events, "worker-restart-memory"):
                 if event["worker"] == self.worker:
                     return (
-                        f": Dask killed it, since it took {event['rss'] / 2**30:.1f} GiB, nearly all of its memory "
+                        f". Dask killed it, since it took {event['rss'] / 2**30:.1f} GiB, nearly all of its memory "
                         "limit. Only tasks beside the server count for that; run fewer there, or raise memory_limit"
                     )
-        return "; restart() brings the server back on another worker"
+        return ""
 
     def kill(self) -> None:
         self._killed = True
