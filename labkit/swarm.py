@@ -39,7 +39,7 @@ from labkit.server.statistics import ServerStatistics
 from labkit.suggest import suggest_options
 from labkit.swarm_lifecycle import SwarmLifecycle
 from labkit.view.collect.inventory import ask_all_servers
-from labkit.view.starting import execute
+from labkit.view.starting import show_order
 from labkit.view.summary import SwarmSummary
 from labkit.wire.addresses import LOOPBACK, all_interfaces
 from labkit.wire.security import Identity, parse_key
@@ -193,7 +193,8 @@ class Swarm(SwarmLifecycle):
             threads=get_num_threads(), beside=sum(server.alive and not server.worker for server in self.servers),
             folder=self._folder.name, cluster=cluster_of(on, workers, resources, servers),
         )  # fmt: skip
-        return execute(order, self._portal, self._lab, self.servers)
+        with show_order(order) as show:
+            return self._portal.call(order.execute, self._lab, self.servers, meanwhile=show)
 
     @suggest_options
     def faults(self, latency: float | None = None, loss: float | None = None) -> Faults:

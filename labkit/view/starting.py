@@ -8,23 +8,20 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from labkit.launch.handle import ServerHandle
-from labkit.launch.lab import Lab
 from labkit.launch.order import ServeOrder
-from labkit.portal import Portal
 
 SHOW_AFTER = 1.0  # seconds after which a bar is shown
 LOG_PERIOD = 10.0  # seconds between two lines in a file or a pipe
 
 
-def execute(order: ServeOrder, portal: Portal, lab: Lab, servers: list[ServerHandle]) -> list[ServerHandle]:
-    """Let the lab thread execute an order to serve; while that is at a cluster, show how far it is.
-
-    See `ServeOrder.execute`.
-    """
+@contextmanager
+def show_order(order: ServeOrder) -> Iterator[Callable[[], None] | None]:
+    """Show how far an order to serve is, if that is at a cluster. Yields what `show_start` does, or None."""
     if order.cluster is None:
-        return portal.call(order.execute, lab, servers)
+        yield None
+        return
     with show_start(order.handles, order.servers) as show:
-        return portal.call(order.execute, lab, servers, meanwhile=show)
+        yield show
 
 
 @contextmanager
