@@ -126,7 +126,9 @@ async def run(path: Path, to: Path, timeout: int = CELL_TIMEOUT, kernel: AsyncKe
         client.kc.start_channels()
         try:
             await client.kc.wait_for_ready(timeout)
-            await client.kc.execute_interactive(f"%reset -f\n__import__('os').chdir({str(path.parent)!r})")
+            # A process that is spawned asks `__main__` for its `__spec__`, which is forgotten, too.
+            fresh = f"%reset -f\n__spec__ = None\n__import__('os').chdir({str(path.parent)!r})"
+            await client.kc.execute_interactive(fresh)
             await client.async_execute()
         finally:
             client.kc.stop_channels()

@@ -132,7 +132,8 @@ def main() -> NoReturn:
     os.dup2(2, 1)  # whatever a module prints goes to standard error, not into our reports
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="replace")  # which is what the parent reads
+            # Which is what the parent reads, and line by line, so that `ServerHandle.logs` has what experts print.
+            stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     status, folder = 1, None
     try:

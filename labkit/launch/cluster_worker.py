@@ -231,6 +231,7 @@ class _Keeper:
         assert self._process is not None and self._process.stdout is not None
         with self._process.stdout as reports:
             for line in reports:
+                self._send_output()  # what it wrote before
                 self._say("report", text=line.decode(errors="replace"))
         self._over.set()
         self._news.set()
@@ -246,8 +247,9 @@ class _Keeper:
     def _send_output(self) -> None:
         lines = [f"… {self._left_out} lines left out …"] if self._left_out else []
         self._left_out = 0
-        while self._output:
-            lines.append(self._output.popleft())
+        with suppress(IndexError):  # until there are no more; two threads may send
+            while True:
+                lines.append(self._output.popleft())
         if lines:
             self._say("output", lines=lines)
 
