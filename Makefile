@@ -42,9 +42,9 @@ demo: .venv/ready
 lab: .venv/lab-ready
 	@$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/tutorials/01_first_swarm.ipynb $(ARGS)
 
-# Two files at a time, on two cores: torch's threads are not to spin while they wait for work.
+# Three files at a time, for two cores, since tests wait now and then: torch's threads are not to spin meanwhile.
 test: .venv/ready .venv-colab/ready
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)
 
 test-browser: .venv/browser-ready
 	@test -x "$(CHROMIUM)" || { \
@@ -52,7 +52,7 @@ test-browser: .venv/browser-ready
 	    echo "Elsewhere name the one that is there: make test-browser CHROMIUM=/path/to/chrome"; exit 1; }
 	@$(BIN)/python -m pytest $(or $(ARGS),tests/browser)
 
-# Hosts, routers and firewalls in a network of their own: Linux, iproute2 and nftables.
+# Hosts, routers, firewalls and clusters in a network of their own: Linux, iproute2 and nftables.
 test-network: .venv/ready
 	@$(BIN)/python -m tests.network.within $(BIN)/python -m pytest $(or $(ARGS),tests/network)
 

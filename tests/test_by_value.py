@@ -1,6 +1,6 @@
 """Experts that no import finds: what a cell, a function or `__main__` defines is served by a process, too.
 
-How a notebook does it is in the third tutorial, and a cluster in `test_cluster`.
+How a notebook does it is in the third tutorial, and a cluster in `network/test_local_cluster`.
 """
 
 from __future__ import annotations

@@ -111,10 +111,20 @@ def part_of(module: str) -> str:
     return ".".join(folders)
 
 
-def imports(module: str, source: str) -> Iterator[str]:
+@cache
+def parsed(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
+@cache
+def imports(module: str, source: str) -> tuple[str, ...]:
     """Dotted names of all that a module imports, at its top, inside a function, or only for the type checker."""
+    return tuple(_imports(module, source))
+
+
+def _imports(module: str, source: str) -> Iterator[str]:
     package = ["labkit", *module.split("/")[:-1]]
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -253,7 +263,7 @@ def test_nothing_in_the_house_needs_an_integration():
 def test_no_public_class_shares_its_name_with_another():
     homes: dict[str, list[str]] = {}
     for module, source in house().items():
-        for node in ast.parse(source).body:
+        for node in parsed(source).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes.setdefault(node.name, []).append(module)
     assert {name: modules for name, modules in homes.items() if len(modules) > 1} == {}
@@ -268,7 +278,7 @@ def test_nobody_calls_torch_load_or_save_which_pickle():
     users = [
         f"{module}:{node.lineno}"
         for module, source in house().items()
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(parsed(source))
         if isinstance(node, ast.Attribute) and node.attr in ("load", "save") and ast.unparse(node.value) == "torch"
     ]
     assert users == []
@@ -282,7 +292,7 @@ def test_code_is_handed_to_processes_of_ones_own_alone_and_nothing_from_the_netw
     readers = {
         module
         for module in users
-        for node in ast.walk(ast.parse(house()[module]))
+        for node in ast.walk(parsed(house()[module]))
         if isinstance(node, ast.Attribute) and ast.unparse(node) == "by_value.read"
     }
     assert readers == {"launch/child.py"}

@@ -13,6 +13,7 @@ import pytest
 
 from tests.notebook_runs import (
     NOTEBOOKS,
+    ON_A_CLUSTER,
     ROOT,
     STEPS,
     NotebookRuns,
@@ -270,7 +271,7 @@ def notebook_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Notebook
 
 
 @pytest.mark.timeout(400)  # the first one waits for all
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path != ON_A_CLUSTER], ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom(notebook_runs: NotebookRuns, path: Path) -> None:
     problem = notebook_runs.problems()[path.name]
     assert not problem, problem

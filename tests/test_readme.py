@@ -1,50 +1,26 @@
-"""The README's code does what it says: as a script, and line by line in IPython's shell.
+"""The README's code does what it says, as a script.
 
-`tests/browser/test_readme.py` runs it cell by cell in JupyterLab.
+`tests/browser/test_readme.py` runs it line by line in IPython's shell, and cell by cell in JupyterLab.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
-from tests.readme import README, blocks, cells
+from tests.readme import README, blocks, run
 
-TIMEOUT = 110.0  # seconds; importing torch in five processes takes most of it
 pytestmark = pytest.mark.timeout(180)
 
 
 ROOT = README.parent
 
 
-def run(folder: Path, *command: str, typed: str = "") -> str:
-    """Run a program to its end, with what is typed into it. Returns what it printed, errors included."""
-    done = subprocess.run(
-        [sys.executable, *command], input=typed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        timeout=TIMEOUT, cwd=folder, env={**os.environ, "IPYTHONDIR": str(folder), "MPLBACKEND": "agg"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    assert "Traceback" not in done.stdout and "Error" not in done.stdout, done.stdout
-    return done.stdout
-
-
 def test_it_runs_as_a_script(tmp_path):
     (tmp_path / "readme.py").write_text("\n".join(blocks()), encoding="utf-8")
     run(tmp_path, "readme.py")
-
-
-def test_it_runs_in_the_shell_of_ipython(tmp_path):
-    typed = "\n".join([*cells(), "run", "exit", ""])
-    said = run(tmp_path, "-m", "IPython", "--simple-prompt", "--no-banner", typed=typed)
-    assert "swarm 'default', open at" in said  # the dashboard, in words
-    assert re.search(r"labkit://\S+@127\.0\.0\.1:\d+", said)
-    assert re.search(r"<run \w+: [\d,]+ of 400 steps", said)
 
 
 @pytest.mark.parametrize("file", ["README.md", "Makefile", "environment.yml"])

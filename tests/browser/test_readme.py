@@ -1,4 +1,4 @@
-"""The README's code, cell by cell in JupyterLab."""
+"""The README's code, as people type it: cell by cell in JupyterLab, and line by line in IPython's shell."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from playwright.sync_api import expect
 
 from tests.browser.conftest import shoot
 from tests.browser.places import in_jupyterlab
-from tests.readme import cells
+from tests.readme import cells, run
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -23,3 +23,11 @@ def test_the_readme_runs_in_jupyterlab(browser, lab):
         place.notebook.expect_cell(running=False)
         expect(place.page.locator("[data-mime-type$='stderr'], [data-mime-type$='error']")).to_have_count(0)
         shoot(place.page, "readme")
+
+
+def test_it_runs_in_the_shell_of_ipython(tmp_path):
+    typed = "\n".join([*cells(), "run", "exit", ""])
+    said = run(tmp_path, "-m", "IPython", "--simple-prompt", "--no-banner", typed=typed)
+    assert "swarm 'default', open at" in said  # the dashboard, in words
+    assert re.search(r"labkit://\S+@127\.0\.0\.1:\d+", said)
+    assert re.search(r"<run \w+: [\d,]+ of 400 steps", said)

@@ -1,6 +1,6 @@
 """Servers on a cluster: a real one of Dask, with two worker processes under nannies on this machine.
 
-Workers in network namespaces, which reach each other or not, are in `tests/network/test_cluster.py`.
+Workers in network namespaces, which reach each other or not, are in `test_cluster`.
 """
 
 from __future__ import annotations
