@@ -291,7 +291,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_what_cannot_be_watched_is_a_line_that_says_why(capsys, swarm, page):
     assert "an invitation looks like" in complaint(capsys, "here")
-    assert "port=65536" in complaint(capsys, swarm.invite(), "--port", "65536")
+    assert "--port 65536" in complaint(capsys, swarm.invite(), "--port", "65536")
     assert f"port {page.port} cannot be used" in complaint(capsys, swarm.invite(), "--port", str(page.port))
     assert "make one: labkit keygen /no/such/key" in complaint(capsys, swarm.invite(), "--key", "/no/such/key")
 
