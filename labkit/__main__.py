@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         try:
             status = COMMANDS[options.command](options)
-        except KeyboardInterrupt:  # while it is being imported, or ends
+        except KeyboardInterrupt:  # at any moment: also while it is being imported, or ends
             if arguments is None:
                 ignore_interrupts()
             print("stopped", file=sys.stderr)
@@ -202,9 +202,6 @@ def run_demo(options: argparse.Namespace) -> int:
         demo(DemoConfig(**fields), as_json=options.json, page=options.watch, browser=not options.no_browser)
     except (LabkitError, ValueError) as error:
         return _fail(error, options)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
     return 0
 
 
@@ -218,9 +215,6 @@ def run_serve(options: argparse.Namespace) -> int:
         serve(options)
     except (LabkitError, ValueError) as error:
         return _fail(error, options)
-    except KeyboardInterrupt:  # before it serves, or while it saves
-        print("stopped", file=sys.stderr)
-        return 130
     return 0
 
 
@@ -234,9 +228,6 @@ def run_relay(options: argparse.Namespace) -> int:
         relay(options)
     except (LabkitError, ValueError) as error:
         return _fail(error, options)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
     return 0
 
 
@@ -265,9 +256,6 @@ def run_bench(options: argparse.Namespace) -> int:
         bench(options)
     except (LabkitError, ValueError) as error:
         return _fail(error, options)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
     return 0
 
 
