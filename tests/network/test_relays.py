@@ -42,9 +42,9 @@ def test_when_a_relay_dies_its_clients_take_another(on):
     two.join(invite, listen=OPEN)
     other.join(invite, listen=OPEN, relay=True)
     for notebook in (one, two):
-        until_said(notebook, "relayed by 5.5.5.10")
+        until_said(notebook, "it takes no connections itself: relayed by 5.5.5.10")
     until_answered(two, ["ffn.0"], 20)
     public.process.kill()
     assert until_answered(two, ["ffn.0"], 60) < RECOVERY_TIME
     for notebook in (one, two):
-        until_said(notebook, "relayed by 5.5.5.11")
+        until_said(notebook, "it takes no connections itself: relayed by 5.5.5.11")
