@@ -24,7 +24,7 @@ import trio
 from labkit.contact import Contact, Invitation, is_loopback
 from labkit.dht.protocol import Ping, Pong
 from labkit.errors import BadRequest, ConnectionLost, DeadlineExceeded, NotAdmitted, Overloaded, RPCError
-from labkit.wire.addresses import ipaddress_or_none, own_addresses, plain_ip, ports_of, split_address
+from labkit.wire.addresses import announced_address, ipaddress_or_none, own_addresses, plain_ip, ports_of, split_address
 from labkit.wire.rpc_client import Client
 from labkit.wire.rpc_types import AsyncMethod, Caller, Methods, Reply, Request
 from labkit.wire.transport import Endpoint
@@ -150,13 +150,14 @@ def _what_to_try(contact: Contact, seen: str, listen: str, announce: str | None)
     base, ports = listen.rpartition(":")[0], ports_of(split_address(listen)[1])
     translated = bool(seen) and seen != contact.host
     came = f", and saw this machine as {seen}" if translated else ""
+    a_range = f'listen="{base}:31000-31099"'
     if announce is not None:
         return (
             f"{came}. Is announce={announce!r} the address at which others reach this machine, and do routers and "
             f"firewalls let port {contact.port} through to where it listens?"
-        )
+        ) + ("" if ports or announced_address(announce, "", 0)[1] else f" Start with some that they do: {a_range}")
     which = f"port {ports[0]}" if ports and len(ports) == 1 else f"ports {ports[0]} to {ports[-1]}" if ports else ""
-    start = "" if ports else f'listen="{base}:31000-31099"'
+    start = "" if ports else a_range
     if translated:
         given = f'{start}, announce="{seen}" (labkit serve --listen …, --announce …)'
         return (
@@ -300,7 +301,7 @@ async def ask_others(
         random.shuffle(others)  # not the same ones each time
         hosts = {vote.by.host for vote in votes}
         first = [one for one in joined if one.key not in asked and is_elsewhere(one, contact, own)]
-        others.sort(key=lambda one: (one.host in hosts, _is_near(one) is _is_near(contact)))
+        others.sort(key=lambda one: (one.host in hosts, is_near(one) is is_near(contact)))
         return list({one.key: one for one in (*first, *others)}.values())
 
     async def ask_one(helper: Contact) -> None:
@@ -313,8 +314,8 @@ async def ask_others(
             continue
         helpers = candidates()
         if wanted == 3:  # another that could as little be reached otherwise counts for nothing
-            near = {_is_near(vote.by) for vote in votes if vote.reached}
-            helpers = [one for one in helpers if near != {True} or not _is_near(one)]
+            near = {is_near(vote.by) for vote in votes if vote.reached}
+            helpers = [one for one in helpers if near != {True} or not is_near(one)]
         async with trio.open_nursery() as nursery:
             for helper in helpers[: wanted - len(votes)]:
                 asked.add(helper.key)
@@ -333,7 +334,7 @@ def is_elsewhere(other: Contact, contact: Contact, own: set[str]) -> bool:
     return not other.is_loopback and other.host != contact.host and other.host not in own
 
 
-def _is_near(contact: Contact) -> bool:
+def is_near(contact: Contact) -> bool:
     """Whether an address is one of a network that is not part of the internet."""
     ip = ipaddress_or_none(contact.host)
     return ip is not None and not ip.is_global

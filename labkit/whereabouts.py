@@ -20,7 +20,7 @@ from labkit.contact import Contact, is_loopback
 from labkit.dht.node import DHTNode
 from labkit.errors import ConnectionLost
 from labkit.events import Emit, ReachabilityChanged
-from labkit.reachability import Reach, Reachability, ask_others, is_elsewhere, judge, not_known, only_here
+from labkit.reachability import Reach, Reachability, ask_others, is_elsewhere, is_near, judge, not_known, only_here
 from labkit.wire.addresses import find_own_address, ipaddress_or_none, own_addresses, resolve, split_address
 from labkit.wire.rpc_client import Client
 
@@ -28,6 +28,7 @@ LOOK_PERIOD = 3.0  # seconds between two looks at this machine's addresses
 SLEPT = 10.0  # seconds by which a look may be late: beyond, the machine has slept, and others have given its links up
 RESOLVE_TIMEOUT = 5.0  # seconds for the names of the nodes that were joined
 ASK_AGAIN = {Reach.YES: 300.0, Reach.NO: 30.0, Reach.UNKNOWN: 10.0, Reach.HERE: 0.0}  # seconds, by the last answer
+NEWCOMER_PAUSE = 5.0  # seconds, if others have come since who may answer otherwise
 
 
 def sleepless_clock() -> float:
@@ -67,6 +68,8 @@ class Whereabouts:
         self._clock = clock
         self._asked: tuple[Contact, float] | None = None  # about which contact others were asked last, and when
         self._asking = False
+        self._denied: set[bytes] = set()  # the keys of those who have tried, and did not reach `direct`
+        self._asked_among: set[str] = set()  # the hosts of the nodes on other machines that were known then
         self._address = None if dht.contact.is_loopback else dht.contact.host  # of this machine; None if it has none
         self.direct = dht.contact
         self.now = not_known(self.direct, trying=True)
@@ -123,7 +126,7 @@ class Whereabouts:
         self._client.forget_all()  # they lead over the old address, or to nodes that have given us up
         before, address = self.direct, self._address
         if address is not None and address != before.host and self._announce is None:
-            self.direct = msgspec.structs.replace(before, host=address)
+            self.direct, self._denied = msgspec.structs.replace(before, host=address), set()
         if self.direct != before and self._dht.contact == before:
             move(self.direct.host, self.direct.port, reason)
         else:
@@ -136,9 +139,11 @@ class Whereabouts:
 
     async def try_direct(self) -> Reachability:
         """Ask others whether they reach the node without a relay, now."""
-        votes = await ask_others(self._client, self.direct, self._joined, self._known)
-        if not votes:
-            return not_known(self.direct, silent=True)
+        known = {contact.key: contact for contact in self._known()}
+        denied = [known[key] for key in self._denied if key in known]
+        votes = await ask_others(self._client, self.direct, [*denied, *self._joined], self._known)
+        if not votes or (denied and self._denied.isdisjoint(vote.by.key for vote in votes)):
+            return not_known(self.direct, silent=True)  # a yes of others is no news
         return judge(self.direct, votes, self._listen, self._announce)
 
     def _known(self) -> list[Contact]:
@@ -151,21 +156,34 @@ class Whereabouts:
         if contact.is_loopback or (self._address is None and contact == self.direct):
             self._asked = None
             self._say(only_here(contact, self._listen, self._announce))
-        elif not self._somebody_elsewhere(contact):
+        elif not self._elsewhere(contact):
             self._asked = None  # so that the first who comes is asked at once
             self._say(not_known(contact))
         elif not self._asking and self._is_due(contact):
             self._asking, self._asked = True, (contact, trio.current_time())
+            self._asked_among = {other.host for other in self._elsewhere(contact)}
             nursery.start_soon(self._ask, contact)
 
-    def _somebody_elsewhere(self, contact: Contact) -> bool:
+    def _elsewhere(self, contact: Contact) -> list[Contact]:
+        """Returns the nodes on other machines that are known now."""
         own = own_addresses()
-        return any(is_elsewhere(other, contact, own) for other in (*self._joined, *self._known()))
+        return [other for other in (*self._joined, *self._known()) if is_elsewhere(other, contact, own)]
 
     def _is_due(self, contact: Contact) -> bool:
         if self._asked is None or self._asked[0] != contact:
             return True
-        return trio.current_time() - self._asked[1] >= ASK_AGAIN[self.now.state]
+        pause = NEWCOMER_PAUSE if self._may_be_another_with_newcomers(contact) else ASK_AGAIN[self.now.state]
+        return trio.current_time() - self._asked[1] >= pause
+
+    def _may_be_another_with_newcomers(self, contact: Contact) -> bool:
+        """Whether a yes is only that of a container's own host, or of our own network, and others have come since."""
+        votes = self.now.votes
+        if self.now.state is not Reach.YES:
+            return False
+        newcomers = [other for other in self._elsewhere(contact) if other.host not in self._asked_among]
+        if len({vote.by.host for vote in votes}) < 2:
+            return bool(newcomers)
+        return all(is_near(vote.by) for vote in votes) and not all(map(is_near, newcomers))
 
     async def _ask(self, contact: Contact) -> None:
         try:
@@ -174,6 +192,8 @@ class Whereabouts:
             self._asking = False
         if contact == self._dht.contact:  # else it has moved meanwhile, and is asked about anew
             found = judge(contact, votes, self._listen, self._announce) if votes else not_known(contact, silent=True)
+            if contact == self.direct and found.state is Reach.NO:
+                self._denied = {vote.by.key for vote in votes if not vote.reached}
             self._say(found)
 
     def _say(self, found: Reachability) -> None:

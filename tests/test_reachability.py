@@ -7,6 +7,7 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import trio
@@ -14,7 +15,7 @@ import trio
 from labkit import Swarm
 from labkit.contact import Contact
 from labkit.errors import BadRequest, Overloaded, RPCError
-from labkit.events import AddressChanged, Event, ReachabilityChanged
+from labkit.events import AddressChanged, Event, ReachabilityChanged, ignore
 from labkit.node import Node, NodeConfig, open_node
 from labkit.reachability import (
     ASK_PERIOD,
@@ -36,7 +37,7 @@ from labkit.view import export
 from labkit.view.collect.inventory import reachability_lines
 from labkit.view.page.frame_writer import FrameWriter
 from labkit.view.recording import take_keyframe
-from labkit.whereabouts import LOOK_PERIOD, SLEPT, Whereabouts
+from labkit.whereabouts import LOOK_PERIOD, NEWCOMER_PAUSE, SLEPT, Whereabouts
 from labkit.wire.security import Admission, Identity
 from tests.frame_store import FrameStore
 from tests.nodes import changed
@@ -219,6 +220,8 @@ def test_each_answer_is_one_sentence_that_says_what_to_try_and_never_what_was_do
     assert "Forward ports 5000 to 5009" in ranged and "listen" not in ranged and 'announce="203.0.113.1"' in ranged
     wrong = said([vote(False)], announce="lab.example.org:4000", contact=contact_at("lab.example.org"))
     assert "Is announce='lab.example.org:4000' the address" in wrong and "listen=" not in wrong
+    server = said([vote(False)], announce="lab.example.org", contact=contact_at("lab.example.org"))
+    assert server.endswith('Start with some that they do: listen="tcp://0.0.0.0:31000-31099"')
     wall = said([vote(False, seen="192.168.1.5")])
     assert "a firewall, of this machine or on the way, does not let port 4000 through" in wall
     assert 'listen="tcp://0.0.0.0:31000-31099"' in wall and "announce" not in wall
@@ -380,6 +383,32 @@ async def test_a_node_behind_a_relay_stays_there_when_its_machine_changes_its_ad
         await trio.sleep(2 * LOOK_PERIOD)
         assert node.contact == relayed and whereabouts.direct.host == "198.51.100.7"
         assert whereabouts.now.contact == relayed
+
+
+async def test_others_who_come_are_asked_too_if_only_a_containers_host_has_said_yes(autojump_clock, machine) -> None:
+    async with two_machines() as (network, helper, node), machine.running(node, helper, []) as whereabouts:
+        await whereabouts.settled.wait()
+        assert [vote.by.host for vote in whereabouts.now.votes] == [helper.contact.host]
+        async with node_at(network, "203.0.113.5", helper, node):
+            await trio.sleep(NEWCOMER_PAUSE + 2 * LOOK_PERIOD)
+            assert {vote.by.host for vote in whereabouts.now.votes} == {helper.contact.host, "203.0.113.5"}
+
+
+async def test_whom_a_neighbour_reaches_is_not_reached_directly_before_those_say_so_who_have_denied_it(
+    autojump_clock, machine
+) -> None:
+    helpers: Any = Helpers(**{"1_1_1_1": True, "2_2_2_2": False})
+    helpers.endpoint = SimpleNamespace(direct={})
+    machine.address = OWN.host
+    dht: Any = SimpleNamespace(contact=OWN, routing=[contact_at(host) for host in helpers.found])
+    whereabouts = Whereabouts(helpers, dht, WIDE, None, [contact_at("1.1.1.1")], ignore, clock=machine.clock)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(whereabouts.run, lambda *_: None, lambda: None)
+        await whereabouts.news.wait()
+        for denied, state in ((False, Reach.NO), (None, Reach.UNKNOWN), (True, Reach.YES)):
+            helpers.found["2.2.2.2"] = denied
+            assert (await whereabouts.try_direct()).state is state
+        nursery.cancel_scope.cancel()
 
 
 async def test_the_first_node_of_a_swarm_asks_as_soon_as_there_is_somebody(autojump_clock, machine) -> None:
