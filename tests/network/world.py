@@ -8,6 +8,8 @@
     deep         192.168.7.10                 behind router_deep, itself behind router_three, 5.5.5.23
     firewalled   5.5.5.30                     takes connections at ports 31000 to 31099 only
     six          2a00:5::40                   has no IPv4 address
+    docker       5.5.5.40 and 172.17.0.1      runs a container, and publishes ports 31000 to 31009 of it
+    container    172.17.0.2                   in it
 
 Routers translate addresses, let nobody in who was not called from inside, and drop what belongs to no connection that
 they know.
@@ -53,6 +55,25 @@ table inet firewall {
   }
 }
 """
+CONTAINERS = """
+table ip docker {
+  chain forward { type filter hook forward priority 0; policy drop
+    ct state established,related accept
+    iifname "docker0" accept
+    ct status dnat accept
+  }
+  chain pre { type nat hook prerouting priority -100
+    ip daddr 5.5.5.40 tcp dport 31000-31009 dnat to 172.17.0.2
+  }
+  chain out { type nat hook output priority -100
+    ip daddr 5.5.5.40 tcp dport 31000-31009 dnat to 172.17.0.2
+  }
+  chain post { type nat hook postrouting priority 100
+    ip saddr 172.17.0.0/16 oifname != "docker0" masquerade
+    ip saddr 172.17.0.0/16 ct status dnat masquerade
+  }
+}
+"""  # as Docker's own
 
 
 _numbers = itertools.count()
@@ -106,6 +127,19 @@ class Host:
         self.nft(ROUTER)
         self.set("netfilter/nf_conntrack_tcp_loose", 0)  # it takes no connection for its own that it saw not begin
 
+    def contain(self, container: Host) -> None:
+        """Run a container, as Docker would."""
+        self.ip("link", "add", "docker0", "type", "bridge")
+        self.ip("address", "add", "172.17.0.1/16", "dev", "docker0")
+        self.ip("link", "add", "veth0", "type", "veth", "peer", "name", "eth0", "netns", container.name)
+        self.ip("link", "set", "veth0", "master", "docker0", "up")
+        self.ip("link", "set", "docker0", "up")
+        container.ip("address", "add", "172.17.0.2/16", "dev", "eth0")
+        container.ip("link", "set", "eth0", "up")
+        container.ip("route", "add", "default", "via", "172.17.0.1")
+        self.set("ipv4/ip_forward", 1)
+        self.nft(CONTAINERS)
+
     def forget(self) -> None:
         """Let a router forget its connections, as a restart does."""
         route = self.ip("route", "show", "default").split()
@@ -135,6 +169,9 @@ class World:
         self.add("deep").attach("eth0", "lan_deep", "192.168.7.10/24", via="192.168.7.1")
         self.add("firewalled").attach("eth0", "internet", "5.5.5.30/24")
         self["firewalled"].nft(FIREWALL)
+        self.add("docker").attach("eth0", "internet", "5.5.5.40/24")
+        self.add("container")
+        self["docker"].contain(self["container"])
         self.add("six").attach("eth0", "internet", "2a00:5::40/64")
 
     def add(self, name: str) -> Host:
