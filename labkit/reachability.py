@@ -99,8 +99,15 @@ def only_here(contact: Contact, listen: str, announce: str | None) -> Reachabili
     return Reachability(Reach.HERE, contact, f"reached only from this machine, {why}")
 
 
-def invite_to(contact: Contact, listen: str, announce: str | None) -> Invitation:
-    """Returns the invitation to a node, with a note if it is for the same machine only. The arguments are as above."""
+def invite_to(contact: Contact, listen: str, announce: str | None, found: Reachability) -> Invitation:
+    """Returns the invitation to a node, with a note on who cannot use it. `found`: who reaches it; else as above."""
+    if found.state is Reach.NO and found.contact == contact:
+        by = ", ".join(dict.fromkeys(vote.by.host for vote in found.votes if not vote.reached))
+        return Invitation(
+            contact,
+            f"Only this machine's own network can use this invitation: {by} could not call back at {contact.endpoint}. "
+            "That of any node that others reach leads to the same swarm",
+        )
     host = split_address(listen)[0]
     if not contact.is_loopback or (announce is None and is_loopback(host)):
         return Invitation(contact)

@@ -330,7 +330,8 @@ class Swarm(SwarmLifecycle):
 
     def invite(self) -> Invitation:
         """Returns the invitation to this swarm, `labkit://<public key>@host:port`, for `Swarm.join`."""
-        return invite_to(self._node.contact, self._node_config.listen, self._node_config.announce)
+        node, config = self._node, self._node_config
+        return invite_to(node.contact, config.listen, config.announce, node.whereabouts.now)
 
     def admit(self, key: str) -> None:
         """Let the holder of a public key join this swarm. Raises `ValueError` if it is open."""

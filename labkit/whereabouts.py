@@ -146,6 +146,10 @@ class Whereabouts:
             return not_known(self.direct, silent=True)  # a yes of others is no news
         return judge(self.direct, votes, self._listen, self._announce)
 
+    def ask_again(self) -> None:
+        """Ask others soon whether they reach the node where it is now, since the last answer may not hold any more."""
+        self._asked = None
+
     def _known(self) -> list[Contact]:
         """Returns the nodes to ask: what those of our own network find says nothing of others."""
         direct = self._client.endpoint.direct

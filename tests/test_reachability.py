@@ -28,6 +28,7 @@ from labkit.reachability import (
     Vote,
     ask,
     ask_others,
+    invite_to,
     judge,
     not_known,
     only_here,
@@ -228,6 +229,12 @@ def test_each_answer_is_one_sentence_that_says_what_to_try_and_never_what_was_do
     assert said([vote(False, seen="192.168.1.5")], "tcp://[::]:5000").endswith("open port 5000 there")
 
 
+def test_an_invitation_that_is_of_no_use_elsewhere_says_so() -> None:
+    note = invite_to(HIDDEN, WIDE, None, judge(HIDDEN, [vote(False)], WIDE, None)).note
+    assert "Only this machine's own network" in note and "1.1.1.1 could not call back at 192.168.1.5:4000" in note
+    assert not invite_to(HIDDEN, WIDE, None, judge(HIDDEN, [vote(True)], WIDE, None)).note
+
+
 def test_a_majority_counts_and_else_those_that_reached_nothing() -> None:
     both = [vote(True, by="2.2.2.2"), vote(False)]
     assert "1.1.1.1 could not call back at 192.168.1.5:4000, 2.2.2.2 could" in said(both)
@@ -266,13 +273,14 @@ def test_a_sentence_for_each_server_is_short_where_it_is_the_same_and_not_withou
         found = ReachabilityChanged(contact=contact_at("192.168.1.5"), state=str(state), text="not reachable: a wall")
         return SimpleNamespace(alive=True, lifecycle=SimpleNamespace(reachability=found))
 
-    def lines(own: Reachability, *servers: SimpleNamespace) -> tuple[str, ...]:
-        relaying = SimpleNamespace(relay=None, words="")
+    def lines(own: Reachability, *servers: SimpleNamespace, lost: bool = False) -> tuple[str, ...]:
+        relaying = SimpleNamespace(relay=None, words="no relay" * lost, lost=lost)
         node = SimpleNamespace(whereabouts=SimpleNamespace(now=own), contact=own.contact, relaying=relaying)
         return reachability_lines(node, servers)  # type: ignore[arg-type]
 
     good, bad = judge(HIDDEN, [vote(True)], WIDE, None), judge(HIDDEN, [vote(False)], WIDE, None)
     assert lines(good, server(Reach.YES)) == (good.text,)
+    assert lines(good, lost=True) == ("no relay",)
     assert lines(good, server(Reach.NO)) == (good.text, "servers[0]: not reachable: a wall")
     assert lines(bad, server(Reach.NO)) == (bad.text, "servers[0]: 192.168.1.5:4000 is not reachable either")
     assert lines(bad, *[server(Reach.NO)] * 9)[-1] == "and 7 more servers are not reachable"

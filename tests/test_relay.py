@@ -232,7 +232,7 @@ async def test_a_relay_with_as_many_clients_as_it_takes_says_so():
     async with relaying(RelayLimits(clients=1)) as relay:
         first = await relay.hide()
         async with calling(relay.network, identity := Identity.generate()) as client:
-            with pytest.raises(Overloaded, match="1 clients, as many as it takes"):
+            with pytest.raises(Overloaded, match="has 1 client, as many as it takes"):
                 await reserve(relay, client, identity.public_key)
             first.scope.cancel()
             await soon(lambda: free(relay))

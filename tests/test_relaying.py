@@ -148,6 +148,9 @@ class FakeWhereabouts:
         self.news.set()
         self.news = trio.Event()
 
+    def ask_again(self):
+        pass
+
     async def try_direct(self):
         await trio.lowlevel.checkpoint()
         return self.now

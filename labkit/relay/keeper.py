@@ -14,7 +14,7 @@ import trio
 
 from labkit.contact import Contact
 from labkit.errors import RPCError, UnknownMethod
-from labkit.events import Emit, RelayChanged
+from labkit.events import RelayChanged
 from labkit.relay.finding import RelayRecords, find_relays
 from labkit.relay.reservation import RelayedAddress, hold_reservation
 from labkit.relay.splice import Held
@@ -26,6 +26,7 @@ LOOK_PERIOD = 20.0  # seconds between two look-ups of relays
 LOOK_TIMEOUT = 3.0  # seconds for one
 STAGGER = 0.5  # seconds that a relay has before the next one is asked, too
 MAX_ASKED = 8  # relays in a round
+MAX_SAID = 8  # different problems, each of which is said once
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 5.0  # seconds between two rounds in which none took us
 WHAT_TO_TRY = (
     "Nobody can reach this node. Start a relay at a host that others can reach: labkit relay --join INVITE, or "
@@ -55,7 +56,7 @@ class RelayKeeper:
 
     def __init__(
         self, caller: Caller, dht: RelayRecords, contact: Contact, own: tuple[str, int], *, joined: Sequence[Contact],
-        move: Move, emit: Emit,
+        move: Move, emit: Callable[[RelayChanged], object],
     ) -> None:  # fmt: skip
         self.relay: Contact | None = None
         self.problem = ""
@@ -68,6 +69,7 @@ class RelayKeeper:
         self._move = move
         self._emit = emit
         self._known: list[Contact] = []  # relays that were found in the DHT
+        self._said: set[str] = set()  # the problems since there was a relay
         self._holding = trio.CancelScope()  # of the reservation through which it is reached
         self._lost = b""  # the key of the last one that was lost
 
@@ -179,6 +181,7 @@ class RelayKeeper:
 
     def _on_relayed(self, address: RelayedAddress) -> None:
         self.relay, self.problem = address.relay, ""
+        self._said.clear()
         logger.info("this node takes no connections; the relay %s takes them", address.relay.endpoint)
         self._move(address.host, address.port, f"relayed by {address.relay.endpoint}")
         self._emit(RelayChanged(relay=address.relay.endpoint, detail=f"callers reach us at port {address.port} there"))
@@ -190,9 +193,10 @@ class RelayKeeper:
         self._emit(RelayChanged(relay="", detail=detail))
 
     def _on_none(self, refusals: Mapping[str, str]) -> None:
-        why = "; ".join(refusals.values()) or "none is known"
+        why = "; ".join(sorted(refusals.values())) or "none is known"
         problem = f"no relay takes connections for this node ({why}). {WHAT_TO_TRY}"
-        if not self.problem:
+        if problem not in self._said and len(self._said) < MAX_SAID:
+            self._said.add(problem)
             logger.warning("%s", problem)
             self._emit(RelayChanged(relay="", detail=problem))
         self.problem = problem

@@ -10,7 +10,7 @@ import trio
 from labkit.contact import Contact
 from labkit.dht.node import DHTNode
 from labkit.errors import RequestRefused
-from labkit.events import Emit
+from labkit.events import Emit, RelayChanged
 from labkit.reachability import Reach
 from labkit.relay import messages
 from labkit.relay.finding import keep_relay_declared
@@ -74,6 +74,11 @@ class Relaying:
     def relay(self) -> Contact | None:
         """The relay through which others reach the node now; None if they need none, or there is none."""
         return None if self.keeper is None else self.keeper.relay
+
+    @property
+    def lost(self) -> bool:
+        """Whether others reach the node through a relay only, and there is none."""
+        return self.keeper is not None and self.keeper.relay is None
 
     @property
     def words(self) -> str:
@@ -149,6 +154,11 @@ class Relaying:
             task_status: Told when there is a relay, or none was found, or it is not known yet whether one is needed.
         """
         started = False
+
+        def on_change(event: RelayChanged) -> None:
+            whereabouts.ask_again()  # also at the same address: its relay is gone, or back
+            emit(event)
+
         while hidden is not False:
             if hidden is None:
                 if not started:
@@ -156,7 +166,7 @@ class Relaying:
                     started = True
                 await _until(whereabouts, lambda: whereabouts.now.state is Reach.NO)
             async with trio.open_nursery() as nursery:
-                keep = partial(self.keep_relayed, client, dht, joined, move, emit)
+                keep = partial(self.keep_relayed, client, dht, joined, move, on_change)
                 await nursery.start(keep)
                 self._looked.set()
                 if not started:
@@ -190,7 +200,7 @@ class Relaying:
         dht: DHTNode,
         joined: Sequence[Contact],
         move: Move,
-        emit: Emit,
+        emit: Callable[[RelayChanged], object],
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:

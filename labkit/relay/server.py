@@ -185,7 +185,10 @@ class RelayServer:
         if before is not None:
             self._end(before)
         if not self.free:
-            raise Overloaded(f"this relay has {len(self._clients)} clients, as many as it takes")
+            many = f"{len(self._clients)} client{'s' * (len(self._clients) != 1)}"
+            raise Overloaded(
+                f"this relay has {many}, as many as it takes: lk.RelayLimits(clients=…) there, or --clients"
+            )
         if sum(client.member == member for client in self._clients.values()) >= self.limits.clients_per_member:
             raise Overloaded("this relay has as many clients of this member of the swarm as it takes")
         try:

@@ -33,8 +33,7 @@ def start_worker(on: Processes, host: str) -> Process:
 
 def refused(notebook: Notebook) -> str:
     """What `serve` says when it fails."""
-    error: str = notebook.process.ask(["serve", {"kind": "ffn", "hidden": 4, "grid": [2], "on": SCHEDULER}])["error"]
-    return error
+    return notebook.refused("serve", kind="ffn", hidden=4, grid=[2], on=SCHEDULER)
 
 
 def test_servers_run_on_other_hosts_and_one_that_is_lost_comes_back_on_another(on, cluster):

@@ -251,14 +251,23 @@ class Process:
 # A notebook on a host, which does what it is told, a line at a time: joins, serves, and calls every expert.
 NOTEBOOK = """
 import json, sys, torch, labkit as lk
+from labkit.view import export
 swarm = None
+news = []
+def hear(event):
+    name = type(event).__name__
+    said = {"ReachabilityChanged": "text", "AddressChanged": "reason", "RelayChanged": "detail"}
+    if name in said:
+        news.append(f"{name}: {getattr(event, said[name])}")
 def start(**options):
     global swarm
     swarm = lk.Swarm(**options)
+    swarm.on_event(hear)
     return str(swarm.invite())
 def join(invite, **options):
     global swarm
     swarm = lk.Swarm.join(invite, **options)
+    swarm.on_event(hear)
     return repr(swarm)
 def serve(on=None, **options):
     if on is None:
@@ -274,6 +283,14 @@ def invite():
     return str(swarm.invite())
 def look():
     return repr(swarm)
+def told():
+    return {
+        "news": news,
+        "view": json.loads(export.to_json(swarm.view.scene()))["reachability"],
+        "relaying": swarm.relaying,
+        "relays": [statistics.relay for statistics in swarm.statistics().values()],
+        "note": swarm.invite().note,
+    }
 def call():
     answers = {}
     for uid in swarm.experts():
@@ -340,9 +357,25 @@ class Notebook:
         """Returns an invitation."""
         return str(self._ask("invite", {}))
 
+    def address(self) -> str:
+        """Returns where its node is reached, or would be."""
+        return self.invite().partition("@")[2]
+
     def look(self) -> str:
         """Returns how the swarm shows itself."""
         return str(self._ask("look", {}))
+
+    def told(self) -> dict[str, Any]:
+        """Returns what is said of who is reached, and how, but for how the swarm shows itself.
+
+        `news`: events, with their names; `view`: lines of the dashboard; `relaying`: `swarm.relaying`; `relays`: those
+        of the servers, from their statistics; `note`: of the invitation.
+        """
+        return dict(self._ask("told", {}))
+
+    def refused(self, name: str, **options: Any) -> str:
+        """Returns what a cell says that fails."""
+        return str(self.process.ask([name, options])["error"])
 
     def call(self) -> dict[str, str]:
         """Call every expert. Returns what went wrong with each; nothing is an empty text."""

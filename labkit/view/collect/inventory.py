@@ -92,7 +92,8 @@ def reachability_lines(node: Node, servers: Sequence[ServerHandle]) -> tuple[str
         servers: The servers started here.
     """
     own, relaying = node.whereabouts.now, node.relaying
-    outdated = relaying.relay is not None and own.contact != node.contact  # it was said of the address before
+    # It was said of the address before, or of that at a relay that is gone.
+    outdated = own.contact != node.contact if relaying.relay is not None else relaying.lost and own.state == Reach.YES
     lines = [*([] if outdated else [own.text]), *([relaying.words] if relaying.words else [])]
     for number, server in enumerate(servers):
         found = server.lifecycle.reachability
