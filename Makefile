@@ -53,7 +53,7 @@ test-browser: .venv/browser-ready
 	@$(BIN)/python -m pytest $(or $(ARGS),tests/browser)
 
 # Hosts, routers, firewalls and clusters in a network of their own: Linux, iproute2 and nftables.
-test-network: .venv/ready
+test-network: .venv/ready .venv-colab/ready
 	@$(BIN)/python -m tests.network.within $(BIN)/python -m pytest $(or $(ARGS),tests/network)
 
 lint: .venv/ready

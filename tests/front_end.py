@@ -7,7 +7,7 @@ import queue
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,6 +130,12 @@ class FrontEnd:
         assert self.manager is not None
         self.manager.interrupt_kernel()
 
+    def restart(self) -> None:
+        """Restart the kernel, as the button of a notebook does."""
+        assert self.manager is not None
+        self.manager.restart_kernel(now=True)
+        self.client.wait_for_ready(timeout=TIMEOUT)
+
     # ------------------------------------------------------------ pages
 
     def open_subshell(self) -> None:
@@ -206,13 +212,24 @@ class Page:
 
 
 @contextmanager
-def open_kernel(folder: Path, python: str | Path = sys.executable) -> Iterator[FrontEnd]:
-    """A kernel of its own. `folder`: for its files; `python`: the interpreter that runs it."""
+def open_kernel(
+    folder: Path, python: str | Path = sys.executable, *, within: Sequence[str] = (), **environment: str
+) -> Iterator[FrontEnd]:
+    """A kernel of its own.
+
+    Args:
+        folder: For its files.
+        python: The interpreter that runs it.
+        within: A command that runs it, such as one that gives it another network.
+        **environment: Variables of its environment.
+    """
     manager = KernelManager(kernel_name="python3")
+    if within:  # files, and not TCP, lead there
+        manager.transport, manager.ip = "ipc", str(folder / "kernel")
     spec = manager.kernel_spec
     assert spec is not None
-    spec.argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    manager.start_kernel(env={**os.environ, "IPYTHONDIR": str(folder), "MPLBACKEND": "agg"})
+    spec.argv = [*within, str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    manager.start_kernel(env={**os.environ, "IPYTHONDIR": str(folder), "MPLBACKEND": "agg", **environment})
     client = manager.blocking_client()
     client.start_channels()
     try:

@@ -194,7 +194,7 @@ class ServerOnWorker(ChildRunner):
         raise ServerFailed(
             f"this notebook cannot reach the server on {self.host} at {contact.endpoint}: {unreachable}. The way back "
             "works. Let the ports of servers through the firewall of that host (a range is enough: "
-            'lk.Swarm(listen="tcp://0.0.0.0:31000-31099")), or let this swarm relay: lk.Swarm(relay=True)'
+            'lk.Swarm(listen="tcp://0.0.0.0:31000-31099")), or let this swarm relay: lk.Swarm(listen=…, relay=True)'
         )
 
     def _note_contact(self, contact: Contact | None, direct: tuple[str, int] | None) -> None:

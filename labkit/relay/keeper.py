@@ -29,8 +29,8 @@ MAX_ASKED = 8  # relays in a round
 MAX_SAID = 8  # different problems, each of which is said once
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 5.0  # seconds between two rounds in which none took us
 WHAT_TO_TRY = (
-    "Nobody can reach this node. Start a relay at a host that others can reach: labkit relay --join INVITE, or "
-    "labkit serve --relay, or lk.Swarm(relay=True)"
+    "Others cannot call this node. Let a host that they reach relay: labkit relay --join INVITE there, or labkit serve "
+    '--relay --join INVITE, or start the swarm there: lk.Swarm(listen="tcp://0.0.0.0:*", relay=True)'
 )
 
 Move = Callable[[str, int, str], object]  # host, port, reason
