@@ -104,7 +104,7 @@ async def test_a_node_without_a_relay_says_so_and_takes_the_first_that_comes(sta
     first = await start()
     with caplog.at_level(logging.WARNING):
         hidden = await start(HIDDEN, [first.node.contact])
-    assert "Nobody can reach this node. Start a relay" in caplog.text
+    assert "Others cannot call this node. Let a host that they reach relay: labkit relay" in caplog.text
     assert f"({first.node.contact.endpoint} is no relay)" in hidden.node.relaying.words
     assert hidden.node.relaying.relay is None and relays_of(hidden) == [""]
     relay = await start(RELAY, [first.node.contact])

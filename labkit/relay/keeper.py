@@ -26,6 +26,7 @@ LOOK_PERIOD = 20.0  # seconds between two look-ups of relays
 LOOK_TIMEOUT = 3.0  # seconds for one
 STAGGER = 0.5  # seconds that a relay has before the next one is asked, too
 MAX_ASKED = 8  # relays in a round
+MAX_NAMED = 3  # relays that do not take us, in a sentence
 MAX_SAID = 8  # different problems, each of which is said once
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 5.0  # seconds between two rounds in which none took us
 WHAT_TO_TRY = (
@@ -193,7 +194,9 @@ class RelayKeeper:
         self._emit(RelayChanged(relay="", detail=detail))
 
     def _on_none(self, refusals: Mapping[str, str]) -> None:
-        why = "; ".join(sorted(refusals.values())) or "none is known"
+        reasons = sorted(refusals.values(), key=lambda reason: (reason.endswith("is no relay"), reason))
+        others = [f"and {len(reasons) - MAX_NAMED} others do not either"] * (len(reasons) > MAX_NAMED)
+        why = "; ".join([*reasons[:MAX_NAMED], *others]) or "none is known"
         problem = f"no relay takes connections for this node ({why}). {WHAT_TO_TRY}"
         if problem not in self._said and len(self._said) < MAX_SAID:
             self._said.add(problem)

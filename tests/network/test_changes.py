@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from labkit.whereabouts import LOOK_PERIOD, SLEPT
 from tests.network.waiting import until_answered, until_said
 from tests.network.world import World
 
 OPEN = "tcp://0.0.0.0:*"
 NOTICE_TIME = 15.0  # seconds
+LONG_SLEEP = SLEPT + LOOK_PERIOD + 1.0  # seconds
 
 
 @contextmanager
@@ -47,6 +50,20 @@ def test_so_is_one_behind_a_router(on, world):
     until_answered(public, ["ffn.0", "ffn.1"])
     with moved(world, "one", "192.168.1.10/24", "192.168.1.11/24", via="192.168.1.1"):
         assert until_answered(public, ["ffn.0", "ffn.1"], 60) < NOTICE_TIME
+
+
+def test_a_laptop_that_sleeps_until_its_router_has_forgotten_it_is_back_when_it_wakes(on, world):
+    public, laptop = on.notebook("public"), on.notebook("one")
+    laptop.join(public.start(listen=OPEN, relay=True), listen=OPEN)
+    laptop.serve(grid=[2])
+    until_said(laptop, "relayed by 5.5.5.10")
+    until_answered(public, ["ffn.0", "ffn.1"])
+    with laptop.process.asleep():
+        world["router_one"].forget()
+        time.sleep(LONG_SLEEP)
+    assert until_answered(public, ["ffn.0", "ffn.1"], 60) < NOTICE_TIME
+    assert until_answered(laptop, ["ffn.0", "ffn.1"], 60) < NOTICE_TIME
+    until_said(laptop, "relayed by 5.5.5.10")
 
 
 def test_a_router_that_forgets_its_connections_costs_seconds(on, world):

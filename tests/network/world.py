@@ -21,6 +21,7 @@ import itertools
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -229,6 +230,15 @@ class Process:
         self._process.stdin.flush()
         answer = json.loads(self.until("ANSWER ").partition("ANSWER ")[2])
         return answer
+
+    @contextmanager
+    def asleep(self) -> Iterator[None]:
+        """In this block the process stands still, as on a laptop that sleeps."""
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         self._process.kill()
