@@ -52,21 +52,7 @@ def test_so_is_one_behind_a_router(on, world):
         assert until_answered(public, ["ffn.0", "ffn.1"], 60) < NOTICE_TIME
 
 
-def test_a_laptop_that_sleeps_until_its_router_has_forgotten_it_is_back_when_it_wakes(on, world):
-    public, laptop = on.notebook("public"), on.notebook("one")
-    laptop.join(public.start(listen=OPEN, relay=True), listen=OPEN)
-    laptop.serve(grid=[2])
-    until_said(laptop, "relayed by 5.5.5.10")
-    until_answered(public, ["ffn.0", "ffn.1"])
-    with laptop.process.asleep():
-        world["router_one"].forget()
-        time.sleep(LONG_SLEEP)
-    assert until_answered(public, ["ffn.0", "ffn.1"], 60) < NOTICE_TIME
-    assert until_answered(laptop, ["ffn.0", "ffn.1"], 60) < NOTICE_TIME
-    until_said(laptop, "relayed by 5.5.5.10")
-
-
-def test_a_router_that_forgets_its_connections_costs_seconds(on, world):
+def test_a_router_that_forgets_its_connections_costs_seconds_and_so_does_a_laptop_that_has_slept_meanwhile(on, world):
     public, deep, one = on.notebook("public"), on.notebook("deep"), on.notebook("one")
     invite = public.start(listen=OPEN, relay=True)
     for notebook, name in ((deep, "deep"), (one, "one")):
@@ -78,3 +64,9 @@ def test_a_router_that_forgets_its_connections_costs_seconds(on, world):
         world[router].forget()
     assert until_answered(deep, ["deep.0", "one.0"], 60) < NOTICE_TIME
     assert until_answered(public, ["deep.0", "one.0"], 60) < NOTICE_TIME
+    with one.process.asleep():
+        world["router_one"].forget()
+        time.sleep(LONG_SLEEP)
+    assert until_answered(deep, ["deep.0", "one.0"], 60) < NOTICE_TIME
+    assert until_answered(one, ["deep.0", "one.0"], 60) < NOTICE_TIME
+    until_said(one, "relayed by 5.5.5.10")
