@@ -78,7 +78,7 @@ class Lab:
                 dht=self.records,
                 directory=self.directory,
                 whereabouts=REACHED,
-                relaying=SimpleNamespace(relay=None, words=""),
+                relaying=SimpleNamespace(relay=None, words="", lost=False),
             ),
         )
 

@@ -383,7 +383,7 @@ class Notebook:
         """
         return dict(self._ask("told", {}))
 
-    def refused(self, name: str, **options: Any) -> str:
+    def refused(self, name: str, /, **options: Any) -> str:
         """Returns what a cell says that fails."""
         return str(self.process.ask([name, options])["error"])
 
