@@ -13,7 +13,7 @@ from labkit.suggest import suggest_fields
 class RelayLimits:
     """What a node does for nodes that take no connections themselves.
 
-    A connection holds at most 256 KiB of a relay's memory.
+    A connection holds at most 512 KiB of a relay's memory.
 
     Args:
         clients: How many nodes it relays for. Each has one port.

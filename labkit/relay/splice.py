@@ -16,7 +16,7 @@ from typing import Protocol
 import trio
 from trio.abc import HalfCloseableStream
 
-CHUNK = 1 << 17  # bytes that are read at once, and so the most that is held of each direction
+CHUNK = 1 << 18  # bytes that are read at once, and so the most that is held of each direction
 TOUCH_PERIOD = 1.0  # seconds: how exactly the time of the last byte is known
 
 Turn = Callable[[int], Awaitable[None]]  # waits for the turn of that many bytes

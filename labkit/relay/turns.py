@@ -58,12 +58,14 @@ class FairTurns:
         cost = max(size, LEAST_COST) if self._rate == math.inf else size
         tag = max(self._virtual, share.finish)
         share.finish = tag + cost
-        self._used.set()
         if self._room > 0 and not self._waiting:
             self._room -= cost
             self._virtual = tag
+            if self._room <= 0 or self._rate < math.inf:  # else `run` has nothing to do, which small calls feel
+                self._used.set()
             await trio.lowlevel.checkpoint_if_cancelled()
             return
+        self._used.set()
         entry = (tag, next(self._numbers), cost, trio.lowlevel.current_task())
         heapq.heappush(self._waiting, entry)
 
