@@ -25,7 +25,7 @@ from labkit.node import Node, NodeConfig, open_node
 from labkit.server import server
 from labkit.simulation.network import SimNetwork, open_simnet
 from labkit.wire import addresses
-from labkit.wire.addresses import FAR_IPV4, FAR_IPV6, all_interfaces, find_own_address
+from labkit.wire.addresses import FAR_IPV4, FAR_IPV6, all_interfaces, find_own_address, own_addresses
 from labkit.wire.security import Identity
 from labkit.wire.zmq_transport import open_network
 from tests.fake_records import FakeRecords, contact
@@ -217,6 +217,7 @@ def machine(monkeypatch):
         monkeypatch.setattr("psutil.net_if_stats", lambda: dict.fromkeys(found, UP))
         monkeypatch.setattr("labkit.wire.addresses._source_address", routes.get)
 
+    monkeypatch.setattr(addresses, "_own", None)
     return set_up
 
 
@@ -246,6 +247,21 @@ async def test_without_a_default_route_it_announces_what_it_has_that_of_containe
     assert await find_own_address("::") == "2001:db8::6"
     machine({"lo": ["127.0.0.1", "::1"]}, {})
     assert await find_own_address("0.0.0.0") == "127.0.0.1"  # there is nothing else
+
+
+def test_interfaces_are_read_anew_when_the_machine_calls_others_from_another_address_and_now_and_then(
+    machine, monkeypatch
+):
+    routes = {FAR_IPV4: "10.9.0.1"}
+    machine({"eth0": ["10.9.0.1"]}, routes)
+    assert own_addresses() == {"10.9.0.1"}
+    machine({"eth0": ["10.9.0.1"], "eth1": ["10.8.0.1"]}, routes)
+    assert own_addresses() == {"10.9.0.1"}, "for some seconds"
+    with monkeypatch.context() as later:
+        later.setattr(addresses, "READ_ANEW", 0.0)
+        assert own_addresses() == {"10.9.0.1", "10.8.0.1"}
+    machine({"eth0": ["10.7.0.1", "fd00::7"]}, {FAR_IPV4: "10.7.0.1", FAR_IPV6: "fd00::7"})
+    assert own_addresses() == {"10.7.0.1", "fd00::7"}, "at once"
 
 
 def test_an_invitation_for_the_same_machine_never_advises_what_was_done_already(machine):

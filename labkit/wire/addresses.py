@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import trio
 
@@ -20,6 +22,7 @@ from labkit.errors import ConnectionLost
 LOOPBACK = "tcp://127.0.0.1:*"
 FAR_IPV4, FAR_IPV6 = "198.51.100.1", "2001:db8::1"  # for documentation: no machine has them
 VIRTUAL = ("docker", "br-", "veth", "virbr", "vmnet", "vboxnet", "cni", "flannel", "cali", "lxc", "podman", "ifb")
+READ_ANEW = 30.0  # seconds after which all interfaces of this machine are read again
 RESOLVE_TIMEOUT = 1.5  # seconds to resolve the name of a node to join, before it is known whether that is needed
 
 
@@ -241,5 +244,26 @@ def _interfaces(family: socket.AddressFamily) -> Iterator[tuple[str, bool]]:
 
 
 def own_addresses() -> set[str]:
-    """Returns all addresses of this machine's interfaces but loopback and link-local ones."""
-    return {*interface_addresses(socket.AF_INET), *interface_addresses(socket.AF_INET6)}
+    """Returns all addresses of this machine's interfaces but loopback and link-local ones.
+
+    Nodes ask every few seconds, and reading all interfaces takes long on a machine with hundreds of them. So they are
+    read anew when this machine would call others from another address, and else now and then.
+    """
+    global _own
+    routes, now = (_source_address(FAR_IPV4), _source_address(FAR_IPV6)), time.monotonic()
+    if _own is None or _own.routes != routes or now > _own.read_at + READ_ANEW:
+        found = {*interface_addresses(socket.AF_INET), *interface_addresses(socket.AF_INET6)}
+        _own = _OwnAddresses(frozenset(found), routes, now)
+    return set(_own.addresses)
+
+
+@dataclass(frozen=True, slots=True)
+class _OwnAddresses:
+    """This machine's addresses, from which of them it would call others, and when they were read."""
+
+    addresses: frozenset[str]
+    routes: tuple[str | None, str | None]
+    read_at: float
+
+
+_own: _OwnAddresses | None = None
