@@ -5,6 +5,7 @@ Servers and notebooks are both nodes. A server adds methods of its own; a notebo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from labkit.wire.rpc_server import serve_rpc
 from labkit.wire.rpc_types import Methods, RPCLimits
 from labkit.wire.security import Admission, Identity, must_encrypt
 from labkit.wire.transport import Endpoint, Network
+
+logger = logging.getLogger(__name__)
 
 BOOTSTRAP_ATTEMPTS = 3  # since a busy node may be late once
 
@@ -178,6 +181,8 @@ async def open_node(
                 await _join(network, client, dht, join, identity)
                 whereabouts = Whereabouts(client, dht, config.listen, config.announce, join, emit)
                 node = Node(identity, endpoint, client, dht, directory, whereabouts, relaying, emit)
+                if config.relay is not None and (note := note_on_relay_ports(config.listen)):
+                    logger.warning("%s", note)
                 await nursery.start(relaying.run_server, dht, whereabouts, relay_ports(config.listen))
                 if network.tcp:
                     nursery.start_soon(whereabouts.run, node.move, directory.declare_anew)
@@ -204,6 +209,18 @@ def relay_ports(listen: str) -> Sequence[int]:
     """The ports that a relay may use beside the node's own, if that has a range of them; empty for any."""
     ports = ports_of(split_address(listen)[1])
     return () if ports is None or len(ports) == 1 else ports
+
+
+def note_on_relay_ports(listen: str) -> str:
+    """What who starts a relay at one port is to know, which a firewall may let through alone; else empty."""
+    host, port = split_address(listen)
+    ports = ports_of(port)
+    if ports is None or len(ports) > 1 or is_loopback(host):
+        return ""
+    return (
+        f"this relay listens at port {ports[0]}, but callers of relayed nodes come to other free ports of this "
+        f"host; behind a firewall, open a range of ports and listen there: {listen.rpartition(':')[0]}:31000-31099"
+    )
 
 
 async def _join(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 
@@ -60,6 +61,38 @@ def test_labkit_serve_relays_if_it_is_told_to():
     assert main(["serve", "--expert", "nop", "--experts", "1", "--relay", "--quiet"]) == 0
     thread.join()
     assert said == ["relays for 0 nodes"]
+
+
+def one_free_port() -> int:
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+def test_who_relays_at_one_port_is_told_that_callers_come_to_others(caplog):
+    said = "open a range of ports and listen there: tcp://0.0.0.0:31000-31099"
+    port = one_free_port()
+    thread = end_with_a_signal_after("relay", lambda swarm: None, signal.SIGTERM)
+    assert main(["relay", "--listen", f"tcp://0.0.0.0:{port}"]) == 0
+    thread.join()
+    assert caplog.text.count(said) == 1 and f"this relay listens at port {port}, but" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("listen", "relays", "told"),
+    [
+        ("tcp://0.0.0.0:{}", True, True),
+        ("tcp://[::]:{}", True, True),
+        ("tcp://0.0.0.0:{}-{}", True, True),
+        ("tcp://0.0.0.0:{}", False, False),
+        ("tcp://127.0.0.1:{}", True, False),
+        ("tcp://0.0.0.0:*", True, False),
+        ("tcp://0.0.0.0:20000-29999", True, False),
+    ],
+)
+def test_so_is_who_calls_it_a_swarm_and_nobody_else(caplog, listen, relays, told):
+    port = one_free_port()
+    with Swarm("relays", listen=listen.format(port, port), relay=relays):
+        assert (f"this relay listens at port {port}" in caplog.text) is told
 
 
 @pytest.mark.parametrize(
