@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import trio
 
 from labkit.errors import ServerFailed
-from labkit.launch.cluster_worker import keep_server, take_order
+from labkit.launch.cluster_worker import TASK, keep_server, take_order
 
 T = TypeVar("T")
 
@@ -206,7 +206,7 @@ class Cluster:
             address: The worker that was chosen; None to let Dask choose.
         """
         return await self.ask(
-            self.client.submit, keep_server, self.mailbox.topic, run, number, key=f"labkit-server-{uuid.uuid4().hex}",
+            self.client.submit, keep_server, self.mailbox.topic, run, number, key=f"{TASK}{uuid.uuid4().hex}",
             workers=self.workers if address is None else [address], resources=self.resources or None, pure=False,
         )  # fmt: skip
 

@@ -12,6 +12,7 @@ in the child only. The notebook's side is in `cluster_runner`.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
 import signal
@@ -31,6 +32,7 @@ LOOK_INTERVAL = 0.5  # seconds between two looks at whether the notebook still w
 ALIVE_INTERVAL = 1.0  # seconds between two signs of life
 OUTPUT_INTERVAL = 0.1  # seconds between two messages of what the child writes
 MAX_LINES = 200  # of what the child writes, in one message; with more, the first are left out
+TASK = "labkit-server-"  # the names of all tasks that keep servers begin so
 MAX_LINE = 4000  # characters of such a line
 STOP_TIME = 30.0  # seconds that a child has to save its experts when nobody waits for it
 STDERR_TIMEOUT = 0.5  # seconds to read the rest of what a dead child wrote
@@ -50,6 +52,7 @@ def keep_server(topic: str, run: str, number: int) -> None:
     """
     from distributed import get_worker, secede
 
+    logging.getLogger("distributed.worker.state_machine").addFilter(_is_news)  # once, however often it is added
     keeper = _Keeper(get_worker(), topic, run, number)
     _keepers[keeper.attempt] = keeper
     try:
@@ -75,6 +78,14 @@ def take_order(attempt: str, order: str, text: str = "") -> bool:
     if keeper is not None:
         keeper.take(order, text)
     return keeper is not None
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of Dask's is to be written: not that a worker, being closed, has cancelled the task of a server.
+
+    Its notebook is told so in words of ours, and says it where it shows the server.
+    """
+    return f"execute('{TASK}" not in (said := record.getMessage()) or "CancelledError" not in said
 
 
 def is_here(folder: str) -> bool:

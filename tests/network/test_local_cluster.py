@@ -276,6 +276,17 @@ def test_servers_of_a_client_that_is_gone_end_and_a_closed_one_is_told_of(client
         server.restart()
 
 
+def test_a_cluster_that_is_closed_under_its_servers_says_nothing_but_that_they_have_ended(swarm, capfd):
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster:
+        client = Client(cluster)
+        (server,) = swarm.serve("nop", grid=(1,), name="closed", on=client)
+        capfd.readouterr()
+    assert "its client of Dask was closed" in server.wait(20)
+    client.close()
+    said = [line for line in "".join(capfd.readouterr()).splitlines() if line]
+    assert said == [line for line in said if line.startswith("the server of closed.0 has ended: its client of Dask")]
+
+
 def test_isolation_is_left_out_on_a_cluster(client, swarm):
     with pytest.raises(ValueError, match="isolation='task': a server on a cluster"):
         swarm.serve("nop", grid=(1,), name="refused", on=client, isolation="task")
