@@ -245,7 +245,7 @@ def test_a_tutorial_begins_with_its_badge_and_an_install_cell_and_ends_with_what
     notebook = read(path)
     opening = notebook.cells[0].source
     assert f"colab.research.google.com/github/labkit-dev/labkit/blob/main/tutorials/{path.name})" in opening
-    assert "takes no inbound connections" in opening and "public distributed job" in opening
+    assert "takes no inbound connections" in opening and "distributed computing workers" in opening
     install, *others = code_cells(notebook)
     assert 'find_spec("labkit") is None' in install.source and "%pip install" in install.source
     assert not install.outputs, "labkit is here, so it did nothing"
