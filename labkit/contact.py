@@ -12,7 +12,7 @@ import hashlib
 import ipaddress
 import re
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -30,7 +30,10 @@ LOOPBACK_HINT = (
     'fresh one, of a swarm that was started with listen="tcp://0.0.0.0:*" (labkit serve --listen tcp://0.0.0.0:*) on a '
     "machine that is connected to a network"
 )
+MAX_ALSO = 4  # further addresses of a contact
+Address = tuple[str, int]  # host and port
 _HOST = re.compile(r"[\w.:%-]{1,255}")  # no control characters, which a terminal would obey
+_PORT = re.compile(r"[0-9]{1,5}")
 
 
 class _NodeId:
@@ -45,27 +48,50 @@ class _NodeId:
 
 
 class Contact(msgspec.Struct, frozen=True, array_like=True, dict=True):
-    """A node's public key and address. `secure` says whether connections to it are encrypted (CURVE)."""
+    """A node's public key and addresses. `secure` says whether connections to it are encrypted (CURVE).
+
+    `also` are further IP addresses, with ports, at which the same node is reached, as over IPv4 and over IPv6. Who
+    calls it takes the first of all of them to which there is a way.
+    """
 
     key: bytes  # 32 bytes, CURVE25519 public key
     host: str
     port: int
     secure: bool = True
+    also: Annotated[tuple[Address, ...], msgspec.Meta(max_length=MAX_ALSO)] = ()
 
     def __post_init__(self) -> None:
         if len(self.key) != 32:
             raise ValueError(f"a contact's key has 32 bytes, not {len(self.key)}")
-        if not 0 < self.port < 65536:
-            raise ValueError(f"a contact's port is between 1 and 65535, not {self.port}")
         if not is_host(self.host):
             raise ValueError(f"not a host: {self.host[:80]!r}")
+        for port in (self.port, *(port for _, port in self.also)):
+            if not 0 < port < 65536:
+                raise ValueError(f"a contact's port is between 1 and 65535, not {port}")
+        if self.also:
+            self._check_further()
+
+    def _check_further(self) -> None:
+        """Further addresses are few, and none is of another kind than the first, which says who may be called there."""
+        if len(self.also) > MAX_ALSO:
+            raise ValueError(f"a contact has at most {MAX_ALSO} further addresses, not {len(self.also)}")
+        for host, _ in self.also:
+            if not is_further_address(host):
+                raise ValueError(f"not a further IP address of a contact: {host[:80]!r}")
+            if is_loopback(host) is not is_loopback(self.host):
+                raise ValueError("a contact's addresses are loopback ones, or none of them is")
 
     node_id = _NodeId()
 
     @property
+    def addresses(self) -> tuple[Address, ...]:
+        """All addresses, in the order in which they are to be tried."""
+        return (self.host, self.port), *self.also
+
+    @property
     def endpoint(self) -> str:
-        """`host:port`, as people write it (an IPv6 host in brackets)."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        """The first address: `host:port`, as people write it (an IPv6 host in brackets)."""
+        return endpoint_of(self.host, self.port)
 
     @property
     def is_loopback(self) -> bool:
@@ -78,9 +104,13 @@ class Contact(msgspec.Struct, frozen=True, array_like=True, dict=True):
         return self.secure or self.is_loopback
 
     def invitation(self) -> str:
-        """Returns the contact as text: `labkit://<public key>@host:port`, with `?plain` if it does not encrypt."""
+        """Returns the contact as text: `labkit://<public key>@host:port`, with `?plain` if it does not encrypt.
+
+        Further addresses follow the first one: `labkit://<public key>@host:port,[IPv6 host]:port`.
+        """
         key = base64.urlsafe_b64encode(self.key).decode().rstrip("=")
-        return f"{SCHEME}{key}@{self.endpoint}{'' if self.secure else '?plain'}"
+        where = ",".join(endpoint_of(*address) for address in self.addresses)
+        return f"{SCHEME}{key}@{where}{'' if self.secure else '?plain'}"
 
     @classmethod
     def from_invitation(cls, text: str) -> Contact:
@@ -89,13 +119,14 @@ class Contact(msgspec.Struct, frozen=True, array_like=True, dict=True):
         if not isinstance(text, str) or not text.strip().startswith(SCHEME):
             raise InviteError(f"{text!r} is not an invitation: {form}")
         rest, _, query = text.strip().removeprefix(SCHEME).partition("?")
-        key_text, at, endpoint = rest.partition("@")
-        host, colon, port = endpoint.rpartition(":")
-        if not at or not colon or not host or not port.isdigit() or query not in ("", "plain"):
+        key_text, at, endpoints = rest.partition("@")
+        parts = [endpoint.rpartition(":") for endpoint in endpoints.split(",")]
+        if not at or query not in ("", "plain") or not all(host and _PORT.fullmatch(port) for host, _, port in parts):
             raise InviteError(f"{text!r} is not an invitation: {form}")
         try:
             key = base64.urlsafe_b64decode(key_text + "=" * (-len(key_text) % 4))
-            contact = cls(key, host.removeprefix("[").removesuffix("]"), int(port), secure=query != "plain")
+            first, *also = ((host.removeprefix("[").removesuffix("]"), int(port)) for host, _, port in parts)
+            contact = cls(key, *first, secure=query != "plain", also=tuple(also))
         except (ValueError, binascii.Error) as error:
             raise InviteError(f"the invitation {text!r} is damaged ({error}); copy it whole") from None
         if not contact.is_safe:
@@ -121,6 +152,22 @@ def node_id_of(key: bytes) -> int:
 def is_host(host: str) -> bool:
     """Whether this may be a contact's host: a name or an IP address."""
     return _HOST.fullmatch(host) is not None
+
+
+def endpoint_of(host: str, port: int) -> str:
+    """Returns `host:port`, as people write it (an IPv6 host in brackets)."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+@lru_cache(maxsize=1 << 14)
+def is_further_address(host: str) -> bool:
+    """Whether this may be a further address of a contact: an IP address, written plainly, that others can call."""
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    plain = not isinstance(ip, ipaddress.IPv6Address) or (ip.ipv4_mapped is None and ip.scope_id is None)
+    return plain and not (ip.is_unspecified or ip.is_multicast or ip.is_link_local)
 
 
 @lru_cache(maxsize=1 << 14)

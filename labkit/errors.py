@@ -42,6 +42,10 @@ class ConnectionLost(RPCError):
     code = "lost"
 
 
+class NoWay(ConnectionLost):
+    """This machine has no way to any address of the peer, as where one has only IPv4 and the other only IPv6."""
+
+
 class HandshakeFailed(ConnectionLost):
     """The two sides of a connection could not agree: wrong key or protocol, or not admitted."""
 

@@ -3,7 +3,7 @@
 Every way in which joining can fail ends in a `JoinError` that a person can act on. The steps are those of a connection,
 so that the first one that fails names the reason:
 
-1. the name resolves,
+1. the name resolves, and there is a way to an address,
 2. something listens at the port,
 3. it greets as ZeroMQ does, with or without encryption as the invitation says,
 4. it holds the key of the invitation, admits our key and speaks our version of the protocol.
@@ -17,18 +17,19 @@ from dataclasses import dataclass
 
 import trio
 
-from labkit.contact import LOOPBACK_HINT, Contact
+from labkit.contact import LOOPBACK_HINT, Address, Contact
 from labkit.dht.protocol import Ping, Pong
 from labkit.errors import (
     ConnectionLost,
     HandshakeFailed,
     JoinError,
     NotAdmitted,
+    NoWay,
     RPCError,
     SecurityMismatch,
     WrongServerKey,
 )
-from labkit.wire.addresses import own_addresses, resolve
+from labkit.wire.addresses import find_way, own_addresses
 from labkit.wire.rpc_types import Caller
 from labkit.wire.security import key_text
 
@@ -122,7 +123,7 @@ async def _why_unreachable(caller: Caller, contact: Contact, own_key: bytes, tcp
     try:
         with trio.fail_after(JOIN_TIMEOUT):
             if tcp:
-                address = await _resolve(contact)  # 1
+                address = await _find_way(contact)  # 1
                 late = _Failure(
                     f"nothing answered within {JOIN_TIMEOUT:g} s",
                     f"Is the machine on, does its firewall let port {contact.port} through, and is that the address "
@@ -153,9 +154,14 @@ async def _why_unreachable(caller: Caller, contact: Contact, own_key: bytes, tcp
     return None
 
 
-async def _resolve(contact: Contact) -> str:
+async def _find_way(contact: Contact) -> Address:
     try:
-        return await resolve(contact.host, contact.port)
+        return await find_way(contact.addresses)
+    except NoWay as error:
+        raise _Unreachable(
+            f"there is no way there: {error}",
+            "Check the network, and join by the invitation of a node to which there is a way, as that of such a relay",
+        ) from None
     except ConnectionLost as error:
         raise _Unreachable(
             str(error),
@@ -187,11 +193,11 @@ async def is_alive(caller: Caller, contact: Contact) -> bool:
     return False
 
 
-async def _connect(address: str, contact: Contact) -> trio.SocketStream:
-    family = trio.socket.AF_INET6 if ":" in address else trio.socket.AF_INET
+async def _connect(address: Address, contact: Contact) -> trio.SocketStream:
+    family = trio.socket.AF_INET6 if ":" in address[0] else trio.socket.AF_INET
     socket = trio.socket.socket(family, trio.socket.SOCK_STREAM)
     try:
-        await socket.connect((address, contact.port))
+        await socket.connect(address)
     except OSError as error:
         socket.close()
         reason = os.strerror(error.errno or 0)

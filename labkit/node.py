@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from labkit.contact import Contact, is_loopback
+from labkit.contact import Address, Contact, is_loopback
 from labkit.dht.node import DHTConfig, DHTNode
 from labkit.directory import Directory, DirectoryConfig
 from labkit.errors import JoinError
@@ -102,7 +102,7 @@ class Node:
         """The contact at which others reach this node."""
         return self.endpoint.contact
 
-    def move(self, host: str, port: int, reason: str = "") -> Contact:
+    def move(self, host: str, port: int, reason: str = "", also: Sequence[Address] = ()) -> Contact:
         """Let others reach this node at another address from now on, as behind a relay or in another network.
 
         The nodes that know it are told in the background, and its experts are declared anew at once. What leads to the
@@ -112,6 +112,7 @@ class Node:
             host: The host that others call: a name or an IP address.
             port: The port that they call.
             reason: Why, in words, for the event.
+            also: Further IP addresses, with ports, at which it is reached.
 
         Returns:
             Its contact from now on.
@@ -119,7 +120,8 @@ class Node:
         Raises:
             ValueError: It is no address, or the node does not encrypt and others would call it from other machines.
         """
-        before, contact = self.contact, Contact(self.contact.key, host, port, self.contact.secure)
+        before = self.contact
+        contact = Contact(before.key, host, port, before.secure, tuple(also))
         if contact == before:
             return before
         if not contact.is_safe:

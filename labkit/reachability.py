@@ -17,14 +17,23 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
 import trio
 
-from labkit.contact import Contact, Invitation, is_loopback
+from labkit.contact import Contact, Invitation, endpoint_of, is_loopback
 from labkit.dht.protocol import Ping, Pong
-from labkit.errors import BadRequest, ConnectionLost, DeadlineExceeded, NotAdmitted, Overloaded, RPCError
-from labkit.wire.addresses import announced_address, ipaddress_or_none, own_addresses, plain_ip, ports_of, split_address
+from labkit.errors import BadRequest, ConnectionLost, DeadlineExceeded, NotAdmitted, NoWay, Overloaded, RPCError
+from labkit.wire.addresses import (
+    announced_address,
+    has_version_of,
+    ipaddress_or_none,
+    own_addresses,
+    plain_ip,
+    ports_of,
+    split_address,
+)
 from labkit.wire.rpc_client import Client
 from labkit.wire.rpc_types import AsyncMethod, Caller, Methods, Reply, Request
 from labkit.wire.transport import Endpoint
@@ -53,11 +62,13 @@ class Vote:
         by: The node.
         reached: Whether it got an answer.
         seen: The IP address from which it saw the asker come.
+        at: Which of the further addresses it called; empty if it was the first.
     """
 
     by: Contact
     reached: bool
     seen: str
+    at: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,19 +154,26 @@ def judge(contact: Contact, votes: Sequence[Vote], listen: str, announce: str | 
     no = [vote for vote in votes if not vote.reached]
     names = [", ".join(dict.fromkeys(vote.by.host for vote in some)) for some in (yes, no)]
     if len(yes) > len(no):
-        text = f"reachable: {names[0]} called back at {contact.endpoint}"
+        text = f"reachable: {names[0]} called back at {_called_at(contact, yes)}"
         return Reachability(Reach.YES, contact, text, votes)
     seen = next((vote.seen for vote in no if vote.seen), "")
-    found = f"{names[1]} could not call back at {contact.endpoint}" + (f", {names[0]} could" if yes else "")
+    found = f"{names[1]} could not call back at {_called_at(contact, no)}" + (f", {names[0]} could" if yes else "")
     return Reachability(
         Reach.NO, contact, f"not reachable: {found}{_what_to_try(contact, seen, listen, announce)}", votes
     )
 
 
+def _called_at(contact: Contact, votes: Sequence[Vote]) -> str:
+    """Where these nodes called, if it was the same address, else the first one."""
+    hosts = {vote.at or contact.host for vote in votes}
+    found = [endpoint_of(*address) for address in contact.addresses if hosts == {address[0]}]
+    return found[0] if found else contact.endpoint
+
+
 def _what_to_try(contact: Contact, seen: str, listen: str, announce: str | None) -> str:
     """The end of the sentence about a node that is not reached."""
     base, ports = listen.rpartition(":")[0], ports_of(split_address(listen)[1])
-    translated = bool(seen) and seen != contact.host
+    translated = bool(seen) and all(seen != host for host, _ in contact.addresses)
     came = f", and saw this machine as {seen}" if translated else ""
     a_range = f'listen="{base}:31000-31099"'
     if announce is not None:
@@ -188,10 +206,14 @@ class ReachRequest(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ReachReply(msgspec.Struct, frozen=True, array_like=True):
-    """Whether that worked, and the IP address from which the asker was seen."""
+    """Whether that worked, and the IP address from which the asker was seen.
+
+    `at`: the address that was called; empty if the node has none of its IP version; None from nodes that do not say.
+    """
 
     reached: bool
     seen: str
+    at: Annotated[str, msgspec.Meta(max_length=255)] | None = None
 
 
 class CallBack:
@@ -218,24 +240,31 @@ class CallBack:
         started = trio.current_time()
         self._under_way.add(contact.key)
         try:
-            reached = False
+            reached, at = False, contact.host
             with trio.move_on_after(CALL_BACK_TIME):
-                reached = await self._reaches(contact)
+                try:
+                    at, port = await self._endpoint.find_way(contact)
+                except ConnectionLost as error:
+                    if isinstance(error, NoWay) and not has_version_of(host for host, _ in contact.addresses):
+                        return Reply(ReachReply(False, seen, ""))  # which says nothing of others than this machine
+                else:
+                    reached = await reaches(self._endpoint, Contact(contact.key, at, port, contact.secure))
             if not reached:
                 await trio.sleep_until(started + CALL_BACK_TIME)
         finally:
             self._under_way.discard(contact.key)
-        return Reply(ReachReply(reached, seen))
+        return Reply(ReachReply(reached, seen, at))
 
     def _check(self, contact: Contact, proved: bytes | None, seen: str) -> None:
         """Refuse what somebody might ask who is after something else, and those who ask too much."""
         if not contact.is_safe or (contact.secure and proved != contact.key):
             raise BadRequest("only who has proved that key by its handshake is called back")
-        ip = ipaddress_or_none(contact.host)
-        if ip is not None and (ip.is_multicast or ip.is_unspecified):
-            raise BadRequest(f"{contact.host} is nobody's address")
-        if contact.is_loopback and not is_loopback(seen):
-            raise BadRequest(f"{contact.host} is not called back for another machine")
+        for host in (plain_ip(host) for host, _ in contact.addresses):
+            ip = ipaddress_or_none(host)
+            if ip is not None and (ip.is_multicast or ip.is_unspecified):
+                raise BadRequest(f"{host} is nobody's address")
+            if is_loopback(host) and not is_loopback(seen):
+                raise BadRequest(f"{host} is not called back for another machine")
         now = trio.current_time()
         if contact.key in self._under_way or now - self._asked_at.get(contact.key, -ASK_PERIOD) < ASK_PERIOD:
             raise Overloaded("you have just asked to be called back; try again later")
@@ -246,19 +275,21 @@ class CallBack:
         if len(self._asked_at) > MAX_REMEMBERED:
             del self._asked_at[next(iter(self._asked_at))]
 
-    async def _reaches(self, contact: Contact) -> bool:
-        client = Client(self._endpoint)  # for a connection of its own: one that there is proves nothing
-        try:
-            reply = await client.call(contact, "dht.ping", Ping(None), returns=Pong, timeout=CALL_BACK_TIME)
-            return bool(reply.body.key == contact.key)
-        except NotAdmitted:
-            return True  # it is there, and takes calls from those that it knows
-        except (ConnectionLost, DeadlineExceeded):
-            return False
-        except RPCError:
-            return contact.secure  # something answered, over a connection that has proved the key
-        finally:
-            client.forget(contact)
+
+async def reaches(endpoint: Endpoint, contact: Contact) -> bool:
+    """Whether a node answers that holds its key, over a connection of its own: one that there is proves nothing."""
+    client = Client(endpoint)
+    try:
+        reply = await client.call(contact, "dht.ping", Ping(None), returns=Pong, timeout=CALL_BACK_TIME)
+        return bool(reply.body.key == contact.key)
+    except NotAdmitted:
+        return True  # it is there, and takes calls from those that it knows
+    except (ConnectionLost, DeadlineExceeded):
+        return False
+    except RPCError:
+        return contact.secure  # something answered, over a connection that has proved the key
+    finally:
+        client.forget(contact)
 
 
 # ---------------------------------------------------------------- the asking side
@@ -268,7 +299,7 @@ async def ask(caller: Caller, helper: Contact, contact: Contact) -> Vote | None:
     """Ask a node to call back. Returns what it found; None if it did not answer, or cannot do that now.
 
     Nor does it count what a node found that is reached through a relay, and so sees us come from its own machine: it
-    may be on our machine, or in our network.
+    may be on our machine, or in our network. Nor what one found that has no address of our IP version.
 
     Args:
         caller: Makes the call.
@@ -280,9 +311,10 @@ async def ask(caller: Caller, helper: Contact, contact: Contact) -> Vote | None:
     except RPCError:
         return None
     seen = reply.body.seen if ipaddress_or_none(reply.body.seen) is not None else ""
-    if is_loopback(seen) and not helper.is_loopback:
+    at = reply.body.at
+    if at == "" or (is_loopback(seen) and not helper.is_loopback):
         return None
-    return Vote(helper, reply.body.reached, seen)
+    return Vote(helper, reply.body.reached, seen, at if at in {host for host, _ in contact.also} else "")
 
 
 async def ask_others(
@@ -309,7 +341,8 @@ async def ask_others(
         hosts = {vote.by.host for vote in votes}
         first = [one for one in joined if one.key not in asked and is_elsewhere(one, contact, own)]
         others.sort(key=lambda one: (one.host in hosts, is_near(one) is is_near(contact)))
-        return list({one.key: one for one in (*first, *others)}.values())
+        some = {one.key: one for one in (*first, *others)}.values()
+        return sorted(some, key=lambda one: not share_version(one, contact))
 
     async def ask_one(helper: Contact) -> None:
         vote = await ask(caller, helper, contact)
@@ -338,7 +371,17 @@ def is_elsewhere(other: Contact, contact: Contact, own: set[str]) -> bool:
         contact: Our own node.
         own: The addresses of this machine.
     """
-    return not other.is_loopback and other.host != contact.host and other.host not in own
+    here = own.union(host for host, _ in contact.addresses)
+    return not other.is_loopback and here.isdisjoint(host for host, _ in other.addresses)
+
+
+def share_version(one: Contact, other: Contact) -> bool:
+    """Whether two nodes may have an IP version in common. A name may lead to addresses of both."""
+    kinds = [
+        {ip.version for host, _ in contact.addresses if (ip := ipaddress_or_none(host))} or {4, 6}
+        for contact in (one, other)
+    ]
+    return not kinds[0].isdisjoint(kinds[1])
 
 
 def is_near(contact: Contact) -> bool:

@@ -108,7 +108,7 @@ class Swarm(SwarmLifecycle):
         """
         contact = Contact.from_invitation(invite)
         far = contact.secure and not contact.is_loopback  # then others have to call back from another machine
-        listen = (all_interfaces(contact.host) if far else LOOPBACK) if listen is None else listen
+        listen = (all_interfaces() if far else LOOPBACK) if listen is None else listen
         secure = True if secure is None and contact.secure and not far else secure
         return cls(
             name or f"joined {contact.endpoint}", listen=listen, announce=announce, secure=secure, key=key,

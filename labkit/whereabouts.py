@@ -16,12 +16,30 @@ from collections.abc import Callable, Sequence
 import msgspec
 import trio
 
-from labkit.contact import Contact, is_loopback
+from labkit.contact import Address, Contact, is_loopback
 from labkit.dht.node import DHTNode
 from labkit.errors import ConnectionLost
 from labkit.events import Emit, ReachabilityChanged
-from labkit.reachability import Reach, Reachability, ask_others, is_elsewhere, is_near, judge, not_known, only_here
-from labkit.wire.addresses import find_own_address, ipaddress_or_none, own_addresses, resolve, split_address
+from labkit.reachability import (
+    ASK_PERIOD,
+    Reach,
+    Reachability,
+    ask_others,
+    is_elsewhere,
+    is_near,
+    judge,
+    not_known,
+    only_here,
+    share_version,
+)
+from labkit.wire.addresses import (
+    find_own_address,
+    further_addresses,
+    ipaddress_or_none,
+    own_addresses,
+    resolve,
+    split_address,
+)
 from labkit.wire.rpc_client import Client
 
 LOOK_PERIOD = 3.0  # seconds between two looks at this machine's addresses
@@ -30,11 +48,18 @@ RESOLVE_TIMEOUT = 5.0  # seconds for the names of the nodes that were joined
 ASK_AGAIN = {Reach.YES: 300.0, Reach.NO: 30.0, Reach.UNKNOWN: 10.0, Reach.HERE: 0.0}  # seconds, by the last answer
 NEWCOMER_PAUSE = 5.0  # seconds, if others have come since who may answer otherwise
 
+Move = Callable[[str, int, str, Sequence[Address]], object]  # host, port, reason, further addresses
+
 
 def sleepless_clock() -> float:
     """Returns seconds on a clock that goes on while the machine sleeps."""
     boottime = getattr(time, "CLOCK_BOOTTIME", None)
     return time.time() if boottime is None else time.clock_gettime(boottime)
+
+
+def _at_first(contact: Contact) -> Contact:
+    """Returns a contact without its further addresses."""
+    return msgspec.structs.replace(contact, also=())
 
 
 class Whereabouts:
@@ -71,16 +96,18 @@ class Whereabouts:
         self._denied: set[bytes] = set()  # the keys of those who have tried, and did not reach `direct`
         self._asked_among: set[str] = set()  # the hosts of the nodes on other machines that were known then
         self._address = None if dht.contact.is_loopback else dht.contact.host  # of this machine; None if it has none
+        self._further = tuple(host for host, _ in dht.contact.also)
+        self._not_reached: set[str | None] = set()  # addresses of it that are not announced, since others say so
         self.direct = dht.contact
         self.now = not_known(self.direct, trying=True)
         self.settled = trio.Event()
         self.news = trio.Event()
 
-    async def run(self, move: Callable[[str, int, str], object], declare_anew: Callable[[], object]) -> None:
+    async def run(self, move: Move, declare_anew: Callable[[], object]) -> None:
         """Look, come back and ask, until cancelled.
 
         Args:
-            move: Gives the node another address: host, port, and the reason in words.
+            move: Gives the node another address: host, port, the reason in words, and further addresses.
             declare_anew: Lets the node's experts be declared at once.
         """
         host = split_address(self._listen)[0]
@@ -88,18 +115,22 @@ class Whereabouts:
         wide = ip is not None and ip.is_unspecified  # else it listens at one address only, whatever changes
         toward = await self._resolve_joined() if wide else []
         if wide and self._announce is not None:
-            self._has_changed(await find_own_address(host, toward))
+            await self._look(host, toward)
         looked_at = self._clock()
         async with trio.open_nursery() as nursery:
             while True:
-                self._ask_if_due(nursery)  # 3
+                self._ask_if_due(nursery, move)  # 3
                 await trio.sleep(LOOK_PERIOD)
                 before, looked_at = looked_at, self._clock()  # 1
                 slept = looked_at - before > LOOK_PERIOD + SLEPT
-                changed = wide and self._has_changed(await find_own_address(host, toward))
+                further = self._further
+                changed = wide and await self._look(host, toward)
                 if slept or changed:
                     reason = "this machine has slept" if slept else "this machine has another address"
                     self._come_back(move, declare_anew, reason)  # 2
+                elif further != self._further:
+                    self._move(move, "this machine has other further addresses")
+                    self._tell_news()
 
     async def _resolve_joined(self) -> list[Contact]:
         """Returns the nodes that were joined, by IP address, so that no look has to ask for it."""
@@ -114,22 +145,34 @@ class Whereabouts:
 
     # ------------------------------------------------------------ coming back
 
-    def _has_changed(self, address: str) -> bool:
-        """Take note of this machine's address. Returns whether it has another one than before, or one again."""
+    async def _look(self, host: str, toward: Sequence[Contact]) -> bool:
+        """Take note of this machine's addresses. Returns whether it has another first one than before, or one again."""
+        address = await find_own_address(host, toward)
         found = None if is_loopback(address) else address
         before, self._address = self._address, found
+        if found is not None:
+            self._further = further_addresses(host, found)
         return found is not None and found != before
 
-    def _come_back(
-        self, move: Callable[[str, int, str], object], declare_anew: Callable[[], object], reason: str
-    ) -> None:
+    def _move(self, move: Move, reason: str) -> bool:
+        """Announce this machine's addresses. Returns whether others are told of another one than before."""
+        before = self.direct
+        if self._address is None or self._announce is not None:
+            return False
+        further = self._further if before.secure else ()
+        host, *others = [h for h in (self._address, *further) if h not in self._not_reached] or [self._address]
+        also = tuple((other, before.port) for other in others)
+        self.direct = msgspec.structs.replace(before, host=host, also=also)
+        if host != before.host:
+            self._denied = set()
+        if self.direct == before or self._dht.contact != before:
+            return False
+        move(self.direct.host, self.direct.port, reason, also)
+        return True
+
+    def _come_back(self, move: Move, declare_anew: Callable[[], object], reason: str) -> None:
         self._client.forget_all()  # they lead over the old address, or to nodes that have given us up
-        before, address = self.direct, self._address
-        if address is not None and address != before.host and self._announce is None:
-            self.direct, self._denied = msgspec.structs.replace(before, host=address), set()
-        if self.direct != before and self._dht.contact == before:
-            move(self.direct.host, self.direct.port, reason)
-        else:
+        if not self._move(move, reason):
             declare_anew()
         self._dht.come_back()
         self._asked = None
@@ -141,10 +184,16 @@ class Whereabouts:
         """Ask others whether they reach the node without a relay, now."""
         known = {contact.key: contact for contact in self._known()}
         denied = [known[key] for key in self._denied if key in known]
-        votes = await ask_others(self._client, self.direct, [*denied, *self._joined], self._known)
+        first = _at_first(self.direct)
+        votes = await ask_others(self._client, first, [*denied, *self._joined], self._known)
         if not votes or (denied and self._denied.isdisjoint(vote.by.key for vote in votes)):
             return not_known(self.direct, silent=True)  # a yes of others is no news
         return judge(self.direct, votes, self._listen, self._announce)
+
+    async def _ask_about(self, contact: Contact, there: Contact | None = None) -> Reachability:
+        """Ask others whether they reach a contact of the node. `there`: the part of it that they are to call."""
+        votes = await ask_others(self._client, there or contact, self._joined, self._known)
+        return judge(contact, votes, self._listen, self._announce) if votes else not_known(contact, silent=True)
 
     def ask_again(self) -> None:
         """Ask others soon whether they reach the node where it is now, since the last answer may not hold any more."""
@@ -155,7 +204,7 @@ class Whereabouts:
         direct = self._client.endpoint.direct
         return [contact for contact in self._dht.routing if contact.key not in direct]
 
-    def _ask_if_due(self, nursery: trio.Nursery) -> None:
+    def _ask_if_due(self, nursery: trio.Nursery, move: Move) -> None:
         contact = self._dht.contact
         if contact.is_loopback or (self._address is None and contact == self.direct):
             self._asked = None
@@ -166,7 +215,7 @@ class Whereabouts:
         elif not self._asking and self._is_due(contact):
             self._asking, self._asked = True, (contact, trio.current_time())
             self._asked_among = {other.host for other in self._elsewhere(contact)}
-            nursery.start_soon(self._ask, contact)
+            nursery.start_soon(self._ask, contact, move)
 
     def _elsewhere(self, contact: Contact) -> list[Contact]:
         """Returns the nodes on other machines that are known now."""
@@ -189,16 +238,51 @@ class Whereabouts:
             return bool(newcomers)
         return all(is_near(vote.by) for vote in votes) and not all(map(is_near, newcomers))
 
-    async def _ask(self, contact: Contact) -> None:
+    async def _ask(self, contact: Contact, move: Move) -> None:
         try:
-            votes = await ask_others(self._client, contact, self._joined, self._known)
+            if contact == self.direct:
+                found = await self._ask_about(contact, _at_first(contact))
+            else:
+                found = await self._ask_about(contact)
+            if contact == self._dht.contact:  # else it has moved meanwhile, and is asked about anew
+                if contact == self.direct and found.state is Reach.NO:
+                    self._denied = {vote.by.key for vote in found.votes if not vote.reached}
+                self._say(found)
+            if contact == self.direct and self._announce is None:
+                await self._ask_about_the_other_version(contact, found.state, move)
         finally:
             self._asking = False
-        if contact == self._dht.contact:  # else it has moved meanwhile, and is asked about anew
-            found = judge(contact, votes, self._listen, self._announce) if votes else not_known(contact, silent=True)
-            if contact == self.direct and found.state is Reach.NO:
-                self._denied = {vote.by.key for vote in votes if not vote.reached}
-            self._say(found)
+
+    async def _ask_about_the_other_version(self, contact: Contact, reach: Reach, move: Move) -> None:
+        """Ask about addresses of the other IP version alone: who has no way to the first one calls there.
+
+        Those that others do not reach are not announced, so that they are not called in vain. Nor is the first one, if
+        others reach only these.
+
+        Args:
+            contact: The node, as it announces itself.
+            reach: Whether others reach it at its first address.
+            move: Gives the node another address.
+        """
+        reached: set[str] = set()
+        for host in (self._address or contact.host, *self._further):
+            there = Contact(contact.key, host, contact.port, contact.secure)
+            if share_version(_at_first(contact), there):
+                continue
+            await trio.sleep(ASK_PERIOD)  # as nobody calls back again before
+            found = await self._ask_about(there)
+            if found.state is Reach.YES:
+                reached.add(host)
+            elif found.state is Reach.NO:
+                self._not_reached.add(host)
+        if reach is Reach.NO and reached:
+            self._not_reached.add(contact.host)
+        self._not_reached -= reached
+        self._not_reached &= {self._address, *self._further}
+        before = self.direct
+        self._move(move, "others reach other addresses of it than before")
+        if self.direct != before:
+            self._tell_news()
 
     def _say(self, found: Reachability) -> None:
         before, self.now = self.now, found

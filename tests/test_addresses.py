@@ -17,7 +17,7 @@ from labkit import Swarm
 from labkit.contact import Contact
 from labkit.dht.node import DHTConfig
 from labkit.directory import Directory
-from labkit.errors import ConnectionLost, LabkitError
+from labkit.errors import ConnectionLost, LabkitError, NoWay
 from labkit.events import AddressChanged, Event, ReachabilityChanged
 from labkit.expert_uid import ExpertInfo
 from labkit.launch.child import ChildNews, ChildReport
@@ -25,7 +25,15 @@ from labkit.node import Node, NodeConfig, open_node
 from labkit.server import server
 from labkit.simulation.network import SimNetwork, open_simnet
 from labkit.wire import addresses
-from labkit.wire.addresses import FAR_IPV4, FAR_IPV6, all_interfaces, find_own_address, own_addresses
+from labkit.wire.addresses import (
+    FAR_IPV4,
+    FAR_IPV6,
+    all_interfaces,
+    find_own_address,
+    find_way,
+    further_addresses,
+    own_addresses,
+)
 from labkit.wire.security import Identity
 from labkit.wire.zmq_transport import open_network
 from tests.fake_records import FakeRecords, contact
@@ -264,6 +272,83 @@ def test_interfaces_are_read_anew_when_the_machine_calls_others_from_another_add
     assert own_addresses() == {"10.7.0.1", "fd00::7"}, "at once"
 
 
+def test_further_addresses_are_those_of_the_other_ip_version_first_and_none_that_is_no_use(machine, monkeypatch):
+    monkeypatch.setattr(addresses, "READ_ANEW", -1.0)
+    machine(
+        {
+            "lo": ["127.0.0.1", "::1"], "docker0": ["172.17.0.1", "2001:db8:d::1"], "eth0": ["203.0.113.20", "fe80::2"],
+            "eth1": ["10.8.0.1", "fd00::8", "2001:db8::8"], "eth2": ["169.254.1.2", "8.8.4.4"],
+        },
+        {FAR_IPV4: "10.8.0.1", FAR_IPV6: "fd00::8"},
+    )  # fmt: skip
+    assert further_addresses("::", "203.0.113.20") == ("fd00::8", "10.8.0.1", "8.8.4.4")
+    assert further_addresses("::", "8.8.4.4") == ("10.8.0.1", "203.0.113.20")  # fd00::8 is private, and it is not
+    assert further_addresses("::", "2600::8") == ("8.8.4.4",)  # 10.8.0.1 is behind a router
+    assert further_addresses("::", "2001:db8::8") == ("10.8.0.1", "8.8.4.4", "203.0.113.20")
+    assert further_addresses("0.0.0.0", "203.0.113.20") == ("10.8.0.1", "8.8.4.4")
+    assert further_addresses("203.0.113.20", "203.0.113.20") == ()  # it listens nowhere else
+    assert further_addresses("::", "::1") == ()
+    machine({"lo": ["127.0.0.1", "::1"], "docker0": ["172.17.0.1"], "eth0": ["fe80::2", "2001:db8::6"]}, {})
+    assert further_addresses("::", "2001:db8::6") == ()
+
+
+async def test_who_calls_takes_the_first_address_to_which_this_machine_has_a_way(machine, monkeypatch):
+    monkeypatch.setattr(addresses, "READ_ANEW", -1.0)
+    both, there = ("203.0.113.10", 4000), ("2001:db8::10", 4001)
+    machine({"eth0": ["203.0.113.20"]}, {both[0]: "203.0.113.20"})
+    assert await find_way([both, there]) == await find_way([there, both]) == both
+    assert await find_way([("no.such.host.invalid", 1), both]) == both
+    with pytest.raises(NoWay, match="2001:db8::10 has only an IPv6 address, and this machine has none; a relay that"):
+        await find_way([there])
+    with pytest.raises(NoWay, match=r"no route to 10.9.0.2 or 2001:db8::10; a relay that has one would connect them"):
+        await find_way([("10.9.0.2", 1), there])
+    machine({"eth0": ["2001:db8::20"]}, {there[0]: "2001:db8::20"})
+    assert await find_way([both, there]) == there
+    with pytest.raises(NoWay, match=r"203.0.113.10 has only an IPv4 address, and this machine has none"):
+        await find_way([both])
+    machine({"lo": ["127.0.0.1"]}, {})
+    with pytest.raises(NoWay, match="no network address but loopback"):
+        await find_way([both, there])
+    with pytest.raises(ConnectionLost, match="does not resolve"):
+        await find_way([("no.such.host.invalid", 1)])
+
+
+async def test_a_node_is_called_at_the_further_address_where_there_is_no_way_to_the_first(monkeypatch):
+    monkeypatch.setattr(addresses, "_has_way", lambda ip: ip != "127.0.0.9")
+    async with open_network() as network, serving(network, address="tcp://[::1]:*") as endpoint:
+        contact = changed(endpoint.contact, host="127.0.0.9", also=(endpoint.bound,))
+        async with calling(network) as client:
+            assert (await client.call(contact, "echo", 1, timeout=5.0)).body == 1
+            client.endpoint.find_passage = passage = Passage(endpoint.bound)
+            nowhere = changed(contact, also=())
+            assert (await client.call(nowhere, "echo", 2, timeout=5.0)).body == 2 and passage.asked == [nowhere]
+            client.endpoint.find_passage = Passage(None)
+            client.forget_all()
+            with pytest.raises(NoWay, match=r"127.0.0.9"):
+                await client.call(nowhere, "echo", 3, timeout=5.0)
+
+
+class Passage:
+    """Where else a node is called."""
+
+    def __init__(self, at):
+        self.at, self.asked = at, []
+
+    async def __call__(self, contact):
+        self.asked.append(contact)
+        await trio.lowlevel.checkpoint()
+        return self.at
+
+
+async def test_a_node_that_listens_at_all_interfaces_announces_its_further_addresses_with_its_port(monkeypatch):
+    monkeypatch.setattr("labkit.wire.zmq_transport.further_addresses", lambda host, first: ("2001:db8::6",))
+    async with open_network() as network:
+        async with network.listen(Identity.generate(), "tcp://[::]:*", secure=True) as endpoint:
+            assert endpoint.contact.also == (("2001:db8::6", endpoint.bound[1]),)
+        async with network.listen(Identity.generate(), "tcp://[::]:*", announce="lab.example", secure=True) as endpoint:
+            assert endpoint.contact.also == ()  # a name has both by itself
+
+
 def test_an_invitation_for_the_same_machine_never_advises_what_was_done_already(machine):
     machine({"lo": ["127.0.0.1"]}, {})
     with Swarm("no-network", listen="tcp://0.0.0.0:*") as swarm:
@@ -286,12 +371,11 @@ async def test_a_node_that_listens_on_all_interfaces_of_ipv6_is_reached_by_ipv4_
         assert endpoint.contact.host not in ("0.0.0.0", "::")
 
 
-@pytest.mark.parametrize(
-    ("invited", "listens"),
-    [("203.0.113.10", "tcp://0.0.0.0:*"), ("2001:db8::5", "tcp://[::]:*"), ("lab.example.org", "tcp://[::]:*")],
-)
-def test_who_joins_listens_where_the_node_that_it_joins_can_call_back(invited, listens):
-    assert all_interfaces(invited) == listens
+def test_who_joins_listens_at_all_interfaces_of_both_ip_versions_where_the_system_can(monkeypatch):
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: True)
+    assert all_interfaces() == "tcp://[::]:*"
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    assert all_interfaces() == "tcp://0.0.0.0:*"
 
 
 class Names(trio.abc.HostnameResolver):

@@ -14,7 +14,7 @@ import trio
 
 from labkit import Swarm
 from labkit.contact import Contact
-from labkit.errors import BadRequest, Overloaded, RPCError
+from labkit.errors import BadRequest, NoWay, Overloaded, RPCError
 from labkit.events import AddressChanged, Event, ReachabilityChanged, ignore
 from labkit.node import Node, NodeConfig, open_node
 from labkit.reachability import (
@@ -116,10 +116,11 @@ async def test_nobody_is_called_back_for_another_or_at_what_is_nobodys_address_o
             (changed(node.contact, host="127.0.0.1"), "for another machine"),
             (changed(node.contact, host="0.0.0.0"), "nobody's address"),
             (changed(node.contact, host="224.0.0.1"), "nobody's address"),
+            (changed(node.contact, host="::ffff:127.0.0.1"), "for another machine"),
         ]:  # fmt: skip
             error = await refusal(node, helper, contact)
             assert isinstance(error, BadRequest) and said in str(error)
-        assert network.messages - before == 10  # five requests, five refusals, and no call to anybody
+        assert network.messages - before == 12  # six requests, six refusals, and no call to anybody
 
 
 async def test_who_asks_too_often_and_too_many_at_once_are_sent_away(autojump_clock) -> None:
@@ -138,6 +139,32 @@ async def test_who_asks_too_often_and_too_many_at_once_are_sent_away(autojump_cl
             for _ in range(MAX_CALLS_BACK + 3):
                 nursery.start_soon(ask_for_a_no)
         assert sorted(vote is None for vote in votes) == [False] * MAX_CALLS_BACK + [True] * 3
+
+
+async def test_a_helper_without_the_askers_ip_version_abstains_at_once_and_one_says_which_address_it_called(
+    autojump_clock, monkeypatch
+) -> None:
+    async with two_machines() as (_, helper, node):
+        further = changed(node.contact, host="198.51.100.9", also=((node.contact.host, node.contact.port),))
+
+        async def find_way(contact: Contact) -> tuple[str, int]:
+            await trio.lowlevel.checkpoint()
+            if not contact.also:
+                raise NoWay("only IPv6")
+            return contact.also[0]
+
+        monkeypatch.setattr(helper.endpoint, "find_way", find_way)
+        monkeypatch.setattr("labkit.reachability.has_version_of", lambda hosts: versions.append(list(hosts)))
+        started = trio.current_time()
+        versions: list[list[str]] = []
+        assert await ask(node.client, helper.contact, node.contact) is None
+        assert versions == [["192.0.2.2"]]
+        assert trio.current_time() - started < 1.0
+        await trio.sleep(ASK_PERIOD)
+        vote = await ask(node.client, helper.contact, further)
+        assert vote == Vote(helper.contact, True, "192.0.2.2", "192.0.2.2")
+        said = judge(further, [vote], WIDE, None).text
+        assert said == f"reachable: 192.0.2.1 called back at 192.0.2.2:{node.contact.port}"
 
 
 # ---------------------------------------------------------------- whom to ask
@@ -190,6 +217,15 @@ async def test_who_does_not_answer_is_replaced_and_nodes_of_this_machine_are_not
     assert hosts == ["1.1.1.1", "2.2.2.2"] and votes == [True]
     assert await asked([], **{"8_8_8_8": True, "127_0_0_1": True}) == ([], [])
     assert await asked(["1.1.1.1"], **{"1_1_1_1": None}) == (["1.1.1.1"], [])
+
+
+async def test_nodes_with_our_ip_version_are_asked_first() -> None:
+    found = {f"[2001:db8::{number}]": True for number in range(1, 9)} | {"2.2.2.2": True, "3.3.3.3": True}
+    helpers = Helpers()
+    helpers.found = {host.strip("[]"): True for host in found}
+    known = [contact_at(host) for host in helpers.found]
+    assert len(await ask_others(helpers, OWN, known[:1], lambda: known)) == 2  # type: ignore[arg-type]
+    assert sorted(helpers.asked) == ["2.2.2.2", "3.3.3.3"]
 
 
 async def test_a_neighbour_in_ones_own_network_does_not_outvote_who_is_outside() -> None:
@@ -294,7 +330,9 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.address = "192.0.2.2"
+        self.further: tuple[str, ...] = ()
         self.asleep = 0.0
+        monkeypatch.setattr("labkit.whereabouts.further_addresses", lambda host, first: self.further)
         monkeypatch.setattr("labkit.whereabouts.find_own_address", self.find_own_address)
         monkeypatch.setattr("labkit.whereabouts.own_addresses", lambda: {self.address})
         monkeypatch.setattr("labkit.reachability.own_addresses", lambda: {self.address})
@@ -321,6 +359,48 @@ def state_of(whereabouts: Whereabouts) -> Reach:
 @pytest.fixture
 def machine(monkeypatch) -> Machine:
     return Machine(monkeypatch)
+
+
+async def test_a_node_that_others_reach_at_its_other_ip_version_only_announces_that_and_no_more_once_they_reach_both(
+    autojump_clock, machine, monkeypatch
+) -> None:
+    reached = {"192.0.2.2": False, "2001:db8::2": True}
+
+    async def ask_others(caller, contact, joined, known):
+        await trio.lowlevel.checkpoint()
+        assert not contact.also, "each is asked about alone"
+        return [Vote(joined[0], reached[contact.host], "")]
+
+    monkeypatch.setattr("labkit.whereabouts.ask_others", ask_others)
+    machine.further = ("2001:db8::2",)
+    async with two_machines() as (_, helper, node), machine.running(node, helper, []) as whereabouts:
+        both = changed(node.contact, also=(("2001:db8::2", node.contact.port),))
+        await trio.sleep(2 * LOOK_PERIOD + ASK_PERIOD)
+        assert node.contact == whereabouts.direct == changed(both, host="2001:db8::2")
+        assert (await whereabouts.try_direct()).state is Reach.YES
+        reached["192.0.2.2"] = True
+        await trio.sleep(400)
+        assert node.contact == both
+
+
+async def test_an_address_of_the_other_ip_version_is_announced_unless_nobody_reaches_it(
+    autojump_clock, machine
+) -> None:
+    async with two_machines() as (_, helper, node), machine.running(node, helper, []) as whereabouts:
+        await whereabouts.settled.wait()
+        links, port = node.client.links, node.contact.port
+        machine.further = ("2001:db8::2",)
+        await trio.sleep(LOOK_PERIOD + 0.1)
+        assert node.contact.also == (("2001:db8::2", port),) and whereabouts.direct == node.contact
+        assert node.client.links >= links  # they lead over the same address as before
+        await trio.sleep(1.0)
+        assert helper.dht.routing.get(node.contact.node_id) == node.contact
+        await trio.sleep(ASK_PERIOD + CALL_BACK_TIME + 1.0)
+        assert node.contact == changed(node.contact)  # nobody reaches it there, so nobody is sent there in vain
+        assert whereabouts.now.text.startswith("reachable: 192.0.2.1 called back at 192.0.2.2")
+        machine.address, machine.further = "198.51.100.7", ()
+        await trio.sleep(LOOK_PERIOD + 0.1)
+        assert node.contact == changed(node.contact, host="198.51.100.7", port=port)
 
 
 async def test_a_machine_with_another_address_is_announced_there_and_asks_anew(autojump_clock, machine) -> None:

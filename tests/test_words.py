@@ -15,6 +15,7 @@ from labkit import errors, events, expert_uid
 from labkit.contact import ID_BITS, Contact, is_loopback, node_id_of
 from labkit.errors import InviteError, LabkitError, RPCError
 from labkit.events import Event, Listeners, StepFailed
+from tests.nodes import changed
 
 KEY = bytes(range(32))
 hosts = st.sampled_from(["127.0.0.1", "localhost", "10.0.0.7", "lab.example.org", "::1", "2001:db8::5"])
@@ -74,6 +75,64 @@ def test_an_impossible_contact_is_refused_when_made_and_when_received(bad):
         Contact(*bad)
     with pytest.raises(msgspec.ValidationError):
         msgspec.msgpack.decode(msgspec.msgpack.encode([*bad, True]), type=Contact)
+
+
+SIX = ("2001:db8::5", 4001)
+
+
+def test_a_contact_of_several_addresses_survives_as_text_and_on_the_wire_and_shows_the_first():
+    contact = Contact(KEY, "203.0.113.5", 4000, also=(SIX, ("10.0.0.7", 4000)))
+    assert contact.invitation().endswith("@203.0.113.5:4000,[2001:db8::5]:4001,10.0.0.7:4000")
+    assert Contact.from_invitation(contact.invitation()) == contact
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(contact), type=Contact) == contact
+    assert msgspec.json.decode(msgspec.json.encode(contact), type=Contact) == contact
+    assert contact.endpoint == "203.0.113.5:4000" and contact.addresses[1] == SIX and hash(contact)
+    assert Contact(KEY, "lab.example", 1, also=(SIX,)).invitation().endswith("@lab.example:1,[2001:db8::5]:4001")
+    assert Contact(KEY, "203.0.113.5", 4000).invitation().endswith("@203.0.113.5:4000")
+
+
+def test_contacts_of_before_there_were_several_addresses_are_read_and_read_those_of_now():
+    class OldContact(msgspec.Struct, frozen=True, array_like=True):
+        key: bytes
+        host: str
+        port: int
+        secure: bool = True
+
+    old, new = OldContact(KEY, "203.0.113.5", 4000), Contact(KEY, "203.0.113.5", 4000, also=(SIX,))
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(old), type=Contact) == changed(new)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(new), type=OldContact) == old
+
+
+@pytest.mark.parametrize(
+    "also",
+    [
+        [("127.0.0.1", 1)], [("::1", 1)], [SIX, ("localhost", 1)],  # another kind than the first
+        [("lab.example", 1)], [("", 1)], [("10.0.0.7 ", 1)],  # no IP address
+        [("0.0.0.0", 1)], [("::", 1)], [("224.0.0.1", 1)], [("ff02::1", 1)], [("fe80::1", 1)], [("169.254.1.1", 1)],
+        [("2001:db8::5%eth0", 1)], [("::ffff:127.0.0.1", 1)], [("::ffff:10.0.0.7", 1)],  # not written plainly
+        [("10.0.0.7", 0)], [("10.0.0.7", 65536)], [SIX] * 5,
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("secure", [True, False])
+def test_further_addresses_that_others_could_not_or_should_not_call_are_refused(also, secure):
+    with pytest.raises(ValueError):
+        Contact(KEY, "203.0.113.5", 4000, secure, tuple(also))
+    with pytest.raises(msgspec.ValidationError):
+        encoded = msgspec.msgpack.encode([KEY, "203.0.113.5", 4000, secure, also])
+        msgspec.msgpack.decode(encoded, type=Contact)
+    text = Contact(KEY, "203.0.113.5", 4000, secure).invitation().partition("?")
+    with pytest.raises(InviteError):
+        Contact.from_invitation(text[0] + "," + ",".join(f"[{h}]:{p}" for h, p in also) + "".join(text[1:]))
+
+
+def test_nothing_unsafe_hides_among_further_addresses():
+    here = Contact(KEY, "127.0.0.1", 4000, secure=False, also=(("::1", 4000),))
+    assert here.is_safe and here.is_loopback
+    for beyond in (SIX, ("10.0.0.7", 1), ("8.8.8.8", 1)):
+        with pytest.raises(ValueError, match="loopback ones, or none"):
+            Contact(KEY, "127.0.0.1", 4000, False, (beyond,))
+    there = Contact(KEY, "10.0.0.7", 4000, secure=False, also=(SIX,))
+    assert not there.is_safe and not there.is_loopback
 
 
 def test_a_node_id_has_160_bits_and_follows_from_the_key_alone():

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import trio
 
-from labkit.contact import Contact
+from labkit.contact import Address, Contact
 from labkit.errors import RPCError, UnknownMethod
 from labkit.events import RelayChanged
 from labkit.relay.finding import RelayRecords, find_relays
@@ -34,7 +34,7 @@ WHAT_TO_TRY = (
     '--relay --join INVITE, or start the swarm there: lk.Swarm(listen="tcp://0.0.0.0:*", relay=True)'
 )
 
-Move = Callable[[str, int, str], object]  # host, port, reason
+Move = Callable[[str, int, str, Sequence[Address]], object]  # host, port, reason, further addresses
 
 
 class RelayKeeper:
@@ -184,7 +184,7 @@ class RelayKeeper:
         self.relay, self.problem = address.relay, ""
         self._said.clear()
         logger.info("this node takes no connections; the relay %s takes them", address.relay.endpoint)
-        self._move(address.host, address.port, f"relayed by {address.relay.endpoint}")
+        self._move(address.host, address.port, f"relayed by {address.relay.endpoint}", address.also)
         self._emit(RelayChanged(relay=address.relay.endpoint, detail=f"callers reach us at port {address.port} there"))
 
     def _on_lost(self, detail: str) -> None:

@@ -14,7 +14,7 @@ from labkit.contact import Contact
 from labkit.dht.protocol import Ping, Pong
 from labkit.errors import RPCError
 from labkit.relay.messages import NEIGHBOURS, AskNeighbours, Neighbours
-from labkit.wire.addresses import ipaddress_or_none
+from labkit.wire.addresses import find_way, ipaddress_or_none
 from labkit.wire.rpc_types import Caller
 
 ASK_TIMEOUT = 3.0  # seconds
@@ -76,13 +76,15 @@ class Shortcuts:
         if known != contact:
             self._forget(contact.key)
         try:
-            reply = await self._caller.call(contact, "dht.ping", Ping(None), returns=Pong, timeout=PING_TIMEOUT)
+            at = await find_way(contact.addresses)
+            there = Contact(contact.key, *at, contact.secure)
+            reply = await self._caller.call(there, "dht.ping", Ping(None), returns=Pong, timeout=PING_TIMEOUT)
             answers = reply.body.key == contact.key
         except RPCError:
             answers = False
         if answers:
             self._ours[contact.key] = contact
-            self._direct[contact.key] = contact.host, contact.port
+            self._direct[contact.key] = at
             if known != contact:
                 self._renew(contact.key)
         else:

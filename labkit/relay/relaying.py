@@ -175,7 +175,7 @@ class Relaying:
                 await self._until_reached_otherwise(whereabouts)
                 nursery.cancel_scope.cancel()
             direct = whereabouts.direct
-            move(direct.host, direct.port, "it takes connections itself now, and needs no relay any more")
+            move(direct.host, direct.port, "it takes connections itself now, and needs no relay any more", direct.also)
             hidden = None
         if not started:
             task_status.started()

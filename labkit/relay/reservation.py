@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import trio
 
-from labkit.contact import Contact
+from labkit.contact import Address, Contact
 from labkit.errors import ConnectionLost, NotAdmitted, RPCError
 from labkit.relay import messages
 from labkit.relay.listening import connect_to
@@ -31,6 +31,7 @@ from labkit.relay.messages import (
     StillHere,
 )
 from labkit.relay.splice import Held, splice
+from labkit.wire.addresses import find_way
 from labkit.wire.rpc_types import Caller
 from labkit.wire.zmq_transport import open_files
 
@@ -56,6 +57,11 @@ class RelayedAddress:
         """The relay's host."""
         return self.relay.host
 
+    @property
+    def also(self) -> Sequence[Address]:
+        """The same port at the other addresses of the relay, as of the other IP version."""
+        return tuple((host, self.port) for host, _ in self.relay.also)
+
 
 async def hold_reservation(
     caller: Caller,
@@ -69,7 +75,8 @@ async def hold_reservation(
 ) -> None:
     """Be reached through a relay, until it is gone or this is cancelled.
 
-    1. Ask it for a port, by a remote call. 2. Connect, and attach. 3. Fetch each caller of which it tells.
+    1. Find the way there, and ask it for a port, by a remote call. 2. Connect, and attach. 3. Fetch each caller of
+    which it tells.
 
     Args:
         caller: Makes the call.
@@ -83,8 +90,9 @@ async def hold_reservation(
     Raises:
         RPCError: The relay does not take us, or is gone. The text says why.
     """
-    reserved = await _reserve(caller, relay, Reserve(node.key, node), members)  # 1
-    stream = await connect_to(relay.host, reserved.port, CONNECT_TIMEOUT)  # 2
+    host, _ = await find_way(relay.addresses)  # 1
+    reserved = await _reserve(caller, relay, Reserve(node.key, node), members)
+    stream = await connect_to(host, reserved.port, CONNECT_TIMEOUT)  # 2
     async with stream:
         reader = MessageReader(stream)
         try:
@@ -96,7 +104,7 @@ async def hold_reservation(
             task_status.started(RelayedAddress(relay, reserved.callers_port))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_say_that_we_are_here, stream, nursery.cancel_scope)
-                await _fetch_callers(reader, relay, reserved, own, held, nursery)  # 3
+                await _fetch_callers(reader, (host, reserved.port), reserved, own, held, nursery)  # 3
                 nursery.cancel_scope.cancel()
         except trio.TooSlowError:
             raise ConnectionLost(f"the relay {relay.endpoint} did not answer within {ATTACH_TIMEOUT:g} s") from None
@@ -139,7 +147,7 @@ async def _say_that_we_are_here(stream: trio.SocketStream, scope: trio.CancelSco
 
 
 async def _fetch_callers(
-    reader: MessageReader, relay: Contact, reserved: Reserved, own: tuple[str, int], held: Held | None,
+    reader: MessageReader, relay: Address, reserved: Reserved, own: Address, held: Held | None,
     nursery: trio.Nursery,
 ) -> None:  # fmt: skip
     """Read what the relay says, and fetch its callers, until it is silent or gone."""
@@ -165,10 +173,10 @@ async def _fetch_callers(
             nursery.start_soon(fetch, message.caller)
 
 
-async def _fetch(relay: Contact, reserved: Reserved, own: tuple[str, int], id: bytes, held: Held | None) -> None:
+async def _fetch(relay: Address, reserved: Reserved, own: Address, id: bytes, held: Held | None) -> None:
     """Fetch one caller: open both connections, say whom the first one is for, and splice them."""
     try:
-        theirs = await connect_to(relay.host, reserved.port, CONNECT_TIMEOUT)
+        theirs = await connect_to(*relay, CONNECT_TIMEOUT)
         async with theirs:
             proof = messages.proof_of_bring(reserved.secret, reserved.id, id)
             with trio.fail_after(CONNECT_TIMEOUT):

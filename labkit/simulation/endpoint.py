@@ -17,7 +17,7 @@ from labkit.errors import ConnectionLost, LabkitError, NotAdmitted, SecurityMism
 from labkit.wire.frames import Frame
 from labkit.wire.security import Admission, Identity
 from labkit.wire.timers import Timers
-from labkit.wire.transport import OnEnd, OnMessage, OnRequest, Peer
+from labkit.wire.transport import FindPassage, OnEnd, OnMessage, OnRequest, Peer
 
 FIRST_CONNECT_RETRY = 1.0  # seconds until a connection attempt that was lost is repeated; doubled each time, as by TCP
 
@@ -225,6 +225,7 @@ class SimEndpoint:
         self.bound = place_of(contact)
         self.timers = network.timers
         self.direct: dict[bytes, Place] = {}
+        self.find_passage: FindPassage | None = None
         self.admission = admission
         self.links: dict[bytes, SimLink] = {}  # from this node, by route
         self.peers: dict[bytes, SimLink] = {}  # to this node, by route
@@ -240,6 +241,10 @@ class SimEndpoint:
         self.links[link.peer.route] = link
         link.connect()
         return link
+
+    async def find_way(self, contact: Contact) -> Place:
+        """Returns where a node is: in memory there is a way everywhere."""
+        return place_of(contact)
 
     def move(self, contact: Contact) -> None:
         """Take another place in the network. Connections that lead to the old one go on, until they are cut."""

@@ -3,7 +3,7 @@
 No batch passes here: `zmq_transport` asks when a node begins to listen, and when it makes a link; `reachability` asks
 now and then whether this machine has another address by now.
 
-Order: what a user gives (`split_address`, `announced_address`), names, this machine's own addresses.
+Order: what a user gives (`split_address`, `announced_address`), names, the way to a node, this machine's own addresses.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import ipaddress
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import trio
 
-from labkit.contact import Contact, is_host, is_loopback
-from labkit.errors import ConnectionLost
+from labkit.contact import MAX_ALSO, Address, Contact, is_further_address, is_host, is_loopback
+from labkit.errors import ConnectionLost, NoWay
 
 LOOPBACK = "tcp://127.0.0.1:*"
 FAR_IPV4, FAR_IPV6 = "198.51.100.1", "2001:db8::1"  # for documentation: no machine has them
@@ -55,11 +55,9 @@ def split_address(address: str) -> tuple[str, str]:
     return host, port
 
 
-def all_interfaces(host: str) -> str:
-    """Returns where to listen so that a node at `host` can call back: at all interfaces, of IPv4 or of both."""
-    ip = ipaddress_or_none(host)
-    wide = socket.has_dualstack_ipv6() and (ip is None or ip.version == 6)
-    return "tcp://[::]:*" if wide else "tcp://0.0.0.0:*"
+def all_interfaces() -> str:
+    """Returns where to listen so that others can call back: at all interfaces, of IPv4 and IPv6 if the system can."""
+    return "tcp://[::]:*" if socket.has_dualstack_ipv6() else "tcp://0.0.0.0:*"
 
 
 def ports_of(port: str) -> range | None:
@@ -146,7 +144,7 @@ async def resolve(host: str, port: int | None = None) -> str:
             peer = str(stream.socket.getpeername()[0])
             await trio.aclose_forcefully(stream)
             return peer
-    return found[0]
+    return next(filter(_has_way, found), found[0])
 
 
 async def resolve_to_listen(host: str) -> str:
@@ -170,6 +168,68 @@ async def _addresses_of(host: str) -> list[str]:
     except (OSError, UnicodeError) as error:
         raise ConnectionLost(f"the name {host} does not resolve ({error})") from None
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+# ---------------------------------------------------------------- the way to a node
+
+
+async def find_way(addresses: Sequence[Address]) -> Address:
+    """Returns the IP address and the port at which this machine calls a node: the first to which it has a way.
+
+    Nothing is sent to find that out, except for a name with several addresses (see `resolve`).
+
+    Args:
+        addresses: Hosts and ports of the node, as in `Contact.addresses`.
+
+    Raises:
+        NoWay: There is none to any of them. The text says why.
+        ConnectionLost: The name does not resolve.
+    """
+    found: list[str] = []
+    failure: ConnectionLost | None = None
+    for host, port in addresses:
+        try:
+            ip = await resolve(host, port)
+        except ConnectionLost as error:
+            failure = error
+            continue
+        if _has_way(ip):
+            return ip, port
+        found.append(ip)
+    raise failure or NoWay(why_no_way(found))
+
+
+async def has_way(addresses: Sequence[Address]) -> bool:
+    """Whether this machine has a way to one of the addresses of a node."""
+    try:
+        await find_way(addresses)
+    except ConnectionLost:
+        return False
+    return True
+
+
+def why_no_way(hosts: Sequence[str]) -> str:
+    """Says why this machine has no way to any of these IP addresses."""
+    at_a_host = "labkit relay --join INVITE at such a host"
+    if not own_addresses():
+        return f"this machine has no network address but loopback, and so no way to {hosts[0]}"
+    if has_version_of(hosts):
+        there = " or ".join(hosts)
+        return f"this machine has no route to {there}; a relay that has one would connect them: {at_a_host}"
+    return (
+        f"{hosts[0]} has only an {'IPv6' if ':' in hosts[0] else 'IPv4'} address, and this machine has none; a relay "
+        f"that has both would connect them: {at_a_host}"
+    )
+
+
+def has_version_of(hosts: Iterable[str]) -> bool:
+    """Whether this machine has an address of the same IP version as one of these hosts. A name may be of both."""
+    own = {_family(address) for address in own_addresses()}
+    return any(ipaddress_or_none(host) is None or _family(host) in own for host in hosts)
+
+
+def _has_way(ip: str) -> bool:
+    return is_loopback(ip) or _source_address(ip) is not None
 
 
 # ---------------------------------------------------------------- this machine's own addresses
@@ -208,6 +268,38 @@ async def find_own_address(host: str, toward: Iterable[Contact] = ()) -> str:
     return "::1" if families == [socket.AF_INET6] else "127.0.0.1"
 
 
+def further_addresses(host: str, first: str) -> tuple[str, ...]:
+    """Returns under which other addresses a node is reached that listens at `host`, the best first.
+
+    Those of the other family come before others of the same one, the one of the default route first, then those that
+    are part of the internet. None are loopback or link-local ones, or those of virtual machines and containers; and
+    none of the other family is private if the first is not, since a router translates it then for all who are far.
+
+    Args:
+        host: An IP address; only where it means all interfaces there are any.
+        first: What it announces in the first place.
+    """
+    ip = ipaddress.ip_address(host)
+    if not ip.is_unspecified or is_loopback(first):
+        return ()
+    found: list[str] = []
+    for family in (socket.AF_INET, socket.AF_INET6):
+        if family == socket.AF_INET6 and (ip.version == 4 or family == _family(first)):
+            continue
+        some = [address for address, virtual in _known_interfaces() if not virtual and _family(address) == family]
+        there = _source_address(FAR_IPV6 if family == socket.AF_INET6 else FAR_IPV4)
+        some.sort(key=lambda address: (address != there, not ipaddress.ip_address(address).is_global))
+        found += some[:1] if family == socket.AF_INET6 else some  # since one interface may have many of IPv6
+    public = ipaddress.ip_address(first).is_global
+    usable = [
+        address for address in found
+        if address != first and is_further_address(address)
+        and not (public and _family(address) != _family(first) and not ipaddress.ip_address(address).is_global)
+    ]  # fmt: skip
+    usable.sort(key=lambda address: _family(address) == _family(first))
+    return tuple(usable[:MAX_ALSO])
+
+
 def _family(address: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
@@ -244,7 +336,12 @@ def _interfaces(family: socket.AddressFamily) -> Iterator[tuple[str, bool]]:
 
 
 def own_addresses() -> set[str]:
-    """Returns all addresses of this machine's interfaces but loopback and link-local ones.
+    """Returns all addresses of this machine's interfaces but loopback and link-local ones."""
+    return {address for address, _ in _known_interfaces()}
+
+
+def _known_interfaces() -> Sequence[tuple[str, bool]]:
+    """Returns what `_interfaces` yields, of both IP versions.
 
     Nodes ask every few seconds, and reading all interfaces takes long on a machine with hundreds of them. So they are
     read anew when this machine would call others from another address, and else now and then.
@@ -252,16 +349,16 @@ def own_addresses() -> set[str]:
     global _own
     routes, now = (_source_address(FAR_IPV4), _source_address(FAR_IPV6)), time.monotonic()
     if _own is None or _own.routes != routes or now > _own.read_at + READ_ANEW:
-        found = {*interface_addresses(socket.AF_INET), *interface_addresses(socket.AF_INET6)}
-        _own = _OwnAddresses(frozenset(found), routes, now)
-    return set(_own.addresses)
+        found = [entry for family in (socket.AF_INET, socket.AF_INET6) for entry in _interfaces(family)]
+        _own = _OwnAddresses(found, routes, now)
+    return _own.addresses
 
 
 @dataclass(frozen=True, slots=True)
 class _OwnAddresses:
     """This machine's addresses, from which of them it would call others, and when they were read."""
 
-    addresses: frozenset[str]
+    addresses: Sequence[tuple[str, bool]]
     routes: tuple[str | None, str | None]
     read_at: float
 

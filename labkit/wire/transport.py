@@ -25,14 +25,14 @@ Order: peers and callbacks, the seam itself, `await_callback`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import trio
 
-from labkit.contact import Contact
+from labkit.contact import Address, Contact
 from labkit.errors import LabkitError
 from labkit.wire.frames import Frame
 from labkit.wire.security import Admission, Identity
@@ -55,6 +55,7 @@ class Peer:
 OnMessage = Callable[[Sequence[Frame]], object]  # called with the frames of a message that arrived over a link
 OnEnd = Callable[[LabkitError], object]  # called with the reason why a link has ended
 OnRequest = Callable[[Peer, Sequence[Frame]], object]  # called with the sender and the frames of a request
+FindPassage = Callable[[Contact], Awaitable[Address | None]]  # where else a node is reached to which there is no way
 
 
 class Unsent(Protocol):
@@ -94,6 +95,7 @@ class Endpoint(Protocol):
     timers: Timers  # of the network
     most_links: int  # how many links the operating system lets it have
     direct: dict[bytes, tuple[str, int]]  # of the network
+    find_passage: FindPassage | None  # asked when there is no way to a node, as if it has no IP version of ours
 
     def connect(self, contact: Contact, on_message: OnMessage, on_end: OnEnd) -> Link:
         """Make a new link to a node. Returns at once; the connection is made in the background.
@@ -105,6 +107,12 @@ class Endpoint(Protocol):
 
         Raises:
             ConnectionLost: This node is closing.
+        """
+
+    async def find_way(self, contact: Contact) -> Address:
+        """Returns the address at which a new link leads to a node, without a passage. Raises `NoWay` if there is none.
+
+        It raises `ConnectionLost` if its name does not resolve.
         """
 
     def move(self, contact: Contact) -> None:

@@ -10,26 +10,28 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 import trio
 
-from labkit.contact import Contact, is_loopback
-from labkit.errors import ConnectionLost, LabkitError
+from labkit.contact import Address, Contact, is_loopback
+from labkit.errors import ConnectionLost, LabkitError, NoWay
 from labkit.wire.addresses import (
     LOOPBACK,
     announced_address,
     find_own_address,
+    find_way,
+    further_addresses,
     ports_of,
-    resolve,
     resolve_to_listen,
     split_address,
 )
 from labkit.wire.frames import Frame, FrameLimits
 from labkit.wire.security import Admission, Identity, answer_zap, must_encrypt
 from labkit.wire.timers import Timers
-from labkit.wire.transport import OnEnd, OnMessage, OnRequest, Peer
+from labkit.wire.transport import FindPassage, OnEnd, OnMessage, OnRequest, Peer
 from labkit.wire.zmq_reports import read_monitor, user_id
 from labkit.wire.zmq_socket import (
     FLUSH_TIME,
@@ -55,9 +57,11 @@ MAX_UNSENT_PEERS = 256  # beyond, peers that left without taking their answers a
 class ZmqLink:
     """A `Link` over a DEALER."""
 
-    def __init__(self, contact: Contact, at: tuple[str, int], on_message: OnMessage, on_end: OnEnd) -> None:
+    def __init__(
+        self, contact: Contact, find_way: Callable[[], Awaitable[Address]], on_message: OnMessage, on_end: OnEnd
+    ) -> None:
         self.contact = contact
-        self._at = at
+        self._find_way = find_way
         self.error: LabkitError | None = None
         self._on_message = on_message
         self._on_end = on_end
@@ -66,14 +70,14 @@ class ZmqLink:
         self._waiting: list[Callable[[], object]] = []  # actions for when there is a socket with room
 
     async def run(self, context: Context, identity: Identity, max_frame: int) -> None:
-        """Resolve the name, connect, and watch the connection until it breaks or the link is closed."""
+        """Find the way, connect, and watch the connection until it breaks or the link is closed."""
         secure, where = self.contact.secure, self.contact.endpoint
         sockets: list[Socket] = []
         try:
             with self._scope:
-                host = await resolve(*self._at)
+                host, port = await self._find_way()
                 server_key = self.contact.key if secure else None
-                sockets += make_dealer(context, host, self._at[1], identity, server_key, max_frame)
+                sockets += make_dealer(context, host, port, identity, server_key, max_frame)
                 socket, monitor = sockets
                 socket.on_message, monitor.on_message = self._on_zmq_message, self._on_monitor_message
                 self._socket = socket
@@ -131,6 +135,7 @@ class ZmqEndpoint:
         self.bound = bound
         self.identity = identity
         self.timers, self.direct = network.timers, network.direct
+        self.find_passage: FindPassage | None = None
         self.most_links = max(FEWEST_LINKS, open_files() * 3 // 4 // FILES_PER_LINK)  # a quarter is for all else
         self._network = network
         self._socket = socket
@@ -139,15 +144,27 @@ class ZmqEndpoint:
 
     def connect(self, contact: Contact, on_message: OnMessage, on_end: OnEnd) -> ZmqLink:
         network = self._network
-        at = (contact.host, contact.port)
-        if contact not in network.straight:
-            at = network.direct.get(contact.key, at)
-        link = ZmqLink(contact, at, on_message, on_end)
+        link = ZmqLink(contact, partial(self._find_any_way, contact), on_message, on_end)
         try:
             self._nursery.start_soon(link.run, network.context, self.identity, network.limits.message_bytes)
         except RuntimeError:  # the nursery has ended
             raise ConnectionLost(f"{contact.endpoint} was not called, as this node is closing") from None
         return link
+
+    async def find_way(self, contact: Contact) -> Address:
+        network = self._network
+        if contact.key in network.direct and contact not in network.straight:
+            return await find_way([network.direct[contact.key]])
+        return await find_way(contact.addresses)
+
+    async def _find_any_way(self, contact: Contact) -> Address:
+        try:
+            return await self.find_way(contact)
+        except NoWay:
+            at = None if self.find_passage is None else await self.find_passage(contact)
+            if at is None:
+                raise
+            return at
 
     def move(self, contact: Contact) -> None:
         self.contact = contact
@@ -270,12 +287,14 @@ class ZmqNetwork:
         )  # fmt: skip
         try:
             bound_to = host, port
+            further: Sequence[str] = ()
             if announce is None:
                 host = await find_own_address(host, toward)
+                further = further_addresses(bound_to[0], host) if secure else ()
             host, port = announced_address(announce, host, port)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(socket.run)
-                contact = Contact(identity.public_key, host, port, secure)
+                contact = Contact(identity.public_key, host, port, secure, tuple((ip, port) for ip in further))
                 try:
                     yield ZmqEndpoint(self, identity, contact, bound_to, socket, nursery)
                 finally:

@@ -6,7 +6,8 @@ from labkit.contact import Contact
 from tests.network.waiting import until_said
 
 OPEN = "tcp://0.0.0.0:*"
-HOSTS = ["public", "two_faced", "one", "two", "deep", "firewalled"]
+WIDE = "tcp://[::]:*"  # of IPv4 and IPv6
+HOSTS = ["public", "two_faced", "one", "two", "deep", "firewalled", "six"]
 BOTH = {"ffn.0": "", "ffn.1": ""}
 
 
@@ -23,9 +24,10 @@ def announced(invite: str) -> str:
 
 def test_everybody_reaches_a_public_host(on):
     public = on.notebook("public")
-    invite = public.start(listen=OPEN)
+    invite = public.start(listen=WIDE)
     public.serve(grid=[2])
-    assert announced(invite) == "5.5.5.10"
+    contact = Contact.from_invitation(invite)
+    assert {host for host, _ in contact.addresses} == {"5.5.5.10", "2a00:5::10"}
     notebooks = {host: on.notebook(host) for host in HOSTS if host != "public"}
     for host, notebook in notebooks.items():
         notebook.join(invite)
