@@ -173,13 +173,14 @@ async def open_node(
         client = Client(endpoint, config.limits)
         dht = DHTNode(client, endpoint.contact, config.dht)
         directory = Directory(dht, config.directory, emit)
-        relaying = Relaying(network, endpoint, client, config.relay)
+        relaying = Relaying(network, endpoint, client, config.relay, join, emit)
         offered = {**dht.methods, **CallBack(endpoint).methods, **relaying.methods, **(methods or {})}
         with _called_directly(network, endpoint, config.announce):
             async with trio.open_nursery() as nursery:
                 await nursery.start(serve_rpc, endpoint, offered, config.limits)
                 await nursery.start(dht.run)
                 await nursery.start(directory.run)
+                nursery.start_soon(relaying.finder.run, dht, dht.peers.blacklist.forgive)
                 await _join(network, client, dht, join, identity)
                 whereabouts = Whereabouts(client, dht, config.listen, config.announce, join, emit)
                 node = Node(identity, endpoint, client, dht, directory, whereabouts, relaying, emit)

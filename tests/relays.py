@@ -13,6 +13,7 @@ from labkit.dht.protocol import Ping, Pong
 from labkit.events import Event
 from labkit.node import Node, NodeConfig, open_node
 from labkit.relay.limits import RelayLimits
+from labkit.relay.passages import PassageServer
 from labkit.relay.reservation import hold_reservation
 from labkit.relay.server import RelayServer
 from labkit.wire.rpc_client import Client
@@ -44,6 +45,7 @@ class Relay:
     server: RelayServer
     client: Client
     nursery: trio.Nursery
+    passages: PassageServer
     limits: RelayLimits = field(default_factory=RelayLimits)
 
     async def hide(self, identity: Identity | None = None) -> Hidden:
@@ -73,9 +75,11 @@ async def relaying(limits: RelayLimits | None = None, *, admission: Admission | 
         trio.open_nursery() as nursery,
     ):
         server = RelayServer(limits)
-        await nursery.start(serve_rpc, endpoint, server.methods)
+        passages = PassageServer(server, endpoint)
+        await nursery.start(serve_rpc, endpoint, {**server.methods, **passages.methods})
         await nursery.start(server.run, "127.0.0.1")
-        yield Relay(network, endpoint.contact, server, Client(elsewhere), nursery)
+        await nursery.start(passages.run)
+        yield Relay(network, endpoint.contact, server, Client(elsewhere), nursery, passages)
         nursery.cancel_scope.cancel()
 
 

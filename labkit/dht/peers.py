@@ -34,7 +34,7 @@ from labkit.dht.protocol import (
 )
 from labkit.dht.routing import Blacklist, RoutingTable
 from labkit.dht.storage import Limits
-from labkit.errors import BadReply, RPCError
+from labkit.errors import BadReply, NoWay, RPCError
 from labkit.suggest import suggest_fields
 from labkit.wire.rpc_types import Caller, Reply, Request
 from labkit.wire.transport import Cancellable, await_callback
@@ -185,7 +185,7 @@ class Peers:
         def on_reply(reply: Reply | RPCError) -> None:
             answered = None if isinstance(reply, RPCError) else reply.body
             if not isinstance(answered, returns) or answered.key != contact.key:
-                self.failed(contact)
+                self.failed(contact, ours=isinstance(reply, NoWay))
                 done(None)
                 return
             self._timed(_now() - start)
@@ -260,13 +260,18 @@ class Peers:
         if self._told is not None and await self.ping(contact) and len(self._told) < MAX_TOLD:
             self._told.add(contact.node_id)
 
-    def failed(self, contact: Contact) -> None:
-        """Note that a node did not answer, or answered nonsense."""
+    def failed(self, contact: Contact, *, ours: bool = False) -> None:
+        """Note that a node did not answer, or answered nonsense.
+
+        Args:
+            contact: The node.
+            ours: Whether that is for lack of a way from here, so that it may well be there: it is tried again soon.
+        """
         self.calls_failed += 1
         node_id = contact.node_id
         if self.routing.get(node_id) not in (None, contact):
             return  # it has moved: where it is now, it may well answer
-        failures = self.blacklist.failed(node_id, _now())
+        failures = self.blacklist.failed(node_id, _now(), again=not ours)
         self.routing.failed(node_id)
         if failures >= self.config.max_failures:
             forgotten = self.routing.remove(node_id)

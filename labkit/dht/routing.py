@@ -181,14 +181,15 @@ class Blacklist:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def failed(self, node_id: int, now: float) -> int:
+    def failed(self, node_id: int, now: float, *, again: bool = True) -> int:
         """Note a failure. Returns how many there were in a row so far.
 
-        Calls that were in flight together count once: a failure during the back-off does not lengthen it.
+        Calls that were in flight together count once: a failure during the back-off does not lengthen it. Nor does one
+        count more than the first if it is none of the node's (`again` is false).
         """
         failures, until = self._entries.pop(node_id, (0, now))
         if now >= until:
-            failures += 1
+            failures = failures + 1 if again else 1
             until = now + min(self.longest, self.base * 2.0 ** min(failures - 1, 64))
         self._entries[node_id] = failures, until
         if len(self._entries) > self.capacity:

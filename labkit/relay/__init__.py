@@ -9,5 +9,7 @@ caller to the hidden node, so that a relay sees none of the plain text, and Zero
 Reading order: `splice` (two streams joined, with back-pressure), `turns` (fair shares), `messages` (what relay and
 hidden node say to each other), `limits`, `server` (relays for others), `reservation` (a port at a relay, as the hidden
 node holds it), `finding` (relays in the DHT), `keeper` (keeps a node reachable: finds a relay, and takes another),
-`neighbours` (relayed nodes of one network call each other directly), `relaying` (all of it, for one node).
+`neighbours` (relayed nodes of one network call each other directly), `passages` and `crossing` (nodes that have only
+IPv4 and those that have only IPv6 call each other, at the relay and at the caller), `relaying` (all of it, for one
+node).
 """

@@ -23,6 +23,9 @@ class RelayLimits:
             system lets a process open less than four files for each.
         connections_per_client: How many of them may be one node's.
         connections_per_caller: How many of a node's connections may come from one address.
+        passages: To how many nodes it gives passages for others that have no way to them, as
+            between IPv4 and IPv6. Each has one port, and as many connections as a client.
+        passages_per_member: How many of them may be one member's.
         waiting_per_client: How many callers of a node may wait for it to fetch them.
         mb_per_s: How many megabytes may pass in a second, in all; by default as many as can.
         idle_timeout: Seconds without a byte after which a connection is closed. Those of
@@ -38,6 +41,8 @@ class RelayLimits:
     connections_per_client: int = 256
     connections_per_caller: int = 64
     waiting_per_client: int = 32
+    passages: int = 256
+    passages_per_member: int = 64
     mb_per_s: float | None = None
     idle_timeout: float = 60.0
 

@@ -29,6 +29,7 @@ RESERVE = "relay.reserve"  # a method
 RESERVE_FOR = "relay.reserve_for"  # asks a member of the swarm to make that call, for a server that it has started
 NEIGHBOURS = "relay.neighbours"  # another: clients that the relay sees come from the same address
 MAX_NEIGHBOURS = 16
+PASSAGE = "relay.passage"  # another: a port that leads to a node to which the caller has no way
 MAX_MESSAGE = 256  # bytes
 PING_PERIOD = 1.0  # seconds between two messages on a control connection
 SILENCE = 4.0  # seconds without any after which the other side counts as gone
@@ -80,6 +81,18 @@ class Neighbours(msgspec.Struct, frozen=True, array_like=True):
     """The answer to it: nodes behind the same router, probably, as they are reached in their own network."""
 
     contacts: Annotated[list[Contact], Meta(max_length=MAX_NEIGHBOURS)]
+
+
+class AskPassage(msgspec.Struct, frozen=True, array_like=True):
+    """The body of `relay.passage`: to which node, by IP address."""
+
+    target: Contact
+
+
+class Passage(msgspec.Struct, frozen=True, array_like=True):
+    """The answer to it: the relay's port that leads there; 0 if no node answers there that holds the key."""
+
+    port: Annotated[int, Meta(ge=0, le=65535)]
 
 
 class Attach(msgspec.Struct, frozen=True, array_like=True, tag="attach"):

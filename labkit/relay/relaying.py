@@ -10,14 +10,16 @@ import trio
 from labkit.contact import Contact
 from labkit.dht.node import DHTNode
 from labkit.errors import RequestRefused
-from labkit.events import Emit, RelayChanged
+from labkit.events import Emit, RelayChanged, ignore
 from labkit.reachability import Reach
 from labkit.relay import messages
+from labkit.relay.crossing import PassageFinder
 from labkit.relay.finding import keep_relay_declared
 from labkit.relay.keeper import Move, RelayKeeper
 from labkit.relay.limits import RelayLimits
 from labkit.relay.messages import Reserved, ReserveFor
 from labkit.relay.neighbours import Shortcuts
+from labkit.relay.passages import PassageServer
 from labkit.relay.reservation import RESERVE_TIMEOUT
 from labkit.relay.server import RelayServer
 from labkit.whereabouts import Whereabouts
@@ -37,15 +39,26 @@ class Relaying:
         endpoint: Its endpoint.
         client: Its own, for calls.
         limits: With them, it relays for others, within them.
+        joined: The nodes through which the node joins, which may be relays.
+        emit: Gets a `RelayChanged` when a node cannot be called, for lack of a relay between IPv4 and IPv6.
 
     Attributes:
         server: The relay that it is, if it is one.
+        passages: What lets others through it who have no way to each other, if it is one.
+        finder: Finds such passages for the node itself.
         keeper: What keeps it reachable, while it takes no connections itself.
         started_here: The keys of servers that were started here, for which the node asks relays that do not admit them.
     """
 
-    def __init__(self, network: Network, endpoint: Endpoint, client: Client, limits: RelayLimits | None) -> None:
+    def __init__(
+        self, network: Network, endpoint: Endpoint, client: Client, limits: RelayLimits | None,
+        joined: Sequence[Contact] = (), emit: Emit = ignore,
+    ) -> None:  # fmt: skip
         self.server = None if limits is None else RelayServer(limits, encrypts=endpoint.contact.secure)
+        self.passages = None if self.server is None else PassageServer(self.server, endpoint)
+        self.finder = PassageFinder(client, joined, emit)
+        if network.tcp:
+            endpoint.find_passage = self.finder.find
         self.keeper: RelayKeeper | None = None
         self.started_here: set[bytes] = set()
         self._client = client
@@ -57,7 +70,8 @@ class Relaying:
     def methods(self) -> Methods:
         """The methods that the node answers, by name."""
         others = {} if self.server is None else self.server.methods
-        return {messages.RESERVE_FOR: AsyncMethod(self.rpc_reserve_for, ReserveFor), **others}
+        passages = {} if self.passages is None else self.passages.methods
+        return {messages.RESERVE_FOR: AsyncMethod(self.rpc_reserve_for, ReserveFor), **others, **passages}
 
     async def rpc_reserve_for(self, request: Request) -> Reply:
         """Reserve a port at a relay for a server that was started here, whose key a private swarm does not know."""
@@ -83,15 +97,32 @@ class Relaying:
     @property
     def words(self) -> str:
         """What is to be said of it: who relays for it, or for how many it relays. Empty if there is nothing to say."""
-        if self.keeper is not None:
-            relay = self.keeper.relay
-            if relay is None:
-                return self.keeper.problem or "it takes no connections itself, and looks for a relay"
-            return f"it takes no connections itself: relayed by {relay.endpoint}"
-        if self.server is None:
+        said = [self._words_of_being_called, self.finder.problem or self._words_of_calling, self._words_of_relaying]
+        return "; ".join(filter(None, said))
+
+    @property
+    def _words_of_being_called(self) -> str:
+        if self.keeper is None:
             return ""
-        clients = len(self.server.clients)
-        return f"relays for {clients} {'node' if clients == 1 else 'nodes'}"
+        relay = self.keeper.relay
+        if relay is None:
+            return self.keeper.problem or "it takes no connections itself, and looks for a relay"
+        return f"it takes no connections itself: relayed by {relay.endpoint}"
+
+    @property
+    def _words_of_calling(self) -> str:
+        called, relay = self.finder.called, self.finder.relay
+        if not called or relay is None:
+            return ""
+        return f"{_nodes(called)} to which it has no way itself it calls through the relay {relay.endpoint}"
+
+    @property
+    def _words_of_relaying(self) -> str:
+        if self.server is None or self.passages is None:
+            return ""
+        targets = len(self.passages.targets)
+        passages = f"; {_nodes(targets)} others call through it who have no way there" if targets else ""
+        return f"relays for {_nodes(len(self.server.clients))}{passages}"
 
     # ------------------------------------------------------------ for others
 
@@ -124,6 +155,8 @@ class Relaying:
 
         async with trio.open_nursery() as nursery:
             await nursery.start(server.run, self._endpoint.bound[0], ports)
+            if self.passages is not None:
+                await nursery.start(self.passages.run)
             nursery.start_soon(keep_relay_declared, dht, lambda: self._endpoint.contact, server, is_reached)
             task_status.started()
 
@@ -237,6 +270,10 @@ class Relaying:
             if whereabouts.now.state is Reach.NO:
                 await self._looked.wait()
         return self.keeper is not None
+
+
+def _nodes(count: int) -> str:
+    return f"{count} {'node' if count == 1 else 'nodes'}"
 
 
 async def _until(whereabouts: Whereabouts, condition: Callable[[], bool]) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import secrets
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -133,6 +133,11 @@ class RelayServer:
         return self._connections
 
     @property
+    def is_full(self) -> bool:
+        """Whether it relays as many connections as it can."""
+        return self._connections >= self._most
+
+    @property
     def free(self) -> int:
         """How many more nodes it can relay for."""
         return max(0, self.limits.clients - len(self._clients))
@@ -163,6 +168,35 @@ class RelayServer:
             for client in list(self._clients.values()):
                 self._end(client)
 
+    # ------------------------------------------------------------ what there is to share
+
+    def open_port(self, wished: int = 0) -> trio.SocketListener:
+        """Listen at one of its ports, `wished` if that is free.
+
+        Raises:
+            Overloaded: There is none left.
+            RequestRefused: It does not run.
+        """
+        if self._listen is None:
+            raise RequestRefused("this relay is closing")
+        try:
+            return self._listen(wished)
+        except LabkitError as error:
+            raise Overloaded(f"this relay has no port left: {error}") from None
+
+    def share(self) -> Share:
+        """Returns the share of somebody new of what can pass here."""
+        return self._turns.share()
+
+    @contextmanager
+    def one_more_connection(self) -> Iterator[None]:
+        """Count a connection while the block runs."""
+        self._connections += 1
+        try:
+            yield
+        finally:
+            self._connections -= 1
+
     # ------------------------------------------------------------ reservations
 
     def rpc_reserve(self, request: Request) -> Reply:
@@ -191,13 +225,10 @@ class RelayServer:
             )
         if sum(client.member == member for client in self._clients.values()) >= self.limits.clients_per_member:
             raise Overloaded("this relay has as many clients of this member of the swarm as it takes")
-        try:
-            listener = self._listen(self._ports.get(name, 0))
-        except LabkitError as error:
-            raise Overloaded(f"this relay has no port left: {error}") from None
+        listener = self.open_port(self._ports.get(name, 0))
         port = port_of(listener)
         id, secret = secrets.token_bytes(16), secrets.token_bytes(32)
-        client = _Client(member, key, id, secret, port, listener, self._turns.share(), direct=direct)
+        client = _Client(member, key, id, secret, port, listener, self.share(), direct=direct)
         self._clients[client.id] = self._by_name[name] = client
         self._ports.pop(name, None)
         self._ports[name] = port
@@ -327,23 +358,22 @@ class RelayServer:
             return
         client.connections += 1
         client.callers[host] += 1
-        self._connections += 1
         id, caller = secrets.token_bytes(16), _Caller()
         client.waiting[id] = caller
         try:
-            if not await self._tell(client, Fetch(id)):
-                return
-            with trio.move_on_after(FETCH_TIMEOUT):
-                await caller.news.wait()
-            if caller.fetched is not None:
-                fetched, first = caller.fetched
-                await splice(
-                    fetched, stream, idle_timeout=self.limits.idle_timeout, held=self.held, turn=client.share.turn,
-                    first=first,
-                )  # fmt: skip
+            with self.one_more_connection():
+                if not await self._tell(client, Fetch(id)):
+                    return
+                with trio.move_on_after(FETCH_TIMEOUT):
+                    await caller.news.wait()
+                if caller.fetched is not None:
+                    fetched, first = caller.fetched
+                    await splice(
+                        fetched, stream, idle_timeout=self.limits.idle_timeout, held=self.held, turn=client.share.turn,
+                        first=first,
+                    )  # fmt: skip
         finally:
             client.waiting.pop(id, None)
-            self._connections -= 1
             client.connections -= 1
             client.callers[host] -= 1
             if not client.callers[host]:
@@ -353,7 +383,7 @@ class RelayServer:
     def _has_room(self, client: _Client, host: str) -> bool:
         limits = self.limits
         return (
-            self._connections < self._most
+            not self.is_full
             and client.connections < limits.connections_per_client
             and client.callers[host] < limits.connections_per_caller
             and len(client.waiting) < limits.waiting_per_client
