@@ -299,11 +299,16 @@ async def test_who_calls_takes_the_first_address_to_which_this_machine_has_a_way
     assert await find_way([both, there]) == await find_way([there, both]) == both
     assert await find_way([("no.such.host.invalid", 1), both]) == both
     with pytest.raises(NoWay, match="2001:db8::10 has only an IPv6 address, and this machine has none; a relay that"):
-        await find_way([there])
+        await find_way([("no.such.host.invalid", 1), there])
     with pytest.raises(NoWay, match=r"no route to 10.9.0.2 or 2001:db8::10; a relay that has one would connect them"):
         await find_way([("10.9.0.2", 1), there])
     machine({"eth0": ["2001:db8::20"]}, {there[0]: "2001:db8::20"})
     assert await find_way([both, there]) == there
+    machine({"eth0": ["10.8.0.1", "fd00::8"]}, {"2600::8": "fd00::8", "fd00::9": "fd00::8", "8.8.4.4": "10.8.0.1"})
+    assert await find_way([("2600::8", 1), ("8.8.4.4", 2)]) == ("8.8.4.4", 2)
+    assert await find_way([("2600::8", 1), both]) == await find_way([("2600::8", 1)]) == ("2600::8", 1)
+    assert await find_way([("fd00::9", 1), ("8.8.4.4", 2)]) == ("fd00::9", 1)
+    machine({"eth0": ["2001:db8::20"]}, {there[0]: "2001:db8::20"})
     with pytest.raises(NoWay, match=r"203.0.113.10 has only an IPv4 address, and this machine has none"):
         await find_way([both])
     machine({"lo": ["127.0.0.1"]}, {})

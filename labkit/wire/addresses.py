@@ -176,6 +176,7 @@ async def _addresses_of(host: str) -> list[str]:
 async def find_way(addresses: Sequence[Address]) -> Address:
     """Returns the IP address and the port at which this machine calls a node: the first to which it has a way.
 
+    A way from a private IPv6 address to a public one is taken only if there is no other, since it seldom leads there.
     Nothing is sent to find that out, except for a name with several addresses (see `resolve`).
 
     Args:
@@ -186,6 +187,7 @@ async def find_way(addresses: Sequence[Address]) -> Address:
         ConnectionLost: The name does not resolve.
     """
     found: list[str] = []
+    doubtful: Address | None = None
     failure: ConnectionLost | None = None
     for host, port in addresses:
         try:
@@ -194,18 +196,15 @@ async def find_way(addresses: Sequence[Address]) -> Address:
             failure = error
             continue
         if _has_way(ip):
-            return ip, port
+            if len(addresses) == 1 or not _is_doubtful(ip):
+                return ip, port
+            doubtful = doubtful or (ip, port)
         found.append(ip)
-    raise failure or NoWay(why_no_way(found))
-
-
-async def has_way(addresses: Sequence[Address]) -> bool:
-    """Whether this machine has a way to one of the addresses of a node."""
-    try:
-        await find_way(addresses)
-    except ConnectionLost:
-        return False
-    return True
+    if doubtful is not None:
+        return doubtful
+    if failure is not None and not found:
+        raise failure
+    raise NoWay(why_no_way(found))
 
 
 def why_no_way(hosts: Sequence[str]) -> str:
@@ -230,6 +229,12 @@ def has_version_of(hosts: Iterable[str]) -> bool:
 
 def _has_way(ip: str) -> bool:
     return is_loopback(ip) or _source_address(ip) is not None
+
+
+def _is_doubtful(ip: str) -> bool:
+    """Whether a public IPv6 address would be called from a private one (RFC 6724 takes IPv4 then, too)."""
+    source = _source_address(ip) if ":" in ip and ipaddress.ip_address(ip).is_global else None
+    return source is not None and not ipaddress.ip_address(source).is_global
 
 
 # ---------------------------------------------------------------- this machine's own addresses
