@@ -11,6 +11,7 @@ import ipaddress
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import trio
 
@@ -29,12 +30,22 @@ ASK_TIMEOUT = CALL_BACK_TIME + 2.0  # seconds for a relay's answer; a no takes a
 MAX_ASKING = 12  # nodes for which relays are asked at the same time
 MAX_ASKED = 4  # relays that are asked for one
 KEPT = 5.0  # seconds for which a passage is used for new links without asking again, which renews it
+DOUBTED = 30.0  # seconds: if a new link is needed before, it may not have held, and other relays are asked first
 NO_RELAY_TIME = 20.0  # seconds for which a node that is no relay is not asked again
 LOOK_PERIOD = 3.0  # seconds between two look-ups of relays, while some are needed
 LOOK_TIMEOUT = 3.0  # seconds for one
 SAID_FOR = 90.0  # seconds for which it is said that there was no way to a node
 COUNTED_FOR = 600.0  # seconds for which a node counts that was called through a passage
 MAX_REMEMBERED = 1024  # nodes that were called so
+
+
+@dataclass(frozen=True, slots=True)
+class _GivenPassage:
+    """Where a passage begins, the relay that has given it, and when."""
+
+    leads: Address
+    relay: Contact
+    at: float
 
 
 class PassageFinder:
@@ -55,7 +66,7 @@ class PassageFinder:
         self._joined = list(joined)
         self._emit = emit
         self._known: list[Contact] = []  # relays that were found in the DHT
-        self._passages: dict[Contact, tuple[Address, float]] = {}  # and when they were given
+        self._passages: dict[Contact, _GivenPassage] = {}
         self._no_relays: dict[bytes, float] = {}  # keys, and until when they are not asked again
         self._limiter = trio.CapacityLimiter(MAX_ASKING)
         self._wanted = trio.Event()
@@ -70,7 +81,7 @@ class PassageFinder:
     def called(self) -> int:
         """How many nodes have been called through passages lately."""
         since = time.monotonic() - COUNTED_FOR
-        return sum(given_at > since for _, given_at in self._passages.values())
+        return sum(passage.at > since for passage in self._passages.values())
 
     async def run(self, dht: RelayRecords, forgive: Callable[[], object]) -> None:
         """Look for relays whenever some are needed, until cancelled.
@@ -96,28 +107,29 @@ class PassageFinder:
         Raises:
             ConnectionLost: A relay has tried, and the node did not answer there, either.
         """
-        at, given_at = self._passages.get(contact, (None, 0.0))
-        if at is not None and time.monotonic() < given_at + KEPT:
-            return at
+        before, now = self._passages.get(contact), time.monotonic()
+        if before is not None and now < before.at + KEPT:
+            return before.leads
+        doubted = before.relay.key if before is not None and now < before.at + DOUBTED else b""
         self._wanted.set()
         target = await _by_ip(contact)
         if target is None:
             return None
         async with self._limiter:
             self._passages.pop(contact, None)
-            at = await self._ask(target)  # 1
-        if at is None:
+            given = await self._ask(target, doubted)  # 1
+        if given is None:
             await self._on_none(target)  # 2
             return None
-        self._passages[contact] = at, time.monotonic()
+        self._passages[contact] = given
         if len(self._passages) > MAX_REMEMBERED:
             del self._passages[next(iter(self._passages))]
         self._problem, self._said = "", False
-        return at
+        return given.leads
 
-    async def _ask(self, target: Contact) -> Address | None:
+    async def _ask(self, target: Contact, doubted: bytes) -> _GivenPassage | None:
         asked, tried = 0, ""
-        for relay in self._candidates(target):
+        for relay in sorted(self._candidates(target), key=lambda relay: relay.key == doubted):
             if asked >= MAX_ASKED:
                 break
             try:
@@ -138,7 +150,7 @@ class PassageFinder:
                 continue
             if reply.body.port:
                 self.relay = relay
-                return host, reply.body.port
+                return _GivenPassage((host, reply.body.port), relay, time.monotonic())
             tried = f"the relay {relay.endpoint}, which it did not answer"
         if tried:
             raise ConnectionLost(f"{target.endpoint} could not be called through {tried}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,20 +63,22 @@ class PassageServer:
     Args:
         relay: The relay, whose limits, ports, and shares these are.
         endpoint: Its node's.
+        is_reached: Whether others reach the node without a relay, and so these ports.
     """
 
-    def __init__(self, relay: RelayServer, endpoint: Endpoint) -> None:
+    def __init__(self, relay: RelayServer, endpoint: Endpoint, is_reached: Callable[[], bool] = lambda: True) -> None:
         self.methods: Methods = {PASSAGE: AsyncMethod(self.rpc_passage, AskPassage)}
         self._relay = relay
         self._endpoint = endpoint
-        self._passages: dict[Contact, _Passage] = {}
+        self._is_reached = is_reached
+        self._passages: dict[tuple[bytes, Address], _Passage] = {}  # by key, and address as seen from here
         self._tried = Counter[bytes]()  # nodes that are tried now, by who has asked
         self._nursery: trio.Nursery | None = None
 
     @property
     def targets(self) -> list[Contact]:
         """The nodes to which there are passages now."""
-        return list(self._passages)
+        return [passage.target for passage in self._passages.values()]
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Let callers through until cancelled. `task_status` is told when it is ready."""
@@ -93,14 +95,17 @@ class PassageServer:
         """Open a passage to a node, or give the one that there is, if it answers from here."""
         target, member, asker = request.body.target, request.peer.key or b"", plain_ip(request.peer.address)
         self._check(target, member, asker)
-        if target not in self._passages:
+        try:
+            at = await self._endpoint.find_way(target)
+        except ConnectionLost as error:  # which says nothing of others than this machine
+            raise RequestRefused(f"this relay does not reach it, either: {error}") from None
+        there = Contact(target.key, *at)
+        if (target.key, at) not in self._passages:
             with self._trying(member):
-                at = await self._try(target)
-            if at is None:
+                answers = await self._answers(there)
+            if not answers:
                 return Reply(Passage(0))
-            if target not in self._passages:
-                self._open(target, at, member)
-        passage = self._passages[target]
+        passage = self._passages.get((target.key, at)) or self._open(there, at, member)
         passage.askers.pop(asker, None)
         passage.askers[asker] = None
         if len(passage.askers) > MAX_ASKERS:
@@ -112,6 +117,8 @@ class PassageServer:
         """Refuse what somebody might ask who is after something else."""
         if not member or not asker:
             raise RequestRefused("a relay gives passages only to those who prove a key")
+        if not self._is_reached():
+            raise RequestRefused("this relay takes no connections itself now")
         if not target.secure or target.key == self._endpoint.contact.key:
             raise BadRequest("a passage leads to another node than the relay, and to one that encrypts")
         for host, _ in target.addresses:
@@ -130,20 +137,16 @@ class PassageServer:
             if not self._tried[member]:
                 del self._tried[member]
 
-    async def _try(self, target: Contact) -> Address | None:
-        """Returns where a node is reached that holds its key; None if there is none, always after the same time."""
+    async def _answers(self, there: Contact) -> bool:
+        """Whether a node answers there that holds the key. A no always takes the same time."""
         started = trio.current_time()
-        try:
-            at = await self._endpoint.find_way(target)
-        except ConnectionLost as error:  # which says nothing of others than this machine
-            raise RequestRefused(f"this relay does not reach it, either: {error}") from None
         with trio.move_on_after(CALL_BACK_TIME):
-            if await reaches(self._endpoint, Contact(target.key, *at)):
-                return at
+            if await reaches(self._endpoint, there):
+                return True
         await trio.sleep_until(started + CALL_BACK_TIME)
-        return None
+        return False
 
-    def _open(self, target: Contact, at: Address, member: bytes) -> None:
+    def _open(self, target: Contact, at: Address, member: bytes) -> _Passage:
         limits = self._relay.limits
         if self._nursery is None:
             raise RequestRefused("this relay is closing")
@@ -153,9 +156,10 @@ class PassageServer:
             raise Overloaded("this relay has as many passages of this member of the swarm as it takes")
         listener = self._relay.open_port()
         passage = _Passage(target, at, member, listener, port_of(listener), self._relay.share(), trio.current_time())
-        self._passages[target] = passage
+        self._passages[target.key, at] = passage
         self._nursery.start_soon(self._serve, passage)
         logger.info("a passage leads from port %d to %s", passage.port, target.endpoint)
+        return passage
 
     # ------------------------------------------------------------ callers
 
@@ -169,7 +173,7 @@ class PassageServer:
                     await trio.sleep_until((now if passage.connections else passage.used_at) + UNUSED_TIME)
                 nursery.cancel_scope.cancel()
         finally:
-            del self._passages[passage.target]
+            del self._passages[passage.target.key, passage.at]
             passage.listener.socket.close()
 
     async def _call(self, passage: _Passage, stream: trio.SocketStream) -> None:

@@ -55,7 +55,9 @@ class Relaying:
         joined: Sequence[Contact] = (), emit: Emit = ignore,
     ) -> None:  # fmt: skip
         self.server = None if limits is None else RelayServer(limits, encrypts=endpoint.contact.secure)
-        self.passages = None if self.server is None else PassageServer(self.server, endpoint)
+        self.passages = (
+            None if self.server is None else PassageServer(self.server, endpoint, lambda: self.keeper is None)
+        )
         self.finder = PassageFinder(client, joined, emit)
         if network.tcp:
             endpoint.find_passage = self.finder.find
