@@ -316,7 +316,8 @@ for line in sys.stdin:
         answer = {"value": globals()[name](**options), "error": ""}
     except Exception as error:
         answer = {"error": f"{type(error).__name__}: {error}"}
-    print("ANSWER", json.dumps(answer), flush=True)
+    sys.stdout.write(f"ANSWER {json.dumps(answer)}\\n")  # at once, since others write there, too
+    sys.stdout.flush()
 """
 
 
