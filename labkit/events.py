@@ -148,6 +148,76 @@ class ExpertGivenUp(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertTakenOver(Event):
+    """A server goes on with an expert from its copy, since the expert's server is gone.
+
+    Args:
+        uid: The expert.
+        address: `host:port` of the server that has it now.
+        before: `host:port` of the server that had it.
+        epoch: The expert's epoch from now on.
+        lost_updates: Optimizer steps that the copy lacks, as far as they are known.
+        seconds: How long nobody served the expert.
+    """
+
+    uid: str
+    address: str
+    before: str
+    epoch: int
+    lost_updates: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertHandedOver(Event):
+    """A server has handed an expert over to another one, without losing anything.
+
+    Args:
+        uid: The expert.
+        address: `host:port` of the server that had it.
+        to: `host:port` of the server that has it now.
+        epoch: The expert's epoch from now on.
+    """
+
+    uid: str
+    address: str
+    to: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyStored(Event):
+    """Another server has confirmed a copy of an expert.
+
+    Args:
+        uid: The expert.
+        address: `host:port` of the server that holds the copy.
+        updates: Optimizer steps that the expert had made.
+    """
+
+    uid: str
+    address: str
+    updates: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyFailed(Event):
+    """A copy of an expert could not be stored. What was there before is still there.
+
+    Args:
+        uid: The expert.
+        address: `host:port` of the server that was to hold it.
+        cause: One of `errors.CAUSES`.
+        detail: The error's text.
+    """
+
+    uid: str
+    address: str
+    cause: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerLost(Event):
     """A server is found to be gone. `uids`: its experts, as far as they were known here."""
 

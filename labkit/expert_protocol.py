@@ -12,6 +12,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from labkit.contact import Contact
+
 Direction = Literal["forward", "backward"]
 
 FORWARD = "expert.forward"  # inputs -> output
@@ -65,6 +67,7 @@ class ExpertRequest(msgspec.Struct, array_like=True):
         outputs: In a backward call, how many of the tensors are gradients of outputs.
         keywords: The names of the last inputs, which are handed to the expert by keyword.
         train: Whether a backward call trains the expert. False asks for the gradients of the inputs only.
+        epoch: The expert's epoch, as far as the caller knows (see `ExpertInfo`).
     """
 
     uid: str
@@ -74,6 +77,7 @@ class ExpertRequest(msgspec.Struct, array_like=True):
         tuple[Annotated[str, msgspec.Meta(max_length=64)], ...], msgspec.Meta(max_length=MAX_TENSORS)
     ] = ()
     train: bool = True
+    epoch: Count = 0
 
 
 class ExpertReply(msgspec.Struct, array_like=True):
@@ -87,12 +91,17 @@ class ExpertReply(msgspec.Struct, array_like=True):
         compute_seconds: How long the whole batch took.
         updates: Optimizer steps that the expert has made by now.
         leaving: Whether the server is about to stop, and the expert is not to be called again there.
+        epoch: The expert's epoch where it is now.
+        moved: Where the expert is now, if it is not here any more. Then nothing was computed, and there are no tensors:
+            the caller asks there.
     """
 
     queue_seconds: Seconds
     compute_seconds: Seconds
     updates: Count
     leaving: bool = False
+    epoch: Count = 0
+    moved: Contact | None = None
 
 
 ShortText = Annotated[str, msgspec.Meta(max_length=200)]

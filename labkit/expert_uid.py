@@ -32,12 +32,16 @@ class ExpertInfo:
         stamp: Changes with every declaration by its server.
         since: When its server began to declare experts, in milliseconds since 1970 by the server's own clock; 0 if that
             is not known.
+        epoch: Grows each time that another server takes the expert over. The higher one wins everywhere.
+        copies: The beginnings of the public keys (8 bytes each) of servers that hold a copy, the freshest first.
     """
 
     uid: str
     contact: Contact
     stamp: int = 0
     since: int = 0
+    epoch: int = 0
+    copies: tuple[bytes, ...] = ()
 
 
 def check_name(name: str) -> str:

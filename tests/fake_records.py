@@ -1,4 +1,7 @@
-"""A dictionary in place of the DHT: what is stored is found until it expires. It counts calls and can be slow."""
+"""A dictionary in place of the DHT: what is stored is found until it expires. It counts calls and can be slow.
+
+As in the DHT, a value with a higher sequence number stays.
+"""
 
 from collections.abc import Sequence
 
@@ -19,6 +22,7 @@ class FakeRecords:
         self.contact = contact(99)
         self.latency = latency
         self.records: dict[str, dict[str, Value]] = {}
+        self.sequences: dict[tuple[str, str], int] = {}  # by key and subkey
         self.plain: dict[str, Value] = {}
         self.stores = 0
         self.gets: list[list[str]] = []
@@ -28,11 +32,16 @@ class FakeRecords:
     async def store_many(self, entries: Sequence[Entry]) -> list[int]:
         self.stores += 1
         await self._travel()
-        for entry in entries if self.copies else ():
-            assert entry.subkey is not None
-            value = Value(entry.value, trio.current_time() + entry.ttl)
-            self.records.setdefault(entry.key, {})[entry.subkey] = value
-        return [self.copies] * len(entries)
+        return [self._store(entry) if self.copies else 0 for entry in entries]
+
+    def _store(self, entry: Entry) -> int:
+        assert entry.subkey is not None
+        now, place, record = trio.current_time(), (entry.key, entry.subkey), self.records.setdefault(entry.key, {})
+        held = record.get(entry.subkey)
+        if held is not None and now < held.expires_at and entry.sequence < self.sequences[place]:
+            return 0
+        record[entry.subkey], self.sequences[place] = Value(entry.value, now + entry.ttl), entry.sequence
+        return self.copies
 
     async def get_many(
         self, keys: Sequence[str], *, quorum: int | None = None

@@ -8,13 +8,17 @@ For the expert `ffn.3.17` there are two entries (paper, section 3.2):
 So a prefix's record says which next coordinates are alive, and an expert's address is written in one place only, the
 leaf in its parent's record. Anybody can write to the DHT: what does not parse is ignored and counted. A marker lives as
 long as the newest declaration below it, so it can outlive the last expert.
+
+A leaf says the epoch of its expert, too, which grows with each change of the server that serves it. It is the
+sequence number of the entry, so that the DHT itself prefers the higher epoch, whatever comes later.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
@@ -27,7 +31,29 @@ from labkit.directory.suspicion import Suspicions, boot_of
 from labkit.expert_uid import MAX_COORDINATE, ExpertInfo, parent, split_uid
 
 NAMESPACE = "expert:"
+MAX_COPIES = 8  # of an expert that its leaf names
+KEY_BYTES = 8  # of the public key of a server, by which a leaf names it
 _SUBKEY = re.compile(r"(0|[1-9][0-9]{0,6})(\.?)")
+
+
+Epoch = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What a server declares of an expert besides itself. See `ExpertInfo`."""
+
+    epoch: int = 0
+    copies: tuple[bytes, ...] = ()
+
+
+Declarations = Mapping[str, Declared]  # by uid
+PLAIN = Declared()
+
+
+def as_declarations(uids: Collection[str] | Declarations) -> Declarations:
+    """Returns declarations of these experts; without copies, and in their first epoch, if only uids are given."""
+    return uids if isinstance(uids, Mapping) else dict.fromkeys(uids, PLAIN)
 
 
 class Leaf(msgspec.Struct, frozen=True, array_like=True, tag="e1"):
@@ -35,7 +61,12 @@ class Leaf(msgspec.Struct, frozen=True, array_like=True, tag="e1"):
 
     contact: Contact
     stamp: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
-    since: Annotated[int, msgspec.Meta(ge=0, le=1 << 53)] = 0  # see `ExpertInfo`
+    since: Annotated[int, msgspec.Meta(ge=0, le=1 << 53)] = 0  # see `ExpertInfo`, also for those that follow
+    epoch: Epoch = 0
+    copies: Annotated[
+        tuple[Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)], ...],
+        msgspec.Meta(max_length=MAX_COPIES),
+    ] = ()
 
 
 class Marker(msgspec.Struct, frozen=True, array_like=True, tag="p1"):
@@ -43,19 +74,22 @@ class Marker(msgspec.Struct, frozen=True, array_like=True, tag="p1"):
 
 
 class Withdrawn(msgspec.Struct, frozen=True, array_like=True, tag="w1"):
-    """What takes the place of a leaf whose server has left."""
+    """What takes the place of a leaf whose server has left. `epoch`: of that leaf."""
+
+    epoch: Epoch = 0
 
 
 _DECODER: msgspec.msgpack.Decoder[Leaf | Marker | Withdrawn] = msgspec.msgpack.Decoder(Leaf | Marker | Withdrawn)
 _MARKER = msgspec.msgpack.encode(Marker())
-_WITHDRAWN = msgspec.msgpack.encode(Withdrawn())
 
 
-def entries_of(uids: Iterable[str], contact: Contact, stamp: int, ttl: float, since: int = 0) -> list[Entry]:
+def entries_of(
+    uids: Collection[str] | Declarations, contact: Contact, stamp: int, ttl: float, since: int = 0
+) -> list[Entry]:
     """Returns a declaration as DHT entries: a leaf for each expert, and a marker for each prefix above it.
 
     Args:
-        uids: The experts.
+        uids: The experts, perhaps with their epochs and copies.
         contact: The node that holds them.
         stamp: Of this declaration (`suspicion.make_stamp`).
         ttl: How long the declaration lives, seconds.
@@ -64,11 +98,13 @@ def entries_of(uids: Iterable[str], contact: Contact, stamp: int, ttl: float, si
     Raises:
         ValueError: One of `uids` is no uid.
     """
-    leaf, entries = msgspec.msgpack.encode(Leaf(contact, stamp, since)), dict[str, Entry]()
-    for uid in uids:
+    leaves, entries = dict[Declared, bytes](), dict[str, Entry]()
+    for uid, said in as_declarations(uids).items():
         _, coordinates = split_uid(uid)
         prefix, coordinate = parent(uid)
-        entries[uid] = Entry(NAMESPACE + prefix, leaf, ttl, str(coordinate))
+        if said not in leaves:
+            leaves[said] = msgspec.msgpack.encode(Leaf(contact, stamp, since, said.epoch, said.copies[:MAX_COPIES]))
+        entries[uid] = Entry(NAMESPACE + prefix, leaves[said], ttl, str(coordinate), sequence=said.epoch)
         for _ in coordinates[1:]:
             below = f"{prefix}."
             if below in entries:
@@ -78,14 +114,19 @@ def entries_of(uids: Iterable[str], contact: Contact, stamp: int, ttl: float, si
     return list(entries.values())
 
 
-def withdrawals_of(uids: Iterable[str], ttl: float) -> list[Entry]:
-    """Returns the entries that replace the leaves of experts whose server leaves.
+def withdrawals_of(uids: Collection[str] | Mapping[str, int], ttl: float) -> list[Entry]:
+    """Returns the entries that replace the leaves of experts whose server leaves; `uids`: perhaps with their epochs.
 
     They live as long as a declaration, `ttl` seconds, so that they outlive the leaves, wherever copies of these are
-    left. Of two entries that which expires later counts: a declaration that comes after them replaces them in turn.
+    left. Of two entries of one epoch that which expires later counts: a declaration that comes after them replaces them
+    in turn.
     """
-    places = [parent(uid) for uid in uids]
-    return [Entry(NAMESPACE + prefix, _WITHDRAWN, ttl, str(coordinate)) for prefix, coordinate in places]
+    epochs = uids if isinstance(uids, Mapping) else dict.fromkeys(uids, 0)
+    places = [(*parent(uid), epoch) for uid, epoch in epochs.items()]
+    return [
+        Entry(NAMESPACE + prefix, msgspec.msgpack.encode(Withdrawn(epoch)), ttl, str(coordinate), sequence=epoch)
+        for prefix, coordinate, epoch in places
+    ]
 
 
 Decoded = dict[
@@ -153,7 +194,7 @@ class PrefixRecord:
         self.read_at = read_at
         self.leaves: dict[int, tuple[ExpertInfo, float]] = {}  # coordinate -> expert, expiration
         self.markers: dict[int, float] = {}  # coordinate -> expiration
-        self.withdrawn: dict[int, float] = {}  # coordinate -> expiration, of experts whose server has left
+        self.withdrawn: dict[int, tuple[int, float]] = {}  # coordinate -> epoch, expiration: their servers have left
         self.asked_at = -math.inf  # when a refresh was last requested
         self.doubted = False  # whether one of its experts has failed since it was read
         self._view: Children | None = None
@@ -178,9 +219,10 @@ class PrefixRecord:
             elif isinstance(entry, Marker) and match[2]:
                 self.markers[coordinate] = value.expires_at
             elif isinstance(entry, Withdrawn) and not match[2]:
-                self.withdrawn[coordinate] = value.expires_at
+                self.withdrawn[coordinate] = entry.epoch, value.expires_at
             elif isinstance(entry, Leaf) and not match[2]:
-                info = ExpertInfo(f"{self.prefix}.{coordinate}", entry.contact, entry.stamp, entry.since)
+                uid = f"{self.prefix}.{coordinate}"
+                info = ExpertInfo(uid, entry.contact, entry.stamp, entry.since, entry.epoch, entry.copies)
                 self.leaves[coordinate] = (info, value.expires_at)
             else:
                 malformed += 1  # undecodable, or a leaf where a marker belongs
@@ -190,22 +232,33 @@ class PrefixRecord:
         """Keep the entries of an older record that have not expired, at most `limit`.
 
         No entry of the DHT ends before its expiration: a read without one has only missed the node that holds it. But a
-        server that leaves replaces its leaves, and of a leaf and what replaced it, that which expires later counts.
+        server that leaves replaces its leaves, and of a leaf and what replaced it, that of the higher epoch counts, and
+        of one epoch that which expires later.
         """
         for coordinate, expires_at in old.markers.items():
             if now < expires_at and (coordinate in self.markers or len(self.markers) < limit):
                 self.markers[coordinate] = max(expires_at, self.markers.get(coordinate, expires_at))
-        for coordinate, expires_at in old.withdrawn.items():
-            if now < expires_at and (coordinate in self.withdrawn or len(self.withdrawn) < limit):
-                self.withdrawn[coordinate] = max(expires_at, self.withdrawn.get(coordinate, expires_at))
-        for coordinate in [c for c in self.leaves if self.leaves[c][1] <= self.withdrawn.get(c, -math.inf)]:
+        for coordinate, gone in old.withdrawn.items():
+            if now < gone[1] and (coordinate in self.withdrawn or len(self.withdrawn) < limit):
+                self.withdrawn[coordinate] = max(gone, self.withdrawn.get(coordinate, gone))
+        for coordinate in [c for c in self.leaves if self._is_withdrawn(c, *self.leaves[c])]:
             del self.leaves[coordinate]  # an old copy
         for coordinate, (info, expires_at) in old.leaves.items():
-            if expires_at <= self.withdrawn.get(coordinate, -math.inf):
+            if self._is_withdrawn(coordinate, info, expires_at):
                 continue
             other = self.leaves.get(coordinate)
             if now < expires_at and (_is_older(other[0], info) if other else len(self.leaves) < limit):
                 self.leaves[coordinate] = (info, expires_at)
+
+    def _is_withdrawn(self, coordinate: int, info: ExpertInfo, expires_at: float) -> bool:
+        return (info.epoch, expires_at) <= self.withdrawn.get(coordinate, (-1, 0.0))
+
+    def move(self, coordinate: int, info: ExpertInfo, expires_at: float) -> None:
+        """Note where an expert is now. A leaf of a higher epoch stays."""
+        held = self.leaves.get(coordinate)
+        if held is None or held[0].epoch <= info.epoch:
+            self.leaves[coordinate] = (info, expires_at)
+            self.changed()
 
     def changed(self) -> None:
         """Note that the suspicions about its experts have changed."""
@@ -228,9 +281,11 @@ class PrefixRecord:
 
 
 def _is_older(info: ExpertInfo, than: ExpertInfo) -> bool:
-    """Whether `info` is an earlier declaration than `than`, by the same server in the same life.
+    """Whether `info` is of a lower epoch than `than`, or an earlier declaration by the same server in the same life.
 
-    Between servers, the declaration counts that the DHT returns.
+    Between servers, in one epoch, the declaration counts that the DHT returns.
     """
+    if info.epoch != than.epoch:
+        return info.epoch < than.epoch
     same_life = (info.contact.key, boot_of(info.stamp)) == (than.contact.key, boot_of(than.stamp))
     return same_life and info.stamp < than.stamp

@@ -63,6 +63,7 @@ class DeviceQueue:
     pools: TaskPools[Result] = field(default_factory=TaskPools)
     snapshots: deque[StateOrder] = field(default_factory=deque)
     fail_current: Callable[[Exception], object] | None = None  # fails what is being computed; None while nothing is
+    current: str = ""  # the expert of what is being computed, or was last
     batch: RunningBatch | None = None  # which is being computed
     paused: deque[RunningBatch] = field(default_factory=deque)  # between two of their parts
     others_first: bool = False  # whether it is the turn of another batch than those
@@ -71,6 +72,15 @@ class DeviceQueue:
     def blocked(self, key: PoolKey) -> bool:
         """Whether such requests have to wait for the rest of a batch."""
         return any(batch.blocks(key) for batch in self.paused)
+
+    def is_busy_with(self, uid: str) -> bool:
+        """Whether anything of this expert waits, or is being computed."""
+        return (
+            (self.fail_current is not None and self.current == uid)
+            or self.pools.has(uid)
+            or any(batch.key.uid == uid for batch in self.paused)
+            or any(order.backend.uid == uid for order in self.snapshots)
+        )
 
     def next_order(self) -> StateOrder | None:
         """Take out the first order that need not wait for the rest of a batch."""

@@ -102,9 +102,13 @@ class ComputeThread:
         """Whether the thread has not ended yet; it may outlive its block by one batch."""
         return self._thread.is_alive()
 
-    async def __aenter__(self) -> ComputeThread:
+    def begin(self) -> None:
+        """Start the thread, where there is no `async with`: then `__aexit__` has to be called at the end."""
         self._token = trio.lowlevel.current_trio_token()
         self._thread.start()
+
+    async def __aenter__(self) -> ComputeThread:
+        self.begin()
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -76,8 +76,9 @@ class Runtime:
         self._threads = threads
         self._devices = {backend.config.device: DeviceQueue() for backend in self.backends.values()}
         self._compute_threads: list[ComputeThread] = []
+        self._exits = AsyncExitStack()  # ends the threads; entered while the runtime runs
         self._running = self._stopped = self._settling = False
-        self._batch_ended = trio.Event()  # for `settle`
+        self._settlers = set[trio.Event]()  # set when something has ended: of `settle` and `settle_expert`
         self._broken = trio.Event()
         self._error: BaseException | None = None
         self._unfinished: list[RunningBatch] = []  # that the end of the runtime has interrupted
@@ -87,6 +88,27 @@ class Runtime:
     def stopped(self) -> bool:
         """Whether the runtime has ended; from then on it fails every request."""
         return self._stopped
+
+    def add(self, backend: ExpertBackend) -> None:
+        """Take one more expert, whether the runtime runs or not. Raises `ValueError` if it has that expert."""
+        if backend.uid in self.backends:
+            raise ValueError(f"this server holds expert {backend.uid} already")
+        self.backends[backend.uid] = backend
+        device = backend.config.device
+        if device not in self._devices:
+            self._devices[device] = DeviceQueue()
+            if self._running:
+                self._equip(device)
+
+    def remove(self, uid: str, error: Exception) -> ExpertBackend:
+        """Give an expert back. Its requests that wait get `error`; a batch that is being computed ends normally."""
+        backend = self.backends.pop(uid)
+        device = self._devices[backend.config.device]
+        waiting = device.pools.take_all(uid)
+        self._wake_settlers()
+        for task in waiting:
+            task.on_result(error)
+        return backend
 
     def put(
         self,
@@ -143,25 +165,24 @@ class Runtime:
 
     def discard(self, task: QueuedRequest) -> bool:
         """Take out a request whose answer is not needed any more. Returns whether it was still queued."""
-        device = self._devices[self.backends[task.key.uid].config.device]
-        for batch in (*device.paused, device.batch):
-            if batch is not None and batch.tasks == [task]:
-                batch.ending = CallCancelled("the caller gave up")
-        return device.pools.discard(task)
+        for device in self._devices.values():  # as a rule there is one; and its expert may be here no more
+            for batch in (*device.paused, device.batch):
+                if batch is not None and batch.tasks == [task]:
+                    batch.ending = CallCancelled("the caller gave up")
+            if device.pools.discard(task):
+                self._wake_settlers()
+                return True
+        return False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Compute until cancelled. What still waits then fails with `RemoteFailure`. A runtime runs once."""
         assert not self._running and not self._stopped, "a runtime runs once"
         self._running = True
         self._counters.started_at = trio.current_time()
-        async with AsyncExitStack() as threads, trio.open_nursery() as self._nursery:
+        async with self._exits, trio.open_nursery() as self._nursery:
             try:
-                for name, device in self._devices.items():
-                    device.executor = self._executor
-                    if device.executor is None:
-                        thread = await threads.enter_async_context(ComputeThread(name, threads=self._threads))
-                        self._compute_threads.append(thread)
-                        device.executor = thread
+                for name in self._devices:
+                    self._equip(name)
                 for device in self._devices.values():
                     self._advance(device)
                 task_status.started()
@@ -171,15 +192,43 @@ class Runtime:
             finally:
                 self._stop()
 
+    def _equip(self, name: str) -> None:
+        """Give a device what computes there."""
+        executor = self._executor
+        if executor is None:
+            executor = thread = ComputeThread(name, threads=self._threads)
+            thread.begin()
+            self._exits.push_async_exit(thread)
+            self._compute_threads.append(thread)
+        self._devices[name].executor = executor
+
+    async def settle_expert(self, uid: str) -> None:
+        """Wait until nothing of an expert is queued or computed, and no state taken, however long that takes."""
+        while self._running and any(device.is_busy_with(uid) for device in self._devices.values()):
+            await self._something_ends()
+        await trio.lowlevel.checkpoint()
+
     async def settle(self) -> None:
         """Begin no further batch, and wait until those that are being computed have ended, however long that takes."""
         self._settling = True
         while any(device.fail_current is not None or device.paused for device in self._devices.values()):
-            self._batch_ended = trio.Event()
-            await self._batch_ended.wait()
+            await self._something_ends()
+
+    async def _something_ends(self) -> None:
+        ended = trio.Event()
+        self._settlers.add(ended)
+        try:
+            await ended.wait()
+        finally:
+            self._settlers.discard(ended)
+
+    def _wake_settlers(self) -> None:
+        for ended in self._settlers:
+            ended.set()
 
     def _stop(self) -> None:
         self._running, self._stopped = False, True
+        self._wake_settlers()
         for device in self._devices.values():
             if device.fail_current is not None:
                 device.fail_current(RemoteFailure(STOPPED))
@@ -222,7 +271,7 @@ class Runtime:
                 batch.seconds += seconds
                 device.others_first = device.others_first or not device.paused
                 device.paused.append(batch)
-            self._batch_ended.set()
+            self._wake_settlers()
             if isinstance(error, DeviceLost):
                 self._error = error  # not a failure of this batch: the whole server is to end
                 self._broken.set()
@@ -230,6 +279,7 @@ class Runtime:
             if value is not PAUSED:
                 done(value, error, seconds)
 
+        device.current = uid
         device.executor.start(work, on_computed, self._nursery, uid=uid, direction=direction, rows=rows)
 
     def _run_batch(self, device: DeviceQueue) -> bool:

@@ -6,6 +6,7 @@ Beside a batch's way: `server/runtime` counts each batch here, and those who wat
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -100,12 +101,13 @@ class RuntimeCounters:
     def __init__(self, backends: Mapping[str, ExpertBackend]) -> None:
         self.overloaded = self.expired = 0
         self.started_at: float | None = None  # on trio's clock
-        self._backends = backends
+        self._backends = backends  # which come and go
         self._batches = self._rows = 0
         self._busy_seconds = 0.0
-        self._expert_rows = dict.fromkeys(backends, 0)
-        self._expert_requests = dict.fromkeys(backends, 0)
-        self._expert_seconds = dict.fromkeys(backends, 0.0)
+        # Those of experts that have gone stay: if they come back, their counters go on.
+        self._expert_rows = defaultdict[str, int](int)
+        self._expert_requests = defaultdict[str, int](int)
+        self._expert_seconds = defaultdict[str, float](float)
         self._total_times, self._queue_times, self._compute_times = Histogram(), Histogram(), Histogram()
 
     def count_batch(self, uid: str, answered: Sequence[Task[Any]], started: float, seconds: float) -> int:
@@ -140,9 +142,9 @@ class RuntimeCounters:
             latency=0.0,
             loss=0.0,
             uptime=0.0 if self.started_at is None else trio.current_time() - self.started_at,
-            expert_rows=list(self._expert_rows.values()),
-            expert_requests=list(self._expert_requests.values()),
-            expert_seconds=list(self._expert_seconds.values()),
+            expert_rows=[self._expert_rows[uid] for uid in self._backends],
+            expert_requests=[self._expert_requests[uid] for uid in self._backends],
+            expert_seconds=[self._expert_seconds[uid] for uid in self._backends],
             total_times=list(self._total_times.counts),
             queue_times=list(self._queue_times.counts),
             compute_times=list(self._compute_times.counts),

@@ -102,8 +102,9 @@ class TaskPools(Generic[T]):
 
     def discard(self, task: Task[T]) -> bool:
         """Take a request out. Returns whether it was still waiting."""
-        if self._order.pop(task.number, None) is None:
+        if self._order.get(task.number) is not task:
             return False
+        del self._order[task.number]
         pool = self._pools[task.key]
         del pool.tasks[task.number]
         if not pool.tasks:
@@ -111,6 +112,16 @@ class TaskPools(Generic[T]):
         self.rows -= task.rows
         self.load -= task.load
         return True
+
+    def has(self, uid: str) -> bool:
+        """Whether a request of this expert waits."""
+        return any(key.uid == uid for key in self._pools)
+
+    def take_all(self, uid: str) -> list[Task[T]]:
+        """Take out all requests of an expert, and return them in the order of their arrival."""
+        tasks = [task for task in self._order.values() if task.key.uid == uid]
+        self._take(tasks)
+        return tasks
 
     def next_batch(
         self, now: float, max_rows: Callable[[str], int], blocked: Callable[[PoolKey], bool] = lambda key: False
