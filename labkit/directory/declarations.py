@@ -33,9 +33,21 @@ async def declared_below(dht: Records, config: DirectoryConfig, name: str, dims:
 
 async def declared(dht: Records, config: DirectoryConfig, uids: Iterable[str]) -> dict[str, ExpertInfo]:
     """Returns those of these experts that are declared, by uid."""
+    return (await known(dht, config, uids))[0]
+
+
+async def known(
+    dht: Records, config: DirectoryConfig, uids: Iterable[str]
+) -> tuple[dict[str, ExpertInfo], dict[str, int]]:
+    """Returns those of these experts that are declared, and the epochs of those that were withdrawn, by uid."""
     wanted = set(uids)
-    found = _experts(await _read(dht, config, sorted({parent(uid)[0] for uid in wanted})))
-    return {uid: info for uid, info in found.items() if uid in wanted}
+    records = await _read(dht, config, sorted({parent(uid)[0] for uid in wanted}))
+    found = _experts(records)
+    withdrawn = {f"{prefix}.{c}": gone[0] for prefix, record in records.items() for c, gone in record.withdrawn.items()}
+    return (
+        {uid: info for uid, info in found.items() if uid in wanted},
+        {uid: epoch for uid, epoch in withdrawn.items() if uid in wanted},
+    )
 
 
 async def of_others(
@@ -68,10 +80,11 @@ async def of_others(
 def is_senior(info: ExpertInfo, than: ExpertInfo) -> bool:
     """Whether the server of `info` keeps an expert that both servers have declared.
 
-    It is the one that began to declare experts first, by its own clock; of two at the same time, the one with the
-    smaller key. Both servers read the same two numbers, so that they agree, even if a clock is wrong.
+    It is the one with the higher epoch. In one epoch it is the one that began to declare experts first, by its own
+    clock; of two at the same time, the one with the smaller key. Both servers read the same numbers, so that they
+    agree, even if a clock is wrong.
     """
-    return (info.since, info.contact.key) < (than.since, than.contact.key)
+    return (-info.epoch, info.since, info.contact.key) < (-than.epoch, than.since, than.contact.key)
 
 
 async def _read(dht: Records, config: DirectoryConfig, prefixes: Sequence[str]) -> dict[str, PrefixRecord]:

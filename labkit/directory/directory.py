@@ -7,31 +7,26 @@ that the next search leaves out the experts that are gone.
 
 from __future__ import annotations
 
-import logging
 import math
-import secrets
-import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 
 import trio
 
-from labkit.contact import Contact
-from labkit.directory.cache import DirectoryConfig, PrefixCache, Records
-from labkit.directory.declarations import IsAlive, declared, declared_below, is_senior, of_others
+from labkit.directory.declarations import declared, declared_below
+from labkit.directory.declaring import Declaring
 from labkit.directory.grids import GridInfo, find_grids
-from labkit.directory.index import NAMESPACE, Children, entries_of, withdrawals_of
-from labkit.directory.suspicion import BOOT_BITS, Suspicions, boot_of, make_stamp
-from labkit.errors import ExpertsTaken, LabkitError, RPCError, UnknownExpert
-from labkit.events import Emit, ExpertDeclared, ExpertGivenUp, ServerLost, ignore
+from labkit.directory.index import NAMESPACE, Children
+from labkit.directory.suspicion import boot_of
+from labkit.errors import RPCError, UnknownExpert
+from labkit.events import ServerLost
 from labkit.expert_uid import ExpertInfo, parent, split_uid
-
-logger = logging.getLogger(__name__)
 
 MAX_EXPLAINED = 64  # prefixes below a name that are looked up for an error message
 
 
-class Directory:
+class Directory(Declaring):
     """Experts in the DHT: `declare` writes them; `children`, `find`, `walk`, `all_experts` and `experts_of` find them.
 
     Reading costs nothing in the steady state, as long as `run` runs in some nursery. All of it belongs to one trio
@@ -43,133 +38,9 @@ class Directory:
         emit: Called with the events of declared experts and lost servers.
     """
 
-    def __init__(self, dht: Records, config: DirectoryConfig | None = None, emit: Emit = ignore) -> None:
-        self.config = config or DirectoryConfig()
-        self._dht = dht
-        self._emit = emit
-        self._boot = secrets.randbits(BOOT_BITS)
-        self._declarations = 0
-        self._since = round(time.time() * 1000)
-        self._suspicions = Suspicions(self.config.suspicion)
-        self._anew = trio.Event()  # set when all is to be declared again at once
-        self._cache = PrefixCache(dht, self.config, self._suspicions)
-
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the prefixes in use fresh, until cancelled. Without it, a call that uses a stale one waits for it."""
         await self._cache.run(task_status=task_status)
-
-    # ---------------------------------------------------------------- writing
-
-    async def declare(self, uids: Sequence[str], contact: Contact) -> None:
-        """Declare that the experts `uids` live at `contact` for the next `ttl` seconds. This is one bulk store.
-
-        Raises:
-            ValueError: A text is no uid.
-            LabkitError: An entry was stored nowhere, not even here.
-        """
-        self._declarations += 1
-        stamp = make_stamp(self._boot, self._declarations)
-        entries = entries_of(uids, contact, stamp, self.config.ttl, self._since)
-        if not entries:
-            await trio.lowlevel.checkpoint()
-            return
-        copies = [0] * len(entries)
-        with trio.move_on_after(self.config.timeout):
-            copies = await self._dht.store_many(entries)
-        missing = [f"{entry.key} / {entry.subkey}" for entry, n in zip(entries, copies, strict=True) if n < 1]
-        if missing:
-            raise LabkitError(
-                f"declaring {len(uids)} experts at {contact.endpoint}: {len(missing)} of {len(entries)} entries "
-                f"(first: {missing[0]}) were stored nowhere within {self.config.timeout:g} s, not even at our own "
-                f"DHT node {self._dht.contact.endpoint}; is it running?"
-            )
-        for uid in uids:
-            self._cache.forget_absence(uid)  # what we declare, we find at once
-        for uid in uids:
-            self._emit(ExpertDeclared(uid=uid, address=contact.endpoint, ttl=self.config.ttl))
-
-    async def withdraw(self, uids: Sequence[str], contact: Contact) -> None:
-        """Take experts that were declared at `contact` out again, except those that another node has declared since.
-
-        Who has read them before finds them until a cache is refreshed. Raises `LabkitError` if the DHT cannot be asked.
-        """
-        holders = await self.holders(uids)
-        mine = [uid for uid in uids if uid in holders and holders[uid].contact.key == contact.key]
-        if mine:
-            with trio.move_on_after(self.config.timeout):
-                await self._dht.store_many(withdrawals_of(mine, self.config.ttl))
-
-    async def keep_declared(
-        self,
-        uids: Sequence[str] | Callable[[], Sequence[str]],
-        contact: Contact,
-        *,
-        is_alive: IsAlive | None = None,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
-        """Declare every `ttl / 3` seconds until cancelled; ready when the first declaration is stored.
-
-        A declaration that fails after the first is logged and tried again after `ttl / 10`.
-
-        Args:
-            uids: The experts, or a function that returns those to declare now.
-            contact: The node that holds them. If that is ours and moves, they are declared where it is by then.
-            is_alive: With it, each time before they are declared, it is checked that no other node that is alive has
-                declared one of them, too, as can happen in a network that was divided. The one that began later gives
-                the expert up and declares it no more (`ExpertGivenUp`).
-            task_status: Told when the first declaration is stored.
-
-        Raises:
-            LabkitError: The first declaration was stored nowhere; or another node that is alive holds one of the
-                experts at the start, or all of them later.
-        """
-        given_up: set[str] = set()
-        first, pause = True, self.config.ttl / 3
-        while True:
-            anew = self._anew
-            if contact.key == self._dht.contact.key:
-                contact = self._dht.contact
-            now = [uid for uid in (uids() if callable(uids) else uids) if uid not in given_up]
-            try:
-                if is_alive is not None:
-                    rivals = await self._rivals(now, contact, is_alive, first)
-                    given_up |= rivals.keys()
-                    if rivals and len(rivals) == len(now):
-                        raise ExpertsTaken(_taken_text(rivals))
-                await self.declare([uid for uid in now if uid not in given_up], contact)
-                pause = self.config.ttl / 3
-            except LabkitError as error:
-                if first or isinstance(error, ExpertsTaken):
-                    raise
-                logger.warning("%s", error)
-                pause = self.config.ttl / 10
-            if first:
-                task_status.started()
-            first = False
-            with trio.move_on_after(pause):
-                await anew.wait()
-
-    def declare_anew(self) -> None:
-        """Let every `keep_declared` declare its experts at once, as after a move."""
-        self._anew.set()
-        self._anew = trio.Event()
-
-    async def _rivals(
-        self, uids: Sequence[str], contact: Contact, is_alive: IsAlive, first: bool
-    ) -> dict[str, ExpertInfo]:
-        """Returns the experts that another node keeps, and says so. At the start, raises if there are any."""
-        mine = ExpertInfo("", contact, since=self._since)
-        rivals, _ = await of_others(await self.holders(uids), contact.key, is_alive)
-        if first and rivals:
-            raise ExpertsTaken(_taken_text(rivals))
-        kept = {uid: info for uid, info in rivals.items() if is_senior(info, mine)}
-        for uid, info in kept.items():
-            other = info.contact.endpoint
-            logger.warning("%s gives %s up: %s serves it, too, and has for longer", contact.endpoint, uid, other)
-            self._emit(ExpertGivenUp(uid=uid, address=contact.endpoint, to=other))
-        for uid in rivals.keys() - kept.keys():
-            logger.info("%s serves %s, too, and will give it up", rivals[uid].contact.endpoint, uid)
-        return kept
 
     # ---------------------------------------------------------------- reading
 
@@ -363,6 +234,26 @@ class Directory:
         if self._suspicions.succeed(info):
             self._cache.changed(parent(info.uid)[0])
 
+    def report_moved(self, info: ExpertInfo, now: ExpertInfo) -> None:
+        """Take note of what a server has said: that the expert which was called there is elsewhere now.
+
+        Until the next look at the DHT it is found there, unless a higher epoch is known already.
+
+        Args:
+            info: The expert that was called.
+            now: The same expert, where it is now.
+        """
+        prefix, coordinate = parent(info.uid)
+        if (record := self._cache.records.get(prefix)) is None:
+            return
+        # What is known of the server, its life above all, is what its other experts have been declared with.
+        same = (other for other, _ in record.leaves.values() if other.contact.key == now.contact.key)
+        newest = max(same, key=lambda other: other.stamp, default=now)
+        self._suspicions.own(info.uid)
+        moved = replace(now, stamp=newest.stamp, since=newest.since)
+        record.move(coordinate, info, moved, trio.current_time() + self.config.ttl)
+        self._cache.doubt(prefix)
+
     def report_leaving(self, info: ExpertInfo) -> None:
         """Take note that a server is about to stop: its expert is not offered until it is declared anew."""
         if self._suspicions.disown(info):
@@ -384,12 +275,3 @@ class Directory:
         if first:
             self._emit(ServerLost(address=info.contact.endpoint, uids=uids, detail=detail))
         return uids
-
-
-def _taken_text(rivals: Mapping[str, ExpertInfo]) -> str:
-    uid, info = next(iter(sorted(rivals.items())))
-    more = f" (and {len(rivals) - 1} more of its experts elsewhere)" if len(rivals) > 1 else ""
-    return (
-        f"{uid} is served at {info.contact.endpoint} already{more}; take free places with experts=…, or stop that "
-        "server first"
-    )

@@ -129,6 +129,13 @@ def withdrawals_of(uids: Collection[str] | Mapping[str, int], ttl: float) -> lis
     ]
 
 
+def uid_of(entry: Entry) -> str | None:
+    """Returns the expert of a leaf, or of what takes its place; None for a marker."""
+    if entry.subkey is None or entry.subkey.endswith("."):
+        return None
+    return f"{entry.key.removeprefix(NAMESPACE)}.{entry.subkey}"
+
+
 Decoded = dict[
     bytes, "Leaf | Marker | Withdrawn | None"
 ]  # the values of one read: all leaves of one declaration are equal
@@ -253,10 +260,10 @@ class PrefixRecord:
     def _is_withdrawn(self, coordinate: int, info: ExpertInfo, expires_at: float) -> bool:
         return (info.epoch, expires_at) <= self.withdrawn.get(coordinate, (-1, 0.0))
 
-    def move(self, coordinate: int, info: ExpertInfo, expires_at: float) -> None:
-        """Note where an expert is now. A leaf of a higher epoch stays."""
-        held = self.leaves.get(coordinate)
-        if held is None or held[0].epoch <= info.epoch:
+    def move(self, coordinate: int, before: ExpertInfo, info: ExpertInfo, expires_at: float) -> None:
+        """Note that an expert is not where it was `before`. A leaf of a later epoch stays, or of another server."""
+        held = self.leaves[coordinate][0] if coordinate in self.leaves else before
+        if held.epoch < info.epoch or (held.epoch == info.epoch and held.contact.key == before.contact.key):
             self.leaves[coordinate] = (info, expires_at)
             self.changed()
 

@@ -115,6 +115,10 @@ class Suspicions:
         self._remember(self._unknown, info.uid, (info.contact, info.stamp))
         return True
 
+    def own(self, uid: str) -> None:
+        """Note that a server has come to hold this expert, perhaps one that did not hold it before."""
+        self._unknown.pop(uid, None)
+
     def fail(self, info: ExpertInfo, now: float, sent: float) -> bool:
         """Note a failed call to an expert. Returns True if the expert goes on back-off now.
 

@@ -1,6 +1,6 @@
 """What waits for one device of a server, and what it computes. Plain state; `server/runtime` decides with it.
 
-Order: what requests and orders are answered with, then the queue of a device.
+Order: what requests and orders are answered with, the queue of a device, and who waits until something ends.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import trio
 from torch import Tensor
 
+from labkit.errors import CallCancelled
 from labkit.server.backend import ExpertBackend
 from labkit.server.batch import RunningBatch
 from labkit.server.executor import Executor
@@ -73,6 +75,29 @@ class DeviceQueue:
         """Whether such requests have to wait for the rest of a batch."""
         return any(batch.blocks(key) for batch in self.paused)
 
+    def discard(self, task: QueuedRequest) -> bool:
+        """Take a request out whose answer is not needed any more. Returns whether it was still queued.
+
+        If it is computed in parts, there is no further one.
+        """
+        for batch in (*self.paused, self.batch):
+            if batch is not None and batch.tasks == [task]:
+                batch.ending = CallCancelled("the caller gave up")
+        return self.pools.discard(task)
+
+    def fail_all(self, make_error: Callable[[], Exception]) -> list[RunningBatch]:
+        """Fail all that waits and is computed. Returns the batches that have not ended."""
+        if self.fail_current is not None:
+            self.fail_current(make_error())
+        unfinished = [*self.paused, *([self.batch] if self.batch is not None else [])]
+        for batch in self.paused:
+            batch.fail(make_error())
+        for task in self.pools.clear():
+            task.on_result(make_error())
+        while self.snapshots:
+            self.snapshots.popleft().on_state(make_error())
+        return unfinished
+
     def is_busy_with(self, uid: str) -> bool:
         """Whether anything of this expert waits, or is being computed."""
         return (
@@ -94,3 +119,24 @@ class DeviceQueue:
             batch.key.uid == order.backend.uid and (batch.key.direction == "backward" or order.state is not None)
             for batch in self.paused
         )
+
+
+class Endings:
+    """Wakes those who wait until something has ended, and then look whether it is what they wait for."""
+
+    def __init__(self) -> None:
+        self._waiting = set[trio.Event]()
+
+    def tell(self) -> None:
+        """Something has ended."""
+        for event in self._waiting:
+            event.set()
+
+    async def wait(self) -> None:
+        """Wait until the next time that something ends."""
+        event = trio.Event()
+        self._waiting.add(event)
+        try:
+            await event.wait()
+        finally:
+            self._waiting.discard(event)

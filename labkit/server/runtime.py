@@ -17,7 +17,6 @@ import trio
 from torch import Tensor
 
 from labkit.errors import (
-    CallCancelled,
     CheckpointError,
     DeadlineExceeded,
     Overloaded,
@@ -28,7 +27,7 @@ from labkit.errors import (
 from labkit.events import BatchProcessed, Emit, ignore
 from labkit.server.backend import ExpertBackend
 from labkit.server.batch import PAUSED, DeviceLost, RunningBatch, compute_batch_in_parts
-from labkit.server.device import DeviceQueue, OnResult, QueuedRequest, Result, State, StateOrder
+from labkit.server.device import DeviceQueue, Endings, OnResult, QueuedRequest, Result, State, StateOrder
 from labkit.server.executor import ComputeThread, Executor, InlineCompute, OnComputed
 from labkit.server.statistics import RuntimeCounters, ServerStatistics
 from labkit.server.task_pool import PoolKey, Task
@@ -78,7 +77,7 @@ class Runtime:
         self._compute_threads: list[ComputeThread] = []
         self._exits = AsyncExitStack()  # ends the threads; entered while the runtime runs
         self._running = self._stopped = self._settling = False
-        self._settlers = set[trio.Event]()  # set when something has ended: of `settle` and `settle_expert`
+        self._endings = Endings()
         self._broken = trio.Event()
         self._error: BaseException | None = None
         self._unfinished: list[RunningBatch] = []  # that the end of the runtime has interrupted
@@ -105,7 +104,7 @@ class Runtime:
         backend = self.backends.pop(uid)
         device = self._devices[backend.config.device]
         waiting = device.pools.take_all(uid)
-        self._wake_settlers()
+        self._endings.tell()
         for task in waiting:
             task.on_result(error)
         return backend
@@ -165,14 +164,10 @@ class Runtime:
 
     def discard(self, task: QueuedRequest) -> bool:
         """Take out a request whose answer is not needed any more. Returns whether it was still queued."""
-        for device in self._devices.values():  # as a rule there is one; and its expert may be here no more
-            for batch in (*device.paused, device.batch):
-                if batch is not None and batch.tasks == [task]:
-                    batch.ending = CallCancelled("the caller gave up")
-            if device.pools.discard(task):
-                self._wake_settlers()
-                return True
-        return False
+        # As a rule there is one device; and the expert may be here no more.
+        found = any(device.discard(task) for device in self._devices.values())
+        self._endings.tell()
+        return found
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Compute until cancelled. What still waits then fails with `RemoteFailure`. A runtime runs once."""
@@ -205,40 +200,20 @@ class Runtime:
     async def settle_expert(self, uid: str) -> None:
         """Wait until nothing of an expert is queued or computed, and no state taken, however long that takes."""
         while self._running and any(device.is_busy_with(uid) for device in self._devices.values()):
-            await self._something_ends()
+            await self._endings.wait()
         await trio.lowlevel.checkpoint()
 
     async def settle(self) -> None:
         """Begin no further batch, and wait until those that are being computed have ended, however long that takes."""
         self._settling = True
         while any(device.fail_current is not None or device.paused for device in self._devices.values()):
-            await self._something_ends()
-
-    async def _something_ends(self) -> None:
-        ended = trio.Event()
-        self._settlers.add(ended)
-        try:
-            await ended.wait()
-        finally:
-            self._settlers.discard(ended)
-
-    def _wake_settlers(self) -> None:
-        for ended in self._settlers:
-            ended.set()
+            await self._endings.wait()
 
     def _stop(self) -> None:
         self._running, self._stopped = False, True
-        self._wake_settlers()
+        self._endings.tell()
         for device in self._devices.values():
-            if device.fail_current is not None:
-                device.fail_current(RemoteFailure(STOPPED))
-            self._unfinished += [*device.paused, *([device.batch] if device.batch is not None else [])]
-            for batch in device.paused:
-                batch.fail(RemoteFailure(STOPPED))
-            for task in device.pools.clear():
-                task.on_result(RemoteFailure(STOPPED))
-            while device.snapshots:
-                device.snapshots.popleft().on_state(RemoteFailure(STOPPED))
+            self._unfinished += device.fail_all(partial(RemoteFailure, STOPPED))
 
     def _advance(self, device: DeviceQueue) -> None:
         """Start what is next, if nothing is being computed. (Work that ends at once calls this while it starts.)"""
@@ -271,7 +246,7 @@ class Runtime:
                 batch.seconds += seconds
                 device.others_first = device.others_first or not device.paused
                 device.paused.append(batch)
-            self._wake_settlers()
+            self._endings.tell()
             if isinstance(error, DeviceLost):
                 self._error = error  # not a failure of this batch: the whole server is to end
                 self._broken.set()
