@@ -20,6 +20,7 @@ from labkit.errors import CheckpointError, LabkitError, RemoteFailure, RPCError
 from labkit.expert_uid import split_uid
 from labkit.paths import user_path
 from labkit.server.backend import ExpertBackend
+from labkit.server.ownership import FolderClaim
 from labkit.server.runtime import Runtime
 from labkit.server.tensor_files import CHECKSUM, checksum, is_whole, link_file, read_tensors, separate, write_tensors
 
@@ -181,6 +182,7 @@ async def keep_checkpoints(
     period: float | None = None,
     saved: dict[str, Progress] | None = None,
     keep: int = 1,
+    claim: FolderClaim | None = None,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -195,24 +197,30 @@ async def keep_checkpoints(
         period: Seconds between two rounds; None for `usual_period`.
         saved: Filled in with how far each expert had learnt when it was saved, for `save_all`.
         keep: Checkpoints of each expert to keep.
+        claim: Says which experts are saved there; None for all.
     """
-    period = usual_period(runtime.backends.values()) if period is None else period
     saved = {} if saved is None else saved
+    claim = FolderClaim() if claim is None else claim
     updates = {uid: backend.updates for uid, backend in runtime.backends.items()}  # when they were saved, or loaded
     task_status.started()
     while True:
-        await trio.sleep(period)
-        for uid, backend in runtime.backends.items():
-            if backend.updates == updates[uid]:
+        pause = usual_period(runtime.backends.values()) if period is None else period
+        await trio.sleep(pause)
+        for gone in updates.keys() - runtime.backends.keys():  # if it comes back, it has learnt elsewhere
+            del updates[gone]
+            saved.pop(gone, None)
+        for uid, backend in list(runtime.backends.items()):
+            if backend.updates == updates.get(uid) or not claim.owns(uid) or runtime.backends.get(uid) is not backend:
                 continue
             try:
-                saved[uid] = await _save(runtime, directory, uid, keep)
+                async with claim.busy:  # so that it is not given back meanwhile
+                    saved[uid] = await _save(runtime, directory, uid, keep)
                 updates[uid] = saved[uid][0]
             except Exception as error:
                 logger.warning(
                     "%s; trying again in %g s",
                     _not_saved(uid, directory, error),
-                    period,
+                    pause,
                     exc_info=_needs_traceback(error),
                 )
 
@@ -227,7 +235,11 @@ def usual_period(backends: Iterable[ExpertBackend]) -> float:
 
 
 async def save_all(
-    runtime: Runtime, directory: str | os.PathLike[str], saved: Mapping[str, Progress] | None = None, keep: int = 1
+    runtime: Runtime,
+    directory: str | os.PathLike[str],
+    saved: Mapping[str, Progress] | None = None,
+    keep: int = 1,
+    claim: FolderClaim | None = None,
 ) -> None:
     """Save every expert that has learnt something since it was saved. This ends a clean stop, after the runtime.
 
@@ -238,6 +250,7 @@ async def save_all(
         directory: Where to save them.
         saved: What `keep_checkpoints` noted. Without it all experts are saved, which takes longer.
         keep: Checkpoints of each expert to keep.
+        claim: Says which experts are saved there; None for all.
 
     Raises:
         RemoteFailure: Says what happened to the first expert that could not be saved.
@@ -246,6 +259,9 @@ async def save_all(
     for uid, backend in runtime.backends.items():
         now = _progress(backend, backend.updates, backend.rows_processed)
         if saved is not None and saved.get(uid) == now and _path(directory, uid).exists():
+            continue
+        if claim is not None and not claim.owns(uid):
+            logger.warning("expert %s is not saved to %s: another server saves it there", uid, directory)
             continue
         try:
             await _save(runtime, directory, uid, keep)
@@ -268,7 +284,8 @@ def _needs_traceback(error: Exception) -> bool:
 
 
 async def _save(runtime: Runtime, directory: str | os.PathLike[str], uid: str, keep: int) -> Progress:
-    state, backend = await runtime.snapshot(uid), runtime.backends[uid]
+    backend = runtime.backends[uid]
+    state = await runtime.snapshot(uid)
     await trio.to_thread.run_sync(
         lambda: save_expert(directory, uid, state, kind=backend.kind, keep=keep)
     )  # cancelling waits for the disk

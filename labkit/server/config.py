@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from labkit.expert_protocol import MAX_LABEL, clean_label
-from labkit.expert_uid import check_inside, split_uid
+from labkit.expert_uid import check_inside, check_name, split_uid
 from labkit.paths import user_path
 from labkit.server.optimizer import BackendConfig
 
@@ -22,7 +22,7 @@ class ServerConfig:
     """What a server holds. The values are plain (if `kind` is text), so that a child process can get them as JSON.
 
     Args:
-        uids: The experts to serve, each once.
+        uids: The experts to serve at the start, each once; at least one, unless it is a spare.
         grid: Sizes of the grid that the uids lie in, which is declared with them; None to declare no grid.
         kind: A registered name, `"package.module:factory"`, or a factory; see `make_expert`.
         options: What the factory is given.
@@ -36,6 +36,8 @@ class ServerConfig:
             this process draws from torch's generator meanwhile. In a server process nothing does. A trainer beside a
             server that is a task may; then some of the trainer's own numbers come twice, too.
         label: A name for the server, which others see.
+        spare: Whether the server stays in the swarm without any expert, at the start or when others have taken its own.
+        name: Of the grid; that of `uids` by default.
     """
 
     uids: tuple[str, ...]
@@ -50,6 +52,8 @@ class ServerConfig:
     threads: int | None = None
     seed: int | None = None
     label: str = ""
+    spare: bool = False
+    name: str = ""
 
     def __post_init__(self) -> None:
         if self.checkpoint_dir is not None:  # absolute, so that a later restart finds it, whatever the folder is then
@@ -58,8 +62,15 @@ class ServerConfig:
             split_uid(uid)
         if self.grid is not None:
             check_inside(self.uids, self.grid)
-        if len(set(self.uids)) != len(self.uids) or not self.uids:
+        if len(set(self.uids)) != len(self.uids) or not (self.uids or self.spare):
             raise ValueError("uids: at least one, and each once")
+        names = {split_uid(uid)[0] for uid in self.uids}
+        if self.name and names - {check_name(self.name)}:
+            raise ValueError(f"name={self.name!r}: the experts are of the grid {', '.join(sorted(names))}")
+        if self.grid is not None and not (self.name or names):
+            raise ValueError("name: that of the grid, where there are no uids")
+        if not self.name and len(names) == 1:
+            object.__setattr__(self, "name", *names)
         if self.checkpoint_period is not None and not 0 < self.checkpoint_period < math.inf:
             raise ValueError(f"checkpoint_period={self.checkpoint_period}: a number of seconds above 0")
         if not isinstance(self.checkpoint_keep, int) or self.checkpoint_keep < 1:

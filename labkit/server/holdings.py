@@ -78,13 +78,13 @@ class Holdings:
     def __init__(self, runtime: Runtime, epochs: Mapping[str, int], timers: Timers) -> None:
         self.suspended = False  # whether all requests are turned away, since it is not known what is still ours
         self.copies: dict[str, tuple[bytes, ...]] = {}  # who holds a whole copy: see `ExpertInfo.copies`
-        self.changed = trio.Event()  # set when experts have come or gone; then there is a new one
         self.on_outdated: Callable[[str, int], object] = lambda uid, epoch: None
         self._runtime = runtime
         self._timers = timers
         self._held = dict(epochs)
         self._on_hold: dict[str, set[Waiting]] = {}
         self._moved = OrderedDict[str, Moved]()
+        self._changed = trio.Event()
 
     @property
     def held(self) -> Mapping[str, int]:
@@ -151,9 +151,13 @@ class Holdings:
         """Wait until nothing of an expert is queued or computed. `hold` it before, or `give_up`, or it may never be."""
         await self._runtime.settle_expert(uid)
 
+    async def until_changed(self) -> None:
+        """Wait until experts come or go, or get another epoch, from now on."""
+        await self._changed.wait()
+
     def _tell(self) -> None:
-        self.changed.set()
-        self.changed = trio.Event()
+        self._changed.set()
+        self._changed = trio.Event()
 
     # ---------------------------------------------------------------- requests
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 import math
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 
 import trio
 
 from labkit.contact import Contact
 from labkit.directory import Directory
+from labkit.directory.declaring import Experts
 from labkit.errors import LabkitError
 from labkit.expert_protocol import Direction
 from labkit.server.backend import ExpertBackend
@@ -111,15 +112,13 @@ class Traffic:
                 await self._changed.wait()
 
 
-async def leave(
-    traffic: Traffic, directory: Directory, uids: Sequence[str], contact: Contact, hurry: trio.Event
-) -> None:
+async def leave(traffic: Traffic, directory: Directory, experts: Experts, contact: Contact, hurry: trio.Event) -> None:
     """Take the experts out of the directory, and answer all who call them until it is quiet.
 
     Args:
         traffic: The requests of the server.
         directory: Where the experts are declared.
-        uids: The experts.
+        experts: The experts.
         contact: The server's node.
         hurry: Set while, or before, this runs, if there is little time.
     """
@@ -135,7 +134,7 @@ async def leave(
         nursery.start_soon(end_soon)
         with trio.move_on_after(LEAVE_TIMEOUT):
             try:
-                await directory.withdraw(uids, contact)
+                await directory.withdraw(experts, contact)
             except LabkitError as error:  # then they expire
                 logger.debug("%s could not be taken out of the directory: %s", contact.endpoint, error)
             await traffic.until_quiet()

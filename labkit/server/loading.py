@@ -15,6 +15,7 @@ import trio
 
 from labkit.errors import CheckpointError, RPCError
 from labkit.server.checkpoints import Progress, load_expert, save_expert
+from labkit.server.ownership import FolderClaim
 from labkit.server.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ async def carry_out_loads(
     checkpoint_dir: str | None,
     saved: MutableMapping[str, Progress],
     keep: int = 1,
+    claim: FolderClaim | None = None,
 ) -> None:
     """Carry out orders to load, one after the other, until cancelled.
 
@@ -53,11 +55,12 @@ async def carry_out_loads(
             that is killed and restarted carries on from it.
         saved: How far each expert had learnt when it was saved; see `keep_checkpoints`.
         keep: Checkpoints of each expert to keep.
+        claim: Says which experts this server saves there; None for all.
     """
     async for order in orders:
         try:
             for uid in order.uids:
-                await _carry_out(runtime, order, uid, checkpoint_dir, saved, keep)
+                await _carry_out(runtime, order, uid, checkpoint_dir, saved, keep, claim)
         except (CheckpointError, RPCError, OSError, ValueError) as error:
             order.answer(str(error) or repr(error))
         except Exception as error:  # no memory, say: the server goes on, and whoever ordered it is told
@@ -69,7 +72,7 @@ async def carry_out_loads(
 
 async def _carry_out(
     runtime: Runtime, order: LoadOrder, uid: str, checkpoint_dir: str | None, saved: MutableMapping[str, Progress],
-    keep: int,
+    keep: int, claim: FolderClaim | None,
 ) -> None:  # fmt: skip
     backend = runtime.backends.get(uid)
     if backend is None:
@@ -82,5 +85,5 @@ async def _carry_out(
         return
     await runtime.load(uid, state)
     saved.pop(uid, None)
-    if checkpoint_dir is not None:
+    if checkpoint_dir is not None and (claim is None or claim.owns(uid)):
         await trio.to_thread.run_sync(partial(save_expert, checkpoint_dir, uid, state, kind=backend.kind, keep=keep))

@@ -13,12 +13,13 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import secrets
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 GRACE = 2.0  # seconds in which an owner whose notebook has just ended may notice it
 LEAVING_TIMEOUT = 60.0  # seconds in which an owner that is stopping may save its experts
+RETRY_INTERVAL = 1.0  # seconds between two attempts to own an expert that has come
 INTERVAL = 0.1  # seconds between two attempts
 GATE = ".claims~.lock"  # locked by whoever looks at the claims and makes one, for a moment
 GATE_TIMEOUT = 5.0  # seconds
@@ -62,6 +64,29 @@ class FolderClaim:
 
     def __init__(self, path: Path | None = None, descriptor: int = -1, record: ClaimRecord | None = None) -> None:
         self._path, self._descriptor, self._record = path, descriptor, record
+        self.busy = trio.Lock()  # held while one of the files is written, or the claim is changed
+
+    def owns(self, name: str) -> bool:
+        """Whether this may be saved: it is claimed, or there is nothing to claim."""
+        return self._record is None or name in self._record.names
+
+    def claim_anew(self, names: Iterable[str]) -> set[str]:
+        """Own these from now on and no others, except what others own, which is returned. Raises `OSError`."""
+        if self._path is None or self._record is None or self._descriptor < 0:
+            return set()
+        wanted, folder = set(names), self._path.parent
+        missing = wanted - set(self._record.names)
+        gate = _open_gate(folder)
+        try:
+            taken = set[str]()
+            for path in folder.glob(".claim~*.lock") if missing else ():
+                if path != self._path and (record := _owner(path, missing)) is not None:
+                    taken |= missing.intersection(record.names)
+            self._record.names = sorted(wanted - taken)
+            _write(self._descriptor, self._record)
+        finally:
+            _close_gate(folder, gate)
+        return taken
 
     def leave(self) -> None:
         """Tell whoever wants the same experts that they will be free soon, and that waiting is worth it."""
@@ -129,6 +154,39 @@ async def _claim_patiently(folder: str, names: Sequence[str], in_thread: bool) -
         await trio.sleep(INTERVAL)
 
 
+async def keep_claimed(
+    claim: FolderClaim, held: Collection[str], until_changed: Callable[[], Awaitable[object]], in_thread: bool = True
+) -> None:
+    """Own the checkpoints of the experts that a server holds, as they come and go, until cancelled.
+
+    What another owns is tried again, since its owner may be about to give it up, or to end.
+
+    Args:
+        claim: The claim.
+        held: The experts, now.
+        until_changed: Waits until those are others.
+        in_thread: Whether a thread may look at the disk; in virtual time it may not.
+    """
+    said = set[str]()
+    while True:
+        wanted, missing = set(held), set[str]()
+        try:
+            async with claim.busy:
+                if in_thread:
+                    missing = await trio.to_thread.run_sync(claim.claim_anew, wanted)
+                else:
+                    missing = claim.claim_anew(wanted)
+        except OSError as error:
+            logger.warning("the checkpoints of experts cannot be claimed: %s", error)
+            missing = wanted
+        for name in sorted(missing - said):
+            logger.info("%s is saved by another server in the same folder, and not yet by this one", name)
+        said = missing
+        with trio.move_on_after(RETRY_INTERVAL if missing else math.inf):
+            if wanted == set(held):
+                await until_changed()
+
+
 def claim_checkpoints(folder: str | os.PathLike[str], names: Iterable[str]) -> FolderClaim:
     """Claim experts' checkpoints in a folder, now. Raises as `own_checkpoints` does."""
     folder, wanted = Path(folder), set(names)
@@ -152,18 +210,25 @@ def claim_checkpoints(folder: str | os.PathLike[str], names: Iterable[str]) -> F
     return FolderClaim()
 
 
-def _check(path: Path, folder: Path, wanted: set[str]) -> None:
-    """Look at another's claim: remove it if its owner is gone. Raises `FolderTaken` if it has what is wanted."""
+def _owner(path: Path, wanted: set[str]) -> ClaimRecord | None:
+    """Look at another's claim: None if its owner is gone, and then it is removed."""
     if path.name not in _held and _is_stale(path):  # our own are not opened: on NFS, to close one would unlock it
         with suppress(OSError):
             path.unlink(missing_ok=True)
-        return
+        return None
     try:
-        record = msgspec.json.decode(path.read_bytes(), type=ClaimRecord)
+        return msgspec.json.decode(path.read_bytes(), type=ClaimRecord)
     except FileNotFoundError:
-        return
+        return None
     except (OSError, msgspec.DecodeError):
-        record = ClaimRecord("?", 0, "?", sorted(wanted))  # being rewritten, or not readable: believe it to be in use
+        return ClaimRecord("?", 0, "?", sorted(wanted))  # being rewritten, or not readable: believe it to be in use
+
+
+def _check(path: Path, folder: Path, wanted: set[str]) -> None:
+    """Look at another's claim. Raises `FolderTaken` if it has what is wanted."""
+    record = _owner(path, wanted)
+    if record is None:
+        return
     both = sorted(wanted.intersection(record.names))
     if not both:
         return

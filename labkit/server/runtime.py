@@ -136,9 +136,7 @@ class Runtime:
         Raises:
             UnknownExpert, BadRequest, Overloaded, DeadlineExceeded, RemoteFailure: The request is not queued.
         """
-        backend = self.backends.get(uid)
-        if backend is None:
-            raise UnknownExpert(f"this server does not hold expert {uid!r}; look it up again")
+        backend = self._held(uid)
         if direction == "forward":
             options = CallOptions(keywords=options.keywords)
         rows = backend.check(direction, tensors, options)
@@ -161,6 +159,12 @@ class Runtime:
         device.pools.add(task)
         self._advance(device)
         return task
+
+    def _held(self, uid: str) -> ExpertBackend:
+        backend = self.backends.get(uid)
+        if backend is None:
+            raise UnknownExpert(f"this server does not hold expert {uid!r}; look it up again")
+        return backend
 
     def discard(self, task: QueuedRequest) -> bool:
         """Take out a request whose answer is not needed any more. Returns whether it was still queued."""
@@ -342,9 +346,11 @@ class Runtime:
     async def snapshot(self, uid: str) -> State:
         """A copy of an expert's whole state, taken between two batches (or right here when the runtime has ended).
 
-        Raises `RemoteFailure` if it cannot be taken, or if a batch that has not ended may still be changing the expert.
+        Raises:
+            UnknownExpert: It is not here.
+            RemoteFailure: It cannot be taken, or a batch that has not ended may still be changing the expert.
         """
-        backend = self.backends[uid]
+        backend = self._held(uid)
         device = self._devices[backend.config.device]
         if self._running:
 
@@ -366,9 +372,10 @@ class Runtime:
 
         Raises:
             CheckpointError: The state does not fit the expert, which is unchanged.
+            UnknownExpert: It is not here.
             RemoteFailure: The runtime has ended.
         """
-        backend = self.backends[uid]
+        backend = self._held(uid)
         device = self._devices[backend.config.device]
 
         def begin(on_state: Callable[[State | Exception], None]) -> StateOrder:

@@ -7,16 +7,14 @@ and respond when its batch has been computed.
 from __future__ import annotations
 
 import logging
-import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch
 import trio
 
 from labkit.contact import Contact
 from labkit.directory.grids import GridInfo, keep_grid_declared
-from labkit.errors import DeadlineExceeded, RPCError, UnknownExpert
+from labkit.errors import DeadlineExceeded, Overloaded, RPCError, UnknownExpert
 from labkit.events import Emit, ignore
 from labkit.expert_protocol import (
     BACKWARD,
@@ -28,18 +26,20 @@ from labkit.expert_protocol import (
     ExpertRequest,
     ExpertSchema,
 )
-from labkit.expert_uid import split_uid
+from labkit.expert_uid import ExpertInfo
 from labkit.faults import Faults
 from labkit.joining import is_alive
-from labkit.node import NodeConfig, open_node
+from labkit.node import Node, NodeConfig, open_node
 from labkit.server.backend import ANSWER_LIMIT, ExpertBackend
-from labkit.server.checkpoints import Progress, keep_checkpoints, restore, save_all
+from labkit.server.building import build_expert, build_in_thread, share_schema
+from labkit.server.checkpoints import Progress, keep_checkpoints, save_all
 from labkit.server.config import ServerConfig
+from labkit.server.device import State
 from labkit.server.hardware import check_device
-from labkit.server.layers import kind_name, make_expert
+from labkit.server.holdings import GivenUp, Holdings, Waiting
 from labkit.server.leaving import Traffic, leave, stop_timeout
 from labkit.server.loading import LoadOrder, carry_out_loads
-from labkit.server.ownership import FolderClaim, own_checkpoints
+from labkit.server.ownership import FolderClaim, keep_claimed, own_checkpoints
 from labkit.server.runtime import Executor, QueuedRequest, Result, Runtime
 from labkit.server.snapshots import Snapshots
 from labkit.server.statistics import ServerStatistics
@@ -85,17 +85,15 @@ class ExpertServer:
         self.traffic = Traffic()
         self.relay: Callable[[], Contact | None] = lambda: None  # returns the relay through which it is reached
         check_device(config.backend.device)
-        backends: dict[str, ExpertBackend] = {}
+        self.in_thread = executor is None  # whether threads may be used
+        self._schema: ExpertSchema | None = None  # the last that was known
+        backends = dict[str, ExpertBackend]()
         for uid in config.uids:
-            backends[uid] = self._make_backend(uid)
-            first = backends[config.uids[0]].expert
-            if uid == config.uids[0]:
-                first.find_schema(TRIAL_TIMEOUT if executor is None else None)
-            else:  # all are of one kind
-                backends[uid].expert.schema, backends[uid].expert.guesses = first.schema, first.guesses
+            backends[uid] = self.make_backend(uid, next(iter(backends.values()), None))
         self.runtime = Runtime(
             backends, emit=emit, executor=executor, max_queue_rows=config.max_queue_rows, threads=config.threads
         )
+        self.holdings = Holdings(self.runtime, dict.fromkeys(config.uids, 0), timers)
         self.methods: Methods = {
             FORWARD: CallbackMethod(self.rpc_forward, ExpertRequest),
             BACKWARD: CallbackMethod(self.rpc_backward, ExpertRequest),
@@ -104,22 +102,45 @@ class ExpertServer:
             **Snapshots(self.runtime, timers).methods,
         }
 
-    def _make_backend(self, uid: str) -> ExpertBackend:
-        config = self.config
-        device = torch.device(config.backend.device)
-        gpus = [device] if device.type == "cuda" else []  # a factory may draw there
-        with torch.random.fork_rng(devices=gpus, enabled=config.seed is not None, device_type="cuda"):
-            if config.seed is not None:
-                seed = zlib.crc32(f"{config.seed} {uid}".encode())
-                torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would rewind all devices, for good
-                for gpu in gpus:
-                    with torch.cuda.device(gpu):
-                        torch.cuda.manual_seed(seed)
-            module = make_expert(config.kind, **config.options)
-        backend = ExpertBackend(uid, module, config.backend, kind=kind_name(config.kind))
-        backend.answer_limit = self._answer_limit
-        if config.checkpoint_dir is not None:
-            restore(config.checkpoint_dir, backend)
+    def make_backend(self, uid: str, like: ExpertBackend | None, *, restored: bool = True) -> ExpertBackend:
+        """Build one more expert of this server's kind, and carry on from its checkpoint, if there is one.
+
+        Args:
+            uid: The expert.
+            like: Another one, which takes and gives the same; None to try what it takes.
+            restored: Whether to look for a checkpoint.
+
+        Raises:
+            CheckpointError: The checkpoint does not fit.
+        """
+        folder = self.config.checkpoint_dir if restored else None
+        backend = build_expert(self.config, uid, answer_limit=self._answer_limit, folder=folder)
+        share_schema(backend, like, TRIAL_TIMEOUT if self.in_thread else None)
+        return backend
+
+    async def adopt(self, uid: str, epoch: int, state: State | None = None) -> ExpertBackend:
+        """Serve one more expert from now on.
+
+        Args:
+            uid: The expert.
+            epoch: Its epoch here.
+            state: What it has learnt; None for its checkpoint or, without one, to begin afresh.
+
+        Raises:
+            CheckpointError: The state does not fit, and nothing has changed.
+            ValueError: It is served here already.
+        """
+
+        like = next(iter(self.runtime.backends.values()), None)
+
+        def make() -> ExpertBackend:
+            backend = self.make_backend(uid, like, restored=state is None)
+            if state is not None:
+                backend.load_state(state)
+            return backend
+
+        backend = await build_in_thread(make, in_thread=self.in_thread)
+        self.holdings.add(uid, backend, epoch)
         return backend
 
     def rpc_forward(self, request: Request, respond: RespondFn) -> Callable[[], object]:
@@ -134,24 +155,41 @@ class ExpertServer:
         return self._compute("backward", request, respond)
 
     def _compute(self, direction: Direction, request: Request, respond: RespondFn) -> Callable[[], object]:
-        """1. Delay the request, or lose it, as injected faults say; 2. queue it with the runtime; 3. answer."""
+        """1. Delay the request, or lose it, as injected faults say; 2. queue it with the runtime; 3. answer.
+
+        An expert that was given up is answered for, too: it has moved. One that is on hold is waited for.
+        """
         body: ExpertRequest = request.body
         queued: list[QueuedRequest] = []
+        waiting: Waiting | None = None
         ended = False
+        holdings = self.holdings
 
-        def enqueue() -> None:  # 2
+        def enqueue(refusal: Overloaded | None = None) -> None:  # 2
+            nonlocal waiting
             if ended:
                 return
+            waiting = None
             try:
-                queued.append(
-                    self.runtime.put(
-                        body.uid, direction, request.tensors, request.deadline, on_result, body.forward_updates,
-                        CallOptions(body.outputs, body.keywords, body.train),
-                    )
-                )  # fmt: skip
+                if refusal is not None:
+                    raise refusal
+                moved = holdings.check(body.uid, body.epoch)
+                if moved is None:
+                    waiting = holdings.wait(body.uid, enqueue, request.deadline)
+                    if waiting is None:
+                        queued.append(
+                            self.runtime.put(
+                                body.uid, direction, request.tensors, request.deadline, on_result, body.forward_updates,
+                                CallOptions(body.outputs, body.keywords, body.train),
+                            )
+                        )  # fmt: skip
+                    return
             except RPCError as error:
                 end(answered=False)
                 respond(error)
+                return
+            end(answered=False)
+            respond(Reply(ExpertReply(0.0, 0.0, 0, epoch=moved.epoch, moved=moved.to)))
 
         def end(answered: bool) -> None:
             nonlocal ended
@@ -162,16 +200,21 @@ class ExpertServer:
         def on_result(result: Result | Exception) -> None:  # 3
             if self.runtime.stopped:
                 return  # so is the whole server, and the caller learns it when the connection breaks
+            if isinstance(result, GivenUp):
+                enqueue()
+                return
             end(answered=not isinstance(result, Exception))
             if isinstance(result, Exception):
                 respond(result)
             else:
-                leaving = self.traffic.leaving
-                reply = ExpertReply(result.queue_seconds, result.compute_seconds, result.updates, leaving)
+                leaving, epoch = self.traffic.leaving, holdings.held.get(body.uid, 0)
+                reply = ExpertReply(result.queue_seconds, result.compute_seconds, result.updates, leaving, epoch)
                 respond(Reply(reply, result.tensors))
 
         def forget() -> None:
             end(answered=False)
+            if waiting is not None:
+                waiting.cancel()
             for task in queued:
                 self.runtime.discard(task)
 
@@ -186,15 +229,17 @@ class ExpertServer:
 
     def rpc_schema(self, request: Request) -> Reply:
         """What an expert takes and gives; None if that is not known yet."""
-        backend = self.runtime.backends.get(request.body.uid)
-        if backend is None:
-            raise UnknownExpert(f"this server does not hold expert {request.body.uid!r}; look it up again")
-        return Reply(backend.schema)
+        uid = request.body.uid
+        backend = self.runtime.backends.get(uid)
+        if backend is None and self.holdings.moved(uid) is None:
+            raise UnknownExpert(f"this server does not hold expert {uid!r}; look it up again")
+        return Reply(self.schema() if backend is None else backend.schema)  # (all are of one kind)
 
     def schema(self) -> ExpertSchema | None:
         """What the experts take and give, as far as a trial or a call has shown it."""
         schemas = (backend.schema for backend in self.runtime.backends.values())
-        return next((schema for schema in schemas if schema is not None), None)
+        self._schema = next((schema for schema in schemas if schema is not None), self._schema)
+        return self._schema
 
     async def rpc_statistics(self, request: Request) -> Reply:
         """How the server is doing."""
@@ -269,23 +314,24 @@ async def _serve_owned(
     message_bytes = (node_config or NodeConfig()).limits.frames.message_bytes
     limit = message_bytes - min(HEADER_ROOM, message_bytes // 4)
     make = partial(ExpertServer, config, faults, emit, executor, timers=network.timers, answer_limit=limit)
-    server = await _build(make, executor)  # 1
+    server = await build_in_thread(make, in_thread=executor is None)  # 1
+    holdings = server.holdings
     if allow is not None:
         allow(stop_timeout(server.runtime.backends.values()))
     saved: dict[str, Progress] = {}
     async with trio.open_nursery() as nursery:
         await nursery.start(server.runtime.run)  # 2
+        if config.checkpoint_dir is not None:
+            nursery.start_soon(keep_claimed, claim, holdings.held, holdings.until_changed, server.in_thread)
         async with open_node(  # 3
             network, identity, node_config, join=join, methods=server.methods, admission=admission, emit=emit
         ) as node:
             server.relay = lambda: node.relaying.relay
             async with trio.open_nursery() as keepers:
                 if config.grid is not None:
-                    name, _ = split_uid(config.uids[0])
                     info = partial(grid_info, server)
-                    await keepers.start(keep_grid_declared, node.dht, name, info, node.directory.config.ttl)
-                keep_declared = partial(node.directory.keep_declared, is_alive=partial(is_alive, node.client))
-                await keepers.start(keep_declared, config.uids, node.contact)  # 4
+                    await keepers.start(keep_grid_declared, node.dht, config.name, info, node.directory.config.ttl)
+                await keepers.start(partial(_keep_declared, server, node, allow))  # 4
                 if config.checkpoint_dir is not None:
                     await keepers.start(
                         keep_checkpoints,
@@ -294,43 +340,47 @@ async def _serve_owned(
                         config.checkpoint_period,
                         saved,
                         config.checkpoint_keep,
+                        claim,
                     )
                 if orders is not None:
                     keepers.start_soon(
-                        carry_out_loads, server.runtime, orders, config.checkpoint_dir, saved, config.checkpoint_keep
-                    )
+                        carry_out_loads, server.runtime, orders, config.checkpoint_dir, saved, config.checkpoint_keep,
+                        claim,
+                    )  # fmt: skip
                 task_status.started(node.contact)
                 await stop.wait()  # 5
-                claim.leave()
                 keepers.cancel_scope.cancel()
-            await leave(server.traffic, node.directory, config.uids, node.contact, hurry)  # 6
+            async with claim.busy:
+                claim.leave()
+            await leave(server.traffic, node.directory, holdings.declared(), node.contact, hurry)  # 6
         with trio.move_on_after(SETTLE_TIMEOUT):  # a batch that takes long must not keep all experts from being saved
             await server.runtime.settle()
         nursery.cancel_scope.cancel()
     if config.checkpoint_dir is not None:
-        await save_all(server.runtime, config.checkpoint_dir, saved, config.checkpoint_keep)
+        await save_all(server.runtime, config.checkpoint_dir, saved, config.checkpoint_keep, claim)
 
 
-async def _build(make: Callable[[], ExpertServer], executor: Executor | None) -> ExpertServer:
-    """Build or load the experts in a thread: that can take seconds, and the network has to go on.
+async def _keep_declared(
+    server: ExpertServer, node: Node, allow: Callable[[float], object] | None, *, task_status: trio.TaskStatus[None]
+) -> None:
+    """Declare the experts that are held, at once when that changes, and give way to others."""
+    holdings, directory = server.holdings, node.directory
 
-    With an `executor` there is no thread, since time is virtual and would not stand still for one.
+    def give_up(uid: str, info: ExpertInfo) -> None:
+        holdings.give_up(uid, info.contact, info.epoch)
 
-    One server is built at a time, since a process has one torch generator, which a seed sets anew and which is put back
-    afterwards. Other threads may draw from it meanwhile: see `ServerConfig.seed`.
-    """
-    if executor is not None:
-        await trio.lowlevel.checkpoint()
-        return make()
-    try:
-        limiter = _one_at_a_time.get()
-    except LookupError:
-        limiter = trio.CapacityLimiter(1)
-        _one_at_a_time.set(limiter)
-    return await trio.to_thread.run_sync(make, limiter=limiter)
-
-
-_one_at_a_time: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("building experts")
+    async with trio.open_nursery() as nursery:
+        keep = partial(
+            directory.keep_declared, is_alive=partial(is_alive, node.client), on_given_up=give_up,
+            on_outranked=holdings.raise_epoch, spare=server.config.spare,
+        )  # fmt: skip
+        await nursery.start(keep, holdings.declared, node.contact)
+        task_status.started()
+        while True:
+            await holdings.until_changed()
+            directory.declare_anew()
+            if allow is not None:
+                allow(stop_timeout(server.runtime.backends.values()))
 
 
 def grid_info(server: ExpertServer) -> GridInfo:
