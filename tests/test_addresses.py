@@ -22,7 +22,7 @@ from labkit.events import AddressChanged, Event, ReachabilityChanged
 from labkit.expert_uid import ExpertInfo
 from labkit.launch.child import ChildNews, ChildReport
 from labkit.node import Node, NodeConfig, open_node
-from labkit.server import server
+from labkit.server.serving import serve_experts as really_serve
 from labkit.simulation.network import SimNetwork, open_simnet
 from labkit.wire import addresses
 from labkit.wire.addresses import (
@@ -171,7 +171,7 @@ def test_a_swarm_and_its_servers_follow_their_machine_and_servers_start_again_th
 
     async def serve_experts(*args: Any, join: Sequence[Contact], **options: Any) -> None:
         joined.extend(join)
-        await server.serve_experts(*args, join=join, **options)
+        await really_serve(*args, join=join, **options)
 
     monkeypatch.setattr("labkit.whereabouts.find_own_address", find_own_address)
     monkeypatch.setattr("labkit.whereabouts.LOOK_PERIOD", 0.05)

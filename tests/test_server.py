@@ -30,7 +30,7 @@ from labkit.server.config import ServerConfig
 from labkit.server.leaving import stop_timeout
 from labkit.server.optimizer import BackendConfig
 from labkit.server.runtime import Runtime
-from labkit.server.server import serve_experts
+from labkit.server.serving import serve_experts
 from labkit.server.statistics import ServerStatistics
 from labkit.wire.rpc_types import BULK
 from labkit.wire.security import Identity

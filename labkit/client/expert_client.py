@@ -18,7 +18,7 @@ from torch import Tensor
 from labkit.client.patience import Latencies
 from labkit.client.sizes import MessageSizes
 from labkit.directory import Directory
-from labkit.errors import BadReply, CallCancelled, DeadlineExceeded, RPCError
+from labkit.errors import BadReply, CallCancelled, DeadlineExceeded, RPCError, UnknownExpert
 from labkit.events import CallFailed, CallFinished, Emit, ignore
 from labkit.expert_protocol import (
     MAX_TENSORS,
@@ -32,6 +32,7 @@ from labkit.expert_protocol import (
 from labkit.expert_uid import ExpertInfo
 from labkit.wire.rpc_types import BULK, Caller, Reply, RPCLimits
 
+MAX_HOPS = 3  # from server to server, after an expert that has moved
 ShapeAndType = tuple[tuple[int, ...], torch.dtype]  # that a tensor of an answer is to have
 
 
@@ -126,6 +127,9 @@ class ExpertClient:
 class ExpertCall:
     """A call to an expert that is under way, from when it is made until `done` has been called.
 
+    Where the expert has moved to another server, it is called there, within the same deadline, as if it had been there
+    all the time.
+
     Args:
         client: Counts the call, and has what it needs.
         direction: "forward" or "backward".
@@ -142,8 +146,8 @@ class ExpertCall:
     """
 
     __slots__ = (
-        "_call", "_client", "_direction", "_done", "_ended", "_expected", "_expert", "_forward_updates", "_rows",
-        "_started",
+        "_call", "_client", "_codec", "_deadline", "_direction", "_done", "_ended", "_expected", "_expert",
+        "_forward_updates", "_hops", "_request", "_rows", "_started", "_tensors",
     )  # fmt: skip
 
     def __init__(
@@ -164,23 +168,33 @@ class ExpertCall:
     ) -> None:
         self._client = client
         self._direction = direction
-        self._expert = expert
+        self._expert = expert = client.directory.newest(expert)
         self._rows = tensors[0].shape[0]
         self._expected = expected
         self._done = done
         self._forward_updates = forward_updates if train else None  # no step of ours: nothing is stale
         self._started = trio.current_time()
+        self._deadline = self._started + timeout
         self._ended = False
+        self._hops = 0
+        # Kept until the end, since the expert may have moved, and is then called again where it is now.
+        self._request = ExpertRequest(expert.uid, forward_updates, outputs, keywords, train, expert.epoch)
+        self._tensors, self._codec = tensors, codec
         client.in_flight += 1
-        request = ExpertRequest(expert.uid, forward_updates, outputs, keywords, train)
         try:
-            self._call = client.caller.begin(
-                expert.contact, METHODS[direction], request, tensors,
-                done=self._on_reply, returns=ExpertReply, timeout=timeout, lane=BULK, codec=codec,
-            )  # fmt: skip
+            self._begin(timeout)
         except BaseException:
             client.in_flight -= 1
             raise
+
+    def _begin(self, timeout: float) -> None:
+        hops = self._hops
+        call = self._client.caller.begin(
+            self._expert.contact, METHODS[self._direction], self._request, self._tensors,
+            done=self._on_reply, returns=ExpertReply, timeout=timeout, lane=BULK, codec=self._codec,
+        )  # fmt: skip
+        if self._hops == hops:  # else it was answered at once, and called elsewhere
+            self._call = call
 
     def time_out(self) -> None:
         """Wait no longer: the call fails, and counts as a timeout of the expert. Does nothing if it has ended."""
@@ -201,6 +215,9 @@ class ExpertCall:
     def _on_reply(self, reply: Reply | RPCError) -> None:
         if isinstance(reply, RPCError):
             self._fail(reply)
+            return
+        if reply.body.moved is not None:
+            self._follow(reply.body)
             return
         try:
             answer, overflowed = check_answer(reply.tensors, self._expected, self._expert)
@@ -228,6 +245,27 @@ class ExpertCall:
         )  # fmt: skip
         self._done(ExpertOutput(answer, body.updates, overflowed))
 
+    def _follow(self, reply: ExpertReply) -> None:
+        """Ask where the expert is now, within the same deadline."""
+        expert, to = self._expert, reply.moved
+        assert to is not None
+        self._hops += 1
+        if not to.is_safe:
+            self._fail(BadReply(f"{expert.uid} is said to have moved to {to.endpoint}, which does not encrypt"))
+        elif to.key == expert.contact.key or self._hops > MAX_HOPS:
+            self._fail(BadReply(f"{expert.uid} is said to have moved again and again, at last to {to.endpoint}"))
+        elif reply.epoch < expert.epoch:
+            where = f"{expert.contact.endpoint} knows only where {expert.uid} was"
+            self._fail(UnknownExpert(f"{where} in epoch {reply.epoch}, and epoch {expert.epoch} is known"))
+        else:
+            now = ExpertInfo(expert.uid, to, epoch=reply.epoch)
+            self._expert = self._client.directory.report_moved(expert, now)
+            self._request.epoch = reply.epoch
+            try:
+                self._begin(max(0.0, self._deadline - trio.current_time()))
+            except Exception as error:  # which must not break the reader of all answers
+                self._fail(BadReply(f"{expert.uid} could not be called at {to.endpoint}: {error!r}"))
+
     def _fail(self, error: RPCError) -> None:
         self._end()
         client, expert = self._client, self._expert
@@ -242,6 +280,7 @@ class ExpertCall:
 
     def _end(self) -> None:
         self._ended = True
+        self._tensors = ()
         self._client.in_flight -= 1
 
 

@@ -234,7 +234,14 @@ class Directory(Declaring):
         if self._suspicions.succeed(info):
             self._cache.changed(parent(info.uid)[0])
 
-    def report_moved(self, info: ExpertInfo, now: ExpertInfo) -> None:
+    def newest(self, info: ExpertInfo) -> ExpertInfo:
+        """Returns where an expert is in a later epoch, if the cache knows of one; else `info`."""
+        prefix, coordinate = parent(info.uid)
+        record = self._cache.records.get(prefix)
+        held = None if record is None else record.leaves.get(coordinate)
+        return held[0] if held is not None and held[0].epoch > info.epoch else info
+
+    def report_moved(self, info: ExpertInfo, now: ExpertInfo) -> ExpertInfo:
         """Take note of what a server has said: that the expert which was called there is elsewhere now.
 
         Until the next look at the DHT it is found there, unless a higher epoch is known already.
@@ -242,17 +249,21 @@ class Directory(Declaring):
         Args:
             info: The expert that was called.
             now: The same expert, where it is now.
+
+        Returns:
+            The same as `now`, with what is known of its server.
         """
         prefix, coordinate = parent(info.uid)
+        self._suspicions.own(info.uid)
         if (record := self._cache.records.get(prefix)) is None:
-            return
+            return now
         # What is known of the server, its life above all, is what its other experts have been declared with.
         same = (other for other, _ in record.leaves.values() if other.contact.key == now.contact.key)
         newest = max(same, key=lambda other: other.stamp, default=now)
-        self._suspicions.own(info.uid)
         moved = replace(now, stamp=newest.stamp, since=newest.since)
         record.move(coordinate, info, moved, trio.current_time() + self.config.ttl)
         self._cache.doubt(prefix)
+        return moved
 
     def report_leaving(self, info: ExpertInfo) -> None:
         """Take note that a server is about to stop: its expert is not offered until it is declared anew."""

@@ -38,7 +38,7 @@ from labkit.server.config import ServerConfig
 from labkit.server.layers import register_expert
 from labkit.server.leaving import STOP_TIMEOUT
 from labkit.server.loading import LoadOrder
-from labkit.server.server import serve_experts
+from labkit.server.serving import serve_experts
 from labkit.wire.security import Admission, Identity
 from labkit.wire.zmq_transport import open_network
 

@@ -28,7 +28,7 @@ from labkit.portal import unwrap
 from labkit.server.config import ServerConfig
 from labkit.server.leaving import STOP_TIMEOUT
 from labkit.server.loading import LoadOrder
-from labkit.server.server import serve_experts
+from labkit.server.serving import serve_experts
 from labkit.wire.security import Admission, Identity
 from labkit.wire.zmq_transport import ZmqNetwork
 

@@ -1,6 +1,6 @@
 """Who owns which checkpoints of a folder: one server at a time saves an expert there, and none overwrites another's.
 
-A batch passes by. `serve_experts` claims its experts before it loads them, and gives them back when it has saved them.
+A batch passes by. `server/serving` claims its experts before it loads them, and gives them back when it has saved them.
 
 A claim is a file in the folder, `.claim~….lock`, that its server keeps locked (`flock`, or its like on Windows). The
 system unlocks it when the process ends, however it ends, so a killed server leaves a file that says nothing any more;

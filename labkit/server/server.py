@@ -1,4 +1,4 @@
-"""An expert server: a node that holds experts, answers calls to them, declares them in the DHT and saves them.
+"""An expert server's answers: calls to its experts, what they take, how it is doing. `server/serving` runs it.
 
 On a batch's way: `wire/rpc_server` hands a request to `rpc_forward` or `rpc_backward`, which queue it with the runtime
 and respond when its batch has been computed.
@@ -6,14 +6,9 @@ and respond when its batch has been computed.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from functools import partial
-
-import trio
+from collections.abc import Callable
 
 from labkit.contact import Contact
-from labkit.directory.grids import GridInfo, keep_grid_declared
 from labkit.errors import DeadlineExceeded, Overloaded, RPCError, UnknownExpert
 from labkit.events import Emit, ignore
 from labkit.expert_protocol import (
@@ -26,34 +21,22 @@ from labkit.expert_protocol import (
     ExpertRequest,
     ExpertSchema,
 )
-from labkit.expert_uid import ExpertInfo
 from labkit.faults import Faults
-from labkit.joining import is_alive
-from labkit.node import Node, NodeConfig, open_node
 from labkit.server.backend import ANSWER_LIMIT, ExpertBackend
 from labkit.server.building import build_expert, build_in_thread, share_schema
-from labkit.server.checkpoints import Progress, keep_checkpoints, save_all
 from labkit.server.config import ServerConfig
 from labkit.server.device import State
 from labkit.server.hardware import check_device
 from labkit.server.holdings import GivenUp, Holdings, Waiting
-from labkit.server.leaving import Traffic, leave, stop_timeout
-from labkit.server.loading import LoadOrder, carry_out_loads
-from labkit.server.ownership import FolderClaim, keep_claimed, own_checkpoints
+from labkit.server.leaving import Traffic
 from labkit.server.runtime import Executor, QueuedRequest, Result, Runtime
 from labkit.server.snapshots import Snapshots
 from labkit.server.statistics import ServerStatistics
 from labkit.server.validation import CallOptions
 from labkit.wire.rpc_types import AsyncMethod, CallbackMethod, Methods, Reply, Request, RespondFn, SyncMethod
-from labkit.wire.security import Admission, Identity
 from labkit.wire.timers import Timers
-from labkit.wire.transport import Network
 
-logger = logging.getLogger(__name__)
-
-SETTLE_TIMEOUT = 20.0  # seconds that a clean stop waits for the batch that is being computed
 TRIAL_TIMEOUT = 2.0  # seconds in which an expert that does not say what it takes is tried
-HEADER_ROOM = 1 << 16  # bytes of an answer that are not its tensors, at most
 
 
 class ExpertServer:
@@ -252,141 +235,3 @@ class ExpertServer:
         statistics.label, relay = self.config.label, self.relay()
         statistics.relay = "" if relay is None else relay.endpoint
         return statistics
-
-
-async def serve_experts(
-    network: Network,
-    identity: Identity,
-    config: ServerConfig,
-    node_config: NodeConfig | None = None,
-    *,
-    join: Sequence[Contact] = (),
-    admission: Admission | None = None,
-    faults: Faults | None = None,
-    emit: Emit = ignore,
-    stop: trio.Event | None = None,
-    hurry: trio.Event | None = None,
-    executor: Executor | None = None,
-    allow: Callable[[float], object] | None = None,
-    orders: trio.MemoryReceiveChannel[LoadOrder] | None = None,
-    task_status: trio.TaskStatus[Contact] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Run an expert server until `stop` is set (a clean stop: every expert is saved) or until cancelled (a crash).
-
-    1. build the experts, or load them; 2. start the runtime; 3. join the swarm; 4. declare the experts: from then on
-    they can be found, and only then the server counts as started; 5. declare again and save, until the stop; 6. leave:
-    go on answering until nobody calls any more (`server/leaving`).
-
-    Args:
-        network: Where the server's node listens.
-        identity: The node's key pair.
-        config: What the server holds.
-        node_config: How the node listens.
-        join: Nodes of the swarm to join; none for a swarm of its own.
-        admission: Who may connect; None for everybody.
-        faults: The delays and losses to inject; none by default.
-        emit: Gets the events of the server and its node.
-        stop: Set it for a clean stop.
-        hurry: Set it, too, if a clean stop has to be over within a second.
-        executor: Where to compute. In a simulation that is `InlineCompute`, with which nothing leaves this thread.
-        allow: Called before the server counts as started, with the seconds that a clean stop may take (`stop_timeout`).
-        orders: Where orders to load experts come from, if any may.
-        task_status: Started with the node's contact.
-
-    Raises:
-        FolderTaken: Another server saves one of these experts in the same folder.
-    """
-    async with own_checkpoints(config.checkpoint_dir, config.uids, in_thread=executor is None) as claim:
-        await _serve_owned(
-            network, identity, config, node_config, claim, join=join, admission=admission, faults=faults, emit=emit,
-            stop=trio.Event() if stop is None else stop, hurry=trio.Event() if hurry is None else hurry,
-            executor=executor, allow=allow, orders=orders, task_status=task_status,
-        )  # fmt: skip
-
-
-async def _serve_owned(
-    network: Network, identity: Identity, config: ServerConfig, node_config: NodeConfig | None, claim: FolderClaim, *,
-    join: Sequence[Contact], admission: Admission | None, faults: Faults | None, emit: Emit, stop: trio.Event,
-    hurry: trio.Event, executor: Executor | None, allow: Callable[[float], object] | None,
-    orders: trio.MemoryReceiveChannel[LoadOrder] | None, task_status: trio.TaskStatus[Contact],
-) -> None:  # fmt: skip
-    """Do it all, with the experts' checkpoints owned."""
-    message_bytes = (node_config or NodeConfig()).limits.frames.message_bytes
-    limit = message_bytes - min(HEADER_ROOM, message_bytes // 4)
-    make = partial(ExpertServer, config, faults, emit, executor, timers=network.timers, answer_limit=limit)
-    server = await build_in_thread(make, in_thread=executor is None)  # 1
-    holdings = server.holdings
-    if allow is not None:
-        allow(stop_timeout(server.runtime.backends.values()))
-    saved: dict[str, Progress] = {}
-    async with trio.open_nursery() as nursery:
-        await nursery.start(server.runtime.run)  # 2
-        if config.checkpoint_dir is not None:
-            nursery.start_soon(keep_claimed, claim, holdings.held, holdings.until_changed, server.in_thread)
-        async with open_node(  # 3
-            network, identity, node_config, join=join, methods=server.methods, admission=admission, emit=emit
-        ) as node:
-            server.relay = lambda: node.relaying.relay
-            async with trio.open_nursery() as keepers:
-                if config.grid is not None:
-                    info = partial(grid_info, server)
-                    await keepers.start(keep_grid_declared, node.dht, config.name, info, node.directory.config.ttl)
-                await keepers.start(partial(_keep_declared, server, node, allow))  # 4
-                if config.checkpoint_dir is not None:
-                    await keepers.start(
-                        keep_checkpoints,
-                        server.runtime,
-                        config.checkpoint_dir,
-                        config.checkpoint_period,
-                        saved,
-                        config.checkpoint_keep,
-                        claim,
-                    )
-                if orders is not None:
-                    keepers.start_soon(
-                        carry_out_loads, server.runtime, orders, config.checkpoint_dir, saved, config.checkpoint_keep,
-                        claim,
-                    )  # fmt: skip
-                task_status.started(node.contact)
-                await stop.wait()  # 5
-                keepers.cancel_scope.cancel()
-            async with claim.busy:
-                claim.leave()
-            await leave(server.traffic, node.directory, holdings.declared(), node.contact, hurry)  # 6
-        with trio.move_on_after(SETTLE_TIMEOUT):  # a batch that takes long must not keep all experts from being saved
-            await server.runtime.settle()
-        nursery.cancel_scope.cancel()
-    if config.checkpoint_dir is not None:
-        await save_all(server.runtime, config.checkpoint_dir, saved, config.checkpoint_keep, claim)
-
-
-async def _keep_declared(
-    server: ExpertServer, node: Node, allow: Callable[[float], object] | None, *, task_status: trio.TaskStatus[None]
-) -> None:
-    """Declare the experts that are held, at once when that changes, and give way to others."""
-    holdings, directory = server.holdings, node.directory
-
-    def give_up(uid: str, info: ExpertInfo) -> None:
-        holdings.give_up(uid, info.contact, info.epoch)
-
-    async with trio.open_nursery() as nursery:
-        keep = partial(
-            directory.keep_declared, is_alive=partial(is_alive, node.client), on_given_up=give_up,
-            on_outranked=holdings.raise_epoch, spare=server.config.spare,
-        )  # fmt: skip
-        await nursery.start(keep, holdings.declared, node.contact)
-        task_status.started()
-        while True:
-            await holdings.until_changed()
-            directory.declare_anew()
-            if allow is not None:
-                allow(stop_timeout(server.runtime.backends.values()))
-
-
-def grid_info(server: ExpertServer) -> GridInfo:
-    """The record of a server's grid that is declared; of the options only those that are plain text or numbers."""
-    config = server.config
-    plain: dict[str, bool | int | float | str | None] = {
-        key: value for key, value in config.options.items() if isinstance(value, (bool, int, float, str))
-    }
-    return GridInfo(config.grid or (), config.kind if isinstance(config.kind, str) else "", plain, server.schema())

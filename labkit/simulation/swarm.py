@@ -23,7 +23,7 @@ from labkit.faults import Faults
 from labkit.node import Node, NodeConfig, open_node
 from labkit.server.config import ServerConfig
 from labkit.server.executor import InlineCompute
-from labkit.server.server import serve_experts
+from labkit.server.serving import serve_experts
 from labkit.simulation.lockstep import Lockstep
 from labkit.simulation.network import SimNetwork
 from labkit.wire.security import Identity
