@@ -17,6 +17,7 @@ import trio
 from labkit.contact import Contact
 from labkit.directory.index import Declared
 from labkit.errors import Overloaded, UnknownExpert
+from labkit.expert_protocol import ExpertSchema
 from labkit.server.backend import ExpertBackend
 from labkit.server.runtime import Runtime
 from labkit.wire.timers import Timer, Timers
@@ -78,6 +79,7 @@ class Holdings:
     def __init__(self, runtime: Runtime, epochs: Mapping[str, int], timers: Timers) -> None:
         self.suspended = False  # whether all requests are turned away, since it is not known what is still ours
         self.copies: dict[str, tuple[bytes, ...]] = {}  # who holds a whole copy: see `ExpertInfo.copies`
+        self.last_schema: ExpertSchema | None = None  # of the last expert that was given up
         self.on_outdated: Callable[[str, int], object] = lambda uid, epoch: None
         self._runtime = runtime
         self._timers = timers
@@ -143,6 +145,7 @@ class Holdings:
             if len(self._moved) > MAX_MOVED:
                 self._moved.popitem(last=False)
         backend = self._runtime.remove(uid, GivenUp())
+        self.last_schema = backend.schema or self.last_schema
         self.release(uid)
         self._tell()
         return backend

@@ -69,7 +69,6 @@ class ExpertServer:
         self.relay: Callable[[], Contact | None] = lambda: None  # returns the relay through which it is reached
         check_device(config.backend.device)
         self.in_thread = executor is None  # whether threads may be used
-        self._schema: ExpertSchema | None = None  # the last that was known
         backends = dict[str, ExpertBackend]()
         for uid in config.uids:
             backends[uid] = self.make_backend(uid, next(iter(backends.values()), None))
@@ -221,8 +220,7 @@ class ExpertServer:
     def schema(self) -> ExpertSchema | None:
         """What the experts take and give, as far as a trial or a call has shown it."""
         schemas = (backend.schema for backend in self.runtime.backends.values())
-        self._schema = next((schema for schema in schemas if schema is not None), self._schema)
-        return self._schema
+        return next((schema for schema in schemas if schema is not None), self.holdings.last_schema)
 
     async def rpc_statistics(self, request: Request) -> Reply:
         """How the server is doing."""
