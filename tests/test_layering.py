@@ -24,9 +24,11 @@ ROOT = Path(labkit.__file__).parent
 FLOORS = [
     # words: no I/O, no async
     "errors", "suggest", "forks", "interrupts", "printable", "paths", "histogram", "faults", "contact", "events",
-    "expert_uid", "process_bound",
+    "expert_uid", "process_bound", "tensor_files", "expert_file",
     # the network, the DHT, and the experts in it
     "wire", "dht", "expert_protocol", "directory", "joining", "reachability", "whereabouts", "relay", "node", "portal",
+    # copies of experts at other servers
+    "copies",
     # the two wings
     "server", "client",
     # training, in real and in virtual time

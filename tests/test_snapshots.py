@@ -12,10 +12,11 @@ from torch import Tensor
 from trio.testing import MockClock
 
 from labkit.errors import BadReply, BadRequest, Overloaded, UnknownExpert
+from labkit.expert_file import pack_expert
 from labkit.expert_protocol import SNAPSHOT, SNAPSHOT_DONE, SNAPSHOT_PART, SnapshotHead, SnapshotPart
 from labkit.server import snapshots
 from labkit.server.backend import ExpertBackend
-from labkit.server.checkpoints import load_expert, pack_expert
+from labkit.server.checkpoints import load_expert
 from labkit.server.layers import make_expert
 from labkit.server.optimizer import BackendConfig
 from labkit.server.runtime import InlineCompute, Runtime

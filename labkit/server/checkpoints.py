@@ -12,27 +12,22 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import safetensors.torch
 import trio
 from torch import Tensor
 
 from labkit.errors import CheckpointError, LabkitError, RemoteFailure, RPCError
+from labkit.expert_file import DamagedCheckpoint, metadata_of, read_expert
 from labkit.expert_uid import split_uid
 from labkit.paths import user_path
 from labkit.server.backend import ExpertBackend
 from labkit.server.ownership import FolderClaim
 from labkit.server.runtime import Runtime
-from labkit.server.tensor_files import CHECKSUM, checksum, is_whole, link_file, read_tensors, separate, write_tensors
+from labkit.tensor_files import link_file, write_tensors
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "labkit expert 1"
 SHORTEST_PERIOD, LONGEST_PERIOD = 10.0, 600.0  # seconds between two saves of all experts, unless the user says how many
 SECONDS_PER_GB = 100.0  # so that saves, which copy 1 GB in some two CPU-seconds, take about a fiftieth of the time
-
-
-class DamagedCheckpoint(CheckpointError):
-    """A checkpoint cannot be read at all, or its checksum differs."""
 
 
 Progress = tuple[int, int]  # how far an expert has learnt: see `_progress`
@@ -62,7 +57,7 @@ def save_expert(
     """
     path = _path(directory, uid)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, state, _metadata(uid, kind))
+    write_tensors(path, state, metadata_of(uid, kind))
     if keep > 1:
         _keep(path, int(state["counter.updates"]), keep)
     return path
@@ -85,13 +80,6 @@ def older_checkpoints(directory: str | os.PathLike[str], uid: str) -> list[Path]
     return sorted(found, key=lambda file: file.stat().st_mtime_ns, reverse=True)
 
 
-def pack_expert(uid: str, state: Mapping[str, Tensor], *, kind: str = "") -> tuple[bytes, str]:
-    """The bytes that `save_expert` would write for an expert, and the checksum of its state."""
-    tensors = separate(state)
-    metadata = {**_metadata(uid, kind), CHECKSUM: checksum(tensors)}
-    return safetensors.torch.save(tensors, metadata), metadata[CHECKSUM]
-
-
 def load_expert(directory: str | os.PathLike[str], uid: str, *, kind: str = "") -> dict[str, Tensor] | None:
     """Read an expert's saved state. Changes nothing on disk, since a server may be saving it.
 
@@ -109,30 +97,7 @@ def load_expert(directory: str | os.PathLike[str], uid: str, *, kind: str = "") 
         ValueError: `uid` is not an expert's uid.
     """
     path = _path(directory, uid)
-    return _load(path, uid, kind) if path.exists() else None
-
-
-def _load(path: Path, uid: str, kind: str) -> dict[str, Tensor]:
-    way_out = "move it away to start this expert afresh, or put a good copy in its place"
-    try:
-        tensors, metadata = read_tensors(path)
-    except ValueError as error:
-        raise DamagedCheckpoint(f"{path} cannot be read as a checkpoint ({error}); {way_out}") from error
-    if metadata.get("format") != FORMAT:
-        found = metadata.get("format", "no format")
-        raise CheckpointError(f"{path} is not a checkpoint of this version (it says {found!r}); {way_out}")
-    if metadata.get("uid") != uid:
-        raise CheckpointError(f"{path} holds expert {metadata.get('uid')!r}; {way_out}")
-    if kind and metadata.get("kind") and _short(metadata["kind"]) != _short(kind):
-        raise CheckpointError(f"{path} holds an expert of kind {metadata['kind']!r}, not {kind!r}; {way_out}")
-    if not is_whole(tensors, metadata):
-        raise DamagedCheckpoint(f"{path} is damaged (its checksum differs); {way_out}")
-    return tensors
-
-
-def _short(kind: str) -> str:
-    """A kind without its module, which differs between a script that is run and the same file when it is imported."""
-    return kind.rpartition(":")[2]
+    return read_expert(path, uid, kind)[0] if path.exists() else None
 
 
 def restore(directory: str | os.PathLike[str], backend: ExpertBackend) -> bool:
@@ -168,7 +133,7 @@ def _newest_whole(
 ) -> tuple[Path, dict[str, Tensor]]:
     for path in older_checkpoints(directory, backend.uid):
         try:
-            state = _load(path, backend.uid, backend.kind)
+            state, _ = read_expert(path, backend.uid, backend.kind)
         except DamagedCheckpoint:
             continue  # the last one, by its second name, or another
         logger.warning("%s; expert %s carries on from %s instead", damage, backend.uid, path.name)
@@ -303,10 +268,6 @@ def _progress(backend: ExpertBackend, updates: int, rows: int) -> Progress:
 def _path(directory: str | os.PathLike[str], uid: str) -> Path:
     split_uid(uid)  # a uid has no separators, no two dots in a row, and nothing else that leads out of the directory
     return Path(directory) / f"{uid}.safetensors"
-
-
-def _metadata(uid: str, kind: str) -> dict[str, str]:
-    return {"format": FORMAT, "uid": uid, "kind": kind}
 
 
 def checkpoint_directory(path: str | Path | None) -> str | None:

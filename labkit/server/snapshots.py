@@ -22,6 +22,7 @@ from torch import Tensor
 
 from labkit.contact import Contact
 from labkit.errors import BadReply, BadRequest, CheckpointError, Overloaded, UnknownExpert
+from labkit.expert_file import pack_expert
 from labkit.expert_protocol import (
     MAX_PART,
     SNAPSHOT,
@@ -31,7 +32,7 @@ from labkit.expert_protocol import (
     SnapshotPart,
     Token,
 )
-from labkit.server.checkpoints import load_expert, pack_expert
+from labkit.server.checkpoints import load_expert
 from labkit.server.runtime import Runtime
 from labkit.wire.rpc_types import BULK, AsyncMethod, Caller, Methods, Reply, Request, SyncMethod
 from labkit.wire.timers import Timer, Timers

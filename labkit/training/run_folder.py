@@ -35,7 +35,7 @@ from torch import Tensor
 from labkit.errors import CheckpointError
 from labkit.paths import user_path
 from labkit.server.ownership import FolderTaken, claim_checkpoints
-from labkit.server.tensor_files import is_whole, link_file, read_tensors, replacing, sync_directory, write_tensors
+from labkit.tensor_files import is_whole, link_file, read_tensors, replacing, sync_directory, write_tensors
 from labkit.training.serialization import flatten, unflatten
 
 FORMAT = "labkit run 1"

@@ -1,0 +1,84 @@
+"""The words of copies: what a primary and a backup say to each other. Each number from a peer is bounded.
+
+A copy travels in parts, each answered before the next is sent:
+
+    copies.offer    `CopyHead` -> `CopyOffer`: a token, or none if the backup holds this very copy
+    copies.part     `CopyPart`, and the bytes beside it, uint8 [n] -> nothing; they are on their way to the disk
+    copies.done     token -> `CopyKept`: the copy is checked and on disk, and replaces the older one
+    copies.drop     uid -> nothing; the backup need not keep its copy any more
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from labkit.contact import Contact
+from labkit.expert_protocol import Count, ShortText, Token
+from labkit.expert_uid import split_uid
+
+OFFER = "copies.offer"
+PART = "copies.part"
+DONE = "copies.done"
+DROP = "copies.drop"
+MAX_PART = 1 << 20  # bytes of a copy in one call
+
+Uid = Annotated[str, Meta(max_length=160)]
+
+
+class CopyHead(msgspec.Struct, array_like=True, frozen=True):
+    """What a copy is of. It travels before the bytes, and is kept beside them.
+
+    Args:
+        uid: The expert.
+        epoch: Of its primary.
+        updates: Optimizer steps that it had made.
+        size: Bytes of the file (`server.checkpoints.pack_expert`).
+        crc32: Of the state, as that file has it.
+        kind: What the expert is.
+        backend: How it is trained: fields of `BackendConfig`.
+        primary: The server that sends it.
+
+    Raises:
+        ValueError: The uid is none, or the primary is not to be called.
+    """
+
+    uid: Uid
+    epoch: Count
+    updates: Count
+    size: Annotated[int, Meta(ge=1, le=1 << 40)]
+    crc32: Annotated[str, Meta(min_length=8, max_length=8)]
+    kind: Annotated[str, Meta(max_length=1000)]
+    backend: Annotated[dict[ShortText, bool | int | float | ShortText | None], Meta(max_length=64)]
+    primary: Contact
+
+    def __post_init__(self) -> None:
+        split_uid(self.uid)  # which leads out of no folder
+        if not self.primary.is_safe:
+            raise ValueError(f"{self.primary.endpoint} would be called without encryption")
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """`(epoch, updates)`: of two copies of an expert, the higher one is newer."""
+        return self.epoch, self.updates
+
+
+class CopyOffer(msgspec.Struct, array_like=True, frozen=True):
+    """The answer to an offer. `token`: names the transfer; None if there is nothing to send, since it is held."""
+
+    token: Token | None = None
+
+
+class CopyPart(msgspec.Struct, array_like=True, frozen=True):
+    """Where the bytes beside it belong: right behind those that have been sent."""
+
+    token: Token
+    offset: Count
+
+
+class CopyKept(msgspec.Struct, array_like=True, frozen=True):
+    """The answer to `copies.done`: how many updates the copy holds that is kept now."""
+
+    updates: Count

@@ -1,0 +1,135 @@
+"""The primary's side: sends a copy of an expert to another server, under a budget, so that training hardly notices.
+
+The bytes go over the bulk lane in parts, one at a time. Each part is as large as the link carries in a fraction of a
+second, so that no call of a trainer waits for long behind it, and a pause follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import torch
+import trio
+
+from labkit.contact import Contact
+from labkit.copies.messages import DONE, DROP, MAX_PART, OFFER, PART, CopyHead, CopyKept, CopyOffer, CopyPart
+from labkit.copies.store import Bytes
+from labkit.errors import BadReply, Overloaded, RPCError
+from labkit.events import CopyFailed, CopyStored, Emit, ignore
+from labkit.wire.rpc_types import BULK, Caller
+
+RATE = float(4 << 20)  # bytes a second that the copies of a server take at most
+SHARE = 0.25  # of the time in which they are under way
+MIN_PART, FIRST_PART = 32 << 10, 256 << 10  # bytes
+QUICK, SLOW = 0.05, 0.25  # seconds that a part takes; beyond these the next one is larger, or smaller
+MAX_PAUSE = 5.0  # seconds between two parts, unless the rate asks for more
+PART_TIMEOUT = 20.0  # seconds that the other side has for a part; a disk may be slow
+CHECK_TIMEOUT = 60.0  # seconds that it has to check a copy, and 1 s for each `CHECKED_PER_SECOND` bytes
+CHECKED_PER_SECOND = 20 << 20
+RETRY_INTERVAL = 0.2  # seconds between two offers to a server that takes as many copies as it can
+
+
+class CopyBudget:
+    """How much of the network, and of time, copies may take. One for all copies that a server sends.
+
+    Args:
+        rate: Bytes a second at most.
+        share: Share of the time in which parts are under way, at most; 1 for no pauses but those of the rate.
+
+    Attributes:
+        sent: Bytes that were sent so far.
+    """
+
+    def __init__(self, rate: float = RATE, share: float = SHARE) -> None:
+        if not (rate > 0 and 0 < share <= 1):
+            raise ValueError(f"rate={rate}, share={share}: a rate above 0, and a share above 0 and at most 1")
+        self.rate = rate
+        self.share = share
+        self.sent = 0
+        self._turn = trio.Lock()
+        self._next = 0.0  # when the next part may be sent, on trio's clock
+
+    @asynccontextmanager
+    async def part(self, size: int) -> AsyncIterator[None]:
+        """Wait until a part of `size` bytes may be sent, which is to happen in the block. Others wait meanwhile."""
+        async with self._turn:
+            await trio.sleep_until(self._next)
+            began = trio.current_time()
+            try:
+                yield
+            finally:
+                took = trio.current_time() - began
+                self.sent += size
+                pause = min(took / self.share - took, MAX_PAUSE)
+                self._next = began + max(size / self.rate, took + pause)
+
+
+async def send_copy(
+    caller: Caller, to: Contact, head: CopyHead, data: Bytes, budget: CopyBudget, *, patience: float = 0.0,
+    emit: Emit = ignore,
+) -> None:  # fmt: skip
+    """Send a copy of an expert to a server. When this returns, the copy is on disk there, checked and counting.
+
+    Args:
+        caller: Makes the calls.
+        to: The server.
+        head: What the copy is of.
+        data: Its file, `head.size` bytes, which stay as they are meanwhile.
+        budget: That of this server.
+        patience: Seconds to try again while the server takes as many copies as it can.
+        emit: Is told how it ended, by `CopyStored` or `CopyFailed`.
+
+    Raises:
+        Overloaded: The server takes as many copies as it can.
+        RequestRefused: It does not want the copy, has none such, or cannot keep it; the text says why.
+        RPCError: It does not answer, or answers what makes no sense.
+    """
+    view = memoryview(data).cast("B")
+    if len(view) != head.size:
+        raise ValueError(f"the copy of {head.uid} has {len(view)} bytes, not {head.size}")
+    try:
+        await _send(caller, to, head, view, budget, trio.current_time() + patience)
+    except RPCError as error:
+        emit(CopyFailed(uid=head.uid, address=to.endpoint, cause=error.cause, detail=str(error)))
+        raise
+    emit(CopyStored(uid=head.uid, address=to.endpoint, updates=head.updates))
+
+
+async def _send(
+    caller: Caller, to: Contact, head: CopyHead, data: memoryview, budget: CopyBudget, until: float
+) -> None:
+    token = await _offer(caller, to, head, until)
+    if token is None:
+        return  # it is there already
+    offset, size = 0, FIRST_PART
+    while offset < len(data):
+        some = bytearray(data[offset : offset + size])
+        async with budget.part(len(some)):
+            began = trio.current_time()
+            tensor = torch.frombuffer(some, dtype=torch.uint8)
+            await caller.call(to, PART, CopyPart(token, offset), [tensor], timeout=PART_TIMEOUT, lane=BULK)
+            took = trio.current_time() - began
+        offset += len(some)
+        size = min(MAX_PART, 2 * size) if took < QUICK else max(MIN_PART, size // 2) if took > SLOW else size
+    timeout = CHECK_TIMEOUT + head.size / CHECKED_PER_SECOND
+    reply = await caller.call(to, DONE, token, returns=CopyKept, timeout=timeout, lane=BULK)
+    if reply.body.updates != head.updates:
+        raise BadReply(f"{to.endpoint} says that it keeps another copy of {head.uid} than it was sent")
+
+
+async def drop_copy(caller: Caller, to: Contact, uid: str) -> None:
+    """Tell a server that it need not keep our copy of an expert any more. Raises `RPCError`."""
+    await caller.call(to, DROP, uid, timeout=PART_TIMEOUT)
+
+
+async def _offer(caller: Caller, to: Contact, head: CopyHead, until: float) -> bytes | None:
+    while True:
+        try:
+            reply = await caller.call(to, OFFER, head, returns=CopyOffer, timeout=PART_TIMEOUT, lane=BULK)
+            offer: CopyOffer = reply.body
+            return offer.token
+        except Overloaded:
+            if trio.current_time() >= until:
+                raise
+            await trio.sleep(RETRY_INTERVAL)

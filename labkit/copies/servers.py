@@ -1,0 +1,189 @@
+"""The servers of a grid: who serves it, keeps copies for it, or would. Each writes itself into the DHT.
+
+A grid has one record, a dictionary from a server's key to its `ServerRecord`. Anybody can write one: a wrong one costs
+whoever calls there a moment, since the connection proves the key.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Protocol
+
+import msgspec
+import trio
+from msgspec import Meta
+
+from labkit.contact import Contact
+from labkit.dht.node import Entry, Value
+from labkit.errors import LabkitError
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "servers:"
+KEY_PREFIX = 8  # bytes of a server's key by which `ExpertInfo.copies` names it
+PERIOD = 5.0  # seconds between two times that a server writes itself, and reads the others
+TTL = 20.0  # seconds that a record lives
+MAX_SERVERS = 1024  # of one grid that are looked at
+SLACK = 0.5  # seconds by which a record may seem younger than it is, since each hop between nodes adds a delay
+
+Few = Annotated[int, Meta(ge=0, le=1_000_000)]
+
+
+class GridRecords(Protocol):
+    """The DHT, as it is used here: `dht.node.DHTNode`."""
+
+    async def store_many(self, entries: Sequence[Entry]) -> list[int]: ...
+
+    async def get_many(
+        self, keys: Sequence[str], *, quorum: int | None = None
+    ) -> Mapping[str, Value | Mapping[str, Value] | None]: ...
+
+
+class ServerRecord(msgspec.Struct, frozen=True, array_like=True):
+    """A server of a grid, as it writes itself into the DHT.
+
+    Args:
+        contact: Where it is reached.
+        experts: How many experts it serves.
+        copies: How many copies it keeps.
+        room: How many more experts it would keep a copy of, or take.
+        kind: Of its experts; empty if it has none yet.
+        stamp: Grows with each time that it is written; `GridServers` sets it.
+        leaving: Whether it is about to stop, so that nothing is to be given to it.
+    """
+
+    contact: Contact
+    experts: Few = 0
+    copies: Few = 0
+    room: Few = 0
+    kind: Annotated[str, Meta(max_length=1000)] = ""
+    stamp: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+    leaving: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A record that was read. Times are on trio's clock."""
+
+    record: ServerRecord
+    expires_at: float
+
+
+class GridServers:
+    """The servers of one grid, and this one's place among them. `run` has to run.
+
+    Args:
+        dht: The DHT.
+        grid: The name of the grid.
+        own: Returns what this server has to say of itself now; None for who only looks.
+        period: Seconds between two rounds, in each of which it writes itself and reads the others.
+        ttl: Seconds that a record lives. All servers of a grid need the same.
+    """
+
+    def __init__(
+        self, dht: GridRecords, grid: str, own: Callable[[], ServerRecord] | None, period: float = PERIOD,
+        ttl: float = TTL,
+    ) -> None:  # fmt: skip
+        self._dht = dht
+        self._key = NAMESPACE + grid
+        self._own = own
+        self._period = period
+        self._ttl = ttl
+        self._stamp = time.time_ns() // 1_000_000 << 16  # above all of an earlier life with the same key
+        self._seen: dict[bytes, _Seen] = {}
+        self._lost: dict[bytes, tuple[int, float]] = {}  # the last stamp of a server that is gone, and since when
+        self._wake = trio.Event()
+        self._left = False
+
+    @property
+    def others(self) -> Mapping[bytes, ServerRecord]:
+        """The other servers of the grid by key: those that are not known to be gone, nor about to leave."""
+        now = trio.current_time()
+        return {
+            key: seen.record for key, seen in self._seen.items() if now < seen.expires_at and not seen.record.leaving
+        }
+
+    def refresh(self) -> None:
+        """Let `run` begin the next round now, as when this server has something new to say of itself."""
+        self._wake.set()
+
+    def lose(self, contact: Contact) -> None:
+        """Note that a server is gone. It is left out until it has written itself anew, later than now."""
+        seen = self._seen.pop(contact.key, None)
+        self._lost[contact.key] = (seen.record.stamp if seen is not None else 0), trio.current_time()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Write this server and read the others again and again, until cancelled.
+
+        `task_status` is told after the first round, whether it succeeded or not.
+        """
+        while True:
+            self._wake = trio.Event()
+            await self.round()
+            task_status.started()
+            task_status = trio.TASK_STATUS_IGNORED
+            with trio.move_on_after(self._period):
+                await self._wake.wait()
+
+    async def round(self) -> None:
+        """Write this server, and read the others, once. What the DHT does not do now is logged."""
+        try:
+            if self._own is not None and not self._left:
+                await self._write(self._own())
+            await self.read()
+        except LabkitError as error:
+            logger.warning("the servers of the grid could not be read, or this one not be written: %s", error)
+
+    async def leave(self) -> None:
+        """Tell the others that this server is about to stop: it is written for the last time. Raises `LabkitError`."""
+        self._left = True
+        if self._own is not None:
+            await self._write(msgspec.structs.replace(self._own(), room=0, leaving=True))
+
+    async def read(self) -> None:
+        """Read the others. Raises `LabkitError`.
+
+        Records that a read has missed are kept until they expire.
+        """
+        found = (await self._dht.get_many([self._key]))[self._key]
+        now, own = trio.current_time(), None if self._own is None else self._own().contact.key
+        seen: dict[bytes, _Seen] = {}
+        values = found if isinstance(found, Mapping) else {}
+        for subkey in sorted(values)[:MAX_SERVERS]:
+            record = _read(subkey, values[subkey].data)
+            if record is not None and record.contact.key != own:
+                seen[record.contact.key] = _Seen(record, values[subkey].expires_at)
+        for key, old in self._seen.items():
+            new = seen.get(key)
+            if new is None and len(seen) >= MAX_SERVERS:
+                continue
+            if new is None or new.record.stamp < old.record.stamp:
+                seen[key] = old
+        self._seen = {key: one for key, one in seen.items() if now < one.expires_at and not self._is_lost(key, one)}
+        self._lost = {key: (stamp, since) for key, (stamp, since) in self._lost.items() if now < since + 2 * self._ttl}
+
+    def _is_lost(self, key: bytes, seen: _Seen) -> bool:
+        """Whether a record is from before its server was lost."""
+        stamp, since = self._lost.get(key, (-1, -math.inf))
+        if seen.record.stamp > stamp and seen.expires_at - self._ttl > since + SLACK:
+            self._lost.pop(key, None)
+            return False
+        return True
+
+    async def _write(self, record: ServerRecord) -> None:
+        self._stamp += 1
+        record = msgspec.structs.replace(record, stamp=self._stamp)
+        subkey = record.contact.key.hex()
+        await self._dht.store_many([Entry(self._key, msgspec.msgpack.encode(record), self._ttl, subkey, self._stamp)])
+
+
+def _read(subkey: str, data: bytes) -> ServerRecord | None:
+    try:
+        record = msgspec.msgpack.decode(data, type=ServerRecord)
+    except (msgspec.MsgspecError, RecursionError, ValueError):
+        return None
+    return record if record.contact.is_safe and record.contact.key.hex() == subkey else None
