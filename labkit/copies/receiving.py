@@ -174,10 +174,7 @@ class CopyReceiver:
         copy = self._store.copies.get(request.body)
         if copy is not None:
             self._check_sender(request, copy.primary)
-            try:
-                await self._store.remove(copy.uid)
-            except OSError as error:
-                raise RequestRefused(f"the copy of {copy.uid} could not be removed: {error.strerror}") from None
+            await self._store.remove(copy.uid)
         return Reply()
 
     # ------------------------------------------------------------ checks

@@ -17,6 +17,7 @@ import os
 import secrets
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,16 +89,20 @@ class CopyStore:
     Args:
         folder: Where they are; made if need be. Copies that are there are kept, as after a restart.
         in_thread: Whether the disk is waited for in a thread; if not, in this one, as in virtual time.
+        durable: Whether a copy that counts survives a power failure, and not only the end of this process.
 
     Raises:
         OSError: The folder cannot be made or read.
     """
 
-    def __init__(self, folder: Path, *, in_thread: bool = True) -> None:
+    def __init__(self, folder: Path, *, in_thread: bool = True, durable: bool = True) -> None:
         self.folder = folder
+        self.durable = durable
         self._in_thread = in_thread
         self._copies: dict[str, Copy] = {}
-        self._settling = trio.Lock()  # one copy at a time is in memory, is replaced, or removed
+        self._settling = trio.Lock()  # one copy at a time is checked, in memory
+        self._readers = Counter[Path]()  # how many read a file now
+        self._unwanted: dict[Path, Copy] = {}  # which are read still
         folder.mkdir(parents=True, exist_ok=True)
         self._find()
 
@@ -113,7 +118,7 @@ class CopyStore:
         return incoming
 
     async def read(self, uid: str, work: Callable[[CopyHead, Path], T]) -> T:
-        """Read a copy, which is neither replaced nor removed meanwhile.
+        """Read a copy. Its file stays as long as that takes, even if the copy is replaced or removed meanwhile.
 
         Args:
             uid: The expert.
@@ -125,17 +130,32 @@ class CopyStore:
         Raises:
             KeyError: No copy of this expert is kept.
         """
-        async with self._settling:
-            copy = self._copies[uid]
+        copy = self._copies[uid]
+        self._readers[copy.path] += 1
+        try:
             return await self.wait_for(lambda: work(copy.head, copy.path))
+        finally:
+            self._readers[copy.path] -= 1
+            if not self._readers[copy.path]:
+                del self._readers[copy.path]
+                if self._unwanted.pop(copy.path, None) is not None:
+                    await self._remove(copy)
 
     async def remove(self, uid: str) -> None:
-        """Keep a copy no more. Does nothing if there is none. Raises `OSError`."""
-        async with self._settling:
-            copy = self._copies.pop(uid, None)
-            if copy is not None:
-                with trio.CancelScope(shield=True):
-                    await self.wait_for(lambda: self._unlink(copy))
+        """Keep a copy no more. Does nothing if there is none."""
+        copy = self._copies.pop(uid, None)
+        if copy is not None:
+            await self._remove(copy)
+
+    async def _remove(self, copy: Copy) -> None:
+        if self._readers[copy.path]:
+            self._unwanted[copy.path] = copy
+            return
+        with trio.CancelScope(shield=True):
+            try:
+                await self.wait_for(lambda: self._unlink(copy))
+            except OSError as error:  # it counts no more, or a newer one counts; the next start tries again
+                logger.warning("a copy of %s that is not needed could not be removed: %s", copy.uid, error)
 
     async def wait_for(self, work: Callable[[], T]) -> T:
         """Do something that waits for the disk. It is not interrupted by a cancellation."""
@@ -153,11 +173,8 @@ class CopyStore:
                 raise RequestRefused(newer_is_kept(held))
             with trio.CancelScope(shield=True):  # as long as the disk takes
                 copy = self._copies[uid] = await self.wait_for(lambda: incoming.settle(check))
-                if held is not None:
-                    try:
-                        await self.wait_for(lambda: self._unlink(held))
-                    except OSError as error:  # the new one is kept, and the old one is removed at the next start
-                        logger.warning("the old copy of %s could not be removed: %s", uid, error)
+            if held is not None:
+                await self._remove(held)
         return copy
 
     def _unlink(self, copy: Copy) -> None:
@@ -246,16 +263,18 @@ class IncomingCopy:
     def settle(self, check: Check) -> Copy:
         """Sync, check, and rename: first the state, and then the head, with which the copy counts."""
         assert self._file is not None, "this copy has ended"
-        os.fsync(self._file)
+        if self._store.durable:
+            os.fsync(self._file)
         self._close()
         check(self.head, self._part)
         path, at = self._store.folder / f"{self._name}.safetensors", time.time()
         head = path.with_suffix(".json")
         try:
             os.replace(self._part, path)
-            _write(self._part, msgspec.json.encode((self.head, at)))
+            _write(self._part, msgspec.json.encode((self.head, at)), durable=self._store.durable)
             os.replace(self._part, head)
-            sync_directory(self._store.folder)
+            if self._store.durable:
+                sync_directory(self._store.folder)
         except BaseException:
             head.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
@@ -263,8 +282,10 @@ class IncomingCopy:
         return Copy(self.head, path, at)
 
     def _discard(self) -> None:
-        self._close()
-        self._part.unlink(missing_ok=True)
+        try:
+            self._close()
+        finally:
+            self._part.unlink(missing_ok=True)
 
     def _close(self) -> None:
         file, self._file = self._file, None
@@ -276,11 +297,12 @@ def _age(copy: Copy) -> tuple[tuple[int, int], float]:
     return copy.head.version, copy.at
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes, *, durable: bool) -> None:
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
 
 
 def _read(path: Path) -> Copy | None:
