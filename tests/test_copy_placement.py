@@ -135,7 +135,7 @@ async def test_a_server_that_says_nothing_any_more_is_forgotten(nursery, autojum
     records = FakeRecords()
     first, second = make(records, 0), make(records, 1)
     await second.round()
-    await nursery.start(first.run)
+    await first.round()
     await trio.sleep(TTL - 1)
     assert numbers(first) == {1}
     await trio.sleep(1.1)
@@ -180,6 +180,20 @@ async def test_the_last_words_of_a_server_that_is_lost_do_not_bring_it_back(nurs
         await first.round()
         assert numbers(first) == set()
         await trio.sleep(2)
+
+
+async def test_a_lost_servers_record_that_other_nodes_keep_alive_does_not_bring_it_back(nursery, autojump_clock):
+    records = FakeRecords()
+    first, second = make(records, 0), make(records, 1)
+    await second.round()
+    await first.round()
+    first.lose(server(1).contact)
+    await trio.sleep(1)
+    subkey = server(1).contact.key.hex()
+    value = records.records[NAMESPACE + "ffn"][subkey]
+    await records.store_many([Entry(NAMESPACE + "ffn", value.data, TTL, subkey)])  # with a delay for each hop
+    await first.round()
+    assert numbers(first) == set()
 
 
 async def test_a_server_that_was_lost_before_it_was_seen_comes_back_the_same_way(nursery, autojump_clock):

@@ -261,7 +261,7 @@ class IncomingCopy:
             data = data[written:]
 
     def settle(self, check: Check) -> Copy:
-        """Sync, check, and rename: first the state, and then the head, with which the copy counts."""
+        """Sync, check and rename the state, and write the head, with which the copy counts (half a head is none)."""
         assert self._file is not None, "this copy has ended"
         if self._store.durable:
             os.fsync(self._file)
@@ -271,8 +271,7 @@ class IncomingCopy:
         head = path.with_suffix(".json")
         try:
             os.replace(self._part, path)
-            _write(self._part, msgspec.json.encode((self.head, at)), durable=self._store.durable)
-            os.replace(self._part, head)
+            _write(head, msgspec.json.encode((self.head, at)), durable=self._store.durable)
             if self._store.durable:
                 sync_directory(self._store.folder)
         except BaseException:
