@@ -28,6 +28,7 @@ from labkit.copies import (
     CopyStore,
     check_copy,
     drop_copy,
+    pack_copy,
     send_copy,
     sending,
 )
@@ -35,7 +36,6 @@ from labkit.copies.messages import DONE, MAX_PART, OFFER, PART, CopyOffer, CopyP
 from labkit.copies.receiving import LEASE, LIFETIME, MAX_TRANSFERS
 from labkit.errors import BadRequest, CheckpointError, ConnectionLost, DeadlineExceeded, Overloaded, RequestRefused
 from labkit.events import CopyFailed, CopyStored, Event
-from labkit.expert_file import pack_expert
 from labkit.server.backend import ExpertBackend
 from labkit.server.checkpoints import load_expert, save_expert
 from labkit.server.layers import make_expert
@@ -73,12 +73,8 @@ def state(updates: int = 7, **changes: Tensor) -> dict[str, Tensor]:
 def packed(primary: Contact, tensors: dict[str, Tensor] | None = None, **changes: Any) -> tuple[CopyHead, bytes]:
     """A copy as its primary sends it: its head, with some fields changed, and its file."""
     tensors = state() if tensors is None else tensors
-    data, crc32 = pack_expert(UID, tensors, kind="ffn")
-    usual: dict[str, Any] = {
-        "uid": UID, "epoch": 1, "updates": int(tensors["counter.updates"]), "size": len(data), "crc32": crc32,
-        "kind": "ffn", "backend": {"lr": 0.1}, "primary": primary,
-    }  # fmt: skip
-    return CopyHead(**usual | changes), data
+    head, data = pack_copy(UID, tensors, epoch=1, kind="ffn", backend={"lr": 0.1}, primary=primary)
+    return msgspec.structs.replace(head, **changes), data
 
 
 @dataclass
@@ -635,8 +631,8 @@ async def test_a_backup_that_stops_leaves_only_whole_copies_and_takes_no_more(tm
 
 
 def large(primary: Contact, size: int, uid: str = UID) -> tuple[CopyHead, bytes]:
-    data, crc32 = pack_expert(uid, {"module.x": torch.zeros(size // 4), "counter.updates": torch.tensor(7)}, kind="ffn")
-    return CopyHead(uid, 1, 7, len(data), crc32, "ffn", {}, primary), data
+    tensors = {"module.x": torch.zeros(size // 4), "counter.updates": torch.tensor(7)}
+    return pack_copy(uid, tensors, epoch=1, kind="ffn", backend={}, primary=primary)
 
 
 async def test_copies_take_no_more_than_their_rate(tmp_path, autojump_clock: MockClock):
