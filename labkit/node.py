@@ -6,7 +6,7 @@ Servers and notebooks are both nodes. A server adds methods of its own; a notebo
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
@@ -32,6 +32,7 @@ from labkit.wire.transport import Endpoint, Network
 
 logger = logging.getLogger(__name__)
 
+MakeMethods = Callable[[Client, DHTNode, Directory], Methods]
 BOOTSTRAP_ATTEMPTS = 3  # since a busy node may be late once
 
 
@@ -143,7 +144,7 @@ async def open_node(
     config: NodeConfig | None = None,
     *,
     join: Sequence[Contact] = (),
-    methods: Methods | None = None,
+    methods: Methods | MakeMethods | None = None,
     admission: Admission | None = None,
     emit: Emit = ignore,
 ) -> AsyncIterator[Node]:
@@ -154,7 +155,8 @@ async def open_node(
         identity: Its keys.
         config: How it behaves.
         join: Nodes of the swarm to join; one that answers is enough. Without any, it is the first of a swarm.
-        methods: Methods that it offers beside those of the DHT, by name.
+        methods: Methods that it offers beside those of the DHT, by name; or a function that returns them, of what they
+            need of the node: its client, its DHT node and its directory.
         admission: Who may connect; by default anybody.
         emit: Called with the events of its directory.
 
@@ -174,7 +176,8 @@ async def open_node(
         dht = DHTNode(client, endpoint.contact, config.dht)
         directory = Directory(dht, config.directory, emit)
         relaying = Relaying(network, endpoint, client, config.relay, join, emit)
-        offered = {**dht.methods, **CallBack(endpoint).methods, **relaying.methods, **(methods or {})}
+        others = methods(client, dht, directory) if callable(methods) else methods or {}
+        offered = {**dht.methods, **CallBack(endpoint).methods, **relaying.methods, **others}
         with _called_directly(network, endpoint, config.announce):
             async with trio.open_nursery() as nursery:
                 await nursery.start(serve_rpc, endpoint, offered, config.limits)

@@ -6,6 +6,13 @@ A copy travels in parts, each answered before the next is sent:
     copies.part     `CopyPart`, and the bytes beside it, uint8 [n] -> nothing; they are on their way to the disk
     copies.done     token -> `CopyKept`: the copy is checked and on disk, and replaces the older one
     copies.drop     uid -> nothing; the backup need not keep its copy any more
+
+Then the backup watches the primary, and takes the expert over when that is gone, or asks it to:
+
+    copies.watch    `Watched` -> `WatchReply`: which copies are kept, and how far the experts have come
+    copies.probe    a contact -> bool: whether another server answers that the asker does not reach
+    copies.have     uids -> a `CopyState` for each, or None
+    copies.take     `Take`: serve the expert from now on -> `Taken`, when it is declared
 """
 
 from __future__ import annotations
@@ -23,6 +30,11 @@ OFFER = "copies.offer"
 PART = "copies.part"
 DONE = "copies.done"
 DROP = "copies.drop"
+WATCH = "copies.watch"
+PROBE = "copies.probe"
+HAVE = "copies.have"
+TAKE = "copies.take"
+MAX_WATCHED = 1024  # experts in one message
 MAX_PART = 1 << 20  # bytes of a copy in one call
 
 Uid = Annotated[str, Meta(max_length=160)]
@@ -82,3 +94,51 @@ class CopyKept(msgspec.Struct, array_like=True, frozen=True):
     """The answer to `copies.done`: how many updates the copy holds that is kept now."""
 
     updates: Count
+
+
+class CopyState(msgspec.Struct, array_like=True, frozen=True):
+    """How fresh a copy is."""
+
+    uid: Uid
+    epoch: Count
+    updates: Count
+
+
+class Watched(msgspec.Struct, array_like=True, frozen=True):
+    """The body of `copies.watch`: who keeps copies of experts of the server that is called, and which."""
+
+    by: Contact
+    copies: Annotated[list[CopyState], Meta(max_length=MAX_WATCHED)]
+
+
+class WatchedExpert(msgspec.Struct, array_like=True, frozen=True):
+    """How far an expert has come at its server. `drop`: whether the copy is needed no more."""
+
+    epoch: Count
+    updates: Count
+    drop: bool = False
+
+
+class WatchReply(msgspec.Struct, array_like=True, frozen=True):
+    """The answer to `Watched`: for each copy, in their order; None for an expert that is not served there."""
+
+    experts: Annotated[list[WatchedExpert | None], Meta(max_length=MAX_WATCHED)]
+
+
+class Take(msgspec.Struct, array_like=True, frozen=True):
+    """The body of `copies.take`.
+
+    Args:
+        copy: The copy to carry on, which has to be exactly this one.
+        load: How many experts the server that gives it serves, if it only wants loads to be even; None if it leaves.
+    """
+
+    copy: CopyState
+    load: Count | None = None
+
+
+class Taken(msgspec.Struct, array_like=True, frozen=True):
+    """The answer to `copies.take`: the epoch in which the expert is served from now on, beside how many others."""
+
+    epoch: Count
+    experts: Count

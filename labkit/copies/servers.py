@@ -54,6 +54,7 @@ class ServerRecord(msgspec.Struct, frozen=True, array_like=True):
         kind: Of its experts; empty if it has none yet.
         stamp: Grows with each time that it is written; `GridServers` sets it.
         leaving: Whether it is about to stop, so that nothing is to be given to it.
+        spare: Whether it takes experts of fuller servers.
     """
 
     contact: Contact
@@ -63,6 +64,7 @@ class ServerRecord(msgspec.Struct, frozen=True, array_like=True):
     kind: Annotated[str, Meta(max_length=1000)] = ""
     stamp: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
     leaving: bool = False
+    spare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,13 @@ class GridServers:
     def refresh(self) -> None:
         """Let `run` begin the next round now, as when this server has something new to say of itself."""
         self._wake.set()
+
+    def note(self, contact: Contact, experts: int) -> None:
+        """Note how many experts a server has said to serve; it counts until that server has written itself anew."""
+        seen = self._seen.get(contact.key)
+        if seen is not None:
+            record = msgspec.structs.replace(seen.record, experts=experts)
+            self._seen[contact.key] = _Seen(record, seen.expires_at)
 
     def lose(self, contact: Contact) -> None:
         """Note that a server is gone. It is left out until it has written itself anew, later than now."""

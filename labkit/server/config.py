@@ -14,6 +14,7 @@ from labkit.expert_uid import check_inside, check_name, split_uid
 from labkit.paths import user_path
 from labkit.server.optimizer import BackendConfig
 
+MAX_BACKUPS = 8  # copies of an expert that its record names
 MAX_THREADS = 1024  # of one operation; many more than a system gives a process end it, without a word
 
 
@@ -38,6 +39,8 @@ class ServerConfig:
         label: A name for the server, which others see.
         spare: Whether the server stays in the swarm without any expert, at the start or when others have taken its own.
         name: Of the grid; that of `uids` by default.
+        backups: How many other servers keep a copy of each expert; 0 for no part in copies, also for those of others.
+        copies_dir: Where copies of others' experts are kept; None for a temporary folder.
     """
 
     uids: tuple[str, ...]
@@ -54,6 +57,8 @@ class ServerConfig:
     label: str = ""
     spare: bool = False
     name: str = ""
+    backups: int = 0
+    copies_dir: str | None = None
 
     def __post_init__(self) -> None:
         if self.checkpoint_dir is not None:  # absolute, so that a later restart finds it, whatever the folder is then
@@ -75,6 +80,8 @@ class ServerConfig:
             raise ValueError(f"checkpoint_period={self.checkpoint_period}: a number of seconds above 0")
         if not isinstance(self.checkpoint_keep, int) or self.checkpoint_keep < 1:
             raise ValueError(f"checkpoint_keep={self.checkpoint_keep!r}: a number of checkpoints, at least 1")
+        if not isinstance(self.backups, int) or not 0 <= self.backups <= MAX_BACKUPS:
+            raise ValueError(f"backups={self.backups!r}: a number of copies, from 0 to {MAX_BACKUPS}")
         if self.threads is not None and not (isinstance(self.threads, int) and 1 <= self.threads <= MAX_THREADS):
             raise ValueError(f"threads={self.threads!r}: from 1 to {MAX_THREADS:,}")
         if not isinstance(self.label, str) or self.label != clean_label(self.label):

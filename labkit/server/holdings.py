@@ -93,6 +93,13 @@ class Holdings:
         """The epochs of the experts that are served, by uid, those on hold included. It changes: copy what is kept."""
         return self._held
 
+    def name_copies(self, copies: Mapping[str, tuple[bytes, ...]]) -> None:
+        """Let it be declared from now on who has copies of which experts: see `ExpertInfo.copies`."""
+        named = {uid: keys for uid, keys in copies.items() if uid in self._held}
+        if named != self.copies:
+            self.copies = named
+            self._tell()
+
     def declared(self) -> dict[str, Declared]:
         """What is to be declared in the DHT now."""
         return {uid: Declared(epoch, self.copies.get(uid, ())) for uid, epoch in self._held.items()}

@@ -7,6 +7,7 @@ and respond when its batch has been computed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from labkit.contact import Contact
 from labkit.errors import DeadlineExceeded, Overloaded, RPCError, UnknownExpert
@@ -29,6 +30,7 @@ from labkit.server.device import State
 from labkit.server.hardware import check_device
 from labkit.server.holdings import GivenUp, Holdings, Waiting
 from labkit.server.leaving import Traffic
+from labkit.server.optimizer import BackendConfig
 from labkit.server.runtime import Executor, QueuedRequest, Result, Runtime
 from labkit.server.snapshots import Snapshots
 from labkit.server.statistics import ServerStatistics
@@ -84,19 +86,23 @@ class ExpertServer:
             **Snapshots(self.runtime, timers).methods,
         }
 
-    def make_backend(self, uid: str, like: ExpertBackend | None, *, restored: bool = True) -> ExpertBackend:
+    def make_backend(
+        self, uid: str, like: ExpertBackend | None, *, restored: bool = True, trained: BackendConfig | None = None
+    ) -> ExpertBackend:
         """Build one more expert of this server's kind, and carry on from its checkpoint, if there is one.
 
         Args:
             uid: The expert.
             like: Another one, which takes and gives the same; None to try what it takes.
             restored: Whether to look for a checkpoint.
+            trained: How it is trained; by default as this server's config says.
 
         Raises:
             CheckpointError: The checkpoint does not fit.
         """
         folder = self.config.checkpoint_dir if restored else None
-        backend = build_expert(self.config, uid, answer_limit=self._answer_limit, folder=folder)
+        config = self.config if trained is None else replace(self.config, backend=trained)
+        backend = build_expert(config, uid, answer_limit=self._answer_limit, folder=folder)
         share_schema(backend, like, TRIAL_TIMEOUT if self.in_thread else None)
         return backend
 

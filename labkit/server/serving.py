@@ -18,6 +18,7 @@ from labkit.faults import Faults
 from labkit.joining import is_alive
 from labkit.node import Node, NodeConfig, open_node
 from labkit.server.building import build_in_thread
+from labkit.server.carrying import Carrying
 from labkit.server.checkpoints import Progress, keep_checkpoints, save_all
 from labkit.server.config import ServerConfig
 from labkit.server.leaving import leave, stop_timeout
@@ -53,7 +54,7 @@ async def serve_experts(
 
     1. build the experts, or load them; 2. start the runtime; 3. join the swarm; 4. declare the experts: from then on
     they can be found, and only then the server counts as started; 5. declare again and save, until the stop; 6. leave:
-    go on answering until nobody calls any more (`server/leaving`).
+    hand experts over, if others keep copies, and go on answering until nobody calls any more (`server/leaving`).
 
     Args:
         network: Where the server's node listens.
@@ -94,6 +95,7 @@ async def _serve_owned(
     make = partial(ExpertServer, config, faults, emit, executor, timers=network.timers, answer_limit=limit)
     server = await build_in_thread(make, in_thread=executor is None)  # 1
     holdings = server.holdings
+    carrying = Carrying(server, emit)
     if allow is not None:
         allow(stop_timeout(server.runtime.backends.values()))
     saved: dict[str, Progress] = {}
@@ -102,14 +104,16 @@ async def _serve_owned(
         if config.checkpoint_dir is not None:
             nursery.start_soon(keep_claimed, claim, holdings.held, holdings.until_changed, server.in_thread)
         async with open_node(  # 3
-            network, identity, node_config, join=join, methods=server.methods, admission=admission, emit=emit
+            network, identity, node_config, join=join, methods=carrying.methods, admission=admission, emit=emit
         ) as node:
             server.relay = lambda: node.relaying.relay
+            await carrying.leave_to_others(node)
             async with trio.open_nursery() as keepers:
                 if config.grid is not None:
                     info = partial(grid_info, server)
                     await keepers.start(keep_grid_declared, node.dht, config.name, info, node.directory.config.ttl)
                 await keepers.start(partial(_keep_declared, server, node, allow))  # 4
+                await keepers.start(carrying.run)
                 if config.checkpoint_dir is not None:
                     await keepers.start(
                         keep_checkpoints,
@@ -127,10 +131,11 @@ async def _serve_owned(
                     )  # fmt: skip
                 task_status.started(node.contact)
                 await stop.wait()  # 5
+                await carrying.hand_over(hurry)  # 6
                 keepers.cancel_scope.cancel()
             async with claim.busy:
                 claim.leave()
-            await leave(server.traffic, node.directory, holdings.declared(), node.contact, hurry)  # 6
+            await leave(server.traffic, node.directory, holdings.declared(), node.contact, hurry)
         with trio.move_on_after(SETTLE_TIMEOUT):  # a batch that takes long must not keep all experts from being saved
             await server.runtime.settle()
         nursery.cancel_scope.cancel()
@@ -150,7 +155,7 @@ async def _keep_declared(
     async with trio.open_nursery() as nursery:
         keep = partial(
             directory.keep_declared, is_alive=partial(is_alive, node.client), on_given_up=give_up,
-            on_outranked=holdings.raise_epoch, spare=server.config.spare,
+            on_outranked=holdings.raise_epoch, spare=server.config.spare or server.config.backups > 0,
         )  # fmt: skip
         await nursery.start(keep, holdings.declared, node.contact)
         task_status.started()

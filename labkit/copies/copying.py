@@ -1,0 +1,219 @@
+"""Copying: keeps copies of the experts that are served here at other servers, and knows how fresh they are.
+
+One expert is copied at a time: first those without a copy, then those that have learnt most since theirs, each at most
+once in a period. The state is taken between two batches, as for a checkpoint, and sent in parts under a budget, so that
+training goes on beside it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from labkit.contact import Contact
+from labkit.copies.experts import Experts
+from labkit.copies.messages import CopyHead, Watched, WatchedExpert, WatchReply
+from labkit.copies.placement import rank
+from labkit.copies.sending import CopyBudget, send_copy
+from labkit.copies.servers import KEY_PREFIX, GridServers
+from labkit.errors import ConnectionLost, DeadlineExceeded, RequestRefused, RPCError
+from labkit.events import Emit
+from labkit.wire.rpc_types import Caller, Reply, Request
+
+logger = logging.getLogger(__name__)
+
+PERIOD = 10.0  # seconds between two copies of an expert that learns
+LOOK_PERIOD = 0.5  # seconds between two looks for copies that are due
+SILENCE = 6.0  # seconds without a word of who keeps a copy, after which it counts as gone
+NAME_PERIOD = 2.0  # seconds between two times that it is said who has copies, while some are made
+MAX_NAMED = 8  # servers with copies that a declaration names
+PAUSE_AFTER_FAILURE = 2.0  # seconds until a server is tried again that did not take a copy
+
+
+@dataclass(slots=True)
+class Copied:
+    """A whole copy at another server.
+
+    Args:
+        at: The server.
+        epoch: The epoch of the expert.
+        updates: How far the expert had come.
+        size: Bytes; 0 if that is not known.
+        made: When it was made, on trio's clock.
+        heard: When its server said last that it is there.
+    """
+
+    at: Contact
+    epoch: int
+    updates: int
+    size: int
+    made: float
+    heard: float
+
+
+class Copying:
+    """Copies the experts of one server.
+
+    Args:
+        caller: Makes the calls.
+        experts: The experts.
+        servers: The servers of the grid.
+        own: Returns our own contact.
+        backups: How many copies each expert is to have.
+        emit: Gets a `CopyStored` or `CopyFailed` for each.
+        budget: Of bytes, for all copies together.
+        period: Seconds between two copies of an expert that learns.
+    """
+
+    def __init__(
+        self, caller: Caller, experts: Experts, servers: GridServers, own: Callable[[], Contact], backups: int,
+        emit: Emit, *, budget: CopyBudget, period: float = PERIOD,
+    ) -> None:  # fmt: skip
+        self.backups = backups
+        self.period = period
+        self._caller = caller
+        self._experts = experts
+        self._servers = servers
+        self._own = own
+        self._emit = emit
+        self._budget = budget
+        self._at_once = CopyBudget(float("inf"), 1.0)
+        self._made: dict[str, dict[bytes, Copied]] = {}  # uid -> key -> copy
+        self._failed: dict[bytes, float] = {}  # servers that did not take a copy, and until when they are left alone
+
+    # ------------------------------------------------------------ what there is
+
+    def keys(self, uid: str) -> tuple[bytes, ...]:
+        """Returns the first bytes of the keys of the servers that have a copy of an expert, the freshest first."""
+        copies = sorted(self._fresh(uid), key=lambda copied: -copied.updates)
+        return tuple(copied.at.key[:KEY_PREFIX] for copied in copies[:MAX_NAMED])
+
+    def _fresh(self, uid: str) -> list[Copied]:
+        """Returns the whole copies of this epoch whose servers are there."""
+        epoch, now = self._experts.held.get(uid), trio.current_time()
+        some = self._made.get(uid, {}).values()
+        return [copied for copied in some if copied.epoch == epoch and now - copied.heard < SILENCE]
+
+    def at_risk(self) -> list[str]:
+        """Returns the experts that nobody has a copy of, or none that is fresh."""
+        if not self.backups:
+            return list(self._experts.held)
+        return [uid for uid in self._experts.held if not self._fresh(uid)]
+
+    def count(self) -> int:
+        """Returns how many copies there are of the experts that are served here."""
+        return sum(len(self._fresh(uid)) for uid in self._experts.held)
+
+    def forget(self, uid: str) -> None:
+        """Forget the copies of an expert that is served here no more."""
+        self._made.pop(uid, None)
+
+    def rpc_watch(self, request: Request) -> Reply:
+        """Answer who keeps copies of our experts: how far they have come, and which copies are needed no more."""
+        body: Watched = request.body
+        if request.peer.key not in (None, body.by.key):
+            raise RequestRefused("only who keeps copies says so")
+        now = trio.current_time()
+        rows: list[WatchedExpert | None] = []
+        for state in body.copies:
+            epoch = self._experts.held.get(state.uid)
+            if epoch is None:
+                rows.append(None)
+                continue
+            made = self._made.setdefault(state.uid, {})
+            before = made.get(body.by.key)
+            if before is None or (before.epoch, before.updates) != (state.epoch, state.updates):
+                made[body.by.key] = Copied(body.by, state.epoch, state.updates, 0, now, now)
+            else:
+                before.heard, before.at = now, body.by
+            rows.append(WatchedExpert(epoch, self._experts.updates(state.uid), drop=self._is_spare(state.uid, body.by)))
+        return Reply(WatchReply(rows))
+
+    def _is_spare(self, uid: str, at: Contact) -> bool:
+        """Whether a copy is needed no more, since those whose place it is have one."""
+        wanted = [contact.key for contact in self._targets(uid)]
+        if at.key in wanted:
+            return False
+        have = {copied.at.key for copied in self._fresh(uid)}
+        return len(wanted) >= self.backups and have.issuperset(wanted)
+
+    # ------------------------------------------------------------ making copies
+
+    async def run(self) -> None:
+        """Keep copies until cancelled."""
+        named_at = trio.current_time()
+        while True:
+            due = self._next()
+            if due is None or trio.current_time() - named_at >= NAME_PERIOD:
+                self._experts.name_copies({uid: self.keys(uid) for uid in self._experts.held})
+                named_at = trio.current_time()
+            if due is None:
+                await trio.sleep(LOOK_PERIOD)
+                continue
+            uid, to = due
+            try:
+                await self.copy_to(uid, to)
+            except RPCError as error:
+                self._note_failure(uid, to, error)
+
+    def _note_failure(self, uid: str, to: Contact, error: RPCError) -> None:
+        if uid not in self._experts.held:
+            return  # it was given away meanwhile
+        logger.info("no copy of %s at %s: %s", uid, to.endpoint, error)
+        self._failed[to.key] = trio.current_time() + PAUSE_AFTER_FAILURE
+        if isinstance(error, (ConnectionLost, DeadlineExceeded)):
+            self._servers.lose(to)
+
+    def _targets(self, uid: str) -> list[Contact]:
+        """Returns where copies of an expert belong."""
+        now = trio.current_time()
+        some = [r for r in self._servers.others.values() if self._failed.get(r.contact.key, 0.0) <= now]
+        have = self.keys(uid)
+        able = [r for r in rank(uid, some, self._own(), have) if r.room > 0 or r.contact.key[:KEY_PREFIX] in have]
+        return [record.contact for record in able[: self.backups]]
+
+    def _next(self) -> tuple[str, Contact] | None:
+        """Returns the copy to make next: of which expert, and where to."""
+        now = trio.current_time()
+        best: tuple[float, str, Contact] | None = None
+        for uid, epoch in self._experts.held.items():
+            updates = self._experts.updates(uid)
+            for to in self._targets(uid):
+                copied = self._made.get(uid, {}).get(to.key)
+                if copied is None or copied.epoch != epoch or now - copied.heard >= SILENCE:
+                    missing = float("inf")
+                elif copied.updates == updates or now - copied.made < self.period:
+                    continue
+                else:
+                    missing = updates - copied.updates
+                if best is None or missing > best[0]:
+                    best = missing, uid, to
+        return None if best is None else best[1:]
+
+    async def copy_to(self, uid: str, to: Contact, *, in_haste: bool = False, patience: float = 0.0) -> Copied:
+        """Make a copy of an expert at another server.
+
+        Args:
+            uid: The expert.
+            to: The server.
+            in_haste: Whether to spend no time on the budget, as while requests wait.
+            patience: Seconds to try again while the server takes as many copies as it can.
+
+        Raises:
+            RPCError: It was not taken; the text says why.
+        """
+        epoch = self._experts.held.get(uid)
+        if epoch is None:
+            raise RequestRefused(f"{uid} is not served here any more")
+        packed = await self._experts.pack(uid)
+        size = len(packed.data)
+        head = CopyHead(uid, epoch, packed.updates, size, packed.crc32, packed.kind, dict(packed.backend), self._own())
+        budget = self._at_once if in_haste else self._budget
+        await send_copy(self._caller, to, head, packed.data, budget, patience=patience, emit=self._emit)
+        now = trio.current_time()
+        copied = Copied(to, epoch, packed.updates, size, now, now)
+        self._made.setdefault(uid, {})[to.key] = copied
+        return copied

@@ -1,0 +1,64 @@
+"""What copies need of a server that holds experts: `server.carrying.CarriedExperts`, or a few lines in a test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from labkit.contact import Contact
+from labkit.copies.messages import CopyHead
+
+Plain = bool | int | float | str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExpert:
+    """An expert's whole state at one moment.
+
+    Args:
+        data: The bytes of a checkpoint.
+        updates: Optimizer steps that it had made.
+        crc32: The checksum of its state, as checkpoints have it.
+        kind: What it is.
+        backend: How it is trained: fields of `BackendConfig`.
+    """
+
+    data: bytes
+    updates: int
+    crc32: str
+    kind: str
+    backend: Mapping[str, Plain]
+
+
+class Experts(Protocol):
+    """The experts of one server, as they come and go. All of it belongs to one trio thread."""
+
+    @property
+    def held(self) -> Mapping[str, int]:
+        """The experts that are served, with the epoch in which each is."""
+
+    def updates(self, uid: str) -> int:
+        """Optimizer steps that an expert has made."""
+
+    async def pack(self, uid: str) -> PackedExpert:
+        """Returns an expert's state, taken between two batches. Raises `RPCError` if it cannot be taken."""
+
+    def check(self, head: CopyHead, path: Path) -> None:
+        """Check the file of a copy, in any thread. Raises `CheckpointError` if this server could not carry it on."""
+
+    async def adopt(self, uid: str, path: Path, backend: Mapping[str, Plain], epoch: int) -> None:
+        """Carry an expert on from the file of a copy, and serve it from now on. Raises `LabkitError` if it cannot."""
+
+    async def hold(self, uid: str) -> None:
+        """Let requests of an expert wait from now on. Returns when no batch of it is being computed any more."""
+
+    def release(self, uid: str) -> None:
+        """Let them go on."""
+
+    def give_up(self, uid: str, to: Contact | None, epoch: int) -> None:
+        """Serve an expert no more, and tell who calls it where it is, if that is known."""
+
+    def name_copies(self, copies: Mapping[str, tuple[bytes, ...]]) -> None:
+        """Let it be declared who has copies: the first bytes of keys, by expert."""

@@ -1,0 +1,215 @@
+"""What one server does so that experts outlive their servers: it copies its own, and carries on those of others.
+
+`server.server` runs a `CopyKeeper` beside each server. On a batch's way it lies nowhere: calls to experts go past it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from labkit.contact import Contact
+from labkit.copies.copying import Copying
+from labkit.copies.experts import Experts
+from labkit.copies.handover import HandOver
+from labkit.copies.levelling import Levelling
+from labkit.copies.messages import HAVE, MAX_WATCHED, PROBE, TAKE, WATCH, CopyHead, CopyState, Take, Watched
+from labkit.copies.placement import rank
+from labkit.copies.receiving import CopyReceiver
+from labkit.copies.sending import CopyBudget
+from labkit.copies.servers import KEY_PREFIX, GridServers, ServerRecord
+from labkit.copies.store import CopyStore
+from labkit.copies.takeover import ASK_TIME, TakeOver
+from labkit.copies.watching import Watching, reaches
+from labkit.dht.node import DHTNode
+from labkit.directory import Directory
+from labkit.directory.declarations import of_others
+from labkit.errors import LabkitError, RPCError
+from labkit.events import Emit
+from labkit.expert_uid import split_uid
+from labkit.joining import is_alive
+from labkit.node import Node
+from labkit.wire.rpc_types import AsyncMethod, Caller, Methods, Reply, Request, SyncMethod
+
+logger = logging.getLogger(__name__)
+
+ROOM = 1 << 16  # experts that a server keeps copies of, or takes
+GIVE_PATIENCE = 3.0  # seconds to try again while a server takes as many copies as it can
+GIVE_AT_ONCE = 2  # experts that are handed over at the same time at a clean stop
+
+
+class CopyKeeper:
+    """Copies, watches, takes over and hands over, for one server.
+
+    Args:
+        caller: Makes the calls.
+        dht: The server's own: there servers find each other.
+        directory: There experts are declared.
+        experts: The server's experts.
+        grid: The name of their grid.
+        kind: Of the experts.
+        backups: How many copies each of them is to have.
+        is_spare: Returns whether the server takes experts from fuller ones now.
+        folder: Where copies are kept.
+        own: Returns the server's contact.
+        emit: Gets the events.
+        in_thread: Whether files are written in threads; not in virtual time.
+        budget: Of bytes; by default as usual.
+    """
+
+    def __init__(
+        self, caller: Caller, dht: DHTNode, directory: Directory, experts: Experts, *, grid: str, kind: str,
+        backups: int, is_spare: Callable[[], bool], folder: Path, own: Callable[[], Contact], emit: Emit,
+        in_thread: bool = True, budget: CopyBudget | None = None,
+    ) -> None:  # fmt: skip
+        self.backups = backups
+        self._is_spare = is_spare
+        self.leaving = False
+        self._caller = caller
+        self._dht = dht
+        self._experts = experts
+        self._grid = grid
+        self._kind = kind
+        self._own = own
+        self.store = CopyStore(folder, in_thread=in_thread)
+        self.servers = GridServers(dht, grid, self._record)
+        self.copying = Copying(
+            caller, experts, self.servers, own, backups, emit, budget=CopyBudget() if budget is None else budget
+        )
+        self.receiver = CopyReceiver(self.store, check=experts.check, refuse=self._refuse_copy, encrypts=own().secure)
+        self._takeover = TakeOver(caller, directory, self.servers, self.store, experts, own, emit)
+        self._handover = HandOver(
+            caller, directory, self.copying, self.store, experts, self.servers, own, emit, self._refuse_expert
+        )
+        self._watching = Watching(caller, self.store, own, self._witnesses, self._on_gone)
+        self._levelling = Levelling(self.servers, experts, self._handover, own)
+
+    @property
+    def methods(self) -> Methods:
+        """The methods that the server answers, by name."""
+        uids = Sequence[str]
+        return {
+            **self.receiver.methods,
+            WATCH: SyncMethod(self.copying.rpc_watch, Watched),
+            PROBE: AsyncMethod(self._rpc_probe, Contact),
+            HAVE: SyncMethod(self._rpc_have, uids),
+            TAKE: AsyncMethod(self._handover.rpc_take, Take),
+        }
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Do it all until cancelled. Ready when the other servers were looked for once."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self.servers.run)
+            await nursery.start(self.receiver.run)
+            nursery.start_soon(self._watching.run)
+            nursery.start_soon(self.copying.run)
+            nursery.start_soon(self._levelling.run)
+            task_status.started()
+
+    async def carried_by_others(self, node: Node) -> set[str]:
+        """Which of the experts, which are not declared yet, others have, or are about to take over from a copy.
+
+        Args:
+            node: The server's node.
+        """
+        found = await node.directory.holders(self._experts.held)
+        held, _ = await of_others(found, self._own().key, partial(is_alive, self._caller))
+        left = set(held)
+        await self.servers.read()
+        for uid, info in found.items():
+            keepers = [r.contact for r in self.servers.others.values() if r.contact.key[:KEY_PREFIX] in info.copies]
+            for contact in keepers if uid not in left else ():
+                with suppress(RPCError):
+                    reply = await self._caller.call(
+                        contact, HAVE, [uid], returns=list[CopyState | None], timeout=ASK_TIME
+                    )
+                    if reply.body and reply.body[0] is not None:
+                        left.add(uid)
+        return left
+
+    async def leave(self) -> None:
+        """Hand all experts over to other servers, as far as there are any, and let nothing be given here any more."""
+        self.leaving = True
+        try:
+            await self.servers.leave()
+            await self.servers.read()
+        except LabkitError as error:
+            logger.debug("%s", error)
+        limiter = trio.CapacityLimiter(GIVE_AT_ONCE)
+
+        async def give(uid: str) -> None:
+            async with limiter:
+                for record in self._heirs(uid):
+                    if await self._handover.give(uid, record.contact, patience=GIVE_PATIENCE):
+                        return
+                    self.servers.lose(record.contact)
+
+        async with trio.open_nursery() as nursery:
+            for uid in list(self._experts.held):
+                nursery.start_soon(give, uid)
+
+    def _heirs(self, uid: str) -> list[ServerRecord]:
+        """Returns the servers that an expert may be given to: those that have a copy first, then by their rank."""
+        have = self.copying.keys(uid)
+        some = rank(uid, self.servers.others.values(), self._own(), have)
+        able = [record for record in some if record.room > 0 or record.contact.key[:KEY_PREFIX] in have]
+        return sorted(able, key=lambda record: record.contact.key[:KEY_PREFIX] not in have)
+
+    # ------------------------------------------------------------ what others ask
+
+    def _record(self) -> ServerRecord:
+        room = 0 if self.leaving else ROOM
+        return ServerRecord(
+            self._own(),
+            len(self._experts.held),
+            len(self.store.copies),
+            room,
+            self._kind[:1000],
+            spare=self._is_spare(),
+        )
+
+    def _refuse_copy(self, head: CopyHead) -> str:
+        name, _ = split_uid(head.uid)
+        if self.leaving:
+            return "this server is about to stop"
+        if name != self._grid:
+            return f"this server keeps copies of the grid {self._grid!r}"
+        epoch = self._experts.held.get(head.uid)
+        if epoch is not None and epoch >= head.epoch:
+            return f"{head.uid} is served here, in epoch {epoch}"
+        return ""
+
+    def _refuse_expert(self) -> str:
+        return "this server is about to stop" if self.leaving else ""
+
+    async def _rpc_probe(self, request: Request) -> Reply:
+        """Whether a server answers us that another one does not reach. Only servers of the grid are called."""
+        contact: Contact = request.body
+        known = self.servers.others.get(contact.key)
+        return Reply(known is not None and await reaches(self._caller, known.contact))
+
+    def _rpc_have(self, request: Request) -> Reply:
+        """Which copies of these experts are kept here."""
+        copies = [self.store.copies.get(uid) for uid in request.body[:MAX_WATCHED]]
+        return Reply([None if copy is None else CopyState(copy.uid, copy.epoch, copy.updates) for copy in copies])
+
+    # ------------------------------------------------------------ what is done for others
+
+    def _witnesses(self) -> Iterable[Contact]:
+        servers = [record.contact for record in self.servers.others.values()]
+        keys = {contact.key for contact in servers}
+        return [*servers, *(contact for contact in self._dht.routing if contact.key not in keys)]
+
+    async def _on_gone(self, gone: Contact, uids: Sequence[str], heard: float) -> None:
+        if self.leaving:
+            return
+        updates = {uid: known.updates for uid, known in self._watching.known.items()}
+        elsewhere = await self._takeover.claim(gone, uids, heard, updates)
+        for uid, info in elsewhere.items():
+            self._watching.follow(uid, info.contact, info.epoch)
+        self.servers.refresh()

@@ -1,0 +1,176 @@
+"""Taking over: the servers that hold copies of an expert whose server is gone carry it on, in the next epoch.
+
+Several may hold one. All of them compute the same order: those with a fresher copy come before those with a staler one,
+then as the last declaration names them. Whoever is first of those that are there claims the expert: it serves it, and
+declares it with an epoch above all that were seen. The others see that, and watch the new server.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import trio
+
+from labkit.contact import Contact
+from labkit.copies.experts import Experts
+from labkit.copies.messages import HAVE, MAX_WATCHED, CopyState
+from labkit.copies.servers import KEY_PREFIX, GridServers
+from labkit.copies.store import Copy, CopyStore
+from labkit.directory import Directory
+from labkit.directory.index import Declared
+from labkit.errors import LabkitError, RPCError
+from labkit.events import Emit, ExpertTakenOver
+from labkit.expert_uid import ExpertInfo
+from labkit.wire.rpc_types import Caller
+
+logger = logging.getLogger(__name__)
+
+ASK_TIME = 1.0  # seconds that others who hold a copy have to say how fresh theirs is
+TURN_TIME = 1.5  # seconds that whoever comes first has to take an expert over, before the next one does
+LOOK_AGAIN = 0.3  # seconds between two looks whether it has
+
+
+class TakeOver:
+    """Claims experts whose server is gone.
+
+    Args:
+        caller: Asks others who hold copies.
+        directory: Where experts are declared.
+        servers: The servers of the grid.
+        store: The copies that are kept here.
+        experts: The experts that are served here.
+        own: Returns our own contact.
+        emit: Gets an `ExpertTakenOver` for each expert.
+    """
+
+    def __init__(
+        self, caller: Caller, directory: Directory, servers: GridServers, store: CopyStore, experts: Experts,
+        own: Callable[[], Contact], emit: Emit,
+    ) -> None:  # fmt: skip
+        self._caller = caller
+        self._directory = directory
+        self._servers = servers
+        self._store = store
+        self._experts = experts
+        self._own = own
+        self._emit = emit
+        self._claiming: set[str] = set()
+
+    async def claim(
+        self, gone: Contact, uids: Sequence[str], heard: float, updates: Mapping[str, int]
+    ) -> dict[str, ExpertInfo]:
+        """Take over experts whose server is gone.
+
+        Args:
+            gone: The server.
+            uids: Its experts that are copied here.
+            heard: When it was heard last, on trio's clock.
+            updates: How far each had come then.
+
+        Returns:
+            The experts that another server serves by now, and where. Those that are not among them, and are not served
+            here either, are to be tried again.
+        """
+        self._servers.lose(gone)
+        elsewhere: dict[str, ExpertInfo] = {}
+        waiting = [uid for uid in uids if uid not in self._claiming]
+        self._claiming.update(waiting)
+        started = trio.current_time()
+        try:
+            while waiting:
+                declared = await self._directory.holders(waiting)
+                moved = {uid: info for uid, info in declared.items() if self._is_elsewhere(info, gone)}
+                elsewhere |= moved
+                waiting = [uid for uid in waiting if uid not in moved and uid in self._store.copies]
+                first = await self._turns(waiting, declared)
+                if trio.current_time() - started > TURN_TIME:
+                    first = waiting  # whoever was to be first has not come
+                await self._carry_on(gone, first, declared, heard, updates)
+                waiting = [uid for uid in waiting if uid not in first]
+                if waiting:
+                    await trio.sleep(LOOK_AGAIN)
+        finally:
+            self._claiming.difference_update(uids)
+        return elsewhere
+
+    def _is_elsewhere(self, info: ExpertInfo, gone: Contact) -> bool:
+        """Whether a declaration says that somebody else has the expert, or that its server has moved."""
+        copy = self._store.copies.get(info.uid)
+        if copy is None or info.contact.key == self._own().key:
+            return info.contact.key == self._own().key
+        return info.contact != gone and info.epoch >= copy.epoch
+
+    async def _turns(self, uids: Sequence[str], declared: Mapping[str, ExpertInfo]) -> list[str]:
+        """Returns those of these experts of which nobody else comes first."""
+        named = {uid: declared[uid].copies if uid in declared else () for uid in uids}
+        by_server: dict[Contact, list[str]] = {}
+        for uid in uids:
+            for key, record in self._servers.others.items():
+                if key[:KEY_PREFIX] in named[uid]:
+                    by_server.setdefault(record.contact, []).append(uid)
+        theirs: dict[str, list[tuple[Contact, CopyState]]] = {uid: [] for uid in uids}
+
+        async def ask(contact: Contact, some: list[str]) -> None:
+            try:
+                reply = await self._caller.call(
+                    contact, HAVE, some[:MAX_WATCHED], returns=list[CopyState | None], timeout=ASK_TIME
+                )
+            except RPCError:
+                return  # it is gone, too, or keeps no copies any more
+            for uid, state in zip(some, reply.body, strict=False):
+                if state is not None:
+                    theirs[uid].append((contact, state))
+
+        async with trio.open_nursery() as nursery:
+            for contact, some in by_server.items():
+                nursery.start_soon(ask, contact, some)
+        return [uid for uid in uids if self._is_first(self._store.copies.get(uid), theirs[uid], named[uid])]
+
+    def _is_first(self, copy: Copy | None, theirs: list[tuple[Contact, CopyState]], named: Sequence[bytes]) -> bool:
+        if copy is None:
+            return False
+
+        def place(key: bytes, epoch: int, updates: int) -> tuple[int, int, int, bytes]:
+            rank = named.index(key[:KEY_PREFIX]) if key[:KEY_PREFIX] in named else len(named)
+            return -epoch, -updates, rank, key
+
+        ours = place(self._own().key, copy.epoch, copy.updates)
+        return all(ours < place(contact.key, state.epoch, state.updates) for contact, state in theirs)
+
+    async def _carry_on(
+        self, gone: Contact, uids: Sequence[str], declared: Mapping[str, ExpertInfo], heard: float,
+        updates: Mapping[str, int],
+    ) -> None:  # fmt: skip
+        """Serve experts from their copies, and declare them."""
+        adopted: dict[str, Declared] = {}
+        lost: dict[str, int] = {}
+        for uid in uids:
+            copy = self._store.copies.get(uid)
+            if copy is None or uid in self._experts.held:
+                continue
+            epoch = 1 + max(copy.epoch, declared[uid].epoch if uid in declared else 0)
+            try:
+                await self._experts.adopt(uid, copy.path, copy.head.backend, epoch)
+            except LabkitError as error:
+                logger.warning("%s cannot be taken over from %s: %s", uid, gone.endpoint, error)
+                await self._store.remove(uid)  # so that others take it
+                continue
+            adopted[uid] = Declared(epoch)
+            lost[uid] = max(0, updates.get(uid, 0) - copy.updates)
+        if not adopted:
+            return
+        try:
+            await self._directory.declare(adopted, self._own())
+        except LabkitError as error:  # it is tried again with all that is served here
+            logger.warning("%s", error)
+        now = trio.current_time()
+        for uid, how in adopted.items():
+            await self._store.remove(uid)
+            self._emit(
+                ExpertTakenOver(
+                    uid=uid, address=self._own().endpoint, before=gone.endpoint, epoch=how.epoch,
+                    lost_updates=lost[uid], seconds=now - heard,
+                )
+            )  # fmt: skip
+        logger.info("%d experts of %s are served here now, as it is gone", len(adopted), gone.endpoint)

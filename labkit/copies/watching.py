@@ -1,0 +1,210 @@
+"""Watching the servers whose experts are copied here: who is gone is noticed within seconds, and nobody else.
+
+Each server is called once a second. It is gone if two connections in a row break or are refused, which takes a second,
+or if it says nothing for three calls, unless another server reaches it. Calls are counted, not seconds: a machine that
+was asleep itself wakes up with many seconds gone and has missed one call. And who reaches nobody else either takes
+nobody for gone: it is cut off itself.
+
+The calls tell both sides what they have to know: the server, which copies are kept here, and how fresh they are; this
+side, how far the experts have come since.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from labkit.contact import Contact
+from labkit.copies.messages import MAX_WATCHED, PROBE, WATCH, CopyState, Watched, WatchReply
+from labkit.copies.store import Copy
+from labkit.dht.protocol import Ping, Pong
+from labkit.errors import ConnectionLost, DeadlineExceeded, RPCError, WrongServerKey
+from labkit.wire.rpc_types import Caller
+
+logger = logging.getLogger(__name__)
+
+PERIOD = 1.0  # seconds between two calls to a server
+CALL_TIME = 1.0  # seconds in which it has to answer
+BROKEN_CALLS = 2  # in a row: connections that broke, or were refused
+SILENT_CALLS = 3  # in a row that were not answered in time
+RETRY_PAUSE = 0.2  # seconds between two calls over connections that break
+WITNESSES = 8  # other nodes that are asked whether they reach it; some of them may have gone at the same moment
+ENOUGH = 2  # of them that do not reach it either
+LOOK_PERIOD = 0.5  # seconds between two looks for servers to watch
+
+
+@dataclass(slots=True)
+class Known:
+    """What is known of an expert that is copied here.
+
+    Args:
+        at: The server that serves it.
+        epoch: In which epoch it does.
+        updates: How far it has come, when that server was last heard.
+    """
+
+    at: Contact
+    epoch: int
+    updates: int
+
+
+class Copies(Protocol):
+    """The copies that are kept here: `store.CopyStore`."""
+
+    @property
+    def copies(self) -> Mapping[str, Copy]: ...
+
+    async def remove(self, uid: str) -> None: ...
+
+
+OnGone = Callable[[Contact, Sequence[str], float], Awaitable[object]]  # who, its experts, and when it was heard last
+
+
+class Watching:
+    """Watches the servers of all experts that are copied here.
+
+    Args:
+        caller: Makes the calls.
+        store: The copies.
+        own: Returns our own contact.
+        others: Returns other nodes, which are asked whether they reach a server that we do not.
+        on_gone: Called when a server is gone, or holds experts no more; until it returns, that server is not watched.
+
+    Attributes:
+        known: What is known of the experts, by uid.
+    """
+
+    def __init__(
+        self, caller: Caller, store: Copies, own: Callable[[], Contact], others: Callable[[], Iterable[Contact]],
+        on_gone: OnGone,
+    ) -> None:  # fmt: skip
+        self.known: dict[str, Known] = {}
+        self._caller = caller
+        self._store = store
+        self._own = own
+        self._others = others
+        self._on_gone = on_gone
+        self._watched: set[Contact] = set()
+        self._changed = trio.Event()
+
+    def look(self) -> None:
+        """Look for servers to watch now, as after a new copy has come."""
+        self._changed.set()
+
+    def follow(self, uid: str, at: Contact, epoch: int) -> None:
+        """Note that another server serves an expert by now, and watch that one."""
+        self.known[uid] = Known(at, epoch, self.known[uid].updates if uid in self.known else 0)
+        self.look()
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                for contact in self._servers() - self._watched:
+                    self._watched.add(contact)
+                    nursery.start_soon(self._watch, contact)
+                self._changed = trio.Event()
+                with trio.move_on_after(LOOK_PERIOD):
+                    await self._changed.wait()
+
+    def _servers(self) -> set[Contact]:
+        for uid in self.known.keys() - self._store.copies.keys():
+            del self.known[uid]
+        for uid, copy in self._store.copies.items():
+            known = self.known.get(uid)
+            if known is None or known.epoch < copy.epoch or (known.epoch == copy.epoch and known.at != copy.primary):
+                self.known[uid] = Known(copy.primary, copy.epoch, copy.updates)
+        return {known.at for known in self.known.values()}
+
+    def _uids_of(self, contact: Contact) -> list[str]:
+        copies = self._store.copies
+        return sorted(uid for uid, known in self.known.items() if known.at == contact and uid in copies)
+
+    async def _watch(self, contact: Contact) -> None:
+        """Watch one server, for as long as experts of it are copied here."""
+        try:
+            broken = silent = 0
+            heard = trio.current_time()
+            while uids := self._uids_of(contact):
+                try:
+                    left = await self._ask(contact, uids)
+                except (ConnectionLost, WrongServerKey):
+                    broken, silent = broken + 1, silent + 1
+                except DeadlineExceeded:
+                    broken, silent = 0, silent + 1
+                except RPCError as error:  # it is there, and says so
+                    logger.debug("%s, which is watched, says: %s", contact.endpoint, error)
+                    broken, silent, heard = 0, 0, trio.current_time()
+                else:
+                    broken, silent, heard = 0, 0, trio.current_time()
+                    if left:  # it is there, but does not serve them any more
+                        await self._on_gone(contact, left, heard)
+                if (broken >= BROKEN_CALLS or silent >= SILENT_CALLS) and await self._is_gone(contact):
+                    await self._on_gone(contact, self._uids_of(contact), heard)
+                    broken = silent = 0
+                if silent == 0:
+                    await trio.sleep(PERIOD)
+                elif broken:
+                    await trio.sleep(RETRY_PAUSE)
+        finally:
+            self._watched.discard(contact)
+
+    async def _ask(self, contact: Contact, uids: Sequence[str]) -> list[str]:
+        """Say what is copied here, and learn how far it has come. Returns the experts that it does not serve."""
+        left: list[str] = []
+        for start in range(0, len(uids), MAX_WATCHED):
+            some = [uid for uid in uids[start : start + MAX_WATCHED] if uid in self._store.copies]
+            copies = [self._store.copies[uid] for uid in some]
+            body = Watched(self._own(), [CopyState(copy.uid, copy.epoch, copy.updates) for copy in copies])
+            reply = await self._caller.call(contact, WATCH, body, returns=WatchReply, timeout=CALL_TIME)
+            for uid, said in zip(some, reply.body.experts, strict=False):
+                if said is None:
+                    left.append(uid)
+                elif said.drop:
+                    await self._store.remove(uid)
+                elif uid in self.known:
+                    self.known[uid] = Known(contact, max(said.epoch, self.known[uid].epoch), said.updates)
+        return left
+
+    async def _is_gone(self, contact: Contact) -> bool:
+        """Whether others say so, too: at least one has to be there, if there are any, and none may reach it."""
+        others = [other for other in self._others() if other.key not in (contact.key, self._own().key)]
+        if not others:
+            return True
+        heard, reached = 0, False
+
+        async def ask(other: Contact) -> None:
+            nonlocal heard, reached
+            try:
+                reply = await self._caller.call(other, PROBE, contact, returns=bool, timeout=2 * CALL_TIME)
+                reached = reached or reply.body
+            except (ConnectionLost, DeadlineExceeded):
+                return
+            except RPCError:
+                pass  # it is there, but cannot tell
+            heard += 1
+            if reached or heard >= ENOUGH:
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for other in random.sample(others, min(WITNESSES, len(others))):
+                nursery.start_soon(ask, other)
+        if not heard:
+            logger.info("%s does not answer, but nobody else does either: we are cut off", contact.endpoint)
+        return heard > 0 and not reached
+
+
+async def reaches(caller: Caller, contact: Contact) -> bool:
+    """Whether a server that somebody else does not reach answers us."""
+    try:
+        reply = await caller.call(contact, "dht.ping", Ping(None), returns=Pong, timeout=CALL_TIME)
+        return bool(reply.body.key == contact.key)
+    except (ConnectionLost, DeadlineExceeded):
+        return False
+    except RPCError:
+        return True

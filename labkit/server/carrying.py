@@ -1,0 +1,190 @@
+"""A server's part in copies: its experts are packed for others, and it carries on those of others.
+
+Beside a batch's way: `copies.keeper` decides what is copied, claimed and handed over; `server/holdings` has the experts
+that are served.
+
+Order: the experts as copies see them, then what `server/serving` does with copies, from start to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import trio
+
+from labkit.contact import Contact
+from labkit.copies.checking import check_copy
+from labkit.copies.experts import PackedExpert, Plain
+from labkit.copies.keeper import CopyKeeper
+from labkit.copies.messages import CopyHead
+from labkit.dht.node import DHTNode
+from labkit.directory import Directory
+from labkit.errors import CheckpointError, RemoteFailure, UnknownExpert
+from labkit.events import Emit
+from labkit.expert_file import pack_expert, read_expert
+from labkit.node import Node
+from labkit.server.backend import ExpertBackend
+from labkit.server.building import build_in_thread
+from labkit.server.layers import kind_name
+from labkit.server.optimizer import BackendConfig
+from labkit.server.server import ExpertServer
+from labkit.wire.rpc_client import Client
+from labkit.wire.rpc_types import Methods
+
+HAND_OVER_TIME = 30.0  # seconds that handing over takes at most, at a clean stop
+HURRIED_TIME = 0.7  # the same where a whole swarm is closed, within two seconds
+T = TypeVar("T")
+
+
+class CarriedExperts:
+    """The experts of one server: see `copies.experts.Experts`."""
+
+    def __init__(self, server: ExpertServer) -> None:
+        self._server = server
+        self._template: tuple[BackendConfig, ExpertBackend] | None = None  # with whose shapes copies are compared
+
+    @property
+    def held(self) -> Mapping[str, int]:
+        """The experts that are served, with their epochs."""
+        return self._server.holdings.held
+
+    def updates(self, uid: str) -> int:
+        """Optimizer steps that an expert has made."""
+        return self._server.runtime.backends[uid].updates
+
+    async def pack(self, uid: str) -> PackedExpert:
+        """Returns an expert's state, taken between two batches."""
+        runtime = self._server.runtime
+        backend = runtime.backends.get(uid)
+        if backend is None:
+            raise UnknownExpert(f"this server does not hold expert {uid!r}")
+        state = await runtime.snapshot(uid)
+        data, crc32 = await self._run(lambda: pack_expert(uid, state, kind=backend.kind))
+        return PackedExpert(data, int(state["counter.updates"]), crc32, backend.kind[:1000], asdict(backend.config))
+
+    def check(self, head: CopyHead, path: Path) -> None:
+        """Check the file of a copy. Raises `CheckpointError` if this server could not carry it on."""
+        trained = self._trained(head.backend)
+        if self._template is None or self._template[0] != trained:
+            self._template = trained, self._server.make_backend(head.uid, None, restored=False, trained=trained)
+        template = self._template[1]
+        if head.kind.rpartition(":")[2] != template.kind.rpartition(":")[2]:
+            raise CheckpointError(f"{head.uid} is of kind {head.kind!r}, and this server has {template.kind!r}")
+        template.check_state(check_copy(head, path))
+
+    async def adopt(self, uid: str, path: Path, backend: Mapping[str, Plain], epoch: int) -> None:
+        """Carry an expert on from the file of a copy, and serve it from now on."""
+        server = self._server
+        like = next(iter(server.runtime.backends.values()), None)
+
+        def build() -> ExpertBackend:
+            made = server.make_backend(uid, like, restored=False, trained=self._trained(backend))
+            made.load_state(read_expert(path, uid, made.kind)[0])
+            return made
+
+        try:
+            made = await build_in_thread(build, in_thread=server.in_thread)
+            server.holdings.add(uid, made, epoch)
+        except (CheckpointError, OSError, ValueError, RuntimeError) as error:
+            raise RemoteFailure(f"{uid} cannot be carried on: {error}") from None
+
+    async def hold(self, uid: str) -> None:
+        """Let requests of an expert wait. Returns when no batch of it is being computed any more."""
+        self._server.holdings.hold(uid)
+        await self._server.holdings.settle_expert(uid)
+
+    def release(self, uid: str) -> None:
+        """Let them go on."""
+        self._server.holdings.release(uid)
+
+    def give_up(self, uid: str, to: Contact | None, epoch: int) -> None:
+        """Serve an expert no more."""
+        self._server.holdings.give_up(uid, to, epoch)
+
+    def name_copies(self, copies: Mapping[str, tuple[bytes, ...]]) -> None:
+        """Let it be declared who has copies."""
+        self._server.holdings.name_copies(copies)
+
+    def _trained(self, said: Mapping[str, Plain]) -> BackendConfig:
+        """How an expert from elsewhere is trained: as it was, on the device of this server."""
+        own = self._server.config.backend
+        known = {field.name for field in fields(BackendConfig)} - {"device", "max_batch_size"}
+        kept: dict[str, Any] = {name: value for name, value in said.items() if name in known}
+        try:
+            return replace(own, **kept)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"the copy says how its expert is trained, and that is wrong: {error}") from None
+
+    async def _run(self, function: Callable[[], T]) -> T:
+        if self._server.in_thread:
+            return await trio.to_thread.run_sync(function)
+        await trio.lowlevel.checkpoint()
+        return function()
+
+
+class Carrying:
+    """What a server does with copies, if it takes part in them; if not, nothing.
+
+    Args:
+        server: The server.
+        emit: Gets the events of copies.
+    """
+
+    def __init__(self, server: ExpertServer, emit: Emit) -> None:
+        self.keeper: CopyKeeper | None = None
+        self._server = server
+        self._emit = emit
+        config = server.config
+        self._takes_part = bool(config.name) and (config.backups > 0 or config.spare)
+        self._temporary: TemporaryDirectory[str] | None = None
+
+    def methods(self, client: Client, dht: DHTNode, directory: Directory) -> Methods:
+        """The methods of the server, of which some are about copies."""
+        server, config = self._server, self._server.config
+        if not self._takes_part:
+            return server.methods
+        if config.copies_dir is None:
+            self._temporary = TemporaryDirectory(prefix="labkit-copies-")
+        self.keeper = CopyKeeper(
+            client, dht, directory, CarriedExperts(server), grid=config.name, kind=kind_name(config.kind),
+            backups=config.backups, is_spare=lambda: config.spare or len(server.holdings.held) < len(config.uids),
+            folder=Path(self._temporary.name if self._temporary else config.copies_dir or ""), own=lambda: dht.contact,
+            emit=self._emit, in_thread=server.in_thread,
+        )  # fmt: skip
+        return {**server.methods, **self.keeper.methods}
+
+    async def leave_to_others(self, node: Node) -> None:
+        """Before the first declaration: give up what others have by now, or are about to take over from a copy."""
+        if self.keeper is not None:
+            for uid in await self.keeper.carried_by_others(node):
+                self._server.holdings.give_up(uid)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Copy, watch and take over until cancelled."""
+        try:
+            if self.keeper is not None:
+                await self.keeper.run(task_status=task_status)
+            task_status.started()
+        finally:
+            if self._temporary is not None:
+                self._temporary.cleanup()
+
+    async def hand_over(self, hurry: trio.Event) -> None:
+        """Hand experts over at a clean stop; `hurry`: set while, or before, this runs, if there is little time."""
+        if self.keeper is None:
+            return
+        async with trio.open_nursery() as nursery:
+
+            async def end_soon() -> None:
+                await hurry.wait()
+                await trio.sleep(HURRIED_TIME)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(end_soon)
+            with trio.move_on_after(HAND_OVER_TIME):
+                await self.keeper.leave()
+            nursery.cancel_scope.cancel()
