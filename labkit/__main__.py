@@ -110,6 +110,15 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint-keep", type=int, default=1, metavar="N",
         help="checkpoints of each expert to keep, the last one included (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--backups", type=int, default=1, metavar="N",
+        help="other servers that keep a copy of each expert, to go on with it when this one is gone "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--spare", action="store_true",
+        help="begin without experts: keep copies, take over, and be given experts of others",
+    )  # fmt: skip
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the experts (default: %(default)s)")
     parser.add_argument(
         "--optimizer", default="adam", metavar="NAME",

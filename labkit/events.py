@@ -302,6 +302,7 @@ class StepFailed(Event):
 
 
 AddressNews = AddressChanged | ReachabilityChanged
+ExpertNews = ExpertTakenOver | ExpertHandedOver | ExpertGivenUp | CopyFailed
 Emit = Callable[[Event], None]
 
 

@@ -27,7 +27,7 @@ from labkit.launch import planning
 from labkit.launch.cluster import cluster_of
 from labkit.launch.handle import ServerHandle
 from labkit.launch.order import ServeOrder
-from labkit.launch.places import Wish
+from labkit.launch.places import Spare, Wish
 from labkit.node import NodeConfig
 from labkit.paths import user_path
 from labkit.printable import printable
@@ -122,7 +122,8 @@ class Swarm(SwarmLifecycle):
         servers: int = 1, name: str | None = None, uids: Sequence[str] | None = None, isolation: str | None = None,
         on: Any = None, workers: str | Sequence[str] | None = None, resources: Mapping[str, float] | None = None,
         checkpoint_dir: str | Path | None = None, checkpoint_period: float | None = None, checkpoint_keep: int = 1,
-        backend: BackendConfig | None = None, threads: int | None = None, seed: int | None = None, label: str = "",
+        backups: int = 1, spare: bool = False, backend: BackendConfig | None = None, threads: int | None = None,
+        seed: int | None = None, label: str = "",
         hidden: int | None = None, inner: int | None = None, heads: int | None = None, causal: bool | None = None,
         max_length: int | None = None, **options: Any,
     ) -> list[ServerHandle]:  # fmt: skip
@@ -154,6 +155,10 @@ class Swarm(SwarmLifecycle):
                 over 2 % of the time.
             checkpoint_keep: Checkpoints of each expert that are kept; older ones are called
                 `<uid>~<updates>.safetensors`. If the last is damaged, the one before is loaded.
+            backups: How many other servers keep a copy of each expert, from which one of them goes
+                on with it, within seconds, when its server is gone. Default 1; 0 for none.
+            spare: Whether they begin without experts: they keep copies, take over, and are given
+                experts of others. So do servers for which no place is free.
             backend: Optimizer and limits; by default those of `lk.BackendConfig()`: Adam with a
                 learning rate of 1e-3.
             threads: Torch's threads in each server; by default the servers here share this
@@ -183,11 +188,11 @@ class Swarm(SwarmLifecycle):
         isolation, of_server = planning.isolate(isolation, kind, fit(self.grids().get(name)), cluster=on is not None)
         directory = Path(self._folder.name) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
         order = ServeOrder(
-            Wish(name, grid, experts, uids), of_server, options, fit, servers, isolation,
+            Wish(name, grid, experts, uids, _spare(spare, backups, uids)), of_server, options, fit, servers, isolation,
             config={
                 "checkpoint_dir": str(user_path(directory, "checkpoint_dir")), "checkpoint_period": checkpoint_period,
                 "checkpoint_keep": checkpoint_keep, "threads": threads, "seed": seed, "label": label,
-                "backend": planning.check_backend(backend),
+                "backend": planning.check_backend(backend), "backups": backups,
             },
             node=self._node_config, members=self._members, lasting=checkpoint_dir is not None,
             threads=get_num_threads(), beside=sum(server.alive and not server.worker for server in self.servers),
@@ -395,3 +400,10 @@ class Swarm(SwarmLifecycle):
 
     def _repr_html_(self) -> str:
         return self.summary().html()
+
+
+def _spare(spare: bool, backups: int, uids: Sequence[str] | None) -> Spare:
+    """Whether servers may come without places: on request, or where copies are kept and any place would do."""
+    if spare:
+        return Spare.YES
+    return Spare.IF_FULL if backups and uids is None else Spare.NO

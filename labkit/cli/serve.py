@@ -224,6 +224,8 @@ def _serve_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "checkpoint_dir": options.checkpoint_dir,
         "checkpoint_period": options.checkpoint_period,
         "checkpoint_keep": options.checkpoint_keep,
+        "backups": options.backups,
+        "spare": options.spare,
         "backend": BackendConfig(
             optimizer=options.optimizer, lr=options.lr, clip_grad_norm=options.clip, device=options.device
         ),

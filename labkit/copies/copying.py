@@ -19,8 +19,8 @@ from labkit.copies.messages import CopyHead, Watched, WatchedExpert, WatchReply
 from labkit.copies.placement import rank
 from labkit.copies.sending import CopyBudget, send_copy
 from labkit.copies.servers import KEY_PREFIX, GridServers
-from labkit.errors import ConnectionLost, DeadlineExceeded, RequestRefused, RPCError
-from labkit.events import Emit
+from labkit.errors import ConnectionLost, DeadlineExceeded, Overloaded, RequestRefused, RPCError
+from labkit.events import CopyFailed, Emit, Event
 from labkit.wire.rpc_types import Caller, Reply, Request
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ PERIOD = 10.0  # seconds between two copies of an expert that learns
 LOOK_PERIOD = 0.5  # seconds between two looks for copies that are due
 SILENCE = 6.0  # seconds without a word of who keeps a copy, after which it counts as gone
 NAME_PERIOD = 2.0  # seconds between two times that it is said who has copies, while some are made
+PATIENCE = 5.0  # seconds to try again at a server that takes as many copies as it can
 MAX_NAMED = 8  # servers with copies that a declaration names
 PAUSE_AFTER_FAILURE = 2.0  # seconds until a server is tried again that did not take a copy
 
@@ -155,9 +156,15 @@ class Copying:
                 continue
             uid, to = due
             try:
-                await self.copy_to(uid, to)
+                await self.copy_to(uid, to, patience=PATIENCE)
+            except Overloaded:
+                continue  # it takes copies of others now, and will take ours
             except RPCError as error:
                 self._note_failure(uid, to, error)
+
+    def _emit_unless_busy(self, event: Event) -> None:
+        if not (isinstance(event, CopyFailed) and event.cause == Overloaded.cause):
+            self._emit(event)
 
     def _note_failure(self, uid: str, to: Contact, error: RPCError) -> None:
         if uid not in self._experts.held:
@@ -212,7 +219,7 @@ class Copying:
         size = len(packed.data)
         head = CopyHead(uid, epoch, packed.updates, size, packed.crc32, packed.kind, dict(packed.backend), self._own())
         budget = self._at_once if in_haste else self._budget
-        await send_copy(self._caller, to, head, packed.data, budget, patience=patience, emit=self._emit)
+        await send_copy(self._caller, to, head, packed.data, budget, patience=patience, emit=self._emit_unless_busy)
         now = trio.current_time()
         copied = Copied(to, epoch, packed.updates, size, now, now)
         self._made.setdefault(uid, {})[to.key] = copied

@@ -15,19 +15,19 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn, get_args
 
 import msgspec
 import trio
 
 from labkit.contact import Contact
 from labkit.errors import LabkitError
-from labkit.events import AddressChanged, AddressNews, Event, ReachabilityChanged
+from labkit.events import AddressChanged, AddressNews, Event, ExpertNews, ReachabilityChanged
 from labkit.faults import Faults
 from labkit.launch import by_value
 from labkit.launch.parent import watch_parent
@@ -111,6 +111,25 @@ class ChildNews(msgspec.Struct):
         return AddressChanged(contact=self.contact, before=self.before, reason=self.text)
 
 
+class ChildExpertNews(msgspec.Struct):
+    """An event of an expert that moves, or is not copied: its name, and its fields."""
+
+    name: str
+    fields: dict[str, str | int | float]
+
+    @classmethod
+    def of(cls, event: ExpertNews) -> ChildExpertNews:
+        """Returns the event as it is reported."""
+        return cls(type(event).__name__, {f.name: getattr(event, f.name) for f in fields(event) if f.name != "at"})
+
+    @property
+    def event(self) -> ExpertNews:
+        """The event in the parent."""
+        kinds = {kind.__name__: kind for kind in get_args(ExpertNews)}
+        event: ExpertNews = kinds[self.name](**self.fields)
+        return event
+
+
 class ChildReport(msgspec.Struct):
     """A line that a child prints: first where it serves, or why it does not.
 
@@ -123,6 +142,8 @@ class ChildReport(msgspec.Struct):
     error: str = ""  # the type of what `failed` tells
     loaded: int | None = None  # the number of an order; `failed` says what went wrong, if something did
     news: ChildNews | None = None
+    experts: ChildExpertNews | None = None
+    held: list[str] | None = None  # the experts that it holds from now on
     direct: tuple[str, int] | None = None  # where this machine calls it, if others do so through a relay
 
 
@@ -210,8 +231,15 @@ async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
         if isinstance(event, AddressNews):
             direct = directly.get(event.contact.key)
             news.append(ChildReport(news=ChildNews.of(event), direct=direct))
-            if ready:
-                report_all(news)
+        elif isinstance(event, ExpertNews):
+            news.append(ChildReport(experts=ChildExpertNews.of(event)))
+        if ready:
+            report_all(news)
+
+    def report_held(uids: Collection[str]) -> None:
+        news.append(ChildReport(held=sorted(uids)))
+        if ready:
+            report_all(news)
 
     def report_all(some: list[ChildReport]) -> None:
         while some:
@@ -225,7 +253,7 @@ async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
             await serve_experts(
                 network, identity, config.server, config.node, join=config.join, admission=admission, faults=faults,
                 emit=report_news, stop=stop, hurry=hurry, allow=set_stop_timeout, orders=orders,
-                task_status=task_status,
+                on_held=report_held, task_status=task_status,
             )  # fmt: skip
 
     async def watch_signals(*, task_status: trio.TaskStatus[None]) -> None:

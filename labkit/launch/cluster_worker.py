@@ -171,9 +171,10 @@ class _Keeper:
             return config
         here = os.path.join(self._worker.local_directory, "labkit", os.path.basename(folder))
         os.makedirs(here, exist_ok=True)
-        directory = config["server"]["checkpoint_dir"]
-        if directory is not None and os.path.commonpath([folder, directory]) == folder:
-            config["server"]["checkpoint_dir"] = os.path.join(here, os.path.relpath(directory, folder))
+        for name in ("checkpoint_dir", "copies_dir"):
+            directory = config["server"][name]
+            if directory is not None and os.path.commonpath([folder, directory]) == folder:
+                config["server"][name] = os.path.join(here, os.path.relpath(directory, folder))
         if config["member_file"] is not None:
             config["member_file"] = self._member_file = os.path.join(here, f"members-{self.attempt}")
             self._write_members()

@@ -41,7 +41,7 @@ class ServerHandle(ProcessBound):
             to stop is "stopped" at once, also while it still saves its experts.
         failure: What went wrong, if the state is "failed".
         alive: Whether it is running.
-        uids: The experts that it holds.
+        uids: The experts that it holds; while it does not run, those that it begins with.
         label: The name that all who look at the swarm see; empty if it has none. On a cluster
             by default the name of its host.
         host: The host that it runs on, or ran on last, if that is of a cluster; else empty.
@@ -71,8 +71,8 @@ class ServerHandle(ProcessBound):
 
     @property
     def uids(self) -> tuple[str, ...]:
-        """The experts that it holds."""
-        return self.plan.server.uids
+        """The experts that it holds; while it does not run, those that it begins with."""
+        return self.lifecycle.held if self.alive else self.plan.server.uids
 
     @property
     def label(self) -> str:
@@ -219,7 +219,9 @@ class ServerHandle(ProcessBound):
 
     def __repr__(self) -> str:
         where = f" at {self.contact.endpoint}" if self.contact is not None and self.alive else ""
-        return printable(f"<server {self.state}{where}: {len(self.uids)} experts, {self.uids[0]} … {self.uids[-1]}>")
+        uids = self.uids
+        which = f"{len(uids)} experts, {uids[0]} … {uids[-1]}" if uids else "no experts"
+        return printable(f"<server {self.state}{where}: {which}>")
 
 
 # ---------------------------------------------------------------- several at once

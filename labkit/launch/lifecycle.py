@@ -16,7 +16,8 @@ import trio
 
 from labkit.contact import Contact
 from labkit.errors import CheckpointError, LabkitError, ServerFailed
-from labkit.events import AddressChanged, AddressNews, ReachabilityChanged
+from labkit.events import AddressChanged, AddressNews, ExpertNews, ReachabilityChanged
+from labkit.expert_uid import ExpertInfo
 from labkit.faults import Faults
 from labkit.launch.cluster import Cluster
 from labkit.launch.cluster_runner import ServerOnWorker
@@ -44,6 +45,7 @@ class ServerLifecycle:
         reachability: Whether others reach it, as it was found last.
         failure: What went wrong, if the state is "failed".
         faults: What the server injects, now and after a restart.
+        held: The experts that it holds; while it does not run, those that it begins with.
         log: The last lines that the server wrote, those of earlier runners first.
         host: The name of the host that it runs on, or ran on last; empty for this one.
         worker: The address of its worker, or last one, if that is of a cluster; else empty.
@@ -54,6 +56,7 @@ class ServerLifecycle:
         self.isolation = isolation
         self.log: deque[str] = deque(maxlen=LOG_LINES)
         self.host = self.worker = ""
+        self.held = plan.server.uids
         self._cluster = cluster
         self.contact: Contact | None = None
         self.reachability: ReachabilityChanged | None = None
@@ -262,6 +265,7 @@ class ServerLifecycle:
         """The whole life of a runner."""
         self.reachability = None
         runner.on_news = partial(self._note_news, runner)
+        runner.on_held = partial(self._note_held, runner)
         async with trio.open_nursery() as nursery:
             contact = await nursery.start(runner.run, plan, self.faults)
             await trio.lowlevel.checkpoint_if_cancelled()  # else it would be running, and end with the start
@@ -277,12 +281,17 @@ class ServerLifecycle:
         own = self._lab.node.contact
         return replace(self.plan, join=tuple(own if contact.key == own.key else contact for contact in self.plan.join))
 
-    def _note_news(self, runner: Runner, event: AddressNews) -> None:
-        """Record that a server is reached at another address from now on, or whether it is."""
+    def _note_held(self, runner: Runner, uids: tuple[str, ...]) -> None:
+        """Record which experts a server holds."""
+        if self._runner is runner and uids != self.held:
+            self.held = uids
+
+    def _note_news(self, runner: Runner, event: AddressNews | ExpertNews) -> None:
+        """Record that a server is reached at another address from now on, or whether it is; and pass news on."""
         if self._runner is runner:
             if isinstance(event, AddressChanged):
                 self.contact = event.contact
-            else:
+            elif isinstance(event, ReachabilityChanged):
                 self.reachability = event
                 if event.state == Reach.NO:
                     logger.warning("%s: %s", self._label, event.text)
@@ -290,17 +299,24 @@ class ServerLifecycle:
 
     async def _until_found(self) -> None:
         """Wait until this process's own directory, which may know older records, finds the experts."""
-        directory, uids = self._lab.node.directory, self.plan.server.uids
+        directory, uids, copied = self._lab.node.directory, self.plan.server.uids, self.plan.server.backups > 0
         while True:
             if not self.alive:
                 raise ServerFailed(self.failure)
             await directory.refresh(uids)
             found = await directory.find(uids)
-            if all(info is not None and info.contact == self.contact for info in found.values()):
+            if all(info is not None and self._is_found(info, copied) for info in found.values()):
                 return
             await trio.sleep(FIND_INTERVAL)
+
+    def _is_found(self, info: ExpertInfo, copied: bool) -> bool:
+        """Whether an expert is found where it should be: here, or where copies are kept, at another server by now."""
+        elsewhere = copied and self.contact is not None and info.contact.key != self.contact.key
+        return info.contact == self.contact or elsewhere
 
     @property
     def _label(self) -> str:
         uids = self.plan.server.uids
+        if not uids:
+            return "a spare server"
         return f"the server of {uids[0]}{' …' if len(uids) > 1 else ''}"

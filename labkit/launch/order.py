@@ -17,7 +17,7 @@ from labkit.launch.by_value import HandedKind
 from labkit.launch.cluster import Cluster
 from labkit.launch.handle import ServerHandle, begin_all
 from labkit.launch.lab import Lab
-from labkit.launch.places import Places, Wish, hold_places
+from labkit.launch.places import Places, Spare, Wish, hold_places
 from labkit.launch.ports import server_address
 from labkit.node import NodeConfig
 from labkit.reachability import Reach
@@ -121,8 +121,14 @@ class ServeOrder:
             assert not isinstance(self.kind, HandedKind)  # only for kinds that are built in others say the options
             planning.check_all_places(self.kind, places.options, self.wish.name, len(places.uids))
         config = ServerConfig(
-            uids=tuple(places.uids), grid=places.sizes, kind=self.kind, options=places.options, **self.config
-        )
+            uids=tuple(places.uids), grid=places.sizes, kind=self.kind, options=places.options, name=self.wish.name,
+            spare=not places.uids, **self.config,
+        )  # fmt: skip
+        if config.spare and self.wish.spare is Spare.IF_FULL:
+            logger.warning(
+                "the grid %s is full: the new server is a spare one. It keeps copies, and is given experts of others",
+                self.wish.name,
+            )
         node = replace(self.node, hidden=hidden) if self.cluster is None else planning.node_elsewhere(self.node)
         plans = planning.plan_servers(
             config, self.servers, node, lab.node.contact, member_file=self.members.file, lasting=self.lasting,

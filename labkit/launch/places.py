@@ -12,6 +12,7 @@ import math
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from random import Random
 from typing import Any
@@ -39,6 +40,14 @@ LOOK_AGAIN = (0.05, 1.0)  # seconds between two looks at claims that are not dec
 RELEASE_TIMEOUT = 2.0  # seconds that a claim's end may take; if it fails, the claim expires by itself
 
 
+class Spare(Enum):
+    """Whether a server may come without places."""
+
+    NO = "no"
+    IF_FULL = "if the grid is full"
+    YES = "yes"
+
+
 @dataclass(frozen=True)
 class Wish:
     """The places that a caller wants.
@@ -48,6 +57,7 @@ class Wish:
         grid: Its sizes; by default as the swarm says, or large enough.
         experts: How many free places; by default all.
         uids: Which places instead.
+        spare: Whether to take no places at all, or none if none is free.
 
     Raises:
         ValueError: Both a number and places are given, or the number is none.
@@ -57,10 +67,13 @@ class Wish:
     grid: Sequence[int] | None = None
     experts: int | None = None
     uids: Sequence[str] | None = None
+    spare: Spare = Spare.NO
 
     def __post_init__(self) -> None:
         if self.uids is not None and self.experts is not None:
             raise ValueError("give either uids=… or experts=…")
+        if self.spare is Spare.YES and (self.uids is not None or self.experts is not None):
+            raise ValueError("spare=True: a spare server begins without experts; leave out uids and experts")
         if self.experts is not None and (not isinstance(self.experts, int) or self.experts < 1):
             raise ValueError(f"experts={self.experts!r}: a number of experts, at least one")
 
@@ -172,7 +185,9 @@ class _Claimer:
                 f"the grid {wish.name!r} of this swarm has the sizes {known.sizes}, not {sizes}; serve another with "
                 "name=…"
             )
-        places = await self._pick(sizes, taken, others)
+        if wish.spare is Spare.YES and known is None:
+            raise ValueError(f"the swarm has no grid {wish.name!r} for a spare server to help with; name=… names one")
+        places = [] if wish.spare is Spare.YES else await self._pick(sizes, taken, others)
         number = 1 + max((claim.number for claim in others), default=0)
         grid = _describe(sizes, self._kind, options)
         await self._write(claims.new(ClaimState.ASKING, attempt, number, wanted, places, grid))  # 3
@@ -244,6 +259,8 @@ class _Claimer:
         look = partial(_free_places, wish.name, sizes, taken.keys() | decided.keys())
         free = look() if places <= QUICK_PLACES else await trio.to_thread.run_sync(look)  # may take seconds
         wanted = len(free) if wish.experts is None else wish.experts
+        if not free and wish.spare is Spare.IF_FULL:
+            return []
         if not 1 <= wanted <= len(free):
             misfit = f"so {wanted} more experts do not fit" if wish.experts else "so there is none to take"
             raise ExpertsTaken(

@@ -218,7 +218,7 @@ def plan_servers(
     Raises:
         ValueError: There are fewer experts than servers, or the node's address has too few ports for them.
     """
-    parts = spread(config.uids, servers)
+    parts = spread(config.uids, servers) if config.uids else [()] * servers
     if config.threads is None:
         # With more threads than cores, each operation waits until all of its threads have had their turn, and those
         # that wait spin: a first batch took four times as long with four servers on two cores.
@@ -227,10 +227,14 @@ def plan_servers(
     announce = node.announce and announced_address(node.announce, LOOPBACK, 0)[0]
     listen = server_address(node, len(parts) + beside)
     node = replace(node, listen=listen, announce=announce, secure=join.secure or None, relay=None)
-    return [
-        ServerPlan(replace(config, uids=part), node, Identity.generate(), (join,), member_file, lasting, folder)
-        for part in parts
-    ]
+    plans = []
+    for part in parts:
+        identity, copies = Identity.generate(), None
+        if folder is not None:
+            copies = str(Path(folder) / "copies" / identity.public_key.hex()[:16])
+        server = replace(config, uids=part, copies_dir=copies)
+        plans.append(ServerPlan(server, node, identity, (join,), member_file, lasting, folder))
+    return plans
 
 
 def node_elsewhere(node: NodeConfig) -> NodeConfig:

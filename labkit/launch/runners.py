@@ -20,7 +20,7 @@ from typing import Protocol
 import trio
 
 from labkit.contact import Contact
-from labkit.events import AddressNews, Emit, Event, ignore
+from labkit.events import AddressNews, Emit, Event, ExpertNews, ignore
 from labkit.faults import Faults
 from labkit.launch.child import MAX_ORDERS
 from labkit.node import NodeConfig
@@ -64,7 +64,8 @@ class Runner(Protocol):
     """What serves once, from its start to its end. `stop_timeout`: seconds that a clean stop may take."""
 
     stop_timeout: float
-    on_news: Callable[[AddressNews], object]  # called when there is news of its address
+    on_news: Callable[[AddressNews | ExpertNews], object]  # called when there is news of its address or its experts
+    on_held: Callable[[tuple[str, ...]], object]  # called with the experts that it holds, whenever some come or go
 
     @property
     def host(self) -> str:
@@ -109,7 +110,8 @@ class ServerTask:
     def __init__(self, network: ZmqNetwork, emit: Emit, log: deque[str]) -> None:
         self._log = log
         self.stop_timeout = STOP_TIMEOUT
-        self.on_news: Callable[[AddressNews], object] = ignore
+        self.on_news: Callable[[AddressNews | ExpertNews], object] = ignore
+        self.on_held: Callable[[tuple[str, ...]], object] = lambda uids: None
         self._network = network
         self._emit = emit
         self._scope = trio.CancelScope()
@@ -128,7 +130,7 @@ class ServerTask:
                     self._network, plan.identity, plan.server, plan.node, join=plan.join,
                     admission=Admission(file=plan.member_file), faults=faults, emit=self._on_event, stop=self._stop,
                     hurry=self._hurry, allow=self._set_stop_timeout, orders=self._orders,
-                    task_status=status,  # type: ignore[arg-type]
+                    on_held=lambda uids: self.on_held(tuple(sorted(uids))), task_status=status,  # type: ignore[arg-type]
                 )  # fmt: skip
             if self._scope.cancelled_caught:
                 self._failure = "it was killed"
@@ -142,7 +144,7 @@ class ServerTask:
             self._ended.set()
 
     def _on_event(self, event: Event) -> None:
-        if isinstance(event, AddressNews):
+        if isinstance(event, AddressNews | ExpertNews):
             self.on_news(event)
         else:
             self._emit(event)

@@ -19,7 +19,7 @@ import trio
 
 from labkit.contact import Contact
 from labkit.errors import ServerFailed
-from labkit.events import AddressNews, ignore
+from labkit.events import AddressNews, ExpertNews, ignore
 from labkit.faults import Faults
 from labkit.forks import keep_private, release
 from labkit.launch import by_value
@@ -47,7 +47,8 @@ class ChildRunner:
 
     def __init__(self, log: deque[str]) -> None:
         self.stop_timeout = STOP_TIMEOUT  # until the child, when it is ready, says how long its own stop may take
-        self.on_news: Callable[[AddressNews], object] = ignore
+        self.on_news: Callable[[AddressNews | ExpertNews], object] = ignore
+        self.on_held: Callable[[tuple[str, ...]], object] = lambda uids: None
         self._log = log
         self._ended = trio.Event()
         self._last_lines: deque[str] = deque(maxlen=LAST_LINES)
@@ -95,6 +96,10 @@ class ChildRunner:
         if report.news is not None:
             self._note_contact(report.news.contact, report.direct)
             self.on_news(report.news.event)
+        if report.experts is not None:
+            self.on_news(report.experts.event)
+        if report.held is not None:
+            self.on_held(tuple(report.held))
         if report.loaded is not None:
             self._loaded[report.loaded] = report.failed or ""
             self._news.unpark_all()

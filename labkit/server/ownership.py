@@ -22,6 +22,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -118,7 +119,7 @@ _held: dict[str, FolderClaim] = {}  # of this process, by the name of the file
 
 @asynccontextmanager
 async def own_checkpoints(
-    folder: str | None, names: Sequence[str], *, in_thread: bool = True
+    folder: str | None, names: Sequence[str], *, in_thread: bool = True, all_of_them: bool = True
 ) -> AsyncIterator[FolderClaim]:
     """Own these experts' checkpoints in a folder for the length of the block.
 
@@ -129,28 +130,37 @@ async def own_checkpoints(
         folder: The folder, made if need be; None claims nothing.
         names: The experts, by their uids.
         in_thread: Whether a thread may look at the disk; in virtual time it may not.
+        all_of_them: Whether all are needed; if not, those that others own are left out: see `FolderClaim.owns`.
 
     Raises:
         FolderTaken: A server that lives owns one of them. The text says which, and what to do.
         CheckpointError: The folder cannot be written to.
     """
-    claim = FolderClaim() if folder is None else await _claim_patiently(folder, names, in_thread)
+    claim = FolderClaim() if folder is None else await _claim_patiently(folder, names, in_thread, all_of_them)
     try:
         yield claim
     finally:
         claim.release()
 
 
-async def _claim_patiently(folder: str, names: Sequence[str], in_thread: bool) -> FolderClaim:
+async def _claim_patiently(folder: str, names: Sequence[str], in_thread: bool, all_of_them: bool) -> FolderClaim:
+    def claim_some() -> FolderClaim:
+        claim = claim_checkpoints(folder, ())
+        claim.claim_anew(names)
+        return claim
+
+    async def do(claim: Callable[[], FolderClaim]) -> FolderClaim:
+        return await trio.to_thread.run_sync(claim) if in_thread else claim()
+
     started = trio.current_time()
     while True:
         try:
-            if in_thread:
-                return await trio.to_thread.run_sync(claim_checkpoints, folder, names)
-            return claim_checkpoints(folder, names)
+            return await do(partial(claim_checkpoints, folder, names))
         except FolderTaken as error:
             if trio.current_time() - started > (LEAVING_TIMEOUT if error.leaving else GRACE):
-                raise
+                if all_of_them:
+                    raise
+                return await do(claim_some)
         await trio.sleep(INTERVAL)
 
 

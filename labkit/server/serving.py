@@ -5,7 +5,8 @@ A batch passes by: `server/server` has the experts and the methods by which they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 
 import trio
@@ -48,6 +49,7 @@ async def serve_experts(
     executor: Executor | None = None,
     allow: Callable[[float], object] | None = None,
     orders: trio.MemoryReceiveChannel[LoadOrder] | None = None,
+    on_held: Callable[[Collection[str]], object] = lambda uids: None,
     task_status: trio.TaskStatus[Contact] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Run an expert server until `stop` is set (a clean stop: every expert is saved) or until cancelled (a crash).
@@ -70,16 +72,22 @@ async def serve_experts(
         executor: Where to compute. In a simulation that is `InlineCompute`, with which nothing leaves this thread.
         allow: Called before the server counts as started, with the seconds that a clean stop may take (`stop_timeout`).
         orders: Where orders to load experts come from, if any may.
+        on_held: Called with the experts that it holds, before it counts as started and whenever some come or go.
         task_status: Started with the node's contact.
 
     Raises:
         FolderTaken: Another server saves one of these experts in the same folder.
     """
-    async with own_checkpoints(config.checkpoint_dir, config.uids, in_thread=executor is None) as claim:
+    carries = config.backups > 0 or config.spare
+    own = own_checkpoints(config.checkpoint_dir, config.uids, in_thread=executor is None, all_of_them=not carries)
+    async with own as claim:
+        if carries:  # what others save, they hold
+            uids = tuple(uid for uid in config.uids if claim.owns(uid))
+            config = replace(config, uids=uids, spare=config.spare or uids != config.uids)
         await _serve_owned(
             network, identity, config, node_config, claim, join=join, admission=admission, faults=faults, emit=emit,
             stop=trio.Event() if stop is None else stop, hurry=trio.Event() if hurry is None else hurry,
-            executor=executor, allow=allow, orders=orders, task_status=task_status,
+            executor=executor, allow=allow, orders=orders, on_held=on_held, task_status=task_status,
         )  # fmt: skip
 
 
@@ -87,7 +95,8 @@ async def _serve_owned(
     network: Network, identity: Identity, config: ServerConfig, node_config: NodeConfig | None, claim: FolderClaim, *,
     join: Sequence[Contact], admission: Admission | None, faults: Faults | None, emit: Emit, stop: trio.Event,
     hurry: trio.Event, executor: Executor | None, allow: Callable[[float], object] | None,
-    orders: trio.MemoryReceiveChannel[LoadOrder] | None, task_status: trio.TaskStatus[Contact],
+    orders: trio.MemoryReceiveChannel[LoadOrder] | None, on_held: Callable[[Collection[str]], object],
+    task_status: trio.TaskStatus[Contact],
 ) -> None:  # fmt: skip
     """Do it all, with the experts' checkpoints owned."""
     message_bytes = (node_config or NodeConfig()).limits.frames.message_bytes
@@ -112,7 +121,7 @@ async def _serve_owned(
                 if config.grid is not None:
                     info = partial(grid_info, server)
                     await keepers.start(keep_grid_declared, node.dht, config.name, info, node.directory.config.ttl)
-                await keepers.start(partial(_keep_declared, server, node, allow))  # 4
+                await keepers.start(partial(_keep_declared, server, node, allow, on_held))  # 4
                 await keepers.start(carrying.run)
                 if config.checkpoint_dir is not None:
                     await keepers.start(
@@ -144,8 +153,9 @@ async def _serve_owned(
 
 
 async def _keep_declared(
-    server: ExpertServer, node: Node, allow: Callable[[float], object] | None, *, task_status: trio.TaskStatus[None]
-) -> None:
+    server: ExpertServer, node: Node, allow: Callable[[float], object] | None,
+    on_held: Callable[[Collection[str]], object], *, task_status: trio.TaskStatus[None],
+) -> None:  # fmt: skip
     """Declare the experts that are held, at once when that changes, and give way to others."""
     holdings, directory = server.holdings, node.directory
 
@@ -158,9 +168,11 @@ async def _keep_declared(
             on_outranked=holdings.raise_epoch, spare=server.config.spare or server.config.backups > 0,
         )  # fmt: skip
         await nursery.start(keep, holdings.declared, node.contact)
+        on_held(holdings.held)
         task_status.started()
         while True:
             await holdings.until_changed()
+            on_held(holdings.held)
             directory.declare_anew()
             if allow is not None:
                 allow(stop_timeout(server.runtime.backends.values()))
