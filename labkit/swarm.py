@@ -27,7 +27,7 @@ from labkit.launch import planning
 from labkit.launch.cluster import cluster_of
 from labkit.launch.handle import ServerHandle
 from labkit.launch.order import ServeOrder
-from labkit.launch.places import Spare, Wish
+from labkit.launch.places import Wish, spare_wish
 from labkit.node import NodeConfig
 from labkit.paths import user_path
 from labkit.printable import printable
@@ -141,8 +141,7 @@ class Swarm(SwarmLifecycle):
             experts: How many free places of the grid to take, by default all.
             servers: How many servers share the experts. Default 1.
             name: The grid's name, by default that of the kind.
-            uids: Which places to take, instead of `experts`. Another server that is alive must
-                not serve them.
+            uids: Which places to take, instead of `experts`; no other server may serve them.
             isolation: "process" (default), or "task" for a server in this process. A kind that
                 no import finds, as from a notebook cell, is handed to a process as code.
             on: A `Client` of Dask, at whose workers the servers run; by default they run here.
@@ -155,17 +154,17 @@ class Swarm(SwarmLifecycle):
                 over 2 % of the time.
             checkpoint_keep: Checkpoints of each expert that are kept; older ones are called
                 `<uid>~<updates>.safetensors`. If the last is damaged, the one before is loaded.
-            backups: How many other servers keep a copy of each expert, from which one of them goes
-                on with it, within seconds, when its server is gone. Default 1; 0 for none.
+            backups: Other servers that keep a copy of each expert, from which one of them goes on
+                with it, within seconds, when its server is gone. Default 1; 0 for none.
             spare: Whether they begin without experts: they keep copies, take over, and are given
                 experts of others. So do servers for which no place is free.
             backend: Optimizer and limits; by default those of `lk.BackendConfig()`: Adam with a
                 learning rate of 1e-3.
             threads: Torch's threads in each server; by default the servers here share this
                 process's number.
-            seed: Makes an expert's fresh parameters depend only on it and on the uid; with
-                "task", only if nothing else draws random numbers from torch meanwhile.
-            label: A name for these servers, which all who look at the swarm see.
+            seed: Makes an expert's fresh parameters depend only on it and on the uid; with "task",
+                only if nothing else draws from torch meanwhile.
+            label: A name for these servers, which all see.
             hidden: Of "ffn", "transformer" and "nop": width of inputs and outputs. A grid that
                 runs already says this option and the next four where they are left out.
             inner: Of "ffn" and "transformer": width of the layers between; by default 4 * hidden
@@ -188,7 +187,7 @@ class Swarm(SwarmLifecycle):
         isolation, of_server = planning.isolate(isolation, kind, fit(self.grids().get(name)), cluster=on is not None)
         directory = Path(self._folder.name) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
         order = ServeOrder(
-            Wish(name, grid, experts, uids, _spare(spare, backups, uids)), of_server, options, fit, servers, isolation,
+            Wish(name, grid, experts, uids, spare_wish(spare, backups, uids)), of_server, options, fit, servers, isolation,
             config={
                 "checkpoint_dir": str(user_path(directory, "checkpoint_dir")), "checkpoint_period": checkpoint_period,
                 "checkpoint_keep": checkpoint_keep, "threads": threads, "seed": seed, "label": label,
@@ -400,10 +399,3 @@ class Swarm(SwarmLifecycle):
 
     def _repr_html_(self) -> str:
         return self.summary().html()
-
-
-def _spare(spare: bool, backups: int, uids: Sequence[str] | None) -> Spare:
-    """Whether servers may come without places: on request, or where copies are kept and any place would do."""
-    if spare:
-        return Spare.YES
-    return Spare.IF_FULL if backups and uids is None else Spare.NO

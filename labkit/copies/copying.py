@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import trio
 
 from labkit.contact import Contact
-from labkit.copies.experts import Experts
+from labkit.copies.experts import ServedExperts
 from labkit.copies.messages import CopyHead, Watched, WatchedExpert, WatchReply
 from labkit.copies.placement import rank
 from labkit.copies.sending import CopyBudget, send_copy
@@ -70,7 +70,7 @@ class Copying:
     """
 
     def __init__(
-        self, caller: Caller, experts: Experts, servers: GridServers, own: Callable[[], Contact], backups: int,
+        self, caller: Caller, experts: ServedExperts, servers: GridServers, own: Callable[[], Contact], backups: int,
         emit: Emit, *, budget: CopyBudget, period: float = PERIOD,
     ) -> None:  # fmt: skip
         self.backups = backups

@@ -32,7 +32,7 @@ class PackedExpert:
     backend: Mapping[str, Plain]
 
 
-class Experts(Protocol):
+class ServedExperts(Protocol):
     """The experts of one server, as they come and go. All of it belongs to one trio thread."""
 
     @property

@@ -15,7 +15,7 @@ import trio
 
 from labkit.contact import Contact
 from labkit.copies.copying import Copying
-from labkit.copies.experts import Experts
+from labkit.copies.experts import ServedExperts
 from labkit.copies.messages import TAKE, CopyState, Take, Taken
 from labkit.copies.servers import GridServers
 from labkit.copies.store import CopyStore
@@ -51,7 +51,7 @@ class HandOver:
     directory: Directory
     copying: Copying
     store: CopyStore
-    experts: Experts
+    experts: ServedExperts
     servers: GridServers
     own: Callable[[], Contact]
     emit: Emit

@@ -15,7 +15,7 @@ import trio
 
 from labkit.contact import Contact
 from labkit.copies.copying import Copying
-from labkit.copies.experts import Experts
+from labkit.copies.experts import ServedExperts
 from labkit.copies.handover import HandOver
 from labkit.copies.levelling import Levelling
 from labkit.copies.messages import HAVE, MAX_WATCHED, PROBE, TAKE, WATCH, CopyHead, CopyState, Take, Watched
@@ -63,7 +63,7 @@ class CopyKeeper:
     """
 
     def __init__(
-        self, caller: Caller, dht: DHTNode, directory: Directory, experts: Experts, *, grid: str, kind: str,
+        self, caller: Caller, dht: DHTNode, directory: Directory, experts: ServedExperts, *, grid: str, kind: str,
         backups: int, is_spare: Callable[[], bool], folder: Path, own: Callable[[], Contact], emit: Emit,
         in_thread: bool = True, budget: CopyBudget | None = None,
     ) -> None:  # fmt: skip

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import trio
 
 from labkit.contact import Contact
-from labkit.copies.experts import Experts
+from labkit.copies.experts import ServedExperts
 from labkit.copies.handover import HandOver
 from labkit.copies.placement import rank
 from labkit.copies.servers import GridServers, ServerRecord
@@ -31,7 +31,9 @@ class Levelling:
         own: Returns our own contact.
     """
 
-    def __init__(self, servers: GridServers, experts: Experts, handover: HandOver, own: Callable[[], Contact]) -> None:
+    def __init__(
+        self, servers: GridServers, experts: ServedExperts, handover: HandOver, own: Callable[[], Contact]
+    ) -> None:
         self._servers = servers
         self._experts = experts
         self._handover = handover

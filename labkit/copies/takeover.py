@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import trio
 
 from labkit.contact import Contact
-from labkit.copies.experts import Experts
+from labkit.copies.experts import ServedExperts
 from labkit.copies.messages import HAVE, MAX_WATCHED, CopyState
 from labkit.copies.servers import KEY_PREFIX, GridServers
 from labkit.copies.store import Copy, CopyStore
@@ -45,7 +45,7 @@ class TakeOver:
     """
 
     def __init__(
-        self, caller: Caller, directory: Directory, servers: GridServers, store: CopyStore, experts: Experts,
+        self, caller: Caller, directory: Directory, servers: GridServers, store: CopyStore, experts: ServedExperts,
         own: Callable[[], Contact], emit: Emit,
     ) -> None:  # fmt: skip
         self._caller = caller

@@ -48,6 +48,13 @@ class Spare(Enum):
     YES = "yes"
 
 
+def spare_wish(spare: bool, backups: int, uids: Sequence[str] | None) -> Spare:
+    """Whether servers may come without places: on request, or where copies are kept and any place would do."""
+    if spare:
+        return Spare.YES
+    return Spare.IF_FULL if backups and uids is None else Spare.NO
+
+
 @dataclass(frozen=True)
 class Wish:
     """The places that a caller wants.

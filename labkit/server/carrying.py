@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 class CarriedExperts:
-    """The experts of one server: see `copies.experts.Experts`."""
+    """The experts of one server: see `copies.experts.ServedExperts`."""
 
     def __init__(self, server: ExpertServer) -> None:
         self._server = server
