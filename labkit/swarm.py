@@ -141,7 +141,7 @@ class Swarm(SwarmLifecycle):
             experts: How many free places of the grid to take, by default all.
             servers: How many servers share the experts. Default 1.
             name: The grid's name, by default that of the kind.
-            uids: Which places to take, instead of `experts`; no other server may serve them.
+            uids: Which places to take, instead of `experts`; nobody else may serve them.
             isolation: "process" (default), or "task" for a server in this process. A kind that
                 no import finds, as from a notebook cell, is handed to a process as code.
             on: A `Client` of Dask, at whose workers the servers run; by default they run here.
@@ -162,8 +162,8 @@ class Swarm(SwarmLifecycle):
                 learning rate of 1e-3.
             threads: Torch's threads in each server; by default the servers here share this
                 process's number.
-            seed: Makes an expert's fresh parameters depend only on it and on the uid; with "task",
-                only if nothing else draws from torch meanwhile.
+            seed: Makes fresh parameters depend only on it and on the uid; with "task", only if
+                nothing else draws from torch meanwhile.
             label: A name for these servers, which all see.
             hidden: Of "ffn", "transformer" and "nop": width of inputs and outputs. A grid that
                 runs already says this option and the next four where they are left out.
@@ -187,8 +187,8 @@ class Swarm(SwarmLifecycle):
         isolation, of_server = planning.isolate(isolation, kind, fit(self.grids().get(name)), cluster=on is not None)
         directory = Path(self._folder.name) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
         order = ServeOrder(
-            Wish(name, grid, experts, uids, spare_wish(spare, backups, uids)), of_server, options, fit, servers, isolation,
-            config={
+            Wish(name, grid, experts, uids, spare_wish(spare, backups, uids)), of_server, options, fit, servers,
+            isolation, config={
                 "checkpoint_dir": str(user_path(directory, "checkpoint_dir")), "checkpoint_period": checkpoint_period,
                 "checkpoint_keep": checkpoint_keep, "threads": threads, "seed": seed, "label": label,
                 "backend": planning.check_backend(backend), "backups": backups,
