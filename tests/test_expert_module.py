@@ -708,3 +708,12 @@ def test_an_expert_that_is_a_task_and_calls_exit_takes_nobody_else_along(tmp_pat
             swarm.servers[-1].stop()
         assert torch.equal(swarm.expert("good.0")(X), X)
         assert [server.state for server in swarm.servers[:2]] == ["running", "running"]
+
+
+def test_a_call_of_one_width_does_not_make_an_expert_that_takes_anything_refuse_another():
+    with lk.Swarm() as swarm:
+        swarm.serve("nop", grid=(1,), isolation="task")
+        expert = swarm.expert("nop.0")
+        assert expert(torch.ones(1, 4)).shape == (1, 4)
+        assert expert.schema is None
+        assert swarm.moe(16, name="nop")(torch.ones(2, 16)).shape == (2, 16)

@@ -79,6 +79,7 @@ class ExpertModule:
         self.guesses: list[TensorSchema] = []  # what it may take: tried in vain
         self._trials_end = False  # whether trials came too late to matter
         self._takes = str(getattr(module, "takes", ""))  # what to send, for error texts
+        self._takes_anything = getattr(module, "takes_anything", False)  # so that no call shows what it takes
         self._ways: dict[tuple[Schema, tuple[str, ...]], _Way] = {}  # newest last
         self._look_at_buffers()
 
@@ -155,6 +156,8 @@ class ExpertModule:
             raise BadRequest(self._refusal(inputs, keywords, str(error))) from None
 
     def _learn(self, inputs: Sequence[Tensor], keywords: tuple[str, ...], outputs: Sequence[Tensor]) -> None:
+        if self._takes_anything:
+            return
         schema = ExpertSchema(describe_tensors(inputs, keywords), describe_tensors(outputs))
         self.schema = schema if self.schema is None else widened(self.schema, schema)
 

@@ -343,6 +343,7 @@ class Nop(nn.Module):
     def __init__(self, hidden: int | None = None) -> None:
         super().__init__()
         self.takes = "tensors of any shape and type"
+        self.takes_anything = True
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
         return x
