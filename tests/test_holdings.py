@@ -85,8 +85,20 @@ class Lab:
         """Call an expert as a layer does. Returns the answer, or the error."""
         return await await_callback(partial(self._begin, info, timeout))
 
+    async def train(self, info: ExpertInfo, forward_updates: int) -> Any:
+        """Make a backward call as a layer does."""
+
+        def begin(done: Any) -> Any:
+            wrap = partial(self._wrapped, done)
+            return self.experts.backward(info, [X], [X], wrap, timeout=10.0, forward_updates=forward_updates)
+
+        return await await_callback(begin)
+
+    def _wrapped(self, done: Any, outcome: Any) -> None:
+        done(Wrapped(outcome))
+
     def _begin(self, info: ExpertInfo, timeout: float, done: Any) -> Any:
-        return self.experts.forward(info, [X], [(4,)], lambda outcome: done(Wrapped(outcome)), timeout=timeout)
+        return self.experts.forward(info, [X], [(4,)], partial(self._wrapped, done), timeout=timeout)
 
 
 class Wrapped:
@@ -364,10 +376,21 @@ async def test_a_call_follows_its_expert_as_if_nothing_had_happened(autojump_clo
         assert isinstance(event, CallFinished) and event.address == third.endpoint
         found = await here.find()
         assert (found.contact, found.epoch) == (third, 2), "and the next one finds it there at once"
-        asked = two.statistics().expert_rows, one.statistics().rows
-        here.events.clear()
-        assert isinstance((await here.ask(info)).outcome, ExpertOutput), "what a pass remembers is brought up to date"
-        assert here.experts.in_flight == 0 and asked == ([], 3)
+        assert here.experts.in_flight == 0 and (one.statistics().rows, three.statistics().rows) == (3, 3)
+
+
+async def test_a_backward_pass_goes_where_the_expert_is_by_then(autojump_clock):
+    async with lab() as here:
+        (one, _), (two, second) = await here.serve(*UIDS), await here.serve()
+        info = await here.find()
+        before = (await here.ask(info)).outcome
+        await move(here, UIDS[0], one, two, second, 1)
+        outcome = (await here.train(info, before.updates)).outcome
+        assert isinstance(outcome, ExpertOutput) and outcome.updates == 1 == two.runtime.backends[UIDS[0]].updates
+        event = here.events[-1]
+        assert isinstance(event, CallFinished) and (event.address, event.staleness) == (second.endpoint, 0)
+        one.holdings.suspended = True  # it need not be there any more
+        assert isinstance((await here.train(info, 0)).outcome, ExpertOutput), "what a pass remembers is out of date"
 
 
 async def test_no_call_fails_and_none_is_answered_twice_while_an_expert_is_handed_over(autojump_clock):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ import torch
 from torch import nn
 
 import labkit as lk
+from labkit.client.session import Session
 from labkit.errors import CheckpointError
+from labkit.expert_uid import ExpertInfo
 from labkit.launch.handle import ServerHandle
 from labkit.server.checkpoints import load_expert
 from labkit.swarm import Swarm
+from labkit.training import saving
 from labkit.training.active_runs import runs
 from labkit.training.run_folder import MANIFEST, read_moment
 
@@ -365,6 +369,18 @@ def test_a_crash_in_the_middle_of_a_save_leaves_what_was_saved_before(tmp_path, 
     again.save(tmp_path)
     assert saved_in(tmp_path)[0] != before[0]
     assert len(list(tmp_path.glob("step-*"))) == 1 and (tmp_path / "mine.txt").exists()
+
+
+def test_an_expert_that_another_server_has_by_now_is_saved_from_there(tmp_path, fresh, monkeypatch):
+    async def find_too_early(session: Session, net: nn.Module) -> dict[str, ExpertInfo]:
+        found = await find_experts(session, net)
+        return {uid: replace(info, contact=fresh.servers[-1].contact) for uid, info in found.items()}
+
+    run = lk.fit(model(fresh), (X, Y), steps=3, **TRAIN).wait()
+    find_experts = saving.find_experts
+    monkeypatch.setattr(saving, "find_experts", find_too_early)
+    run.save(tmp_path / "ckpt")
+    assert len(saved_in(tmp_path / "ckpt")[0]) == 4
 
 
 def test_a_run_is_saved_where_it_was_meant_to_be_when_save_was_called(tmp_path, fresh, monkeypatch):

@@ -168,7 +168,9 @@ class ExpertCall:
     ) -> None:
         self._client = client
         self._direction = direction
-        self._expert = expert = client.directory.newest(expert)
+        if direction == "backward":  # seconds may have passed since the expert was looked up
+            expert = client.directory.newest(expert)
+        self._expert = expert
         self._rows = tensors[0].shape[0]
         self._expected = expected
         self._done = done

@@ -12,6 +12,10 @@ No batch passes here. From the words to the work:
     sending      the primary's side, under a budget of bytes
     servers      the servers of a grid, as they write themselves into the DHT
     placement    which of them is to keep a copy of which expert
+    copying      keeps copies of the experts that are served here
+    watching     notices who is gone; takeover: claims its experts
+    handover     gives experts to others; levelling: until loads are even
+    keeper       all of it, for one server; experts: what it needs of that
 
 Nothing here imports `server`: what a copy needs of one is handed in.
 """

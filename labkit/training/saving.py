@@ -20,7 +20,7 @@ from labkit.client.moe import MixtureOfExperts
 from labkit.client.session import Session
 from labkit.contact import Contact
 from labkit.directory.grids import GridInfo
-from labkit.errors import CheckpointError, RPCError
+from labkit.errors import CheckpointError, RPCError, UnknownExpert
 from labkit.expert_uid import ExpertInfo, grid_uids, split_uid
 from labkit.server.snapshots import MAX_SNAPSHOTS, fetch_snapshot
 from labkit.training.run_folder import EXPERTS, SavedExpert, SavedGrid, SavedRun, new_moment, write_moment
@@ -123,7 +123,11 @@ async def _fetch_all(
     async def fetch(info: ExpertInfo) -> None:
         async with one_server.setdefault(info.contact, trio.CapacityLimiter(AT_ONCE_OF_ONE)), all_servers:
             try:
-                head = await fetch_snapshot(session.experts.caller, info.contact, info.uid, folder)
+                try:
+                    head = await fetch_snapshot(session.experts.caller, info.contact, info.uid, folder)
+                except UnknownExpert:  # another server has it by now
+                    info = (await session.directory.holders([info.uid])).get(info.uid, info)
+                    head = await fetch_snapshot(session.experts.caller, info.contact, info.uid, folder)
             except RPCError as error:
                 lost[info.uid] = error
                 (folder / f"{info.uid}.safetensors").unlink(missing_ok=True)
