@@ -252,6 +252,22 @@ def server_backend(uid: str, **options: Any) -> ExpertBackend:
     return ExpertBackend(uid, make_expert("ffn", hidden=4), BackendConfig(**options))
 
 
+async def test_a_request_that_is_given_up_is_taken_out_of_its_own_devices_queue(autojump_clock):
+    backends = {"ffn.0": server_backend("ffn.0"), "ffn.1": server_backend("ffn.1", device="cpu:0")}
+    runtime = Runtime(backends, executor=SECOND)
+    answers = list[str]()
+    deadline = trio.current_time() + 100
+    waiting = [
+        runtime.put(uid, "forward", [X], deadline, partial(lambda uid, _: answers.append(uid), uid)) for uid in UIDS
+    ]
+    assert runtime.discard(waiting[1])
+    async with trio.open_nursery() as nursery:
+        await nursery.start(runtime.run)
+        await trio.sleep(3)
+        assert answers == ["ffn.0"]
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_runtime_that_begins_without_experts_has_no_thread_until_the_first_comes():
     runtime = Runtime({})
     async with trio.open_nursery() as nursery:
@@ -482,6 +498,24 @@ async def test_checkpoints_follow_what_a_server_holds(tmp_path: Path):
             claim_checkpoints(tmp_path, UIDS)
         for claim in claims:
             claim.release()
+
+
+async def test_what_another_owns_is_not_saved_over_it_while_the_others_are(tmp_path: Path):
+    runtime = Runtime({uid: server_backend(uid) for uid in UIDS}, executor=InlineCompute())
+    claim = claim_checkpoints(tmp_path, UIDS[1:])
+    async with trio.open_nursery() as nursery:
+        await nursery.start(runtime.run)
+        await nursery.start(partial(keep_checkpoints, runtime, tmp_path, 0.02, claim=claim))
+        for backend in runtime.backends.values():
+            backend.backward(X, X)
+
+        async def is_saved() -> bool:
+            return load_expert(tmp_path, UIDS[1]) is not None
+
+        await soon(is_saved)
+        assert load_expert(tmp_path, UIDS[0]) is None
+        nursery.cancel_scope.cancel()
+    claim.release()
 
 
 async def test_what_another_owns_in_the_folder_is_saved_there_once_it_has_let_go(tmp_path: Path, autojump_clock):
