@@ -156,12 +156,11 @@ class Swarm(SwarmLifecycle):
                 `<uid>~<updates>.safetensors`. If the last is damaged, the one before is loaded.
             backups: Other servers that keep a copy of each expert, from which one of them goes on
                 with it, within seconds, when its server is gone. Default 1; 0 for none.
-            spare: Whether they begin without experts: they keep copies, take over, and are given
-                experts of others. So do servers for which no place is free.
+            spare: Whether they begin without experts, keep copies, take over, and are given some.
+                So do servers for which no place is free.
             backend: Optimizer and limits; by default those of `lk.BackendConfig()`: Adam with a
                 learning rate of 1e-3.
-            threads: Torch's threads in each server; by default the servers here share this
-                process's number.
+            threads: Torch's threads in each server; by default they share this process's.
             seed: Makes fresh parameters depend only on it and on the uid; with "task", only if
                 nothing else draws from torch meanwhile.
             label: A name for these servers, which all see.
