@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -81,6 +82,8 @@ def nothing_is_left() -> Iterator[None]:
     yield
     left_threads = _threads() - threads
     for thread in left_threads:
+        while thread.ident is None and thread in threading.enumerate():  # it is being started
+            time.sleep(0.001)
         thread.join(GRACE)
     _, left_processes = psutil.wait_procs(_children() - children, timeout=GRACE)
     left = [thread.name for thread in left_threads if thread.is_alive()]

@@ -293,7 +293,7 @@ def test_when_a_divided_network_is_whole_again_the_server_that_came_later_gives_
 
 def test_an_expert_that_is_served_is_not_replaced_by_an_untrained_one_and_can_be_taken_once_its_server_is_gone():
     with Swarm("served twice") as swarm, Swarm.join(swarm.invite(), name="another") as other:
-        (server,) = swarm.serve("ffn", hidden=8, grid=(1, 2), experts=1, isolation="task")
+        (server,) = swarm.serve("ffn", hidden=8, grid=(1, 2), experts=1, isolation="task", backups=0)
         for one in (swarm, other):
             with pytest.raises(ExpertsTaken, match=r"ffn\.0\.0 is served at 127\.0\.0\.1:\d+ already"):
                 one.serve("ffn", hidden=8, uids=["ffn.0.1", "ffn.0.0"], isolation="task")
@@ -307,6 +307,16 @@ def test_an_expert_that_is_served_is_not_replaced_by_an_untrained_one_and_can_be
         heir.kill()
         server.restart()
         assert server.alive and swarm.experts()["ffn.0.0"].contact == server.contact
+
+
+def test_a_server_whose_experts_others_have_by_now_is_restarted_as_a_spare_one():
+    with Swarm("served twice") as swarm, Swarm.join(swarm.invite(), name="another") as other:
+        (server,) = swarm.serve("ffn", hidden=8, grid=(1, 2), experts=1, isolation="task")
+        server.kill()
+        (heir,) = other.serve("ffn", hidden=8, uids=["ffn.0.0"], isolation="task")
+        server.restart()
+        assert server.alive and server.uids == ()
+        assert swarm.experts()["ffn.0.0"].contact == heir.contact
 
 
 def test_notebooks_that_serve_at_the_same_moment_share_a_grid():

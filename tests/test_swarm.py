@@ -82,7 +82,7 @@ def test_experts_are_found_as_soon_as_serve_returns(swarm):
 
 def test_a_newcomer_takes_the_free_places_of_the_grid_with_the_options_of_the_others(still):
     with lk.Swarm.join(still.invite()) as newcomer:
-        (server,) = newcomer.serve("ffn", isolation="task", backend=SGD)
+        (server,) = newcomer.serve("ffn", isolation="task", backups=0, backend=SGD)  # which leaves no expert behind
         assert not set(server.uids) & set(still.servers[0].uids)
         assert sorted(newcomer.experts()) == [f"ffn.{i}.{j}" for i in range(2) for j in range(3)]
         assert newcomer.expert(server.uids[0])(X).shape == X.shape
@@ -504,7 +504,7 @@ def test_a_server_that_was_killed_a_moment_ago_is_shown_once(swarm):
 
 def test_the_swarm_shows_its_servers_and_those_elsewhere(still):
     with Swarm.join(still.invite(), name="guest") as guest:
-        guest.serve("ffn", experts=1, isolation="task", backend=SGD)
+        guest.serve("ffn", experts=1, isolation="task", backups=0, backend=SGD)
         eventually(lambda: len(still.experts()) == 4)
         text = repr(still)
         assert "swarm 'still', open at 127.0.0.1:" in text

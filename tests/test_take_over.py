@@ -112,6 +112,16 @@ async def test_a_server_that_comes_back_is_a_spare_and_is_given_experts_again(tm
         await swarm.until(partial(_has, swarm, back, 2))
 
 
+async def test_neither_copies_nor_a_take_over_draw_random_numbers(tmp_path, autojump_clock):
+    async with copied_swarm(tmp_path) as swarm:
+        servers = await swarm.serve_grid(2)
+        before = torch.get_rng_state()  # of a notebook whose servers are tasks
+        await swarm.until_copied()
+        await servers[0].kill()
+        await swarm.until(partial(_served_elsewhere, swarm, servers[0].contact))
+        assert before.equal(torch.get_rng_state())
+
+
 async def _has(swarm: CopiedSwarm, server: Server, experts: int) -> bool:
     return [info.contact for info in (await swarm.holders()).values()].count(server.contact) == experts
 

@@ -111,13 +111,14 @@ class CopyKeeper:
             nursery.start_soon(self._levelling.run)
             task_status.started()
 
-    async def carried_by_others(self, node: Node) -> set[str]:
-        """Which of the experts, which are not declared yet, others have, or are about to take over from a copy.
+    async def carried_by_others(self, node: Node, uids: Iterable[str]) -> set[str]:
+        """Which of these experts others have, or are about to take over from a copy.
 
         Args:
             node: The server's node.
+            uids: The experts, which this server has not declared yet.
         """
-        found = await node.directory.holders(self._experts.held)
+        found = await node.directory.holders(uids)
         held, _ = await of_others(found, self._own().key, partial(is_alive, self._caller))
         left = set(held)
         await self.servers.read()

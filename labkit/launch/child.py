@@ -78,11 +78,12 @@ class ChildLoad(msgspec.Struct):
 class ChildCommand(msgspec.Struct):
     """Any later line that a child reads: a change of the faults that it injects, experts to load, or a stop.
 
-    `hurry`: the stop that comes next has to be over within a second.
+    `hurry`: the stop that comes next has to be over within a second. `alone`: no other server of the grid goes on.
     """
 
     stop: bool = False
     hurry: bool = False
+    alone: bool = False
     load: ChildLoad | None = None
     latency: float | None = None  # seconds
     loss: float | None = None
@@ -196,7 +197,7 @@ def _with_code(config: ChildConfig) -> ChildConfig:
 
 async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
     """Serve until a command, a signal or the parent's end asks for a stop, and experts are saved."""
-    faults, stop, hurry = Faults(config.latency, config.loss), trio.Event(), trio.Event()
+    faults, stop, hurry, alone = Faults(config.latency, config.loss), trio.Event(), trio.Event(), trio.Event()
     token = trio.lowlevel.current_trio_token()
     stop_timeout, ready = STOP_TIMEOUT, False
     news: list[ChildReport] = []  # that comes before it is ready
@@ -215,6 +216,8 @@ async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
         faults.set(command.latency, command.loss)
         if command.hurry:
             soon(hurry.set)
+        if command.alone:
+            soon(alone.set)
         return command.stop
 
     def begin_load(load: ChildLoad) -> None:
@@ -252,7 +255,7 @@ async def _serve(config: ChildConfig, reports: BinaryIO) -> None:
             network.direct = directly
             await serve_experts(
                 network, identity, config.server, config.node, join=config.join, admission=admission, faults=faults,
-                emit=report_news, stop=stop, hurry=hurry, allow=set_stop_timeout, orders=orders,
+                emit=report_news, stop=stop, hurry=hurry, alone=alone, allow=set_stop_timeout, orders=orders,
                 on_held=report_held, task_status=task_status,
             )  # fmt: skip
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 import trio
 
 from labkit.contact import Contact
+from labkit.copies.servers import GridServers
 from labkit.errors import CheckpointError, LabkitError, ServerFailed
 from labkit.expert_protocol import clean_label
 from labkit.faults import Faults
@@ -27,6 +29,7 @@ from labkit.server.statistics import ServerStatistics, call_statistics
 
 logger = logging.getLogger(__name__)
 
+LOOK_TIME = 0.3  # seconds of a swarm's end to find out whether others serve its grids, too
 MAX_STARTING = 8  # servers that start at the same time; hundreds would hold each other up beyond their deadlines
 
 
@@ -254,17 +257,43 @@ async def begin_all(handles: Sequence[ServerHandle]) -> None:
 
 
 async def end_all(handles: Sequence[ServerHandle], timeout: float) -> None:
-    """Stop servers side by side, and kill those that take longer than `timeout` seconds to save their experts."""
+    """Stop servers side by side, and kill those that take longer than `timeout` seconds.
+
+    They hand their experts over where other servers of the grid go on, and save them where checkpoints outlive them.
+    """
+    until = trio.current_time() + timeout
+    shared = await _shared_grids(handles)
 
     async def end(handle: ServerHandle) -> None:
-        order = ServerEvent.STOP if handle.plan.lasting else ServerEvent.DISCARD
-        failure = await handle.lifecycle.end(order, timeout)
+        alone = handle.plan.server.name not in shared
+        order = ServerEvent.DISCARD if alone and not handle.plan.lasting else ServerEvent.STOP
+        failure = await handle.lifecycle.end(order, until - trio.current_time(), alone=alone)
         if failure:
             logger.warning("%r did not end cleanly: %s", handle, failure)
 
     async with trio.open_nursery() as nursery:
         for handle in handles:
             nursery.start_soon(end, handle)
+
+
+async def _shared_grids(handles: Sequence[ServerHandle]) -> set[str]:
+    """Returns the grids of these servers that others serve, too, as far as that is found out in a moment."""
+    alive = [handle for handle in handles if handle.alive]
+    own = {handle.plan.identity.public_key for handle in handles}
+    shared = set[str]()
+
+    async def look(lab: Lab, name: str) -> None:
+        servers = GridServers(lab.node.dht, name, None)
+        with suppress(LabkitError):
+            await servers.read()
+        if servers.others.keys() - own:
+            shared.add(name)
+
+    with trio.move_on_after(LOOK_TIME):
+        async with trio.open_nursery() as nursery:
+            for name in {handle.plan.server.name for handle in alive if handle.plan.server.backups}:
+                nursery.start_soon(look, alive[0]._lab, name)
+    return shared
 
 
 async def load_all(

@@ -128,18 +128,19 @@ class ServerLifecycle:
         else:
             self._lab.nursery.start_soon(self._execute_alone, order, saving, number)
 
-    async def end(self, order: ServerEvent, timeout: float | None = None) -> str:
+    async def end(self, order: ServerEvent, timeout: float | None = None, *, alone: bool = False) -> str:
         """Take an order that ends the server, and execute it. If this is cancelled, it ends all the same.
 
         Args:
             order: STOP, DISCARD or KILL.
             timeout: Seconds that it has to save its experts, a few; by default as many as their size takes.
+            alone: Whether no other server of its grid goes on, to which it could hand them over.
 
         Returns:
             What went wrong; an empty string if nothing did.
         """
         if timeout is not None and self._runner is not None:
-            self._runner.hurry()
+            self._runner.hurry(alone)
         return await self._finish(self._take(order), timeout)
 
     def _take(self, order: ServerEvent) -> Runner | None:

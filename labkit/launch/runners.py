@@ -88,8 +88,12 @@ class Runner(Protocol):
     def stop(self) -> None:
         """Ask it to leave the swarm without losing a call, to save its experts and to end."""
 
-    def hurry(self) -> None:
-        """Tell it, before it is stopped, that there will be little time."""
+    def hurry(self, alone: bool = False) -> None:
+        """Tell it, before it is stopped, that there will be little time.
+
+        Args:
+            alone: Whether no other server of its grid goes on, to which it could hand experts over.
+        """
 
     def kill(self) -> None:
         """End it at once, also while it starts. Nothing is saved."""
@@ -115,7 +119,7 @@ class ServerTask:
         self._network = network
         self._emit = emit
         self._scope = trio.CancelScope()
-        self._stop, self._hurry = trio.Event(), trio.Event()
+        self._stop, self._hurry, self._alone = trio.Event(), trio.Event(), trio.Event()
         self._ended = trio.Event()
         self._failure = ""
         self._to_carry_out, self._orders = trio.open_memory_channel[LoadOrder](MAX_ORDERS)
@@ -129,7 +133,7 @@ class ServerTask:
                 await serve_experts(
                     self._network, plan.identity, plan.server, plan.node, join=plan.join,
                     admission=Admission(file=plan.member_file), faults=faults, emit=self._on_event, stop=self._stop,
-                    hurry=self._hurry, allow=self._set_stop_timeout, orders=self._orders,
+                    hurry=self._hurry, alone=self._alone, allow=self._set_stop_timeout, orders=self._orders,
                     on_held=lambda uids: self.on_held(tuple(sorted(uids))), task_status=status,  # type: ignore[arg-type]
                 )  # fmt: skip
             if self._scope.cancelled_caught:
@@ -159,8 +163,10 @@ class ServerTask:
     def stop(self) -> None:
         self._stop.set()
 
-    def hurry(self) -> None:
+    def hurry(self, alone: bool = False) -> None:
         self._hurry.set()
+        if alone:
+            self._alone.set()
 
     def kill(self) -> None:
         self._scope.cancel()

@@ -63,8 +63,8 @@ class ChildRunner:
         """See `Runner`, as for the next three."""
         self._send(ChildCommand(stop=True))
 
-    def hurry(self) -> None:
-        self._send(ChildCommand(hurry=True))
+    def hurry(self, alone: bool = False) -> None:
+        self._send(ChildCommand(hurry=True, alone=alone))
 
     def apply_faults(self, faults: Faults) -> None:
         self._send(ChildCommand(latency=faults.latency, loss=faults.loss))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from copy import deepcopy
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from labkit.server.backend import ANSWER_LIMIT, ExpertBackend
 from labkit.server.checkpoints import restore
 from labkit.server.config import ServerConfig
 from labkit.server.layers import kind_name, make_expert
+from labkit.server.optimizer import BackendConfig
 
 T = TypeVar("T")
 
@@ -49,6 +51,23 @@ def build_expert(
     backend.answer_limit = answer_limit
     if folder is not None:
         restore(folder, backend)
+    return backend
+
+
+def build_like(pattern: ExpertBackend, uid: str, trained: BackendConfig, *, copied: bool = True) -> ExpertBackend:
+    """Make an expert from another one of its kind, whose state is to be loaded, or which is to be looked at.
+
+    It draws no random numbers, unlike a factory: a notebook beside the server goes on with its own.
+
+    Args:
+        pattern: The other one.
+        uid: The expert.
+        trained: How it is trained.
+        copied: Whether it gets a module of its own. Raises what copying raises, if such modules cannot be copied.
+    """
+    backend = ExpertBackend(uid, deepcopy(pattern.module) if copied else pattern.module, trained, kind=pattern.kind)
+    backend.answer_limit = pattern.answer_limit
+    share_schema(backend, pattern, None)
     return backend
 
 

@@ -8,7 +8,7 @@ Order: the experts as copies see them, then what `server/serving` does with copi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,12 +30,13 @@ from labkit.node import Node
 from labkit.server.backend import ExpertBackend
 from labkit.server.building import build_in_thread
 from labkit.server.layers import kind_name
+from labkit.server.leaving import stop_timeout
 from labkit.server.optimizer import BackendConfig
 from labkit.server.server import ExpertServer
 from labkit.wire.rpc_client import Client
 from labkit.wire.rpc_types import Methods
 
-HAND_OVER_TIME = 30.0  # seconds that handing over takes at most, at a clean stop
+HAND_OVER_SHARE = 0.5  # of the time that a clean stop may take, for handing over; what is handed over is not saved
 HURRIED_TIME = 0.7  # the same where a whole swarm is closed, within two seconds
 T = TypeVar("T")
 
@@ -70,7 +71,7 @@ class CarriedExperts:
         """Check the file of a copy. Raises `CheckpointError` if this server could not carry it on."""
         trained = self._trained(head.backend)
         if self._template is None or self._template[0] != trained:
-            self._template = trained, self._server.make_backend(head.uid, None, restored=False, trained=trained)
+            self._template = trained, self._server.make_blank(head.uid, trained, to_look_at=True)
         template = self._template[1]
         if head.kind.rpartition(":")[2] != template.kind.rpartition(":")[2]:
             raise CheckpointError(f"{head.uid} is of kind {head.kind!r}, and this server has {template.kind!r}")
@@ -79,10 +80,9 @@ class CarriedExperts:
     async def adopt(self, uid: str, path: Path, backend: Mapping[str, Plain], epoch: int) -> None:
         """Carry an expert on from the file of a copy, and serve it from now on."""
         server = self._server
-        like = next(iter(server.runtime.backends.values()), None)
 
         def build() -> ExpertBackend:
-            made = server.make_backend(uid, like, restored=False, trained=self._trained(backend))
+            made = server.make_blank(uid, self._trained(backend))
             made.load_state(read_expert(path, uid, made.kind)[0])
             return made
 
@@ -139,7 +139,7 @@ class Carrying:
         self._server = server
         self._emit = emit
         config = server.config
-        self._takes_part = bool(config.name) and (config.backups > 0 or config.spare)
+        self._takes_part = config.carries
         self._temporary: TemporaryDirectory[str] | None = None
 
     def methods(self, client: Client, dht: DHTNode, directory: Directory) -> Methods:
@@ -157,11 +157,25 @@ class Carrying:
         )  # fmt: skip
         return {**server.methods, **self.keeper.methods}
 
-    async def leave_to_others(self, node: Node) -> None:
-        """Before the first declaration: give up what others have by now, or are about to take over from a copy."""
-        if self.keeper is not None:
-            for uid in await self.keeper.carried_by_others(node):
-                self._server.holdings.give_up(uid)
+    async def leave_to_others(self, node: Node, unowned: Collection[str], refused: Exception | None) -> None:
+        """Before the first declaration: give up what others have by now, or are about to take over from a copy.
+
+        Args:
+            node: The server's node.
+            unowned: The experts whose checkpoints another server owns, which thus are not served here.
+            refused: Why that is so.
+
+        Raises:
+            Exception: What `refused` is, if no other server of this swarm has these.
+        """
+        if self.keeper is None:
+            return
+        held = set(self._server.holdings.held)
+        found = await self.keeper.carried_by_others(node, held.union(unowned))
+        if refused is not None and not found.issuperset(unowned):
+            raise refused
+        for uid in found & held:
+            self._server.holdings.give_up(uid)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Copy, watch and take over until cancelled."""
@@ -185,6 +199,6 @@ class Carrying:
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(end_soon)
-            with trio.move_on_after(HAND_OVER_TIME):
+            with trio.move_on_after(HAND_OVER_SHARE * stop_timeout(self._server.runtime.backends.values())):
                 await self.keeper.leave()
             nursery.cancel_scope.cancel()

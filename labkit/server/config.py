@@ -86,3 +86,8 @@ class ServerConfig:
             raise ValueError(f"threads={self.threads!r}: from 1 to {MAX_THREADS:,}")
         if not isinstance(self.label, str) or self.label != clean_label(self.label):
             raise ValueError(f"label={self.label!r}: at most {MAX_LABEL} characters in one line")
+
+    @property
+    def carries(self) -> bool:
+        """Whether the server takes part in copies: it makes them, keeps those of others, and takes experts over."""
+        return bool(self.name) and (self.backups > 0 or self.spare)

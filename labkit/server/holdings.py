@@ -95,7 +95,7 @@ class Holdings:
 
     def name_copies(self, copies: Mapping[str, tuple[bytes, ...]]) -> None:
         """Let it be declared from now on who has copies of which experts: see `ExpertInfo.copies`."""
-        named = {uid: keys for uid, keys in copies.items() if uid in self._held}
+        named = {uid: keys for uid, keys in copies.items() if keys and uid in self._held}
         if named != self.copies:
             self.copies = named
             self._tell()

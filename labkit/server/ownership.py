@@ -66,6 +66,7 @@ class FolderClaim:
     def __init__(self, path: Path | None = None, descriptor: int = -1, record: ClaimRecord | None = None) -> None:
         self._path, self._descriptor, self._record = path, descriptor, record
         self.busy = trio.Lock()  # held while one of the files is written, or the claim is changed
+        self.refused: FolderTaken | None = None  # why it has not all that was wanted at first
 
     def owns(self, name: str) -> bool:
         """Whether this may be saved: it is claimed, or there is nothing to claim."""
@@ -130,7 +131,8 @@ async def own_checkpoints(
         folder: The folder, made if need be; None claims nothing.
         names: The experts, by their uids.
         in_thread: Whether a thread may look at the disk; in virtual time it may not.
-        all_of_them: Whether all are needed; if not, those that others own are left out: see `FolderClaim.owns`.
+        all_of_them: Whether all are needed; if not, those that others own are left out: see `FolderClaim.owns` and
+            `FolderClaim.refused`.
 
     Raises:
         FolderTaken: A server that lives owns one of them. The text says which, and what to do.
@@ -144,9 +146,10 @@ async def own_checkpoints(
 
 
 async def _claim_patiently(folder: str, names: Sequence[str], in_thread: bool, all_of_them: bool) -> FolderClaim:
-    def claim_some() -> FolderClaim:
+    def claim_some(refused: FolderTaken) -> FolderClaim:
         claim = claim_checkpoints(folder, ())
         claim.claim_anew(names)
+        claim.refused = refused
         return claim
 
     async def do(claim: Callable[[], FolderClaim]) -> FolderClaim:
@@ -160,7 +163,7 @@ async def _claim_patiently(folder: str, names: Sequence[str], in_thread: bool, a
             if trio.current_time() - started > (LEAVING_TIMEOUT if error.leaving else GRACE):
                 if all_of_them:
                     raise
-                return await do(claim_some)
+                return await do(partial(claim_some, error))
         await trio.sleep(INTERVAL)
 
 
@@ -195,6 +198,24 @@ async def keep_claimed(
         with trio.move_on_after(RETRY_INTERVAL if missing else math.inf):
             if wanted == set(held):
                 await until_changed()
+
+
+async def claim_the_rest(claim: FolderClaim, names: Collection[str], patience: float, in_thread: bool = True) -> None:
+    """Claim what a server is about to save that it has been given a moment ago, by one that saved it until then.
+
+    Args:
+        claim: The claim.
+        names: The experts.
+        patience: Seconds to try.
+        in_thread: Whether a thread may look at the disk; in virtual time it may not.
+    """
+    with trio.move_on_after(patience):
+        while any(not claim.owns(name) for name in names):
+            try:
+                await trio.to_thread.run_sync(claim.claim_anew, names) if in_thread else claim.claim_anew(names)
+            except OSError as error:
+                logger.warning("the checkpoints of experts cannot be claimed: %s", error)
+            await trio.sleep(INTERVAL)
 
 
 def claim_checkpoints(folder: str | os.PathLike[str], names: Iterable[str]) -> FolderClaim:

@@ -6,6 +6,7 @@ and respond when its batch has been computed.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -24,7 +25,7 @@ from labkit.expert_protocol import (
 )
 from labkit.faults import Faults
 from labkit.server.backend import ANSWER_LIMIT, ExpertBackend
-from labkit.server.building import build_expert, build_in_thread, share_schema
+from labkit.server.building import build_expert, build_in_thread, build_like, share_schema
 from labkit.server.config import ServerConfig
 from labkit.server.device import State
 from labkit.server.hardware import check_device
@@ -37,6 +38,8 @@ from labkit.server.statistics import ServerStatistics
 from labkit.server.validation import CallOptions
 from labkit.wire.rpc_types import AsyncMethod, CallbackMethod, Methods, Reply, Request, RespondFn, SyncMethod
 from labkit.wire.timers import Timers
+
+logger = logging.getLogger(__name__)
 
 TRIAL_TIMEOUT = 2.0  # seconds in which an expert that does not say what it takes is tried
 
@@ -74,6 +77,7 @@ class ExpertServer:
         backends = dict[str, ExpertBackend]()
         for uid in config.uids:
             backends[uid] = self.make_backend(uid, next(iter(backends.values()), None))
+        self._pattern = self._make_pattern(next(iter(backends.values()), None)) if config.carries else None
         self.runtime = Runtime(
             backends, emit=emit, executor=executor, max_queue_rows=config.max_queue_rows, threads=config.threads
         )
@@ -105,6 +109,32 @@ class ExpertServer:
         backend = build_expert(config, uid, answer_limit=self._answer_limit, folder=folder)
         share_schema(backend, like, TRIAL_TIMEOUT if self.in_thread else None)
         return backend
+
+    def _make_pattern(self, like: ExpertBackend | None) -> ExpertBackend | None:
+        """Make an expert from which those are made later that others hand over. None if such ones are not copied."""
+        trained = replace(self.config.backend, device="cpu")
+        if like is None:
+            return self.make_backend(self.config.name, None, restored=False, trained=trained)
+        try:
+            return build_like(like, like.uid, trained)
+        except Exception as error:  # of a module that somebody else has written
+            logger.debug("experts of this kind are built anew, since they cannot be copied: %r", error)
+            return None
+
+    def make_blank(self, uid: str, trained: BackendConfig, *, to_look_at: bool = False) -> ExpertBackend:
+        """Build one more expert of this server's kind, whose state is about to be loaded.
+
+        Args:
+            uid: The expert.
+            trained: How it is trained.
+            to_look_at: Whether it is only compared with others, on the CPU, and takes no memory if possible.
+        """
+        if to_look_at:
+            trained = replace(trained, device="cpu")
+        if self._pattern is not None:
+            return build_like(self._pattern, uid, trained, copied=not to_look_at)
+        like = next(iter(self.runtime.backends.values()), None)
+        return self.make_backend(uid, like, restored=False, trained=trained)
 
     async def adopt(self, uid: str, epoch: int, state: State | None = None) -> ExpertBackend:
         """Serve one more expert from now on.

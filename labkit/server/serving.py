@@ -24,7 +24,7 @@ from labkit.server.checkpoints import Progress, keep_checkpoints, save_all
 from labkit.server.config import ServerConfig
 from labkit.server.leaving import leave, stop_timeout
 from labkit.server.loading import LoadOrder, carry_out_loads
-from labkit.server.ownership import FolderClaim, keep_claimed, own_checkpoints
+from labkit.server.ownership import GRACE, INTERVAL, FolderClaim, claim_the_rest, keep_claimed, own_checkpoints
 from labkit.server.runtime import Executor
 from labkit.server.server import ExpertServer
 from labkit.wire.security import Admission, Identity
@@ -46,6 +46,7 @@ async def serve_experts(
     emit: Emit = ignore,
     stop: trio.Event | None = None,
     hurry: trio.Event | None = None,
+    alone: trio.Event | None = None,
     executor: Executor | None = None,
     allow: Callable[[float], object] | None = None,
     orders: trio.MemoryReceiveChannel[LoadOrder] | None = None,
@@ -69,6 +70,7 @@ async def serve_experts(
         emit: Gets the events of the server and its node.
         stop: Set it for a clean stop.
         hurry: Set it, too, if a clean stop has to be over within a second.
+        alone: Set it, too, before, if no other server of the grid goes on, so that no expert is handed over.
         executor: Where to compute. In a simulation that is `InlineCompute`, with which nothing leaves this thread.
         allow: Called before the server counts as started, with the seconds that a clean stop may take (`stop_timeout`).
         orders: Where orders to load experts come from, if any may.
@@ -78,23 +80,29 @@ async def serve_experts(
     Raises:
         FolderTaken: Another server saves one of these experts in the same folder.
     """
-    carries = config.backups > 0 or config.spare
+    carries = config.carries
     own = own_checkpoints(config.checkpoint_dir, config.uids, in_thread=executor is None, all_of_them=not carries)
     async with own as claim:
-        if carries:  # what others save, they hold
+        wanted = set(config.uids)
+        if carries:  # what others save, they are to hold
             uids = tuple(uid for uid in config.uids if claim.owns(uid))
             config = replace(config, uids=uids, spare=config.spare or uids != config.uids)
         await _serve_owned(
-            network, identity, config, node_config, claim, join=join, admission=admission, faults=faults, emit=emit,
-            stop=trio.Event() if stop is None else stop, hurry=trio.Event() if hurry is None else hurry,
-            executor=executor, allow=allow, orders=orders, on_held=on_held, task_status=task_status,
+            network, identity, config, node_config, claim, wanted, join=join, admission=admission, faults=faults,
+            emit=emit, stop=_event(stop), hurry=_event(hurry), alone=_event(alone), executor=executor, allow=allow,
+            orders=orders, on_held=on_held, task_status=task_status,
         )  # fmt: skip
 
 
+def _event(given: trio.Event | None) -> trio.Event:
+    return trio.Event() if given is None else given
+
+
 async def _serve_owned(
-    network: Network, identity: Identity, config: ServerConfig, node_config: NodeConfig | None, claim: FolderClaim, *,
-    join: Sequence[Contact], admission: Admission | None, faults: Faults | None, emit: Emit, stop: trio.Event,
-    hurry: trio.Event, executor: Executor | None, allow: Callable[[float], object] | None,
+    network: Network, identity: Identity, config: ServerConfig, node_config: NodeConfig | None, claim: FolderClaim,
+    wanted: set[str], *, join: Sequence[Contact], admission: Admission | None, faults: Faults | None, emit: Emit,
+    stop: trio.Event, hurry: trio.Event, alone: trio.Event, executor: Executor | None,
+    allow: Callable[[float], object] | None,
     orders: trio.MemoryReceiveChannel[LoadOrder] | None, on_held: Callable[[Collection[str]], object],
     task_status: trio.TaskStatus[Contact],
 ) -> None:  # fmt: skip
@@ -116,7 +124,7 @@ async def _serve_owned(
             network, identity, node_config, join=join, methods=carrying.methods, admission=admission, emit=emit
         ) as node:
             server.relay = lambda: node.relaying.relay
-            await carrying.leave_to_others(node)
+            await carrying.leave_to_others(node, wanted - set(config.uids), claim.refused)
             async with trio.open_nursery() as keepers:
                 if config.grid is not None:
                     info = partial(grid_info, server)
@@ -140,7 +148,8 @@ async def _serve_owned(
                     )  # fmt: skip
                 task_status.started(node.contact)
                 await stop.wait()  # 5
-                await carrying.hand_over(hurry)  # 6
+                if not alone.is_set():
+                    await carrying.hand_over(hurry)  # 6
                 keepers.cancel_scope.cancel()
             async with claim.busy:
                 claim.leave()
@@ -149,6 +158,7 @@ async def _serve_owned(
             await server.runtime.settle()
         nursery.cancel_scope.cancel()
     if config.checkpoint_dir is not None:
+        await claim_the_rest(claim, holdings.held, INTERVAL if hurry.is_set() else GRACE, server.in_thread)
         await save_all(server.runtime, config.checkpoint_dir, saved, config.checkpoint_keep, claim)
 
 
