@@ -140,11 +140,14 @@ class ExpertGivenUp(Event):
         uid: The expert.
         address: `host:port` of the server that gives it up.
         to: `host:port` of the server that keeps it.
+        lost_updates: Optimizer steps that it has made here and that are lost, beyond those that the other server has
+            counted when it took the expert over.
     """
 
     uid: str
     address: str
     to: str
+    lost_updates: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

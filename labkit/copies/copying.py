@@ -98,6 +98,14 @@ class Copying:
         some = self._made.get(uid, {}).values()
         return [copied for copied in some if copied.epoch == epoch and now - copied.heard < SILENCE]
 
+    def holders(self, uid: str) -> list[Contact]:
+        """Returns the servers that had a copy of an expert when they were heard last."""
+        return [copied.at for copied in self._made.get(uid, {}).values()]
+
+    def copied_updates(self, uid: str) -> int:
+        """Returns how far an expert had come at its freshest copy; 0 without one."""
+        return max((copied.updates for copied in self._made.get(uid, {}).values()), default=0)
+
     def at_risk(self) -> list[str]:
         """Returns the experts that nobody has a copy of, or none that is fresh."""
         if not self.backups:

@@ -60,5 +60,8 @@ class ServedExperts(Protocol):
     def give_up(self, uid: str, to: Contact | None, epoch: int) -> None:
         """Serve an expert no more, and tell who calls it where it is, if that is known."""
 
+    def raise_epoch(self, uid: str, epoch: int) -> None:
+        """Note that an expert is served with a higher epoch than so far."""
+
     def name_copies(self, copies: Mapping[str, tuple[bytes, ...]]) -> None:
         """Let it be declared who has copies: the first bytes of keys, by expert."""

@@ -16,6 +16,7 @@ import trio
 from labkit.contact import Contact
 from labkit.copies.copying import Copying
 from labkit.copies.experts import ServedExperts
+from labkit.copies.meeting import Meeting
 from labkit.copies.messages import TAKE, CopyState, Take, Taken
 from labkit.copies.servers import GridServers
 from labkit.copies.store import CopyStore
@@ -42,6 +43,7 @@ class HandOver:
         store: The copies that are kept here.
         experts: The experts that are served here.
         servers: The servers of the grid.
+        meeting: Settles who has an expert if an answer is lost.
         own: Returns our own contact.
         emit: Gets an `ExpertHandedOver` for each expert that is given.
         refuse: Returns why no expert is taken now; empty if one may be.
@@ -53,6 +55,7 @@ class HandOver:
     store: CopyStore
     experts: ServedExperts
     servers: GridServers
+    meeting: Meeting
     own: Callable[[], Contact]
     emit: Emit
     refuse: Callable[[], str]
@@ -78,8 +81,11 @@ class HandOver:
             logger.debug("%s is not given to %s: %s", uid, to.endpoint, error)
             return False
         given = False
+        self.meeting.giving.add(uid)
         try:
             await experts.hold(uid)  # 2
+            if uid not in experts.held:
+                return False
             epoch = experts.held[uid]
             if experts.updates(uid) != copied.updates:
                 copied = await self.copying.copy_to(uid, to, in_haste=True, patience=patience)
@@ -96,8 +102,10 @@ class HandOver:
             if not isinstance(error, (RequestRefused, Overloaded, ConnectionLost)) and uid in experts.held:
                 given = await self._has_taken(uid, to, epoch)  # the answer may have been lost
         finally:
+            self.meeting.giving.discard(uid)
             if not given:
                 experts.release(uid)
+                self.meeting.suspect(uid, to)  # it may have it all the same
         return given
 
     async def _has_taken(self, uid: str, to: Contact, epoch: int) -> bool:
@@ -132,6 +140,7 @@ class HandOver:
             raise
         except LabkitError as error:
             raise RequestRefused(f"{copy.uid} cannot be served here: {error}") from None
+        self.meeting.took_over(copy.primary, {copy.uid: copy.updates})  # should it not get our answer
         with trio.CancelScope(shield=True), trio.move_on_after(TAKE_TIME):
             try:
                 await self.directory.declare({copy.uid: Declared(epoch)}, self.own())

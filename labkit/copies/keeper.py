@@ -18,7 +18,20 @@ from labkit.copies.copying import Copying
 from labkit.copies.experts import ServedExperts
 from labkit.copies.handover import HandOver
 from labkit.copies.levelling import Levelling
-from labkit.copies.messages import HAVE, MAX_WATCHED, PROBE, TAKE, WATCH, CopyHead, CopyState, Take, Watched
+from labkit.copies.meeting import Meeting
+from labkit.copies.messages import (
+    HAVE,
+    MAX_WATCHED,
+    MEET,
+    PROBE,
+    TAKE,
+    WATCH,
+    CopyHead,
+    CopyState,
+    Meet,
+    Take,
+    Watched,
+)
 from labkit.copies.placement import rank
 from labkit.copies.receiving import CopyReceiver
 from labkit.copies.sending import CopyBudget
@@ -76,15 +89,25 @@ class CopyKeeper:
         self._grid = grid
         self._kind = kind
         self._own = own
-        self.store = CopyStore(folder, in_thread=in_thread)
+        self.store = CopyStore(folder, in_thread=in_thread, durable=in_thread)
         self.servers = GridServers(dht, grid, self._record)
         self.copying = Copying(
             caller, experts, self.servers, own, backups, emit, budget=CopyBudget() if budget is None else budget
         )
         self.receiver = CopyReceiver(self.store, check=experts.check, refuse=self._refuse_copy, encrypts=own().secure)
-        self._takeover = TakeOver(caller, directory, self.servers, self.store, experts, own, emit)
+        self.meeting = Meeting(caller, directory, experts, own, emit)
+        self._takeover = TakeOver(caller, directory, self.servers, self.store, experts, self.meeting, own, emit)
         self._handover = HandOver(
-            caller, directory, self.copying, self.store, experts, self.servers, own, emit, self._refuse_expert
+            caller,
+            directory,
+            self.copying,
+            self.store,
+            experts,
+            self.servers,
+            self.meeting,
+            own,
+            emit,
+            self._refuse_expert,
         )
         self._watching = Watching(caller, self.store, own, self._witnesses, self._on_gone)
         self._levelling = Levelling(self.servers, experts, self._handover, own)
@@ -95,10 +118,11 @@ class CopyKeeper:
         uids = Sequence[str]
         return {
             **self.receiver.methods,
-            WATCH: SyncMethod(self.copying.rpc_watch, Watched),
+            WATCH: SyncMethod(self._rpc_watch, Watched),
             PROBE: AsyncMethod(self._rpc_probe, Contact),
             HAVE: SyncMethod(self._rpc_have, uids),
             TAKE: AsyncMethod(self._handover.rpc_take, Take),
+            MEET: SyncMethod(self.meeting.rpc_meet, Meet),
         }
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -109,6 +133,7 @@ class CopyKeeper:
             nursery.start_soon(self._watching.run)
             nursery.start_soon(self.copying.run)
             nursery.start_soon(self._levelling.run)
+            nursery.start_soon(self.meeting.run)
             task_status.started()
 
     async def carried_by_others(self, node: Node, uids: Iterable[str]) -> set[str]:
@@ -181,12 +206,21 @@ class CopyKeeper:
         if name != self._grid:
             return f"this server keeps copies of the grid {self._grid!r}"
         epoch = self._experts.held.get(head.uid)
-        if epoch is not None and epoch >= head.epoch:
-            return f"{head.uid} is served here, in epoch {epoch}"
+        if epoch is not None:
+            self.meeting.suspect(head.uid, head.primary)  # both of us serve it
+            return f"{head.uid} is served here, too, in epoch {epoch}"
         return ""
 
     def _refuse_expert(self) -> str:
         return "this server is about to stop" if self.leaving else ""
+
+    def _rpc_watch(self, request: Request) -> Reply:
+        """Answer who keeps copies of our experts. One that has a copy of a higher epoch knows another primary."""
+        body: Watched = request.body
+        for state in body.copies:
+            if state.epoch > self._experts.held.get(state.uid, state.epoch):
+                self.meeting.suspect(state.uid)
+        return self.copying.rpc_watch(request)
 
     async def _rpc_probe(self, request: Request) -> Reply:
         """Whether a server answers us that another one does not reach. Only servers of the grid are called."""
@@ -195,9 +229,14 @@ class CopyKeeper:
         return Reply(known is not None and await reaches(self._caller, known.contact))
 
     def _rpc_have(self, request: Request) -> Reply:
-        """Which copies of these experts are kept here."""
-        copies = [self.store.copies.get(uid) for uid in request.body[:MAX_WATCHED]]
-        return Reply([None if copy is None else CopyState(copy.uid, copy.epoch, copy.updates) for copy in copies])
+        """Which copies of these experts are kept here, and which of them are served."""
+        return Reply([self._have(uid) for uid in request.body[:MAX_WATCHED]])
+
+    def _have(self, uid: str) -> CopyState | None:
+        epoch, copy = self._experts.held.get(uid), self.store.copies.get(uid)
+        if epoch is not None:
+            return CopyState(uid, epoch, self._experts.updates(uid), served=True)
+        return None if copy is None else CopyState(uid, copy.epoch, copy.updates)
 
     # ------------------------------------------------------------ what is done for others
 
@@ -206,11 +245,27 @@ class CopyKeeper:
         keys = {contact.key for contact in servers}
         return [*servers, *(contact for contact in self._dht.routing if contact.key not in keys)]
 
+    async def look_around(self) -> None:
+        """Find out which experts are still ours, after this server was away: from who has copies, and the DHT."""
+        suspects: dict[str, Contact | None] = dict.fromkeys(self._experts.held)
+        at: dict[Contact, set[str]] = {}
+        for uid in suspects:
+            for contact in self.copying.holders(uid):
+                at.setdefault(contact, set()).add(uid)
+        logger.warning("%s was away, and asks what is still its own", self._own().endpoint)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.meeting.meet_all, at)
+            nursery.start_soon(self.meeting.look, suspects)
+
     async def _on_gone(self, gone: Contact, uids: Sequence[str], heard: float) -> None:
         if self.leaving:
             return
         updates = {uid: known.updates for uid, known in self._watching.known.items()}
-        elsewhere = await self._takeover.claim(gone, uids, heard, updates)
+        try:
+            elsewhere = await self._takeover.claim(gone, uids, heard, updates)
+        except LabkitError as error:  # it is found gone again
+            logger.warning("the experts of %s could not be taken over now: %s", gone.endpoint, error)
+            return
         for uid, info in elsewhere.items():
             self._watching.follow(uid, info.contact, info.epoch)
         self.servers.refresh()

@@ -13,6 +13,7 @@ Then the backup watches the primary, and takes the expert over when that is gone
     copies.probe    a contact -> bool: whether another server answers that the asker does not reach
     copies.have     uids -> a `CopyState` for each, or None
     copies.take     `Take`: serve the expert from now on -> `Taken`, when it is declared
+    copies.meet     `Meet`: who serves which experts -> a `ServedState` for each that stays at the one that answers
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ WATCH = "copies.watch"
 PROBE = "copies.probe"
 HAVE = "copies.have"
 TAKE = "copies.take"
+MEET = "copies.meet"
 MAX_WATCHED = 1024  # experts in one message
 MAX_PART = 1 << 20  # bytes of a copy in one call
 
@@ -97,11 +99,12 @@ class CopyKept(msgspec.Struct, array_like=True, frozen=True):
 
 
 class CopyState(msgspec.Struct, array_like=True, frozen=True):
-    """How fresh a copy is."""
+    """How fresh a copy is. `served`: whether it is no copy any more, but the expert itself, which is served there."""
 
     uid: Uid
     epoch: Count
     updates: Count
+    served: bool = False
 
 
 class Watched(msgspec.Struct, array_like=True, frozen=True):
@@ -142,3 +145,26 @@ class Taken(msgspec.Struct, array_like=True, frozen=True):
 
     epoch: Count
     experts: Count
+
+
+class ServedState(msgspec.Struct, array_like=True, frozen=True):
+    """How far an expert has come at a server that serves it.
+
+    Args:
+        uid: The expert.
+        epoch: In which epoch it is served.
+        updates: Optimizer steps that it has made.
+        since: Steps that it had made, as far as is known, when it was taken over; those beyond its copy count as lost.
+    """
+
+    uid: Uid
+    epoch: Count
+    updates: Count
+    since: Count = 0
+
+
+class Meet(msgspec.Struct, array_like=True, frozen=True):
+    """The body of `copies.meet`: who calls, and which experts it serves."""
+
+    by: Contact
+    experts: Annotated[list[ServedState], Meta(max_length=MAX_WATCHED)]

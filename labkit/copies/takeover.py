@@ -2,7 +2,8 @@
 
 Several may hold one. All of them compute the same order: those with a fresher copy come before those with a staler one,
 then as the last declaration names them. Whoever is first of those that are there claims the expert: it serves it, and
-declares it with an epoch above all that were seen. The others see that, and watch the new server.
+declares it with an epoch above all that were seen. The others see that, or are told when they ask how fresh its copy
+is, and watch the new server. Should two have claimed it at the same moment, they meet at once (`meeting`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import trio
 
 from labkit.contact import Contact
 from labkit.copies.experts import ServedExperts
+from labkit.copies.meeting import Meeting
 from labkit.copies.messages import HAVE, MAX_WATCHED, CopyState
+from labkit.copies.placement import rank
 from labkit.copies.servers import KEY_PREFIX, GridServers
 from labkit.copies.store import Copy, CopyStore
 from labkit.directory import Directory
@@ -28,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 ASK_TIME = 1.0  # seconds that others who hold a copy have to say how fresh theirs is
 TURN_TIME = 1.5  # seconds that whoever comes first has to take an expert over, before the next one does
+GUESSES = 3  # servers that are asked for copies where the declaration names none
 LOOK_AGAIN = 0.3  # seconds between two looks whether it has
 
 
@@ -40,19 +44,21 @@ class TakeOver:
         servers: The servers of the grid.
         store: The copies that are kept here.
         experts: The experts that are served here.
+        meeting: Tells the server that is gone, should it come back, and others that claim the same.
         own: Returns our own contact.
         emit: Gets an `ExpertTakenOver` for each expert.
     """
 
     def __init__(
         self, caller: Caller, directory: Directory, servers: GridServers, store: CopyStore, experts: ServedExperts,
-        own: Callable[[], Contact], emit: Emit,
+        meeting: Meeting, own: Callable[[], Contact], emit: Emit,
     ) -> None:  # fmt: skip
         self._caller = caller
         self._directory = directory
         self._servers = servers
         self._store = store
         self._experts = experts
+        self._meeting = meeting
         self._own = own
         self._emit = emit
         self._claiming: set[str] = set()
@@ -74,16 +80,18 @@ class TakeOver:
         """
         self._servers.lose(gone)
         elsewhere: dict[str, ExpertInfo] = {}
-        waiting = [uid for uid in uids if uid not in self._claiming]
-        self._claiming.update(waiting)
+        waiting = [uid for uid in uids if uid not in self._claiming and uid not in self._experts.held]
+        claimed = set(waiting)
+        self._claiming |= claimed
         started = trio.current_time()
         try:
             while waiting:
                 declared = await self._directory.holders(waiting)
-                moved = {uid: info for uid, info in declared.items() if self._is_elsewhere(info, gone)}
-                elsewhere |= moved
-                waiting = [uid for uid in waiting if uid not in moved and uid in self._store.copies]
-                first = await self._turns(waiting, declared)
+                elsewhere |= {uid: info for uid, info in declared.items() if self._is_elsewhere(info, gone)}
+                waiting = [uid for uid in waiting if uid not in elsewhere and uid in self._store.copies]
+                first, served = await self._turns(waiting, declared, gone)
+                elsewhere |= served
+                waiting = [uid for uid in waiting if uid not in served]
                 if trio.current_time() - started > TURN_TIME:
                     first = waiting  # whoever was to be first has not come
                 await self._carry_on(gone, first, declared, heard, updates)
@@ -91,25 +99,35 @@ class TakeOver:
                 if waiting:
                     await trio.sleep(LOOK_AGAIN)
         finally:
-            self._claiming.difference_update(uids)
+            self._claiming -= claimed
         return elsewhere
 
     def _is_elsewhere(self, info: ExpertInfo, gone: Contact) -> bool:
-        """Whether a declaration says that somebody else has the expert, or that its server has moved."""
+        """Whether a declaration says that another server has the expert, or that its server has moved."""
         copy = self._store.copies.get(info.uid)
-        if copy is None or info.contact.key == self._own().key:
-            return info.contact.key == self._own().key
-        return info.contact != gone and info.epoch >= copy.epoch
+        if info.contact.key == self._own().key:
+            return False  # ours is from before; what is served here is not claimed
+        return copy is None or (info.contact != gone and info.epoch >= copy.epoch)
 
-    async def _turns(self, uids: Sequence[str], declared: Mapping[str, ExpertInfo]) -> list[str]:
-        """Returns those of these experts of which nobody else comes first."""
-        named = {uid: declared[uid].copies if uid in declared else () for uid in uids}
+    def _to_ask(self, uid: str, declared: Mapping[str, ExpertInfo], gone: Contact) -> list[Contact]:
+        """Returns the other servers that may have a copy of an expert."""
+        others = self._servers.others
+        named = declared[uid].copies if uid in declared else ()
+        some = [record.contact for key, record in others.items() if key[:KEY_PREFIX] in named]
+        if some or (named and named != (self._own().key[:KEY_PREFIX],)):
+            return some
+        return [record.contact for record in rank(uid, others.values(), gone)[:GUESSES]]
+
+    async def _turns(
+        self, uids: Sequence[str], declared: Mapping[str, ExpertInfo], gone: Contact
+    ) -> tuple[list[str], dict[str, ExpertInfo]]:
+        """Returns those of these experts of which nobody else comes first, and those that others serve by now."""
         by_server: dict[Contact, list[str]] = {}
         for uid in uids:
-            for key, record in self._servers.others.items():
-                if key[:KEY_PREFIX] in named[uid]:
-                    by_server.setdefault(record.contact, []).append(uid)
+            for contact in self._to_ask(uid, declared, gone):
+                by_server.setdefault(contact, []).append(uid)
         theirs: dict[str, list[tuple[Contact, CopyState]]] = {uid: [] for uid in uids}
+        served: dict[str, ExpertInfo] = {}
 
         async def ask(contact: Contact, some: list[str]) -> None:
             try:
@@ -119,13 +137,18 @@ class TakeOver:
             except RPCError:
                 return  # it is gone, too, or keeps no copies any more
             for uid, state in zip(some, reply.body, strict=False):
-                if state is not None:
+                copy = self._store.copies.get(uid)
+                if state is not None and state.served and copy is not None and state.epoch > copy.epoch:
+                    served[uid] = ExpertInfo(uid, contact, epoch=state.epoch)
+                elif state is not None and not state.served:
                     theirs[uid].append((contact, state))
 
         async with trio.open_nursery() as nursery:
             for contact, some in by_server.items():
                 nursery.start_soon(ask, contact, some)
-        return [uid for uid in uids if self._is_first(self._store.copies.get(uid), theirs[uid], named[uid])]
+        named = {uid: declared[uid].copies if uid in declared else () for uid in uids}
+        first = [uid for uid in uids if self._is_first(self._store.copies.get(uid), theirs[uid], named[uid])]
+        return [uid for uid in first if uid not in served], served
 
     def _is_first(self, copy: Copy | None, theirs: list[tuple[Contact, CopyState]], named: Sequence[bytes]) -> bool:
         if copy is None:
@@ -158,12 +181,15 @@ class TakeOver:
                 continue
             adopted[uid] = Declared(epoch)
             lost[uid] = max(0, updates.get(uid, 0) - copy.updates)
+            self._meeting.took_over(gone, {uid: copy.updates + lost[uid]})
         if not adopted:
             return
         try:
             await self._directory.declare(adopted, self._own())
         except LabkitError as error:  # it is tried again with all that is served here
             logger.warning("%s", error)
+        for uid in adopted:
+            self._meeting.suspect(uid)  # that another one has claimed it at the same moment
         now = trio.current_time()
         for uid, how in adopted.items():
             await self._store.remove(uid)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 
 import trio
 
@@ -111,6 +111,8 @@ class Declaring:
         is_alive: IsAlive | None = None,
         on_given_up: Callable[[str, ExpertInfo], object] | None = None,
         on_outranked: Callable[[str, int], object] | None = None,
+        on_rivals: Callable[[Mapping[str, ExpertInfo]], Awaitable[object]] | None = None,
+        lost_updates: Callable[[str, ExpertInfo], int] = lambda uid, info: 0,
         spare: bool = False,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
@@ -128,6 +130,9 @@ class Declaring:
             on_given_up: Called with an expert that is given up, and where it is now.
             on_outranked: Called with an expert and an epoch, from which on it is to be declared: in a lower one it
                 was declared, or withdrawn, by a server that is gone, and a lower one would not be believed.
+            on_rivals: Awaited with the experts that others have declared, too, except for the first time. It may settle
+                with them who has which, so that fewer are left to be given up as above.
+            lost_updates: Returns how many updates of an expert are lost when it is given up, for the event.
             spare: Whether to go on without any expert, and to give up at the start what has a higher epoch elsewhere.
             task_status: Told when the first declaration is stored.
 
@@ -151,7 +156,11 @@ class Declaring:
                 if is_alive is not None and now:
                     found, withdrawn = await known(self._dht, self.config, now)
                     others, _ = await of_others(found, contact.key, is_alive)
-                    rivals = self._rivals(now, others, contact, first, spare)
+                    if others and on_rivals is not None and not first:
+                        await on_rivals(others)
+                        now = current()
+                        others = {uid: info for uid, info in others.items() if uid in now}
+                    rivals = self._rivals(now, others, contact, first, spare, lost_updates)
                     for uid, info in rivals.items():
                         given_up[uid] = info.epoch
                         if on_given_up is not None:
@@ -161,7 +170,7 @@ class Declaring:
                     if on_outranked is not None:
                         gone = {u: info.epoch for u, info in found.items() if first and u not in others}
                         for uid, epoch in {**withdrawn, **gone}.items():
-                            if epoch > now[uid].epoch:
+                            if uid in now and epoch > now[uid].epoch:
                                 on_outranked(uid, epoch + 1)
                 outranked = await self.declare(current(), contact)
                 pause = self.config.ttl / (10 if outranked else 3)
@@ -182,8 +191,9 @@ class Declaring:
         self._anew = trio.Event()
 
     def _rivals(
-        self, experts: Declarations, others: Mapping[str, ExpertInfo], contact: Contact, first: bool, spare: bool
-    ) -> dict[str, ExpertInfo]:
+        self, experts: Declarations, others: Mapping[str, ExpertInfo], contact: Contact, first: bool, spare: bool,
+        lost_updates: Callable[[str, ExpertInfo], int],
+    ) -> dict[str, ExpertInfo]:  # fmt: skip
         """Returns the experts that another node keeps, and says so. At the start, raises if there are any."""
         mine = {uid: ExpertInfo(uid, contact, since=self._since, epoch=said.epoch) for uid, said in experts.items()}
         taken = {
@@ -198,7 +208,8 @@ class Declaring:
             other = info.contact.endpoint
             why = "in a later epoch" if info.epoch > mine[uid].epoch else "too, and has for longer"
             logger.warning("%s gives %s up: %s serves it, %s", contact.endpoint, uid, other, why)
-            self._emit(ExpertGivenUp(uid=uid, address=contact.endpoint, to=other))
+            lost = lost_updates(uid, info)
+            self._emit(ExpertGivenUp(uid=uid, address=contact.endpoint, to=other, lost_updates=lost))
         for uid in others.keys() - kept.keys():
             logger.info("%s serves %s, too, and will give it up", others[uid].contact.endpoint, uid)
         return kept

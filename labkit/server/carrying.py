@@ -26,13 +26,16 @@ from labkit.directory import Directory
 from labkit.errors import CheckpointError, RemoteFailure, UnknownExpert
 from labkit.events import Emit
 from labkit.expert_file import pack_expert, read_expert
+from labkit.expert_uid import ExpertInfo
 from labkit.node import Node
 from labkit.server.backend import ExpertBackend
 from labkit.server.building import build_in_thread
 from labkit.server.layers import kind_name
 from labkit.server.leaving import stop_timeout
 from labkit.server.optimizer import BackendConfig
+from labkit.server.pulse import Pulse
 from labkit.server.server import ExpertServer
+from labkit.whereabouts import sleepless_clock
 from labkit.wire.rpc_client import Client
 from labkit.wire.rpc_types import Methods
 
@@ -105,6 +108,10 @@ class CarriedExperts:
         """Serve an expert no more."""
         self._server.holdings.give_up(uid, to, epoch)
 
+    def raise_epoch(self, uid: str, epoch: int) -> None:
+        """Serve an expert with a higher epoch than so far."""
+        self._server.holdings.raise_epoch(uid, epoch)
+
     def name_copies(self, copies: Mapping[str, tuple[bytes, ...]]) -> None:
         """Let it be declared who has copies."""
         self._server.holdings.name_copies(copies)
@@ -141,6 +148,7 @@ class Carrying:
         config = server.config
         self._takes_part = config.carries
         self._temporary: TemporaryDirectory[str] | None = None
+        self._clock = sleepless_clock if server.in_thread else trio.current_time
 
     def methods(self, client: Client, dht: DHTNode, directory: Directory) -> Methods:
         """The methods of the server, of which some are about copies."""
@@ -149,13 +157,14 @@ class Carrying:
             return server.methods
         if config.copies_dir is None:
             self._temporary = TemporaryDirectory(prefix="labkit-copies-")
-        self.keeper = CopyKeeper(
+        self.keeper = keeper = CopyKeeper(
             client, dht, directory, CarriedExperts(server), grid=config.name, kind=kind_name(config.kind),
             backups=config.backups, is_spare=lambda: config.spare or len(server.holdings.held) < len(config.uids),
             folder=Path(self._temporary.name if self._temporary else config.copies_dir or ""), own=lambda: dht.contact,
             emit=self._emit, in_thread=server.in_thread,
         )  # fmt: skip
-        return {**server.methods, **self.keeper.methods}
+        server.holdings.on_outdated = lambda uid, epoch: keeper.meeting.suspect(uid)
+        return {**server.methods, **keeper.methods}
 
     async def leave_to_others(self, node: Node, unowned: Collection[str], refused: Exception | None) -> None:
         """Before the first declaration: give up what others have by now, or are about to take over from a copy.
@@ -177,11 +186,28 @@ class Carrying:
         for uid in found & held:
             self._server.holdings.give_up(uid)
 
+    async def on_rivals(self, others: Mapping[str, ExpertInfo]) -> None:
+        """Settle with servers that have declared experts of ours, too, who goes on with them."""
+        if self.keeper is not None:
+            await self.keeper.meeting.resolve(others)
+
+    def lost_updates(self, uid: str, info: ExpertInfo) -> int:
+        """How many updates of an expert are lost if the other server keeps it, which has said nothing itself."""
+        backend = self._server.runtime.backends.get(uid)
+        return 0 if backend is None else max(0, backend.updates - self._copied(uid))
+
+    def _copied(self, uid: str) -> int:
+        return 0 if self.keeper is None else self.keeper.copying.copied_updates(uid)
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Copy, watch and take over until cancelled."""
         try:
             if self.keeper is not None:
-                await self.keeper.run(task_status=task_status)
+                async with trio.open_nursery() as nursery:
+                    pulse = Pulse(self.keeper.look_around, self._clock)
+                    self._server.holdings.pulse = pulse
+                    nursery.start_soon(pulse.run)
+                    await self.keeper.run(task_status=task_status)
             task_status.started()
         finally:
             if self._temporary is not None:

@@ -19,6 +19,7 @@ from labkit.directory.index import Declared
 from labkit.errors import Overloaded, UnknownExpert
 from labkit.expert_protocol import ExpertSchema
 from labkit.server.backend import ExpertBackend
+from labkit.server.pulse import Pulse
 from labkit.server.runtime import Runtime
 from labkit.wire.timers import Timer, Timers
 
@@ -78,6 +79,7 @@ class Holdings:
 
     def __init__(self, runtime: Runtime, epochs: Mapping[str, int], timers: Timers) -> None:
         self.suspended = False  # whether all requests are turned away, since it is not known what is still ours
+        self.pulse: Pulse | None = None  # notices that the server was away; then they are turned away, too
         self.copies: dict[str, tuple[bytes, ...]] = {}  # who holds a whole copy: see `ExpertInfo.copies`
         self.last_schema: ExpertSchema | None = None  # of the last expert that was given up
         self.on_outdated: Callable[[str, int], object] = lambda uid, epoch: None
@@ -187,9 +189,10 @@ class Holdings:
             Overloaded: Requests are turned away at present.
         """
         ours = self._held.get(uid)
-        if ours is not None and epoch <= ours and not self.suspended:
+        suspended = self.suspended or (self.pulse is not None and self.pulse.is_late)
+        if ours is not None and epoch <= ours and not suspended:
             return None
-        if self.suspended:
+        if suspended:
             raise Overloaded("this server has been away, and finds out which experts are still its own")
         if ours is not None:
             self.on_outdated(uid, epoch)

@@ -129,7 +129,7 @@ async def _serve_owned(
                 if config.grid is not None:
                     info = partial(grid_info, server)
                     await keepers.start(keep_grid_declared, node.dht, config.name, info, node.directory.config.ttl)
-                await keepers.start(partial(_keep_declared, server, node, allow, on_held))  # 4
+                await keepers.start(partial(_keep_declared, server, node, carrying, allow, on_held))  # 4
                 await keepers.start(carrying.run)
                 if config.checkpoint_dir is not None:
                     await keepers.start(
@@ -163,7 +163,7 @@ async def _serve_owned(
 
 
 async def _keep_declared(
-    server: ExpertServer, node: Node, allow: Callable[[float], object] | None,
+    server: ExpertServer, node: Node, carrying: Carrying, allow: Callable[[float], object] | None,
     on_held: Callable[[Collection[str]], object], *, task_status: trio.TaskStatus[None],
 ) -> None:  # fmt: skip
     """Declare the experts that are held, at once when that changes, and give way to others."""
@@ -175,7 +175,8 @@ async def _keep_declared(
     async with trio.open_nursery() as nursery:
         keep = partial(
             directory.keep_declared, is_alive=partial(is_alive, node.client), on_given_up=give_up,
-            on_outranked=holdings.raise_epoch, spare=server.config.spare or server.config.backups > 0,
+            on_outranked=holdings.raise_epoch, on_rivals=carrying.on_rivals, lost_updates=carrying.lost_updates,
+            spare=server.config.spare or server.config.backups > 0,
         )  # fmt: skip
         await nursery.start(keep, holdings.declared, node.contact)
         on_held(holdings.held)

@@ -53,6 +53,7 @@ class SimNetwork:
         latency: Seconds that a message takes one way, or a distribution of them (`simulation/latency`).
         loss: Share of messages, requests and answers alike, that never arrive; 0 to 1.
         bandwidth: Bytes per second in each direction of a connection.
+        uplink: Bytes per second that a node sends, over all of its connections.
         handshake: Round trips before the first message of a connection leaves; TCP and ZeroMQ take two.
         limits: Limits of a message.
 
@@ -69,6 +70,7 @@ class SimNetwork:
         latency: float | Latency = 0.0,
         loss: float = 0.0,
         bandwidth: float = math.inf,
+        uplink: float = math.inf,
         handshake: float = 0.0,
         limits: FrameLimits | None = None,
     ) -> None:
@@ -76,11 +78,14 @@ class SimNetwork:
             raise ValueError(f"loss={loss!r}: a share between 0 and 1")
         if not (is_number(bandwidth) and bandwidth > 0):
             raise ValueError(f"bandwidth={bandwidth!r}: bytes per second, more than 0")
+        if not (is_number(uplink) and uplink > 0):
+            raise ValueError(f"uplink={uplink!r}: bytes per second, more than 0")
         if not (is_number(handshake) and math.isfinite(handshake) and handshake >= 0):
             raise ValueError(f"handshake={handshake!r}: a number of round trips, at least 0")
         self.latency = latency if callable(latency) else constant(latency)
         self.loss = loss
-        self.bandwidth = bandwidth
+        self.bandwidth = min(bandwidth, uplink)
+        self.uplink = uplink
         self.handshake = handshake
         self.limits = limits or FrameLimits()
         self.nodes: dict[Place, SimEndpoint] = {}
@@ -90,6 +95,7 @@ class SimNetwork:
         self._random = random.Random(seed)
         self._hosts, self._ports = itertools.count(int(IPv4Address("127.0.0.1"))), itertools.count(FIRST_PORT)
         self._behind: dict[Place, float] = {}  # seconds by which nodes are slowed down
+        self._uplinks: dict[Place, float] = {}  # when nodes will have sent all that they send
         self._known: set[Place] = set()  # where nodes are or were
         self._group: dict[Place, object] = {}  # nodes that are not in it are one more group
         self._silent: dict[SimLink, Timer] = {}  # links that are cut, and the timer that breaks them
@@ -275,7 +281,12 @@ class SimNetwork:
         """Send a message. `deliver` is called with it when it arrives."""
         self.messages += 1
         size, now = sum(map(len, frames)), trio.current_time()
-        direction.free_at = max(now, direction.free_at) + size / self.bandwidth
+        if self.uplink < math.inf:
+            begins = max(now, self._uplinks.get(direction.source, now))
+            self._uplinks[direction.source] = begins + size / self.uplink
+            direction.free_at = max(begins, direction.free_at) + size / self.bandwidth
+        else:
+            direction.free_at = max(now, direction.free_at) + size / self.bandwidth
         direction.arrival = max(direction.arrival, direction.free_at + self.delay(direction))
         if direction.free_at > now:
             direction.add_unsent(now, size)

@@ -1,0 +1,216 @@
+"""Meeting: two servers that both serve an expert find out which of them goes on with it. The other gives it up.
+
+That happens after a network was divided, or when a server was frozen and woke up: others have taken its experts over
+meanwhile. The higher `(epoch, updates)` stays. A server meets another one
+
+1. whose experts it has taken over: it calls there until it is answered, or that server is known to be dead;
+2. of which a call, a copy or a watcher has told it;
+3. that has declared one of its experts, too;
+4. that has copies of its own experts, when it wakes up itself.
+
+Who says what is proved by the connection. Anybody in the swarm may declare an expert: more proof would not help.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import trio
+
+from labkit.contact import Contact
+from labkit.copies.experts import ServedExperts
+from labkit.copies.messages import MAX_WATCHED, MEET, Meet, ServedState
+from labkit.directory import Directory
+from labkit.errors import ConnectionLost, LabkitError, Overloaded, RequestRefused, RPCError
+from labkit.events import Emit, ExpertGivenUp
+from labkit.expert_uid import ExpertInfo
+from labkit.wire.rpc_types import Caller, Reply, Request
+
+logger = logging.getLogger(__name__)
+
+MEET_TIME = 1.0  # seconds in which the other one has to answer
+REMIND_PERIOD = 1.0  # seconds between two calls to a server whose experts were taken over
+REMIND_TIME = 1800.0  # seconds for which one that is silent is called
+REFUSALS = 5  # connections in a row that are refused, or break, by which it is known to be dead
+MAX_SUSPECTS = 4096  # experts that are looked up
+
+
+class Meeting:
+    """Settles who serves an expert. `run` has to run.
+
+    Args:
+        caller: Makes the calls.
+        directory: There it is looked up who else serves an expert, and declared anew what stays here.
+        experts: The experts that are served here.
+        own: Returns our own contact.
+        emit: Gets an `ExpertGivenUp` for each expert that is given up.
+
+    Attributes:
+        giving: Experts that are being handed over, about which nothing is settled meanwhile.
+    """
+
+    def __init__(
+        self, caller: Caller, directory: Directory, experts: ServedExperts, own: Callable[[], Contact], emit: Emit
+    ) -> None:
+        self.giving: set[str] = set()
+        self._caller = caller
+        self._directory = directory
+        self._experts = experts
+        self._own = own
+        self._emit = emit
+        self._since: dict[str, int] = {}  # how far experts that were taken over had come, as far as we know
+        self._suspects: dict[str, Contact | None] = {}
+        self._to_remind: dict[Contact, set[str]] = {}
+        self._wake = trio.Event()
+
+    # ------------------------------------------------------------ what is noted, at once
+
+    def took_over(self, gone: Contact, updates: Mapping[str, int]) -> None:
+        """Tell a server, as soon as it answers again, that its experts are served here now.
+
+        Args:
+            gone: The server.
+            updates: Its experts, and how far each had come as far as that is known here.
+        """
+        self._since = {uid: since for uid, since in self._since.items() if uid in self._experts.held} | dict(updates)
+        self._to_remind.setdefault(gone, set()).update(updates)
+        self._wake.set()
+
+    def suspect(self, uid: str, at: Contact | None = None) -> None:
+        """Find out soon whether another server has an expert of ours in a higher epoch. `at`: which one, if known."""
+        if uid in self._experts.held and len(self._suspects) < MAX_SUSPECTS:
+            self._suspects[uid] = at or self._suspects.get(uid)
+            self._wake.set()
+
+    # ------------------------------------------------------------ what is done about it
+
+    async def run(self) -> None:
+        """Meet whoever is to be met, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            reminded: set[Contact] = set()
+
+            async def remind(gone: Contact) -> None:
+                await self._remind(gone)
+                reminded.discard(gone)
+
+            while True:
+                await self._wake.wait()
+                self._wake = trio.Event()
+                for gone in self._to_remind.keys() - reminded:
+                    reminded.add(gone)
+                    nursery.start_soon(remind, gone)
+                suspects, self._suspects = self._suspects, {}
+                if suspects:
+                    await self.look(suspects)
+
+    async def look(self, suspects: Mapping[str, Contact | None]) -> None:
+        """Meet those who may serve experts of ours, too: those that are named, and those that declare them."""
+        at: dict[Contact, set[str]] = {}
+        for uid, contact in suspects.items():
+            if contact is not None:
+                at.setdefault(contact, set()).add(uid)
+        try:
+            for uid, info in (await self._directory.holders(suspects)).items():
+                at.setdefault(info.contact, set()).add(uid)
+        except LabkitError as error:
+            logger.debug("%s", error)
+        await self.meet_all(at)
+
+    async def meet_all(self, at: Mapping[Contact, Iterable[str]]) -> None:
+        """Meet several servers at the same time."""
+        async with trio.open_nursery() as nursery:
+            for contact, uids in at.items():
+                if contact.key != self._own().key:
+                    nursery.start_soon(self._meet_if_there, contact, list(uids))
+
+    async def _meet_if_there(self, contact: Contact, uids: Sequence[str]) -> None:
+        try:
+            await self.meet(contact, uids)
+        except RPCError as error:
+            logger.debug("%s was not met: %s", contact.endpoint, error)
+
+    async def meet(self, contact: Contact, uids: Sequence[str]) -> None:
+        """Settle with another server who serves these experts of ours. Raises `RPCError` if it does not answer."""
+        for start in range(0, len(uids), MAX_WATCHED):
+            states = [state for uid in uids[start : start + MAX_WATCHED] if (state := self._state(uid)) is not None]
+            if not states:
+                continue
+            reply = await self._caller.call(
+                contact, MEET, Meet(self._own(), states), returns=list[ServedState | None], timeout=MEET_TIME
+            )
+            for sent, theirs in zip(states, reply.body, strict=False):
+                if theirs is not None and theirs.uid == sent.uid:
+                    self._settle(theirs, contact)
+
+    def rpc_meet(self, request: Request) -> Reply:
+        """Another server says which experts it serves. Answers with those of them that stay here."""
+        body: Meet = request.body
+        if request.peer.key not in (None, body.by.key):
+            raise RequestRefused("only who serves an expert says so")
+        if any(state.uid in self.giving for state in body.experts):
+            raise Overloaded("an expert is being handed over; ask again")
+        for state in body.experts:
+            self._settle(state, body.by)
+        return Reply([self._state(state.uid) for state in body.experts])
+
+    def _state(self, uid: str) -> ServedState | None:
+        epoch = self._experts.held.get(uid)
+        if epoch is None or uid in self.giving:
+            return None
+        return ServedState(uid, epoch, self._experts.updates(uid), self._since.get(uid, 0))
+
+    def _settle(self, theirs: ServedState, at: Contact) -> None:
+        """Give an expert up, or let it stay here in an epoch that is above theirs."""
+        ours = self._state(theirs.uid)
+        if ours is None:
+            return
+        if (theirs.epoch, theirs.updates, at.key) > (ours.epoch, ours.updates, self._own().key):
+            self.give_up(theirs.uid, at, theirs.epoch, theirs.since)
+        else:
+            if theirs.epoch == ours.epoch:
+                self._experts.raise_epoch(ours.uid, ours.epoch + 1)
+            self._directory.declare_anew()  # where the other one is, it was not seen
+
+    def give_up(self, uid: str, to: Contact, epoch: int, since: int = 0) -> None:
+        """Serve an expert no more, and say so.
+
+        Args:
+            uid: The expert.
+            to: Who serves it.
+            epoch: In which epoch.
+            since: How many of our updates are counted already: as lost, or as those that the other one has.
+        """
+        lost, own = max(0, self._experts.updates(uid) - since), self._own().endpoint
+        logger.warning("%s gives %s up: %s serves it, too; %d updates are lost", own, uid, to.endpoint, lost)
+        self._experts.give_up(uid, to, epoch)
+        self._since.pop(uid, None)
+        self._emit(ExpertGivenUp(uid=uid, address=own, to=to.endpoint, lost_updates=lost))
+
+    async def resolve(self, others: Mapping[str, ExpertInfo]) -> None:
+        """Meet the servers that have declared experts of ours, too."""
+        at: dict[Contact, set[str]] = {}
+        for uid, info in others.items():
+            at.setdefault(info.contact, set()).add(uid)
+        await self.meet_all(at)
+
+    async def _remind(self, gone: Contact) -> None:
+        """Call a server whose experts were taken over, until it has answered, or is known to be dead."""
+        refused, began = 0, trio.current_time()
+        try:
+            while uids := [uid for uid in self._to_remind[gone] if uid in self._experts.held]:
+                try:
+                    await self.meet(gone, uids)
+                except ConnectionLost:
+                    refused += 1
+                    if refused >= REFUSALS:
+                        return
+                except RPCError:
+                    refused = 0
+                else:
+                    return
+                if trio.current_time() - began > REMIND_TIME:
+                    return
+                await trio.sleep(REMIND_PERIOD)
+        finally:
+            self._to_remind.pop(gone, None)
