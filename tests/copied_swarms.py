@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,15 @@ class Server:
     scope: trio.CancelScope
     ending: trio.Event
     ended: trio.Event
+    held: Collection[str]  # the experts that it serves now
+    copies: Path  # where it keeps copies
+
+    @property
+    def is_alive(self) -> bool:
+        return not self.ended.is_set()
+
+    def has_copy(self, uid: str) -> bool:
+        return any(self.copies.glob(f"{uid}~*.json"))
 
     async def kill(self) -> None:
         self.scope.cancel()
@@ -75,18 +84,24 @@ class CopiedSwarm:
             "copies_dir": str(self.folder / f"{len(self.servers)}"),
         }  # fmt: skip
         config = ServerConfig(**usual | options)
+        held: Collection[str] = ()
+
+        def on_held(now: Collection[str]) -> None:
+            nonlocal held
+            held = now
+
         scope, ending, ended = trio.CancelScope(), trio.Event(), trio.Event()
 
         async def run(*, task_status: trio.TaskStatus[Contact]) -> None:
             with scope:
                 await serve_experts(
                     self.network, identity, config, join=[self.node.contact], emit=self.events.append, stop=ending,
-                    executor=InlineCompute(), task_status=task_status,
+                    executor=InlineCompute(), on_held=on_held, task_status=task_status,
                 )  # fmt: skip
             ended.set()
 
         contact = await self.nursery.start(run)
-        server = Server(contact, identity, scope, ending, ended)
+        server = Server(contact, identity, scope, ending, ended, held, Path(str(config.copies_dir)))
         self.servers.append(server)
         return server
 
@@ -106,9 +121,12 @@ class CopiedSwarm:
             updates = await self.call(info, "backward", [X, torch.ones_like(X)])
         return updates
 
-    async def call(self, info: ExpertInfo, direction: str, tensors: Sequence[torch.Tensor]) -> int:
+    async def call(
+        self, info: ExpertInfo, direction: str, tensors: Sequence[torch.Tensor], node: Node | None = None
+    ) -> int:
         """Call an expert as a layer does. Returns how many updates it has. Raises `RPCError`."""
-        client, done, answers = ExpertClient(self.node.client, self.node.directory), trio.Event(), list[Any]()
+        node = node or self.node
+        client, done, answers = ExpertClient(node.client, node.directory), trio.Event(), list[Any]()
 
         def take(outcome: Any) -> None:
             answers.append(outcome)

@@ -130,7 +130,8 @@ class Copying:
         for state in body.copies:
             epoch = self._experts.held.get(state.uid)
             if epoch is None:
-                rows.append(None)
+                moved = self._experts.moved(state.uid)
+                rows.append(None if moved is None else WatchedExpert(moved[1], 0, moved=moved[0]))
                 continue
             made = self._made.setdefault(state.uid, {})
             before = made.get(body.by.key)

@@ -60,6 +60,9 @@ class ServedExperts(Protocol):
     def give_up(self, uid: str, to: Contact | None, epoch: int) -> None:
         """Serve an expert no more, and tell who calls it where it is, if that is known."""
 
+    def moved(self, uid: str) -> tuple[Contact, int] | None:
+        """Where an expert is that was given up, and its epoch there, if that is known."""
+
     def raise_epoch(self, uid: str, epoch: int) -> None:
         """Note that an expert is served with a higher epoch than so far."""
 

@@ -95,7 +95,7 @@ class CopyKeeper:
             caller, experts, self.servers, own, backups, emit, budget=CopyBudget() if budget is None else budget
         )
         self.receiver = CopyReceiver(self.store, check=experts.check, refuse=self._refuse_copy, encrypts=own().secure)
-        self.meeting = Meeting(caller, directory, experts, own, emit)
+        self.meeting = Meeting(caller, directory, experts, own, emit, dht.come_back)
         self._takeover = TakeOver(caller, directory, self.servers, self.store, experts, self.meeting, own, emit)
         self._handover = HandOver(
             caller,

@@ -45,20 +45,23 @@ class Meeting:
         experts: The experts that are served here.
         own: Returns our own contact.
         emit: Gets an `ExpertGivenUp` for each expert that is given up.
+        find_back: Called when a server is met after a while: the DHT is to call those again that it had lost.
 
     Attributes:
         giving: Experts that are being handed over, about which nothing is settled meanwhile.
     """
 
     def __init__(
-        self, caller: Caller, directory: Directory, experts: ServedExperts, own: Callable[[], Contact], emit: Emit
-    ) -> None:
+        self, caller: Caller, directory: Directory, experts: ServedExperts, own: Callable[[], Contact], emit: Emit,
+        find_back: Callable[[], object] = lambda: None,
+    ) -> None:  # fmt: skip
         self.giving: set[str] = set()
         self._caller = caller
         self._directory = directory
         self._experts = experts
         self._own = own
         self._emit = emit
+        self._find_back = find_back
         self._since: dict[str, int] = {}  # how far experts that were taken over had come, as far as we know
         self._suspects: dict[str, Contact | None] = {}
         self._to_remind: dict[Contact, set[str]] = {}
@@ -117,18 +120,22 @@ class Meeting:
             logger.debug("%s", error)
         await self.meet_all(at)
 
-    async def meet_all(self, at: Mapping[Contact, Iterable[str]]) -> None:
-        """Meet several servers at the same time."""
+    async def meet_all(self, at: Mapping[Contact, Iterable[str]]) -> set[str]:
+        """Meet several servers at the same time. Returns the experts of those that have answered."""
+        settled: set[str] = set()
+
+        async def meet(contact: Contact, uids: Sequence[str]) -> None:
+            try:
+                await self.meet(contact, uids)
+                settled.update(uids)
+            except RPCError as error:
+                logger.debug("%s was not met: %s", contact.endpoint, error)
+
         async with trio.open_nursery() as nursery:
             for contact, uids in at.items():
                 if contact.key != self._own().key:
-                    nursery.start_soon(self._meet_if_there, contact, list(uids))
-
-    async def _meet_if_there(self, contact: Contact, uids: Sequence[str]) -> None:
-        try:
-            await self.meet(contact, uids)
-        except RPCError as error:
-            logger.debug("%s was not met: %s", contact.endpoint, error)
+                    nursery.start_soon(meet, contact, list(uids))
+        return settled
 
     async def meet(self, contact: Contact, uids: Sequence[str]) -> None:
         """Settle with another server who serves these experts of ours. Raises `RPCError` if it does not answer."""
@@ -150,8 +157,11 @@ class Meeting:
             raise RequestRefused("only who serves an expert says so")
         if any(state.uid in self.giving for state in body.experts):
             raise Overloaded("an expert is being handed over; ask again")
+        held = len(self._experts.held)
         for state in body.experts:
             self._settle(state, body.by)
+        if len(self._experts.held) < held:
+            self._reunited()
         return Reply([self._state(state.uid) for state in body.experts])
 
     def _state(self, uid: str) -> ServedState | None:
@@ -187,12 +197,17 @@ class Meeting:
         self._since.pop(uid, None)
         self._emit(ExpertGivenUp(uid=uid, address=own, to=to.endpoint, lost_updates=lost))
 
-    async def resolve(self, others: Mapping[str, ExpertInfo]) -> None:
-        """Meet the servers that have declared experts of ours, too."""
+    async def resolve(self, others: Mapping[str, ExpertInfo]) -> set[str]:
+        """Meet the servers that have declared experts of ours, too. Returns those about which it is settled now."""
         at: dict[Contact, set[str]] = {}
         for uid, info in others.items():
             at.setdefault(info.contact, set()).add(uid)
-        await self.meet_all(at)
+        return await self.meet_all(at)
+
+    def _reunited(self) -> None:
+        """The network was divided, or one of us was away: let all others know where we are, and what we serve."""
+        self._find_back()
+        self._directory.declare_anew()
 
     async def _remind(self, gone: Contact) -> None:
         """Call a server whose experts were taken over, until it has answered, or is known to be dead."""
@@ -208,6 +223,7 @@ class Meeting:
                 except RPCError:
                     refused = 0
                 else:
+                    self._reunited()
                     return
                 if trio.current_time() - began > REMIND_TIME:
                     return

@@ -115,11 +115,19 @@ class Watched(msgspec.Struct, array_like=True, frozen=True):
 
 
 class WatchedExpert(msgspec.Struct, array_like=True, frozen=True):
-    """How far an expert has come at its server. `drop`: whether the copy is needed no more."""
+    """How far an expert has come at its server.
+
+    Args:
+        epoch: In which epoch it is served.
+        updates: Optimizer steps that it has made.
+        drop: Whether the copy is needed no more.
+        moved: Where it is served instead, in that epoch, if it was given up; `updates` is not known then.
+    """
 
     epoch: Count
     updates: Count
     drop: bool = False
+    moved: Contact | None = None
 
 
 class WatchReply(msgspec.Struct, array_like=True, frozen=True):

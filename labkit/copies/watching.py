@@ -20,7 +20,7 @@ from typing import Protocol
 import trio
 
 from labkit.contact import Contact
-from labkit.copies.messages import MAX_WATCHED, PROBE, WATCH, CopyState, Watched, WatchReply
+from labkit.copies.messages import MAX_WATCHED, PROBE, WATCH, CopyState, Watched, WatchedExpert, WatchReply
 from labkit.copies.store import Copy
 from labkit.dht.protocol import Ping, Pong
 from labkit.errors import ConnectionLost, DeadlineExceeded, RPCError, WrongServerKey
@@ -163,20 +163,35 @@ class Watching:
             body = Watched(self._own(), [CopyState(copy.uid, copy.epoch, copy.updates) for copy in copies])
             reply = await self._caller.call(contact, WATCH, body, returns=WatchReply, timeout=CALL_TIME)
             for uid, said in zip(some, reply.body.experts, strict=False):
-                if said is None:
-                    left.append(uid)
+                if said is None or said.moved is not None:
+                    if uid not in self.known or not self._follow_moved(uid, said):
+                        left.append(uid)
                 elif said.drop:
                     await self._store.remove(uid)
                 elif uid in self.known:
                     self.known[uid] = Known(contact, max(said.epoch, self.known[uid].epoch), said.updates)
         return left
 
+    def _follow_moved(self, uid: str, said: WatchedExpert | None) -> bool:
+        """Watch the server to which an expert was given. Returns whether that is said, and news."""
+        to = None if said is None else said.moved
+        if said is None or to is None or said.epoch <= self.known[uid].epoch or not to.is_safe:
+            return False
+        if to.key == self._own().key:
+            return False
+        self.follow(uid, to, said.epoch)
+        return True
+
     async def _is_gone(self, contact: Contact) -> bool:
         """Whether others say so, too: at least one has to be there, if there are any, and none may reach it."""
         others = [other for other in self._others() if other.key not in (contact.key, self._own().key)]
         if not others:
             return True
-        heard, reached = 0, False
+        heard, reached, tried = 0, False, False
+
+        def settle() -> None:
+            if reached or (heard >= ENOUGH and tried):
+                nursery.cancel_scope.cancel()
 
         async def ask(other: Contact) -> None:
             nonlocal heard, reached
@@ -188,10 +203,16 @@ class Watching:
             except RPCError:
                 pass  # it is there, but cannot tell
             heard += 1
-            if reached or heard >= ENOUGH:
-                nursery.cancel_scope.cancel()
+            settle()
+
+        async def try_again() -> None:  # at the same time, since we may have been cut off until now
+            nonlocal reached, tried
+            reached = await reaches(self._caller, contact) or reached
+            tried = True
+            settle()
 
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(try_again)
             for other in random.sample(others, min(WITNESSES, len(others))):
                 nursery.start_soon(ask, other)
         if not heard:

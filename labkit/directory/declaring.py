@@ -111,7 +111,7 @@ class Declaring:
         is_alive: IsAlive | None = None,
         on_given_up: Callable[[str, ExpertInfo], object] | None = None,
         on_outranked: Callable[[str, int], object] | None = None,
-        on_rivals: Callable[[Mapping[str, ExpertInfo]], Awaitable[object]] | None = None,
+        on_rivals: Callable[[Mapping[str, ExpertInfo]], Awaitable[Collection[str]]] | None = None,
         lost_updates: Callable[[str, ExpertInfo], int] = lambda uid, info: 0,
         spare: bool = False,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
@@ -131,7 +131,7 @@ class Declaring:
             on_outranked: Called with an expert and an epoch, from which on it is to be declared: in a lower one it
                 was declared, or withdrawn, by a server that is gone, and a lower one would not be believed.
             on_rivals: Awaited with the experts that others have declared, too, except for the first time. It may settle
-                with them who has which, so that fewer are left to be given up as above.
+                with them who has which, and returns those that are settled; the others are given up as above, or kept.
             lost_updates: Returns how many updates of an expert are lost when it is given up, for the event.
             spare: Whether to go on without any expert, and to give up at the start what has a higher epoch elsewhere.
             task_status: Told when the first declaration is stored.
@@ -155,11 +155,11 @@ class Declaring:
             try:
                 if is_alive is not None and now:
                     found, withdrawn = await known(self._dht, self.config, now)
-                    others, _ = await of_others(found, contact.key, is_alive)
+                    others, lost = await of_others(found, contact.key, is_alive)
                     if others and on_rivals is not None and not first:
-                        await on_rivals(others)
+                        settled = await on_rivals(others)
                         now = current()
-                        others = {uid: info for uid, info in others.items() if uid in now}
+                        others = {uid: info for uid, info in others.items() if uid in now and uid not in settled}
                     rivals = self._rivals(now, others, contact, first, spare, lost_updates)
                     for uid, info in rivals.items():
                         given_up[uid] = info.epoch
@@ -168,7 +168,7 @@ class Declaring:
                     if rivals and len(rivals) == len(now) and not spare:
                         raise ExpertsTaken(_taken_text(rivals))
                     if on_outranked is not None:
-                        gone = {u: info.epoch for u, info in found.items() if first and u not in others}
+                        gone = {u: info.epoch for u, info in found.items() if info.contact in lost}
                         for uid, epoch in {**withdrawn, **gone}.items():
                             if uid in now and epoch > now[uid].epoch:
                                 on_outranked(uid, epoch + 1)

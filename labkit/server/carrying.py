@@ -108,6 +108,10 @@ class CarriedExperts:
         """Serve an expert no more."""
         self._server.holdings.give_up(uid, to, epoch)
 
+    def moved(self, uid: str) -> tuple[Contact, int] | None:
+        """Where an expert is that was given up, and its epoch there, if that is known."""
+        return self._server.holdings.moved(uid)
+
     def raise_epoch(self, uid: str, epoch: int) -> None:
         """Serve an expert with a higher epoch than so far."""
         self._server.holdings.raise_epoch(uid, epoch)
@@ -186,10 +190,9 @@ class Carrying:
         for uid in found & held:
             self._server.holdings.give_up(uid)
 
-    async def on_rivals(self, others: Mapping[str, ExpertInfo]) -> None:
+    async def on_rivals(self, others: Mapping[str, ExpertInfo]) -> Collection[str]:
         """Settle with servers that have declared experts of ours, too, who goes on with them."""
-        if self.keeper is not None:
-            await self.keeper.meeting.resolve(others)
+        return () if self.keeper is None else await self.keeper.meeting.resolve(others)
 
     def lost_updates(self, uid: str, info: ExpertInfo) -> int:
         """How many updates of an expert are lost if the other server keeps it, which has said nothing itself."""

@@ -1,0 +1,178 @@
+"""A swarm with copies to which things happen: what must hold all the time, and in the end."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import trio
+
+from labkit.errors import LabkitError, RPCError
+from labkit.expert_uid import grid_uids
+from labkit.node import Node, open_node
+from labkit.server.optimizer import BackendConfig
+from labkit.wire.security import Identity
+from tests.copied_swarms import CopiedSwarm, Server, X, copied_swarm
+
+GRID = (2, 3)
+UIDS = list(grid_uids("ffn", GRID))
+SERVERS = 4
+CALM = BackendConfig(optimizer="sgd", lr=1e-5)  # with which experts learn for long without growing
+TWICE = 8.0  # seconds for which two servers of one partition may both serve an expert
+AGREED = 15.0  # seconds after everything has healed in which all agree
+LOOK = 0.25  # seconds between two looks
+
+
+class Step(NamedTuple):
+    """What happens, after some seconds, and to which server (or, for a division, to which of them)."""
+
+    after: float
+    what: str
+    which: int = 0
+
+
+@dataclass(eq=False)
+class Trial:
+    """What is known while the steps happen."""
+
+    swarm: CopiedSwarm
+    backups: int
+    far: Node  # a second node, which goes with the servers that are cut off
+    uids: dict[Server, tuple[str, ...]] = field(default_factory=dict)
+    cut: set[Server] = field(default_factory=set)
+    forfeit: set[str] = field(default_factory=set)  # of which nobody had anything any more
+    least: dict[str, int] = field(default_factory=dict)  # updates that an expert must have in the end
+    undivided: bool = True  # whether the network always was one
+    twice: dict[str, float] = field(default_factory=dict)  # experts that two serve, and since when
+
+    @property
+    def alive(self) -> list[Server]:
+        return [server for server in self.swarm.servers if server.is_alive]
+
+    async def do(self, step: Step) -> None:
+        """Let a step happen."""
+        alive, network = self.alive, self.swarm.network
+        server = alive[step.which % len(alive)]
+        if step.what == "kill" and len(alive) > 1:
+            await self.kill(server)
+        elif step.what == "restart":
+            dead = [one for one in self.swarm.servers if not one.is_alive and one in self.uids]
+            for one in dead[step.which % len(dead) :][:1] if dead else ():
+                await self.restart(one)
+        elif step.what == "spare" and len(alive) < SERVERS + 2:
+            with suppress(LabkitError):  # its calls may be lost
+                await self.swarm.serve(grid=GRID, backups=self.backups, backend=CALM)
+        elif step.what == "split":
+            self.cut = {one for n, one in enumerate(alive) if step.which >> n & 1}
+            self.undivided = False
+            network.partition([self.far.contact, *(one.contact for one in self.cut)])
+        elif step.what == "heal":
+            self.heal()
+        elif step.what == "lossy":
+            network.loss = 0.03
+        elif step.what == "slow":
+            network.slow_down(server.contact, 0.3)
+
+    def heal(self) -> None:
+        self.cut = set()
+        self.swarm.network.heal()
+        self.swarm.network.loss = 0.0
+        for server in self.swarm.servers:
+            self.swarm.network.slow_down(server.contact, 0.0)
+
+    async def kill(self, server: Server) -> None:
+        await server.kill()
+        for uid in UIDS:
+            if not any(uid in one.held or one.has_copy(uid) for one in self.alive):
+                self.forfeit.add(uid)
+
+    async def restart(self, server: Server) -> None:
+        uids = self.uids.pop(server)
+        with suppress(LabkitError):  # it is too early: the network is divided, or others have it
+            again = await self.swarm.serve(
+                uids,
+                grid=GRID,
+                identity=server.identity,
+                copies_dir=str(server.copies),
+                backups=self.backups,
+                backend=CALM,
+            )
+            self.uids[again] = uids
+
+    async def train(self, node: Node, seed: int) -> None:
+        """Call experts as they are found in the cache."""
+        draw = random.Random(seed)
+        while True:
+            await trio.sleep(draw.uniform(0.2, 0.6))
+            uid = draw.choice(UIDS)
+            with suppress(LabkitError):
+                info = (await node.directory.find([uid]))[uid]
+                if info is not None:
+                    await self.swarm.call(info, "backward", [X, torch.ones_like(X)], node)
+
+    async def watch(self) -> None:
+        """Fail when two servers of one partition serve an expert for too long."""
+        while True:
+            await trio.sleep(LOOK)
+            now, double = trio.current_time(), set[str]()
+            for side in (self.cut, set(self.alive) - self.cut):
+                served = [uid for server in side if server.is_alive for uid in server.held]
+                double |= {uid for uid in served if served.count(uid) > 1}
+            self.twice = {uid: self.twice.get(uid, now) for uid in double}
+            for uid, since in self.twice.items():
+                assert now - since <= TWICE, f"{uid} is served twice for {now - since:.1f} s"
+
+    async def until_agreed(self) -> None:
+        """Wait until all agree. Experts may still be handed over now and then, so that this need not last."""
+        end = trio.current_time() + AGREED
+        while True:
+            try:
+                await self.check()
+                return
+            except AssertionError:
+                if trio.current_time() > end:
+                    raise
+                await trio.sleep(LOOK)
+
+    async def check(self) -> None:
+        """Fail unless each expert is served once, and found and answering there."""
+        for uid in UIDS:
+            if uid in self.forfeit:
+                continue
+            servers = [server for server in self.alive if uid in server.held]
+            assert len(servers) == 1, f"{uid} is served by {len(servers)} servers"
+            for node in (self.swarm.node, self.far):
+                info = (await node.directory.find([uid]))[uid]
+                assert info is not None, f"{uid} is not found"
+                assert info.contact == servers[0].contact, f"{uid} is found where it is not"
+                try:
+                    await self.swarm.call(info, "forward", [X], node)
+                except RPCError as error:
+                    raise AssertionError(f"{uid} does not answer: {error}") from None
+
+
+async def run_trial(folder: Path, steps: Sequence[Step], *, backups: int = 1, seed: int = 0) -> Trial:
+    """Let steps happen to a swarm of four servers and six experts. Raises `AssertionError` if something is wrong."""
+    random.seed(seed)
+    async with copied_swarm(folder, latency=0.02) as swarm:
+        async with open_node(swarm.network, Identity(b"\1" * 32), join=[swarm.node.contact]) as far:
+            trial = Trial(swarm, backups, far)
+            for server in await swarm.serve_grid(SERVERS, GRID, backups=backups, backend=CALM):
+                trial.uids[server] = tuple(server.held)
+            await swarm.until_copied(1, GRID)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trial.train, swarm.node, 1)
+                nursery.start_soon(trial.train, far, 2)
+                nursery.start_soon(trial.watch)
+                for step in steps:
+                    await trio.sleep(step.after)
+                    await trial.do(step)
+                trial.heal()
+                await trial.until_agreed()
+                nursery.cancel_scope.cancel()
+    return trial

@@ -1,0 +1,194 @@
+"""Experts under failure: whatever happens, none is lost, and none is served twice for long."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from labkit.copies import copying, takeover, watching
+from labkit.copies.meeting import Meeting
+from labkit.directory.declaring import Declaring
+from labkit.errors import Overloaded
+from labkit.events import ExpertGivenUp, ExpertTakenOver
+from labkit.node import open_node
+from labkit.server.pulse import LATE, Pulse
+from labkit.simulation.virtual_clock import run_in_virtual_time
+from labkit.wire.security import Identity
+from tests.copied_swarms import X, copied_swarm
+from tests.recovery_trials import AGREED, Step, run_trial
+
+STEPS = ("kill", "kill", "restart", "spare", "split", "split", "heal", "lossy", "slow")
+PAUSES = (0.0, 0.3, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+UIDS = [f"ffn.{row}.{column}" for row in range(2) for column in range(2)]
+
+
+def try_out(steps: Sequence[Step], backups: int = 1, seed: int = 0) -> None:
+    """Let steps happen, in virtual time. Raises `AssertionError`."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            run_in_virtual_time(partial(run_trial, Path(folder), steps, backups=backups, seed=seed))
+        except BaseExceptionGroup as group:
+            error: BaseException = group
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            raise error from None
+
+
+@settings(max_examples=4)
+@given(
+    st.lists(
+        st.builds(Step, st.sampled_from(PAUSES), st.sampled_from(STEPS), st.integers(0, 15)), min_size=2, max_size=6
+    ),
+    st.integers(1, 2),
+)
+def test_whatever_happens_no_expert_is_lost_none_is_served_twice_for_long_and_in_the_end_all_agree(steps, backups):
+    try_out(steps, backups)
+
+
+KILLS = [Step(15.0, "kill", 0)]
+DIVISION = [Step(15.0, "split", 0b0011), Step(30.0, "heal")]
+
+
+@pytest.mark.parametrize("steps", [KILLS, DIVISION], ids=["kills", "division"])
+def test_nothing_is_wrong_after_a_kill_or_a_division(steps):
+    try_out(steps)
+
+
+def nothing(*_: object, **__: object) -> None:
+    """What a planted fault does."""
+
+
+async def nobody(*_: object, **__: object) -> set[str]:
+    """What a planted fault finds."""
+    return set()
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "fault", "steps", "found"),
+    [
+        (watching, "BROKEN_CALLS", 10**9, KILLS, "served by 0 servers"),
+        (takeover.TakeOver, "_carry_on", nobody, KILLS, "served by 0 servers"),
+        (copying.Copying, "_next", nothing, KILLS, "not copied"),
+        (Meeting, "_settle", nothing, DIVISION, "is served twice"),
+        (Meeting, "_remind", nobody, DIVISION, "is served twice"),
+    ],
+    ids=["nobody notices", "nobody takes over", "nothing is copied", "nobody gives up", "nobody is told"],
+)
+def test_a_planted_fault_is_found(
+    where: Any, name: str, fault: object, steps: list[Step], found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(where, name, fault)
+    if name == "BROKEN_CALLS":
+        monkeypatch.setattr(where, "SILENT_CALLS", fault)
+    if name == "_remind":
+        monkeypatch.setattr(Declaring, "_rivals", lambda *_: {})
+        monkeypatch.setattr(Meeting, "resolve", nobody)
+        monkeypatch.setattr(Meeting, "suspect", nothing)
+    if name == "_settle":
+        monkeypatch.setattr(Declaring, "_rivals", lambda *_: {})
+    with pytest.raises((AssertionError, trio.TooSlowError), match=found if found != "not copied" else None):
+        try_out(steps)
+
+
+# ------------------------------------------------------------ a network that was divided
+
+
+async def test_after_a_division_the_higher_epoch_stays_and_what_the_other_learnt_is_counted_as_lost(
+    tmp_path, autojump_clock
+):
+    async with copied_swarm(tmp_path) as swarm, open_node(swarm.network, Identity(b"\1" * 32)) as far:
+        servers = await swarm.serve_grid(2)
+        await swarm.until_copied()
+        await swarm.train(UIDS[0], 4)
+        await trio.sleep(25)
+        before = (await swarm.holders())[UIDS[0]]
+        cut = next(server for server in servers if server.contact == before.contact)
+        swarm.network.partition([cut.contact, far.contact])
+        for _ in range(7):  # on its side it goes on
+            await swarm.call(before, "backward", [X, torch.ones_like(X)], far)
+        await swarm.until(partial(_taken_over, swarm, UIDS[0]))  # and on the other side, from its copy
+        swarm.network.heal()
+        await swarm.until(partial(_given_up, swarm, UIDS[0]), AGREED)
+        lost = {event.uid: event.lost_updates for event in swarm.said(ExpertGivenUp)}
+        assert lost[UIDS[0]] == 7
+        assert await swarm.train(UIDS[0]) == 5
+
+
+async def _given_up(swarm: Any, uid: str) -> bool:
+    return any(event.uid == uid for event in swarm.said(ExpertGivenUp))
+
+
+# ------------------------------------------------------------ a server that was frozen
+
+
+async def test_a_server_that_was_frozen_answers_nothing_before_it_knows_what_is_still_its_own(autojump_clock):
+    now, looked, go_on = 0.0, trio.Event(), trio.Event()
+
+    async def look_around() -> None:
+        looked.set()
+        await go_on.wait()
+
+    pulse = Pulse(look_around, lambda: now + trio.current_time())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pulse.run)
+        await trio.sleep(10)
+        assert not pulse.is_late
+        now += LATE + 1  # it was stopped, and goes on
+        assert pulse.is_late
+        await looked.wait()
+        await trio.sleep(10)
+        assert pulse.is_late
+        go_on.set()
+        await trio.sleep(1)
+        assert not pulse.is_late
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_wakes_up_gives_up_what_others_have_taken_over_before_it_answers(
+    tmp_path, autojump_clock, monkeypatch
+):
+    asleep = dict[Pulse, float]()
+    pulses = list[Pulse]()
+    plain = Pulse.__init__
+
+    def make(self: Pulse, look_around: Callable[[], Any], clock: Callable[[], float]) -> None:
+        pulses.append(self)
+        plain(self, look_around, lambda: trio.current_time() + asleep.get(self, 0.0))
+
+    monkeypatch.setattr(Pulse, "__init__", make)
+    async with copied_swarm(tmp_path) as swarm:
+        servers = await swarm.serve_grid(2)
+        await swarm.until_copied()
+        await trio.sleep(25)
+        before = (await swarm.holders())[UIDS[0]]
+        number = next(n for n, server in enumerate(servers) if server.contact == before.contact)
+        monkeypatch.setattr(Meeting, "_remind", nobody)  # nobody tells it: it has to find out itself
+        swarm.network.unplug(before.contact)  # so that the others hear nothing of it
+        await swarm.until(partial(_taken_over, swarm, UIDS[0]))
+        swarm.network.heal()
+        asleep[pulses[number]] = 60.0
+        with pytest.raises(Overloaded, match="has been away"):
+            await swarm.call(before, "backward", [X, torch.ones_like(X)])
+        await swarm.until(partial(_given_up, swarm, UIDS[0]), 3)
+        await swarm.until(partial(_beats, pulses[number]), 3)
+        assert {event.uid for event in swarm.said(ExpertTakenOver)} == {
+            event.uid for event in swarm.said(ExpertGivenUp)
+        }
+        assert await swarm.call(before, "backward", [X, torch.ones_like(X)]) == 1  # elsewhere, where it has moved
+
+
+async def _taken_over(swarm: Any, uid: str) -> bool:
+    return any(event.uid == uid for event in swarm.said(ExpertTakenOver))
+
+
+async def _beats(pulse: Pulse) -> bool:
+    return not pulse.is_late
