@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,11 +15,12 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labkit.copies import copying, takeover, watching
+from labkit.copies import copying, levelling, takeover, watching
 from labkit.copies.meeting import Meeting
+from labkit.copies.store import IncomingCopy
 from labkit.directory.declaring import Declaring
 from labkit.errors import Overloaded
-from labkit.events import ExpertGivenUp, ExpertTakenOver
+from labkit.events import CopyFailed, ExpertGivenUp, ExpertTakenOver
 from labkit.node import open_node
 from labkit.server.pulse import LATE, Pulse
 from labkit.simulation.virtual_clock import run_in_virtual_time
@@ -192,3 +194,54 @@ async def _taken_over(swarm: Any, uid: str) -> bool:
 
 async def _beats(pulse: Pulse) -> bool:
     return not pulse.is_late
+
+
+# ------------------------------------------------------------ a backup that fails
+
+
+def failing(victim: Path, what: Callable[[], Any]) -> Callable[..., Any]:
+    """`IncomingCopy.append`, which fails at one server."""
+    plain = IncomingCopy.append
+
+    async def append(self: IncomingCopy, data: Any) -> None:
+        if self._part.parent == victim:
+            await what()
+        await plain(self, data)
+
+    return append
+
+
+async def full() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("what", "cause", "why"),
+    [(full, "refused", "No space left"), (partial(trio.sleep, 10**4), "timeout", "no answer"), (None, "lost", "")],
+    ids=["full", "slow", "killed"],
+)
+async def test_where_a_backup_cannot_keep_a_copy_another_one_is_chosen_and_an_event_says_why(
+    what, cause, why, tmp_path, monkeypatch, autojump_clock
+):
+    async with copied_swarm(tmp_path) as swarm:
+        await swarm.serve(UIDS)
+        spares = [await swarm.serve(spare=True) for _ in range(2)]
+        victim = spares[0]
+
+        async def die() -> None:
+            victim.scope.cancel()
+            await trio.sleep_forever()
+
+        monkeypatch.setattr(IncomingCopy, "append", failing(victim.copies, what or die))
+        monkeypatch.setattr(levelling, "LEAST_DIFFERENCE", 10**9)
+
+        async def copied() -> bool:
+            found = await swarm.holders()
+            return all(spares[1].contact.key[:8] in found[uid].copies for uid in UIDS)
+
+        await swarm.until(copied, 60)
+        failed = [event for event in swarm.said(CopyFailed) if event.address == victim.contact.endpoint]
+        assert failed
+        assert {event.cause for event in failed} == {cause}
+        assert all(why in event.detail for event in failed)
+        assert not any(victim.copies.glob("*.safetensors"))

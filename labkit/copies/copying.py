@@ -31,7 +31,8 @@ SILENCE = 6.0  # seconds without a word of who keeps a copy, after which it coun
 NAME_PERIOD = 2.0  # seconds between two times that it is said who has copies, while some are made
 PATIENCE = 5.0  # seconds to try again at a server that takes as many copies as it can
 MAX_NAMED = 8  # servers with copies that a declaration names
-PAUSE_AFTER_FAILURE = 2.0  # seconds until a server is tried again that did not take a copy
+PAUSE_AFTER_FAILURE = 2.0  # seconds until a server is tried again that did not take a copy; doubled each time
+LONGEST_PAUSE = 60.0  # in a row, up to this
 
 
 @dataclass(slots=True)
@@ -83,7 +84,7 @@ class Copying:
         self._budget = budget
         self._at_once = CopyBudget(float("inf"), 1.0)
         self._made: dict[str, dict[bytes, Copied]] = {}  # uid -> key -> copy
-        self._failed: dict[bytes, float] = {}  # servers that did not take a copy, and until when they are left alone
+        self._failed: dict[bytes, tuple[float, float]] = {}  # by server: how long it is left alone, and until when
 
     # ------------------------------------------------------------ what there is
 
@@ -166,6 +167,7 @@ class Copying:
             uid, to = due
             try:
                 await self.copy_to(uid, to, patience=PATIENCE)
+                self._failed.pop(to.key, None)
             except Overloaded:
                 continue  # it takes copies of others now, and will take ours
             except RPCError as error:
@@ -179,14 +181,18 @@ class Copying:
         if uid not in self._experts.held:
             return  # it was given away meanwhile
         logger.info("no copy of %s at %s: %s", uid, to.endpoint, error)
-        self._failed[to.key] = trio.current_time() + PAUSE_AFTER_FAILURE
+        now = trio.current_time()
+        self._failed = {key: one for key, one in self._failed.items() if now < one[1] + LONGEST_PAUSE}
+        pause = self._failed.get(to.key, (PAUSE_AFTER_FAILURE / 2, 0.0))[0] * 2
+        pause = min(pause, LONGEST_PAUSE)
+        self._failed[to.key] = pause, now + pause
         if isinstance(error, (ConnectionLost, DeadlineExceeded)):
             self._servers.lose(to)
 
     def _targets(self, uid: str) -> list[Contact]:
         """Returns where copies of an expert belong."""
         now = trio.current_time()
-        some = [r for r in self._servers.others.values() if self._failed.get(r.contact.key, 0.0) <= now]
+        some = [r for r in self._servers.others.values() if self._failed.get(r.contact.key, (0.0, 0.0))[1] <= now]
         have = self.keys(uid)
         able = [r for r in rank(uid, some, self._own(), have) if r.room > 0 or r.contact.key[:KEY_PREFIX] in have]
         return [record.contact for record in able[: self.backups]]
