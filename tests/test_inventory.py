@@ -114,10 +114,11 @@ class Lab:
 
     @asynccontextmanager
     async def polled(
-        self, *handles: Handle, watched: Callable[[], bool] = lambda: True
+        self, *handles: Handle, watched: Callable[[], bool] = lambda: True, **options: Any
     ) -> AsyncIterator[trio.CancelScope]:
         async with trio.open_nursery() as nursery:
-            poll = partial(keep_polled, self.node, cast(Any, handles), self.inventories.append, watched=watched)
+            publish = self.inventories.append
+            poll = partial(keep_polled, self.node, cast(Any, handles), publish, watched=watched, **options)
             yield await nursery.start(poll)
             nursery.cancel_scope.cancel()
 

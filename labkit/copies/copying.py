@@ -117,6 +117,25 @@ class Copying:
         """Returns how many copies there are of the experts that are served here."""
         return sum(len(self._fresh(uid)) for uid in self._experts.held)
 
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of copies that were sent so far."""
+        return self._budget.sent + self._at_once.sent
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second that copies take at most."""
+        return self._budget.rate
+
+    def last_copy(self, uid: str, key: bytes) -> int | None:
+        """Returns how far an expert had come at its last copy, at the server with that key or else at any.
+
+        None if there was none in this epoch.
+        """
+        epoch, made = self._experts.held.get(uid), self._made.get(uid, {})
+        updates = {at: copied.updates for at, copied in made.items() if copied.epoch == epoch}
+        return updates.get(key, max(updates.values(), default=None))
+
     def forget(self, uid: str) -> None:
         """Forget the copies of an expert that is served here no more."""
         self._made.pop(uid, None)

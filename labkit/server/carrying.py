@@ -8,6 +8,7 @@ Order: the experts as copies see them, then what `server/serving` does with copi
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from labkit.copies.messages import CopyHead
 from labkit.dht.node import DHTNode
 from labkit.directory import Directory
 from labkit.errors import CheckpointError, RemoteFailure, UnknownExpert
-from labkit.events import Emit
+from labkit.events import Emit, Event, ExpertTakenOver
 from labkit.expert_file import pack_expert, read_expert
 from labkit.expert_uid import ExpertInfo
 from labkit.node import Node
@@ -35,6 +36,7 @@ from labkit.server.leaving import stop_timeout
 from labkit.server.optimizer import BackendConfig
 from labkit.server.pulse import Pulse
 from labkit.server.server import ExpertServer
+from labkit.server.statistics import MAX_TAKEOVERS, CopyStatistics, RecentTakeOver
 from labkit.whereabouts import sleepless_clock
 from labkit.wire.rpc_client import Client
 from labkit.wire.rpc_types import Methods
@@ -48,6 +50,7 @@ class CarriedExperts:
     """The experts of one server: see `copies.experts.ServedExperts`."""
 
     def __init__(self, server: ExpertServer) -> None:
+        self.began: dict[str, int] = {}  # updates of experts when they were carried on from a copy
         self._server = server
         self._template: tuple[BackendConfig, ExpertBackend] | None = None  # with whose shapes copies are compared
 
@@ -92,6 +95,7 @@ class CarriedExperts:
         try:
             made = await build_in_thread(build, in_thread=server.in_thread)
             server.holdings.add(uid, made, epoch)
+            self.began[uid] = made.updates
         except (CheckpointError, OSError, ValueError, RuntimeError) as error:
             raise RemoteFailure(f"{uid} cannot be carried on: {error}") from None
 
@@ -148,7 +152,9 @@ class Carrying:
     def __init__(self, server: ExpertServer, emit: Emit) -> None:
         self.keeper: CopyKeeper | None = None
         self._server = server
+        self._experts = CarriedExperts(server)
         self._emit = emit
+        self._takeovers = deque[tuple[float, ExpertTakenOver]](maxlen=MAX_TAKEOVERS)  # with the time on trio's clock
         config = server.config
         self._takes_part = config.carries
         self._temporary: TemporaryDirectory[str] | None = None
@@ -162,12 +168,13 @@ class Carrying:
         if config.copies_dir is None:
             self._temporary = TemporaryDirectory(prefix="labkit-copies-")
         self.keeper = keeper = CopyKeeper(
-            client, dht, directory, CarriedExperts(server), grid=config.name, kind=kind_name(config.kind),
+            client, dht, directory, self._experts, grid=config.name, kind=kind_name(config.kind),
             backups=config.backups, is_spare=lambda: config.spare or len(server.holdings.held) < len(config.uids),
             folder=Path(self._temporary.name if self._temporary else config.copies_dir or ""), own=lambda: dht.contact,
-            emit=self._emit, in_thread=server.in_thread,
+            emit=self._note, in_thread=server.in_thread,
         )  # fmt: skip
         server.holdings.on_outdated = lambda uid, epoch: keeper.meeting.suspect(uid)
+        server.copies = self.statistics
         return {**server.methods, **keeper.methods}
 
     async def leave_to_others(self, node: Node, unowned: Collection[str], refused: Exception | None) -> None:
@@ -200,7 +207,37 @@ class Carrying:
         return 0 if backend is None else max(0, backend.updates - self._copied(uid))
 
     def _copied(self, uid: str) -> int:
-        return 0 if self.keeper is None else self.keeper.copying.copied_updates(uid)
+        copied = 0 if self.keeper is None else self.keeper.copying.copied_updates(uid)
+        return max(copied, self._experts.began.get(uid, 0))
+
+    def statistics(self) -> CopyStatistics | None:
+        """How the server takes part in copies; None if it does not."""
+        if self.keeper is None:
+            return None
+        keeper, held, began_with = self.keeper, self._server.holdings.held, self._server.config.uids
+        at_risk, now = len(keeper.copying.at_risk()) if keeper.backups else 0, trio.current_time()
+        said = CopyStatistics(
+            keeper.backups, len(keeper.store.copies), len(held) - at_risk if keeper.backups else 0, at_risk,
+            self._period(), keeper.copying.sent_bytes,
+        )  # fmt: skip
+        said.adopted = list(held.keys() - set(began_with))
+        said.takeovers = [
+            RecentTakeOver(e.uid, e.before, e.epoch, e.lost_updates, e.seconds, max(0.0, now - at))
+            for at, e in self._takeovers
+        ]
+        return said
+
+    def _period(self) -> float:
+        """Seconds between two copies of an expert that learns: as many as copies of all of them take, ten at least."""
+        if self.keeper is None or not self.keeper.backups:
+            return 0.0
+        size = sum(backend.state_bytes for backend in self._server.runtime.backends.values())
+        return max(self.keeper.copying.period, self.keeper.backups * size / self.keeper.copying.rate)
+
+    def _note(self, event: Event) -> None:
+        if isinstance(event, ExpertTakenOver):
+            self._takeovers.append((trio.current_time(), event))
+        self._emit(event)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Copy, watch and take over until cancelled."""

@@ -34,7 +34,7 @@ from labkit.server.leaving import Traffic
 from labkit.server.optimizer import BackendConfig
 from labkit.server.runtime import Executor, QueuedRequest, Result, Runtime
 from labkit.server.snapshots import Snapshots
-from labkit.server.statistics import ServerStatistics
+from labkit.server.statistics import CopyStatistics, ServerStatistics
 from labkit.server.validation import CallOptions
 from labkit.wire.rpc_types import AsyncMethod, CallbackMethod, Methods, Reply, Request, RespondFn, SyncMethod
 from labkit.wire.timers import Timers
@@ -72,6 +72,7 @@ class ExpertServer:
         self.faults = faults or Faults()
         self.traffic = Traffic()
         self.relay: Callable[[], Contact | None] = lambda: None  # returns the relay through which it is reached
+        self.copies: Callable[[], CopyStatistics | None] = lambda: None  # returns how it takes part in copies
         check_device(config.backend.device)
         self.in_thread = executor is None  # whether threads may be used
         backends = dict[str, ExpertBackend]()
@@ -268,4 +269,5 @@ class ExpertServer:
         statistics.latency, statistics.loss = self.faults.latency, self.faults.loss
         statistics.label, relay = self.config.label, self.relay()
         statistics.relay = "" if relay is None else relay.endpoint
+        statistics.copies = self.copies()
         return statistics

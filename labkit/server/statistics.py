@@ -22,7 +22,57 @@ from labkit.wire.rpc_types import Caller
 
 Uid = Annotated[str, msgspec.Meta(max_length=160)]
 PerExpert = msgspec.Meta(max_length=20_000)
+MAX_TAKEOVERS = 64  # that a server tells of, the last ones
 Times = Annotated[list[Count], msgspec.Meta(max_length=BUCKETS)]
+
+
+class RecentTakeOver(msgspec.Struct, frozen=True):
+    """An expert that a server has taken over: see `labkit.events.ExpertTakenOver`.
+
+    Args:
+        uid: The expert.
+        before: `host:port` of the server that had it.
+        epoch: The expert's epoch since then.
+        lost_updates: Optimizer steps that the copy lacked, as far as they are known.
+        seconds: How long nobody served the expert.
+        ago: Seconds since then.
+    """
+
+    uid: Uid
+    before: Annotated[str, msgspec.Meta(max_length=4 * MAX_LABEL)]
+    epoch: Count
+    lost_updates: Count
+    seconds: Seconds
+    ago: Seconds
+
+    def __post_init__(self) -> None:
+        if not (self.uid.isprintable() and self.before.isprintable()):
+            raise ValueError("an expert or a server with an unprintable name")
+
+
+class CopyStatistics(msgspec.Struct):
+    """How a server takes part in copies of experts: gauges, and counters since its start.
+
+    Args:
+        backups: How many copies each of its experts is to have at other servers; 0 for a spare server that makes none.
+        kept: Copies of others' experts that it keeps.
+        copied: How many of its experts have a fresh copy at another server.
+        at_risk: How many are to have one, and have none that is fresh.
+        period: Seconds between two copies of an expert that learns, as promised: ten, or as many as all of its experts
+            take, by their size and the budget of bytes; 0 if it makes no copies.
+        sent_bytes: Bytes of copies that it has sent.
+        adopted: Its experts that it did not begin with: they were taken over, or given to it.
+        takeovers: The last experts that it has taken over, the latest last.
+    """
+
+    backups: Count = 0
+    kept: Count = 0
+    copied: Count = 0
+    at_risk: Count = 0
+    period: Seconds = 0.0
+    sent_bytes: Count = 0
+    adopted: Annotated[list[Uid], PerExpert] = []
+    takeovers: Annotated[list[RecentTakeOver], msgspec.Meta(max_length=MAX_TAKEOVERS)] = []
 
 
 class ServerStatistics(msgspec.Struct):
@@ -51,6 +101,7 @@ class ServerStatistics(msgspec.Struct):
         compute_times: The same of the seconds in the batch.
         label: The name that its owner gives the server; empty if there is none.
         relay: `host:port` of the relay through which the server is reached, if it takes no connections itself.
+        copies: How it takes part in copies; None if it does not, or if it is an older labkit's.
     """
 
     experts: Annotated[dict[Uid, Count], PerExpert]
@@ -72,6 +123,7 @@ class ServerStatistics(msgspec.Struct):
     compute_times: Times = []
     label: Annotated[str, msgspec.Meta(max_length=4 * MAX_LABEL)] = ""
     relay: Annotated[str, msgspec.Meta(max_length=4 * MAX_LABEL)] = ""
+    copies: CopyStatistics | None = None
 
     def __post_init__(self) -> None:
         self.label, self.relay = clean_label(self.label), clean_label(self.relay)
@@ -81,11 +133,16 @@ class ServerStatistics(msgspec.Struct):
         for times in (self.total_times, self.queue_times, self.compute_times):
             if times and len(times) != BUCKETS:
                 raise ValueError(f"{len(times)} buckets instead of {BUCKETS}")
+        if self.copies is not None and len(self.copies.adopted) > len(self.experts):
+            raise ValueError(f"{len(self.copies.adopted)} of {len(self.experts)} experts adopted")
 
 
 def without_experts(statistics: ServerStatistics) -> ServerStatistics:
     """The same statistics without anything about single experts."""
-    return msgspec.structs.replace(statistics, experts={}, expert_rows=[], expert_requests=[], expert_seconds=[])
+    copies = statistics.copies and msgspec.structs.replace(statistics.copies, adopted=[])
+    return msgspec.structs.replace(
+        statistics, experts={}, expert_rows=[], expert_requests=[], expert_seconds=[], copies=copies
+    )
 
 
 async def call_statistics(caller: Caller, contact: Contact, timeout: float) -> ServerStatistics:

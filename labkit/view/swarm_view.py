@@ -28,6 +28,7 @@ from labkit.launch.lab import Lab
 from labkit.training.run import latest_run
 from labkit.view.collect.inventory import Inventory, keep_polled, local_servers, reachability_lines
 from labkit.view.collect.sampler import Sampler
+from labkit.view.collect.takeovers import ReportedTakeOvers
 from labkit.view.collect.telemetry import Telemetry
 from labkit.view.outputs import Output, Outputs, Show
 from labkit.view.page.commands import CommandExecutor, check_command
@@ -90,6 +91,7 @@ class SwarmView:
         self._inventory = Inventory()
         self._sampler = Sampler(telemetry, self._inventory_now, in_flight, partial(latest_run, name), name)
         self._worker = WorkerThread(f"labkit-view-{name}", self._step)
+        self._takeovers = ReportedTakeOvers(listeners, telemetry.started)
         self._recording = Recording()
         self._outputs = Outputs(
             Output(self._recording.add, RECORDING_PERIOD, -math.inf, max_period=MAX_RECORDING_PERIOD), name
@@ -298,7 +300,9 @@ class SwarmView:
     async def _poll(self, scope: trio.CancelScope) -> None:
         try:
             with scope:
-                await keep_polled(self._lab.node, self._servers, self._publish, watched=self._is_watched)
+                await keep_polled(
+                    self._lab.node, self._servers, self._publish, watched=self._is_watched, takeovers=self._takeovers
+                )
         except Exception:  # the view goes blind, but the swarm must live on
             logger.exception("the swarm %r is not polled any more", self.name)
 

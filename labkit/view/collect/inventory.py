@@ -21,11 +21,13 @@ import trio
 from labkit.contact import Contact
 from labkit.directory.grids import GridInfo, find_grids
 from labkit.errors import LabkitError, RPCError
+from labkit.events import ignore
 from labkit.expert_uid import ExpertInfo
 from labkit.launch.handle import ServerHandle
 from labkit.node import Node
 from labkit.reachability import Reach
 from labkit.server.statistics import ServerStatistics, call_statistics, without_experts
+from labkit.view.collect.takeovers import ReportedTakeOvers
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +114,7 @@ async def keep_polled(
     *,
     period: float = 1.0,
     watched: Callable[[], bool] = lambda: True,
+    takeovers: ReportedTakeOvers | None = None,
     task_status: trio.TaskStatus[trio.CancelScope] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Publish an inventory every `period` seconds and whenever experts were looked up, until cancelled.
@@ -124,8 +127,9 @@ async def keep_polled(
         publish: Called with each inventory.
         period: Seconds between two rounds of asking servers.
         watched: Whether someone looks at this moment; while no one does, more than two servers are polled more rarely.
+        takeovers: Hears what servers elsewhere report of experts that they have taken over.
     """
-    poll = _Poll(node, servers, publish, watched)
+    poll = _Poll(node, servers, publish, watched, takeovers or ReportedTakeOvers(ignore, math.inf))
     with trio.CancelScope() as scope:
         poll.publish()
         async with trio.open_nursery() as nursery:
@@ -139,12 +143,13 @@ class _Poll:
 
     def __init__(
         self, node: Node, servers: Sequence[ServerHandle], publish: Callable[[Inventory], None],
-        watched: Callable[[], bool],
+        watched: Callable[[], bool], takeovers: ReportedTakeOvers,
     ) -> None:  # fmt: skip
         self._node = node
         self._servers = servers
         self._publish = publish
         self._watched = watched
+        self._takeovers = takeovers
         self._grids: Mapping[str, GridInfo] = {}
         self._found = FoundExperts()
         self._polled_at = -math.inf
@@ -243,6 +248,11 @@ class _Poll:
                 others = sum(self._found.unlisted(a, s) for a, (s, _) in self._statistics.items() if a != address)
                 self._statistics[address] = (self._found.bounded(address, statistics, others), time.monotonic())
                 self._failures.pop(address, None)
+                if contacts[address].key not in self._own_keys():  # those tell it themselves
+                    self._takeovers.take(address, statistics, time.monotonic())
+
+    def _own_keys(self) -> set[bytes]:
+        return {handle.plan.identity.public_key for handle in self._servers}
 
 
 # ---------------------------------------------------------------- looking experts up
