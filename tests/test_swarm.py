@@ -498,7 +498,7 @@ def test_a_server_that_was_killed_a_moment_ago_is_shown_once(swarm):
     swarm.serve("nop", grid=(2,), servers=2, isolation="task")
     swarm.servers[1].kill()
     text = repr(swarm)
-    assert "servers[1]  killed" in text and "elsewhere" not in text
+    assert "servers[1]  killed" in text and "remote" not in text
     assert "0 of 1" in text
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import re
 import threading
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +14,15 @@ from torch import nn
 
 from labkit.errors import SwarmClosed
 from labkit.events import CallFailed, CallFinished, RowsUnanswered, ServerLost, StepFinished
+from labkit.server.statistics import CopyStatistics
+from labkit.swarm import Swarm
 from labkit.training.fit import fit
 from labkit.view import progress
 from labkit.view.collect.telemetry import Telemetry
 from labkit.view.progress import show_progress
+from labkit.view.scene import copies_of
 from labkit.view.summary import ServerRow, SwarmSummary
+from tests.swarms import eventually
 
 
 def finished(uid="ffn.0", address="tcp://a:1", seconds=0.1, updates=0):
@@ -112,6 +118,59 @@ def test_the_html_is_escaped():
     row = ServerRow(hostile, hostile, hostile, 1, 1, 1, 1.0, {hostile: 1})
     html = SwarmSummary(hostile, "open", hostile, False, {hostile: ((1,), 1)}, [row], 1, {hostile: 1}).html()
     assert "<script" not in html and "&lt;script&gt;" in html
+
+
+def test_there_is_a_column_of_adopted_experts_as_soon_as_a_server_has_some():
+    assert "adopted" not in SUMMARY.text() + SUMMARY.html()
+    some = replace(SUMMARY, servers=[replace(ROWS[0], experts=12, experts_alive=12, adopted=4), *ROWS[1:]])
+    _, columns, first, second, *_ = some.text().splitlines()
+    end = columns.index("adopted") + len("adopted")
+    assert (first[:end].split()[-2:], second[:end].split()[-1]) == (["12", "4"], "0")
+    assert some.html().count("<td") == SUMMARY.html().count("<td") + len(ROWS)
+
+
+# ---------------------------------------------------------------- copies
+
+
+def said(copied: int = 4, at_risk: int = 0, adopted: int = 0, **more: Any) -> CopyStatistics:
+    more = {"backups": 1, "period": 10.0} | more
+    return CopyStatistics(copied=copied, at_risk=at_risk, adopted=[f"ffn.{n}" for n in range(adopted)], **more)
+
+
+@pytest.mark.parametrize(
+    ("servers", "words"),
+    [
+        ([said(), said()], "copies: each expert has one elsewhere"),
+        ([said(backups=2), said()], "copies: each expert has some elsewhere"),
+        ([said(adopted=3), said(adopted=1), None],
+         "copies: each expert has one elsewhere; 4 adopted from other servers"),
+        ([said(), said(0, 4)], "4 of 8 experts are at risk: no other server has a fresh copy"),
+        ([said(0, 1)], "1 of 1 expert has no copy elsewhere: with one server there is nowhere to put it"),
+        ([said(period=41.0), said()],
+         "copies: each expert has one elsewhere; large as they are, they are copied every 41 s, not every 10 s"),
+        ([said(backups=0, copied=0, period=0.0), said(0, 4)],  # a spare one
+         "4 of 4 experts are at risk: no other server has a fresh copy"),
+    ],
+)  # fmt: skip
+def test_how_safe_experts_are_is_one_sentence(servers: list[CopyStatistics | None], words: str):
+    found = copies_of(servers)
+    assert found is not None and found.words == words
+    assert words in replace(SUMMARY, copies=words).text()
+
+
+def test_where_no_server_makes_copies_nothing_is_said_of_them():
+    assert copies_of([None, said(0, 0, backups=0, period=0.0)]) is None
+    assert copies_of([]) is None
+    assert "cop" not in SUMMARY.text()
+
+
+def test_the_repr_of_a_swarm_says_who_has_copies_and_who_adopted_experts():
+    with Swarm("copied") as swarm:
+        swarm.serve("ffn", hidden=4, grid=(2, 2), servers=2, isolation="task")
+        eventually(lambda: "copies: each expert has one elsewhere" in repr(swarm))
+        swarm.servers[1].kill()
+        eventually(lambda: "2 adopted from other servers" in repr(swarm))
+        assert "4 experts alive" in repr(swarm) and "0 of 2" in repr(swarm)
 
 
 # ---------------------------------------------------------------- the progress bar

@@ -10,7 +10,7 @@ for good.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from labkit.errors import CAUSES
+from labkit.server.statistics import CopyStatistics
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -26,6 +27,7 @@ Ints = npt.NDArray[np.int64]
 MODES = ("load", "latency", "failures", "staleness")  # what the heat map can show
 SPLIT = ("total", "queue", "compute", "network")  # a call's latency, and its parts
 PERCENTILES = (50, 95, 99)
+USUAL_PERIOD = 10.0  # seconds between two copies of an expert that learns
 SERIES = ("loss", "samples", "calls", "bytes", "in_flight", "staleness", *CAUSES)
 
 
@@ -177,6 +179,54 @@ def waits_lines(waits: Sequence[Waits]) -> list[str]:
     """Returns a sentence for each; where there are several layers, it begins with the layer's name."""
     several = len({one.layer for one in waits}) > 1
     return [f"{one.layer}: {one.words}" if several else one.words for one in waits]
+
+
+@dataclass(frozen=True, slots=True)
+class CopySummary:
+    """How safe the experts are whose servers make copies: whether others hold fresh ones. Of servers that say so."""
+
+    backups: int  # copies that each expert is to have, at most
+    servers: int  # that take part
+    experts: int  # of servers that make copies
+    at_risk: int  # of these, without a fresh copy elsewhere
+    adopted: int  # experts that their servers did not begin with
+    period: float  # seconds between two copies of an expert that learns, as promised where that is longest
+
+    @property
+    def words(self) -> str:
+        """As a sentence."""
+        some, one = f"{self.at_risk:,} of {count_text(self.experts, 'expert')}", self.experts == 1
+        if self.at_risk == 0:
+            words = f"copies: each expert has {'one' if self.backups == 1 else 'some'} elsewhere"
+        elif self.servers == 1:
+            words = f"{some} {'has' if one else 'have'} no copy elsewhere: with one server there is nowhere to put it"
+        else:
+            words = f"{some} {'is' if one else 'are'} at risk: no other server has a fresh copy"
+        if self.period > USUAL_PERIOD:
+            words += f"; large as they are, they are copied every {seconds_text(self.period)}, not every 10 s"
+        if self.adopted:
+            words += f"; {self.adopted:,} adopted from other servers"
+        return words
+
+
+def copies_of(said: Iterable[CopyStatistics | None]) -> CopySummary | None:
+    """Returns how safe the experts are, by what servers say; None if none of them makes copies."""
+    known = [one for one in said if one is not None]
+    if not any(one.backups for one in known):
+        return None
+    return CopySummary(
+        backups=max(one.backups for one in known),
+        servers=len(known),
+        experts=sum(one.copied + one.at_risk for one in known),
+        at_risk=sum(one.at_risk for one in known),
+        adopted=sum(len(one.adopted) for one in known),
+        period=max(one.period for one in known),
+    )
+
+
+def count_text(count: int, thing: str) -> str:
+    """Returns a number of things: 1 expert, 2 experts."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 @dataclass(frozen=True, slots=True)

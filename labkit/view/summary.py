@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import html
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 
 import trio
 
@@ -16,11 +16,11 @@ from labkit.errors import RPCError
 from labkit.expert_uid import ExpertInfo, split_uid
 from labkit.launch.handle import ServerHandle
 from labkit.node import Node
-from labkit.server.statistics import call_statistics
+from labkit.server.statistics import CopyStatistics, call_statistics
 from labkit.view.collect.inventory import reachability_lines
 from labkit.view.collect.telemetry import Calls, Telemetry
 from labkit.view.collect.waiting import waits_of
-from labkit.view.scene import waits_lines
+from labkit.view.scene import copies_of, waits_lines
 
 STYLE = """
 <style>
@@ -37,15 +37,19 @@ SERVER_STATE_SIGNS = {
     "starting": "◌",
 }  # a state has a sign and a word, not only a colour
 ENDED_SIGN = "✕"
-COLUMN_NAMES = ("server", "state", "address", "experts", "calls", "mean", "failures")
-NUMBER_COLUMNS = {"experts", "calls", "mean"}
+COLUMN_NAMES = ("server", "state", "address", "experts", "adopted", "calls", "mean", "failures")
+NUMBER_COLUMNS = {"experts", "adopted", "calls", "mean"}
+OWN_TIMEOUT = 0.5  # seconds in which a server started here says how its experts are copied
 CENSUS_TIMEOUT = 2.0  # seconds, since a repr must not hang
 MAX_ASKED = 64  # servers that are asked for their labels
 
 
 @dataclass(frozen=True, slots=True)
 class ServerRow:
-    """One server. `experts_alive`: how many of its `experts` the directory offers."""
+    """One server.
+
+    `experts_alive`: how many of its `experts` the directory offers. `adopted`: how many it did not begin with.
+    """
 
     label: str
     state: str
@@ -55,6 +59,7 @@ class ServerRow:
     calls: int
     mean_ms: float
     failed: dict[str, int]
+    adopted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +76,16 @@ class SwarmSummary:
     failed: dict[str, int]
     waits: Sequence[str] = ()  # what passes wait for, in sentences
     reachability: Sequence[str] = ()  # whether others reach it, in sentences
+    copies: str = ""  # whether experts have copies elsewhere, in a sentence; empty if no server makes any
 
     def text(self) -> str:
         """As plain text, a line for each server."""
         lines = [self._headline()]
         if self.servers:
-            rows = [("", *COLUMN_NAMES), *(self._cells(row) for row in self.servers)]
+            rows = [("", *self._columns), *(self._cells(row) for row in self.servers)]
             widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-            lines += ["  ".join(map(_justify, ("", *COLUMN_NAMES), row, widths)).rstrip() for row in rows]
-        lines += [self._footline(), *self.reachability, *self.waits]
+            lines += ["  ".join(map(_justify, ("", *self._columns), row, widths)).rstrip() for row in rows]
+        lines += self._feet
         return "\n".join(lines)
 
     def html(self) -> str:
@@ -89,7 +95,7 @@ class SwarmSummary:
             number = ' class="number"'
             marked = (
                 f"<{tag}{number if name in NUMBER_COLUMNS else ''}>{html.escape(cell)}</{tag}>"
-                for name, cell in zip(COLUMN_NAMES, cells, strict=True)
+                for name, cell in zip(self._columns, cells, strict=True)
             )
             return f"<tr{css}>{''.join(marked)}</tr>"
 
@@ -102,11 +108,20 @@ class SwarmSummary:
                 )
             )
         table = (
-            f"<table><thead>{line('th', COLUMN_NAMES)}</thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""
+            f"<table><thead>{line('th', self._columns)}</thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""
         )
         head = html.escape(self._headline())
-        foot = "<br>".join(map(html.escape, (self._footline(), *self.reachability, *self.waits)))
+        foot = "<br>".join(map(html.escape, self._feet))
         return f'{STYLE}<div class="labkit-swarm"><strong>{head}</strong>{table}<div>{foot}</div></div>'
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        some = any(row.adopted for row in self.servers)
+        return tuple(name for name in COLUMN_NAMES if some or name != "adopted")
+
+    @property
+    def _feet(self) -> list[str]:
+        return [self._footline(), *([self.copies] if self.copies else []), *self.reachability, *self.waits]
 
     def _headline(self) -> str:
         where = f" at {self.address}{' (encrypted)' if self.encrypted else ''}" if self.address else ""
@@ -124,7 +139,8 @@ class SwarmSummary:
         alive = f"{row.experts_alive} of {row.experts}" if row.experts_alive != row.experts else str(row.experts)
         mean = f"{row.mean_ms:.1f} ms" if row.calls else "–"
         sign = SERVER_STATE_SIGNS.get(row.state, ENDED_SIGN)
-        return sign, row.label, row.state, row.address, alive, f"{row.calls:,}", mean, _failures(row.failed)
+        adopted = (str(row.adopted),) if "adopted" in self._columns else ()
+        return sign, row.label, row.state, row.address, alive, *adopted, f"{row.calls:,}", mean, _failures(row.failed)
 
 
 def _justify(column: str, cell: str, width: int) -> str:
@@ -148,47 +164,65 @@ class Census:
         experts: All experts that are alive, by uid.
         labels: The names that owners give their servers, by address, where there are any.
         relays: Who relays for servers that take no connections, by their address.
+        copies: What servers say of copies, by their address, those that take part.
     """
 
     grids: dict[str, GridInfo] = field(default_factory=dict)
     experts: dict[str, ExpertInfo] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
     relays: dict[str, str] = field(default_factory=dict)
+    copies: dict[str, CopyStatistics] = field(default_factory=dict)
 
 
 async def take_census(node: Node, servers: Sequence[ServerHandle] = ()) -> Census:
-    """Look up all grids and experts, and ask servers elsewhere for their labels, for at most two seconds.
+    """Look up all grids and experts, and ask servers for their labels and copies, for at most two seconds.
 
     If that is too short, return what is cached here.
 
     Args:
         node: Our node in the swarm.
-        servers: The servers started here, which need not be asked, unless a relay may stand before them.
+        servers: The servers started here.
     """
     census = Census()
     with trio.move_on_after(CENSUS_TIMEOUT) as limit:
         census.grids = await node.directory.grids()
         census.experts = await node.directory.experts_of(census.grids)
-        here = {server.contact for server in servers} if node.relaying.keeper is None else set()
-        await _ask_labels(node, {info.contact for info in census.experts.values()} - here, census)
+        here = {server.contact: server for server in servers if server.alive and server.contact is not None}
+        # What has come to a server here is known before the directory looks again.
+        held = {uid: contact for contact, server in here.items() for uid in server.uids}
+        late = [uid for uid, contact in held.items() if uid not in census.experts or not _is_at(census, uid, contact)]
+        if late:
+            await node.directory.refresh(late)
+            census.experts = await node.directory.experts_of(census.grids)
+        await _ask_servers(node, here, census)
     if limit.cancelled_caught and not census.experts:
         census.experts = node.directory.known()
     return census
 
 
-async def _ask_labels(node: Node, contacts: Iterable[Contact], census: Census) -> None:
+def _is_at(census: Census, uid: str, contact: Contact) -> bool:
+    return census.experts[uid].contact == contact
+
+
+async def _ask_servers(node: Node, here: Collection[Contact], census: Census) -> None:
+    """Ask servers here, and others that have experts, what they say of themselves."""
+
     async def ask(contact: Contact) -> None:
+        timeout = OWN_TIMEOUT if contact in here else CENSUS_TIMEOUT
         try:
-            said = await call_statistics(node.client, contact, CENSUS_TIMEOUT)
+            said = await call_statistics(node.client, contact, timeout)
         except RPCError:
-            return  # it has none that is known now
-        if said.label and not said.label.startswith("servers["):
+            return  # nothing is known now
+        if said.copies is not None:
+            census.copies[contact.endpoint] = said.copies
+        if said.label and contact not in here and not said.label.startswith("servers["):
             census.labels[contact.endpoint] = said.label
         if said.relay:
             census.relays[contact.endpoint] = said.relay
 
+    others = {info.contact for info in census.experts.values()} - set(here)
     async with trio.open_nursery() as nursery:
-        for contact in islice(contacts, MAX_ASKED):
+        for contact in islice(chain(here, others), MAX_ASKED):
             nursery.start_soon(ask, contact)
 
 
@@ -224,12 +258,15 @@ def summarize(
     grids = {grid: (info.sizes, alive.count(grid)) for grid, info in census.grids.items()}
     for index, row in enumerate(rows):
         if row.address in census.relays:
-            rows[index] = replace(row, address=f"{row.address} (relayed by {census.relays[row.address]})")
+            row = replace(row, address=f"{row.address} (relayed by {census.relays[row.address]})")
+        said = census.copies.get(rows[index].address)
+        rows[index] = row if said is None else replace(row, adopted=len(said.adopted))
+    copies = copies_of(census.copies.values())
     contact = node.contact
     waits = waits_lines(waits_of(telemetry, time.monotonic()))
     return SwarmSummary(
         name, "open", contact.endpoint, contact.secure, grids, rows, total.finished, dict(total.failed), waits,
-        reachability_lines(node, servers),
+        reachability_lines(node, servers), "" if copies is None else copies.words,
     )  # fmt: skip
 
 
