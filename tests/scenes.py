@@ -141,6 +141,7 @@ def _experts(
         calls=np.where(never, 0, base * at / 10).astype(np.int64),
         failed=failed.astype(np.int64),
         updates=np.where(never, 0, base * at / 20).astype(np.int64),
+        adopted=rows % 5 == 4,
     )
 
 
@@ -178,6 +179,8 @@ def _servers(count: int, experts: Experts, at: float, seed: int, outages: Sequen
         latency=latency,
         failed=failed,
         injected=np.zeros((count, 2), np.float32),
+        copies=np.where(gone, np.nan, rows % 4 + 2).astype(np.float32),
+        adopted=np.where(gone, np.nan, rows % 3).astype(np.float32),
     )
 
 

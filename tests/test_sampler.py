@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -13,12 +14,22 @@ import pytest
 from labkit.contact import Contact
 from labkit.directory.grids import GridInfo
 from labkit.errors import CAUSES
-from labkit.events import CallFailed, CallFinished, RowsUnanswered, ServerLost, StepFinished
+from labkit.events import (
+    CallFailed,
+    CallFinished,
+    ExpertGivenUp,
+    ExpertHandedOver,
+    ExpertTakenOver,
+    RowsUnanswered,
+    ServerLost,
+    StepFinished,
+)
 from labkit.expert_uid import ExpertInfo, grid_uids
 from labkit.histogram import BUCKETS, RELATIVE_ERROR, Histogram
-from labkit.server.statistics import ServerStatistics
+from labkit.server.statistics import CopyStatistics, ServerStatistics
 from labkit.view.collect import registry
 from labkit.view.collect.inventory import Inventory, LocalServer
+from labkit.view.collect.moves import listed
 from labkit.view.collect.sampler import Sampler
 from labkit.view.collect.telemetry import Telemetry
 from labkit.view.scene import SERIES, Layer, Scene, State
@@ -438,6 +449,99 @@ def test_marks_say_what_happened_to_servers_and_when():
     assert [(mark.at, mark.text) for mark in marks] == [
         (3.0, f"{at(1)} lost, with 4 experts"), (4.0, "servers[0] killed"),
     ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- copies
+
+
+def said_of_copies(**changes: Any) -> CopyStatistics:
+    return CopyStatistics(**{"backups": 1, "kept": 3, "copied": 2, "period": 10.0} | changes)
+
+
+def taken(uid: str, server: int, before: int, lost: int = 0, **more: Any) -> ExpertTakenOver:
+    return ExpertTakenOver(
+        uid=uid, address=at(server), before=at(before), epoch=1, lost_updates=lost, seconds=1.5, at=START + 7, **more
+    )
+
+
+def test_experts_that_were_adopted_and_copies_and_how_many_are_at_risk_are_in_the_scene():
+    stage = Stage()
+    first = statistics(UIDS[:3], copies=said_of_copies(copied=3, adopted=[UIDS[2]]))
+    second = statistics(UIDS[3:], copies=said_of_copies(copied=0, at_risk=1, kept=0))
+    stage.found(dict(zip(UIDS, (1, 1, 1, 2), strict=True)), statistics={at(1): (first, START), at(2): (second, START)})
+    scene = stage.after(0)
+    assert scene.experts.adopted.tolist() == [False, False, True, False]
+    assert (scene.servers.copies.tolist(), scene.servers.adopted.tolist()) == ([3, 0], [1, 0])
+    assert scene.headline.at_risk == 1
+    assert scene.copies is not None and "1 of 4 experts are at risk" in scene.copies.words
+    back = statistics(UIDS[:3], copies=said_of_copies(copied=3))  # it was given up, and is its own again
+    stage.found(dict(zip(UIDS, (1, 1, 1, 2), strict=True)), statistics={at(1): (back, START + 1)})
+    scene = stage.after(1)
+    assert not scene.experts.adopted.any() and scene.headline.at_risk == 0
+
+
+def test_a_server_that_is_gone_puts_no_expert_at_risk_and_where_no_copies_are_made_nothing_is_said():
+    stage = Stage()
+    said = statistics(UIDS, copies=said_of_copies(copied=0, at_risk=4))
+    stage.found(dict.fromkeys(UIDS, 1), statistics={at(1): (said, START)}, locals=(local("killed"),))
+    assert math.isnan(stage.after(0).headline.at_risk)
+    stage.found(dict.fromkeys(UIDS, 1), statistics={at(1): (said, START)}, failures={at(1): 1})
+    assert math.isnan(stage.after(0).headline.at_risk)
+    stage.found(dict.fromkeys(UIDS, 1), statistics={at(1): (statistics(UIDS), START + 1)})
+    scene = stage.after(1)
+    assert (scene.copies, math.isnan(scene.headline.at_risk)) == (None, True)
+    assert np.isnan(scene.servers.copies).all() and np.isnan(scene.servers.adopted).all()
+
+
+def test_who_took_over_from_whom_is_one_mark_for_all_experts_of_a_server():
+    stage = Stage()
+    stage.found(dict.fromkeys(UIDS, 1), locals=(local("running"), local("killed", 2, ()), local("running", 3, ())))
+    for event in (taken(UIDS[0], 1, 2), taken(UIDS[1], 3, 2, lost=2), taken(UIDS[2], 1, 9, lost=1)):
+        stage.telemetry(event)
+    assert not stage.after(8).marks, "more of them may come"
+    stage.telemetry(taken(UIDS[3], 3, 2))
+    assert not stage.after(1.5).marks
+    scene = stage.after(2)
+    assert [(mark.at, mark.text) for mark in scene.marks] == [
+        (7.0, "servers[0] and [2] took over 3 experts of servers[1], 2 updates lost"),
+        (7.0, f"servers[0] took over 1 expert of {at(9)}, 1 update lost"),
+    ]
+    assert (scene.headline.taken_over, scene.headline.updates_lost) == (4, 3)
+
+
+def test_hand_overs_are_marks_too_and_the_last_scene_has_all():
+    stage = Stage()
+    stage.found(dict.fromkeys(UIDS, 1), locals=(local("running"),))
+    stage.telemetry(ExpertHandedOver(uid=UIDS[0], address=at(1), to=at(2), epoch=2))
+    stage.telemetry(ExpertGivenUp(uid=UIDS[1], address=at(1), to=at(2), lost_updates=3))
+    assert [mark.text for mark in stage.sampler.scene(open=False).marks] == [
+        f"servers[0] gave 1 expert to {at(2)}",
+        f"servers[0] gave 1 expert up to {at(2)}, 3 updates lost",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["servers[0]"], "servers[0]"),
+        (["servers[0]", "servers[3] ann", "servers[5]"], "servers[0], [3] ann and [5]"),
+        (["servers[0]", "lab"], "servers[0] and lab"),
+        (["a", "b", "c", "d", "e"], "5 servers"),
+    ],
+)
+def test_servers_are_listed_in_short(names: list[str], words: str):
+    assert listed(names) == words
+
+
+@pytest.mark.parametrize("word", ["stopped", "killed", "starting"])
+def test_experts_that_others_have_taken_over_stay_theirs_when_their_first_server_ends(word: str):
+    stage = Stage()
+    stage.found(dict.fromkeys(UIDS, 2), locals=(local("running", 1, ()),))  # it has handed all over
+    stage.after(0)
+    stage.inventory = replace(stage.inventory, locals=(local(word),))  # and would begin with them again
+    scene = stage.after(1)
+    row = scene.servers.addresses.index(at(2))
+    assert scene.experts.server.tolist() == [row] * 4 and (scene.experts.state == State.ALIVE).all()
 
 
 def test_a_scene_does_not_change_any_more():

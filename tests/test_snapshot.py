@@ -21,7 +21,7 @@ from labkit.view.picture.canvas import Picture, Sheet, clip, shorten, text_width
 from labkit.view.picture.formatting import age, amount, clock, failures, figures, rate
 from labkit.view.picture.heat_map import MAX_DRAWN_CELLS, draw_heat_map, lay_out
 from labkit.view.picture.snapshot import LINED_MARKS, draw
-from labkit.view.scene import SERIES, Layer, Mark, State
+from labkit.view.scene import SERIES, CopySummary, Layer, Mark, State
 from tests.scenes import make_scene
 
 
@@ -265,3 +265,17 @@ def test_long_texts_lose_their_middle_or_their_end():
     assert shorten("tcp://127.0.0.1:40001", 12) == "tcp….1:40001" and shorten("short", 12) == "short"
     assert clip("lost 12, timeout 6", 9) == "lost 12,…"
     assert text_width("wide", 20) > text_width("wide", 10) > text_width("ii", 10) > 0
+
+
+def test_experts_at_risk_and_adopted_ones_are_drawn():
+    scene = make_scene(16, 4)
+    plain = replace(scene, experts=replace(scene.experts, adopted=np.zeros(16, dtype=np.bool_)))
+    copies = CopySummary(backups=1, servers=4, experts=16, at_risk=3, adopted=2, period=41.0)
+    at_risk = replace(scene, copies=copies, headline=replace(scene.headline, at_risk=3.0))
+    assert len({draw(each) for each in (scene, plain, at_risk)}) == 3
+
+
+def test_a_cell_is_adopted_if_one_of_its_experts_is():
+    scene = make_scene(10_000, 4, grid=(100, 100))
+    cells = lay_out(replace(scene.experts, adopted=np.arange(10_000) == 9_999), 0, scene.layers[0])
+    assert cells.bin == "2 × 2 places" and cells.adopted.nonzero()[0].tolist() == [len(cells.adopted) - 1]

@@ -147,7 +147,7 @@ def said(copied: int = 4, at_risk: int = 0, adopted: int = 0, **more: Any) -> Co
         ([said(), said(0, 4)], "4 of 8 experts are at risk: no other server has a fresh copy"),
         ([said(0, 1)], "1 of 1 expert has no copy elsewhere: with one server there is nowhere to put it"),
         ([said(period=41.0), said()],
-         "copies: each expert has one elsewhere; large as they are, they are copied every 41 s, not every 10 s"),
+         "copies: each expert has one elsewhere; so large that each is copied every 41 s"),
         ([said(backups=0, copied=0, period=0.0), said(0, 4)],  # a spare one
          "4 of 4 experts are at risk: no other server has a fresh copy"),
     ],

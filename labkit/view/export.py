@@ -71,7 +71,8 @@ def to_json(scene: Scene) -> bytes:
     The keys are `labkit` (its version), `swarm`, `seconds` since the start, `wall` (Unix time), `source` and
     `headline`; `series`, with a list for each name and `t`, the seconds at which bins begin; `curves`, what was
     measured while training: by name, lists of `t`, `step` and `value`; and `experts`, `servers`, `marks` and `waits`
-    (what passes wait for), lists of records; and `reachability`, sentences that say whether others reach our nodes.
+    (what passes wait for), lists of records; and `reachability`, sentences that say whether others reach our nodes;
+    and `copies`, a sentence that says whether experts have copies elsewhere.
 
         frame = pandas.DataFrame(json.load(open("labkit-default.json"))["series"])
     """
@@ -88,6 +89,7 @@ def to_json(scene: Scene) -> bytes:
             "curves": {curve.name: _curve(curve) for curve in scene.curves},
             "waits": [_waits(one) for one in scene.waits],
             "reachability": list(scene.reachability),
+            "copies": None if scene.copies is None else scene.copies.words,
             "experts": _experts(scene),
             "servers": _servers(scene.servers),
             "marks": [{"t": round(mark.at, 3), "text": mark.text} for mark in scene.marks],
@@ -190,6 +192,7 @@ def _experts(scene: Scene) -> list[dict[str, Any]]:
         "calls": experts.calls.tolist(),
         "failed": experts.failed.tolist(),
         "updates": experts.updates.tolist(),
+        "adopted": experts.adopted.tolist(),
     }
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -215,6 +218,8 @@ def _servers(servers: Servers) -> list[dict[str, Any]]:
             "failed": {
                 cause: count for cause, count in zip(CAUSES, servers.failed[row].tolist(), strict=True) if count
             },
+            "copies": number(float(servers.copies[row])),
+            "adopted": number(float(servers.adopted[row])),
             "injected": dict(zip(("latency", "loss"), map(number, servers.injected[row].tolist()), strict=True)),
         }
         for row in range(len(servers.labels))

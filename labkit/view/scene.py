@@ -22,6 +22,7 @@ from labkit.server.statistics import CopyStatistics
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 
 MODES = ("load", "latency", "failures", "staleness")  # what the heat map can show
@@ -65,6 +66,7 @@ class Experts:
     calls: Ints  # [N], answered since the start
     failed: Ints  # [N], calls that failed since the start
     updates: Ints  # [N], optimizer steps made so far
+    adopted: Bools  # [N], whether its server took it over, or was given it
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,8 @@ class Servers:
     latency: Floats  # [S, 4, 3], ms, of the last calls: SPLIT × PERCENTILES
     failed: Ints  # [S, len(CAUSES)], calls that failed since the start
     injected: Floats  # [S, 2], injected faults: mean latency in seconds, share of calls lost
+    copies: Floats  # [S], copies of others' experts that it keeps
+    adopted: Floats  # [S], experts that it did not begin with
 
     def worst_first(self) -> list[int]:
         """Row numbers: dead servers, then suspect, starting and alive ones; within each, most failures first."""
@@ -116,6 +120,9 @@ class Headline:
     failed: dict[str, int]  # cause -> calls that failed since the start; causes without any are left out
     unanswered_rows: int  # rows of forward passes without an answer, since the start
     logging: bool = False  # whether a loop of one's own has logged a step lately (`Swarm.log`)
+    at_risk: float = math.nan  # experts that nobody else has a fresh copy of; NaN if no server makes copies
+    taken_over: int = 0  # experts that were taken over from servers that are gone, since the start
+    updates_lost: int = 0  # optimizer steps of theirs that went with it, as far as they are known
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +210,7 @@ class CopySummary:
         else:
             words = f"{some} {'is' if one else 'are'} at risk: no other server has a fresh copy"
         if self.period > USUAL_PERIOD:
-            words += f"; large as they are, they are copied every {seconds_text(self.period)}, not every 10 s"
+            words += f"; so large that each is copied every {seconds_text(self.period)}"
         if self.adopted:
             words += f"; {self.adopted:,} adopted from other servers"
         return words
@@ -255,3 +262,4 @@ class Scene:
     curves: Sequence[Curve] = ()  # in the order in which their names were first logged
     waits: Sequence[Waits] = ()  # of layers that were called lately
     reachability: Sequence[str] = ()  # whether others reach our node and servers, in sentences
+    copies: CopySummary | None = None  # how safe the experts are; None if no server makes copies

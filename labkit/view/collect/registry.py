@@ -197,9 +197,10 @@ class Registry:
         self.addresses[row] = server.address
         if self._local_uids[number] is not server.uids:
             self._local_uids[number] = server.uids
-            rows = [expert for uid in server.uids if (expert := self.expert(uid)) >= 0]
+            rows = np.array([expert for uid in server.uids if (expert := self.expert(uid)) >= 0], dtype=np.int64)
             self._grow()
-            self.server[rows] = row
+            # What a server begins with when it runs again is not its own meanwhile: others may have taken it over.
+            self.server[rows if server.word == "running" else rows[self.server[rows] < 0]] = row
 
     def _take_experts(self, inventory: Inventory, now: float) -> None:
         contacts = [info.contact for table in (inventory.experts, inventory.suspects) for info in table.values()]

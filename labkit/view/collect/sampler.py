@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from labkit.errors import CAUSES
 from labkit.histogram import BUCKETS, percentiles
+from labkit.server.statistics import CopyStatistics
 from labkit.training.run import Run
 from labkit.view.collect import telemetry
 from labkit.view.collect import time_series as series
 from labkit.view.collect.curves import Curves
 from labkit.view.collect.inventory import Inventory
+from labkit.view.collect.moves import MoveMarks
 from labkit.view.collect.rates import Rates, RecentSums, pad_rows, ratio
 from labkit.view.collect.registry import Registry
 from labkit.view.collect.server_reports import RATE_TAU, REQUESTS, ROWS, SECONDS, TIMES_TAU, ServerReports
@@ -32,6 +34,7 @@ from labkit.view.scene import (
     PERCENTILES,
     SERIES,
     SPLIT,
+    CopySummary,
     Doubles,
     Experts,
     Headline,
@@ -40,6 +43,7 @@ from labkit.view.scene import (
     Series,
     Servers,
     State,
+    copies_of,
 )
 
 GAUGE_MAX_AGE = 5.0  # seconds for which a gauge reported by a server is shown
@@ -82,6 +86,7 @@ class Sampler:
         self._clock = clock
         self._registry = Registry()
         self._reports = ServerReports()
+        self._moves = MoveMarks(telemetry, self._label_of)
         self._expert_rows = np.zeros(0, dtype=np.int64)  # [experts in telemetry] -> row, or -1
         self._server_rows = np.zeros(0, dtype=np.int64)  # [T] -> row, or -1
         self._unlisted_since: dict[str, float] = {}
@@ -113,10 +118,12 @@ class Sampler:
         self._reports.take(inventory, registry, now, counters=not own)
         self._take_steps(now)
         self._curves.take(self._telemetry.metrics)
+        self._moves.take(now, last=not open)
+        copies = copies_of(_said_of_copies(inventory))
 
         servers, expert_states, calls = self._servers(counted[1], own, now)  # 2
         experts = self._experts(counted[0], expert_states, own, now)
-        headline = self._headline(totals, experts, servers, calls if not own else math.nan, own, now)
+        headline = self._headline(totals, experts, servers, calls if not own else math.nan, copies, own, now)
         return Scene(
             at=now - self._telemetry.started,
             wall=time.time(),
@@ -128,10 +135,11 @@ class Sampler:
             experts=experts,
             servers=servers,
             series=self._series(own, now),  # 3
-            marks=tuple(self._telemetry.marks),
+            marks=tuple(sorted(self._telemetry.marks.copy(), key=lambda mark: mark.at)),
             curves=self._curves.read(),
             waits=waits_of(self._telemetry, now, self._server_of),
             reachability=inventory.reachability,
+            copies=copies,
         )
 
     # ------------------------------------------------------------ from telemetry's rows to the registry's
@@ -218,6 +226,7 @@ class Sampler:
             calls=calls.astype(np.int64),
             failed=failed.astype(np.int64),
             updates=updates.astype(np.int64),
+            adopted=reported.adopted & (states != State.DEAD),
         )
 
     def _servers(self, counted: Doubles, own: bool, now: float) -> tuple[Servers, Ints, float]:
@@ -257,6 +266,7 @@ class Sampler:
                 times[:, :3] = pad_rows(reported.times, count).reshape(count, 3, BUCKETS)
             self._percentiles = percentiles(times, PERCENTILES)
         fresh = now - reported_at < GAUGE_MAX_AGE
+        copies = pad_rows(reported.copies, count, np.nan)
         injected = np.where(np.isnan(registry.injected), pad_rows(reported.injected, count, np.nan), registry.injected)
         servers = Servers(
             labels=tuple(registry.labels),
@@ -272,6 +282,8 @@ class Sampler:
             latency=self._percentiles,
             failed=gather(counted_here[:, telemetry.CAUSE : telemetry.TIMES]).astype(np.int64),
             injected=injected.astype(np.float32),
+            copies=np.where(fresh, copies[:, 0], np.nan).astype(np.float32),
+            adopted=np.where(fresh, copies[:, 1], np.nan).astype(np.float32),
         )
         return servers, expert_states, float(np.nansum(calls))
 
@@ -287,6 +299,10 @@ class Sampler:
             found.values[:, [SERIES.index(name) for name in unknown]] = np.nan
         return found
 
+    def _label_of(self, address: str) -> str:
+        row = self._registry.known_address(address)
+        return self._registry.labels[row] if row >= 0 else address
+
     def _server_of(self, uid: str) -> str:
         row = self._registry.known_server(uid)
         return self._registry.labels[row] if row >= 0 else ""
@@ -294,8 +310,9 @@ class Sampler:
     # ------------------------------------------------------------ the headline
 
     def _headline(
-        self, totals: Doubles, experts: Experts, servers: Servers, reported_calls: float, own: bool, now: float
-    ) -> Headline:
+        self, totals: Doubles, experts: Experts, servers: Servers, reported_calls: float, copies: CopySummary | None,
+        own: bool, now: float,
+    ) -> Headline:  # fmt: skip
         counts = np.append(totals[list(TOTAL_COLUMNS)], self._samples)
         rates = self._total_rates.take(counts[None], now)[0]
         stales = totals[None, [series.STALENESS_SUM, series.STALENESS_COUNT]]
@@ -329,4 +346,15 @@ class Sampler:
             failed=failed,
             unanswered_rows=self._telemetry.unanswered_rows,
             logging=logging,
+            at_risk=math.nan if copies is None else copies.at_risk,
+            taken_over=self._telemetry.taken_over,
+            updates_lost=self._telemetry.updates_lost,
         )
+
+
+def _said_of_copies(inventory: Inventory) -> Iterator[CopyStatistics | None]:
+    """What servers that are there say of copies."""
+    ended = {local.address for local in inventory.locals if local.word != "running"}
+    for address, (statistics, _) in inventory.statistics.items():
+        if address not in ended and address not in inventory.failures:
+            yield statistics.copies

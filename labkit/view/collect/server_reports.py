@@ -20,7 +20,7 @@ from labkit.server.statistics import ServerStatistics
 from labkit.view.collect.inventory import Inventory
 from labkit.view.collect.rates import NEGLIGIBLE_COUNT, RecentSums, pad_rows
 from labkit.view.collect.registry import Registry
-from labkit.view.scene import Doubles, Ints
+from labkit.view.scene import Bools, Doubles, Ints
 
 RATE_TAU = 2.5  # seconds, time constant of the rates' decay
 TIMES_TAU = 5.0  # seconds, time constant of the decay of latencies and staleness
@@ -38,6 +38,8 @@ class ServerReports:
         self.queue: Doubles = np.zeros(0)  # [S], requests
         self.injected: Doubles = np.zeros((0, 2))  # [S, 2]
         self.updates: Doubles = np.zeros(0)  # [N]
+        self.adopted: Bools = np.zeros(0, dtype=np.bool_)  # [N]
+        self.copies: Doubles = np.zeros((0, 2))  # [S, 2]: kept, adopted
         self.counts: Doubles = np.zeros((0, 3))  # [N, 3]: ROWS, REQUESTS, SECONDS, as last reported
         self.rates: Doubles = np.zeros((0, 3))  # [N, 3], per second
         self.recent: Doubles = np.zeros((0, 3))  # [N, 3], decaying sums
@@ -61,6 +63,7 @@ class ServerReports:
         if reports:
             values = _flat(statistics.experts.values() for _, statistics, _ in reports)
             self.updates[rows[rows >= 0]] = values[rows >= 0]
+            self.adopted[rows[rows >= 0]] = _adopted(reports)[rows >= 0]
         if counters and (reports or now - self._taken_at > OVERDUE_AFTER):
             self._fade(registry, now)
             self._count_experts(rows, reports)
@@ -85,6 +88,8 @@ class ServerReports:
             self.heard_at[row] = at
             self.queue[row] = statistics.queued_requests
             self.injected[row] = statistics.latency, statistics.loss
+            said = statistics.copies
+            self.copies[row] = (math.nan, math.nan) if said is None else (said.kept, len(said.adopted))
         return reports
 
     def _rows_at(self, reports: Reports, registry: Registry) -> Ints:
@@ -147,13 +152,13 @@ class ServerReports:
         self._time_counts[at] = values
 
     def _grow(self, servers: int, experts: int) -> None:
-        for name in ("heard_at", "queue", "injected", "_time_counts"):
+        for name in ("heard_at", "queue", "injected", "copies", "_time_counts"):
             setattr(self, name, pad_rows(getattr(self, name), servers, np.nan))
         for name in ("times", "_times_grown", "_spacing"):
             setattr(self, name, pad_rows(getattr(self, name), servers))
         for name in ("updates", "counts"):
             setattr(self, name, pad_rows(getattr(self, name), experts, np.nan))
-        for name in ("rates", "recent", "_grown", "_rated"):
+        for name in ("rates", "recent", "_grown", "_rated", "adopted"):
             setattr(self, name, pad_rows(getattr(self, name), experts))
 
 
@@ -168,6 +173,15 @@ def _growth(before: Doubles, after: Doubles) -> Doubles:
 
 def _counts_experts(statistics: ServerStatistics) -> bool:
     return bool(statistics.expert_rows and statistics.expert_requests and statistics.expert_seconds)
+
+
+def _adopted(reports: Reports) -> Bools:
+    """Returns for each expert that is reported whether its server adopted it."""
+    flags: list[Bools] = []
+    for _, statistics, _ in reports:
+        adopted = set[str]() if statistics.copies is None else set(statistics.copies.adopted)
+        flags.append(np.fromiter((uid in adopted for uid in statistics.experts), dtype=np.bool_))
+    return np.concatenate(flags)
 
 
 def _flat(lists: Iterable[Iterable[float]]) -> Doubles:

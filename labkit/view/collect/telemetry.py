@@ -24,6 +24,9 @@ from labkit.events import (
     CallFailed,
     CallFinished,
     Event,
+    ExpertGivenUp,
+    ExpertHandedOver,
+    ExpertTakenOver,
     MetricsLogged,
     PassFinished,
     RowsUnanswered,
@@ -38,6 +41,7 @@ from labkit.view.scene import SPLIT, Doubles, Mark
 MAX_COUNTED_EXPERTS = 20_000  # the calls to further experts are counted in the totals only
 MAX_COUNTED_SERVERS = 1_000  # likewise
 MAX_MARKS = 200
+MAX_WAITING_MOVES = 10_000  # experts that have changed their server, waiting for the sampler
 MAX_WAITING_METRICS = 10_000  # events waiting for the sampler
 MAX_PASSES = 256  # the last ones of a layer and direction
 MAX_PASS_KINDS = 64  # layers × directions
@@ -109,6 +113,8 @@ class Telemetry:
         self.servers = CounterTable(SERVER_COLUMNS, MAX_COUNTED_SERVERS)
         self.bins = Bins(series.CALL_COLUMNS, self.started)
         self.steps: deque[StepFinished] = deque(maxlen=MAX_WAITING_STEPS)
+        self.taken_over = self.updates_lost = 0  # experts, and their updates
+        self.moves: deque[ExpertTakenOver | ExpertHandedOver | ExpertGivenUp] = deque(maxlen=MAX_WAITING_MOVES)
         self.marks: deque[Mark] = deque(maxlen=MAX_MARKS)
         self.metrics: deque[MetricsLogged] = deque(maxlen=MAX_WAITING_METRICS)
         self.passes: dict[tuple[str, str], deque[PassFinished]] = {}  # by layer and direction
@@ -122,6 +128,9 @@ class Telemetry:
             RowsUnanswered: self._unanswered,
             PassFinished: self._passed,
             MetricsLogged: self.metrics.append,
+            ExpertTakenOver: self._moved,
+            ExpertHandedOver: self._moved,
+            ExpertGivenUp: self._moved,
         }
 
     def __call__(self, event: Event) -> None:
@@ -228,6 +237,13 @@ class Telemetry:
     def _lost(self, event: ServerLost) -> None:
         self.servers_lost += 1
         self.mark(f"{event.address} lost, with {len(event.uids)} experts", event.at)
+
+    def _moved(self, event: ExpertTakenOver | ExpertHandedOver | ExpertGivenUp) -> None:
+        self.moves.append(event)
+        if isinstance(event, ExpertTakenOver):
+            self.taken_over += 1
+        if not isinstance(event, ExpertHandedOver):
+            self.updates_lost += event.lost_updates
 
     def _unanswered(self, event: RowsUnanswered) -> None:
         if event.direction == "forward":

@@ -77,10 +77,14 @@ STATIC = (  # where an expert is; its server may change
 )
 STATES = (
     Column("experts", "state", "u8", lambda scene: scene.experts.state),
+    Column("experts", "adopted", "u8", lambda scene: scene.experts.adopted),
     Column("servers", "state", "u8", lambda scene: scene.servers.state),
 )
 SERVER_NUMBERS = Column(
     "servers", "numbers", "f32", lambda scene: server_numbers(scene.servers), width=SERVER_NUMBERS_WIDTH
+)
+SERVER_COPIES = Column(
+    "servers", "copies", "f32", lambda scene: np.stack([scene.servers.copies, scene.servers.adopted], axis=1), width=2
 )
 SHADES = (  # the modes of the heat map
     Column("experts", "load", "scaled", lambda scene: scene.experts.load),
@@ -93,7 +97,7 @@ COUNTS = (
     Column("experts", "failed", "u32", lambda scene: scene.experts.failed),
     Column("experts", "updates", "u32", lambda scene: scene.experts.updates),
 )
-COLUMNS = (*STATIC, *STATES, SERVER_NUMBERS, *SHADES, *COUNTS)
+COLUMNS = (*STATIC, *STATES, SERVER_NUMBERS, SERVER_COPIES, *SHADES, *COUNTS)
 MOVING = tuple(column for column in COLUMNS if column.name not in ("layer", "cell"))  # an expert keeps its place
 assert tuple(column.name for column in SHADES) == MODES
 
@@ -175,6 +179,9 @@ def write_opening(scene: Scene, *, reset: bool, control: bool) -> Header:
             "answered": headline.answered,
             "failed": {cause: headline.failed[cause] for cause in CAUSES if headline.failed.get(cause)},
             "unanswered_rows": headline.unanswered_rows,
+            "at_risk": number(headline.at_risk),
+            "taken_over": headline.taken_over,
+            "updates_lost": headline.updates_lost,
         },
         "pieces": [],
     }
@@ -232,8 +239,9 @@ def write_waits(scene: Scene) -> list[str]:
 
 
 def write_reach(scene: Scene) -> list[str]:
-    """Returns whether others reach our node and servers, in sentences."""
-    return [line[:MAX_REACH_TEXT] for line in scene.reachability]
+    """Returns how safe the experts are, and whether others reach our node and servers, in sentences."""
+    copies = [] if scene.copies is None else [scene.copies.words]
+    return [line[:MAX_REACH_TEXT] for line in (*copies, *scene.reachability)]
 
 
 def number(value: float, digits: int = 6) -> float | None:

@@ -17,7 +17,6 @@ from labkit.view.page.columns import (
     BIN_BYTES,
     COLUMNS,
     POINT_BYTES,
-    SERVER_NUMBERS,
     SHADES,
     STATES,
     STATIC,
@@ -281,7 +280,7 @@ def _weights(sent: _Sent, in_layer: npt.NDArray[np.bool_], mode: str) -> npt.NDA
     if column in STATIC:
         return np.where(sent.new, NEW_EXPERT_WEIGHT, STATE_WEIGHT)
     if column.table == "servers":
-        return np.full(blocks, SERVER_WEIGHT if column is SERVER_NUMBERS else STATE_WEIGHT)
+        return np.full(blocks, STATE_WEIGHT if column in STATES else SERVER_WEIGHT)
     if blocks and (column in STATES or column.name == mode):
         here = np.logical_or.reduceat(in_layer, np.arange(0, len(in_layer), sent.step))  # [blocks]
         return (

@@ -15,7 +15,7 @@ import numpy as np
 
 from labkit.view.picture.canvas import DIM, INK, Sheet, cividis, shorten, text_width
 from labkit.view.picture.formatting import rate, whole
-from labkit.view.scene import Doubles, Experts, Ints, Layer, Scene, State
+from labkit.view.scene import Bools, Doubles, Experts, Ints, Layer, Scene, State
 
 MAX_DRAWN_CELLS = 4_096  # per layer
 MAX_PLANES = 64  # two-dimensional slices of a grid with three dimensions or more
@@ -46,6 +46,7 @@ class Cells:
     column: Ints  # [n]
     load: Doubles  # [n], rows/s, mean of its experts; NaN: not known
     state: Ints  # [n], the most frequent `State` of its experts, or the worse of two that are equally frequent
+    adopted: Bools  # [n], whether one of its experts came from another server
 
 
 def lay_out(experts: Experts, number: int, layer: Layer) -> Cells:
@@ -71,10 +72,12 @@ def lay_out(experts: Experts, number: int, layer: Layer) -> Cells:
         place = (cell // (wide * high) * rows + row) * columns + column
         what = "" if factor == 1 else f"{factor} × {factor} places"
     load, state = _gather(place, experts.load[mine].astype(np.float64), experts.state[mine], drawn)
+    adopted = np.zeros(drawn, dtype=np.bool_)
+    some = place[experts.adopted[mine]]
+    adopted[some[(some >= 0) & (some < drawn)]] = True
     there = np.arange(drawn)
-    return Cells(
-        planes, rows, columns, what, there // (rows * columns), there // columns % rows, there % columns, load, state
-    )
+    plane, row, column = there // (rows * columns), there // columns % rows, there % columns
+    return Cells(planes, rows, columns, what, plane, row, column, load, state, adopted)
 
 
 def _gather(place: Ints, load: Doubles, state: Ints, drawn: int) -> tuple[Doubles, Ints]:
@@ -140,6 +143,7 @@ def _draw_layer(sheet: Sheet, scene: Scene, number: int, x: float, y: float, wid
     gap = 1 if size >= 5 else 0
     boxes = np.stack([px, py, np.full(len(px), size - gap), np.full(len(px), size - gap)], 1)
     _draw_cells(sheet, cells.load, cells.state, boxes, top)
+    _draw_corners(sheet, boxes[cells.adopted])
     for plane in range(cells.planes if label else 0):
         where = np.unravel_index(plane, layer.sizes[:-2])
         corner = boxes[plane * cells.rows * cells.columns]
@@ -164,6 +168,13 @@ def _draw_cells(sheet: Sheet, load: Doubles, state: Ints, boxes: Doubles, top: f
     doubtful = np.isin(state, (State.SUSPECT, State.STARTING))
     if doubtful.any():
         _draw_dots(sheet, boxes[doubtful])
+
+
+def _draw_corners(sheet: Sheet, boxes: Doubles) -> None:
+    """Mark cells of adopted experts: a white square in a corner, which can be seen on any fill."""
+    if len(boxes):
+        size = np.full((len(boxes), 2), max(boxes[0, 2] / 4, 1.0))
+        sheet.boxes(np.concatenate([boxes[:, :2], size], axis=1), "white", edge=INK, width=0.5)
 
 
 def _draw_dots(sheet: Sheet, boxes: Doubles) -> None:
@@ -192,7 +203,11 @@ def _draw_legend(sheet: Sheet, x: float, y: float, more: str) -> None:
         _draw_cells(sheet, np.array([load]), np.array([int(state)]), box, 1.0)
         sheet.text(at + 17, y + 9, word, size=10.5)
         at += 17 + text_width(word, 10.5) + 14
-    sheet.text(x + 116, y + 24, more, size=10, color=DIM)
+    box = np.array([[x + 116, y + 15, 12.0, 12.0]])
+    sheet.boxes(box, UNKNOWN_COLOR)
+    _draw_corners(sheet, box)
+    sheet.text(x + 133, y + 25, "adopted", size=10.5)
+    sheet.text(x + 200, y + 25, more, size=10, color=DIM)
 
 
 def draw_heat_map(scene: Scene) -> bytes:

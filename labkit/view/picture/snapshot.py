@@ -64,12 +64,19 @@ def draw(scene: Scene) -> bytes:
     _title(sheet, MARGIN, 126, "Routing")
     draw_layers(sheet, scene, MARGIN, 132, 400, 398)
     _draw_servers(sheet, scene.servers, 446, 126)
-    for line, y in zip(waits_lines(scene.waits)[:2], (522, 538), strict=False):
-        sheet.text(446, y, clip(line, 118), size=11)
+    _draw_sentences(sheet, scene, 446, 538)
     sheet.line([MARGIN, WIDTH - MARGIN], [546, 546], color=FAINT)
     _draw_charts(sheet, scene, 568)
     _draw_curves(sheet, scene, 782)
     return sheet.png()
+
+
+def _draw_sentences(sheet: Sheet, scene: Scene, x: float, y: float) -> None:
+    """Draw how safe the experts are, and what passes wait for; the last line at `y`."""
+    lines = [*([] if scene.copies is None else [scene.copies.words]), *waits_lines(scene.waits)[:2]]
+    room = 3 if len(scene.servers.labels) <= SHOWN_SERVERS else 2
+    for number, line in enumerate(reversed(lines[:room])):
+        sheet.text(x, y - 16 * number, clip(line, 118), size=11)
 
 
 def _title(sheet: Sheet, x: float, y: float, text: str) -> None:
@@ -101,8 +108,10 @@ def _draw_numbers(sheet: Sheet, scene: Scene, y: float) -> None:
     failing = (whole(failed), f"failed, of {whole(head.answered + failed)} calls", failed > 0)
     if scene.source == "servers":  # this process made no calls, and knows of no failures
         failing = (NOTHING_KNOWN, f"failed; {whole(head.answered)} answered", False)
+    risk = head.at_risk > 0  # not for NaN
+    experts = f"experts, {whole(head.at_risk)} at risk" if risk else "experts"
     tiles: Sequence[tuple[str, str, bool]] = (
-        (f"{whole(head.experts_alive)} of {whole(head.experts)}", "experts", head.experts_alive < head.experts),
+        (f"{whole(head.experts_alive)} of {whole(head.experts)}", experts, risk or head.experts_alive < head.experts),
         (f"{whole(head.servers_alive)} of {whole(head.servers)}", "servers", head.servers_alive < head.servers),
         (whole(head.steps) if head.total_steps or head.steps else "–", _of_steps(head.total_steps), False),
         (figures(head.loss), "loss", False),

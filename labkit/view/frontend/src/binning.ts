@@ -16,7 +16,7 @@ export interface Bins {
   blockRows: number; blockCols: number; rows: number; cols: number;
   value: Float32Array; // mean of what is known; NaN: nothing is
   state: Uint8Array; // of the block as a whole
-  claimed: Uint32Array; alive: Uint32Array; suspect: Uint32Array; dead: Uint32Array; // how many experts
+  claimed: Uint32Array; alive: Uint32Array; suspect: Uint32Array; dead: Uint32Array; adopted: Uint32Array; // how many experts
   expert: Int32Array; // row of the last expert in it, in the table of experts; -1: none
 }
 
@@ -36,6 +36,7 @@ export function bin(
     if (state === UNCLAIMED) continue;
     bins.claimed[at]++;
     bins.expert[at] = i;
+    bins.adopted[at] += experts.adopted[i];
     if (state === ALIVE) bins.alive[at]++;
     else if (state === SUSPECT) bins.suspect[at]++;
     else if (state === DEAD) bins.dead[at]++;
@@ -70,7 +71,7 @@ function emptyBins(plane: Plane, slice: number, window: Window, most: number): B
     const n = rows * cols, counts = () => new Uint32Array(n);
     return {
       slice, row, col, blockRows, blockCols: block, rows, cols, value: new Float32Array(n).fill(NaN), state: new Uint8Array(n),
-      claimed: counts(), alive: counts(), suspect: counts(), dead: counts(), expert: new Int32Array(n).fill(-1),
+      claimed: counts(), alive: counts(), suspect: counts(), dead: counts(), adopted: counts(), expert: new Int32Array(n).fill(-1),
     };
   }
 }
@@ -107,11 +108,11 @@ export function binName(layer: Layer, plane: Plane, bins: Bins, at: number): str
   return [layer.name, ...coordinates(layer.sizes, cell).map((from, i) => (from === to[i] ? from : `${from}–${to[i]}`))].join(".");
 }
 
-// `alive`, or `12 alive, 3 dead` for a block.
+// `alive, adopted`, or `12 alive, 3 dead` for a block.
 export function stateText(bins: Bins, at: number): string {
-  if (isFine(bins) || !bins.claimed[at]) return STATE_WORDS[bins.state[at]];
+  if (isFine(bins) || !bins.claimed[at]) return STATE_WORDS[bins.state[at]] + (bins.adopted[at] ? ", adopted" : "");
   const starting = bins.claimed[at] - bins.alive[at] - bins.suspect[at] - bins.dead[at];
-  const parts = [[bins.alive[at], "alive"], [bins.suspect[at], "suspect"], [bins.dead[at], "dead"], [starting, "starting"]];
+  const parts = [[bins.alive[at], "alive"], [bins.suspect[at], "suspect"], [bins.dead[at], "dead"], [starting, "starting"], [bins.adopted[at], "adopted"]];
   return parts.filter(([count]) => count).map(([count, word]) => `${count} ${word}`).join(", ");
 }
 

@@ -15,11 +15,11 @@ function tile(name: string, labelFirst = false): Tile {
 }
 
 export function headlinePanel(store: Store, ctx: Context): Panel & { tick(now: number): void } {
-  const experts = tile("experts"), servers = tile("servers"), step = tile("step", true), loss = tile("loss", true);
+  const experts = tile("experts"), risk = tile("at risk"), servers = tile("servers"), step = tile("step", true), loss = tile("loss", true);
   const samples = tile("samples/s"), calls = tile("calls/s"), traffic = tile("B/s"), flight = tile("in flight"), failed = tile("failed");
   const seen = h("span", { class: "lk-age", "data-age": "" }, "");
   const bar = h("div", { class: "lk-progress", "aria-hidden": "true" });
-  const tiles = [experts, servers, step, loss, samples, calls, traffic, flight, failed].flatMap((one) => [one.el, " "]);
+  const tiles = [experts, risk, servers, step, loss, samples, calls, traffic, flight, failed].flatMap((one) => [one.el, " "]);
   const el = h("section", { "aria-label": "Headline", class: "lk-headline" }, ...tiles, h("div", { class: "lk-tile lk-tile-age" }, seen), bar);
 
   const update = () => {
@@ -30,6 +30,9 @@ export function headlinePanel(store: Store, ctx: Context): Panel & { tick(now: n
     text(experts.value, `${alive(n.experts_alive)} of ${whole(n.experts)}`);
     text(servers.value, `${alive(n.servers_alive)} of ${whole(n.servers)}`);
     experts.el.classList.toggle("lk-bad", n.experts_alive < n.experts);
+    risk.el.hidden = n.at_risk === null;
+    text(risk.value, whole(n.at_risk));
+    risk.el.classList.toggle("lk-bad", n.at_risk! > 0);
     servers.el.classList.toggle("lk-bad", n.servers_alive < n.servers);
     text(step.value, n.total_steps ? `${whole(n.steps)} of ${whole(n.total_steps)}` : n.steps ? whole(n.steps) : NOTHING);
     text(loss.value, figures(n.loss));

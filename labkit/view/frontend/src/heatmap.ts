@@ -79,7 +79,7 @@ export function heatmapPanel(store: Store, ctx: Context): Panel {
       if (id !== shownLayer) domain = hover = null;
       shownLayer = id;
     }
-    const key = JSON.stringify([store.revision("layers", "experts.layer", "experts.cell", "experts.state", `experts.${mode}`), index, mode,
+    const key = JSON.stringify([store.revision("layers", "experts.layer", "experts.cell", "experts.state", "experts.adopted", `experts.${mode}`), index, mode,
       view.window, view.slices(), width, theme, window.devicePixelRatio]);
     if (key !== drawn) draw(index, mode, theme);
     drawn = key;

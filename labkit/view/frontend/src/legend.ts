@@ -1,12 +1,12 @@
 // The legend of the heat map: the scale with its unit, and what the shapes mean.
 import { h, pen, text } from "./dom";
-import { gradient, neutral, paintSample } from "./paint";
+import { ADOPTED, gradient, neutral, paintSample } from "./paint";
 import type { Look } from "./paint";
 import { MODE_INFO, css, shareOf, tickText, ticks } from "./scales";
 import { ALIVE, DEAD, SUSPECT, UNCLAIMED } from "./types";
 
 const SIZE = 14; // of a sample, pixels
-const SHAPES: [state: number, word: string][] = [[SUSPECT, "suspect"], [DEAD, "dead"], [UNCLAIMED, "unclaimed"], [ALIVE, "no value yet"]];
+const SHAPES: [state: number, word: string][] = [[SUSPECT, "suspect"], [DEAD, "dead"], [UNCLAIMED, "unclaimed"], [ALIVE, "no value yet"], [ADOPTED, "adopted"]];
 
 export interface Legend { el: HTMLElement; show(look: Look): void }
 

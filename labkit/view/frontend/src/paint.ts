@@ -1,5 +1,6 @@
 // Draws planes of experts on a canvas: colours by value, and shapes by state, so that a dead cell (crossed out), a suspect
-// one (half) and an unclaimed one (an empty outline) are told apart without colour. Called by the heat map and its legend.
+// one (half), an unclaimed one (an empty outline) and an adopted one (a corner is cut off) are told apart without colour.
+// Called by the heat map and its legend.
 import { isFine } from "./binning";
 import type { Bins } from "./binning";
 import type { Place, Plane } from "./grid";
@@ -81,10 +82,18 @@ function paintShapes(ctx: CanvasRenderingContext2D, tile: Tile, { binWidth: w, b
   ctx.fillStyle = theme.ground;
   for (let at = 0; at < bins.state.length; at++) {
     const state = bins.state[at];
-    if (state === ALIVE) continue;
+    if (state === ALIVE && !bins.adopted[at]) continue;
     const row = Math.floor(at / bins.cols), col = at % bins.cols;
     if (state === UNCLAIMED && plane.wrapped && (bins.row + row) * plane.cols + bins.col + col * bins.blockCols >= plane.cells) continue;
     const left = x + col * w, top = y + row * h, right = left + w - gap, bottom = top + h - gap;
+    if (bins.adopted[at]) { // a corner is cut off
+      const leg = Math.min(w, h) / 3;
+      ctx.beginPath();
+      ctx.moveTo(left, top + leg); ctx.lineTo(left, top); ctx.lineTo(left + leg, top);
+      ctx.fill();
+      slashes.moveTo(left, top + leg); slashes.lineTo(left + leg, top);
+      if (state === ALIVE) continue;
+    }
     if (state === SUSPECT) { // half of a cell, and of a block as much as is in trouble
       const share = fine ? 0.5 : Math.min(0.5, (bins.suspect[at] + bins.dead[at]) / bins.claimed[at]), leg = Math.sqrt(2 * share);
       const fromX = right - (right - left) * leg, fromY = bottom - (bottom - top) * leg;
@@ -182,12 +191,14 @@ export function frame(ctx: CanvasRenderingContext2D, layout: Layout, place: Plac
   }
 }
 
+export const ADOPTED = 5; // of the legend alone
+
 // What one bin looks like, for the legend.
 export function sampleOf(state: number, value: number): Bins {
   const one = (n: number) => new Uint32Array([n]);
   return {
     slice: 0, row: 0, col: 0, blockRows: 1, blockCols: 1, rows: 1, cols: 1, value: new Float32Array([value]), state: new Uint8Array([state]),
-    claimed: one(1), alive: one(0), suspect: one(0), dead: one(0), expert: new Int32Array([-1]),
+    claimed: one(1), alive: one(0), suspect: one(0), dead: one(0), adopted: one(+(state === ADOPTED)), expert: new Int32Array([-1]),
   };
 }
 

@@ -10,7 +10,7 @@ import type { ServerRow } from "./store";
 import { readTheme } from "./theme";
 import { CAUSES, PERCENTILES, SPLIT, type Frame } from "./types";
 
-export const COLUMNS = ["server", "state", "", "heard", "experts", "calls/s", "queue", "p50 ms", "p95 ms", "p99 ms", "p95 split", "failures"] as const;
+export const COLUMNS = ["server", "state", "", "heard", "experts", "copies", "adopted", "calls/s", "queue", "p50 ms", "p95 ms", "p99 ms", "p95 split", "failures"] as const;
 const DEEDS: Deed[] = ["kill", "stop", "restart"];
 const title = (word: string) => word[0].toUpperCase() + word.slice(1);
 
@@ -39,8 +39,8 @@ export class ServerView {
     this.split = h("div", { class: "lk-split", "aria-hidden": "true" }, ...this.parts);
     this.splitText = hidden("");
     this.cells = COLUMNS.slice(3).map(() => h("td"));
-    this.cells[7].replaceChildren(this.split, this.splitText);
-    this.cells[8].className = "lk-words";
+    this.cells[9].replaceChildren(this.split, this.splitText);
+    this.cells[10].className = "lk-words";
     this.buttonCell = h("td", { class: "lk-actions" });
     this.el = h("tr", {}, h("th", { scope: "row" }, this.opener, this.head), h("td", { class: "lk-state" }, this.sign, " ", this.state), this.buttonCell, ...this.cells);
   }
@@ -54,16 +54,16 @@ export class ServerView {
     text(this.sign, STATE_SIGNS[row.state] ?? "?");
     text(this.state, (frame?.lost ? "was " : "") + stateText(row));
     const values = [
-      Number.isFinite(row.heard) ? `${age(row.heard)} ago` : "–", `${whole(row.alive)} of ${whole(row.experts)}`, rate(row.calls), whole(row.queue),
+      Number.isFinite(row.heard) ? `${age(row.heard)} ago` : "–", `${whole(row.alive)} of ${whole(row.experts)}`, whole(row.copies), whole(row.adopted), rate(row.calls), whole(row.queue),
       ...PERCENTILES.map((_, k) => milliseconds(row.latency[0][k])),
     ];
     values.forEach((value, k) => text(this.cells[k], value));
-    text(this.cells[8], failures(row.failed));
+    text(this.cells[10], failures(row.failed));
     const p95 = [1, 2, 3].map((part) => row.latency[part][1]);
     this.parts.forEach((part, k) => { part.style.width = `${Math.min(100, (100 * (p95[k] || 0)) / slowest).toFixed(1)}%`; });
     const words = `queue ${milliseconds(p95[0])}, compute ${milliseconds(p95[1])}, network ${milliseconds(p95[2])}`;
     text(this.splitText, words);
-    attribute(this.cells[7], "title", `p95 in ms: ${words}`);
+    attribute(this.cells[9], "title", `p95 in ms: ${words}`);
     this.buttons.forEach((button, k) => button.allow(whyNot(DEEDS[k], row, frame, this.ctx.replay), mustAsk(DEEDS[k], row)));
     this.details?.update(row, frame);
   }

@@ -15,7 +15,7 @@ export interface ExpertTable {
   n: number;
   layer: Uint16Array; cell: Uint32Array; // NOWHERE: not known yet
   server: Int32Array; // index into `servers`; -1: not known
-  state: Uint8Array;
+  state: Uint8Array; adopted: Uint8Array;
   load: Float32Array; latency: Float32Array; failures: Float32Array; staleness: Float32Array;
   calls: Uint32Array; failed: Uint32Array; updates: Uint32Array;
 }
@@ -28,6 +28,7 @@ export interface ServerRow {
   latency: number[][]; // [SPLIT][PERCENTILES], ms
   failed: number[]; // by CAUSES
   injected: [latency: number, loss: number]; // seconds, share
+  copies: number; adopted: number; // of others' experts, and experts that it did not begin with; NaN: not known
 }
 
 // values[name] for each name of SERIES; value i is of the bin that begins at (first + i) × width seconds.
@@ -211,6 +212,8 @@ export class Store {
       for (let i = 0; i < count; i++) this.servers[start + i].state = read(i);
     } else if (column === "numbers" && width === SERVER_NUMBERS) {
       for (let i = 0; i < count; i++) fillServer(this.servers[start + i], (k) => read(i * width + k));
+    } else if (column === "copies" && width === 2) {
+      for (let i = 0; i < count; i++) [this.servers[start + i].copies, this.servers[start + i].adopted] = [read(i * 2), read(i * 2 + 1)];
     } else return;
     this.touch("servers");
   }
@@ -251,7 +254,7 @@ function fillServer(row: ServerRow, value: (k: number) => number): void {
 function serverRow(): ServerRow {
   return {
     label: "", address: "", word: "", local: -1, state: UNCLAIMED, heard: NaN, experts: NaN, alive: NaN, calls: NaN, queue: NaN,
-    latency: SPLIT.map(() => PERCENTILES.map(() => NaN)), failed: CAUSES.map(() => 0), injected: [NaN, NaN],
+    latency: SPLIT.map(() => PERCENTILES.map(() => NaN)), failed: CAUSES.map(() => 0), injected: [NaN, NaN], copies: NaN, adopted: NaN,
   };
 }
 
@@ -259,7 +262,7 @@ function expertTable(n: number): ExpertTable {
   const unknown = () => new Float32Array(n).fill(NaN);
   return {
     n, layer: new Uint16Array(n), cell: new Uint32Array(n).fill(NOWHERE), server: new Int32Array(n).fill(-1),
-    state: new Uint8Array(n), load: unknown(), latency: unknown(), failures: unknown(), staleness: unknown(),
+    state: new Uint8Array(n), adopted: new Uint8Array(n), load: unknown(), latency: unknown(), failures: unknown(), staleness: unknown(),
     calls: new Uint32Array(n), failed: new Uint32Array(n), updates: new Uint32Array(n),
   };
 }
@@ -284,7 +287,7 @@ function cleanFrame(frame: Frame, before: Frame | null): Frame {
 }
 
 const COUNTED = ["steps", "total_steps", "in_flight", "experts", "experts_alive", "servers", "servers_alive", "answered", "unanswered_rows"] as const;
-const MEASURED = ["loss", "samples", "calls", "bytes", "staleness"] as const;
+const MEASURED = ["loss", "samples", "calls", "bytes", "staleness", "at_risk"] as const;
 
 function cleanHeadline(raw: Partial<Headline>): Headline {
   const failed: Headline["failed"] = {}, count = isObject(raw.failed) ? raw.failed : {};

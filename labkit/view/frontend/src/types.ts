@@ -18,6 +18,7 @@ export interface Headline {
   in_flight: number; staleness: number | null;
   experts: number; experts_alive: number; servers: number; servers_alive: number;
   answered: number; failed: Partial<Record<Cause, number>>; unanswered_rows: number;
+  at_risk: number | null; // experts without a fresh copy elsewhere; null: no server makes copies
 }
 
 // A piece of a table's column: rows start … start + count of a table that has `size` rows by now.
@@ -27,10 +28,11 @@ export interface Piece {
   dtype: "u8" | "u16" | "u32" | "i32" | "f32" | "scaled"; width: number; // values a row
   max?: number; buffer: number; // index into the message's buffers; little endian
 }
-// experts: layer u16, cell u32, server i32, state u8, load|latency|failures|staleness scaled, calls|failed|updates u32
+// experts: layer u16, cell u32, server i32, state u8, adopted u8 (1: from another server), load|latency|failures|staleness scaled, calls|failed|updates u32
 // servers: state u8, numbers f32 of width 27:
 //   heard experts alive calls queue | latency (4 SPLIT × 3 PERCENTILES, ms) | failed (7 CAUSES) | injected latency s, loss
 //   (that is 5 + 12 + 7 + 2 = 26) | local index, -1 for one started elsewhere; NaN: nothing known
+//   copies f32 of width 2: copies of others' experts that it keeps, experts that it adopted
 
 export interface Frame {
   type: "frame"; page?: string; // the page that it is for; a recorded frame has none
@@ -46,7 +48,7 @@ export interface Frame {
   // points of learning curves, f32 [count, 2]: seconds since the start, and value. Start 0: all that was before is void
   curves?: { curve: number; name: string; start: number; count: number; buffer: number }[];
   waits?: string[]; // what passes wait for, in sentences; when they change
-  reach?: string[]; // whether others reach this node and its servers, likewise
+  reach?: string[]; // how safe experts are, and whether others reach this node and its servers, likewise
   pieces: Piece[];
   lost?: string; // not sent: set in the page when the kernel is gone
 }

@@ -159,4 +159,12 @@ describe("the state of a block is the worst that matters:", () => {
     const fine = binsOf([1, 2], undefined, (cell) => [0, 3][cell]).bins;
     expect([stateText(fine, 0), stateText(fine, 1)]).toEqual(["unclaimed", "dead"]);
   });
+
+  it("and experts that came from another server are counted, and called adopted", () => {
+    const store = storeOf(...grid([2, 4])), plane = planeOf([2, 4]);
+    store.apply(...framed([piece("experts", "adopted", "u8", [0, 1, 1, 0, 0, 0, 0, 1])]));
+    const blocks = bin(store.experts, 0, plane, 0, wholeOf(plane), "load", 2), fine = bin(store.experts, 0, plane, 0, wholeOf(plane), "load");
+    expect([...blocks.adopted]).toEqual([1, 2]);
+    expect([stateText(blocks, 0), stateText(fine, 0), stateText(fine, 1)]).toEqual(["4 alive, 1 adopted", "alive", "alive, adopted"]);
+  });
 });

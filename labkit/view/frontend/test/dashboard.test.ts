@@ -72,7 +72,7 @@ it("shows the headline, the regions and how old the view is", () => {
   give(swarm());
   expect(el.querySelector("[role=region]")!.getAttribute("aria-label")).toBe("labkit dashboard of swarm test");
   const text = words(region("Headline"));
-  for (const part of ["4 of 4 experts", "2 of 2 servers", "step 120 of 500", "loss 0.412", "1,234 samples/s", "88 calls/s", "3 failed"]) expect(text).toContain(part);
+  for (const part of ["4 of 4 experts", "0 at risk", "2 of 2 servers", "step 120 of 500", "loss 0.412", "1,234 samples/s", "88 calls/s", "3 failed"]) expect(text).toContain(part);
   for (const name of ["Routing", "Expert", "Servers", "Training", "Failures"]) expect(region(name)).toBeTruthy();
   vi.advanceTimersByTime(2000);
   const old = el.querySelector("[data-age]")!;

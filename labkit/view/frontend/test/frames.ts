@@ -4,7 +4,7 @@ import type { Frame, Headline, Piece } from "../src/types";
 
 export const headline = (changes: Partial<Headline> = {}): Headline => ({
   running: true, steps: 120, total_steps: 500, loss: 0.412, samples: 1234, calls: 88, bytes: 2e6, in_flight: 8, staleness: 1.5,
-  experts: 4, experts_alive: 4, servers: 2, servers_alive: 2, answered: 1000, failed: { timeout: 3 }, unanswered_rows: 0, ...changes,
+  experts: 4, experts_alive: 4, servers: 2, servers_alive: 2, answered: 1000, failed: { timeout: 3 }, unanswered_rows: 0, at_risk: 0, ...changes,
 });
 
 export const frame = (changes: Partial<Frame> = {}): Frame => ({

@@ -8,7 +8,8 @@ import { frame } from "./frames";
 
 const server = (changes: Partial<ServerRow> & { p95?: number } = {}): ServerRow => ({
   label: "servers[0]", address: "tcp://127.0.0.1:1", word: "running", local: 0, state: ALIVE, heard: 0.1, experts: 4, alive: 4, calls: 10, queue: 0,
-  latency: [[1, changes.p95 ?? 10, 20], [0, 1, 2], [1, 2, 3], [0, 1, 1]], failed: [0, 0, 0, 0, 0, 0, 0], injected: [0, 0], ...changes,
+  latency: [[1, changes.p95 ?? 10, 20], [0, 1, 2], [1, 2, 3], [0, 1, 1]], failed: [0, 0, 0, 0, 0, 0, 0], injected: [0, 0],
+  copies: 4, adopted: 0, ...changes,
 });
 const failed = (n: number) => [n, 0, 0, 0, 0, 0, 0];
 

@@ -37,6 +37,14 @@ describe("columns", () => {
     expect([store.experts.cell[5], store.experts.server[5]]).toEqual([NOWHERE, -1]);
   });
 
+  it("of servers say how many copies they keep, and how many experts they adopted; else that is not known", () => {
+    const store = new Store();
+    store.apply(...framed([piece("servers", "state", "u8", [1, 1, 1]), piece("servers", "copies", "f32", [4, 0, 5, 2], { width: 2, size: 3 })]));
+    expect(store.servers.map(({ copies, adopted }) => [copies, adopted])).toEqual([[4, 0], [5, 2], [NaN, NaN]]);
+    store.apply(...framed([piece("servers", "copies", "f32", [9, 9, 9], { width: 3 })])); // of a newer kernel
+    expect(store.servers[0].copies).toBe(4);
+  });
+
   it("never shrink, when a late piece tells an older size", () => {
     const store = filled();
     store.apply(...framed([piece("experts", "state", "u8", [3])]));
