@@ -7,6 +7,7 @@ import logging
 import math
 import struct
 import threading
+import time
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import nn
 
 import labkit as lk
 from labkit.errors import CAUSES
-from labkit.events import Listeners, StepFailed, StepFinished
+from labkit.events import CopyFailed, ExpertHandedOver, ExpertTakenOver, Listeners, StepFailed, StepFinished
 from labkit.view.log import swarm_logging
 from labkit.view.log.loggers import JsonlLogger, WandbLogger
 from labkit.view.log.rows import (
@@ -333,6 +334,27 @@ def test_a_file_gets_every_row_as_a_line_of_json(view, tmp_path):
     assert ["swarm/heat_map" in row for row in swarm] == [True, False, False, True]  # the first, and at the end
 
 
+def test_experts_that_change_their_server_are_rows_of_a_file_and_of_wandb_and_others_get_the_totals(view, tmp_path):
+    log, plain = Logging(view, JsonlLogger(tmp_path / "log.jsonl")), Plain()
+    Logging(view, plain)
+    now = time.monotonic()
+    view.listeners(ExpertTakenOver(uid="ffn.0.1", address="b:1", before="a:1", epoch=1, lost_updates=3, seconds=1.5,
+                                   at=now - 2))  # fmt: skip
+    view.listeners(CopyFailed(uid="ffn.0.2", address="b:1", cause="refused", detail="the disk is full", at=now))
+    scene = make_scene(at=10.0)
+    view.show(replace(scene, headline=replace(scene.headline, at_risk=2.0, taken_over=1, updates_lost=3)))
+    log.stop()
+    taken, failed = [row for row in lines(tmp_path / "log.jsonl") if "event/name" in row]
+    assert taken.pop("event/at") == pytest.approx(8.0, abs=0.5) and failed.pop("event/at") == pytest.approx(10, abs=0.5)
+    assert taken == {
+        "event/name": "ExpertTakenOver", "event/uid": "ffn.0.1", "event/address": "b:1", "event/before": "a:1",
+        "event/epoch": 1, "event/lost_updates": 3, "event/seconds": 1.5,
+    }  # fmt: skip
+    assert (failed["event/name"], failed["event/cause"]) == ("CopyFailed", "refused")
+    (row,) = plain.rows
+    assert (row["swarm/experts_at_risk"], row["swarm/experts_taken_over"], row["swarm/updates_lost"]) == (2, 1, 3)
+
+
 def test_a_file_is_appended_to_also_after_a_torn_line(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"train/step": 1}\n{"train/st')
@@ -452,18 +474,22 @@ def test_a_run_of_wandb_gets_rows_with_their_axes_a_histogram_an_image_and_a_tab
     for scene in play(4):
         view.listeners(step(int(scene.at), loss=scene.at))
         view.show(scene)
+    view.listeners(ExpertHandedOver(uid="ffn.0", address="a:1", to="b:1", epoch=2))
     log.stop()
     run.log({"mine": 1})  # it is still open
     found = records(run)
 
     axes = {r.metric.name or r.metric.glob_name: r.metric.step_metric for r in found if r.HasField("metric")}
-    assert axes["train/*"] == "train/step" and axes["swarm/*"] == "swarm/seconds"
+    assert axes["train/*"] == "train/step" and axes["swarm/*"] == "swarm/seconds" and axes["event/*"] == "event/at"
     rows = history(found)
     train = [row for row in rows if "train/loss" in row]
     assert [(row["train/step"], row["train/loss"]) for row in train] == [(n, float(n)) for n in (1, 2, 3, 4)]
     assert all(row["train/staleness"] == 2 for row in train) and train[-1]["train/samples_per_s"] == 10
     swarm = [row for row in rows if "swarm/experts_alive" in row]
     assert [row["swarm/seconds"] for row in swarm] == [1, 2, 3, 4, 4]
+    assert [(row["event/name"], row["event/to"]) for row in rows if "event/name" in row] == [
+        ("ExpertHandedOver", "b:1")
+    ]
     assert {"swarm/failures/timeout", "swarm/latency_ms/p95", "swarm/routing_entropy", "swarm/calls_per_s"} <= set(
         swarm[0]
     )
@@ -472,7 +498,7 @@ def test_a_run_of_wandb_gets_rows_with_their_axes_a_histogram_an_image_and_a_tab
     image, table = swarm[0]["swarm/heat_map"], swarm[0]["swarm/servers_table"]
     files = Path(run.settings.files_dir)
     assert image["_type"] == "image-file" and (files / image["path"]).read_bytes().startswith(b"\x89PNG")
-    assert table["_type"] == "table-file" and (table["nrows"], table["ncols"]) == (4, 27)
+    assert table["_type"] == "table-file" and (table["nrows"], table["ncols"]) == (4, 29)
     assert json.loads((files / table["path"]).read_text(encoding="utf-8"))["columns"][:3] == [
         "server",
         "address",

@@ -128,7 +128,8 @@ class WandbLogger(RichLogger):
     """Logs to your own run of Weights & Biases, for `swarm.log_to`.
 
     It neither starts nor finishes the run. Charts of `train/…` and `metrics/…` have
-    `train/step` as their x axis, and those of `swarm/…` the seconds since the swarm's start.
+    `train/step` as their x axis, and those of `swarm/…` and `event/…` the seconds since the
+    swarm's start, `swarm/seconds` and `event/at`.
     So do not pass a `step` to your own `run.log`: W&B drops rows whose step is earlier than
     the last one.
 
@@ -163,7 +164,12 @@ class WandbLogger(RichLogger):
         self.run = run
         self.picture_every = picture_every
         self._checkpoints = None if checkpoints is None else user_path(checkpoints, "checkpoints")
-        for place, axis in (("train", "train/step"), ("metrics", "train/step"), ("swarm", "swarm/seconds")):
+        for place, axis in (
+            ("train", "train/step"),
+            ("metrics", "train/step"),
+            ("swarm", "swarm/seconds"),
+            ("event", "event/at"),
+        ):
             run.define_metric(axis)
             run.define_metric(f"{place}/*", step_metric=axis)
 

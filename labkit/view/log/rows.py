@@ -12,13 +12,13 @@ import math
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import numpy as np
 
 from labkit.errors import CAUSES
-from labkit.events import MetricsLogged, StepFinished
+from labkit.events import ExpertNews, MetricsLogged, StepFinished
 from labkit.view.picture.canvas import Picture
 from labkit.view.scene import PERCENTILES, SPLIT, Doubles, Experts, Floats, Scene, Servers, State
 
@@ -27,6 +27,7 @@ MAX_TABLE_ROWS = 1_000  # servers in a table
 MAX_MIXED_SERVERS = 100  # the busiest servers, from which percentiles over all servers are made
 MAX_STEP_ROWS = 500  # rows of steps waiting to be logged
 MAX_METRIC_ROWS = 1_000  # events with metrics waiting to be logged
+MAX_EVENT_ROWS = 1_000  # other events waiting to be logged
 RATE_STEPS = 20  # rows of steps over which samples/s are computed
 
 
@@ -46,7 +47,7 @@ class LoggedTable:
     rows: tuple[tuple[str | float | None, ...], ...]
 
 
-LoggedValue = float | LoggedHistogram | LoggedTable | Picture
+LoggedValue = float | str | LoggedHistogram | LoggedTable | Picture
 LoggedRow = dict[str, LoggedValue]
 
 
@@ -56,8 +57,10 @@ LoggedRow = dict[str, LoggedValue]
 def swarm_row(scene: Scene) -> LoggedRow:
     """Make a row of a scene's numbers, `swarm/…`, and the histogram of the experts' load, without what is not known.
 
-    Rates are per second, over the last seconds, and latencies in ms; `failures/…`, `answered` and `unanswered_rows`
-    count from the start. `routing_entropy` is 1 if all experts get the same load and 0 if one expert gets all of it.
+    Rates are per second, over the last seconds, and latencies in ms; `failures/…`, `answered`, `unanswered_rows`,
+    `experts_taken_over` and `updates_lost` count from the start. `experts_at_risk` and `experts_adopted` are there
+    where servers make copies. `routing_entropy` is 1 if all experts get the same load and 0 if one expert gets all of
+    it.
     """
     head = scene.headline
     row: dict[str, float] = {
@@ -74,6 +77,10 @@ def swarm_row(scene: Scene) -> LoggedRow:
         "swarm/answered": head.answered,
         "swarm/unanswered_rows": head.unanswered_rows,
         "swarm/routing_entropy": routing_entropy(scene.experts),
+        "swarm/experts_at_risk": head.at_risk,
+        "swarm/experts_adopted": int(scene.experts.adopted.sum()) if scene.copies is not None else math.nan,
+        "swarm/experts_taken_over": head.taken_over,
+        "swarm/updates_lost": head.updates_lost,
     }
     for direction in ("forward", "backward"):
         passes = [one for one in scene.waits if one.direction == direction]  # a mean over the layers
@@ -143,13 +150,14 @@ def server_table(scene: Scene) -> LoggedTable:
     """Make a table with a row for each server, worst first."""
     servers = scene.servers
     columns = (
-        "server", "address", "state", "heard s ago", "experts", "alive", "calls/s", "queue",
+        "server", "address", "state", "heard s ago", "experts", "alive", "copies", "adopted", "calls/s", "queue",
         *(f"{part} p{q} ms" for part in SPLIT for q in PERCENTILES), *CAUSES,
     )  # fmt: skip
     rows = []
     for i in servers.worst_first()[:MAX_TABLE_ROWS]:
         numbers = [
-            servers.heard[i], servers.experts[i], servers.alive[i], servers.calls[i], servers.queue[i],
+            servers.heard[i], servers.experts[i], servers.alive[i], servers.copies[i], servers.adopted[i],
+            servers.calls[i], servers.queue[i],
             *servers.latency[i].reshape(-1), *servers.failed[i],
         ]  # fmt: skip
         rows.append((servers.labels[i], servers.addresses[i], servers.words[i], *map(_known, numbers)))
@@ -277,6 +285,31 @@ class MetricQueue:
             row = {f"metrics/{name}": value for name, value in event.metrics.items() if math.isfinite(value)}
             if row:
                 yield {"train/step": event.step, **row}
+
+
+class EventQueue:
+    """Events of experts that change their server, or are not copied, waiting to be logged: the last `limit`.
+
+    Any thread adds events, and the view's thread takes them.
+    """
+
+    def __init__(self, limit: int = MAX_EVENT_ROWS) -> None:
+        self._waiting = deque[ExpertNews](maxlen=limit)
+
+    def add(self, event: ExpertNews) -> None:
+        """Add an event."""
+        self._waiting.append(event)
+
+    def take(self, started: float) -> Iterator[LoggedRow]:
+        """Take all as rows `event/…`, the oldest first: the name, and the fields of the event.
+
+        Args:
+            started: When the swarm was started, monotonic: `event/at` counts from then.
+        """
+        while self._waiting:
+            event = self._waiting.popleft()
+            said = {f"event/{field.name}": getattr(event, field.name) for field in fields(event)}
+            yield {"event/name": type(event).__name__, **said, "event/at": round(event.at - started, 3)}
 
 
 def numbers_of(row: LoggedRow) -> dict[str, float]:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from labkit.errors import SwarmClosed
-from labkit.events import Emit, Event, MetricsLogged, StepFinished
+from labkit.events import Emit, Event, ExpertNews, MetricsLogged, StepFinished
 from labkit.forks import is_forked, this_process
 from labkit.view.log.loggers import RichLogger
-from labkit.view.log.rows import LoggedRow, MetricQueue, StepQueue, numbers_of, server_table, swarm_row
+from labkit.view.log.rows import EventQueue, LoggedRow, MetricQueue, StepQueue, numbers_of, server_table, swarm_row
 from labkit.view.picture.canvas import Picture
 from labkit.view.scene import Scene
 
@@ -38,7 +39,9 @@ class Logging:
 
     Each training step is a row, `train/…`, and so is what was measured at one, `metrics/…`.
     Every `period` seconds there is a row about the swarm, `swarm/…`. Steps that come faster
-    than the logger can write them are merged.
+    than the logger can write them are merged. For `WandbLogger` and `JsonlLogger` each
+    expert that is taken over, handed over or given up, or could not be copied, is a row,
+    `event/…`.
 
     Args:
         view: The swarm's view.
@@ -68,6 +71,7 @@ class Logging:
         self._pictured: float | None = None  # when the last pictures were logged, in a scene's seconds
         self._steps = StepQueue()
         self._metrics = MetricQueue()
+        self._events = EventQueue()
         self._lock = threading.Lock()  # one row at a time
         self._stopping = False
         self._over = False
@@ -103,6 +107,8 @@ class Logging:
             self._steps.add(event)
         elif isinstance(event, MetricsLogged):
             self._metrics.add(event)
+        elif isinstance(event, ExpertNews) and isinstance(self._logger, RichLogger):
+            self._events.add(event)
 
     def _show(self, scene: Scene) -> None:
         """Called in the view's thread. The last scene of a swarm is not `open`."""
@@ -115,6 +121,8 @@ class Logging:
     def _write(self, scene: Scene) -> None:
         try:
             self._write_steps()
+            for event in self._events.take(time.monotonic() - scene.at):
+                self._logger.log(event)
             row = swarm_row(scene) | self._pictures(scene)
             self._logger.log(row if isinstance(self._logger, RichLogger) else numbers_of(row))
         except Exception:
