@@ -11,10 +11,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,12 +27,14 @@ from labkit.cli import serve as cli_serve
 from labkit.cli.parser import in_options
 from labkit.cli.serve import read_options
 from labkit.errors import SwarmClosed
-from labkit.events import CallFinished
+from labkit.events import CallFinished, CopyFailed, ExpertHandedOver, ExpertTakenOver
 from labkit.server.checkpoints import load_expert
+from labkit.server.statistics import ServerStatistics
 from labkit.swarm import Swarm
 from labkit.swarm_lifecycle import _open
 from labkit.wire.security import Identity, key_text
 from tests.swarms import eventually
+from tests.test_inventory import SAID
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 
@@ -264,7 +268,7 @@ def test_options_of_a_server_reach_its_experts_and_its_label_is_seen_by_all(caps
     assert config.options == {"hidden": 8, "heads": 2, "causal": True}
     assert (config.backend.lr, config.backend.optimizer, config.backend.clip_grad_norm) == (0.01, "sgd", 1.5)
     assert config.threads == 1
-    assert "kitchen <b>  remote" in text and "kitchen &lt;b&gt;" in html and "elsewhere" not in text
+    assert "kitchen <b>  remote" in text and "kitchen &lt;b&gt;" in html and "○  elsewhere" not in text
 
 
 def test_values_of_options_are_read_as_what_they_look_like():
@@ -308,6 +312,33 @@ def test_in_a_terminal_one_line_is_written_again_and_again(capsys):
         report.end_line()
     out = capsys.readouterr().out
     assert out.count("\r") == 2 and out.count("\n") == 1 and "1 expert, 0 calls answered, 0 peers" in out
+
+
+def test_a_server_says_what_it_took_over_and_gave_and_once_what_is_not_copied(capsys):
+    with Swarm("news") as swarm:
+        (server,) = swarm.serve("nop", grid=(1, 1), isolation="task")
+        assert server.contact is not None
+        own = server.contact.endpoint
+        report = cli_serve.Report(swarm, rewrite=False)
+        taken = [
+            ExpertTakenOver(uid=f"nop.0.{n}", address=own, before="b:1", epoch=1, lost_updates=n, seconds=1.5)
+            for n in range(3)
+        ]
+        failed = [CopyFailed(uid="nop.0.0", address="c:1", cause="refused", detail="the disk is full")] * 2
+        report.write_all_news(deque([*taken, *failed]))
+        out = capsys.readouterr().out
+        assert out[10:] == "nop.0.0 is not copied to c:1: the disk is full\n", "of the others more may come"
+        report.write_all_news(
+            deque([ExpertHandedOver(uid="nop.0.0", address=own, to="c:1", epoch=2), *failed]), last=True
+        )
+    said = [line[10:] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["this server took over 3 experts of b:1, 3 updates lost", "this server gave 1 expert to c:1"]
+
+
+def test_a_server_counts_the_experts_that_it_adopted_and_the_copies_that_it_keeps():
+    said = msgspec.convert(SAID | {"copies": {"adopted": ["ffn.0.0"], "kept": 2}}, ServerStatistics)
+    assert cli_serve._experts(said) == "1 expert (1 adopted), 2 copies of others"
+    assert cli_serve._experts(msgspec.convert(SAID, ServerStatistics)) == "1 expert"
 
 
 @pytest.mark.parametrize(

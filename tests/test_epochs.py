@@ -177,6 +177,28 @@ async def test_the_higher_epoch_keeps_an_expert_and_the_other_is_told_who_has_it
         nursery.cancel_scope.cancel()
 
 
+async def test_an_expert_that_is_being_handed_over_or_was_a_moment_ago_is_not_given_up(autojump_clock):
+    records, events = FakeRecords(), list[Event]()
+    mine, on_hold = {"ffn.0": Declared(), "ffn.1": Declared()}, ["ffn.0"]
+
+    async def hand_over(contact: Contact) -> bool:
+        mine.pop("ffn.1", None)  # while it is asked who is alive
+        return True
+
+    async with trio.open_nursery() as nursery:
+        giver = Directory(records, emit=events.append)
+        keep = partial(giver.keep_declared, is_alive=hand_over, is_moving=on_hold.__contains__, spare=True)
+        await nursery.start(keep, lambda: mine, contact(1))
+        await Directory(records).declare({"ffn.0": Declared(1), "ffn.1": Declared(1)}, contact(2))
+        await trio.sleep(15)
+        assert mine.keys() == {"ffn.0"} and not [event for event in events if isinstance(event, ExpertGivenUp)]
+        assert await where(records) == (contact(2), 1)
+        on_hold.clear()  # it was not taken, and another has it
+        await trio.sleep(15)
+        nursery.cancel_scope.cancel()
+    assert [event.uid for event in events if isinstance(event, ExpertGivenUp)] == ["ffn.0"]
+
+
 async def test_at_the_start_an_expert_of_the_same_or_a_later_epoch_at_a_live_server_is_taken(autojump_clock):
     records = FakeRecords()
     await Directory(records).declare({"ffn.0": Declared(1)}, contact(1))

@@ -22,14 +22,16 @@ from typing import Any
 from labkit.cli.terminal import output_is_read
 from labkit.contact import Contact
 from labkit.errors import LabkitError, ServerFailed
-from labkit.events import AddressChanged, AddressNews
+from labkit.events import AddressChanged, AddressNews, CopyFailed, ExpertNews
 from labkit.expert_protocol import clean_label
 from labkit.launch.handle import ServerHandle
 from labkit.launch.planning import grid_name
 from labkit.relay.limits import RelayLimits
 from labkit.server.layers import BUILTIN_KINDS
 from labkit.server.optimizer import BackendConfig
+from labkit.server.statistics import ServerStatistics
 from labkit.swarm import Swarm
+from labkit.view.collect.moves import Move, MoveWords
 
 DEFAULT_HIDDEN = 64  # width of the experts of a new grid
 DEFAULT_EXPERTS = 8  # of a new grid
@@ -37,7 +39,7 @@ REPORT_PERIOD = 30.0  # seconds between two lines that say how it goes
 TERMINAL_PERIOD = 2.0  # the same where one line is written again and again
 REACH_TIMEOUT = 12.0  # seconds in which others find out whether they reach the server
 REACH_LOOK_PERIOD = 0.05  # seconds between two looks whether they have
-MAX_NEWS = 16  # of addresses, that are not printed yet
+MAX_NEWS = 1_000  # that are not printed yet
 LOOK_PERIOD = 2.0  # seconds between two looks whether somebody still reads the output
 
 
@@ -65,18 +67,17 @@ def _serve_until_stopped(options: argparse.Namespace) -> None:
     arguments = _serve_arguments(options)  # first, so that nothing is started for a wrong one
     with open_swarm(options, "serve", relay=options.relay) as swarm:
         report = Report(swarm, rewrite=sys.stdout.isatty())
-        news: deque[AddressNews] = deque(maxlen=MAX_NEWS)
+        news: deque[AddressNews | ExpertNews] = deque(maxlen=MAX_NEWS)
         try:
             (server,) = swarm.serve(options.expert, isolation="task", **_defaults(options, swarm), **arguments)
             _until_reach_is_known(server)
             print(repr(swarm))
             print_invitation(swarm)
             print("serving until Ctrl-C", flush=True)
-            swarm.on_event(lambda event: news.append(event) if isinstance(event, AddressNews) else None)
+            swarm.on_event(lambda event: news.append(event) if isinstance(event, AddressNews | ExpertNews) else None)
             while server.state == "running":
                 server.wait(LOOK_PERIOD)
-                while news:
-                    report.write_news(news.popleft())
+                report.write_all_news(news)
                 if not output_is_read():
                     raise KeyboardInterrupt
                 if server.state == "running" and not options.quiet:
@@ -89,6 +90,7 @@ def _serve_until_stopped(options: argparse.Namespace) -> None:
                 print("stopping …", file=sys.stderr)
             for server in swarm.servers:
                 server.stop()
+            report.write_all_news(news, last=True)
 
 
 def _until_reach_is_known(server: ServerHandle) -> None:
@@ -128,6 +130,9 @@ class Report:
         self._due = self._at + self.period
         self._said = ""  # all but the rate
         self._width = 0  # of the line that stands in the terminal
+        self._moves = deque[Move](maxlen=MAX_NEWS)
+        self._move_words = MoveWords(self._name)
+        self._failed_copies: set[tuple[str, str]] = set()  # that were told: servers and causes
 
     def write_if_due(self, server: ServerHandle) -> None:
         """Write a line, if there is news and the last look for it is long enough ago."""
@@ -144,11 +149,35 @@ class Report:
         now, requests = time.monotonic(), sum(statistics.expert_requests)
         rate = max(0, requests - self._requests) / max(1e-9, now - self._at)
         self._requests, self._at = requests, now
-        said = f"{_count(len(statistics.experts), 'expert')}, {requests:,} calls answered, {_count(peers, 'peer')}"
+        said = f"{_experts(statistics)}, {requests:,} calls answered, {_count(peers, 'peer')}"
         waiting = f", {statistics.queued_requests:,} waiting" if statistics.queued_requests else ""
         if said != self._said or self._rewrite:
             self._print(f"{time.strftime('%H:%M:%S')}  {said}: {rate:,.1f} calls/s{waiting}")
         self._said = said
+
+    def write_all_news(self, news: deque[AddressNews | ExpertNews], *, last: bool = False) -> None:
+        """Say what has happened, in a line each.
+
+        Args:
+            news: The events, which are taken out.
+            last: Whether no more will come.
+        """
+        while news:
+            event = news.popleft()
+            if isinstance(event, AddressNews):
+                self.write_news(event)
+            elif not isinstance(event, CopyFailed):
+                self._moves.append(event)
+            elif (event.address, event.cause) not in self._failed_copies and len(self._failed_copies) < MAX_NEWS:
+                self._failed_copies.add((event.address, event.cause))
+                self._write_line(f"{event.uid} is not copied to {event.address}: {event.detail}")
+        for _, words in self._move_words.take(self._moves, time.monotonic(), last=last):
+            self._write_line(words)
+
+    def _name(self, address: str) -> str:
+        own = (server.contact for server in self._swarm.servers)
+        here = any(contact is not None and contact.endpoint == address for contact in own)
+        return "this server" if here else address
 
     def write_news(self, event: AddressNews) -> None:
         """Say in a line that the swarm's node or server has another address, or is reached or not."""
@@ -158,6 +187,9 @@ class Report:
                 said += f"; invitation: {self._swarm.invite()}"
         else:
             said = f"{event.contact.endpoint}: {event.text}"
+        self._write_line(said)
+
+    def _write_line(self, said: str) -> None:
         self.end_line()
         with suppress(OSError):
             print(f"{time.strftime('%H:%M:%S')}  {said}", flush=True)
@@ -178,8 +210,18 @@ class Report:
             self._width = 0
 
 
-def _count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
+def _experts(statistics: ServerStatistics) -> str:
+    """Which experts a server has, and copies of which of others: 6 experts (2 adopted), 4 copies of others."""
+    said, copies = _count(len(statistics.experts), "expert"), statistics.copies
+    if copies is not None and copies.adopted:
+        said += f" ({len(copies.adopted):,} adopted)"
+    if copies is not None and copies.kept:
+        said += f", {_count(copies.kept, 'copy', 'copies')} of others"
+    return said
+
+
+def _count(number: int, word: str, more: str = "") -> str:
+    return f"{number:,} {word if number == 1 else more or word + 's'}"
 
 
 def open_swarm(options: argparse.Namespace, name: str, *, relay: bool | RelayLimits) -> Swarm:

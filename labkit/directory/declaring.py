@@ -113,6 +113,7 @@ class Declaring:
         on_outranked: Callable[[str, int], object] | None = None,
         on_rivals: Callable[[Mapping[str, ExpertInfo]], Awaitable[Collection[str]]] | None = None,
         lost_updates: Callable[[str, ExpertInfo], int] = lambda uid, info: 0,
+        is_moving: Callable[[str], bool] = lambda uid: False,
         spare: bool = False,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
@@ -133,6 +134,7 @@ class Declaring:
             on_rivals: Awaited with the experts that others have declared, too, except for the first time. It may settle
                 with them who has which, and returns those that are settled; the others are given up as above, or kept.
             lost_updates: Returns how many updates of an expert are lost when it is given up, for the event.
+            is_moving: Returns whether an expert is about to be handed over: who declares it by then is no rival.
             spare: Whether to go on without any expert, and to give up at the start what has a higher epoch elsewhere.
             task_status: Told when the first declaration is stored.
 
@@ -156,6 +158,8 @@ class Declaring:
                 if is_alive is not None and now:
                     found, withdrawn = await known(self._dht, self.config, now)
                     others, lost = await of_others(found, contact.key, is_alive)
+                    still = current()  # some may have been handed over meanwhile
+                    others = {uid: info for uid, info in others.items() if uid in still and not is_moving(uid)}
                     if others and on_rivals is not None and not first:
                         settled = await on_rivals(others)
                         now = current()

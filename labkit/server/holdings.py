@@ -126,6 +126,10 @@ class Holdings:
         if uid in self._held:
             self._on_hold.setdefault(uid, set())
 
+    def is_on_hold(self, uid: str) -> bool:
+        """Whether requests of an expert wait."""
+        return uid in self._on_hold
+
     def release(self, uid: str) -> None:
         """Go on with the requests that wait. Does nothing if the expert is not on hold."""
         for waiting in list(self._on_hold.pop(uid, ())):

@@ -176,6 +176,7 @@ async def _keep_declared(
         keep = partial(
             directory.keep_declared, is_alive=partial(is_alive, node.client), on_given_up=give_up,
             on_outranked=holdings.raise_epoch, on_rivals=carrying.on_rivals, lost_updates=carrying.lost_updates,
+            is_moving=holdings.is_on_hold,
             spare=server.config.spare or server.config.backups > 0,
         )  # fmt: skip
         await nursery.start(keep, holdings.declared, node.contact)

@@ -1,21 +1,21 @@
-"""Marks for experts that change their server: who took over from whom, and what was lost.
+"""Experts that change their server, in words: who took over from whom, and what was lost.
 
 A server that is gone leaves many experts to several others, within a second or two. `telemetry` gathers the events, and
-the `sampler` asks here for marks: one for all experts that a server lost, or gave away, at a time.
+the `sampler` makes marks of them with this: one for all experts that a server lost, or gave away, at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from labkit.events import ExpertGivenUp, ExpertHandedOver, ExpertTakenOver
-from labkit.view.collect.telemetry import Telemetry
 from labkit.view.scene import count_text
 
-QUIET = 2.0  # seconds without another expert, after which a mark is made
-LONGEST = 10.0  # seconds after which it is made in any case
-NAMED = 4  # servers that a mark names
+QUIET = 2.0  # seconds without another expert, after which it is over
+LONGEST = 10.0  # seconds after which it is told in any case
+NAMED = 4  # servers that are named
 
 Move = ExpertTakenOver | ExpertHandedOver | ExpertGivenUp
 
@@ -32,22 +32,28 @@ class _Group:
     to: dict[str, None] = field(default_factory=dict)  # addresses, in their order
 
 
-class MoveMarks:
-    """Makes marks of experts that change their server.
+class MoveWords:
+    """Puts into words which experts change their server, all of a server together.
 
     Args:
-        telemetry: Gathers the events, and gets the marks.
         name: Returns what a server is called, by its address.
     """
 
-    def __init__(self, telemetry: Telemetry, name: Callable[[str], str]) -> None:
-        self._telemetry = telemetry
+    def __init__(self, name: Callable[[str], str]) -> None:
         self._name = name
         self._groups: dict[tuple[type[Move], str], _Group] = {}
 
-    def take(self, now: float, *, last: bool = False) -> None:
-        """Make the marks that are due; all of them if this is the `last` look."""
-        moves = self._telemetry.moves
+    def take(self, moves: deque[Move], now: float, *, last: bool = False) -> Iterator[tuple[float, str]]:
+        """Take events, and put into words what is over; all of it if this is the `last` look.
+
+        Args:
+            moves: The events, which are taken out.
+            now: Monotonic seconds.
+            last: Whether no more will come.
+
+        Returns:
+            When each began, monotonic, and a sentence.
+        """
         while moves:
             event = moves.popleft()
             before = event.before if isinstance(event, ExpertTakenOver) else event.address
@@ -59,7 +65,7 @@ class MoveMarks:
         for (kind, before), group in list(self._groups.items()):
             if last or now - group.last >= QUIET or now - group.began >= LONGEST:
                 del self._groups[kind, before]
-                self._telemetry.mark(self._text(kind, before, group), group.at)
+                yield group.at, self._text(kind, before, group)
 
     def _text(self, kind: type[Move], before: str, group: _Group) -> str:
         who, experts = self._name(before), count_text(group.experts, "expert")

@@ -23,7 +23,7 @@ from labkit.view.collect import telemetry
 from labkit.view.collect import time_series as series
 from labkit.view.collect.curves import Curves
 from labkit.view.collect.inventory import Inventory
-from labkit.view.collect.moves import MoveMarks
+from labkit.view.collect.moves import MoveWords
 from labkit.view.collect.rates import Rates, RecentSums, pad_rows, ratio
 from labkit.view.collect.registry import Registry
 from labkit.view.collect.server_reports import RATE_TAU, REQUESTS, ROWS, SECONDS, TIMES_TAU, ServerReports
@@ -86,7 +86,7 @@ class Sampler:
         self._clock = clock
         self._registry = Registry()
         self._reports = ServerReports()
-        self._moves = MoveMarks(telemetry, self._label_of)
+        self._moves = MoveWords(self._label_of)
         self._expert_rows = np.zeros(0, dtype=np.int64)  # [experts in telemetry] -> row, or -1
         self._server_rows = np.zeros(0, dtype=np.int64)  # [T] -> row, or -1
         self._unlisted_since: dict[str, float] = {}
@@ -118,7 +118,8 @@ class Sampler:
         self._reports.take(inventory, registry, now, counters=not own)
         self._take_steps(now)
         self._curves.take(self._telemetry.metrics)
-        self._moves.take(now, last=not open)
+        for at, words in self._moves.take(self._telemetry.moves, now, last=not open):
+            self._telemetry.mark(words, at)
         copies = copies_of(_said_of_copies(inventory))
 
         servers, expert_states, calls = self._servers(counted[1], own, now)  # 2

@@ -35,6 +35,7 @@ from labkit.events import (
 )
 from labkit.histogram import BUCKETS, bucket
 from labkit.view.collect import time_series as series
+from labkit.view.collect.moves import Move
 from labkit.view.collect.time_series import Bins
 from labkit.view.scene import SPLIT, Doubles, Mark
 
@@ -114,7 +115,7 @@ class Telemetry:
         self.bins = Bins(series.CALL_COLUMNS, self.started)
         self.steps: deque[StepFinished] = deque(maxlen=MAX_WAITING_STEPS)
         self.taken_over = self.updates_lost = 0  # experts, and their updates
-        self.moves: deque[ExpertTakenOver | ExpertHandedOver | ExpertGivenUp] = deque(maxlen=MAX_WAITING_MOVES)
+        self.moves: deque[Move] = deque(maxlen=MAX_WAITING_MOVES)
         self.marks: deque[Mark] = deque(maxlen=MAX_MARKS)
         self.metrics: deque[MetricsLogged] = deque(maxlen=MAX_WAITING_METRICS)
         self.passes: dict[tuple[str, str], deque[PassFinished]] = {}  # by layer and direction
@@ -238,7 +239,7 @@ class Telemetry:
         self.servers_lost += 1
         self.mark(f"{event.address} lost, with {len(event.uids)} experts", event.at)
 
-    def _moved(self, event: ExpertTakenOver | ExpertHandedOver | ExpertGivenUp) -> None:
+    def _moved(self, event: Move) -> None:
         self.moves.append(event)
         if isinstance(event, ExpertTakenOver):
             self.taken_over += 1
