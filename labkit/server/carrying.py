@@ -231,7 +231,8 @@ class Carrying:
         """Seconds between two copies of an expert that learns: as many as copies of all of them take, ten at least."""
         if self.keeper is None or not self.keeper.backups:
             return 0.0
-        size = sum(backend.state_bytes for backend in self._server.runtime.backends.values())
+        backends = self._server.runtime.backends  # all of one kind
+        size = next(iter(backends.values())).state_bytes * len(backends) if backends else 0
         return max(self.keeper.copying.period, self.keeper.backups * size / self.keeper.copying.rate)
 
     def _note(self, event: Event) -> None:

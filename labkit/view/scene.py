@@ -238,7 +238,7 @@ def count_text(count: int, thing: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Something that happened to a server: it was killed, was lost or came back."""
+    """Something that happened to a server: it was killed, lost or came back, or its experts went to others."""
 
     at: float  # seconds since the start
     text: str

@@ -61,14 +61,17 @@ def test_an_expert_is_chosen_with_the_keyboard(view):
     expect(expert).to_contain_text("alive")
 
 
-def test_a_server_is_killed_while_the_model_trains_and_started_again(view):
+def test_a_server_is_killed_while_the_model_trains_and_others_take_its_experts_over_until_it_is_started_again(view):
+    expect(view.headline).to_contain_text("0 at risk")
     view.kill("servers[2]")
     expect(view.server("servers[2]")).to_contain_text("dead")
     expect(view.servers.first).to_contain_text("servers[2]")  # worst first
     expect(view.headline).to_contain_text("3 of 4 servers")
     expect(view.happened).to_contain_text("servers[2] killed")
-    expect(view.headline).to_contain_text(re.compile("12 of 16 experts"))
-    expect(view.experts.filter(has_text="dead")).to_have_count(4)
+    expect(view.happened).to_contain_text(re.compile(r"took over 4 experts of servers\[2\], .* lost"))
+    expect(view.headline).to_contain_text("16 of 16 experts")
+    expect(view.experts.filter(has_text="alive, adopted")).to_have_count(4)
+    expect(view.region("Servers")).to_contain_text("4 adopted from other servers")
     shoot(view.page, "killed")
     step = view.number(r"step ([\d,]+) of")
     view.expect_step_beyond(step)

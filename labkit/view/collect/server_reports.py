@@ -179,8 +179,9 @@ def _adopted(reports: Reports) -> Bools:
     """Returns for each expert that is reported whether its server adopted it."""
     flags: list[Bools] = []
     for _, statistics, _ in reports:
-        adopted = set[str]() if statistics.copies is None else set(statistics.copies.adopted)
-        flags.append(np.fromiter((uid in adopted for uid in statistics.experts), dtype=np.bool_))
+        count, adopted = len(statistics.experts), set(() if statistics.copies is None else statistics.copies.adopted)
+        theirs = (uid in adopted for uid in statistics.experts)
+        flags.append(np.fromiter(theirs, np.bool_, count) if adopted else np.zeros(count, dtype=np.bool_))
     return np.concatenate(flags)
 
 
