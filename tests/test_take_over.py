@@ -36,6 +36,12 @@ async def test_the_experts_of_a_server_that_is_gone_for_good_serve_again_within_
         assert (event.uid, event.before, event.epoch, event.lost_updates) == (UIDS[0], victim.contact.endpoint, 1, 0)
 
 
+async def test_servers_that_begin_together_find_each_other_at_once_and_copy_their_experts(tmp_path, autojump_clock):
+    async with copied_swarm(tmp_path) as swarm:
+        await swarm.serve_grid(4)
+        assert await swarm.until_copied() < 4
+
+
 async def test_what_was_learnt_since_the_last_copy_is_counted_as_lost(tmp_path, autojump_clock):
     async with copied_swarm(tmp_path) as swarm:
         servers = await swarm.serve_grid(2)

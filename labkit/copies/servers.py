@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "servers:"
 KEY_PREFIX = 8  # bytes of a server's key by which `ExpertInfo.copies` names it
 PERIOD = 5.0  # seconds between two times that a server writes itself, and reads the others
+FIRST_PAUSE = 0.5  # the same at first, as other servers may begin at the same moment; it doubles from round to round
 TTL = 20.0  # seconds that a record lives
 MAX_SERVERS = 1024  # of one grid that are looked at
 SLACK = 0.5  # seconds by which a record may seem younger than it is, since each hop between nodes adds a delay
@@ -130,13 +131,15 @@ class GridServers:
 
         `task_status` is told after the first round, whether it succeeded or not.
         """
+        pause = min(FIRST_PAUSE, self._period)
         while True:
             self._wake = trio.Event()
             await self.round()
             task_status.started()
             task_status = trio.TASK_STATUS_IGNORED
-            with trio.move_on_after(self._period):
+            with trio.move_on_after(pause):
                 await self._wake.wait()
+            pause = min(2 * pause, self._period)
 
     async def round(self) -> None:
         """Write this server, and read the others, once. What the DHT does not do now is logged."""
