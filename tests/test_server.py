@@ -122,7 +122,7 @@ async def test_what_an_expert_takes_can_be_asked_before_its_first_call():
         assert await ask(UIDS[0]) == await ask(UIDS[1]) == FOUR
         with pytest.raises(UnknownExpert):
             await ask("ffn.7.7")
-    async with lab(config(kind="nop")) as here:
+    async with lab(config(kind="torch.nn:Identity")) as here:
         assert await ask(UIDS[0]) is None
         await here.call("forward", [X])
         assert await ask(UIDS[0]) == FOUR  # a call has shown it
