@@ -330,6 +330,7 @@ def test_commands_to_a_swarm(swarm):
         "all servers: latency"
     )
     assert "loss 25%" in view.execute({"do": "faults", "server": 1, "latency": None, "loss": 0.25})
+    assert "loss 0%" in view.execute({"do": "faults", "server": 1, "latency": None, "loss": 0.0})
     with pytest.raises(ValueError, match=r"there is no servers\[7\]: 2 were started here"):
         view.execute({"do": "kill", "server": 7})
     with pytest.raises(ValueError, match="no run is training"):
