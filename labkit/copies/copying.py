@@ -8,7 +8,8 @@ training goes on beside it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import trio
@@ -83,6 +84,8 @@ class Copying:
         self._emit = emit
         self._budget = budget
         self._at_once = CopyBudget(float("inf"), 1.0)
+        self._paused: set[str] = set()  # experts that are being given away
+        self._under_way: tuple[str, trio.CancelScope] | None = None  # the last copy that was begun
         self._made: dict[str, dict[bytes, Copied]] = {}  # uid -> key -> copy
         self._failed: dict[bytes, tuple[float, float]] = {}  # by server: how long it is left alone, and until when
 
@@ -185,12 +188,25 @@ class Copying:
                 continue
             uid, to = due
             try:
-                await self.copy_to(uid, to, patience=PATIENCE)
-                self._failed.pop(to.key, None)
+                with trio.CancelScope() as scope:
+                    self._under_way = uid, scope
+                    await self.copy_to(uid, to, patience=PATIENCE)
+                    self._failed.pop(to.key, None)
             except Overloaded:
                 continue  # it takes copies of others now, and will take ours
             except RPCError as error:
                 self._note_failure(uid, to, error)
+
+    @contextmanager
+    def paused(self, uid: str) -> Iterator[None]:
+        """While an expert is given away, it is copied for that alone: of two transfers each would end the other."""
+        self._paused.add(uid)
+        if self._under_way is not None and self._under_way[0] == uid:
+            self._under_way[1].cancel()
+        try:
+            yield
+        finally:
+            self._paused.discard(uid)
 
     def _emit_unless_busy(self, event: Event) -> None:
         if not (isinstance(event, CopyFailed) and event.cause == Overloaded.cause):
@@ -222,7 +238,7 @@ class Copying:
         best: tuple[float, str, Contact] | None = None
         for uid, epoch in self._experts.held.items():
             updates = self._experts.updates(uid)
-            for to in self._targets(uid):
+            for to in self._targets(uid) if uid not in self._paused else ():
                 copied = self._made.get(uid, {}).get(to.key)
                 if copied is None or copied.epoch != epoch or now - copied.heard >= SILENCE:
                     missing = float("inf")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
@@ -22,7 +22,15 @@ from labkit.copies.servers import GridServers
 from labkit.copies.store import CopyStore
 from labkit.directory import Directory
 from labkit.directory.index import Declared
-from labkit.errors import BadRequest, ConnectionLost, LabkitError, Overloaded, RequestRefused, RPCError
+from labkit.errors import (
+    BadRequest,
+    ConnectionLost,
+    DeadlineExceeded,
+    LabkitError,
+    Overloaded,
+    RequestRefused,
+    RPCError,
+)
 from labkit.events import Emit, ExpertHandedOver
 from labkit.wire.rpc_types import Caller, Reply, Request
 
@@ -59,6 +67,7 @@ class HandOver:
     own: Callable[[], Contact]
     emit: Emit
     refuse: Callable[[], str]
+    _giving: dict[str, trio.Lock] = field(default_factory=dict, init=False)  # one at a time gives an expert
 
     async def give(self, uid: str, to: Contact, *, load: int | None = None, patience: float = 0.0) -> bool:
         """Give an expert to another server.
@@ -72,13 +81,23 @@ class HandOver:
         Returns:
             Whether the other one has it now.
         """
+        lock = self._giving.setdefault(uid, trio.Lock())
+        try:
+            async with lock:
+                with self.copying.paused(uid):
+                    return uid in self.experts.held and await self._give(uid, to, load, patience)
+        finally:
+            if not lock.statistics().tasks_waiting:
+                self._giving.pop(uid, None)
+
+    async def _give(self, uid: str, to: Contact, load: int | None, patience: float) -> bool:
         experts = self.experts
-        if uid not in experts.held:
-            return False
         try:
             copied = await self.copying.copy_to(uid, to, in_haste=True, patience=patience)  # 1
         except RPCError as error:
             logger.debug("%s is not given to %s: %s", uid, to.endpoint, error)
+            if isinstance(error, (ConnectionLost, DeadlineExceeded)):
+                self.servers.lose(to)
             return False
         given = False
         self.meeting.giving.add(uid)

@@ -53,6 +53,8 @@ logger = logging.getLogger(__name__)
 
 ROOM = 1 << 16  # experts that a server keeps copies of, or takes
 GIVE_PATIENCE = 3.0  # seconds to try again while a server takes as many copies as it can
+GIVE_ATTEMPTS = 3  # to find a server that takes an expert, at a clean stop
+GIVE_PAUSE = 0.2  # seconds between two of them
 GIVE_AT_ONCE = 2  # experts that are handed over at the same time at a clean stop
 
 
@@ -170,10 +172,12 @@ class CopyKeeper:
 
         async def give(uid: str) -> None:
             async with limiter:
-                for record in self._heirs(uid):
-                    if await self._handover.give(uid, record.contact, patience=GIVE_PATIENCE):
-                        return
-                    self.servers.lose(record.contact)
+                for _ in range(GIVE_ATTEMPTS):
+                    for record in self._heirs(uid):
+                        given = await self._handover.give(uid, record.contact, patience=GIVE_PATIENCE)
+                        if given or uid not in self._experts.held:
+                            return
+                    await trio.sleep(GIVE_PAUSE)
 
         async with trio.open_nursery() as nursery:
             for uid in list(self._experts.held):
