@@ -20,6 +20,7 @@ from labkit.events import CallFailed, CallFinished, Event, ExpertHandedOver, Exp
 from labkit.expert_uid import ExpertInfo
 from labkit.server.checkpoints import load_expert
 from labkit.swarm import Swarm
+from labkit.training.run import Run
 from tests.swarms import eventually
 
 SGD = lk.BackendConfig(optimizer="sgd", lr=0.1)
@@ -40,7 +41,7 @@ def taken(events: list[Event]) -> list[ExpertTakenOver]:
     return [event for event in events if isinstance(event, ExpertTakenOver)]
 
 
-def train(swarm: Swarm, **options: Any) -> lk.Run:
+def train(swarm: Swarm, **options: Any) -> Run:
     """Train a model on the digits in the background, until it is stopped."""
     data = lk.load("digits")
     model = nn.Sequential(nn.Linear(data.dim, 16), swarm.moe(16, k_best=4), nn.Linear(16, data.classes))
