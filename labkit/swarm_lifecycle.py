@@ -190,9 +190,11 @@ class SwarmLifecycle(ProcessBound):
     def close(self) -> None:
         """Stop the servers started here, leave the swarm, and end its thread. Safe to repeat.
 
-        It takes two seconds at most. What servers cannot save in that time stays as it was saved
-        last; for large ones, call `server.stop()` before. An interrupt meanwhile is raised at the
-        end. A forked process only forgets the swarm, which goes on where it was started.
+        Where servers of others go on in the same grids, experts are handed over to them. It takes
+        two seconds at most. What is not handed over or saved in that time stays as it was copied
+        or saved last; for large ones, call `server.stop()` before. An interrupt meanwhile is
+        raised at the end. A forked process only forgets the swarm, which goes on where it was
+        started.
         """
         with interrupts_wait():
             until = time.monotonic() + CLOSE_TIMEOUT

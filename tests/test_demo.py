@@ -28,12 +28,15 @@ def test_the_demo_trains_on_while_a_server_is_killed_and_brought_back():
     done = subprocess.run([*COMMAND, *small], capture_output=True, text=True, timeout=110, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
     assert set(result) == {
-        "dataset", "accuracy", "steps", "seconds", "samples_per_s", "servers", "experts", "experts_alive_min", "calls",
-        "calls_failed", "no_answer_rows",
+        "dataset", "accuracy", "steps", "seconds", "samples_per_s", "servers", "experts", "experts_alive_min",
+        "experts_taken_over", "updates_lost", "seconds_without", "calls", "calls_failed", "no_answer_rows",
     }  # fmt: skip
     assert (result["dataset"], result["steps"], result["experts"]) == ("digits", 150, 4)
     assert result["servers"] == {"started": 2, "killed": 1, "alive": 2}
     assert result["experts_alive_min"] == 2
+    assert result["experts_taken_over"] == 2 and result["updates_lost"] >= 0
+    assert 0 < result["seconds_without"]["median"] <= result["seconds_without"]["max"] < 5
+    assert "2 of them by other servers, after " in done.stdout
     assert result["no_answer_rows"] == 0
     assert result["accuracy"] > 0.9
     assert result["calls"] > 150 and set(result["calls_failed"]) <= {"lost", "timeout"}

@@ -1,9 +1,9 @@
 """`labkit demo`: all of labkit in a minute. Train over live servers, kill some of them, and bring them back.
 
-1. Start expert servers as processes.
+1. Start expert servers as processes. Each keeps copies of others' experts.
 2. Train a small classifier with one MoE layer.
-3. After a third of the steps, kill servers with SIGKILL.
-4. After two thirds, bring them back from their checkpoints.
+3. After a third of the steps, kill servers with SIGKILL. The others take their experts over from the copies.
+4. After two thirds, bring them back, as spare servers that are given experts again.
 5. Print how it went.
 """
 
@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
@@ -21,7 +23,9 @@ from torch import nn
 
 from labkit.cli.watch import check_installed, open_page
 from labkit.client.moe import MixtureOfExperts
+from labkit.events import Event, ExpertTakenOver
 from labkit.expert_uid import grid_for
+from labkit.server.config import MAX_BACKUPS
 from labkit.server.optimizer import BackendConfig
 from labkit.swarm import Swarm
 from labkit.training.datasets import ClassificationData, load
@@ -32,6 +36,8 @@ from labkit.view.progress import show_progress
 
 HIDDEN = 64  # width of the model and its experts
 CHECKPOINT_PERIOD = 2.0  # seconds
+COPY_TIME = 10.0  # seconds that servers have to make the first copies before some are killed
+BACK_TIME = 10.0  # seconds that experts have to be served again, and servers that were brought back to be given some
 MAX_SEED = 1 << 63  # of torch's generators
 
 
@@ -60,6 +66,11 @@ class DemoConfig:
     steps: int | None = None
     kill: int = 1
     seed: int = 0
+
+    @property
+    def backups(self) -> int:
+        """Copies of each expert: one survives, whichever servers are killed."""
+        return min(max(1, self.kill), MAX_BACKUPS)
 
     def __post_init__(self) -> None:
         for name in ("servers", "experts", "k_best", "trainers", "steps"):
@@ -117,12 +128,20 @@ class _Killer:
     count: int
     alive_min: int
     killed: list[int] = field(default_factory=list)
+    orphans: set[str] = field(default_factory=set)  # the experts of those that were killed
+    taken_over: deque[ExpertTakenOver] = field(default_factory=deque)
     restarted: bool = False
+
+    def note(self, event: Event) -> None:
+        """Note experts that are taken over."""
+        if isinstance(event, ExpertTakenOver):
+            self.taken_over.append(event)
 
     def __call__(self, steps: int) -> None:
         """Do what is due after so many steps. Called about ten times a second."""
         if not self.killed and self.count and steps >= self.total / 3:
             for number in range(len(self.swarm.servers))[-self.count :]:
+                self.orphans.update(self.swarm.servers[number].uids)
                 self.swarm.servers[number].kill()
                 self.killed.append(number)
         if self.killed and not self.restarted and steps >= 2 * self.total / 3:
@@ -132,8 +151,12 @@ class _Killer:
         self.alive_min = min(self.alive_min, self.swarm.experts_alive())
 
     def wait_until_back(self) -> None:
-        """Wait until the servers that were restarted run, or have failed to start."""
-        while any(self.swarm.servers[number].state == "starting" for number in self.killed):
+        """Wait until the servers that were restarted run and have experts, or have failed to start."""
+        servers = [self.swarm.servers[number] for number in self.killed]
+        while any(server.state == "starting" for server in servers):
+            time.sleep(0.05)
+        until = time.monotonic() + BACK_TIME
+        while any(server.alive and not server.uids for server in servers) and time.monotonic() < until:
             time.sleep(0.05)
 
 
@@ -165,7 +188,7 @@ def demo(config: DemoConfig, *, as_json: bool = False, page: bool = False, brows
         swarm = stack.enter_context(Swarm("demo"))
         swarm.serve(  # 1
             "ffn", hidden=HIDDEN, grid=grid_for(config.experts), servers=config.servers, isolation="process",
-            threads=1, seed=config.seed, checkpoint_period=CHECKPOINT_PERIOD,
+            threads=1, seed=config.seed, checkpoint_period=CHECKPOINT_PERIOD, backups=config.backups,
             backend=BackendConfig(clip_grad_norm=1.0, schedule="linear", total_steps=steps + 1),
         )  # fmt: skip
         model = Classifier(data.dim, HIDDEN, data.classes, swarm.moe(HIDDEN, k_best=config.k_best), recipe.noise)
@@ -173,6 +196,9 @@ def demo(config: DemoConfig, *, as_json: bool = False, page: bool = False, brows
             started += _show_page(stack, swarm, browser)
         swarm.experts()  # reads the directory, so that those alive can be counted
         killer = _Killer(swarm, steps, config.kill, swarm.experts_alive())
+        swarm.on_event(killer.note)
+        if config.kill:
+            _wait_for_copies(swarm, config.experts * min(config.backups, config.servers - 1))
         run = fit(  # 2
             model, data, steps=steps, batch_size=recipe.batch_size, trainers=config.trainers, schedule="linear",
             balance=0.01, seed=config.seed,
@@ -187,6 +213,15 @@ def demo(config: DemoConfig, *, as_json: bool = False, page: bool = False, brows
     if as_json:
         print(json.dumps(result))
     return result
+
+
+def _wait_for_copies(swarm: Swarm, copies: int) -> None:
+    """Wait a few seconds until there are so many copies: a short training may come to its third before."""
+    until = time.monotonic() + COPY_TIME
+    while time.monotonic() < until:
+        if sum(one.copies.kept for one in swarm.statistics().values() if one.copies is not None) >= copies:
+            return
+        time.sleep(0.1)
 
 
 def _show_page(stack: ExitStack, swarm: Swarm, browser: bool) -> float:
@@ -212,6 +247,7 @@ def _result(
     swarm: Swarm, data: ClassificationData, run: Run, killer: _Killer, accuracy: float, seconds: float
 ) -> dict[str, Any]:
     calls = swarm.telemetry.total
+    seconds_without = [event.seconds for event in killer.taken_over]
     return {
         "dataset": data.name,
         "accuracy": round(accuracy, 4),
@@ -225,10 +261,27 @@ def _result(
         },
         "experts": sum(len(server.uids) for server in swarm.servers),
         "experts_alive_min": killer.alive_min,
+        "experts_taken_over": len(killer.taken_over),
+        "updates_lost": sum(event.lost_updates for event in killer.taken_over),
+        "seconds_without": {
+            "median": round(median(seconds_without), 2) if seconds_without else 0.0,
+            "max": round(max(seconds_without, default=0.0), 2),
+        },
         "calls": calls.finished + calls.failed.total(),
         "calls_failed": dict(calls.failed),
         "no_answer_rows": swarm.telemetry.unanswered_rows,
     }
+
+
+def _taken_over(result: dict[str, Any]) -> str:
+    """What became of the experts of servers that were killed, in words."""
+    if not result["experts_taken_over"]:
+        return "none"
+    without, lost = result["seconds_without"], result["updates_lost"]
+    return (
+        f"{result['experts_taken_over']} of them by other servers, after {without['median']:.1f} s (longest "
+        f"{without['max']:.1f} s); {lost:,} updates lost"
+    )
 
 
 def _table(result: dict[str, Any], swarm: Swarm) -> str:
@@ -241,6 +294,7 @@ def _table(result: dict[str, Any], swarm: Swarm) -> str:
         "throughput": f"{result['samples_per_s']:,.0f} samples/s while training",
         "servers": f"{servers['started']} started, {servers['killed']} killed, {servers['alive']} alive at the end",
         "experts": f"{result['experts']}, {result['experts_alive_min']} alive at the worst",
+        "taken over": _taken_over(result),
         "calls": f"{result['calls']:,}, {sum(failed.values())} failed{causes}",
         "rows without an answer": str(result["no_answer_rows"]),
     }

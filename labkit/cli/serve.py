@@ -46,8 +46,9 @@ LOOK_PERIOD = 2.0  # seconds between two looks whether somebody still reads the 
 def serve(options: argparse.Namespace) -> None:
     """Start or join a swarm, serve experts in this process, print the invitation, and stay until stopped.
 
-    Ctrl-C or SIGTERM is a clean stop: the experts are saved, if there is a folder for it. A second one does not wait
-    for that. So is the end of whoever reads the output, such as `head`.
+    Ctrl-C or SIGTERM is a clean stop: the experts are handed over to other servers, if there are any, or else saved, if
+    there is a folder for it. A second one does not wait for that. So is the end of whoever reads the output, such as
+    `head`.
 
     Args:
         options: The options of `labkit serve`.

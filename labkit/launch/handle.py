@@ -116,16 +116,19 @@ class ServerHandle(ProcessBound):
     def kill(self, *, wait: bool = True) -> None:
         """End it as a crash would, a process by SIGKILL: nothing is saved, no node is told.
 
+        Servers that keep copies of its experts notice, and carry them on within seconds.
+
         Args:
             wait: Return when it has ended; if false, return at once.
         """
         self._lab.portal.call(self.lifecycle.order, ServerEvent.KILL, wait)
 
     def stop(self, *, wait: bool = True) -> None:
-        """End it cleanly: it saves its experts first.
+        """End it cleanly: it hands its experts over first, or saves those that nobody takes.
 
-        It goes on doing so if this call is interrupted. It is killed if that takes more than
-        thirty seconds, and twenty more for each GB of its experts and their optimizers.
+        Where other servers of its grid go on (and `backups` is not 0), no update is lost and no
+        call fails. It goes on doing so if this call is interrupted. It is killed if that takes
+        more than thirty seconds, and twenty more for each GB of its experts and their optimizers.
 
         Args:
             wait: Return when it has ended; if false, return at once, and `state` tells how it
@@ -154,9 +157,11 @@ class ServerHandle(ProcessBound):
         return ""
 
     def restart(self, *, wait: bool = True) -> None:
-        """Start it again as the same node with the same experts, from their checkpoints.
+        """Start it again as the same node, with the same experts from their checkpoints.
 
-        Experts without a checkpoint begin afresh. A server that is running is stopped first.
+        Experts without a checkpoint begin afresh. Those that other servers have by now, or are
+        about to carry on from copies, stay there: it comes back without them, and is given
+        experts by fuller servers until loads are even. A server that is running is stopped first.
 
         Args:
             wait: Return when its experts can be found; if false, return at once, and `state`
