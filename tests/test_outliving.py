@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from functools import partial
 from typing import Any
 
 import pytest
@@ -42,14 +41,6 @@ def taken(events: list[Event]) -> list[ExpertTakenOver]:
     return [event for event in events if isinstance(event, ExpertTakenOver)]
 
 
-def all_taken(events: list[Event], uids: list[str]) -> bool:
-    return {event.uid for event in taken(events)} == set(uids)
-
-
-def has_made(run: Run, steps: int) -> bool:
-    return run.steps > steps
-
-
 def train(swarm: Swarm, **options: Any) -> Run:
     """Train a model on the digits in the background, until it is stopped."""
     data = lk.load("digits")
@@ -67,13 +58,13 @@ def test_half_of_the_servers_are_killed_again_and_again_while_training_and_the_l
         left = list(swarm.servers)
         while len(left) > 1:
             half = len(left) // 2
-            eventually(partial(all_copied, swarm, half))
+            eventually(lambda copies=half: all_copied(swarm, copies))
             events.clear()
             killed, left = left[:half], left[half:]
             uids = [uid for server in killed for uid in server.uids]
             for server in killed:
                 server.kill(wait=False)  # SIGKILL
-            eventually(partial(all_taken, events, uids))
+            eventually(lambda uids=uids: {event.uid for event in taken(events)} == set(uids))
             assert max(event.seconds for event in taken(events)) < 5
         assert len(left[0].uids) == 16
         steps = run.steps
@@ -92,7 +83,7 @@ def test_seven_of_eight_servers_stop_one_after_another_while_training_and_no_upd
         for server in swarm.servers[:-1]:
             steps = run.steps
             server.stop()
-            eventually(partial(has_made, run, steps + 5))
+            eventually(lambda steps=steps: run.steps > steps + 5)
         run.stop()
         assert run.error is None
         assert [event for event in events if isinstance(event, (CallFailed, ExpertTakenOver))] == []
