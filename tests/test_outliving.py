@@ -58,13 +58,13 @@ def test_half_of_the_servers_are_killed_again_and_again_while_training_and_the_l
         left = list(swarm.servers)
         while len(left) > 1:
             half = len(left) // 2
-            eventually(lambda copies=half: all_copied(swarm, copies))
+            eventually(lambda copies=half: all_copied(swarm, copies))  # type: ignore[misc]
             events.clear()
             killed, left = left[:half], left[half:]
             uids = [uid for server in killed for uid in server.uids]
             for server in killed:
                 server.kill(wait=False)  # SIGKILL
-            eventually(lambda uids=uids: {event.uid for event in taken(events)} == set(uids))
+            eventually(lambda uids=uids: {event.uid for event in taken(events)} == set(uids))  # type: ignore[misc]
             assert max(event.seconds for event in taken(events)) < 5
         assert len(left[0].uids) == 16
         steps = run.steps
@@ -83,7 +83,7 @@ def test_seven_of_eight_servers_stop_one_after_another_while_training_and_no_upd
         for server in swarm.servers[:-1]:
             steps = run.steps
             server.stop()
-            eventually(lambda steps=steps: run.steps > steps + 5)
+            eventually(lambda steps=steps: run.steps > steps + 5)  # type: ignore[misc]
         run.stop()
         assert run.error is None
         assert [event for event in events if isinstance(event, (CallFailed, ExpertTakenOver))] == []
