@@ -30,6 +30,7 @@ import labkit as lk
 from labkit.events import Event, ExpertTakenOver
 from labkit.swarm import Swarm
 from tests.swarms import eventually
+from tests.test_outliving import all_copied
 
 STEPS = 1500  # of the run in which servers are killed
 KILL_AT = (0.4, 0.6, 0.8)  # of these steps
@@ -50,6 +51,7 @@ def train_while_killing(kill: bool, steps: int) -> dict[str, Any]:
         run, left = lk.fit(classifier(swarm, data), data, steps=steps, batch_size=64, trainers=2), list(swarm.servers)
         for share in KILL_AT if kill else ():
             eventually(lambda share=share: run.steps >= share * steps, 600)  # type: ignore[misc]
+            eventually(lambda copies=len(left) // 2: all_copied(swarm, copies))  # type: ignore[misc]  # noqa: B008
             half, before = len(left) // 2, sum(sum(s.statistics().experts.values()) for s in left)
             rate = before / 32 / run.seconds  # updates of an expert in a second
             killed, left = left[:half], left[half:]
