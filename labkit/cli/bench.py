@@ -99,6 +99,24 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     add_number(search, "--searches", 100, "searches to measure")
     add_number(search, "--seed", 0, "seed of the random numbers")
 
+    recovery = _add_bench(benches, "recovery", "what is kept while servers leave for good, in virtual time")
+    recovery.add_argument(
+        "--full", action="store_true",
+        help="100 servers, 1,000 experts, 64 trainers, two hours, whatever the other options say; takes hours",
+    )  # fmt: skip
+    add_number(recovery, "--servers", 12, "servers at any time")
+    add_number(recovery, "--experts", 120, "experts, spread over the servers")
+    _add_real(recovery, "--minutes", 10.0, "virtual minutes of training")
+    _add_real(recovery, "--life", 10.0, "mean life of a server, in minutes")
+    add_number(recovery, "--trainers", 8, "trainers")
+    _add_real(recovery, "--step-s", 2.0, "seconds that a trainer computes itself in a step")
+    add_number(recovery, "--k-best", 4, "experts that each step calls")
+    add_number(recovery, "--hidden", 8, "width of the experts")
+    _add_real(recovery, "--rtt-ms", 100.0, "round trip, in milliseconds")
+    _add_real(recovery, "--upload", 20.0, "what each node sends at most, in Mbit/s")
+    add_number(recovery, "--backups", 1, "copies of each expert at other servers")
+    add_number(recovery, "--seed", 0, "seed of the random numbers")
+
     suite = _add_bench(benches, "all", "all benchmarks but search, in every size that counts, several times over")
     suite.add_argument(
         "--out", required=True, metavar="FILE", help="where to write a line for each measurement that FILE lacks"
@@ -115,7 +133,7 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
         help="Python that has the other library installed (default: this one)",
     )  # fmt: skip
 
-    for bench in (rpc, moe, dht, latency, search, suite):
+    for bench in (rpc, moe, dht, latency, search, recovery, suite):
         bench.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
 
 
@@ -134,6 +152,11 @@ def _add_kind(parser: argparse.ArgumentParser, default: str) -> None:
 def add_number(parser: argparse.ArgumentParser, option: str, default: int, text: str) -> None:
     """Add an option that is a whole number; its help is `text` and the default."""
     parser.add_argument(option, type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)")
+
+
+def _add_real(parser: argparse.ArgumentParser, option: str, default: float, text: str) -> None:
+    """Add an option that is a number; its help is `text` and the default."""
+    parser.add_argument(option, type=float, default=default, metavar="N", help=f"{text} (default: {default:g})")
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -173,6 +196,10 @@ def _find(name: str) -> tuple[Any, Callable[[Any], dict[str, Any]]]:
         from labkit.bench import latency
 
         return latency.LatencyConfig, latency.measure
+    if name == "recovery":
+        from labkit.bench import recovery
+
+        return recovery.RecoveryConfig, recovery.measure
     if name == "all":
         from labkit.bench import suite
 

@@ -8,7 +8,7 @@ training goes on beside it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from labkit.copies.experts import ServedExperts
 from labkit.copies.messages import CopyHead, Watched, WatchedExpert, WatchReply
 from labkit.copies.placement import rank
 from labkit.copies.sending import CopyBudget, send_copy
-from labkit.copies.servers import KEY_PREFIX, GridServers
+from labkit.copies.servers import KEY_PREFIX, GridServers, ServerRecord
 from labkit.errors import ConnectionLost, DeadlineExceeded, Overloaded, RequestRefused, RPCError
 from labkit.events import CopyFailed, Emit, Event
 from labkit.wire.rpc_types import Caller, Reply, Request
@@ -149,6 +149,7 @@ class Copying:
         if request.peer.key not in (None, body.by.key):
             raise RequestRefused("only who keeps copies says so")
         now = trio.current_time()
+        some = self._able()
         rows: list[WatchedExpert | None] = []
         for state in body.copies:
             epoch = self._experts.held.get(state.uid)
@@ -162,12 +163,14 @@ class Copying:
                 made[body.by.key] = Copied(body.by, state.epoch, state.updates, 0, now, now)
             else:
                 before.heard, before.at = now, body.by
-            rows.append(WatchedExpert(epoch, self._experts.updates(state.uid), drop=self._is_spare(state.uid, body.by)))
+            rows.append(
+                WatchedExpert(epoch, self._experts.updates(state.uid), drop=self._is_spare(state.uid, body.by, some))
+            )
         return Reply(WatchReply(rows))
 
-    def _is_spare(self, uid: str, at: Contact) -> bool:
+    def _is_spare(self, uid: str, at: Contact, some: Sequence[ServerRecord]) -> bool:
         """Whether a copy is needed no more, since those whose place it is have one."""
-        wanted = [contact.key for contact in self._targets(uid)]
+        wanted = [contact.key for contact in self._targets(uid, some)]
         if at.key in wanted:
             return False
         have = {copied.at.key for copied in self._fresh(uid)}
@@ -224,10 +227,13 @@ class Copying:
         if isinstance(error, (ConnectionLost, DeadlineExceeded)):
             self._servers.lose(to)
 
-    def _targets(self, uid: str) -> list[Contact]:
-        """Returns where copies of an expert belong."""
+    def _able(self) -> list[ServerRecord]:
+        """Returns the servers that have not failed to take a copy just now."""
         now = trio.current_time()
-        some = [r for r in self._servers.others.values() if self._failed.get(r.contact.key, (0.0, 0.0))[1] <= now]
+        return [r for r in self._servers.others.values() if self._failed.get(r.contact.key, (0.0, 0.0))[1] <= now]
+
+    def _targets(self, uid: str, some: Sequence[ServerRecord]) -> list[Contact]:
+        """Returns where copies of an expert belong, of some servers."""
         have = self.keys(uid)
         able = [r for r in rank(uid, some, self._own(), have) if r.room > 0 or r.contact.key[:KEY_PREFIX] in have]
         return [record.contact for record in able[: self.backups]]
@@ -235,10 +241,11 @@ class Copying:
     def _next(self) -> tuple[str, Contact] | None:
         """Returns the copy to make next: of which expert, and where to."""
         now = trio.current_time()
+        some = self._able()
         best: tuple[float, str, Contact] | None = None
         for uid, epoch in self._experts.held.items():
             updates = self._experts.updates(uid)
-            for to in self._targets(uid) if uid not in self._paused else ():
+            for to in self._targets(uid, some) if uid not in self._paused else ():
                 copied = self._made.get(uid, {}).get(to.key)
                 if copied is None or copied.epoch != epoch or now - copied.heard >= SILENCE:
                     missing = float("inf")

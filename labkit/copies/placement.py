@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable
+from functools import lru_cache
 
 from labkit.contact import Contact
 from labkit.copies.servers import KEY_PREFIX, ServerRecord
@@ -41,6 +42,7 @@ def _host(contact: Contact) -> str:
     return "" if contact.is_loopback else contact.host
 
 
+@lru_cache(maxsize=1 << 16)
 def _score(uid: str, key: bytes) -> bytes:
     """Lower comes first."""
     return hashlib.blake2b(uid.encode(), key=key, digest_size=16).digest()

@@ -1,0 +1,34 @@
+"""`labkit bench recovery`: what it prints, and that it measures what it says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from labkit.__main__ import main
+from labkit.bench.recovery import RecoveryConfig
+
+
+def test_a_tiny_swarm_whose_servers_leave_keeps_most_of_its_updates(capsys):
+    tiny = ["--servers", "3", "--experts", "6", "--minutes", "0.5", "--life", "0.5", "--trainers", "2", "--hidden", "2"]
+    assert main(["bench", "recovery", *tiny, "--step-s", "0.5", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["servers_left"] > 0
+    assert result["experts_taken_over"] > 0
+    assert 0.3 < result["effective_ratio"] <= 1.05
+    assert result["kept"] <= result["kept_without_failures"] * 1.05
+    assert result["seconds_without"]["p50"] <= result["seconds_without"]["p95"] <= result["seconds_without"]["max"]
+    assert 0 < result["seconds_without"]["p50"] < 10
+    assert result["copies_to_training_bytes"] > 0
+
+
+@pytest.mark.parametrize("wrong", [{"servers": 1}, {"experts": 3}, {"life": 0.0}, {"backups": 0}])
+def test_what_is_not_possible_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        RecoveryConfig(**wrong)
+
+
+def test_the_full_one_has_a_hundred_servers_and_a_thousand_experts_for_two_hours():
+    full = RecoveryConfig(full=True)
+    assert (full.servers, full.experts, full.trainers, full.minutes, full.life) == (100, 1000, 64, 120.0, 10.0)
