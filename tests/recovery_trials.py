@@ -25,6 +25,7 @@ SERVERS = 4
 CALM = BackendConfig(optimizer="sgd", lr=1e-5)  # with which experts learn for long without growing
 TWICE = 8.0  # seconds for which two servers of one partition may both serve an expert
 AGREED = 15.0  # seconds after everything has healed in which all agree
+EXPIRED = 35.0  # the same where a server died in a divided network: what it declared in a higher epoch has to expire
 LOOK = 0.25  # seconds between two looks
 
 
@@ -46,8 +47,7 @@ class Trial:
     uids: dict[Server, tuple[str, ...]] = field(default_factory=dict)
     cut: set[Server] = field(default_factory=set)
     forfeit: set[str] = field(default_factory=set)  # of which nobody had anything any more
-    least: dict[str, int] = field(default_factory=dict)  # updates that an expert must have in the end
-    undivided: bool = True  # whether the network always was one
+    died_apart: bool = False  # whether a server died while the network was divided
     twice: dict[str, float] = field(default_factory=dict)  # experts that two serve, and since when
 
     @property
@@ -65,11 +65,12 @@ class Trial:
             for one in dead[step.which % len(dead) :][:1] if dead else ():
                 await self.restart(one)
         elif step.what == "spare" and len(alive) < SERVERS + 2:
-            with suppress(LabkitError):  # its calls may be lost
+            try:
                 await self.swarm.serve(grid=GRID, backups=self.backups, backend=CALM)
+            except* LabkitError:
+                pass  # its calls were lost
         elif step.what == "split":
             self.cut = {one for n, one in enumerate(alive) if step.which >> n & 1}
-            self.undivided = False
             network.partition([self.far.contact, *(one.contact for one in self.cut)])
         elif step.what == "heal":
             self.heal()
@@ -87,13 +88,14 @@ class Trial:
 
     async def kill(self, server: Server) -> None:
         await server.kill()
+        self.died_apart = self.died_apart or bool(self.cut)
         for uid in UIDS:
             if not any(uid in one.held or one.has_copy(uid) for one in self.alive):
                 self.forfeit.add(uid)
 
     async def restart(self, server: Server) -> None:
         uids = self.uids.pop(server)
-        with suppress(LabkitError):  # it is too early: the network is divided, or others have it
+        try:
             again = await self.swarm.serve(
                 uids,
                 grid=GRID,
@@ -103,6 +105,8 @@ class Trial:
                 backend=CALM,
             )
             self.uids[again] = uids
+        except* LabkitError:
+            pass  # it is too early: the network is divided, or others have its experts
 
     async def train(self, node: Node, seed: int) -> None:
         """Call experts as they are found in the cache."""
@@ -129,7 +133,7 @@ class Trial:
 
     async def until_agreed(self) -> None:
         """Wait until all agree. Experts may still be handed over now and then, so that this need not last."""
-        end = trio.current_time() + AGREED
+        end = trio.current_time() + (EXPIRED if self.died_apart else AGREED)
         while True:
             try:
                 await self.check()
