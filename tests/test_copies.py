@@ -660,7 +660,8 @@ async def test_on_a_slow_link_copies_are_under_way_a_quarter_of_the_time_in_part
 
         here.client.call = timed  # type: ignore[method-assign]
         await send_copy(here.client, here.backup, *large(here.primary, 4_000_000), CopyBudget(share=0.25))
-        assert sum(seconds) / trio.current_time() == pytest.approx(0.25, abs=0.02)
+        busy = sum(seconds) - len(seconds) * 0.04  # in a round trip without bytes, the link is free
+        assert busy / trio.current_time() == pytest.approx(0.25, abs=0.02)
         assert max(seconds[2:]) < 0.3
 
 

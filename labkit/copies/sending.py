@@ -55,8 +55,13 @@ class CopyBudget:
         self._next = 0.0  # when the next part may be sent, on trio's clock
 
     @asynccontextmanager
-    async def part(self, size: int) -> AsyncIterator[None]:
-        """Wait until a part of `size` bytes may be sent, which is to happen in the block. Others wait meanwhile."""
+    async def part(self, size: int, round_trip: float = 0.0) -> AsyncIterator[None]:
+        """Wait until a part of `size` bytes may be sent, which is to happen in the block. Others wait meanwhile.
+
+        Args:
+            size: Bytes.
+            round_trip: Seconds that a call without bytes takes, in which the link is free for others.
+        """
         async with self._turn:
             await trio.sleep_until(self._next)
             began = trio.current_time()
@@ -65,7 +70,8 @@ class CopyBudget:
             finally:
                 took = trio.current_time() - began
                 self.sent += size
-                pause = min(took / self.share - took, MAX_PAUSE)
+                busy = max(0.0, took - round_trip)
+                pause = min(busy / self.share - busy, MAX_PAUSE)
                 self._next = began + max(size / self.rate, took + pause)
 
 
@@ -123,13 +129,13 @@ async def send_copy(
 async def _send(
     caller: Caller, to: Contact, head: CopyHead, data: memoryview, budget: CopyBudget, until: float
 ) -> None:
-    token = await _offer(caller, to, head, until)
+    token, round_trip = await _offer(caller, to, head, until)
     if token is None:
         return  # it is there already
     offset, size = 0, FIRST_PART
     while offset < len(data):
         some = bytearray(data[offset : offset + size])
-        async with budget.part(len(some)):
+        async with budget.part(len(some), round_trip):
             began = trio.current_time()
             tensor = torch.frombuffer(some, dtype=torch.uint8)
             await caller.call(to, PART, CopyPart(token, offset), [tensor], timeout=PART_TIMEOUT, lane=BULK)
@@ -147,12 +153,14 @@ async def drop_copy(caller: Caller, to: Contact, uid: str) -> None:
     await caller.call(to, DROP, uid, timeout=PART_TIMEOUT)
 
 
-async def _offer(caller: Caller, to: Contact, head: CopyHead, until: float) -> bytes | None:
+async def _offer(caller: Caller, to: Contact, head: CopyHead, until: float) -> tuple[bytes | None, float]:
+    """Returns the token, and the seconds that the answer took."""
     while True:
+        began = trio.current_time()
         try:
             reply = await caller.call(to, OFFER, head, returns=CopyOffer, timeout=PART_TIMEOUT, lane=BULK)
             offer: CopyOffer = reply.body
-            return offer.token
+            return offer.token, trio.current_time() - began
         except Overloaded:
             if trio.current_time() >= until:
                 raise
