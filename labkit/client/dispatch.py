@@ -19,6 +19,7 @@ from torch import Tensor
 from labkit.client.beam_search import Routing, beam_search, empty_routing
 from labkit.client.dispatch_config import DispatchConfig as DispatchConfig
 from labkit.client.expert_client import ExpertCall, ExpertOutput, OnDone
+from labkit.client.following import carried_on
 from labkit.client.gather import Gathering, RowGroup, Waited, requests_for
 from labkit.client.patience import AdaptivePatience, FixedPatience
 from labkit.client.refusals import alike, refused_by_all, tell
@@ -141,6 +142,9 @@ async def dispatch_backward(
 ) -> list[Tensor | None]:
     """Send each expert that answered the gradients of its outputs, under the same rules.
 
+    An expert whose server was lost since is waited for, where rows need it and there is a copy from which another
+    server goes on with it.
+
     Args:
         session: The swarm.
         config: How long to wait, and for how many.
@@ -176,7 +180,11 @@ async def dispatch_backward(
         gathering = this.gather(sent.answered.sum(1).clamp(max=config.k_min), config.k_best)
         requests = requests_for(sent.experts, sent.choice.masked_fill(~sent.answered, -1))
         size = row_bytes(inputs) + sum(row_bytes([grad[:, 0]]) for grad in grad_outputs)  # the answer's is less
-        await gathering.run(requests, _Handle(session, size, ask, take))
+
+        async def follow(short: Tensor, free: Tensor) -> list[RowGroup]:
+            return await carried_on(session.directory, requests, gathering.failed, short, this.deadline)
+
+        await gathering.run(requests, _Handle(session, size, ask, take), follow)
         this.check(sent)
     # Sums of floats depend on their order, and a run is to be the same again, whoever answers first.
     place = {info.uid: number for number, info in enumerate(sent.experts)}

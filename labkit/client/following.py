@@ -1,0 +1,59 @@
+"""Following: a backward pass goes on at the servers that carry experts on whose own was lost in the middle of it.
+
+On a batch's way: `client/dispatch` asks here when rows can't have enough answers any more. Their experts have answered
+the forward pass, and no others can take their places. Where there are copies, others serve them within seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+import trio
+from torch import Tensor
+
+from labkit.client.gather import RowGroup
+from labkit.directory import Directory
+from labkit.errors import ConnectionLost, RPCError
+from labkit.expert_uid import parent
+
+FOLLOW_TIME = 8.0  # seconds in which an expert is carried on, if it is at all
+LOOK_AGAIN = 0.2  # seconds between two looks for it
+
+
+async def carried_on(
+    directory: Directory, requests: Sequence[RowGroup], failed: Mapping[str, RPCError], short: Tensor, deadline: float
+) -> list[RowGroup]:
+    """Wait until other servers serve the experts of some rows.
+
+    Args:
+        directory: Where they are found.
+        requests: Those of the pass.
+        failed: The experts that have failed, and why.
+        short: The rows that lack answers.
+        deadline: Of the pass, on trio's clock.
+
+    Returns:
+        The same requests to the servers that have the experts now, for these rows; none for experts that nobody carries
+        on, as where there is no copy of them.
+    """
+    lost = [
+        RowGroup(request.expert, request.rows[mine], request.slots[mine])
+        for request in requests
+        if request.expert.copies and isinstance(failed.get(request.expert.uid), ConnectionLost)
+        if (mine := torch.isin(request.rows, short)).any()
+    ]
+    wanted = {int(row) for request in lost for row in request.rows}
+    found: list[RowGroup] = []
+    with trio.move_on_at(min(deadline, trio.current_time() + FOLLOW_TIME)):
+        while wanted - {int(row) for request in found for row in request.rows}:
+            await directory.look_up({parent(request.expert.uid)[0] for request in lost})
+            newest = [directory.newest(request.expert) for request in lost]
+            found = [
+                replace(request, expert=info)
+                for request, info in zip(lost, newest, strict=True)
+                if info.epoch > request.expert.epoch
+            ]
+            await trio.sleep(LOOK_AGAIN)
+    return found
