@@ -15,6 +15,7 @@ No batch passes here. From the words to the work:
     copying      keeps copies of the experts that are served here
     watching     notices who is gone; takeover: claims its experts
     handover     gives experts to others; levelling: until loads are even
+    meeting      settles with another server that serves an expert, too, who goes on with it
     keeper       all of it, for one server; experts: what it needs of that
 
 Nothing here imports `server`: what a copy needs of one is handed in.
