@@ -33,8 +33,9 @@ def declared(swarm: Swarm, dims: int = 2) -> dict[str, ExpertInfo]:
 
 
 def all_copied(swarm: Swarm, copies: int = 1) -> bool:
-    """Whether every expert has so many copies elsewhere."""
-    return all(len(info.copies) >= copies for info in declared(swarm).values())
+    """Whether every expert has so many copies elsewhere; those at servers that have just been killed do not count."""
+    dead = {server.contact.key[:8] for server in swarm.servers if server.contact is not None and not server.alive}
+    return all(len(set(info.copies) - dead) >= copies for info in declared(swarm).values())
 
 
 def taken(events: list[Event]) -> list[ExpertTakenOver]:
