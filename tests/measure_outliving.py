@@ -30,7 +30,7 @@ import labkit as lk
 from labkit.events import Event, ExpertTakenOver
 from labkit.swarm import Swarm
 from tests.swarms import eventually
-from tests.test_outliving import all_copied
+from tests.network.test_outliving import all_copied
 
 STEPS = 1500  # of the run in which servers are killed
 KILL_AT = (0.4, 0.6, 0.8)  # of these steps
