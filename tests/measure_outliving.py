@@ -29,8 +29,8 @@ from torch import nn
 import labkit as lk
 from labkit.events import Event, ExpertTakenOver
 from labkit.swarm import Swarm
-from tests.swarms import eventually
 from tests.network.test_outliving import all_copied
+from tests.swarms import eventually
 
 STEPS = 1500  # of the run in which servers are killed
 KILL_AT = (0.4, 0.6, 0.8)  # of these steps
