@@ -123,7 +123,8 @@ def check_log_to_wandb(notebook: Any, full: bool) -> None:
     assert numbers(r"rows, (\d+) of them steps", plain) == [steps]
     for key in ("train/step", "train/loss", "swarm/seconds", "swarm/experts_alive", "swarm/heat_map", "swarm/load"):
         assert re.search(rf"^{key}$", plain, re.MULTILINE), key
-    assert re.search("experts alive: 16, then [0-9]+, and in the end 16", plain), "a second may see them gone, or not"
+    last = "16" if full else "(8|16)"  # a row a second may miss that experts were gone, or are back
+    assert re.search(f"experts alive: 16, then [0-9]+, and in the end {last}$", plain, re.MULTILINE)
     assert numbers(r"wandb/offline-run-\S+: ([0-9,]+) bytes", plain)[0] > 20_000, "what W&B keeps, with a heat map"
     assert numbers(ACCURACY, plain)[-1] >= (0.95 if full else 0.5)
     assert snapshots(notebook) and len(pictures(notebook)) > len(snapshots(notebook))
