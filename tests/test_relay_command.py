@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import redirect_stdout
 
 import pytest
 
@@ -71,8 +73,11 @@ def one_free_port() -> int:
 def test_who_relays_at_one_port_is_told_that_callers_come_to_others(caplog):
     said = "open a range of ports and listen there: tcp://0.0.0.0:31000-31099"
     port = one_free_port()
-    thread = end_with_a_signal_after("relay", lambda swarm: None, signal.SIGTERM)
-    assert main(["relay", "--listen", f"tcp://0.0.0.0:{port}"]) == 0
+    out = io.StringIO()
+    words = "until Ctrl-C"
+    thread = end_with_a_signal_after("relay", lambda swarm: eventually(lambda: words in out.getvalue()), signal.SIGTERM)
+    with redirect_stdout(out):
+        assert main(["relay", "--listen", f"tcp://0.0.0.0:{port}"]) == 0
     thread.join()
     assert caplog.text.count(said) == 1 and f"this relay listens at port {port}, but" in caplog.text
 
