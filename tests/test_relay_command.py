@@ -19,7 +19,7 @@ from labkit.swarm_lifecycle import _open
 from tests.swarms import eventually
 
 
-def end_with_a_signal_after(name: str, action: Callable[[Swarm], None], number: signal.Signals) -> threading.Thread:
+def end_with_a_signal_after(name: str, action: Callable[[Swarm], object], number: signal.Signals) -> threading.Thread:
     """Do something with the swarm that a command opens in this process, and end the command then."""
 
     def run() -> None:
