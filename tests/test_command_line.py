@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import re
 import signal
 import stat
@@ -33,6 +32,7 @@ from labkit.server.statistics import ServerStatistics
 from labkit.swarm import Swarm
 from labkit.swarm_lifecycle import _open
 from labkit.wire.security import Identity, key_text
+from tests.commands import run_until_signalled
 from tests.swarms import eventually
 from tests.test_inventory import SAID
 
@@ -123,24 +123,11 @@ def serving() -> bool:
     return "serve" in _open and any(server.alive for server in the_swarm().servers)
 
 
-def signal_when_it_serves(number: signal.Signals) -> threading.Thread:
-    def send() -> None:
-        eventually(serving)
-        swarm = the_swarm()
-        swarm.expert("ffn.0")(X).sum().backward()
-        os.kill(os.getpid(), number)
-
-    thread = threading.Thread(target=send)
-    thread.start()
-    return thread
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_stop_cleanly_and_save(tmp_path, capsys, number):
-    thread = signal_when_it_serves(number)
-    assert main(["serve", "--grid", "1", "--hidden", "4", "--checkpoint-dir", str(tmp_path)]) == 0
-    thread.join()
-    assert "serving until Ctrl-C" in capsys.readouterr().out
+def test_ctrl_c_and_sigterm_stop_cleanly_and_save(tmp_path, number):
+    arguments = ["serve", "--grid", "1", "--hidden", "4", "--checkpoint-dir", str(tmp_path)]
+    status, printed = run_until_signalled(arguments, number, lambda swarm: swarm.expert("ffn.0")(X).sum().backward())
+    assert status == 0 and "serving until Ctrl-C" in printed
     state = load_expert(tmp_path, "ffn.0")
     assert state is not None and state["counter.updates"] == 1
 

@@ -2,51 +2,27 @@
 
 from __future__ import annotations
 
-import io
-import os
 import signal
 import socket
-import threading
-from collections.abc import Callable
-from contextlib import redirect_stdout
 
 import pytest
 
 from labkit.__main__ import main
 from labkit.node import NodeConfig
 from labkit.swarm import Swarm
-from labkit.swarm_lifecycle import _open
-from tests.swarms import eventually
-
-
-def end_with_a_signal_after(name: str, action: Callable[[Swarm], object], number: signal.Signals) -> threading.Thread:
-    """Do something with the swarm that a command opens in this process, and end the command then."""
-
-    def run() -> None:
-        swarm = eventually(lambda: _open.get(name))
-        assert isinstance(swarm, Swarm)
-        try:
-            action(swarm)
-        finally:
-            os.kill(os.getpid(), number)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    return thread
+from tests.commands import run_until_signalled
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_labkit_relay_relays_until_it_is_told_to_stop(capsys, number):
+def test_labkit_relay_relays_until_it_is_told_to_stop(number):
     said: list[str] = []
 
     def be_relayed(relay: Swarm) -> None:
         with Swarm.join(relay.invite(), name="hidden", node=NodeConfig(hidden=True)) as hidden:
             said.extend((hidden.relaying, relay.relaying))
 
-    thread = end_with_a_signal_after("relay", be_relayed, number)
-    assert main(["relay", "--secure", "--clients", "1"]) == 0
-    thread.join()
-    printed = capsys.readouterr().out
+    status, printed = run_until_signalled(["relay", "--secure", "--clients", "1"], number, be_relayed)
+    assert status == 0
     assert "invitation: labkit://" in printed and "relaying until Ctrl-C" in printed
     assert said[0].startswith("it takes no connections itself: relayed by 127.0.0.1:")
     assert said[1] == "relays for 1 node"
@@ -54,15 +30,9 @@ def test_labkit_relay_relays_until_it_is_told_to_stop(capsys, number):
 
 def test_labkit_serve_relays_if_it_is_told_to():
     said: list[str] = []
-
-    def read(swarm: Swarm) -> None:
-        eventually(lambda: swarm.servers)
-        said.append(swarm.relaying)
-
-    thread = end_with_a_signal_after("serve", read, signal.SIGTERM)
-    assert main(["serve", "--expert", "nop", "--experts", "1", "--relay", "--quiet"]) == 0
-    thread.join()
-    assert said == ["relays for 0 nodes"]
+    arguments = ["serve", "--expert", "nop", "--experts", "1", "--relay", "--quiet"]
+    status, _ = run_until_signalled(arguments, signal.SIGTERM, lambda swarm: said.append(swarm.relaying))
+    assert status == 0 and said == ["relays for 0 nodes"]
 
 
 def one_free_port() -> int:
@@ -73,12 +43,8 @@ def one_free_port() -> int:
 def test_who_relays_at_one_port_is_told_that_callers_come_to_others(caplog):
     said = "open a range of ports and listen there: tcp://0.0.0.0:31000-31099"
     port = one_free_port()
-    out = io.StringIO()
-    words = "until Ctrl-C"
-    thread = end_with_a_signal_after("relay", lambda swarm: eventually(lambda: words in out.getvalue()), signal.SIGTERM)
-    with redirect_stdout(out):
-        assert main(["relay", "--listen", f"tcp://0.0.0.0:{port}"]) == 0
-    thread.join()
+    status, _ = run_until_signalled(["relay", "--listen", f"tcp://0.0.0.0:{port}"], signal.SIGTERM)
+    assert status == 0
     assert caplog.text.count(said) == 1 and f"this relay listens at port {port}, but" in caplog.text
 
 

@@ -31,11 +31,11 @@ def relay(options: argparse.Namespace) -> None:
     """
     limits = RelayLimits(clients=options.clients, connections=options.connections, mb_per_s=options.mb_per_s)
     with open_swarm(options, "relay", relay=limits) as swarm:
-        print(repr(swarm))
-        print_invitation(swarm)
-        print("relaying until Ctrl-C", flush=True)
-        said, due = "", time.monotonic() + REPORT_PERIOD
         try:
+            print(repr(swarm))
+            print_invitation(swarm)
+            print("relaying until Ctrl-C", flush=True)
+            said, due = "", time.monotonic() + REPORT_PERIOD
             while not swarm.closed:
                 time.sleep(LOOK_PERIOD)
                 if not output_is_read():
