@@ -117,7 +117,26 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     add_number(recovery, "--backups", 1, "copies of each expert at other servers")
     add_number(recovery, "--seed", 0, "seed of the random numbers")
 
-    suite = _add_bench(benches, "all", "all benchmarks but search, in every size that counts, several times over")
+    kills = _add_bench(benches, "kills", "how experts come back when servers are killed for good while they train")
+    add_number(kills, "--servers", 8, "expert servers, each a process")
+    add_number(kills, "--experts", 32, "experts in all, spread over the servers")
+    add_number(kills, "--hidden", 64, "width of the layer and its experts")
+    add_number(kills, "--steps", 1500, "steps of each training")
+    add_number(kills, "--runs", 3, "trainings with kills, and as many without")
+    kills.add_argument("--dataset", default="digits", metavar="NAME", help="as for labkit demo (default: %(default)s)")
+    kills.add_argument("--data-dir", metavar="FOLDER", help="folder with the files of the data set")
+
+    copies = _add_bench(benches, "copies", "what copies of experts cost in training")
+    add_number(copies, "--servers", 4, "expert servers with copies, and as many without, each a process")
+    add_number(copies, "--experts", 16, "experts in each of the two swarms")
+    add_number(copies, "--hidden", 64, "width of the layer and its experts")
+    add_number(copies, "--rounds", 12, "pairs of trainings")
+    _add_real(copies, "--seconds", 25.0, "what is measured of each training")
+    add_number(copies, "--seed", 0, "seed of the order within the pairs")
+
+    suite = _add_bench(
+        benches, "all", "all benchmarks of speed but search, in every size that counts, several times over"
+    )
     suite.add_argument(
         "--out", required=True, metavar="FILE", help="where to write a line for each measurement that FILE lacks"
     )
@@ -133,7 +152,7 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
         help="Python that has the other library installed (default: this one)",
     )  # fmt: skip
 
-    for bench in (rpc, moe, dht, latency, search, recovery, suite):
+    for bench in (rpc, moe, dht, latency, search, recovery, kills, copies, suite):
         bench.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
 
 
@@ -200,6 +219,14 @@ def _find(name: str) -> tuple[Any, Callable[[Any], dict[str, Any]]]:
         from labkit.bench import recovery
 
         return recovery.RecoveryConfig, recovery.measure
+    if name == "kills":
+        from labkit.bench import kills
+
+        return kills.KillsConfig, kills.measure
+    if name == "copies":
+        from labkit.bench import copies
+
+        return copies.CopiesConfig, copies.measure
     if name == "all":
         from labkit.bench import suite
 

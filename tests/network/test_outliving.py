@@ -1,10 +1,11 @@
 """Experts outlive their servers in a notebook that trains: with real sockets, and processes that are really killed.
 
-`tests/test_take_over.py` has the same in virtual time, and `python -m tests.measure_outliving` measures it at length.
+`tests/test_take_over.py` has the same in virtual time, and `labkit bench kills` measures it at length.
 """
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 import labkit as lk
+from labkit.__main__ import main
 from labkit.events import CallFailed, CallFinished, Event, ExpertHandedOver, ExpertTakenOver
 from labkit.expert_uid import ExpertInfo
 from labkit.server.checkpoints import load_expert
@@ -157,3 +159,23 @@ def test_a_server_that_finds_a_newer_copy_than_its_checkpoint_takes_the_copy(tmp
         eventually(lambda: all(len(server.uids) == 1 for server in swarm.servers))  # it is given one of the two
         (where,) = [server for server in swarm.servers if uid in server.uids]
         assert where.statistics().experts[uid] == 2
+
+
+@pytest.mark.timeout(150)
+def test_labkit_bench_kills_says_how_soon_experts_were_back_and_what_they_lost(capsys):
+    small = ["--servers", "3", "--experts", "6", "--hidden", "16", "--steps", "300", "--runs", "1"]
+    assert main(["bench", "kills", *small, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [killed["servers_killed"] for killed in result["rounds"]] == [1, 1]
+    assert all(0 < killed["served_s"] <= killed["found_s"] < 60 for killed in result["rounds"])
+    assert all(killed["worst_loss_s"] < 30 for killed in result["rounds"])
+    assert result["experts_left"] == 6 and result["rows_without_an_answer"] == result["failed_batches"] == 0
+    assert result["accuracy"] > 0.8 and result["accuracy_without_kills"] > 0.8
+
+
+def test_labkit_bench_copies_says_what_they_cost_in_training(capsys):
+    small = ["--servers", "2", "--experts", "4", "--hidden", "16", "--rounds", "2", "--seconds", "1"]
+    assert main(["bench", "copies", *small, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(result["ratios"]) == 2 and result["ratio"] == pytest.approx(sum(result["ratios"]) / 2, abs=1e-3)
+    assert result["copy_mb"] > 0
