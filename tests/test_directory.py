@@ -8,7 +8,7 @@ from trio.testing import wait_all_tasks_blocked
 from labkit.contact import Contact
 from labkit.dht.node import Entry, Value
 from labkit.directory import Directory, DirectoryConfig, SuspicionConfig
-from labkit.directory.index import decode, entries_of
+from labkit.directory.index import Declared, decode, entries_of
 from labkit.directory.suspicion import Suspicions, boot_of, make_stamp
 from labkit.errors import BadRequest, LabkitError, NonFiniteTensor, UnknownExpert
 from labkit.events import Event, ExpertDeclared, ServerLost
@@ -170,6 +170,28 @@ async def test_stale_prefixes_are_refreshed_in_the_background_by_one_get(autojum
         await trio.sleep(0.6)
         assert len(records.gets) == 2 and sorted(records.gets[1]) == ["expert:ffn", "expert:ffn.0", "expert:ffn.1"]
         assert await offered(client, "ffn.0") == [0, 1]
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(("copies", "longest"), [((b"copyhold",), 1.5), ((), 3.5)])
+async def test_an_expert_with_copies_is_found_soon_after_others_carry_it_on(autojump_clock, copies, longest):
+    records = FakeRecords()
+    server, other, client = (Directory(records) for _ in range(3))
+    await server.declare({"ffn.0": Declared(copies=copies), "ffn.1": Declared()}, contact(1))
+    await other.declare(["ffn.2"], contact(2))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(client.run)
+        client.report_failure(await found(client, "ffn.0"), "lost")
+        for _ in range(14):  # a second and a half, in which it is read once, and nobody serves it yet
+            assert await offered(client) == [2]
+            await trio.sleep(0.1)
+        await other.declare({"ffn.0": Declared(epoch=1)}, contact(2))
+        since = trio.current_time()
+        for _ in range(40):
+            if await offered(client) == [0, 2]:
+                break
+            await trio.sleep(0.1)
+        assert longest - 1.5 < trio.current_time() - since < longest
         nursery.cancel_scope.cancel()
 
 

@@ -203,14 +203,14 @@ class PrefixCache:
         """Whether a cached record may be used now, or has to be read first. Requests a refresh if one is due.
 
         A record with live children may be used until they expire, even after a failure: the failed expert is suspended,
-        and the others need not wait for its sake. A record without any is believed for `absence` seconds. After that, a
-        prefix below a grid's name is refreshed in the background (a stale marker led there, and nothing depends on it),
-        but a grid's name is waited for (everything depends on it). A new failure under a prefix that has no live
-        children left is worth the wait, too.
+        and the others need not wait for its sake. Where others are about to carry an expert on, it is read again soon.
+        A record without any is believed for `absence` seconds. After that, a prefix below a grid's name is refreshed in
+        the background (a stale marker led there, and nothing depends on it), but a grid's name is waited for
+        (everything depends on it). A new failure under a prefix that has no live children left is worth the wait, too.
         """
         age, config = now - record.read_at, self.config
         if alive:
-            due = age >= (config.absence if record.doubted else config.refresh)
+            due = age >= (config.absence if record.doubted or record.orphaned else config.refresh)
         elif record.doubted or age >= (config.refresh if "." in prefix else config.absence):
             return False
         else:

@@ -204,6 +204,7 @@ class PrefixRecord:
         self.withdrawn: dict[int, tuple[int, float]] = {}  # coordinate -> epoch, expiration: their servers have left
         self.asked_at = -math.inf  # when a refresh was last requested
         self.doubted = False  # whether one of its experts has failed since it was read
+        self.orphaned = False  # whether one has lost its server and has copies: others are about to carry it on
         self._view: Children | None = None
         self._view_until = -math.inf
 
@@ -274,13 +275,15 @@ class PrefixRecord:
     def children(self, now: float, suspicions: Suspicions) -> Children:
         """Returns the children at `now`, without those that have expired and without experts that are suspended."""
         if self._view is None or now >= self._view_until:
-            until, experts = math.inf, dict[int, ExpertInfo]()
+            until, experts, self.orphaned = math.inf, dict[int, ExpertInfo](), False
             for coordinate, (info, expires_at) in self.leaves.items():
                 if now < expires_at:
                     offered_at = suspicions.suspended_until(info, now)
                     until = min(until, expires_at, offered_at if offered_at > now else math.inf)
                     if offered_at <= now:
                         experts[coordinate] = info
+                    elif info.copies and suspicions.is_lost(info):
+                        self.orphaned = True
             inner = [coordinate for coordinate, expires_at in self.markers.items() if now < expires_at]
             self._view_until = min([until, *(self.markers[coordinate] for coordinate in inner)])
             self._view = Children(inner, experts) if inner or experts else NO_CHILDREN
