@@ -30,20 +30,43 @@ def run_until_signalled(
     Returns:
         The command's status, and what it has printed.
     """
-    printed = io.StringIO()
+
+    def act(swarm: Swarm) -> None:
+        action(swarm)
+        os.kill(os.getpid(), number)
+
+    return run_until_ended(arguments, act)
+
+
+def run_until_ended(arguments: Sequence[str], end: Callable[[Swarm], object]) -> tuple[int, str]:
+    """Run a command; once it is up, do something with its swarm that ends it.
+
+    Args:
+        arguments: Of the command; the first is its name, and that of the swarm that it opens.
+        end: What ends it. It runs in another thread; what it raises is raised.
+
+    Returns:
+        The command's status, and what it has printed.
+    """
+    printed, failures, over = io.StringIO(), list[BaseException](), threading.Event()
 
     def act() -> None:
         try:
-            eventually(lambda: UP in printed.getvalue())
-            swarm = _open[arguments[0]]
+            eventually(lambda: UP in printed.getvalue() or over.is_set())
+            swarm = _open.get(arguments[0])
             assert isinstance(swarm, Swarm)
-            action(swarm)
-        finally:
-            os.kill(os.getpid(), number)
+            end(swarm)
+        except BaseException as failure:
+            failures.append(failure)
+            if not over.is_set():
+                os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=act)
     with redirect_stdout(printed):
         thread.start()
         status = main(arguments)
+        over.set()
         thread.join()
+    if failures:
+        raise failures[0]
     return status, printed.getvalue()

@@ -38,6 +38,7 @@ from labkit.wire.security import Identity
 from labkit.wire.zmq_transport import open_network
 from tests.fake_records import FakeRecords, contact
 from tests.nodes import calling, changed, serving
+from tests.ports import free_ports
 from tests.swarms import eventually
 
 UP = SimpleNamespace(isup=True)
@@ -436,22 +437,6 @@ def test_a_wrong_address_to_listen_at_is_told_with_the_right_form(address, said)
         NodeConfig(listen=address)
 
 
-def free_ports(count: int) -> int:
-    """Returns the first of so many free ports in a row."""
-    for first in range(42_000, 60_000, count):
-        sockets = [socket.socket() for _ in range(count)]
-        try:
-            for offset, one in enumerate(sockets):
-                one.bind(("127.0.0.1", first + offset))
-            return first
-        except OSError:
-            continue
-        finally:
-            for one in sockets:
-                one.close()
-    raise AssertionError("no ports are free")
-
-
 async def test_each_node_takes_the_first_free_port_of_a_range_and_the_last_is_told_that_there_is_none():
     first = free_ports(2)
     address = f"tcp://127.0.0.1:{first}-{first + 1}"
@@ -485,7 +470,7 @@ def test_the_servers_of_a_swarm_listen_in_its_range_of_ports_after_a_restart_too
 
 
 def test_one_port_for_several_servers_is_an_error_that_says_so():
-    port = free_ports(1)
+    port = free_ports()
     with Swarm("one port", listen=f"tcp://127.0.0.1:{port}") as swarm:
         with pytest.raises(ValueError, match=f"the one port.*2 servers need one each.*127.0.0.1:{port}-{port + 2}"):
             swarm.serve("nop", grid=(2,), servers=2, isolation="task")

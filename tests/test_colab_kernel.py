@@ -86,7 +86,8 @@ def test_nothing_is_sent_while_nobody_looks_and_nothing_is_left_behind(kernel, p
     page.look(False)
     assert page.execute(do="nothing at all")[0] == "failed"
     before = len(page.got)
-    kernel.run("time.sleep(0.6)\nassert not threads('dashboard')")
+    kernel.run("while threads('dashboard'): time.sleep(0.005)")
+    kernel.run("time.sleep(0.6)")
     assert len(page.got) == before
     kernel.run("dashboard.close()")
     assert kernel.comms[page.comm].closed

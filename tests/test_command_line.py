@@ -8,7 +8,6 @@ import signal
 import stat
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -30,9 +29,8 @@ from labkit.events import CallFinished, CopyFailed, ExpertHandedOver, ExpertTake
 from labkit.server.checkpoints import load_expert
 from labkit.server.statistics import ServerStatistics
 from labkit.swarm import Swarm
-from labkit.swarm_lifecycle import _open
 from labkit.wire.security import Identity, key_text
-from tests.commands import run_until_signalled
+from tests.commands import run_until_ended, run_until_signalled
 from tests.swarms import eventually
 from tests.test_inventory import SAID
 
@@ -112,15 +110,10 @@ def test_a_swarm_of_terminals_and_a_trainer_lives_on_without_the_terminal_that_s
 # ---------------------------------------------------------------- in this process, which is as good
 
 
-def the_swarm() -> Swarm:
-    """The swarm that `labkit serve` has opened in this process."""
-    swarm = _open["serve"]
-    assert isinstance(swarm, Swarm)
-    return swarm
-
-
-def serving() -> bool:
-    return "serve" in _open and any(server.alive for server in the_swarm().servers)
+def kill(swarm: Swarm) -> None:
+    """End the server of `labkit serve`, and so the command."""
+    with suppress(SwarmClosed):  # the command may hear of it, and close the swarm, before this call returns
+        swarm.servers[0].kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -133,15 +126,8 @@ def test_ctrl_c_and_sigterm_stop_cleanly_and_save(tmp_path, number):
 
 
 def test_a_server_that_ends_by_itself_ends_the_command_with_its_reason(capsys):
-    def kill() -> None:
-        eventually(serving)
-        with suppress(SwarmClosed):  # the command may hear of it, and close the swarm, before this call returns
-            the_swarm().servers[0].kill()
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    assert main(["serve", "--expert", "nop"]) == 1
-    thread.join()
+    status, _ = run_until_ended(["serve", "--expert", "nop"], kill)
+    assert status == 1
     assert "labkit: the server ended" in capsys.readouterr().err
 
 
@@ -238,19 +224,14 @@ def test_an_error_is_put_in_the_words_of_a_command_line_and_what_is_no_argument_
 def test_options_of_a_server_reach_its_experts_and_its_label_is_seen_by_all(capsys):
     seen: list[Any] = []
 
-    def look() -> None:
-        eventually(serving)
-        (server,) = the_swarm().servers
-        with Swarm.join(the_swarm().invite(), name="other") as other:
-            seen.append((server.plan.server, repr(other), other._repr_html_()))
-        server.kill()
+    def look(swarm: Swarm) -> None:
+        with Swarm.join(swarm.invite(), name="other") as other:
+            seen.append((swarm.servers[0].plan.server, repr(other), other._repr_html_()))
+        kill(swarm)
 
-    thread = threading.Thread(target=look)
-    thread.start()
     arguments = ["--expert", "transformer", "--hidden", "8", "--option", "heads=2", "--option", "causal=True"]
     training = ["--lr", "0.01", "--optimizer", "sgd", "--clip", "1.5", "--threads", "1", "--label", "kitchen <b>"]
-    main(["serve", "--grid", "1", "2", *arguments, *training])
-    thread.join()
+    run_until_ended(["serve", "--grid", "1", "2", *arguments, *training], look)
     [(config, text, html)] = seen
     assert config.options == {"hidden": 8, "heads": 2, "causal": True}
     assert (config.backend.lr, config.backend.optimizer, config.backend.clip_grad_norm) == (0.01, "sgd", 1.5)
@@ -266,28 +247,25 @@ def test_values_of_options_are_read_as_what_they_look_like():
 
 
 @pytest.mark.parametrize("quiet", [False, True])
-def test_a_server_says_now_and_then_what_it_does_when_it_was_called_and_else_nothing(capsys, monkeypatch, quiet):
+def test_a_server_says_now_and_then_what_it_does_when_it_was_called_and_else_nothing(monkeypatch, quiet):
+    monkeypatch.setattr(cli_serve, "LOOK_PERIOD", 0.01)
     monkeypatch.setattr(cli_serve, "REPORT_PERIOD", 0.05)
 
-    def call() -> None:
-        eventually(serving)
-        swarm = the_swarm()
+    lines: list[str] = []
+    monkeypatch.setattr(cli_serve.Report, "_print", lambda report, line: lines.append(line))
+
+    def call(swarm: Swarm) -> None:
         for _ in range(3):
             swarm.expert("nop.0.0")(X)
-        reports = cli_serve.Report(swarm, rewrite=False)
-        reports.write(swarm.servers[0])  # what it would say now
-        reports.write(swarm.servers[0])  # and again: nothing
-        time.sleep(0.3)
-        swarm.servers[0].kill()
+        eventually(lambda: quiet or any("3 calls answered" in line for line in lines))
+        time.sleep(0.3)  # in which nothing is said
+        kill(swarm)
 
-    thread = threading.Thread(target=call)
-    thread.start()
-    main(["serve", "--expert", "nop", "--experts", "2", *(["--quiet"] if quiet else [])])
-    thread.join()
-    lines = [line for line in capsys.readouterr().out.splitlines() if "calls/s" in line]
-    own = lines if quiet else [line for line in lines if "3 calls answered" in line]
-    assert 1 <= len(own) <= 2
-    assert re.fullmatch(r"\d\d:\d\d:\d\d  2 experts, 3 calls answered, 0 peers: [\d,.]+ calls/s", own[0])
+    run_until_ended(["serve", "--expert", "nop", "--experts", "2", *(["--quiet"] if quiet else [])], call)
+    assert bool(lines) is not quiet
+    for line in lines[-1:]:
+        assert re.fullmatch(r"\d\d:\d\d:\d\d  2 experts, 3 calls answered, 0 peers: [\d,.]+ calls/s", line)
+    assert sum("3 calls answered" in line for line in lines) == len(lines[-1:])
 
 
 def test_in_a_terminal_one_line_is_written_again_and_again(capsys):
@@ -342,15 +320,11 @@ def test_a_joined_server_listens_as_wide_as_the_swarm(capsys):
     with Swarm("wide", listen="tcp://0.0.0.0:*") as wide:
         heard: list[str] = []
 
-        def look() -> None:
-            eventually(serving)
+        def look(swarm: Swarm) -> None:
             heard.extend(info.contact.host for info in wide.experts().values())
-            the_swarm().servers[0].kill()
+            kill(swarm)
 
-        thread = threading.Thread(target=look)
-        thread.start()
-        main(["serve", "--join", wide.invite(), "--expert", "nop", "--experts", "1"])
-        thread.join()
+        run_until_ended(["serve", "--join", wide.invite(), "--expert", "nop", "--experts", "1"], look)
         assert heard == [wide._node.contact.host]
 
 
@@ -359,15 +333,11 @@ def test_a_joined_server_takes_all_free_places_of_a_grid_that_is_named_after_its
         growing.serve("labkit.server.layers:Nop", grid=(3, 4), experts=2, isolation="task")
         taken: list[int] = []
 
-        def look() -> None:
-            eventually(serving)
-            taken.append(len(the_swarm().servers[0].uids))
-            the_swarm().servers[0].kill()
+        def look(swarm: Swarm) -> None:
+            taken.append(len(swarm.servers[0].uids))
+            kill(swarm)
 
-        thread = threading.Thread(target=look)
-        thread.start()
-        main(["serve", "--join", growing.invite(), "--expert", "labkit.server.layers:Nop"])
-        thread.join()
+        run_until_ended(["serve", "--join", growing.invite(), "--expert", "labkit.server.layers:Nop"], look)
         assert taken == [10]
 
 

@@ -101,7 +101,7 @@ def shown(source) -> Iterator[Shown]:
 @pytest.fixture
 def swarm() -> Iterator[lk.Swarm]:
     with lk.Swarm() as swarm:
-        swarm.serve("ffn", hidden=8, grid=(2, 2), servers=2, isolation="task")
+        swarm.serve("ffn", hidden=8, grid=(2, 2), servers=2, isolation="task", backups=0)  # nobody takes over
         yield swarm
 
 
@@ -174,10 +174,17 @@ def test_frames_carry_their_page_and_number(shown):
 
 
 def test_what_a_page_says_is_on_page_message_without_waiting_and_bounded(shown, source):
-    source.frame = lambda *_, **__: source.hold.wait(10) and ({}, [])  # the sender is busy
+    busy = threading.Event()
+
+    def frame(*_: Any, **__: Any) -> tuple[dict[str, Any], list[bytes]]:
+        busy.set()
+        assert source.hold.wait(10)
+        return {}, []
+
+    source.frame = frame
     source.hold.clear()
     shown.look()
-    eventually(lambda: not shown._messages)
+    assert busy.wait(10)
     for _ in range(MAX_MESSAGES + 100):
         shown.say(type="ack", page="a", seq=1)
     assert len(shown._messages) == MAX_MESSAGES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,9 +85,12 @@ def test_a_page_that_looks_gets_frames_of_the_training(kernel, page):
 
 
 def test_there_are_at_most_five_frames_a_second(kernel, page):
-    kernel.until(lambda: len(page.frames) >= 10)
-    times = [header["at"] for header in page.headers]
-    assert (len(times) - 1) * FRAME_PERIOD <= times[-1] - times[0] + 0.11  # a scene may be a tenth of a second old
+    began = time.monotonic()
+    paced = kernel.page(page.comm, "paced")
+    paced.look(fresh=True)
+    kernel.until(lambda: len(paced.frames) >= 10)
+    assert paced.frames[9][0] - began >= 9 * FRAME_PERIOD
+    paced.look(False)
 
 
 def test_frames_come_while_a_cell_runs_and_clicks_are_obeyed(kernel, page):
@@ -129,8 +133,8 @@ def test_nothing_is_sent_and_no_thread_runs_while_nobody_looks(kernel, page):
     page.look(False)
     settle(page)
     before = len(page.got)
+    kernel.run("while threads('dashboard'): time.sleep(0.005)")
     kernel.run("before = run.steps\nrun.wait(1.0)\nwhile run.steps == before: run.wait(0.1)")
-    assert kernel.value("threads('dashboard')") == []
     assert len(page.got) == before
     page.look(True)
     kernel.until(lambda: len(page.got) > before)

@@ -25,6 +25,7 @@ from labkit.wire.frames import Frame, Kind
 from labkit.wire.security import Identity, key_text
 from labkit.wire.transport import Peer
 from labkit.wire.zmq_transport import open_network
+from tests.ports import free_ports
 
 KEY = Identity.generate().public_key
 
@@ -60,7 +61,7 @@ def encrypted() -> Iterator[Swarm]:
 def impatient(monkeypatch) -> None:
     """Shorten the timeout, so that a test does not wait for as long as a person would."""
     assert joining.JOIN_TIMEOUT < 10
-    monkeypatch.setattr(joining, "JOIN_TIMEOUT", 0.3)
+    monkeypatch.setattr(joining, "JOIN_TIMEOUT", 1.0)
 
 
 @contextmanager
@@ -192,9 +193,7 @@ def test_a_name_that_does_not_resolve(monkeypatch):
 
 
 def test_a_port_where_nothing_listens():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    text = why_not(invitation(port))
+    text = why_not(invitation(free_ports()))
     assert "nothing listens there" in text
     assert "fresh invitation" in text
     assert "same machine only" in text  # perhaps the invitation was carried to another machine

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 
 import pytest
 
@@ -11,6 +10,7 @@ from labkit.__main__ import main
 from labkit.node import NodeConfig
 from labkit.swarm import Swarm
 from tests.commands import run_until_signalled
+from tests.ports import free_ports
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -35,14 +35,9 @@ def test_labkit_serve_relays_if_it_is_told_to():
     assert status == 0 and said == ["relays for 0 nodes"]
 
 
-def one_free_port() -> int:
-    with socket.create_server(("0.0.0.0", 0)) as taken:
-        return int(taken.getsockname()[1])
-
-
 def test_who_relays_at_one_port_is_told_that_callers_come_to_others(caplog):
     said = "open a range of ports and listen there: tcp://0.0.0.0:31000-31099"
-    port = one_free_port()
+    port = free_ports()
     status, _ = run_until_signalled(["relay", "--listen", f"tcp://0.0.0.0:{port}"], signal.SIGTERM)
     assert status == 0
     assert caplog.text.count(said) == 1 and f"this relay listens at port {port}, but" in caplog.text
@@ -61,7 +56,7 @@ def test_who_relays_at_one_port_is_told_that_callers_come_to_others(caplog):
     ],
 )
 def test_so_is_who_calls_it_a_swarm_and_nobody_else(caplog, listen, relays, told):
-    port = one_free_port()
+    port = free_ports()
     with Swarm("relays", listen=listen.format(port, port), relay=relays):
         assert (f"this relay listens at port {port}" in caplog.text) is told
 

@@ -410,7 +410,7 @@ def test_a_server_that_saves_to_the_experts_of_the_folder_is_left_alone(tmp_path
 
 def test_an_expert_that_is_lost_is_left_out_with_a_warning(tmp_path, caplog):
     with Swarm("lossy") as swarm:
-        servers = swarm.serve("ffn", servers=2, **HOW)
+        servers = swarm.serve("ffn", servers=2, backups=0, **HOW)
         run = lk.fit(model(swarm), (X, Y), steps=2, **TRAIN).wait()
         servers[0].kill()
         run.save(tmp_path)
