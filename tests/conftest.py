@@ -4,17 +4,20 @@ check that nothing is left."""
 from __future__ import annotations
 
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from hypothesis import settings
 
 import tests.quick_imports  # noqa: F401  # before anything of Jupyter's
+from tests.forked_python import template
 
 GRACE = 2.0  # seconds: what `close()` may take
 ELSEWHERE = (
@@ -44,6 +47,21 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("USERPROFILE", home)  # on Windows
         for name in ELSEWHERE:
             patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def forking_popen() -> Iterator[type[subprocess.Popen[Any]]]:
+    with template() as popen:
+        yield popen
+
+
+@pytest.fixture(scope="module")
+def forked_python(forking_popen: type[subprocess.Popen[Any]]) -> Iterator[None]:
+    """For a module whose tests are not about how a process starts: Python processes are forked from one that has
+    imported torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", forking_popen)
         yield
 
 

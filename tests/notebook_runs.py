@@ -34,6 +34,14 @@ RUN_ALL = """
 import asyncio, pathlib, sys, tests.quick_imports, tests.notebook_runs
 asyncio.run(tests.notebook_runs.run_all(pathlib.Path(sys.argv[1])))
 """
+FORK = f"""
+import sys
+if "tests.forked_python" not in sys.modules:
+    sys.path.append({str(ROOT)!r})
+    import tests.forked_python
+    tests.forked_python.fork_from_now_on()
+    sys.path.remove({str(ROOT)!r})
+"""  # what a kernel runs first, so that its servers start at once
 CELL_TIMEOUT = 150  # seconds, with few steps
 WHOLE_CELL_TIMEOUT = 1800  # at full size
 PROBLEMS = "problems.json"  # what went wrong, by the name of the notebook
@@ -68,9 +76,10 @@ class NotebookRuns:
 async def run_all(folder: Path) -> None:
     """Run them with few steps, several side by side, and write what they put out, and what went wrong, into `folder`.
 
-    Half of what it would take to run each in a kernel of its own is imports. So a kernel runs one notebook after the
-    other, and forgets all names in between; after one that failed it is restarted. It has no key of anybody's, and a
-    folder for temporary files. The end of standard input means that nobody waits for them any more.
+    Most of what it would take to run each in a kernel of its own is imports. So a kernel runs one notebook after the
+    other, and forgets all names in between; after one that failed it is restarted. Its servers are forked (see
+    `forked_python`). It has no key of anybody's, and a folder for temporary files. The end of standard input means that
+    nobody waits for them any more.
     """
     problems: dict[str, str] = {}
     left = iter([path for path in NOTEBOOKS if path != ON_A_CLUSTER])
@@ -129,7 +138,7 @@ async def run(path: Path, to: Path, timeout: int = CELL_TIMEOUT, kernel: AsyncKe
             await client.kc.wait_for_ready(timeout)
             # A process that is spawned asks `__main__` for its `__spec__`, which is forgotten, too.
             fresh = f"%reset -f\n__spec__ = None\n__import__('os').chdir({str(path.parent)!r})"
-            await client.kc.execute_interactive(fresh)
+            await client.kc.execute_interactive(FORK + fresh)
             await client.async_execute()
         finally:
             client.kc.stop_channels()

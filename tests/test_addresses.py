@@ -41,6 +41,8 @@ from tests.nodes import calling, changed, serving
 from tests.ports import free_ports
 from tests.swarms import eventually
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 UP = SimpleNamespace(isup=True)
 SMALL = NodeConfig(dht=DHTConfig(k=4))  # small enough that few nodes do not all know each other
 

@@ -25,6 +25,8 @@ from labkit.errors import LabkitError
 from labkit.experiments.expert_search import SearchConfig, measure
 from labkit.experiments.results import measure_all as measure_searches
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 
 @pytest.fixture(autouse=True)
 def short_echoes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,11 +290,11 @@ def measured() -> str:
 
 
 @pytest.mark.parametrize(
-    ("script", "said"),
-    [('import sys; sys.exit("there is no such peer here")', "there is no such"), (STUCK, "timed out")],
+    ("script", "timeout", "said"),
+    [('import sys; sys.exit("there is no such peer here")', 60.0, "there is no such"), (STUCK, 0.5, "timed out")],
 )
-def test_a_peer_that_fails_is_told_and_left_out(tmp_path, capsys, monkeypatch, script, said):
-    monkeypatch.setattr(suite, "PEER_TIMEOUT", 0.5)
+def test_a_peer_that_fails_is_told_and_left_out(tmp_path, capsys, monkeypatch, script, timeout, said):
+    monkeypatch.setattr(suite, "PEER_TIMEOUT", timeout)
     (tmp_path / "peer.py").write_text(script)
     (tmp_path / "out").write_text(measured())
     result = measure_all(SuiteConfig(out=str(tmp_path / "out"), runs=1, peer_scripts=str(tmp_path)), [SMALL])

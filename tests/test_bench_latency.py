@@ -19,6 +19,8 @@ from labkit.errors import DeadlineExceeded, LabkitError
 from labkit.server.runtime import Runtime
 from labkit.swarm import Swarm
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 samples_per_s: Any = latency.samples_per_s  # which takes a `FakeSwarm` as well
 ROWS_PER_SAMPLE = 4  # two blocks, forward and backward
 

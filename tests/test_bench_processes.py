@@ -6,6 +6,8 @@ import pytest
 
 from labkit.bench.processes import ProcessGroup, Worker
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 ORDER = {"secure": False}  # of an echo
 
 

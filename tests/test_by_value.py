@@ -24,6 +24,8 @@ from labkit.server.checkpoints import load_expert
 from labkit.server.layers import make_expert
 from labkit.swarm import Swarm
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 
 

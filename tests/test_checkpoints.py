@@ -20,6 +20,8 @@ from labkit.server.optimizer import BackendConfig
 from labkit.server.runtime import InlineCompute, Runtime
 from tests.runtimes import submit
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 UID = "ffn.0.1"
 STATE = {"counter": torch.tensor(7), "weight": torch.arange(6.0).reshape(2, 3)}
 

@@ -34,6 +34,8 @@ from tests.commands import run_until_ended, run_until_signalled
 from tests.swarms import eventually
 from tests.test_inventory import SAID
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 
 

@@ -19,6 +19,8 @@ import pytest
 from labkit.__main__ import main
 from labkit.cli.demo import DemoConfig
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 COMMAND = [sys.executable, "-m", "labkit", "demo"]
 
 

@@ -22,6 +22,8 @@ import pytest
 from labkit.server.checkpoints import load_expert
 from tests.swarms import eventually
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 START_TIME, END_TIME = 60.0, 10.0  # seconds; the first is mostly an import of torch, on a machine that is busy
 
 

@@ -14,7 +14,10 @@ import pytest
 
 from tests.swarms import eventually
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork"),
+    pytest.mark.usefixtures("forked_python"),
+]
 
 SWARM = """
 import atexit, gc, json, multiprocessing, os, signal, sys, time, warnings

@@ -37,6 +37,8 @@ from labkit.wire.zmq_socket import ZERO_COPY_SIZE
 from tests.local_moe import LocalMoE
 from tests.swarms import eventually
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 DIM = 6
 WIDE = 128  # with some hundred rows, frames that are sent and received without being copied
 STEP = BackendConfig(optimizer="sgd", lr=1.0)  # so that a step changes a parameter by its gradient

@@ -25,6 +25,8 @@ SGD = lk.BackendConfig(optimizer="sgd", lr=0.1)
 HOLD = """
 import sys
 from labkit.server.ownership import claim_checkpoints
+
+pytestmark = pytest.mark.usefixtures("forked_python")
 claim = claim_checkpoints(sys.argv[1], ["ffn.0"])
 print(flush=True)
 sys.stdin.readline()

@@ -39,6 +39,8 @@ from labkit.simulation.virtual_clock import run_in_virtual_time
 from labkit.swarm import Swarm
 from labkit.wire.security import Identity
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 GRID = GridInfo((4, 6), "nop")
 
 

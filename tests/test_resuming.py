@@ -29,6 +29,8 @@ from labkit.training import saving
 from labkit.training.active_runs import runs
 from labkit.training.run_folder import MANIFEST, read_moment
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 X = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
 Y = (X.sum(1) > 0).long()
 ADAM = lk.BackendConfig(lr=0.01, accumulate=3, schedule="linear", total_steps=100)

@@ -21,6 +21,8 @@ from labkit.errors import ExpertsRefused, LabkitError, NoExperts, TrainingFailed
 from labkit.swarm import Swarm
 from labkit.training.fit import fit
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 X = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
 Y = (X.sum(1) > 0).long()
 

@@ -35,6 +35,8 @@ from labkit.wire.security import Identity
 from tests.ports import free_ports
 from tests.swarms import eventually, parameters
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 SGD = lk.BackendConfig(optimizer="sgd", lr=0.1)
 QUICK = NodeConfig(directory=DirectoryConfig(refresh=0.2, absence=0.1))  # sees what others do a moment later
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
