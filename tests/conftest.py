@@ -56,13 +56,10 @@ def forking_popen() -> Iterator[type[subprocess.Popen[Any]]]:
         yield popen
 
 
-@pytest.fixture(scope="module")
-def forked_python(forking_popen: type[subprocess.Popen[Any]]) -> Iterator[None]:
-    """For a module whose tests are not about how a process starts: Python processes are forked from one that has
-    imported torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, "Popen", forking_popen)
-        yield
+@pytest.fixture
+def forked_python(forking_popen: type[subprocess.Popen[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that are not about how a process of Python starts: each is forked from one that has imported torch."""
+    monkeypatch.setattr(subprocess, "Popen", forking_popen)
 
 
 def _threads() -> set[threading.Thread]:

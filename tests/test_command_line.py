@@ -34,8 +34,6 @@ from tests.commands import run_until_ended, run_until_signalled
 from tests.swarms import eventually
 from tests.test_inventory import SAID
 
-pytestmark = pytest.mark.usefixtures("forked_python")
-
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 
 
@@ -75,6 +73,7 @@ def terminal(*arguments: str) -> Iterator[Terminal]:
             process.kill()
 
 
+@pytest.mark.usefixtures("forked_python")
 def test_a_swarm_of_terminals_and_a_trainer_lives_on_without_the_terminal_that_started_it(tmp_path):
     with terminal("--expert", "nop", "--grid", "2", "2", "--experts", "2") as first:
         invite = first.invitation()

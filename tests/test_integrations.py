@@ -227,7 +227,8 @@ def test_a_swarm_that_was_closed_costs_a_warning_and_not_the_training(model, tmp
         trainer = hugging_face(model, tmp_path, for_transformers)
         trainer.train()
     assert trainer.state.global_step == 6 and diary.pages == []
-    assert [record.name for record in caplog.records] == ["labkit.integrations.reporting"]
+    names = [record.name for record in caplog.records if record.name.startswith("labkit.integrations")]
+    assert names == ["labkit.integrations.reporting"]  # servers that compute meanwhile may have something to say, too
 
 
 def test_a_swarm_shows_what_it_is_told(swarm, model, tmp_path):

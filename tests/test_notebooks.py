@@ -197,7 +197,7 @@ def check_throughput(notebook: Any, full: bool) -> None:
         left = rf"{block}: .* there is left, at \d+ ms, ([0-9.]+) with trainers, [0-9.]+ with a pipeline"
         pipeline = rf"{block}: .* there is left, at \d+ ms, [0-9.]+ with trainers, ([0-9.]+) with a pipeline"
         assert not full or numbers(left, plain)[0] >= 0.9, "others compute while one waits"
-        assert numbers(pipeline, plain)[0] < 0.5, "it stands still while its batches travel"
+        assert not full or numbers(pipeline, plain)[0] < 0.5, "it stands still while its batches travel"
     for row in (
         "rpc nop, batch 1",
         "rpc ffn, batch 256, forward and backward",

@@ -20,13 +20,13 @@ from labkit.server.checkpoints import load_expert, save_expert
 from labkit.server.ownership import FolderTaken, claim_checkpoints, own_checkpoints
 from labkit.swarm import Swarm
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 SGD = lk.BackendConfig(optimizer="sgd", lr=0.1)
 HOLD = """
 import sys
 from labkit.server.ownership import claim_checkpoints
-
-pytestmark = pytest.mark.usefixtures("forked_python")
 claim = claim_checkpoints(sys.argv[1], ["ffn.0"])
 print(flush=True)
 sys.stdin.readline()
