@@ -42,9 +42,10 @@ demo: .venv/ready
 lab: .venv/lab-ready
 	@$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/tutorials/01_first_swarm.ipynb $(ARGS)
 
-# Three files at a time, for two cores, since tests wait now and then: torch's threads are not to spin meanwhile.
+# Three files at a time, for two cores, since tests wait now and then: torch's threads are not to spin meanwhile. Which
+# come first says `tests/conftest.py`.
 test: .venv/ready .venv-colab/ready
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-browser: .venv/browser-ready
 	@test -x "$(CHROMIUM)" || { \

@@ -25,9 +25,21 @@ ELSEWHERE = (
     "XDG_CONFIG_HOME", "XDG_DATA_HOME",
 )  # fmt: skip  # what can lead Jupyter, IPython and matplotlib out of the home folder
 
+LONGEST = (
+    "test_notebooks", "test_moe", "test_swarm", "test_ends", "test_servers", "test_readme", "test_bench",
+    "test_resuming", "test_promises", "test_patience", "test_recovery", "test_child_python", "test_places",
+    "test_snapshot", "test_forks",
+)  # fmt: skip  # that take the longest: they begin first, so that none of them is left over at the end
+
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins with interrupts ignored
 settings.register_profile("labkit", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("labkit")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -509,7 +509,7 @@ def accuracy(
     (server,) = swarm.serve(Blank, grid=(3,), name=name, isolation="task", backend=backend, seed=0)
     trunk = nn.Sequential(nn.Linear(digits.dim, 6), nn.Linear(6, digits.classes)).requires_grad_(trunk_learns)
     model = nn.Sequential(trunk, swarm.moe(digits.classes, name=name, k_best=2, codec=codec))
-    lk.fit(model, digits, steps=100, batch_size=128, trainers=2, lr=1e-2).wait()
+    lk.fit(model, digits, steps=70, batch_size=128, trainers=2, lr=1e-2).wait()
     share = evaluate(model, digits.test_x, digits.test_y)
     server.stop()
     return share

@@ -18,6 +18,8 @@ from labkit.view.log.loggers import JsonlLogger, WandbLogger
 from labkit.view.picture.canvas import Picture
 from labkit.wire.security import Identity
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 
 

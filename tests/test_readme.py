@@ -12,7 +12,7 @@ import pytest
 
 from tests.readme import README, blocks, run
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("forked_python")]
 
 
 ROOT = README.parent

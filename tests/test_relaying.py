@@ -30,6 +30,8 @@ from tests.nodes import changed
 from tests.relays import start_node
 from tests.swarms import eventually, soon
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 RELAY = NodeConfig(secure=True, relay=RelayLimits())
 HIDDEN = NodeConfig(secure=True, hidden=True)
 
