@@ -30,6 +30,7 @@ from labkit.training.run import Run, latest_run
 from labkit.training.shared_model import SharedModel
 from labkit.training.staleness import DelayCompensation, UpdateRule
 from labkit.training.trainer import TrainConfig, evaluate, train_step
+from tests.swarms import eventually
 
 X = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
 Y = (X.sum(1) > 0).long()
@@ -605,9 +606,7 @@ def test_a_swarm_that_is_closed_meanwhile_stops_the_run_quickly_and_without_an_e
         told: list[Event] = []
         swarm.on_event(told.append)
         run = fit(model, (X, Y), steps=100_000, batch_size=10, trainers=4, balance=0.1)
-        deadline = time.monotonic() + 10
-        while run.steps < 5 and time.monotonic() < deadline:
-            run.wait(0.01)
+        eventually(lambda: run.steps >= 5)
         assert sum(isinstance(event, StepFinished) for event in told) >= 5
         assert 0 <= run.evaluate(X, Y) <= 1
     started = time.monotonic()

@@ -44,6 +44,12 @@ def taken(events: list[Event]) -> list[ExpertTakenOver]:
     return [event for event in events if isinstance(event, ExpertTakenOver)]
 
 
+def lost_calls(events: list[Event]) -> list[CallFailed]:
+    """Calls that failed, but for those that a busy machine has turned away, for which nothing was computed."""
+    turned_away = ("cancelled", "overloaded")
+    return [event for event in events if isinstance(event, CallFailed) and event.cause not in turned_away]
+
+
 def train(swarm: Swarm, **options: Any) -> Run:
     """Train a model on the digits in the background, until it is stopped."""
     data = lk.load("digits")
@@ -89,7 +95,7 @@ def test_seven_of_eight_servers_stop_one_after_another_while_training_and_no_upd
             eventually(lambda steps=steps: run.steps > steps + 5)  # type: ignore[misc]
         run.stop()
         assert run.error is None
-        assert [event for event in events if isinstance(event, (CallFailed, ExpertTakenOver))] == []
+        assert taken(events) == [] == lost_calls(events)
         assert len([event for event in events if isinstance(event, ExpertHandedOver)]) >= 14
         made = Counter(e.uid for e in events if isinstance(e, CallFinished) and e.direction == "backward")
         assert swarm.servers[-1].statistics().experts == {uid: made[uid] for uid in declared(swarm)}
@@ -132,7 +138,7 @@ def test_a_spare_server_from_a_terminal_takes_over_and_ctrl_c_hands_over():
         finally:
             spare.kill()
             spare.wait()
-        assert [event for event in events if isinstance(event, (CallFailed, ExpertTakenOver))] == []
+        assert taken(events) == [] == lost_calls(events)
 
 
 def test_a_server_that_finds_a_newer_copy_than_its_checkpoint_takes_the_copy(tmp_path):
