@@ -27,8 +27,6 @@ from labkit.copies import (
     CopyReceiver,
     CopyStore,
     check_copy,
-    drop_copy,
-    pack_copy,
     send_copy,
     sending,
 )
@@ -36,6 +34,7 @@ from labkit.copies.messages import DONE, MAX_PART, OFFER, PART, CopyOffer, CopyP
 from labkit.copies.receiving import LEASE, LIFETIME, MAX_TRANSFERS
 from labkit.errors import BadRequest, CheckpointError, ConnectionLost, DeadlineExceeded, Overloaded, RequestRefused
 from labkit.events import CopyFailed, CopyStored, Event
+from labkit.expert_file import pack_expert
 from labkit.server.backend import ExpertBackend
 from labkit.server.checkpoints import load_expert, save_expert
 from labkit.server.layers import make_expert
@@ -73,8 +72,15 @@ def state(updates: int = 7, **changes: Tensor) -> dict[str, Tensor]:
 def packed(primary: Contact, tensors: dict[str, Tensor] | None = None, **changes: Any) -> tuple[CopyHead, bytes]:
     """A copy as its primary sends it: its head, with some fields changed, and its file."""
     tensors = state() if tensors is None else tensors
-    head, data = pack_copy(UID, tensors, epoch=1, kind="ffn", backend={"lr": 0.1}, primary=primary)
+    head, data = packed_as(UID, tensors, primary, {"lr": 0.1})
     return msgspec.structs.replace(head, **changes), data
+
+
+def packed_as(
+    uid: str, tensors: dict[str, Tensor], primary: Contact, backend: dict[str, Any]
+) -> tuple[CopyHead, bytes]:
+    data, crc32 = pack_expert(uid, tensors, kind="ffn")
+    return CopyHead(uid, 1, int(tensors["counter.updates"]), len(data), crc32, "ffn", backend, primary), data
 
 
 @dataclass
@@ -215,18 +221,6 @@ async def test_copies_are_found_again_after_a_restart(tmp_path):
     async with pair(tmp_path) as here:
         await here.send()
     assert CopyStore(tmp_path).copies == here.store.copies != {}
-
-
-async def test_a_primary_takes_its_copy_back_and_nobody_else_does(tmp_path):
-    async with pair(tmp_path) as here:
-        await here.send()
-        async with calling_encrypted(here.network) as stranger:
-            with pytest.raises(RequestRefused, match="only an expert's primary"):
-                await drop_copy(stranger, here.backup, UID)
-        assert UID in here.store.copies
-        for _ in range(2):
-            await drop_copy(here.client, here.backup, UID)
-        assert (here.store.copies, here.files) == ({}, [])
 
 
 async def test_a_copy_that_is_read_stays_until_that_has_ended(tmp_path):
@@ -632,7 +626,7 @@ async def test_a_backup_that_stops_leaves_only_whole_copies_and_takes_no_more(tm
 
 def large(primary: Contact, size: int, uid: str = UID) -> tuple[CopyHead, bytes]:
     tensors = {"module.x": torch.zeros(size // 4), "counter.updates": torch.tensor(7)}
-    return pack_copy(uid, tensors, epoch=1, kind="ffn", backend={}, primary=primary)
+    return packed_as(uid, tensors, primary, {})
 
 
 async def test_copies_take_no_more_than_their_rate(tmp_path, autojump_clock: MockClock):

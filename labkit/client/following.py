@@ -47,7 +47,7 @@ async def carried_on(
     wanted = {int(row) for request in lost for row in request.rows}
     found: list[RowGroup] = []
     with trio.move_on_at(min(deadline, trio.current_time() + FOLLOW_TIME)):
-        while wanted - {int(row) for request in found for row in request.rows}:
+        while wanted:
             await directory.look_up({parent(request.expert.uid)[0] for request in lost})
             newest = [directory.newest(request.expert) for request in lost]
             found = [
@@ -55,5 +55,7 @@ async def carried_on(
                 for request, info in zip(lost, newest, strict=True)
                 if info.epoch > request.expert.epoch
             ]
+            if wanted <= {int(row) for request in found for row in request.rows}:
+                break
             await trio.sleep(LOOK_AGAIN)
     return found

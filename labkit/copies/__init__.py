@@ -25,11 +25,11 @@ from labkit.copies.checking import check_copy
 from labkit.copies.messages import CopyHead
 from labkit.copies.placement import rank
 from labkit.copies.receiving import CopyReceiver
-from labkit.copies.sending import CopyBudget, drop_copy, pack_copy, send_copy
+from labkit.copies.sending import CopyBudget, send_copy
 from labkit.copies.servers import GridServers, ServerRecord
 from labkit.copies.store import Copy, CopyStore
 
 __all__ = [
     "Copy", "CopyBudget", "CopyHead", "CopyReceiver", "CopyStore", "GridServers", "ServerRecord", "check_copy",
-    "drop_copy", "pack_copy", "rank", "send_copy",
+    "rank", "send_copy",
 ]  # fmt: skip

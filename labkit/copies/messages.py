@@ -5,7 +5,6 @@ A copy travels in parts, each answered before the next is sent:
     copies.offer    `CopyHead` -> `CopyOffer`: a token, or none if the backup holds this very copy
     copies.part     `CopyPart`, and the bytes beside it, uint8 [n] -> nothing; they are on their way to the disk
     copies.done     token -> `CopyKept`: the copy is checked and on disk, and replaces the older one
-    copies.drop     uid -> nothing; the backup need not keep its copy any more
 
 Then the backup watches the primary, and takes the expert over when that is gone, or asks it to:
 
@@ -30,7 +29,6 @@ from labkit.expert_uid import split_uid
 OFFER = "copies.offer"
 PART = "copies.part"
 DONE = "copies.done"
-DROP = "copies.drop"
 WATCH = "copies.watch"
 PROBE = "copies.probe"
 HAVE = "copies.have"

@@ -16,7 +16,7 @@ import torch
 import trio
 
 from labkit.contact import Contact
-from labkit.copies.messages import DONE, DROP, MAX_PART, OFFER, PART, CopyHead, CopyKept, CopyOffer, CopyPart, Uid
+from labkit.copies.messages import DONE, MAX_PART, OFFER, PART, CopyHead, CopyKept, CopyOffer, CopyPart
 from labkit.copies.store import Check, CopyStore, IncomingCopy, newer_is_kept
 from labkit.errors import BadRequest, CheckpointError, Overloaded, RequestRefused
 from labkit.expert_protocol import Token
@@ -76,7 +76,6 @@ class CopyReceiver:
             OFFER: AsyncMethod(self.rpc_offer, CopyHead),
             PART: AsyncMethod(self.rpc_part, CopyPart),
             DONE: AsyncMethod(self.rpc_done, Token),
-            DROP: AsyncMethod(self.rpc_drop, Uid),
         }
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -169,20 +168,12 @@ class CopyReceiver:
                 await self._discard(transfer)
         return Reply(CopyKept(copy.updates))
 
-    async def rpc_drop(self, request: Request) -> Reply:
-        """Keep a copy no more, as its primary asks."""
-        copy = self._store.copies.get(request.body)
-        if copy is not None:
-            self._check_sender(request, copy.primary)
-            await self._store.remove(copy.uid)
-        return Reply()
-
     # ------------------------------------------------------------ checks
 
     def _check_sender(self, request: Request, primary: Contact) -> None:
         """Raise `RequestRefused` unless the caller is the primary. Who does not encrypt trusts this machine."""
         if request.peer.key != primary.key and (self._encrypts or request.peer.key is not None):
-            raise RequestRefused("only an expert's primary sends copies of it, and says that they are not needed")
+            raise RequestRefused("only an expert's primary sends copies of it")
 
     def _check_wanted(self, head: CopyHead) -> None:
         if self._closed:

@@ -6,21 +6,17 @@ second, so that no call of a trainer waits for long behind it, and a pause follo
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 import torch
 import trio
-from torch import Tensor
 
 from labkit.contact import Contact
-from labkit.copies.checking import UPDATES
-from labkit.copies.messages import DONE, DROP, MAX_PART, OFFER, PART, CopyHead, CopyKept, CopyOffer, CopyPart
+from labkit.copies.messages import DONE, MAX_PART, OFFER, PART, CopyHead, CopyKept, CopyOffer, CopyPart
 from labkit.copies.store import Bytes
 from labkit.errors import BadReply, Overloaded, RPCError
 from labkit.events import CopyFailed, CopyStored, Emit, ignore
-from labkit.expert_file import pack_expert
 from labkit.wire.rpc_types import BULK, Caller
 
 RATE = float(4 << 20)  # bytes a second that the copies of a server take at most
@@ -75,26 +71,6 @@ class CopyBudget:
                 self._next = began + max(size / self.rate, took + pause)
 
 
-def pack_copy(
-    uid: str, state: Mapping[str, Tensor], *, epoch: int, kind: str, backend: Mapping[str, Any], primary: Contact
-) -> tuple[CopyHead, bytes]:
-    """Make a copy of an expert, to be sent. Takes some milliseconds a megabyte: call it in a thread.
-
-    Args:
-        uid: The expert.
-        state: What `Runtime.snapshot` returns.
-        epoch: Of this server as its primary.
-        kind: What the expert is.
-        backend: How it is trained: fields of `BackendConfig`.
-        primary: This server.
-
-    Returns:
-        The head and the file.
-    """
-    data, crc32 = pack_expert(uid, state, kind=kind)
-    return CopyHead(uid, epoch, int(state[UPDATES]), len(data), crc32, kind, dict(backend), primary), data
-
-
 async def send_copy(
     caller: Caller, to: Contact, head: CopyHead, data: Bytes, budget: CopyBudget, *, patience: float = 0.0,
     emit: Emit = ignore,
@@ -146,11 +122,6 @@ async def _send(
     reply = await caller.call(to, DONE, token, returns=CopyKept, timeout=timeout, lane=BULK)
     if reply.body.updates != head.updates:
         raise BadReply(f"{to.endpoint} says that it keeps another copy of {head.uid} than it was sent")
-
-
-async def drop_copy(caller: Caller, to: Contact, uid: str) -> None:
-    """Tell a server that it need not keep our copy of an expert any more. Raises `RPCError`."""
-    await caller.call(to, DROP, uid, timeout=PART_TIMEOUT)
 
 
 async def _offer(caller: Caller, to: Contact, head: CopyHead, until: float) -> tuple[bytes | None, float]:
