@@ -420,6 +420,17 @@ async def test_a_copy_that_the_disk_has_no_room_for_is_not_taken_in(tmp_path, mo
     assert here.files == []
 
 
+async def test_copies_that_arrive_at_the_same_time_do_not_count_on_the_same_room(tmp_path, monkeypatch):
+    async with pair(tmp_path) as here:
+        size = packed(here.primary)[0].size
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: DiskUsage(1 << 30, 0, (8 << 20) + 3 * size // 2))
+        token = await here.offer()
+        with pytest.raises(RequestRefused, match="cannot keep a copy of"):
+            await here.offer(uid="ffn.0.2")
+        await here.part(token, 0, packed(here.primary)[1])
+        await here.offer(uid="ffn.0.2")  # what has arrived is on the disk, and counted there
+
+
 def full() -> OSError:
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -18,7 +18,7 @@ from labkit.directory import Declared
 from labkit.directory.grids import find_grids
 from labkit.errors import BadReply, CheckpointError, ExpertsTaken, Overloaded, UnknownExpert
 from labkit.events import CallFailed, CallFinished, Event
-from labkit.expert_protocol import FORWARD, ExpertReply, ExpertRequest
+from labkit.expert_protocol import FORWARD, SNAPSHOT, ExpertReply, ExpertRequest, SnapshotHead
 from labkit.expert_uid import ExpertInfo
 from labkit.node import Node, open_node
 from labkit.portal import unwrap
@@ -347,6 +347,25 @@ async def test_while_a_server_does_not_know_what_is_its_own_it_answers_nothing(a
                 await here.call(contact, uid)
         server.holdings.suspended = False
         assert len((await here.call(contact)).tensors) == 1
+
+
+async def test_the_state_of_an_expert_is_read_only_where_it_is_and_stays(autojump_clock):
+    async with lab() as here:
+        (server, contact), (_, elsewhere) = await here.serve(*UIDS), await here.serve()
+
+        async def read() -> Reply:
+            return await here.node.client.call(contact, SNAPSHOT, UIDS[0], returns=SnapshotHead, timeout=10)
+
+        server.holdings.suspended = True
+        with pytest.raises(Overloaded, match="has been away"):
+            await read()
+        server.holdings.suspended = False
+        server.holdings.hold(UIDS[0])
+        with pytest.raises(Overloaded, match="is being handed over"):
+            await read()
+        server.holdings.give_up(UIDS[0], elsewhere, 1)
+        with pytest.raises(UnknownExpert, match="look it up again"):
+            await read()
 
 
 async def test_a_caller_that_knows_of_a_later_epoch_is_sent_away_and_the_server_hears_of_it(autojump_clock):

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
+import pytest
 import torch
 import trio
 
 from labkit.contact import Contact
-from labkit.events import ExpertHandedOver, ExpertTakenOver
+from labkit.copies.messages import OFFER, CopyHead
+from labkit.errors import CheckpointError, LabkitError, RemoteFailure, RequestRefused
+from labkit.events import CopyFailed, ExpertHandedOver, ExpertTakenOver
 from labkit.expert_uid import grid_uids
+from labkit.server.backend import ExpertBackend
+from labkit.server.carrying import CarriedExperts
+from labkit.server.checkpoints import save_expert
+from labkit.server.layers import make_expert
+from labkit.server.optimizer import BackendConfig
+from labkit.wire.security import Identity
 from tests.copied_swarms import CopiedSwarm, Server, X, copied_swarm
 
 GRID = (2, 2)
+SGD = BackendConfig(optimizer="sgd", lr=0.1)
 UIDS = list(grid_uids("ffn", GRID))
 
 
@@ -126,6 +138,93 @@ async def test_neither_copies_nor_a_take_over_draw_random_numbers(tmp_path, auto
         await servers[0].kill()
         await swarm.until(partial(_served_elsewhere, swarm, servers[0].contact))
         assert before.equal(torch.get_rng_state())
+
+
+async def test_a_copy_that_is_far_larger_than_an_expert_of_the_grid_is_refused_unseen(tmp_path, autojump_clock):
+    async with copied_swarm(tmp_path) as swarm:
+        for server in (await swarm.serve(UIDS), await swarm.serve()):
+            head = CopyHead("ffn.1.1", 9, 9, 1 << 30, "0" * 8, "ffn", {}, swarm.node.contact)
+            with pytest.raises(RequestRefused, match=r"a copy has at most 1\.\d MB here, and this one has 1073\.7 MB"):
+                await swarm.node.client.call(server.contact, OFFER, head, timeout=5)
+
+
+# ------------------------------------------------------------ a server that comes back
+
+
+@pytest.mark.parametrize(("saved", "goes_on"), [(9, 10), (1, 4)], ids=["newer", "older"])
+async def test_a_server_that_comes_back_serves_its_checkpoint_if_that_is_newer_than_every_copy(
+    saved, goes_on, tmp_path, autojump_clock
+):
+    async with copied_swarm(tmp_path) as swarm:
+        victim, _ = await swarm.serve_grid(2)
+        uid, *others = victim.held
+        await swarm.train(uid, 3)
+        await trio.sleep(25)
+        folder = tmp_path / "checkpoints"
+        state = ExpertBackend(uid, make_expert("ffn", hidden=4), SGD).state()
+        save_expert(folder, uid, {**state, "counter.updates": torch.tensor(saved)}, kind="ffn")
+        await victim.kill()
+        await swarm.serve((uid, *others), identity=victim.identity, checkpoint_dir=str(folder), checkpoint_period=1e9)
+        await trio.sleep(10)
+        assert await swarm.train(uid) == goes_on
+        await trio.sleep(20)
+        assert await swarm.train(uid) == goes_on + 1
+        for other in others:
+            await swarm.train(other)
+
+
+def unable(monkeypatch: pytest.MonkeyPatch, server: Server, error: LabkitError) -> None:
+    """Let a server fail to carry any expert on."""
+    plain = CarriedExperts.adopt
+
+    async def adopt(self: CarriedExperts, *args: Any) -> None:
+        if self._server.config.copies_dir == str(server.copies):
+            raise error
+        await plain(self, *args)
+
+    monkeypatch.setattr(CarriedExperts, "adopt", adopt)
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+async def test_a_backup_that_cannot_carry_an_expert_on_gives_its_copy_to_a_server_that_can(
+    comes_back, tmp_path, monkeypatch, autojump_clock
+):
+    async with copied_swarm(tmp_path) as swarm:
+        victim, backup = await swarm.serve_grid(2)
+        uids = tuple(victim.held)
+        await swarm.train(uids[0], 3)
+        await trio.sleep(25)
+        unable(monkeypatch, backup, RemoteFailure("no memory is left"))
+        other = victim if comes_back else await swarm.serve(identity=Identity(b"x" * 32))
+        await victim.kill()
+        if comes_back:  # so early that its experts are not taken over yet
+            other = await swarm.serve(uids, identity=victim.identity)
+        await swarm.until(partial(_served_at, swarm, uids, other), 30)
+        assert await swarm.train(uids[0]) == 4
+        failed = [event for event in swarm.said(CopyFailed) if event.address == backup.contact.endpoint]
+        assert {event.uid for event in failed} == set(uids)
+        assert "no memory is left" in failed[0].detail
+
+
+async def test_a_server_that_has_left_its_experts_to_others_serves_them_if_nobody_does(
+    tmp_path, monkeypatch, autojump_clock
+):
+    async with copied_swarm(tmp_path) as swarm:
+        victim, backup = await swarm.serve_grid(2)
+        uids = tuple(victim.held)
+        await trio.sleep(25)
+        unable(monkeypatch, backup, CheckpointError("the copy is damaged"))
+        await victim.kill()
+        back = await swarm.serve(uids, identity=victim.identity)
+        await swarm.until(partial(_served_at, swarm, uids, back), 45)
+        for uid in uids:
+            assert await swarm.train(uid) == 1
+        assert any("the copy is damaged" in event.detail for event in swarm.said(CopyFailed))
+
+
+async def _served_at(swarm: CopiedSwarm, uids: Sequence[str], server: Server) -> bool:
+    found = await swarm.holders()
+    return all(uid in found and found[uid].contact == server.contact and uid in server.held for uid in uids)
 
 
 async def _has(swarm: CopiedSwarm, server: Server, experts: int) -> bool:

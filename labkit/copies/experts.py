@@ -39,6 +39,10 @@ class ServedExperts(Protocol):
     def held(self) -> Mapping[str, int]:
         """The experts that are served, with the epoch in which each is."""
 
+    @property
+    def largest_copy(self) -> int:
+        """Bytes that the file of a copy may have at most."""
+
     def updates(self, uid: str) -> int:
         """Optimizer steps that an expert has made."""
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import trio
@@ -34,19 +32,17 @@ from labkit.copies.messages import (
 )
 from labkit.copies.placement import rank
 from labkit.copies.receiving import CopyReceiver
+from labkit.copies.returning import Carried, carried_by_others
 from labkit.copies.sending import CopyBudget
 from labkit.copies.servers import KEY_PREFIX, GridServers, ServerRecord
 from labkit.copies.store import CopyStore
-from labkit.copies.takeover import ASK_TIME, TakeOver
+from labkit.copies.takeover import TakeOver
 from labkit.copies.watching import Watching, reaches
 from labkit.dht.node import DHTNode
 from labkit.directory import Directory
-from labkit.directory.declarations import of_others
-from labkit.errors import LabkitError, RPCError
+from labkit.errors import LabkitError
 from labkit.events import Emit
 from labkit.expert_uid import split_uid
-from labkit.joining import is_alive
-from labkit.node import Node
 from labkit.wire.rpc_types import AsyncMethod, Caller, Methods, Reply, Request, SyncMethod
 
 logger = logging.getLogger(__name__)
@@ -87,6 +83,7 @@ class CopyKeeper:
         self.leaving = False
         self._caller = caller
         self._dht = dht
+        self._directory = directory
         self._experts = experts
         self._grid = grid
         self._kind = kind
@@ -138,27 +135,9 @@ class CopyKeeper:
             nursery.start_soon(self.meeting.run)
             task_status.started()
 
-    async def carried_by_others(self, node: Node, uids: Iterable[str]) -> set[str]:
-        """Which of these experts others have, or are about to take over from a copy.
-
-        Args:
-            node: The server's node.
-            uids: The experts, which this server has not declared yet.
-        """
-        found = await node.directory.holders(uids)
-        held, _ = await of_others(found, self._own().key, partial(is_alive, self._caller))
-        left = set(held)
-        await self.servers.read()
-        for uid, info in found.items():
-            keepers = [r.contact for r in self.servers.others.values() if r.contact.key[:KEY_PREFIX] in info.copies]
-            for contact in keepers if uid not in left else ():
-                with suppress(RPCError):
-                    reply = await self._caller.call(
-                        contact, HAVE, [uid], returns=list[CopyState | None], timeout=ASK_TIME
-                    )
-                    if reply.body and reply.body[0] is not None:
-                        left.add(uid)
-        return left
+    async def carried_by_others(self, uids: Iterable[str]) -> Carried:
+        """What others have of experts that are not served here: see `returning`. Raises `LabkitError`."""
+        return await carried_by_others(self._caller, self._directory, self.servers, self._own, uids)
 
     async def leave(self) -> None:
         """Hand all experts over to other servers, as far as there are any, and let nothing be given here any more."""
@@ -209,6 +188,8 @@ class CopyKeeper:
             return "this server is about to stop"
         if name != self._grid:
             return f"this server keeps copies of the grid {self._grid!r}"
+        if head.size > (largest := self._experts.largest_copy):
+            return f"a copy has at most {largest / 1e6:.1f} MB here, and this one has {head.size / 1e6:.1f} MB"
         epoch = self._experts.held.get(head.uid)
         if epoch is not None:
             self.meeting.suspect(head.uid, head.primary)  # both of us serve it
@@ -264,9 +245,8 @@ class CopyKeeper:
     async def _on_gone(self, gone: Contact, uids: Sequence[str], heard: float) -> None:
         if self.leaving:
             return
-        updates = {uid: known.updates for uid, known in self._watching.known.items()}
         try:
-            elsewhere = await self._takeover.claim(gone, uids, heard, updates)
+            elsewhere = await self._takeover.claim(gone, uids, heard, dict(self._watching.known))
         except LabkitError as error:  # it is found gone again
             logger.warning("the experts of %s could not be taken over now: %s", gone.endpoint, error)
             return

@@ -22,7 +22,7 @@ from labkit.contact import Contact
 from labkit.copies.experts import ServedExperts
 from labkit.copies.messages import MAX_WATCHED, MEET, Meet, ServedState
 from labkit.directory import Directory
-from labkit.errors import ConnectionLost, LabkitError, Overloaded, RequestRefused, RPCError
+from labkit.errors import ConnectionLost, DeadlineExceeded, LabkitError, Overloaded, RequestRefused, RPCError
 from labkit.events import Emit, ExpertGivenUp
 from labkit.expert_uid import ExpertInfo
 from labkit.wire.rpc_types import Caller, Reply, Request
@@ -120,14 +120,18 @@ class Meeting:
             logger.debug("%s", error)
         await self.meet_all(at)
 
-    async def meet_all(self, at: Mapping[Contact, Iterable[str]]) -> set[str]:
-        """Meet several servers at the same time. Returns the experts of those that have answered."""
+    async def meet_all(self, at: Mapping[Contact, Iterable[str]]) -> tuple[set[str], set[str]]:
+        """Meet several servers at the same time. Returns the experts of those that have answered, and are silent."""
         settled: set[str] = set()
+        silent: set[str] = set()
 
         async def meet(contact: Contact, uids: Sequence[str]) -> None:
             try:
                 await self.meet(contact, uids)
                 settled.update(uids)
+            except (ConnectionLost, DeadlineExceeded) as error:
+                silent.update(uids)
+                logger.debug("%s is silent: %s", contact.endpoint, error)
             except RPCError as error:
                 logger.debug("%s was not met: %s", contact.endpoint, error)
 
@@ -135,7 +139,7 @@ class Meeting:
             for contact, uids in at.items():
                 if contact.key != self._own().key:
                     nursery.start_soon(meet, contact, list(uids))
-        return settled
+        return settled, silent
 
     async def meet(self, contact: Contact, uids: Sequence[str]) -> None:
         """Settle with another server who serves these experts of ours. Raises `RPCError` if it does not answer."""
@@ -198,11 +202,21 @@ class Meeting:
         self._emit(ExpertGivenUp(uid=uid, address=own, to=to.endpoint, lost_updates=lost))
 
     async def resolve(self, others: Mapping[str, ExpertInfo]) -> set[str]:
-        """Meet the servers that have declared experts of ours, too. Returns those about which it is settled now."""
+        """Meet the servers that have declared experts of ours, too. Returns those about which it is settled now.
+
+        Who is silent has no say in our epoch, or it would take an expert along that nobody gets an answer from. And who
+        answers that it does not serve an expert, whatever is declared in its name, has none in any epoch.
+        """
         at: dict[Contact, set[str]] = {}
         for uid, info in others.items():
             at.setdefault(info.contact, set()).add(uid)
-        return await self.meet_all(at)
+        settled, silent = await self.meet_all(at)
+        for uid, info in others.items():
+            ours = self._experts.held.get(uid)
+            if ours is not None and ((uid in silent and info.epoch <= ours) or (uid in settled and info.epoch > ours)):
+                self._experts.raise_epoch(uid, info.epoch + 1)
+                settled.add(uid)
+        return settled
 
     def _reunited(self) -> None:
         """The network was divided, or one of us was away: let all others know where we are, and what we serve."""

@@ -123,7 +123,10 @@ class GridServers:
 
     def lose(self, contact: Contact) -> None:
         """Note that a server is gone. It is left out until it has written itself anew, later than now."""
-        seen = self._seen.pop(contact.key, None)
+        seen = self._seen.get(contact.key)
+        if contact.key in self._lost if seen is None else seen.record.contact != contact:
+            return  # that is known, or it is elsewhere by now
+        self._seen.pop(contact.key, None)
         self._lost[contact.key] = (seen.record.stamp if seen is not None else 0), trio.current_time()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

@@ -103,6 +103,7 @@ class CopyStore:
         self._settling = trio.Lock()  # one copy at a time is checked, in memory
         self._readers = Counter[Path]()  # how many read a file now
         self._unwanted: dict[Path, Copy] = {}  # which are read still
+        self.arriving: set[IncomingCopy] = set()
         folder.mkdir(parents=True, exist_ok=True)
         self._find()
 
@@ -114,7 +115,12 @@ class CopyStore:
     async def begin(self, head: CopyHead) -> IncomingCopy:
         """Begin to take a copy in. Raises `OSError` if the disk has no room for it, or fails."""
         incoming = IncomingCopy(self, head)
-        await self.wait_for(incoming.open)
+        self.arriving.add(incoming)
+        try:
+            await self.wait_for(incoming.open)
+        except BaseException:
+            self.arriving.discard(incoming)
+            raise
         return incoming
 
     async def read(self, uid: str, work: Callable[[CopyHead, Path], T]) -> T:
@@ -242,15 +248,18 @@ class IncomingCopy:
 
     async def discard(self) -> None:
         """Forget what has arrived. Does nothing after `finish`."""
+        self._store.arriving.discard(self)
         await self._store.wait_for(self._discard)
 
     # ------------------------------------------------------------ what waits for the disk
 
     def open(self) -> None:
         """Make the file. Raises `OSError`."""
-        free = shutil.disk_usage(self._store.folder).free
+        promised = sum(one.head.size - one.received for one in list(self._store.arriving) if one is not self)
+        free = shutil.disk_usage(self._store.folder).free - promised
         if self.head.size + SPARE_BYTES > free:
-            raise OSError(f"the copy takes {self.head.size / 1e6:.1f} MB, and the disk has {free / 1e6:.1f} MB left")
+            left = max(0, free) / 1e6
+            raise OSError(f"the copy takes {self.head.size / 1e6:.1f} MB, and the disk has {left:.1f} MB left")
         self._file = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
 
     def _append(self, data: memoryview) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
+import msgspec
 import trio
 
 from labkit.contact import Contact
@@ -18,12 +19,14 @@ from labkit.copies.experts import ServedExperts
 from labkit.copies.meeting import Meeting
 from labkit.copies.messages import HAVE, MAX_WATCHED, CopyState
 from labkit.copies.placement import rank
+from labkit.copies.sending import CopyBudget, send_copy
 from labkit.copies.servers import KEY_PREFIX, GridServers
 from labkit.copies.store import Copy, CopyStore
+from labkit.copies.watching import Known
 from labkit.directory import Directory
 from labkit.directory.index import Declared
-from labkit.errors import LabkitError, RPCError
-from labkit.events import Emit, ExpertTakenOver
+from labkit.errors import CheckpointError, LabkitError, RPCError
+from labkit.events import CopyFailed, Emit, ExpertTakenOver
 from labkit.expert_uid import ExpertInfo
 from labkit.wire.rpc_types import Caller
 
@@ -31,7 +34,9 @@ logger = logging.getLogger(__name__)
 
 ASK_TIME = 1.0  # seconds that others who hold a copy have to say how fresh theirs is
 TURN_TIME = 1.5  # seconds that whoever comes first has to take an expert over, before the next one does
-GUESSES = 3  # servers that are asked for copies where the declaration names none
+GUESSES = 3  # servers that are asked for copies where the declaration names none, or that are offered one
+JUST_NOW = 0.1  # seconds
+TRY_AGAIN = 5.0  # seconds until an expert is tried again that could not be carried on
 LOOK_AGAIN = 0.3  # seconds between two looks whether it has
 
 
@@ -46,7 +51,7 @@ class TakeOver:
         experts: The experts that are served here.
         meeting: Tells the server that is gone, should it come back, and others that claim the same.
         own: Returns our own contact.
-        emit: Gets an `ExpertTakenOver` for each expert.
+        emit: Gets an `ExpertTakenOver` for each expert, or a `CopyFailed` for one that cannot be carried on here.
     """
 
     def __init__(
@@ -62,9 +67,10 @@ class TakeOver:
         self._own = own
         self._emit = emit
         self._claiming: set[str] = set()
+        self._unable: dict[str, float] = {}  # experts that could not be carried on here, and when to try again
 
     async def claim(
-        self, gone: Contact, uids: Sequence[str], heard: float, updates: Mapping[str, int]
+        self, gone: Contact, uids: Sequence[str], heard: float, known: Mapping[str, Known]
     ) -> dict[str, ExpertInfo]:
         """Take over experts whose server is gone.
 
@@ -72,29 +78,32 @@ class TakeOver:
             gone: The server.
             uids: Its experts that are copied here.
             heard: When it was heard last, on trio's clock.
-            updates: How far each had come then.
+            known: What was known of each then.
 
         Returns:
             The experts that another server serves by now, and where. Those that are not among them, and are not served
             here either, are to be tried again.
         """
-        self._servers.lose(gone)
+        started = trio.current_time()
+        if heard < started - JUST_NOW:  # else it is there, and does not serve them any more
+            self._servers.lose(gone)
         elsewhere: dict[str, ExpertInfo] = {}
-        waiting = [uid for uid in uids if uid not in self._claiming and uid not in self._experts.held]
+        self._unable = {uid: until for uid, until in self._unable.items() if trio.current_time() < until}
+        busy = self._claiming | self._unable.keys() | self._experts.held.keys()
+        waiting = [uid for uid in uids if uid not in busy]
         claimed = set(waiting)
         self._claiming |= claimed
-        started = trio.current_time()
         try:
             while waiting:
                 declared = await self._directory.holders(waiting)
-                elsewhere |= {uid: info for uid, info in declared.items() if self._is_elsewhere(info, gone)}
+                elsewhere |= {u: info for u, info in declared.items() if self._is_elsewhere(info, gone, known.get(u))}
                 waiting = [uid for uid in waiting if uid not in elsewhere and uid in self._store.copies]
                 first, served = await self._turns(waiting, declared, gone)
                 elsewhere |= served
                 waiting = [uid for uid in waiting if uid not in served]
                 if trio.current_time() - started > TURN_TIME:
                     first = waiting  # whoever was to be first has not come
-                await self._carry_on(gone, first, declared, heard, updates)
+                await self._carry_on(gone, first, declared, heard, known)
                 waiting = [uid for uid in waiting if uid not in first]
                 if waiting:
                     await trio.sleep(LOOK_AGAIN)
@@ -102,12 +111,15 @@ class TakeOver:
             self._claiming -= claimed
         return elsewhere
 
-    def _is_elsewhere(self, info: ExpertInfo, gone: Contact) -> bool:
-        """Whether a declaration says that another server has the expert, or that its server has moved."""
+    def _is_elsewhere(self, info: ExpertInfo, gone: Contact, known: Known | None) -> bool:
+        """Whether a declaration says that another server has the expert, or that its own has moved, or is back."""
         copy = self._store.copies.get(info.uid)
         if info.contact.key == self._own().key:
             return False  # ours is from before; what is served here is not claimed
-        return copy is None or (info.contact != gone and info.epoch >= copy.epoch)
+        if copy is None:
+            return True
+        epoch = max(copy.epoch, 0 if known is None else known.epoch)
+        return info.epoch > epoch or (info.contact != gone and info.epoch >= copy.epoch)
 
     def _to_ask(self, uid: str, declared: Mapping[str, ExpertInfo], gone: Contact) -> list[Contact]:
         """Returns the other servers that may have a copy of an expert."""
@@ -163,7 +175,7 @@ class TakeOver:
 
     async def _carry_on(
         self, gone: Contact, uids: Sequence[str], declared: Mapping[str, ExpertInfo], heard: float,
-        updates: Mapping[str, int],
+        known: Mapping[str, Known],
     ) -> None:  # fmt: skip
         """Serve experts from their copies, and declare them."""
         adopted: dict[str, Declared] = {}
@@ -176,11 +188,10 @@ class TakeOver:
             try:
                 await self._experts.adopt(uid, copy.path, copy.head.backend, epoch)
             except LabkitError as error:
-                logger.warning("%s cannot be taken over from %s: %s", uid, gone.endpoint, error)
-                await self._store.remove(uid)  # so that others take it
+                await self._pass_on(copy, gone, error)
                 continue
             adopted[uid] = Declared(epoch)
-            lost[uid] = max(0, updates.get(uid, 0) - copy.updates)
+            lost[uid] = max(0, known[uid].updates - copy.updates) if uid in known else 0
             self._meeting.took_over(gone, {uid: copy.updates + lost[uid]})
         if not adopted:
             return
@@ -200,3 +211,32 @@ class TakeOver:
                 )
             )  # fmt: skip
         logger.info("%d experts of %s are served here now, as it is gone", len(adopted), gone.endpoint)
+
+    async def _pass_on(self, copy: Copy, gone: Contact, error: LabkitError) -> None:
+        """Give a copy to another server, which then takes the expert over, since it cannot be carried on here."""
+        uid = copy.uid
+        logger.warning("%s cannot be taken over from %s: %s", uid, gone.endpoint, error)
+        cause = error.cause if isinstance(error, RPCError) else "failed"
+        self._emit(CopyFailed(uid=uid, address=self._own().endpoint, cause=cause, detail=f"not carried on: {error}"))
+        if isinstance(error, CheckpointError):  # it is no use to others either
+            await self._store.remove(uid)
+            return
+        self._unable[uid] = trio.current_time() + TRY_AGAIN
+        head = msgspec.structs.replace(copy.head, primary=self._own())
+        try:
+            data = await self._store.read(uid, lambda _, path: path.read_bytes())
+        except (KeyError, OSError) as failure:
+            logger.warning("the copy of %s cannot be read: %s", uid, failure)
+            return
+        for record in rank(uid, self._servers.others.values(), self._own())[:GUESSES]:
+            if record.room == 0:
+                continue
+            try:
+                await send_copy(
+                    self._caller, record.contact, head, data, CopyBudget(float("inf"), 1.0), emit=self._emit
+                )
+            except RPCError as failure:
+                logger.info("%s does not take it either: %s", record.contact.endpoint, failure)
+            else:
+                await self._store.remove(uid)  # it watches us, and learns that we do not serve it
+                return

@@ -8,8 +8,10 @@ Order: the experts as copies see them, then what `server/serving` does with copi
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,11 +26,10 @@ from labkit.copies.keeper import CopyKeeper
 from labkit.copies.messages import CopyHead
 from labkit.dht.node import DHTNode
 from labkit.directory import Directory
-from labkit.errors import CheckpointError, RemoteFailure, UnknownExpert
+from labkit.errors import CheckpointError, LabkitError, RemoteFailure, UnknownExpert
 from labkit.events import Emit, Event, ExpertTakenOver
 from labkit.expert_file import pack_expert, read_expert
 from labkit.expert_uid import ExpertInfo
-from labkit.node import Node
 from labkit.server.backend import ExpertBackend
 from labkit.server.building import build_in_thread
 from labkit.server.layers import kind_name
@@ -42,8 +43,14 @@ from labkit.wire.rpc_client import Client
 from labkit.wire.rpc_types import Methods
 
 HAND_OVER_SHARE = 0.5  # of the time that a clean stop may take, for handing over; what is handed over is not saved
+COPY_ROOM = 1 << 20  # bytes of a copy that are not its parameters, at most
 HURRIED_TIME = 0.7  # the same where a whole swarm is closed, within two seconds
+ABOVE_CLAIMS = 2  # by which an epoch is above that of whoever claims the expert from a copy at the same moment
+TAKE_BACK_PERIOD = 5.0  # seconds between two looks whether others serve what was left to them
+TAKE_BACK_TIME = 30.0  # seconds that they have, if they have a copy
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class CarriedExperts:
@@ -58,6 +65,11 @@ class CarriedExperts:
     def held(self) -> Mapping[str, int]:
         """The experts that are served, with their epochs."""
         return self._server.holdings.held
+
+    @property
+    def largest_copy(self) -> int:
+        """Bytes of a copy at most: thrice those of an expert of this kind with the two moments of Adam."""
+        return COPY_ROOM + 3 * 3 * self._server.parameter_bytes
 
     def updates(self, uid: str) -> int:
         """Optimizer steps that an expert has made."""
@@ -96,7 +108,7 @@ class CarriedExperts:
             made = await build_in_thread(build, in_thread=server.in_thread)
             server.holdings.add(uid, made, epoch)
             self.began[uid] = made.updates
-        except (CheckpointError, OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
             raise RemoteFailure(f"{uid} cannot be carried on: {error}") from None
 
     async def hold(self, uid: str) -> None:
@@ -158,6 +170,7 @@ class Carrying:
         config = server.config
         self._takes_part = config.carries
         self._temporary: TemporaryDirectory[str] | None = None
+        self._left: dict[str, int] = {}  # experts that were left to others at the start, and their epochs
         self._clock = sleepless_clock if server.in_thread else trio.current_time
 
     def methods(self, client: Client, dht: DHTNode, directory: Directory) -> Methods:
@@ -177,11 +190,12 @@ class Carrying:
         server.copies = self.statistics
         return {**server.methods, **keeper.methods}
 
-    async def leave_to_others(self, node: Node, unowned: Collection[str], refused: Exception | None) -> None:
+    async def leave_to_others(self, unowned: Collection[str], refused: Exception | None) -> None:
         """Before the first declaration: give up what others have by now, or are about to take over from a copy.
 
+        What was saved here and is newer than every copy is not given up.
+
         Args:
-            node: The server's node.
             unowned: The experts whose checkpoints another server owns, which thus are not served here.
             refused: Why that is so.
 
@@ -190,12 +204,39 @@ class Carrying:
         """
         if self.keeper is None:
             return
-        held = set(self._server.holdings.held)
-        found = await self.keeper.carried_by_others(node, held.union(unowned))
-        if refused is not None and not found.issuperset(unowned):
+        held = dict(self._server.holdings.held)
+        found = await self.keeper.carried_by_others([*held, *unowned])
+        if refused is not None and not (found.served | found.copied.keys()).issuperset(unowned):
             raise refused
-        for uid in found & held:
-            self._server.holdings.give_up(uid)
+        for uid in held:
+            copy, epoch = found.copied.get(uid), found.epochs.get(uid, 0)
+            if uid in found.served or (copy is not None and copy.updates >= self._experts.updates(uid)):
+                self._server.holdings.give_up(uid)
+                self._left[uid] = epoch
+            elif copy is not None:  # nobody has what our checkpoint has
+                logger.info("the checkpoint of %s is newer than all of its copies: it is served here", uid)
+                self._server.holdings.raise_epoch(uid, epoch + ABOVE_CLAIMS)
+
+    async def _take_back(self) -> None:
+        """Serve again what was left to others, if none of them serves it after all."""
+        keeper, holdings = self.keeper, self._server.holdings
+        began = trio.current_time()
+        while keeper is not None and self._left and not keeper.leaving:
+            await trio.sleep(TAKE_BACK_PERIOD)
+            try:
+                found = await keeper.carried_by_others(self._left)
+            except LabkitError as error:
+                logger.debug("%s", error)
+                continue
+            for uid, epoch in list(self._left.items()):
+                if uid in found.served or uid in holdings.held:
+                    del self._left[uid]
+                elif uid not in found.copied or trio.current_time() - began > TAKE_BACK_TIME:
+                    logger.warning("nobody serves %s, which was left to others: it is served here again", uid)
+                    with suppress(ValueError):  # it was taken over here meanwhile
+                        await self._server.adopt(uid, max(epoch, found.epochs.get(uid, 0)) + 1)
+                    keeper.meeting.suspect(uid)
+                    self._left.pop(uid, None)
 
     async def on_rivals(self, others: Mapping[str, ExpertInfo]) -> Collection[str]:
         """Settle with servers that have declared experts of ours, too, who goes on with them."""
@@ -248,6 +289,7 @@ class Carrying:
                     pulse = Pulse(self.keeper.look_around, self._clock)
                     self._server.holdings.pulse = pulse
                     nursery.start_soon(pulse.run)
+                    nursery.start_soon(self._take_back)
                     await self.keeper.run(task_status=task_status)
             task_status.started()
         finally:

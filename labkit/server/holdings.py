@@ -206,6 +206,18 @@ class Holdings:
             raise UnknownExpert(f"this server does not hold expert {uid!r}; look it up again")
         return moved
 
+    def check_readable(self, uid: str) -> None:
+        """Look whether an expert's state may be read: whether it is here, stays here, and is ours for all we know.
+
+        Raises:
+            UnknownExpert: It is not here, or not any more.
+            Overloaded: It is about to move, or this server was away. Later it is known where it is.
+        """
+        if self.check(uid, 0) is not None:
+            raise UnknownExpert(f"expert {uid} was given to another server; look it up again")
+        if self.is_on_hold(uid):
+            raise Overloaded(f"expert {uid} is being handed over to another server; ask again")
+
     def moved(self, uid: str) -> Moved | None:
         """Where an expert is that was given up; None if it is here, or never was, or if that is not known."""
         return self._moved.get(uid)

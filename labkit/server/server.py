@@ -78,7 +78,9 @@ class ExpertServer:
         backends = dict[str, ExpertBackend]()
         for uid in config.uids:
             backends[uid] = self.make_backend(uid, next(iter(backends.values()), None))
-        self._pattern = self._make_pattern(next(iter(backends.values()), None)) if config.carries else None
+        some = next(iter(backends.values()), None)
+        self._pattern = self._make_pattern(some) if config.carries else None
+        self.parameter_bytes = max((b.parameter_bytes for b in (some, self._pattern) if b is not None), default=0)
         self.runtime = Runtime(
             backends, emit=emit, executor=executor, max_queue_rows=config.max_queue_rows, threads=config.threads
         )
@@ -88,7 +90,7 @@ class ExpertServer:
             BACKWARD: CallbackMethod(self.rpc_backward, ExpertRequest),
             SCHEMA: SyncMethod(self.rpc_schema, ExpertRequest),
             STATISTICS: AsyncMethod(self.rpc_statistics),
-            **Snapshots(self.runtime, timers).methods,
+            **Snapshots(self.runtime, timers, self.holdings.check_readable).methods,
         }
 
     def make_backend(

@@ -124,7 +124,7 @@ async def _serve_owned(
             network, identity, node_config, join=join, methods=carrying.methods, admission=admission, emit=emit
         ) as node:
             server.relay = lambda: node.relaying.relay
-            await carrying.leave_to_others(node, wanted - set(config.uids), claim.refused)
+            await carrying.leave_to_others(wanted - set(config.uids), claim.refused)
             async with trio.open_nursery() as keepers:
                 if config.grid is not None:
                     info = partial(grid_info, server)

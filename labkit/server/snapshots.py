@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -61,9 +62,11 @@ class Snapshots:
     Args:
         runtime: Holds the experts.
         timers: The network's, for the leases.
+        check: Raises `RPCError` if an expert is not to be read here now; see `Holdings.check_readable`.
     """
 
-    def __init__(self, runtime: Runtime, timers: Timers) -> None:
+    def __init__(self, runtime: Runtime, timers: Timers, check: Callable[[str], object] = lambda uid: None) -> None:
+        self._check = check
         self._runtime = runtime
         self._timers = timers
         self._kept: dict[bytes, _Kept] = {}
@@ -80,6 +83,7 @@ class Snapshots:
         backend = self._runtime.backends.get(uid)
         if backend is None:
             raise UnknownExpert(f"this server does not hold expert {uid[:200]!r}; look it up again")
+        self._check(uid)
         if len(self._kept) + self._making >= MAX_SNAPSHOTS:
             raise Overloaded(f"{MAX_SNAPSHOTS} snapshots of experts are being read here already")
         self._making += 1
@@ -87,6 +91,7 @@ class Snapshots:
             state = await self._runtime.snapshot(uid)
             updates = int(state["counter.updates"])
             data, crc32 = await trio.to_thread.run_sync(lambda: pack_expert(uid, state, kind=backend.kind))
+            self._check(uid)  # it may have been given up meanwhile
         finally:
             self._making -= 1
         token = secrets.token_bytes(16)
