@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import trio
 
+from labkit.client.expert import RemoteExpert
+from labkit.client.expert_client import ExpertClient
 from labkit.contact import Contact
 from labkit.copies.messages import OFFER, CopyHead
-from labkit.errors import CheckpointError, LabkitError, RemoteFailure, RequestRefused
+from labkit.errors import CheckpointError, ConnectionLost, LabkitError, NoExperts, RemoteFailure, RequestRefused
 from labkit.events import CopyFailed, ExpertHandedOver, ExpertTakenOver
 from labkit.expert_uid import grid_uids
 from labkit.server.backend import ExpertBackend
@@ -146,6 +149,48 @@ async def test_a_copy_that_is_far_larger_than_an_expert_of_the_grid_is_refused_u
             head = CopyHead("ffn.1.1", 9, 9, 1 << 30, "0" * 8, "ffn", {}, swarm.node.contact)
             with pytest.raises(RequestRefused, match=r"a copy has at most 1\.\d MB here, and this one has 1073\.7 MB"):
                 await swarm.node.client.call(server.contact, OFFER, head, timeout=5)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("known", [False, True], ids=["not known yet", "known"])
+async def test_an_expert_that_is_called_alone_is_followed_to_the_server_that_takes_it_over(
+    direction, known, tmp_path, autojump_clock
+):
+    async with copied_swarm(tmp_path) as swarm:
+        victim, _ = await swarm.serve_grid(2)
+        uid, directory = next(iter(victim.held)), swarm.node.directory
+        session: Any = SimpleNamespace(experts=ExpertClient(swarm.node.client, directory), directory=directory)
+        await trio.sleep(25)
+
+        async def call() -> None:
+            grads = [torch.ones_like(X)] if direction == "backward" else []
+            (answer,) = await RemoteExpert(uid)._call(session, direction, [X], grads, (), True)
+            assert answer.shape == X.shape
+
+        await call()
+        await trio.sleep(15)
+        await victim.kill()
+        if known:  # as by a layer, whose rows go to other experts
+            info = (await directory.find([uid]))[uid]
+            assert info is not None
+            directory.report_failure(info, "lost")
+        await call()
+        assert await swarm.train(uid) == (3 if direction == "backward" else 1)
+
+
+async def test_an_expert_that_nobody_carries_on_fails_at_once(tmp_path, autojump_clock):
+    async with copied_swarm(tmp_path) as swarm:
+        server = await swarm.serve(UIDS)
+        directory = swarm.node.directory
+        session: Any = SimpleNamespace(experts=ExpertClient(swarm.node.client, directory), directory=directory)
+        await directory.find(UIDS)
+        await server.kill()
+        began = trio.current_time()
+        with pytest.raises(ConnectionLost):
+            await RemoteExpert(UIDS[0])._call(session, "forward", [X], (), (), True)
+        with pytest.raises(NoExperts):
+            await RemoteExpert(UIDS[0])._call(session, "forward", [X], (), (), True)
+        assert trio.current_time() - began < 1
 
 
 # ------------------------------------------------------------ a server that comes back

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from labkit.client.expert_client import ExpertCall, OnDone, for_the_wire
+from labkit.client.following import successor
 from labkit.client.frozen import are_wanted, gradient_nodes
 from labkit.client.gather import MAX_HALVINGS
 from labkit.client.inputs import check_finite, check_tensors
@@ -24,7 +25,15 @@ from labkit.client.outside_graphs import outside_graphs
 from labkit.client.overload import pause_before
 from labkit.client.session import Session, find_session
 from labkit.client.sizes import row_bytes
-from labkit.errors import MessageTooLarge, NoExperts, NonFiniteTensor, Overloaded, RPCError
+from labkit.errors import (
+    ConnectionLost,
+    MessageTooLarge,
+    NoExperts,
+    NonFiniteTensor,
+    Overloaded,
+    RPCError,
+    UnknownExpert,
+)
 from labkit.expert_protocol import Direction, ExpertSchema
 from labkit.expert_uid import ExpertInfo, parent, split_uid
 from labkit.suggest import did_you_mean
@@ -145,6 +154,13 @@ class RemoteExpert(nn.Module):
         info = (await session.directory.find([self.uid]))[self.uid]
         if info is None:
             name = parent(self.uid)[0]
+            before = session.directory.suspended([name]).get(
+                self.uid
+            )  # its server may be gone, and others go on with it
+            if before is not None:
+                info = await successor(session.directory, before, None, trio.current_time() + self.timeout / 2)
+            if info is not None:
+                return info
             error = NoExperts(f"nobody serves {self.uid}: {await session.directory.explain(name)}")
             error.recoverable = self.uid in session.directory.suspended([name])  # else it is not declared at all
             raise error
@@ -187,19 +203,29 @@ class RemoteExpert(nn.Module):
         sizes = session.experts.sizes
 
         async def ask(tensors: Sequence[Tensor], halvings: int = 0) -> list[Tensor]:
+            nonlocal info
             rows, each = len(tensors[0]), max(row_bytes(tensors), self._answer_bytes if direction == "forward" else 0)
             most = sizes.most_rows(info.contact, each)
             if rows > most:
                 return await in_parts(tensors, most, halvings)
             since, tries = trio.current_time(), 0
+            pause: float | None
             while True:
-                tries += 1
+                tries, at = tries + 1, info
                 try:
                     answer = await await_callback(partial(begin, tensors))
                     if answer.overflowed is not None:
                         bad = int(answer.overflowed.sum())
                         raise NonFiniteTensor(f"{rows} finite rows gave {self.uid} NaN or infinity in {bad} of them")
                     return list(answer.tensors)
+                except (ConnectionLost, UnknownExpert) as error:
+                    if info is at:  # else another part of the same call has found it
+                        changed = direction == "backward" and isinstance(error, ConnectionLost)
+                        found = await successor(session.directory, at, error, deadline, anew=changed)
+                        if found is None:
+                            raise
+                        info = found if info is at else info
+                    pause = None
                 except Overloaded:
                     pause = pause_before(tries, since, trio.current_time(), deadline, self.uid)
                     if pause is None:
@@ -209,7 +235,7 @@ class RemoteExpert(nn.Module):
                         raise
                     sizes.refused(info.contact, rows * each)
                     return await in_parts(tensors, -(-rows // 2), halvings + 1)
-                await trio.sleep(pause)
+                await trio.sleep(pause or 0.0)
 
         async def in_parts(tensors: Sequence[Tensor], most: int, halvings: int) -> list[Tensor]:
             parts = list(zip(*(torch.split(tensor, most) for tensor in tensors), strict=True))

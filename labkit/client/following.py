@@ -1,7 +1,8 @@
-"""Following: a backward pass goes on at the servers that carry experts on whose own was lost in the middle of it.
+"""Following: calls go on at the servers that carry experts on whose own was lost.
 
-On a batch's way: `client/dispatch` asks here when rows can't have enough answers any more. Their experts have answered
-the forward pass, and no others can take their places. Where there are copies, others serve them within seconds.
+On a batch's way: `client/dispatch` asks here when rows of a backward pass can't have enough answers any more. Their
+experts have answered the forward pass, and no others can take their places. `client/expert` asks, too, since it calls
+one expert and no other. Where there are copies, others serve them within seconds.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from labkit.client.gather import RowGroup
 from labkit.directory import Directory
-from labkit.errors import ConnectionLost, RPCError
-from labkit.expert_uid import parent
+from labkit.errors import ConnectionLost, RPCError, UnknownExpert
+from labkit.expert_uid import ExpertInfo, parent
 
 FOLLOW_TIME = 8.0  # seconds in which an expert is carried on, if it is at all
 LOOK_AGAIN = 0.2  # seconds between two looks for it
@@ -59,3 +60,32 @@ async def carried_on(
                 break
             await trio.sleep(LOOK_AGAIN)
     return found
+
+
+async def successor(
+    directory: Directory, info: ExpertInfo, error: RPCError | None, deadline: float, *, anew: bool = False
+) -> ExpertInfo | None:
+    """Find the server that has an expert now, and wait for it where there is a copy from which one goes on with it.
+
+    Args:
+        directory: Where it is found.
+        info: The expert, where it was.
+        error: How a call to it there has failed; None if it is known from before that it does not answer.
+        deadline: Of the call, on trio's clock.
+        anew: Whether only a server will do that has taken it over since, as after a call that may have changed it.
+
+    Returns:
+        Where it is; None if nobody has it, as far as is known.
+    """
+    prefix, coordinate = parent(info.uid)
+    if not info.copies and not isinstance(error, UnknownExpert):
+        return None
+    with trio.move_on_at(min(deadline, trio.current_time() + FOLLOW_TIME)):
+        while True:
+            found = (await directory.look_up([prefix]))[prefix].experts.get(coordinate)
+            if found is not None and (found.epoch > info.epoch if anew else found != info):
+                return found
+            if not info.copies:
+                return None
+            await trio.sleep(LOOK_AGAIN)
+    return None
