@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.client.session import Session, find_session
-from labkit.errors import CheckpointError, RPCError
+from labkit.errors import CheckpointError, LabkitError, RPCError, UnknownExpert
 from labkit.expert_uid import ExpertInfo, split_uid
 from labkit.interrupts import interrupts_wait
 from labkit.launch.handle import ServerHandle, load_all
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOAD_TIMEOUT = 300.0  # seconds that servers have to check, and to load, what was saved
+ATTEMPTS = 3  # to find the servers of all experts, which may move to others meanwhile
 NAMED = 3  # experts that an error names
 
 
@@ -130,8 +131,13 @@ def resume(
     loss, optimizer = _given_again(saved, loss, optimizer, validate)
     _check_model(saved, model, tensors)
     session = find_session(swarm.name)
-    found: dict[str, ExpertInfo] = session.run(find_experts, session, model)
-    ours = session.run(_check_experts, saved, moment, found, swarm.servers, session)
+
+    def locate() -> dict[ServerHandle, list[str]]:
+        found: dict[str, ExpertInfo] = session.run(find_experts, session, model)
+        at: dict[ServerHandle, list[str]] = session.run(_check_experts, saved, moment, found, swarm.servers, session)
+        return at
+
+    ours = locate()
     before, random = {name: _copy(value) for name, value in model.state_dict().items()}, torch.get_rng_state()
     callers = {layer: layer.swarm for layer in model.modules() if isinstance(getattr(layer, "swarm", None), str)}
     swarm.attach(model)
@@ -143,11 +149,18 @@ def resume(
                 f"the run has done {run.steps} steps before it was saved, and steps and epochs count them, too: more "
                 f"than these {run.total_steps} are needed"
             )
-        drawn = torch.get_rng_state()
-        loaded = partial(load_all, list(ours.items()), str(moment / EXPERTS), LOAD_TIMEOUT)
-        with interruptible():
-            session.run(partial(loaded, check_only=True))
-        session.run(partial(loaded, check_only=False))
+        drawn, at = torch.get_rng_state(), ours
+        loaded = partial(load_all, folder=str(moment / EXPERTS), timeout=LOAD_TIMEOUT)
+        for more in reversed(range(ATTEMPTS)):
+            try:
+                with interruptible():
+                    session.run(partial(loaded, list(at.items()), check_only=True))
+                break
+            except LabkitError:
+                before, at = at, locate()
+                if not more or at == before:
+                    raise  # that it moved to another server meanwhile is not why
+        session.run(partial(loaded, list(at.items()), check_only=False))
         torch.set_rng_state(drawn)  # whatever else went on here meanwhile
 
     state["model"] = tensors
@@ -298,7 +311,11 @@ async def _compare(saved: SavedRun, moment: Path, info: ExpertInfo, session: Ses
     """Compare how an expert is trained and, at somebody else's server, its state with what was saved."""
     caller, uid = session.experts.caller, info.uid
     try:
-        head = await fetch_head(caller, info.contact, uid)
+        try:
+            head = await fetch_head(caller, info.contact, uid)
+        except UnknownExpert:  # another server has it by now
+            info = (await session.directory.holders([uid])).get(uid, info)
+            head = await fetch_head(caller, info.contact, uid)
         await release(caller, info.contact, head)
     except RPCError as error:
         raise CheckpointError(f"{uid} at {info.contact.endpoint} cannot be asked how it is: {error}") from None

@@ -23,11 +23,12 @@ from labkit.expert_uid import ExpertInfo
 from labkit.node import Node, open_node
 from labkit.portal import unwrap
 from labkit.server.backend import ExpertBackend
-from labkit.server.checkpoints import keep_checkpoints, load_expert, save_all
+from labkit.server.checkpoints import keep_checkpoints, load_expert, save_all, save_expert
 from labkit.server.config import ServerConfig
 from labkit.server.executor import InlineCompute
 from labkit.server.holdings import HOLD_TIMEOUT, MAX_MOVED, Holdings
 from labkit.server.layers import make_expert
+from labkit.server.loading import LoadOrder, carry_out_loads
 from labkit.server.optimizer import BackendConfig
 from labkit.server.ownership import FolderTaken, claim_checkpoints, keep_claimed
 from labkit.server.runtime import ComputeThread, Runtime
@@ -347,6 +348,22 @@ async def test_while_a_server_does_not_know_what_is_its_own_it_answers_nothing(a
                 await here.call(contact, uid)
         server.holdings.suspended = False
         assert len((await here.call(contact)).tensors) == 1
+
+
+async def test_what_is_loaded_begins_an_epoch_and_is_not_given_away_before(autojump_clock, tmp_path):
+    async with lab() as here:
+        server, _ = await here.serve(*UIDS)
+        state = server.runtime.backends[UIDS[0]].state()
+        save_expert(tmp_path, UIDS[0], {**state, "counter.updates": torch.tensor(5)}, kind="ffn")
+        send, orders = trio.open_memory_channel[LoadOrder](1)
+        tell, answers = trio.open_memory_channel[str](1)
+        here.nursery.start_soon(carry_out_loads, server.holdings, orders, None, {})
+        for check_only, kept, epoch, updates in ((True, True, 0, 0), (False, False, 1, 5)):
+            await send.send(LoadOrder(str(tmp_path), UIDS[:1], check_only, tell.send_nowait))
+            assert await answers.receive() == ""
+            assert server.holdings.is_kept(UIDS[0]) is kept and not server.holdings.is_kept(UIDS[1])
+            assert server.holdings.held[UIDS[0]] == epoch
+            assert server.runtime.backends[UIDS[0]].updates == updates
 
 
 async def test_the_state_of_an_expert_is_read_only_where_it_is_and_stays(autojump_clock):

@@ -23,6 +23,7 @@ from labkit.client.session import Session
 from labkit.errors import CheckpointError
 from labkit.expert_uid import ExpertInfo
 from labkit.launch.handle import ServerHandle
+from labkit.launch.states import ServerEvent
 from labkit.server.checkpoints import load_expert
 from labkit.swarm import Swarm
 from labkit.training import saving
@@ -125,6 +126,21 @@ def test_a_server_that_is_killed_after_a_resume_carries_on_from_what_was_loaded(
         server.kill()
         server.restart()
         assert server.statistics().experts == updates
+
+
+def test_experts_that_move_to_another_server_meanwhile_are_loaded_there(saved, tmp_path, monkeypatch):
+    with Swarm("moving") as swarm:
+        leaving, staying = swarm.serve("ffn", servers=2, **HOW)
+        load = staying.lifecycle.load
+
+        async def load_while_the_other_leaves(folder: str, uids: Sequence[str], check_only: bool) -> None:
+            if leaving.alive:
+                await leaving.lifecycle.order(ServerEvent.STOP)  # and hands its experts over
+            await load(folder, uids, check_only)
+
+        monkeypatch.setattr(staying.lifecycle, "load", load_while_the_other_leaves)
+        lk.resume(saved / "ckpt", model(swarm), swarm, (X, Y)).wait().save(tmp_path / "ended")
+    assert_same_run(tmp_path / "ended", saved / "whole")
 
 
 # ---------------------------------------------------------------- what does not fit changes nothing

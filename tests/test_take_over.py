@@ -21,6 +21,7 @@ from labkit.expert_uid import grid_uids
 from labkit.server.backend import ExpertBackend
 from labkit.server.carrying import CarriedExperts
 from labkit.server.checkpoints import save_expert
+from labkit.server.holdings import Holdings
 from labkit.server.layers import make_expert
 from labkit.server.optimizer import BackendConfig
 from labkit.wire.security import Identity
@@ -120,6 +121,17 @@ async def test_a_spare_server_is_given_experts_until_loads_are_even(tmp_path, au
         await trio.sleep(20)
         assert await _has(swarm, spare, 2)
         assert len(swarm.said(ExpertHandedOver)) == 2
+
+
+async def test_an_expert_that_is_about_to_be_loaded_stays_until_its_server_stops(tmp_path, monkeypatch, autojump_clock):
+    monkeypatch.setattr(Holdings, "is_kept", lambda self, uid: uid == UIDS[0])
+    async with copied_swarm(tmp_path) as swarm:
+        server = await swarm.serve(UIDS[:2], grid=(1, 2))
+        spare = await swarm.serve(grid=(1, 2))
+        await trio.sleep(20)
+        assert set(server.held) >= {UIDS[0]}
+        await server.stop()
+        assert set(spare.held) == set(UIDS[:2])
 
 
 async def test_a_server_that_comes_back_is_a_spare_and_is_given_experts_again(tmp_path, autojump_clock):

@@ -55,6 +55,9 @@ class ServedExperts(Protocol):
     async def adopt(self, uid: str, path: Path, backend: Mapping[str, Plain], epoch: int) -> None:
         """Carry an expert on from the file of a copy, and serve it from now on. Raises `LabkitError` if it cannot."""
 
+    def is_kept(self, uid: str) -> bool:
+        """Whether an expert is not to be given away only to make loads even, as while its state is being loaded."""
+
     async def hold(self, uid: str) -> None:
         """Let requests of an expert wait from now on. Returns when no batch of it is being computed any more."""
 

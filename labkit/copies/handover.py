@@ -92,6 +92,8 @@ class HandOver:
 
     async def _give(self, uid: str, to: Contact, load: int | None, patience: float) -> bool:
         experts = self.experts
+        if load is not None and experts.is_kept(uid):
+            return False
         try:
             copied = await self.copying.copy_to(uid, to, in_haste=True, patience=patience)  # 1
         except RPCError as error:
@@ -100,6 +102,8 @@ class HandOver:
                 self.servers.lose(to)
             return False
         given = False
+        if load is not None and experts.is_kept(uid):
+            return False
         self.meeting.giving.add(uid)
         try:
             await experts.hold(uid)  # 2

@@ -111,6 +111,10 @@ class CarriedExperts:
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             raise RemoteFailure(f"{uid} cannot be carried on: {error}") from None
 
+    def is_kept(self, uid: str) -> bool:
+        """Whether an expert is not to be given away only to make loads even."""
+        return self._server.holdings.is_kept(uid)
+
     async def hold(self, uid: str) -> None:
         """Let requests of an expert wait. Returns when no batch of it is being computed any more."""
         self._server.holdings.hold(uid)

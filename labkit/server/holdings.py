@@ -19,6 +19,7 @@ from labkit.directory.index import Declared
 from labkit.errors import Overloaded, UnknownExpert
 from labkit.expert_protocol import ExpertSchema
 from labkit.server.backend import ExpertBackend
+from labkit.server.device import State
 from labkit.server.pulse import Pulse
 from labkit.server.runtime import Runtime
 from labkit.wire.timers import Timer, Timers
@@ -88,6 +89,7 @@ class Holdings:
         self._held = dict(epochs)
         self._on_hold: dict[str, set[Waiting]] = {}
         self._moved = OrderedDict[str, Moved]()
+        self._kept: dict[str, float] = {}  # experts that are not to be given away without need, and until when
         self._changed = trio.Event()
 
     @property
@@ -121,6 +123,31 @@ class Holdings:
             self._held[uid] = epoch
             self._tell()
 
+    def keep(self, uid: str, seconds: float) -> None:
+        """Let nobody give an expert away only to make loads even, for some time or until its state is loaded."""
+        if uid in self._held:
+            self._kept[uid] = trio.current_time() + seconds
+
+    def is_kept(self, uid: str) -> bool:
+        """Whether an expert is not to be given away only to make loads even."""
+        return trio.current_time() < self._kept.get(uid, -math.inf)
+
+    def backend(self, uid: str) -> ExpertBackend | None:
+        """Returns an expert that is served; None if it is not."""
+        return self._runtime.backends.get(uid)
+
+    async def load(self, uid: str, state: State) -> None:
+        """Put another state in the place of an expert's own, between two batches. Copies of what it was are outdated.
+
+        Raises:
+            CheckpointError: The state does not fit.
+            UnknownExpert: The expert is not served any more.
+        """
+        await self._runtime.load(uid, state)
+        self._kept.pop(uid, None)
+        if uid in self._held:
+            self.raise_epoch(uid, self._held[uid] + 1)
+
     def hold(self, uid: str) -> None:
         """Let new requests of an expert wait, for `HOLD_TIMEOUT` seconds each at most, until `release` or `give_up`."""
         if uid in self._held:
@@ -152,6 +179,7 @@ class Holdings:
             return None
         del self._held[uid]
         self.copies.pop(uid, None)
+        self._kept.pop(uid, None)
         self._moved.pop(uid, None)
         if to is not None:
             self._moved[uid] = Moved(to, epoch)

@@ -1,7 +1,8 @@
 """Orders to a running server: put states that were saved elsewhere in the place of its experts' own.
 
 A batch passes by. A notebook that resumes a run orders this of the servers that it has started (`launch/runners`); no
-remote call can. All servers check first, and only if none refuses they load.
+remote call can. All servers check first, and only if none refuses they load. Meanwhile they give no expert away only to
+make loads even. What was loaded is in the next epoch, so that no older copy counts, however far that has come.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ import trio
 
 from labkit.errors import CheckpointError, RPCError
 from labkit.server.checkpoints import Progress, load_expert, save_expert
+from labkit.server.holdings import Holdings
 from labkit.server.ownership import FolderClaim
-from labkit.server.runtime import Runtime
 
 logger = logging.getLogger(__name__)
+
+KEPT = 60.0  # seconds for which an expert that was checked is not given away to make loads even; then it is loaded
+HAND_OVER_TIME = 10.0  # seconds in which a hand-over that is under way has ended
+LOOK_AGAIN = 0.02  # seconds between two looks whether it has
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +44,7 @@ class LoadOrder:
 
 
 async def carry_out_loads(
-    runtime: Runtime,
+    holdings: Holdings,
     orders: trio.MemoryReceiveChannel[LoadOrder],
     checkpoint_dir: str | None,
     saved: MutableMapping[str, Progress],
@@ -49,7 +54,7 @@ async def carry_out_loads(
     """Carry out orders to load, one after the other, until cancelled.
 
     Args:
-        runtime: Holds the experts.
+        holdings: The experts.
         orders: Where orders come from.
         checkpoint_dir: Where this server saves its experts. What was loaded is saved there at once, so that a server
             that is killed and restarted carries on from it.
@@ -60,7 +65,7 @@ async def carry_out_loads(
     async for order in orders:
         try:
             for uid in order.uids:
-                await _carry_out(runtime, order, uid, checkpoint_dir, saved, keep, claim)
+                await _carry_out(holdings, order, uid, checkpoint_dir, saved, keep, claim)
         except (CheckpointError, RPCError, OSError, ValueError) as error:
             order.answer(str(error) or repr(error))
         except Exception as error:  # no memory, say: the server goes on, and whoever ordered it is told
@@ -71,10 +76,13 @@ async def carry_out_loads(
 
 
 async def _carry_out(
-    runtime: Runtime, order: LoadOrder, uid: str, checkpoint_dir: str | None, saved: MutableMapping[str, Progress],
+    holdings: Holdings, order: LoadOrder, uid: str, checkpoint_dir: str | None, saved: MutableMapping[str, Progress],
     keep: int, claim: FolderClaim | None,
 ) -> None:  # fmt: skip
-    backend = runtime.backends.get(uid)
+    with trio.move_on_after(HAND_OVER_TIME):  # it may be about to be given to another server
+        while holdings.is_on_hold(uid):  # noqa: ASYNC110, it takes milliseconds
+            await trio.sleep(LOOK_AGAIN)
+    backend = holdings.backend(uid)
     if backend is None:
         raise CheckpointError(f"this server does not hold expert {uid}")
     state = await trio.to_thread.run_sync(partial(load_expert, order.folder, uid, kind=backend.kind))
@@ -82,8 +90,9 @@ async def _carry_out(
         raise CheckpointError(f"there is no checkpoint of {uid} in {order.folder}")
     backend.check_state(state)
     if order.check_only:
+        holdings.keep(uid, KEPT)
         return
-    await runtime.load(uid, state)
+    await holdings.load(uid, state)
     saved.pop(uid, None)
     if checkpoint_dir is not None and (claim is None or claim.owns(uid)):
         await trio.to_thread.run_sync(partial(save_expert, checkpoint_dir, uid, state, kind=backend.kind, keep=keep))

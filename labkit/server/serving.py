@@ -143,7 +143,7 @@ async def _serve_owned(
                     )
                 if orders is not None:
                     keepers.start_soon(
-                        carry_out_loads, server.runtime, orders, config.checkpoint_dir, saved, config.checkpoint_keep,
+                        carry_out_loads, holdings, orders, config.checkpoint_dir, saved, config.checkpoint_keep,
                         claim,
                     )  # fmt: skip
                 task_status.started(node.contact)
