@@ -15,6 +15,7 @@ import trio
 from labkit.contact import Address, Contact, is_loopback
 from labkit.dht.node import DHTConfig, DHTNode
 from labkit.directory import Directory, DirectoryConfig
+from labkit.directory.genuine import is_genuine
 from labkit.errors import JoinError
 from labkit.events import AddressChanged, Emit, ignore
 from labkit.joining import check_reachable
@@ -173,8 +174,8 @@ async def open_node(
         toward=join,
     ) as endpoint:
         client = Client(endpoint, config.limits)
-        dht = DHTNode(client, endpoint.contact, config.dht)
-        directory = Directory(dht, config.directory, emit)
+        dht = DHTNode(client, endpoint.contact, config.dht, is_genuine=is_genuine)
+        directory = Directory(dht, config.directory, emit, identity.sign)
         relaying = Relaying(network, endpoint, client, config.relay, join, emit)
         others = methods(client, dht, directory) if callable(methods) else methods or {}
         offered = {**dht.methods, **CallBack(endpoint).methods, **relaying.methods, **others}

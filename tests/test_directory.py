@@ -334,7 +334,7 @@ async def test_a_prefix_with_endless_children_is_cut():
 
 
 def test_a_later_version_may_add_fields():
-    leaf = decode(msgspec.msgpack.encode(["e1", [bytes(32), "127.0.0.1", 5000, False], 7, 0, 2, [], "new"]))
+    leaf = decode(msgspec.msgpack.encode(["e1", [bytes(32), "127.0.0.1", 5000, False], 7, 0, 2, [], b"", "new"]))
     assert leaf is not None
 
 

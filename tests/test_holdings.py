@@ -56,6 +56,7 @@ class Lab:
     def __init__(self, network: SimNetwork, node: Node, nursery: trio.Nursery) -> None:
         self.network, self.node, self.nursery = network, node, nursery
         self.events: list[Event] = []
+        self.nodes: dict[Contact, Node] = {}  # of servers: only these declare what theirs hold
         self.experts = ExpertClient(node.client, node.directory, self.events.append)
 
     async def serve(self, *uids: str, executor: InlineCompute | None = None) -> tuple[ExpertServer, Contact]:
@@ -67,6 +68,7 @@ class Lab:
             async with open_node(
                 self.network, Identity.generate(), join=[self.node.contact], methods=server.methods
             ) as node:
+                self.nodes[node.contact] = node
                 await node.directory.declare(server.holdings.declared(), node.contact)
                 task_status.started(node.contact)
                 await trio.sleep_forever()
@@ -609,14 +611,13 @@ async def test_a_server_that_meets_a_later_epoch_gives_the_expert_up_and_says_wh
         old = await serve_whole(here, config(*UIDS, spare=spare))
         heir, to = await here.serve()
         await heir.adopt(UIDS[0], 1)
-        async with open_node(here.network, Identity.generate(), join=[here.node.contact]) as other:
-            await other.directory.declare(heir.holdings.declared(), to)
-            await trio.sleep(11)
-            reply = await here.call(old)
-            assert (reply.body.moved, reply.body.epoch) == (to, 1)
-            assert len((await here.call(old, UIDS[1])).tensors) == 1
-            found = await here.node.directory.holders(UIDS)
-            assert {uid: info.contact for uid, info in found.items()} == {UIDS[0]: to, UIDS[1]: old}
+        await here.nodes[to].directory.declare(heir.holdings.declared(), to)
+        await trio.sleep(11)
+        reply = await here.call(old)
+        assert (reply.body.moved, reply.body.epoch) == (to, 1)
+        assert len((await here.call(old, UIDS[1])).tensors) == 1
+        found = await here.node.directory.holders(UIDS)
+        assert {uid: info.contact for uid, info in found.items()} == {UIDS[0]: to, UIDS[1]: old}
 
 
 async def test_a_server_whose_experts_all_are_elsewhere_ends_unless_it_is_a_spare(autojump_clock):
@@ -636,5 +637,5 @@ async def test_a_server_whose_experts_all_are_elsewhere_ends_unless_it_is_a_spar
             await trio.sleep(1)
             for uid in UIDS:
                 await heir.adopt(uid, 1)
-            await here.node.directory.declare(heir.holdings.declared(), to)
+            await here.nodes[to].directory.declare(heir.holdings.declared(), to)
         await trio.sleep(30)  # and the spare, a task of the lab, has not ended with an error

@@ -31,7 +31,7 @@ from labkit.dht.routing import RoutingTable
 from labkit.dht.service import Service
 from labkit.dht.shared_lookups import Flights
 from labkit.dht.signing import merge, verify
-from labkit.dht.storage import Entry, Item, Storage, Value, key_id
+from labkit.dht.storage import Entry, IsGenuine, Item, Storage, Value, anything, key_id
 from labkit.wire.rpc_types import Caller, Methods
 
 __all__ = ["DHTConfig", "DHTNode", "Entry", "Value"]
@@ -48,16 +48,19 @@ class DHTNode:
         config: How it behaves.
         client_only: Whether it only stores and finds. Then it holds nothing, answers no calls, and other nodes do not
             learn of it.
+        is_genuine: Whether an entry is by who it names, for those whose form says that. What is not is neither stored
+            nor found.
     """
 
     methods: Methods
 
     def __init__(
-        self, caller: Caller, contact: Contact, config: DHTConfig | None = None, *, client_only: bool = False
-    ) -> None:
+        self, caller: Caller, contact: Contact, config: DHTConfig | None = None, *, client_only: bool = False,
+        is_genuine: IsGenuine = anything,
+    ) -> None:  # fmt: skip
         self.config = config or DHTConfig()
         self.client_only = client_only
-        self.storage = Storage(verify, self.config.limits)
+        self.storage = Storage(verify, self.config.limits, is_genuine)
         self.peers = Peers(caller, contact, self.config, client_only=client_only, on_new=self._on_new)
         self._flights = Flights(self._run_lookups)
         self.replicas = Replicas(self.peers, self.find_nodes)
@@ -203,7 +206,7 @@ class DHTNode:
         for key in dict.fromkeys(keys):
             lookup = lookups.get(key)
             answers = [] if lookup is None else [(answer.at, answer.items) for answer in lookup.answers()]
-            items = merge(key, self.storage.get(key, now), answers, now)
+            items = merge(key, self.storage.get(key, now), answers, now, self.storage.is_genuine)
             plain = items.pop(None, None)
             if items:
                 found[key] = {subkey: Value(i.value, i.expires_at) for subkey, i in items.items() if subkey is not None}

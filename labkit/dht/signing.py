@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from labkit.dht.protocol import WireItem
-from labkit.dht.storage import Entry, Item, supersedes
+from labkit.dht.storage import Entry, IsGenuine, Item, anything, supersedes
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -76,7 +76,11 @@ class Version(NamedTuple):
 
 
 def merge(
-    key: str, held: Mapping[str | None, Item], answers: Iterable[tuple[float, Iterable[WireItem]]], now: float
+    key: str,
+    held: Mapping[str | None, Item],
+    answers: Iterable[tuple[float, Iterable[WireItem]]],
+    now: float,
+    is_genuine: IsGenuine = anything,
 ) -> dict[str | None, Version]:
     """Merge what is held here with what other nodes answered, without what has expired or has no valid signature.
 
@@ -85,6 +89,7 @@ def merge(
         held: The items that this node holds, by subkey.
         answers: The items of each answer, with the time from which their times to live count.
         now: The time.
+        is_genuine: Whether an entry is by who it names.
 
     Returns:
         The version that supersedes all others, by subkey.
@@ -101,10 +106,12 @@ def merge(
             old = merged.get(wire.subkey)
             if old is not None and not supersedes(new, old):
                 continue
-            if new.owner is not None or new.signature is not None:
-                known = old is not None and (new.sequence, *new[2:]) == (old.sequence, *old[2:])
-                if not known and not verify(key, wire.subkey, _item(new)):
-                    continue
+            known = old is not None and (new.sequence, *new[2:]) == (old.sequence, *old[2:])
+            signed = new.owner is not None or new.signature is not None
+            if signed and not known and not verify(key, wire.subkey, _item(new)):
+                continue
+            if not known and not is_genuine(key, wire.subkey, new.value, new.sequence):
+                continue
             merged[wire.subkey] = new
     return merged
 

@@ -118,6 +118,12 @@ def supersedes(new: Comparable, old: Comparable) -> bool:
 
 
 Verify = Callable[[str, str | None, Item], bool]  # key, subkey, signed item -> whether its signature holds
+IsGenuine = Callable[[str, str | None, bytes, int], bool]  # key, subkey, value, sequence -> whether to believe it
+
+
+def anything(key: str, subkey: str | None, value: bytes, sequence: int) -> bool:
+    """An `IsGenuine` that believes everything."""
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,12 +183,14 @@ class Storage:
     Args:
         verify: Checks the signature of an item that has an owner.
         limits: How much is stored.
+        is_genuine: Whether an entry is by who it names, for those whose form says that.
     """
 
-    __slots__ = ("_number", "_records", "_scanned_at", "_shares", "limits", "size", "verify")
+    __slots__ = ("_number", "_records", "_scanned_at", "_shares", "is_genuine", "limits", "size", "verify")
 
-    def __init__(self, verify: Verify, limits: Limits | None = None) -> None:
+    def __init__(self, verify: Verify, limits: Limits | None = None, is_genuine: IsGenuine = anything) -> None:
         self.verify = verify
+        self.is_genuine = is_genuine
         self.limits = limits or Limits()
         self.size = 0  # bytes, as `Item.size` counts them
         self._records: dict[str, _Record] = {}
@@ -235,6 +243,8 @@ class Storage:
             return "signed by another owner" if item.owner != held.owner else "a later entry is held"
         if (item.owner is not None or item.signature is not None) and not self.verify(key, subkey, item):
             return "the signature does not hold"
+        if not self.is_genuine(key, subkey, item.value, item.sequence):
+            return "it is not signed by who it names"
         if record is not None and held is None and (subkey is None) != (None in record.items):
             return "the key holds a dictionary" if subkey is None else "the key holds a plain value"
         item.publisher = None if item.ours else publisher

@@ -10,13 +10,14 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from functools import lru_cache
 
 import trio
 
 from labkit.contact import Contact
 from labkit.directory.cache import DirectoryConfig, PrefixCache, Records
 from labkit.directory.declarations import IsAlive, declared, is_senior, known, of_others
-from labkit.directory.index import Declarations, as_declarations, entries_of, uid_of, withdrawals_of
+from labkit.directory.index import Declarations, Sign, as_declarations, entries_of, uid_of, withdrawals_of
 from labkit.directory.suspicion import BOOT_BITS, Suspicions, make_stamp
 from labkit.errors import ExpertsTaken, LabkitError
 from labkit.events import Emit, ExpertDeclared, ExpertGivenUp, ignore
@@ -24,6 +25,7 @@ from labkit.expert_uid import ExpertInfo
 
 logger = logging.getLogger(__name__)
 
+MAX_SIGNED = 1 << 14  # claims whose signatures are remembered: they are declared again and again
 Experts = Collection[str] | Declarations  # uids, perhaps with their epochs and copies
 
 
@@ -34,9 +36,13 @@ class Declaring:
         dht: Stores the records.
         config: Times and bounds.
         emit: Called with the events of declared experts.
+        sign: Signs with the key of this node what it claims; without it, its claims are not believed by others.
     """
 
-    def __init__(self, dht: Records, config: DirectoryConfig | None = None, emit: Emit = ignore) -> None:
+    def __init__(
+        self, dht: Records, config: DirectoryConfig | None = None, emit: Emit = ignore, sign: Sign | None = None
+    ) -> None:
+        self._sign = None if sign is None else lru_cache(maxsize=MAX_SIGNED)(sign)
         self.config = config or DirectoryConfig()
         self._dht = dht
         self._emit = emit
@@ -63,7 +69,7 @@ class Declaring:
         """
         self._declarations += 1
         stamp = make_stamp(self._boot, self._declarations)
-        entries = entries_of(experts, contact, stamp, self.config.ttl, self._since)
+        entries = entries_of(experts, contact, stamp, self.config.ttl, self._since, self._sign)
         if not entries:
             await trio.lowlevel.checkpoint()
             return set()
@@ -101,7 +107,7 @@ class Declaring:
         mine = {uid: info.epoch for uid, info in holders.items() if info.contact.key == contact.key}
         if mine:
             with trio.move_on_after(self.config.timeout):
-                await self._dht.store_many(withdrawals_of(mine, self.config.ttl))
+                await self._dht.store_many(withdrawals_of(mine, self.config.ttl, contact.key, self._sign))
 
     async def keep_declared(
         self,

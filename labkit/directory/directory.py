@@ -36,6 +36,7 @@ class Directory(Declaring):
         dht: Stores the records.
         config: Times and bounds.
         emit: Called with the events of declared experts and lost servers.
+        sign: Signs with the key of this node what it claims.
     """
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

@@ -10,14 +10,15 @@ leaf in its parent's record. Anybody can write to the DHT: what does not parse i
 long as the newest declaration below it, so it can outlive the last expert.
 
 A leaf says the epoch of its expert, too, which grows with each change of the server that serves it. It is the
-sequence number of the entry, so that the DHT itself prefers the higher epoch, whatever comes later.
+sequence number of the entry, so that the DHT itself prefers the higher epoch, whatever comes later. From the second
+epoch on it is signed by the server that it names (`genuine`).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -29,6 +30,7 @@ from labkit.contact import Contact
 from labkit.dht.node import Entry, Value
 from labkit.directory.suspicion import Suspicions, boot_of
 from labkit.expert_uid import MAX_COORDINATE, ExpertInfo, parent, split_uid
+from labkit.wire.signatures import SIGNATURE_BYTES
 
 NAMESPACE = "expert:"
 MAX_COPIES = 8  # of an expert that its leaf names
@@ -37,6 +39,8 @@ _SUBKEY = re.compile(r"(0|[1-9][0-9]{0,6})(\.?)")
 
 
 Epoch = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+Signature = Annotated[bytes, msgspec.Meta(max_length=SIGNATURE_BYTES)]
+Sign = Callable[[bytes], bytes]  # signs a text with the key that a node is
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,7 @@ class Leaf(msgspec.Struct, frozen=True, array_like=True, tag="e1"):
         tuple[Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)], ...],
         msgspec.Meta(max_length=MAX_COPIES),
     ] = ()
+    signature: Signature = b""  # of `claim_text` by the server, from the second epoch on
 
 
 class Marker(msgspec.Struct, frozen=True, array_like=True, tag="p1"):
@@ -74,9 +79,21 @@ class Marker(msgspec.Struct, frozen=True, array_like=True, tag="p1"):
 
 
 class Withdrawn(msgspec.Struct, frozen=True, array_like=True, tag="w1"):
-    """What takes the place of a leaf whose server has left. `epoch`: of that leaf."""
+    """What takes the place of a leaf whose server, with that `key`, has left. `epoch`: of that leaf."""
 
     epoch: Epoch = 0
+    key: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
+    signature: Signature = b""  # of `withdrawal_text` by that server, from the second epoch on
+
+
+def claim_text(uid: str, epoch: int, contact: Contact) -> bytes:
+    """Returns what a server signs that serves an expert in an epoch, at its own contact."""
+    return msgspec.msgpack.encode(("labkit expert 1", uid, epoch, contact))
+
+
+def withdrawal_text(uid: str, epoch: int, key: bytes) -> bytes:
+    """Returns what a server with this key signs that takes out what it has declared of an expert."""
+    return msgspec.msgpack.encode(("labkit withdrawal 1", uid, epoch, key))
 
 
 _DECODER: msgspec.msgpack.Decoder[Leaf | Marker | Withdrawn] = msgspec.msgpack.Decoder(Leaf | Marker | Withdrawn)
@@ -84,7 +101,12 @@ _MARKER = msgspec.msgpack.encode(Marker())
 
 
 def entries_of(
-    uids: Collection[str] | Declarations, contact: Contact, stamp: int, ttl: float, since: int = 0
+    uids: Collection[str] | Declarations,
+    contact: Contact,
+    stamp: int,
+    ttl: float,
+    since: int = 0,
+    sign: Sign | None = None,
 ) -> list[Entry]:
     """Returns a declaration as DHT entries: a leaf for each expert, and a marker for each prefix above it.
 
@@ -94,6 +116,7 @@ def entries_of(
         stamp: Of this declaration (`suspicion.make_stamp`).
         ttl: How long the declaration lives, seconds.
         since: When the server began to declare experts (see `ExpertInfo`).
+        sign: Signs with the key of that node; without it, claims of later epochs are not believed.
 
     Raises:
         ValueError: One of `uids` is no uid.
@@ -102,9 +125,12 @@ def entries_of(
     for uid, said in as_declarations(uids).items():
         _, coordinates = split_uid(uid)
         prefix, coordinate = parent(uid)
-        if said not in leaves:
-            leaves[said] = msgspec.msgpack.encode(Leaf(contact, stamp, since, said.epoch, said.copies[:MAX_COPIES]))
-        entries[uid] = Entry(NAMESPACE + prefix, leaves[said], ttl, str(coordinate), sequence=said.epoch)
+        if said.epoch and sign is not None:
+            signature = sign(claim_text(uid, said.epoch, contact))
+            leaf = _leaf(contact, stamp, since, said, signature)
+        else:
+            leaf = leaves[said] = leaves.get(said) or _leaf(contact, stamp, since, said)
+        entries[uid] = Entry(NAMESPACE + prefix, leaf, ttl, str(coordinate), sequence=said.epoch)
         for _ in coordinates[1:]:
             below = f"{prefix}."
             if below in entries:
@@ -114,18 +140,36 @@ def entries_of(
     return list(entries.values())
 
 
-def withdrawals_of(uids: Collection[str] | Mapping[str, int], ttl: float) -> list[Entry]:
-    """Returns the entries that replace the leaves of experts whose server leaves; `uids`: perhaps with their epochs.
+def _leaf(contact: Contact, stamp: int, since: int, said: Declared, signature: bytes = b"") -> bytes:
+    return msgspec.msgpack.encode(Leaf(contact, stamp, since, said.epoch, said.copies[:MAX_COPIES], signature))
+
+
+def withdrawals_of(
+    uids: Collection[str] | Mapping[str, int], ttl: float, key: bytes = b"", sign: Sign | None = None
+) -> list[Entry]:
+    """Returns the entries that replace the leaves of experts whose server leaves.
 
     They live as long as a declaration, `ttl` seconds, so that they outlive the leaves, wherever copies of these are
     left. Of two entries of one epoch that which expires later counts: a declaration that comes after them replaces them
     in turn.
+
+    Args:
+        uids: The experts, perhaps with their epochs.
+        ttl: Seconds.
+        key: The public key of the server.
+        sign: Signs with it.
     """
+
+    def entry(uid: str, epoch: int) -> bytes:
+        if epoch == 0 or sign is None:
+            return msgspec.msgpack.encode(Withdrawn(epoch))
+        return msgspec.msgpack.encode(Withdrawn(epoch, key, sign(withdrawal_text(uid, epoch, key))))
+
     epochs = uids if isinstance(uids, Mapping) else dict.fromkeys(uids, 0)
-    places = [(*parent(uid), epoch) for uid, epoch in epochs.items()]
+    places = [(*parent(uid), uid, epoch) for uid, epoch in epochs.items()]
     return [
-        Entry(NAMESPACE + prefix, msgspec.msgpack.encode(Withdrawn(epoch)), ttl, str(coordinate), sequence=epoch)
-        for prefix, coordinate, epoch in places
+        Entry(NAMESPACE + prefix, entry(uid, epoch), ttl, str(coordinate), sequence=epoch)
+        for prefix, coordinate, uid, epoch in places
     ]
 
 

@@ -27,6 +27,7 @@ from zmq.utils import z85
 from labkit.contact import is_loopback
 from labkit.errors import LabkitError
 from labkit.paths import user_path
+from labkit.wire.signatures import SigningKey
 
 logger = logging.getLogger(__name__)
 _KEY_FILE_HEADER = "labkit-key-1"
@@ -79,6 +80,14 @@ class Identity:
     def public_key(self) -> bytes:
         """The CURVE public key, 32 bytes: the one in contacts and invitations."""
         return z85.decode(zmq.curve_public(z85.encode(self.secret_key)))
+
+    def sign(self, text: bytes) -> bytes:
+        """Returns our signature of a text, which `signatures.verify` checks with our public key."""
+        return self._signing_key.sign(text)
+
+    @cached_property
+    def _signing_key(self) -> SigningKey:
+        return SigningKey(self.secret_key)
 
     def derive(self, purpose: bytes) -> bytes:
         """Returns 32 secret bytes for one purpose. Those of different purposes reveal nothing of each other."""
