@@ -12,7 +12,7 @@ import torch
 import trio
 
 from labkit.errors import BadReply
-from labkit.events import Event, ExpertGivenUp, ExpertTakenOver
+from labkit.events import Event, ExpertGivenUp, ExpertHandedOver, ExpertTakenOver
 from labkit.expert_uid import grid_uids
 from labkit.server.statistics import MAX_TAKEOVERS, CopyStatistics, ServerStatistics, call_statistics, without_experts
 from labkit.view.collect.takeovers import ReportedTakeOvers
@@ -23,6 +23,8 @@ UIDS = list(grid_uids("ffn", (2, 2)))
 TAKEN: dict[str, Any] = {
     "uid": "ffn.0.0", "before": "10.0.0.9:1", "epoch": 1, "lost_updates": 2, "seconds": 1.5, "ago": 0.0,
 }  # fmt: skip
+
+GIVEN: dict[str, Any] = {"uid": "ffn.0.0", "before": "10.0.0.9:1", "epoch": 1, "ago": 0.0}
 
 
 async def said_by(swarm: CopiedSwarm, server: Server) -> CopyStatistics:
@@ -112,6 +114,9 @@ async def has_given_up(swarm: CopiedSwarm, uid: str) -> bool:
         {"takeovers": [TAKEN | {"uid": "ffn.\n0"}]},
         {"takeovers": [TAKEN | {"seconds": float("inf")}]},
         {"takeovers": [TAKEN | {"before": "x" * 300}]},
+        {"handovers": [GIVEN] * (MAX_TAKEOVERS + 1)},
+        {"handovers": [GIVEN | {"before": "x\ny"}]},
+        {"handovers": [GIVEN | {"ago": -1.0}]},
     ],
 )
 async def test_statistics_of_copies_that_cannot_be_are_a_bad_reply(wrong: dict[str, Any], autojump_clock):
@@ -150,6 +155,38 @@ async def test_what_a_server_elsewhere_took_over_is_an_event_once_and_those_star
         lab.answers[third] = SAID | {"copies": {"takeovers": [TAKEN | {"uid": "ffn.0.1", "epoch": 2}]}}
         await trio.sleep(2)
         assert [event.epoch for event in events if isinstance(event, ExpertTakenOver)] == [1, 2]
+
+
+async def test_who_is_given_an_expert_tells_of_it_and_that_is_an_event_where_both_servers_are_elsewhere(
+    tmp_path, autojump_clock
+):
+    async with copied_swarm(tmp_path) as swarm:
+        first, second = await swarm.serve_grid(2)
+        await swarm.until_copied()
+        theirs = sorted(first.held)
+        await first.stop()
+        said = await call_statistics(swarm.node.client, second.contact, 2.0)
+        heard = dict[str, list[Event]]()
+        for name, own in (("elsewhere", ()), ("from here", [first.contact.endpoint])):
+            reported = ReportedTakeOvers(heard.setdefault(name, []).append, 0.0)
+            for _ in range(2):
+                reported.take(second.contact.endpoint, said, 1000.0, own)
+        assert heard["from here"] == [], "the server that was started here tells it itself"
+        assert [(e.uid, e.address, e.to, e.epoch) for e in heard["elsewhere"] if isinstance(e, ExpertHandedOver)] == [
+            (uid, first.contact.endpoint, second.contact.endpoint, 1) for uid in theirs
+        ]
+
+
+async def test_a_server_that_was_started_here_tells_what_one_elsewhere_has_given_it(autojump_clock):
+    lab, events = Lab(), list[Event]()
+    await lab.declare()
+    here = lab.contacts[0].endpoint
+    lab.answers[here] = SAID | {"copies": {"takeovers": [TAKEN], "handovers": [GIVEN | {"uid": "ffn.0.1"}]}}
+    async with lab.polled(Handle(0), takeovers=ReportedTakeOvers(events.append, 0.0)):
+        await trio.sleep(3)
+    (event,) = events
+    assert isinstance(event, ExpertHandedOver)
+    assert (event.uid, event.address, event.to) == ("ffn.0.1", "10.0.0.9:1", here)
 
 
 def test_what_was_taken_over_before_one_looked_is_no_news():

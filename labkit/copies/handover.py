@@ -55,6 +55,7 @@ class HandOver:
         own: Returns our own contact.
         emit: Gets an `ExpertHandedOver` for each expert that is given.
         refuse: Returns why no expert is taken now; empty if one may be.
+        on_taken: Called with each expert that is taken, who gave it, and the epoch.
     """
 
     caller: Caller
@@ -67,6 +68,7 @@ class HandOver:
     own: Callable[[], Contact]
     emit: Emit
     refuse: Callable[[], str]
+    on_taken: Callable[[str, Contact, int], object] = lambda uid, before, epoch: None
     _giving: dict[str, trio.Lock] = field(default_factory=dict, init=False)  # one at a time gives an expert
 
     async def give(self, uid: str, to: Contact, *, load: int | None = None, patience: float = 0.0) -> bool:
@@ -164,6 +166,7 @@ class HandOver:
         except LabkitError as error:
             raise RequestRefused(f"{copy.uid} cannot be served here: {error}") from None
         self.meeting.took_over(copy.primary, {copy.uid: copy.updates})  # should it not get our answer
+        self.on_taken(copy.uid, copy.primary, epoch)
         with trio.CancelScope(shield=True), trio.move_on_after(TAKE_TIME):
             try:
                 await self.directory.declare({copy.uid: Declared(epoch)}, self.own())

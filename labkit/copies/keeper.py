@@ -69,6 +69,7 @@ class CopyKeeper:
         folder: Where copies are kept.
         own: Returns the server's contact.
         emit: Gets the events.
+        on_taken: Called with each expert that another server gives to this one, with that server, and the epoch.
         in_thread: Whether files are written in threads; not in virtual time.
         budget: Of bytes; by default as usual.
     """
@@ -76,7 +77,7 @@ class CopyKeeper:
     def __init__(
         self, caller: Caller, dht: DHTNode, directory: Directory, experts: ServedExperts, *, grid: str, kind: str,
         backups: int, is_spare: Callable[[], bool], folder: Path, own: Callable[[], Contact], emit: Emit,
-        in_thread: bool = True, budget: CopyBudget | None = None,
+        on_taken: Callable[[str, Contact, int], object], in_thread: bool = True, budget: CopyBudget | None = None,
     ) -> None:  # fmt: skip
         self.backups = backups
         self._is_spare = is_spare
@@ -107,6 +108,7 @@ class CopyKeeper:
             own,
             emit,
             self._refuse_expert,
+            on_taken,
         )
         self._watching = Watching(caller, self.store, own, self._witnesses, self._on_gone)
         self._levelling = Levelling(self.servers, experts, self._handover, own)

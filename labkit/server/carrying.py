@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+import msgspec
 import trio
 
 from labkit.contact import Contact
@@ -37,7 +38,7 @@ from labkit.server.leaving import stop_timeout
 from labkit.server.optimizer import BackendConfig
 from labkit.server.pulse import Pulse
 from labkit.server.server import ExpertServer
-from labkit.server.statistics import MAX_TAKEOVERS, CopyStatistics, RecentTakeOver
+from labkit.server.statistics import MAX_TAKEOVERS, CopyStatistics, RecentHandOver, RecentTakeOver
 from labkit.whereabouts import sleepless_clock
 from labkit.wire.rpc_client import Client
 from labkit.wire.rpc_types import Methods
@@ -171,6 +172,7 @@ class Carrying:
         self._experts = CarriedExperts(server)
         self._emit = emit
         self._takeovers = deque[tuple[float, ExpertTakenOver]](maxlen=MAX_TAKEOVERS)  # with the time on trio's clock
+        self._handovers = deque[tuple[float, RecentHandOver]](maxlen=MAX_TAKEOVERS)
         config = server.config
         self._takes_part = config.carries
         self._temporary: TemporaryDirectory[str] | None = None
@@ -188,7 +190,7 @@ class Carrying:
             client, dht, directory, self._experts, grid=config.name, kind=kind_name(config.kind),
             backups=config.backups, is_spare=lambda: config.spare or len(server.holdings.held) < len(config.uids),
             folder=Path(self._temporary.name if self._temporary else config.copies_dir or ""), own=lambda: dht.contact,
-            emit=self._note, in_thread=server.in_thread,
+            emit=self._note, on_taken=self._note_taken, in_thread=server.in_thread,
         )  # fmt: skip
         server.holdings.on_outdated = lambda uid, epoch: keeper.meeting.suspect(uid)
         server.copies = self.statistics
@@ -270,6 +272,7 @@ class Carrying:
             RecentTakeOver(e.uid, e.before, e.epoch, e.lost_updates, e.seconds, max(0.0, now - at))
             for at, e in self._takeovers
         ]
+        said.handovers = [msgspec.structs.replace(one, ago=max(0.0, now - at)) for at, one in self._handovers]
         return said
 
     def _period(self) -> float:
@@ -279,6 +282,9 @@ class Carrying:
         backends = self._server.runtime.backends  # all of one kind
         size = next(iter(backends.values())).state_bytes * len(backends) if backends else 0
         return max(self.keeper.copying.period, self.keeper.backups * size / self.keeper.copying.rate)
+
+    def _note_taken(self, uid: str, before: Contact, epoch: int) -> None:
+        self._handovers.append((trio.current_time(), RecentHandOver(uid, before.endpoint, epoch, 0.0)))
 
     def _note(self, event: Event) -> None:
         if isinstance(event, ExpertTakenOver):

@@ -22,7 +22,7 @@ from labkit.wire.rpc_types import Caller
 
 Uid = Annotated[str, msgspec.Meta(max_length=160)]
 PerExpert = msgspec.Meta(max_length=20_000)
-MAX_TAKEOVERS = 64  # that a server tells of, the last ones
+MAX_TAKEOVERS = 64  # that a server tells of, the last ones; and hand-overs
 Times = Annotated[list[Count], msgspec.Meta(max_length=BUCKETS)]
 
 
@@ -50,6 +50,26 @@ class RecentTakeOver(msgspec.Struct, frozen=True):
             raise ValueError("an expert or a server with an unprintable name")
 
 
+class RecentHandOver(msgspec.Struct, frozen=True):
+    """An expert that a server was given by another one: see `labkit.events.ExpertHandedOver`.
+
+    Args:
+        uid: The expert.
+        before: `host:port` of the server that gave it.
+        epoch: The expert's epoch since then.
+        ago: Seconds since then.
+    """
+
+    uid: Uid
+    before: Annotated[str, msgspec.Meta(max_length=4 * MAX_LABEL)]
+    epoch: Count
+    ago: Seconds
+
+    def __post_init__(self) -> None:
+        if not (self.uid.isprintable() and self.before.isprintable()):
+            raise ValueError("an expert or a server with an unprintable name")
+
+
 class CopyStatistics(msgspec.Struct):
     """How a server takes part in copies of experts: gauges, and counters since its start.
 
@@ -63,6 +83,7 @@ class CopyStatistics(msgspec.Struct):
         sent_bytes: Bytes of copies that it has sent.
         adopted: Its experts that it did not begin with: they were taken over, or given to it.
         takeovers: The last experts that it has taken over, the latest last.
+        handovers: The last experts that other servers have given it, the latest last; those may be gone.
     """
 
     backups: Count = 0
@@ -73,6 +94,7 @@ class CopyStatistics(msgspec.Struct):
     sent_bytes: Count = 0
     adopted: Annotated[list[Uid], PerExpert] = []
     takeovers: Annotated[list[RecentTakeOver], msgspec.Meta(max_length=MAX_TAKEOVERS)] = []
+    handovers: Annotated[list[RecentHandOver], msgspec.Meta(max_length=MAX_TAKEOVERS)] = []
 
 
 class ServerStatistics(msgspec.Struct):

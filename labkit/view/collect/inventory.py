@@ -127,7 +127,7 @@ async def keep_polled(
         publish: Called with each inventory.
         period: Seconds between two rounds of asking servers.
         watched: Whether someone looks at this moment; while no one does, more than two servers are polled more rarely.
-        takeovers: Hears what servers elsewhere report of experts that they have taken over.
+        takeovers: Hears what servers report of experts that were taken over, or handed over, elsewhere.
     """
     poll = _Poll(node, servers, publish, watched, takeovers or ReportedTakeOvers(ignore, math.inf))
     with trio.CancelScope() as scope:
@@ -248,11 +248,10 @@ class _Poll:
                 others = sum(self._found.unlisted(a, s) for a, (s, _) in self._statistics.items() if a != address)
                 self._statistics[address] = (self._found.bounded(address, statistics, others), time.monotonic())
                 self._failures.pop(address, None)
-                if contacts[address].key not in self._own_keys():  # those tell it themselves
-                    self._takeovers.take(address, statistics, time.monotonic())
+                self._takeovers.take(address, statistics, time.monotonic(), self._own_addresses())
 
-    def _own_keys(self) -> set[bytes]:
-        return {handle.plan.identity.public_key for handle in self._servers}
+    def _own_addresses(self) -> set[str]:
+        return {handle.contact.endpoint for handle in self._servers if handle.contact is not None}
 
 
 # ---------------------------------------------------------------- looking experts up
