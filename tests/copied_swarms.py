@@ -14,7 +14,7 @@ import trio
 
 from labkit.client.expert_client import ExpertClient
 from labkit.contact import Contact
-from labkit.events import Event
+from labkit.events import Emit, Event, ignore
 from labkit.expert_uid import ExpertInfo, grid_uids, spread
 from labkit.node import Node, open_node
 from labkit.server.config import ServerConfig
@@ -66,7 +66,11 @@ class CopiedSwarm:
     folder: Path
     servers: list[Server] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    emit: Emit = ignore
     draw: random.Random = field(default_factory=lambda: random.Random(1))
+
+    def __post_init__(self) -> None:
+        self.emit = self.events.append
 
     async def serve(
         self,
@@ -95,7 +99,7 @@ class CopiedSwarm:
         async def run(*, task_status: trio.TaskStatus[Contact]) -> None:
             with scope:
                 await serve_experts(
-                    self.network, identity, config, join=[self.node.contact], emit=self.events.append, stop=ending,
+                    self.network, identity, config, join=[self.node.contact], emit=self.emit, stop=ending,
                     executor=InlineCompute(), on_held=on_held, task_status=task_status,
                 )  # fmt: skip
             ended.set()

@@ -1,11 +1,20 @@
-"""A swarm with copies to which things happen: what must hold all the time, and in the end."""
+"""A swarm with copies to which things happen: what must hold all the time, and in the end.
+
+`python -m tests.recovery_trials 0 300` tries the schedules of these seeds, in virtual time, one after the other.
+"""
 
 from __future__ import annotations
 
+import argparse
+import logging
 import random
+import sys
+import tempfile
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,9 +22,11 @@ import torch
 import trio
 
 from labkit.errors import LabkitError, RPCError
+from labkit.events import Event, ExpertGivenUp, ExpertTakenOver
 from labkit.expert_uid import grid_uids
 from labkit.node import Node, open_node
 from labkit.server.optimizer import BackendConfig
+from labkit.simulation.virtual_clock import run_in_virtual_time
 from labkit.wire.security import Identity
 from tests.copied_swarms import CopiedSwarm, Server, X, copied_swarm
 
@@ -27,6 +38,9 @@ TWICE = 8.0  # seconds for which two servers of one partition may both serve an 
 AGREED = 15.0  # seconds after everything has healed in which all agree
 EXPIRED = 35.0  # the same where a server died in a divided network: what it declared in a higher epoch has to expire
 LOOK = 0.25  # seconds between two looks
+ON_THE_WAY = 0.5  # seconds that an answer, or what a watcher hears, may take
+STEPS = ("kill", "kill", "restart", "spare", "split", "split", "heal", "lossy", "slow")
+PAUSES = (0.0, 0.3, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 
 
 class Step(NamedTuple):
@@ -46,9 +60,13 @@ class Trial:
     far: Node  # a second node, which goes with the servers that are cut off
     uids: dict[Server, tuple[str, ...]] = field(default_factory=dict)
     cut: set[Server] = field(default_factory=set)
+    updates: Counter[str] = field(default_factory=Counter)  # of each expert in the end
     forfeit: set[str] = field(default_factory=set)  # of which nobody had anything any more
     died_apart: bool = False  # whether a server died while the network was divided
     twice: dict[str, float] = field(default_factory=dict)  # experts that two serve, and since when
+    learnt: dict[str, list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))  # what was answered:
+    # when, and how many updates the expert had
+    happened: list[tuple[float, Event]] = field(default_factory=list)  # take-overs and what was given up, and when
 
     @property
     def alive(self) -> list[Server]:
@@ -117,7 +135,8 @@ class Trial:
             with suppress(LabkitError):
                 info = (await node.directory.find([uid]))[uid]
                 if info is not None:
-                    await self.swarm.call(info, "backward", [X, torch.ones_like(X)], node)
+                    updates = await self.swarm.call(info, "backward", [X, torch.ones_like(X)], node)
+                    self.learnt[uid].append((trio.current_time(), updates))
 
     async def watch(self) -> None:
         """Fail when two servers of one partition serve an expert for too long."""
@@ -155,9 +174,36 @@ class Trial:
                 assert info is not None, f"{uid} is not found"
                 assert info.contact == servers[0].contact, f"{uid} is found where it is not"
                 try:
-                    await self.swarm.call(info, "forward", [X], node)
+                    self.updates[uid] = await self.swarm.call(info, "forward", [X], node)
                 except RPCError as error:
                     raise AssertionError(f"{uid} does not answer: {error}") from None
+
+    def hear(self, event: Event) -> None:
+        """Take note of an event of a server."""
+        self.swarm.events.append(event)
+        if isinstance(event, ExpertTakenOver | ExpertGivenUp):
+            self.happened.append((trio.current_time(), event))
+
+    def check_updates(self) -> None:
+        """Fail if an expert has fewer updates than were answered, beyond those that were counted as lost.
+
+        What was answered after a server was heard last is not known to whoever takes its experts over. And nobody
+        counts what a server learnt that died in a divided network.
+        """
+        for uid in UIDS if not self.died_apart else ():
+            if uid in self.forfeit or not self.learnt[uid]:
+                continue
+            counted = 0
+            for at, event in self.happened:
+                if isinstance(event, ExpertTakenOver | ExpertGivenUp) and event.uid == uid:
+                    counted += event.lost_updates
+                if isinstance(event, ExpertTakenOver) and event.uid == uid:
+                    heard = at - event.seconds - ON_THE_WAY
+                    counted += sum(heard < when <= at for when, _ in self.learnt[uid])
+            most = max(updates for _, updates in self.learnt[uid])
+            assert most <= self.updates[uid] + counted, (
+                f"{uid} had {most} updates and has {self.updates[uid]}; {counted} are counted as lost"
+            )
 
 
 async def run_trial(folder: Path, steps: Sequence[Step], *, backups: int = 1, seed: int = 0) -> Trial:
@@ -166,6 +212,7 @@ async def run_trial(folder: Path, steps: Sequence[Step], *, backups: int = 1, se
     async with copied_swarm(folder, latency=0.02) as swarm:
         async with open_node(swarm.network, Identity(b"\1" * 32), join=[swarm.node.contact]) as far:
             trial = Trial(swarm, backups, far)
+            swarm.emit = trial.hear
             for server in await swarm.serve_grid(SERVERS, GRID, backups=backups, backend=CALM):
                 trial.uids[server] = tuple(server.held)
             await swarm.until_copied(1, GRID)
@@ -179,4 +226,49 @@ async def run_trial(folder: Path, steps: Sequence[Step], *, backups: int = 1, se
                 trial.heal()
                 await trial.until_agreed()
                 nursery.cancel_scope.cancel()
+            await trial.until_agreed()  # and nobody learns any more
+            trial.check_updates()
     return trial
+
+
+def try_out(steps: Sequence[Step], backups: int = 1, seed: int = 0) -> Trial:
+    """Let steps happen, in virtual time. Raises what went wrong, such as `AssertionError`."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return run_in_virtual_time(partial(run_trial, Path(folder), steps, backups=backups, seed=seed))
+        except BaseExceptionGroup as group:
+            error: BaseException = group
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            raise error from None
+
+
+def drawn(seed: int) -> tuple[list[Step], int]:
+    """The steps, and the copies of each expert, of a seed."""
+    draw = random.Random(seed)
+    steps = [Step(draw.choice(PAUSES), draw.choice(STEPS), draw.randrange(16)) for _ in range(draw.randint(1, 7))]
+    return steps, draw.choice([1, 1, 2])
+
+
+def main() -> None:
+    """Try seeds out, and say which of them have found something."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("first", type=int)
+    parser.add_argument("end", type=int)
+    options = parser.parse_args()
+    logging.getLogger("labkit").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    found = 0
+    for seed in range(options.first, options.end):
+        steps, backups = drawn(seed)
+        try:
+            try_out(steps, backups, seed)
+        except (AssertionError, LabkitError, trio.TooSlowError) as error:
+            found += 1
+            print(f"seed {seed}: {type(error).__name__}: {error}\n    backups={backups} {steps}", flush=True)
+    print(f"{options.end - options.first} trials, {found} of which have found something")
+    sys.exit(found > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import errno
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,29 +22,14 @@ from labkit.errors import Overloaded
 from labkit.events import CopyFailed, ExpertGivenUp, ExpertTakenOver
 from labkit.node import open_node
 from labkit.server.pulse import LATE, Pulse
-from labkit.simulation.virtual_clock import run_in_virtual_time
 from labkit.wire.security import Identity
 from tests.copied_swarms import X, copied_swarm
-from tests.recovery_trials import AGREED, Step, run_trial
+from tests.recovery_trials import AGREED, PAUSES, STEPS, Step, try_out
 
-STEPS = ("kill", "kill", "restart", "spare", "split", "split", "heal", "lossy", "slow")
-PAUSES = (0.0, 0.3, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 UIDS = [f"ffn.{row}.{column}" for row in range(2) for column in range(2)]
 
 
-def try_out(steps: Sequence[Step], backups: int = 1, seed: int = 0) -> None:
-    """Let steps happen, in virtual time. Raises `AssertionError`."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            run_in_virtual_time(partial(run_trial, Path(folder), steps, backups=backups, seed=seed))
-        except BaseExceptionGroup as group:
-            error: BaseException = group
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
-            raise error from None
-
-
-@settings(max_examples=4)
+@settings(max_examples=6)
 @given(
     st.lists(
         st.builds(Step, st.sampled_from(PAUSES), st.sampled_from(STEPS), st.integers(0, 15)), min_size=2, max_size=6
@@ -99,6 +83,22 @@ def test_a_planted_fault_is_found(
         monkeypatch.setattr(Declaring, "_rivals", lambda *_: {})
     with pytest.raises((AssertionError, trio.TooSlowError), match=found if found != "not copied" else None):
         try_out(steps)
+
+
+def test_updates_that_are_lost_and_not_counted_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    next_copy = copying.Copying._next
+
+    def once(self: copying.Copying) -> Any:  # each expert is copied once, and what was learnt since is not known
+        due = next_copy(self)
+        return None if due is not None and self._made.get(due[0]) else due
+
+    def uncounted(**said: Any) -> ExpertTakenOver:
+        return ExpertTakenOver(**said | {"lost_updates": 0})
+
+    monkeypatch.setattr(copying.Copying, "_next", once)
+    monkeypatch.setattr(takeover, "ExpertTakenOver", uncounted)
+    with pytest.raises(AssertionError, match=r"had \d+ updates and has \d+; \d are counted as lost"):
+        try_out([Step(60.0, "kill", n) for n in range(2)])
 
 
 # ------------------------------------------------------------ a network that was divided
