@@ -11,8 +11,9 @@ import pytest
 import trio
 
 from labkit.contact import Contact
+from labkit.copies.servers import GridServers, ServerRecord
 from labkit.dht.node import Entry
-from labkit.directory.genuine import is_genuine
+from labkit.directory.genuine import is_genuine, signed
 from labkit.directory.index import Declared, Leaf, Marker, Withdrawn, entries_of, withdrawals_of
 from labkit.node import Node, open_node
 from labkit.simulation.network import open_simnet
@@ -101,7 +102,7 @@ def test_in_the_first_epoch_experts_are_declared_as_ever_and_nothing_else_outran
     for value in (msgspec.msgpack.encode(Marker()), b"something new"):
         assert is_genuine("expert:ffn", "0.", value, 0)
         assert not is_genuine("expert:ffn", "0.", value, 1)
-    assert is_genuine("servers:ffn", "anything", b"else", 7)
+    assert is_genuine("anything", "else", b"at all", 7)
 
 
 # ---------------------------------------------------------------- in a swarm
@@ -151,3 +152,27 @@ async def test_a_server_that_moves_or_leaves_signs_that_too(autojump_clock):
         await trio.sleep(1)
         await server.directory.withdraw({UID: Declared(1), OTHER: Declared()}, server.contact)
         assert await reader.directory.holders([UID, OTHER]) == {}
+
+
+async def test_a_stranger_says_nothing_in_the_name_of_another_server(autojump_clock):
+    async with three() as (server, stranger, reader):
+
+        def own(node: Node, **changes: Any) -> GridServers:
+            record = ServerRecord(server.contact, room=3, **changes)
+            return GridServers(node.dht, "ffn", lambda: record, sign=node.directory.sign)
+
+        async def seen() -> list[int]:
+            looks = GridServers(reader.dht, "ffn", None)
+            await looks.read()
+            return [record.experts for record in looks.others.values()]
+
+        await own(server, experts=2).round()
+        assert await seen() == [2]
+        await trio.sleep(1)
+        await own(stranger, experts=0).round()  # later, so that it would count
+        assert await seen() == [2]
+        await own(server, experts=1).round()
+        assert await seen() == [1]
+        value, subkey = msgspec.msgpack.encode(ServerRecord(server.contact)), SERVER.public_key.hex()
+        for wrong in (value, signed("servers:ffn", subkey, value, 1 << 62, STRANGER.sign)):
+            assert await stranger.dht.store_many([Entry("servers:ffn", wrong, 30.0, subkey, 1 << 62)]) == [0]

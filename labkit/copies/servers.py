@@ -19,11 +19,13 @@ from msgspec import Meta
 
 from labkit.contact import Contact
 from labkit.dht.node import Entry, Value
+from labkit.directory.genuine import OWN_NAMESPACE, signed, unsigned
+from labkit.directory.index import Sign
 from labkit.errors import LabkitError
 
 logger = logging.getLogger(__name__)
 
-NAMESPACE = "servers:"
+NAMESPACE = OWN_NAMESPACE
 KEY_PREFIX = 8  # bytes of a server's key by which `ExpertInfo.copies` names it
 PERIOD = 5.0  # seconds between two times that a server writes itself, and reads the others
 FIRST_PAUSE = 0.5  # the same at first, as other servers may begin at the same moment; it doubles from round to round
@@ -85,15 +87,17 @@ class GridServers:
         own: Returns what this server has to say of itself now; None for who only looks.
         period: Seconds between two rounds, in each of which it writes itself and reads the others.
         ttl: Seconds that a record lives. All servers of a grid need the same.
+        sign: Signs with the key of this server; without it, nodes that check signatures do not believe what it writes.
     """
 
     def __init__(
         self, dht: GridRecords, grid: str, own: Callable[[], ServerRecord] | None, period: float = PERIOD,
-        ttl: float = TTL,
+        ttl: float = TTL, sign: Sign | None = None,
     ) -> None:  # fmt: skip
         self._dht = dht
         self._key = NAMESPACE + grid
         self._own = own
+        self._sign = sign
         self._period = period
         self._ttl = ttl
         self._stamp = time.time_ns() // 1_000_000 << 16  # above all of an earlier life with the same key
@@ -193,12 +197,13 @@ class GridServers:
         self._stamp += 1
         record = msgspec.structs.replace(record, stamp=self._stamp)
         subkey = record.contact.key.hex()
-        await self._dht.store_many([Entry(self._key, msgspec.msgpack.encode(record), self._ttl, subkey, self._stamp)])
+        value = signed(self._key, subkey, msgspec.msgpack.encode(record), self._stamp, self._sign)
+        await self._dht.store_many([Entry(self._key, value, self._ttl, subkey, self._stamp)])
 
 
 def _read(subkey: str, data: bytes) -> ServerRecord | None:
     try:
-        record = msgspec.msgpack.decode(data, type=ServerRecord)
+        record = msgspec.msgpack.decode(unsigned(data), type=ServerRecord)
     except (msgspec.MsgspecError, RecursionError, ValueError):
         return None
     return record if record.contact.is_safe and record.contact.key.hex() == subkey else None

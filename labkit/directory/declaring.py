@@ -42,6 +42,7 @@ class Declaring:
     def __init__(
         self, dht: Records, config: DirectoryConfig | None = None, emit: Emit = ignore, sign: Sign | None = None
     ) -> None:
+        self.sign = sign
         self._sign = None if sign is None else lru_cache(maxsize=MAX_SIGNED)(sign)
         self.config = config or DirectoryConfig()
         self._dht = dht
