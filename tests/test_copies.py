@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -30,7 +31,19 @@ from labkit.copies import (
     send_copy,
     sending,
 )
-from labkit.copies.messages import DONE, MAX_PART, OFFER, PART, CopyOffer, CopyPart
+from labkit.copies.copying import MAX_KEEPERS, SILENCE, Copying
+from labkit.copies.messages import (
+    DONE,
+    MAX_PART,
+    OFFER,
+    PART,
+    CopyOffer,
+    CopyPart,
+    CopyState,
+    Watched,
+    WatchedExpert,
+    WatchReply,
+)
 from labkit.copies.receiving import LEASE, LIFETIME, MAX_TRANSFERS
 from labkit.errors import BadRequest, CheckpointError, ConnectionLost, DeadlineExceeded, Overloaded, RequestRefused
 from labkit.events import CopyFailed, CopyStored, Event
@@ -714,3 +727,22 @@ async def test_a_copy_of_another_size_than_its_head_says_is_our_own_mistake():
     head, data = packed(make_primary())
     with pytest.raises(ValueError, match="bytes, not"):
         await send_copy(None, make_primary(), head, data + b"x", quick())  # type: ignore[arg-type]
+
+
+async def test_however_many_say_that_they_keep_a_copy_few_of_them_are_remembered(autojump_clock: MockClock):
+    experts: Any = SimpleNamespace(held={UID: 1}, updates=lambda uid: 9)
+    copying = Copying(None, experts, SimpleNamespace(others={}), make_primary, 1, print, budget=quick())  # type: ignore[arg-type]
+
+    def watch(number: int) -> WatchedExpert | None:
+        by = Contact(number.to_bytes(32, "big"), "127.0.0.1", 5000)
+        body = Watched(by, [CopyState(UID, 1, 7)])
+        reply = copying.rpc_watch(Request("copies.watch", body, (), SimpleNamespace(key=by.key), 0.0))  # type: ignore[arg-type]
+        answer: WatchReply = reply.body
+        return answer.experts[0]
+
+    for number in range(2 * MAX_KEEPERS):
+        assert watch(number) == WatchedExpert(1, 9)
+    assert len(copying.holders(UID)) == MAX_KEEPERS
+    await trio.sleep(SILENCE)
+    watch(999)
+    assert [contact.key[-2:] for contact in copying.holders(UID)] == [(999).to_bytes(2, "big")]

@@ -31,6 +31,7 @@ LOOK_PERIOD = 0.5  # seconds between two looks for copies that are due
 SILENCE = 6.0  # seconds without a word of who keeps a copy, after which it counts as gone
 NAME_PERIOD = 2.0  # seconds between two times that it is said who has copies, while some are made
 PATIENCE = 5.0  # seconds to try again at a server that takes as many copies as it can
+MAX_KEEPERS = 64  # servers that say to have a copy of an expert, beyond which the silent ones are forgotten
 MAX_NAMED = 8  # servers with copies that a declaration names
 PAUSE_AFTER_FAILURE = 2.0  # seconds until a server is tried again that did not take a copy; doubled each time
 LONGEST_PAUSE = 60.0  # in a row, up to this
@@ -159,10 +160,13 @@ class Copying:
                 continue
             made = self._made.setdefault(state.uid, {})
             before = made.get(body.by.key)
-            if before is None or (before.epoch, before.updates) != (state.epoch, state.updates):
-                made[body.by.key] = Copied(body.by, state.epoch, state.updates, 0, now, now)
-            else:
+            if before is None and len(made) >= MAX_KEEPERS:  # some may have said so for years
+                for key in [key for key, copied in made.items() if now - copied.heard >= SILENCE]:
+                    del made[key]
+            if before is not None and (before.epoch, before.updates) == (state.epoch, state.updates):
                 before.heard, before.at = now, body.by
+            elif before is not None or len(made) < MAX_KEEPERS:
+                made[body.by.key] = Copied(body.by, state.epoch, state.updates, 0, now, now)
             rows.append(
                 WatchedExpert(epoch, self._experts.updates(state.uid), drop=self._is_spare(state.uid, body.by, some))
             )
