@@ -1,27 +1,20 @@
-"""The swarm: what a notebook holds. It starts or joins one, serves experts in it, and makes layers that call them.
+"""The swarm: what a notebook holds. It starts or joins one, serves experts in it, and looks at it.
 
-A batch passes by: layers call experts in the session that `swarm_lifecycle` opened.
+A batch passes by: layers, which `swarm_layers` makes, call experts in the session that `swarm_lifecycle` opened.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import get_num_threads, nn
+from torch import get_num_threads
 
-from labkit.client.dispatch_config import DispatchConfig
-from labkit.client.expert import RemoteExpert
-from labkit.client.fitting import fitting_outputs, known_sizes
-from labkit.client.moe import MixtureOfExperts
 from labkit.contact import Contact, Invitation
-from labkit.directory.grids import GridInfo
 from labkit.events import Emit
-from labkit.expert_uid import ExpertInfo, check_grid, split_uid
 from labkit.faults import Faults
 from labkit.launch import planning
 from labkit.launch.cluster import cluster_of
@@ -37,7 +30,7 @@ from labkit.server.layers import Factory, check_options
 from labkit.server.optimizer import BackendConfig
 from labkit.server.statistics import ServerStatistics
 from labkit.suggest import suggest_options
-from labkit.swarm_lifecycle import SwarmLifecycle
+from labkit.swarm_layers import SwarmLayers
 from labkit.view.collect.inventory import ask_all_servers
 from labkit.view.starting import show_order
 from labkit.view.summary import SwarmSummary
@@ -50,7 +43,7 @@ if TYPE_CHECKING:
     from labkit.view.picture.snapshot import Picture
 
 
-class Swarm(SwarmLifecycle):
+class Swarm(SwarmLayers):
     """A swarm of expert servers. `Swarm()` starts one, `Swarm.join(invite)` joins one.
 
     Its network runs in a thread of its own. Its methods may be called from any other thread,
@@ -222,109 +215,7 @@ class Swarm(SwarmLifecycle):
         """
         return self._portal.call(ask_all_servers, self._node, self.servers, timeout)
 
-    # ------------------------------------------------------------ layers
-
-    @suggest_options
-    def moe(
-        self, dim: int, grid: Sequence[int] | None = None, name: str = "ffn", *, k_best: int | None = None,
-        k_min: int = 1, out: int | Sequence[int | Sequence[int]] | None = None, forward_timeout: float = 10.0,
-        backward_timeout: float = 10.0, timeout_after_k_min: float | None = None, allow_zero_outputs: bool = False,
-        codec: str = "none", routing: str = "softmax", jitter: float = 0.0, grid_dropout: float = 0.0,
-        train_experts: bool | None = None,
-    ) -> MixtureOfExperts:  # fmt: skip
-        """Returns a mixture-of-experts layer, [..., dim] -> [..., out], over a grid of this swarm.
-
-        Example:
-            layer = swarm.moe(256, grid=(4, 4), k_best=4)
-
-        Args:
-            dim: Width of its inputs.
-            grid: Sizes of the grid, by default those that its servers declare.
-            name: The grid's name.
-            k_best: Experts that each row is sent to; by default four, or all if there are fewer.
-            k_min: Answers that each row needs.
-            out: Width of its outputs, by default what the servers declare, or else `dim`;
-                several widths for experts with several outputs.
-            forward_timeout: Longest time of a forward pass, in seconds.
-            backward_timeout: Longest time of a backward pass, in seconds.
-            timeout_after_k_min: Seconds left to experts that no row needs any more; by default
-                what their latencies justify, at most one or so.
-            allow_zero_outputs: Whether a row with fewer than `k_min` answers gives zeros, rather
-                than `NotEnoughExperts`.
-            codec: How tensors are compressed on the wire: "none", "float16", "bfloat16" or
-                "blockwise8".
-            routing: Weights of the outputs: "softmax" over a row's experts, or "switch", the
-                gate's probabilities.
-            jitter: The gate's inputs are multiplied by random factors within 1 ± jitter while
-                training.
-            grid_dropout: Share of the grid's coordinates that are left out at random while
-                training.
-            train_experts: Whether backward passes train the experts; by default those that
-                compute the gradients of the layer's gate, so not where it is frozen.
-
-        Raises:
-            ValueError: No such grid is served and `grid` is left out, its sizes or the width of
-                its experts are others, or an option is impossible.
-        """
-        grids = self.grids()
-        sizes = check_grid(grid) if grid is not None else known_sizes(grids, name)
-        if name in grids:
-            try:
-                out = fitting_outputs(dim, sizes, out, name, grids[name])
-            except ValueError:
-                if any(split_uid(uid)[0] == name for uid in self.experts()):
-                    raise  # else nobody serves it any more, and it may be served anew in another way
-        config = DispatchConfig(
-            min(4, math.prod(sizes)) if k_best is None else k_best, k_min, forward_timeout, backward_timeout,
-            timeout_after_k_min, allow_zero_outputs, codec,
-        )  # fmt: skip
-        return MixtureOfExperts(
-            dim, sizes, name, swarm=self.name, out=out, routing=routing, jitter=jitter, grid_dropout=grid_dropout,
-            train_experts=train_experts, dispatch=config,
-        )  # fmt: skip
-
-    @suggest_options
-    def expert(
-        self, uid: str, *, timeout: float = 10.0, codec: str = "none", train_expert: bool | None = None
-    ) -> RemoteExpert:
-        """Returns one expert as a module, [rows, ...] -> [rows, ...].
-
-        Example:
-            expert = swarm.expert("ffn.0.3")
-            expert(torch.randn(8, 256)), expert.schema
-
-        Args:
-            uid: The expert, such as "ffn.0.3".
-            timeout: Seconds that a call may take.
-            codec: How tensors are compressed on the wire, "none" by default.
-            train_expert: Whether backward passes train the expert; by default unless it is
-                frozen: `requires_grad_(False)`.
-        """
-        return RemoteExpert(uid, self.name, timeout=timeout, codec=codec, train_expert=train_expert)
-
-    def attach(self, model: nn.Module) -> nn.Module:
-        """Let a model that was loaded or copied call this swarm's experts. Returns the model."""
-        for module in model.modules():
-            if isinstance(module, (MixtureOfExperts, RemoteExpert)):
-                module.swarm = self.name
-        return model
-
     # ------------------------------------------------------------ looking
-
-    def grids(self) -> dict[str, GridInfo]:
-        """Returns the grids of this swarm, by name: their sizes and the kind of their experts."""
-        return self._portal.call(self._node.directory.grids)
-
-    def experts(self) -> dict[str, ExpertInfo]:
-        """Returns all experts that are alive, by uid: where each of them is served."""
-        return self._portal.call(self._node.directory.experts_of, self.grids())
-
-    def experts_alive(self) -> int:
-        """Returns how many experts are alive, as far as that is known here; asks no other node."""
-        return self._portal.call(self._count_known)
-
-    async def _count_known(self) -> int:
-        return len(self._node.directory.known())
 
     def on_event(self, listener: Emit) -> Callable[[], None]:
         """Call `listener` with every event, in its thread. Returns a function that ends this."""

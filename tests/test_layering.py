@@ -36,7 +36,7 @@ FLOORS = [
     # the notebook
     "launch", "view", "view.worker_thread", "view.scene", "view.outputs", "view.collect", "view.summary",
     "view.picture", "view.log", "view.page", "view.export", "view.recording", "view.progress", "view.starting",
-    "view.swarm_view", "swarm_lifecycle", "swarm", "resuming",
+    "view.swarm_view", "swarm_lifecycle", "swarm_layers", "swarm", "resuming",
     # other people's training loops
     "integrations",
     # what a user imports; it imports the others when they are used

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from labkit.client.moe import output_shapes
+from labkit.client.moe import SEQ, output_shapes
 from labkit.directory.grids import GridInfo
 from labkit.expert_protocol import TensorSchema
 from labkit.suggest import nearest
 
 ANY = -1  # a size of a schema where any will do
-KINDS_OF_VECTORS = ("ffn",)  # whose rows are vectors of the width `hidden`, for servers that declare no schema
+KINDS = {"ffn": 1, "transformer": 2}  # the dimensions of their rows, `hidden` the last, for servers without a schema
 Out = int | Sequence[int | Sequence[int]]
 
 
@@ -31,7 +31,9 @@ def known_sizes(grids: Mapping[str, GridInfo], name: str) -> tuple[int, ...]:
     return grids[name].sizes
 
 
-def fitting_outputs(dim: int, sizes: tuple[int, ...], out: Out | None, name: str, info: GridInfo) -> Out:
+def fitting_outputs(
+    dim: int, sizes: tuple[int, ...], out: Out | None, name: str, info: GridInfo, sequences: bool = False
+) -> Out:
     """The widths, or shapes, of a layer's outputs over a grid.
 
     Args:
@@ -40,6 +42,7 @@ def fitting_outputs(dim: int, sizes: tuple[int, ...], out: Out | None, name: str
         out: What the caller says of its outputs; None to go by what the grid declares, or else by `dim`.
         name: The name of the grid.
         info: What is declared of it.
+        sequences: Whether the layer sends whole sequences.
 
     Raises:
         ValueError: The grid has other sizes, or its experts take or give something else.
@@ -50,41 +53,56 @@ def fitting_outputs(dim: int, sizes: tuple[int, ...], out: Out | None, name: str
     inputs = schema.inputs if schema is not None else ()
     outputs = schema.outputs if schema is not None else ()
     width = info.options.get("hidden")
-    if schema is None and info.kind in KINDS_OF_VECTORS and isinstance(width, int):
-        inputs = outputs = (TensorSchema("float32", (width,)),)
+    if schema is None and info.kind in KINDS and isinstance(width, int):
+        inputs = outputs = (TensorSchema("float32", (*[ANY] * (KINDS[info.kind] - 1), width)),)
     if inputs:
-        _check_input(dim, name, inputs[0])
+        _check_input(dim, name, inputs[0], sequences)
     if not outputs:
         return dim if out is None else out
     declared = [tensor.shape for tensor in outputs]
+    if sequences:
+        declared = [_of_sequence(shape, inputs[0].shape if inputs else ()) for shape in declared]
+    first = 1 if sequences else 0  # the place of what is to be known: there are any number of positions
     if out is None:
-        if len(declared) == 1 and declared[0] == (ANY,):
+        if declared == [(*[SEQ] * first, ANY)]:
             return dim  # any width in, and the same out
-        if any(ANY in shape for shape in declared):
+        if any(ANY in shape[first:] for shape in declared):
             raise ValueError(
-                f"the experts of the grid {name!r} give {_shapes(declared)}; say with out=… what that is for rows of "
-                f"width {dim}"
+                f"the experts of the grid {name!r} give {_shapes(declared)}; say with out=… what that is for "
+                f"{'positions' if sequences else 'rows'} of width {dim}"
             )
         return declared
-    wanted = output_shapes(out)
+    wanted = output_shapes(out, sequences)
     if len(wanted) != len(declared) or any(
-        len(one) != len(other) or any(a != b for a, b in zip(one, other, strict=True) if b != ANY)
+        len(one) != len(other) or any(a != b for a, b in zip(one, other, strict=True) if ANY not in (a, b))
         for one, other in zip(wanted, declared, strict=True)
     ):
         raise ValueError(f"out={out!r}: the experts of the grid {name!r} give {_shapes(declared)}; leave out=… out")
     return out
 
 
-def _check_input(dim: int, name: str, tensor: TensorSchema) -> None:
+def _of_sequence(shape: tuple[int, ...], of_input: tuple[int, ...]) -> tuple[int, ...]:
+    """An output's shape as a layer over sequences has it, from one that was seen: `SEQ` for the positions."""
+    if len(of_input) == 1:  # it was seen with single positions
+        return (SEQ, *shape)
+    return (SEQ, *shape[1:]) if len(shape) > 1 and of_input and shape[0] == of_input[0] else shape
+
+
+def _check_input(dim: int, name: str, tensor: TensorSchema, sequences: bool) -> None:
     shape = tensor.shape
-    if len(shape) != 1:
+    whole = len(shape) == 2 and shape[1] in (dim, ANY)
+    if len(shape) != 1 and not (sequences and len(shape) == 2):
         raise ValueError(
-            f"the experts of the grid {name!r} take {_shapes([shape])}, and a layer sends each row as one vector; call "
-            "them with swarm.expert(uid)"
+            f"the experts of the grid {name!r} take {_shapes([shape])}, and a layer sends each row as one "
+            + ("sequence of vectors" if sequences else "vector")
+            + (f"; swarm.moe({dim}, sequences=True) sends whole sequences" if whole else "")
+            + "; call them with swarm.expert(uid)"
         )
-    if shape[0] not in (dim, ANY):
+    if shape[-1] not in (dim, ANY):
+        more = ", sequences=True" if sequences else ""
         raise ValueError(
-            f"dim={dim}: the experts of the grid {name!r} take rows of width {shape[0]}, so write swarm.moe({shape[0]})"
+            f"dim={dim}: the experts of the grid {name!r} take {'positions' if len(shape) == 2 else 'rows'} of width "
+            f"{shape[-1]}, so write swarm.moe({shape[-1]}{more})"
         )
 
 

@@ -4,7 +4,8 @@ A batch enters the network here and comes back here. Gating scores are computed 
 calls the experts; the average over those that answered is plain autograd again, so the gate's gradient is exact.
 """
 
-# b...: leading shape of the input; n: rows = all of them; k: k_best; size: of one grid dimension; dim: of a row
+# b...: leading shape of the input; n: rows, or sequences, = all of them; seq: positions of a sequence; k: k_best;
+# size: of one grid dimension; dim: of a row, or of a position
 
 from __future__ import annotations
 
@@ -22,12 +23,14 @@ from labkit.client.expert_client import for_the_wire
 from labkit.client.frozen import are_wanted, gradient_nodes
 from labkit.client.inputs import check_finite, check_tensors
 from labkit.client.outside_graphs import outside_graphs
+from labkit.client.pooling import Pool, check_pool, pool_name, pooled
 from labkit.client.session import Session, find_session
 from labkit.expert_protocol import MAX_TENSORS
 from labkit.expert_uid import check_grid, check_name
 from labkit.suggest import one_of
 
 ROUTINGS = ("softmax", "switch")
+SEQ = -1  # a size of an output's shape where a layer over sequences has the positions of its input
 _DROPPED_PENALTY = 1e9  # subtracted from the scores of dropped coordinates
 
 
@@ -44,6 +47,11 @@ class MixtureOfExperts(nn.Module):
     `requires_grad_(False)` freezes the experts, too, and `torch.autograd.grad(score, x)` asks
     them for the gradients of their inputs only.
 
+    With `sequences=True` a row is a whole sequence: [..., seq, dim] -> [..., seq, out]. The
+    gate decides once for each, and experts see [rows, seq, dim]. Further inputs, such as a
+    mask [..., seq] of what is no padding, begin with the shape before seq. One batch may have
+    longer sequences than another.
+
     Example:
         moe = swarm.moe(256, grid=(4, 4), k_best=4)
         moe(torch.randn(32, 256)).sum().backward()  # trains the experts, too
@@ -56,7 +64,9 @@ class MixtureOfExperts(nn.Module):
         swarm: Name of the swarm, which has to be open when the layer is called. Default
             "default".
         out: Width of the output; default None: that of the input. Several widths where the
-            experts have several outputs: then the layer returns a tuple of outputs.
+            experts have several outputs: then the layer returns a tuple of outputs. Of
+            sequences a width is that of each position; a shape, as in `out=[(10,)]`, is that
+            of the output for a whole sequence, and -1 stands in it for seq.
         routing: "softmax" (default), or "switch": weights are the gate's probabilities, as in
             the Switch Transformer; meant for k_best=1.
         jitter: In training, the gate's input is multiplied by random factors, 1 ± jitter.
@@ -65,6 +75,12 @@ class MixtureOfExperts(nn.Module):
             Default 0.
         train_experts: Whether backward passes train the experts. Default None: those that
             compute the gradients of the gate.
+        sequences: Whether rows are whole sequences. Default False.
+        pool: What the gate decides on, for sequences: the "mean" (default) of the positions,
+            or the "first" one, among those that `mask=` says are there, if it is an input. Or
+            a function or module of x [n, seq, dim], and of those further inputs, by keyword,
+            that it has parameters for; it returns [n, dim]. A mean sees the whole sequence,
+            so the choice of experts tells each position something of those after it.
         dispatch: How many experts a row is sent to, and how long it waits: see
             `DispatchConfig`. By default four experts, or all if there are fewer.
 
@@ -90,6 +106,8 @@ class MixtureOfExperts(nn.Module):
         jitter: float = 0.0,
         grid_dropout: float = 0.0,
         train_experts: bool | None = None,
+        sequences: bool = False,
+        pool: Pool = "mean",
         dispatch: DispatchConfig | None = None,
     ) -> None:
         super().__init__()
@@ -97,7 +115,7 @@ class MixtureOfExperts(nn.Module):
         self.grid = check_grid(grid)
         self.name = check_name(name)
         self.swarm = swarm
-        self.output_shapes = output_shapes(dim if out is None else out)
+        self.output_shapes = output_shapes(dim if out is None else out, sequences)
         self.dispatch = dispatch or DispatchConfig(k_best=min(4, math.prod(self.grid)))
         if routing not in ROUTINGS:
             raise ValueError(one_of("routing", routing, ROUTINGS))
@@ -107,6 +125,10 @@ class MixtureOfExperts(nn.Module):
             raise ValueError(f"k_best={self.dispatch.k_best}, but the grid {self.grid} has only {math.prod(self.grid)}")
         if train_experts not in (None, True, False):
             raise ValueError(f"train_experts={train_experts!r}: True, False, or None for as the gate is trained")
+        if sequences not in (True, False) or (pool != "mean" and not sequences):
+            raise ValueError(f"sequences={sequences!r}, pool={pool!r}: True or False, and a pool for sequences only")
+        self.sequences = sequences
+        self.pool = check_pool(pool)
         self.routing = routing
         self.jitter = jitter
         self.grid_dropout = grid_dropout
@@ -119,19 +141,19 @@ class MixtureOfExperts(nn.Module):
         """Compute one batch: 1. grid scores, 2. experts, 3. their weights, 4. the weighted mean.
 
         Args:
-            x: Input [..., dim], on which the gate decides.
+            x: Input [..., dim], on which the gate decides; or sequences [..., seq, dim].
             *others: Further inputs [..., *] for the experts.
             **keywords: Further inputs [..., *], which the experts get by keyword.
 
         Returns:
-            The output [..., out], on the device and of the dtype of x (under autocast, of its
-                dtype). Where the experts have several outputs, a tuple of them.
+            The output [..., out], or [..., seq, out], on the device and of the dtype of x (under
+                autocast, of its dtype). Where the experts have several outputs, a tuple of them.
 
         Raises:
             NoExperts: The grid has no live expert.
             NotEnoughExperts: A row got fewer than `k_min` answers.
-            NonFiniteTensor: There is NaN or infinity among the further inputs.
-            ValueError: It is in x, or shapes do not fit.
+            NonFiniteTensor: There is NaN or infinity among the further inputs, or in sequences.
+            ValueError: It is in rows x, or shapes do not fit.
             SwarmClosed: The swarm is not open in this process.
         """
         check_tensors(f"the layer over the grid {self.name!r}", (x, *others), keywords)
@@ -142,13 +164,18 @@ class MixtureOfExperts(nn.Module):
                 f"the gate decides on floating-point numbers; got {x.dtype}. Hand tokens and the like over as further "
                 "inputs"
             )
-        leading = x.shape[:-1]  # b...
+        if self.sequences and (x.ndim < 2 or x.shape[-2] == 0):
+            raise ValueError(f"the input is [..., seq, {self.dim}] with at least one position; got {list(x.shape)}")
+        row = x.shape[-2:] if self.sequences else x.shape[-1:]  # [dim] or [seq, dim]
+        leading = x.shape[: -len(row)]  # b...
         further = (*others, *keywords.values())
         if any(other.shape[: len(leading)] != leading for other in further):
-            raise ValueError(f"all inputs begin with the same shape; {list(leading)} here")
+            got = ", ".join(str(list(other.shape)) for other in further)
+            raise ValueError(f"all inputs begin with the same shape, {list(leading)} here; the further ones are {got}")
         n = math.prod(leading)
         inputs = [tensor.reshape(n, *tensor.shape[len(leading) :]) for tensor in (x, *further)]  # [n, ...]
-        scores = self.grid_scores(inputs[0])  # 1: [n, size] for each dimension
+        named = dict(zip(keywords, inputs[len(inputs) - len(keywords) :], strict=True))
+        scores = self.grid_scores(inputs[0], **named)  # 1: [n, size] for each dimension
         session = find_session(self.swarm)
         sent, outputs = self._ask(session, inputs, tuple(keywords), scores)  # 2: [n, k, *out]
         weights = self.weights([score.to(outputs[0].dtype) for score in scores], sent)  # 3: [n, k]
@@ -157,8 +184,14 @@ class MixtureOfExperts(nn.Module):
         shaped = tuple(mean.reshape(*leading, *mean.shape[1:]) for mean in means)
         return shaped if len(shaped) > 1 else shaped[0]
 
-    def grid_scores(self, rows: Tensor) -> list[Tensor]:
-        """Rows [n, dim] -> the scores of each dimension's coordinates, [n, size] each."""
+    def grid_scores(self, rows: Tensor, **further: Tensor) -> list[Tensor]:
+        """The scores of each dimension's coordinates, [n, size] each.
+
+        Args:
+            rows: Rows [n, dim]; or sequences [n, seq, dim].
+            **further: The inputs beside sequences, by keyword: a mask counts.
+        """
+        rows = pooled(self.pool, rows, further) if self.sequences else rows
         if self.training and self.jitter:
             rows = rows * torch.empty_like(rows).uniform_(1 - self.jitter, 1 + self.jitter)
         return list(self.gate(rows).split(self.grid, dim=1))
@@ -170,9 +203,13 @@ class MixtureOfExperts(nn.Module):
         if self.training and self.grid_dropout:
             searched = [_drop(score, self.grid_dropout) for score in searched]
         local = [for_the_wire(tensor) for tensor in inputs]
-        check_finite(self.name, "further inputs", local[1:])  # (The search sees what x holds, by its scores.)
+        if self.sequences:
+            check_finite(self.name, "inputs", local)
+        else:
+            check_finite(self.name, "further inputs", local[1:])  # (The search sees what x holds, by its scores.)
+        shapes = [tuple(local[0].shape[1] if size == SEQ else size for size in shape) for shape in self.output_shapes]
         sent, outputs = session.run(
-            dispatch_forward, session, self.dispatch, self.name, local, searched, self.output_shapes, keywords
+            dispatch_forward, session, self.dispatch, self.name, local, searched, shapes, keywords
         )
         passing = _Passing(session, self.dispatch, sent, keywords, self.train_experts)
         anchor: Tensor | None = None
@@ -209,8 +246,11 @@ class MixtureOfExperts(nn.Module):
         return torch.softmax(total.masked_fill(~answered, lowest), dim=1) * answered
 
     def extra_repr(self) -> str:
-        widths = ", ".join("x".join(map(str, shape)) for shape in self.output_shapes)
-        out = "" if self.output_shapes == ((self.dim,),) else f"out={widths}, "
+        shapes = [shape[1:] if self.sequences and shape[0] == SEQ else shape for shape in self.output_shapes]
+        widths = ", ".join("x".join(map(str, shape)) for shape in shapes)
+        out = "" if self.output_shapes == output_shapes(self.dim, self.sequences) else f"out={widths}, "
+        if self.sequences:
+            out += f"sequences=True, pool={pool_name(self.pool)}, "
         return (
             f"{self.dim}, {out}grid={self.grid}, name={self.name!r}, k_best={self.dispatch.k_best}, "
             f"swarm={self.swarm!r}"
@@ -221,15 +261,24 @@ class MixtureOfExperts(nn.Module):
         return {**self.__dict__, "balance_loss": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        older = {"output_shapes": ((state["dim"],),), "train_experts": None}
+        older: dict[str, Any] = {
+            "output_shapes": ((state["dim"],),), "train_experts": None, "sequences": False,
+        }  # fmt: skip
+        if "pool" not in state.get("_modules", {}):
+            older["pool"] = "mean"
         super().__setstate__({**older, **state})  # type: ignore[no-untyped-call]
 
 
-def output_shapes(out: int | Sequence[int | Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    """The shape of one row of each output: `out` is a width, or several widths or shapes. Raises `ValueError`."""
+def output_shapes(out: int | Sequence[int | Sequence[int]], sequences: bool = False) -> tuple[tuple[int, ...], ...]:
+    """The shape of one row of each output: `out` is a width, or several widths or shapes. Raises `ValueError`.
+
+    Of sequences a width is that of each position, and `SEQ` in a shape stands for their number.
+    """
     each = [out] if isinstance(out, int) else list(out)
-    shapes = tuple((one,) if isinstance(one, int) else tuple(one) for one in each)
-    whole = all(isinstance(size, int) and size >= 1 for shape in shapes for size in shape)
+    shapes = tuple((*([SEQ] if sequences else []), one) if isinstance(one, int) else tuple(one) for one in each)
+    whole = all(
+        isinstance(size, int) and (size >= 1 or (sequences and size == SEQ)) for shape in shapes for size in shape
+    )
     if not (whole and 1 <= len(shapes) <= MAX_TENSORS):
         raise ValueError(f"out={out!r}: a width of at least 1, or 1 to {MAX_TENSORS} of them")
     return shapes

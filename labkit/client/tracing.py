@@ -50,7 +50,7 @@ class SearchTrace:
         return self.layer.weights(self.grid_scores, sent).detach()
 
 
-def trace_search(layer: MixtureOfExperts, x: Tensor) -> SearchTrace:
+def trace_search(layer: MixtureOfExperts, x: Tensor, **further: Tensor) -> SearchTrace:
     """Find the experts of some rows as the layer does, and note how. No expert is called.
 
     Example:
@@ -59,7 +59,8 @@ def trace_search(layer: MixtureOfExperts, x: Tensor) -> SearchTrace:
 
     Args:
         layer: A layer of an open swarm.
-        x: Rows [n, dim].
+        x: Rows [n, dim]; or sequences [n, seq, dim], for a layer that sends such.
+        **further: The inputs beside sequences, by keyword: a mask counts.
 
     Returns:
         The trace of their search.
@@ -68,7 +69,7 @@ def trace_search(layer: MixtureOfExperts, x: Tensor) -> SearchTrace:
         SwarmClosed: The swarm is not open in this process.
     """
     with torch.no_grad():
-        scores = layer.grid_scores(x)
+        scores = layer.grid_scores(x, **further)
     return find_session(layer.swarm).run(_trace, find_session(layer.swarm), layer, scores)
 
 

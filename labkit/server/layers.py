@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any, TypeVar, overload
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -287,7 +288,9 @@ class Transformer(nn.Module):
     """The kind "transformer": a pre-LayerNorm block of self-attention and a feed-forward part.
 
     Both have a residual. Input [rows, seq, hidden] -> output of the same shape. Rows do not
-    see each other. The paper's block has hidden 1024, 16 heads and inner 2048.
+    see each other. A further input `mask` [rows, seq], of bools or whole numbers, says which
+    positions are there: the others are padding, which only padding itself sees. The paper's
+    block has hidden 1024, 16 heads and inner 2048.
 
     Args:
         hidden: Size of the last dimension of input and output, a multiple of `heads`.
@@ -310,7 +313,7 @@ class Transformer(nn.Module):
             raise ValueError(f"hidden={hidden} is not a multiple of heads={heads}")
         inner = 2 * hidden if inner is None else check_size("inner", inner)
         self.heads, self.causal, self.max_length = heads, causal, max_length
-        self.takes = f"float32 [rows, at most {max_length}, {hidden}]"
+        self.takes = f"float32 [rows, at most {max_length}, {hidden}], and maybe mask= bool [rows, as many]"
         self.attention_norm = nn.LayerNorm(hidden)
         self.query_key_value = nn.Linear(hidden, 3 * hidden)
         self.attention_output = nn.Linear(hidden, hidden)
@@ -318,7 +321,7 @@ class Transformer(nn.Module):
             nn.LayerNorm(hidden), nn.Linear(hidden, inner), nn.ReLU(), nn.Linear(inner, hidden)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if x.ndim != 3 or x.shape[1] > self.max_length:
             raise ValueError(
                 f"a transformer expert takes [rows, seq <= {self.max_length}, hidden], not {list(x.shape)}"
@@ -327,10 +330,22 @@ class Transformer(nn.Module):
         qkv = self.query_key_value(self.attention_norm(x))  # [rows, seq, 3 * hidden]
         qkv = qkv.view(rows, seq, 3, self.heads, hidden // self.heads).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)  # each [rows, heads, seq, hidden / heads]
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        seen = None if mask is None else self._seen(mask, x)
+        mixed = F.scaled_dot_product_attention(query, key, value, seen, is_causal=self.causal and seen is None)
         x = x + self.attention_output(mixed.transpose(1, 2).reshape(rows, seq, hidden))
         output: Tensor = x + self.feed_forward(x)
         return output
+
+    def _seen(self, mask: Tensor, x: Tensor) -> Tensor:
+        """Which positions each position sees, bool [rows, 1, seq, seq]. Padding sees itself, too, lest it see none."""
+        if mask.shape != x.shape[:2] or mask.is_floating_point() or mask.is_complex():
+            raise ValueError(
+                f"mask: bools or whole numbers {list(x.shape[:2])}, true where a position is there; got {mask.dtype} "
+                f"{list(mask.shape)}"
+            )
+        square = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
+        seen = (mask != 0)[:, None, None, :] | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        return seen & square.tril() if self.causal else seen
 
 
 class Nop(nn.Module):
