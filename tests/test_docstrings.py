@@ -20,7 +20,8 @@ WIDTH = 90  # characters of a line that fit into JupyterLab's tooltip
 MADE_BY_LABKIT = (ServerHandle, Run, Picture)  # which users are given, and do not make themselves
 PUBLIC = [
     *(getattr(lk, name) for name in lk.__all__ if name not in ("__version__", "losses")),
-    lk.losses.cross_entropy, lk.losses.next_token, lk.losses.binary_cross_entropy, lk.losses.mse, lk.losses.mae,
+    lk.losses.cross_entropy, lk.losses.next_token, lk.losses.each_token, lk.losses.binary_cross_entropy,
+    lk.losses.mse, lk.losses.mae,
     TrainingStep, Validation, Best, ServerHandle, Run, RichLogger,
     Logging, Picture,
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -233,6 +234,53 @@ def test_next_token_compares_each_position_with_the_token_after_it():
     assert lk.losses.next_token(SEQUENCES, TOKENS).item() == pytest.approx(expected.item())
 
 
+def test_each_token_compares_each_position_with_its_own_label_even_where_there_are_as_many_positions_as_classes():
+    square, y = SEQUENCES[:, :5], torch.where(TOKENS[:, :5] == 1, -100, TOKENS[:, :5])  # 5 positions, 5 classes
+    expected = F.cross_entropy(square.flatten(0, 1), y.flatten())
+    assert lk.losses.each_token(square, y).item() == pytest.approx(expected.item())
+    measured = [
+        lk.evaluate(Says(square), ROWS, y, metric=metric, loss=lk.losses.each_token, batch_size=3)
+        for metric in ("loss", "perplexity", "accuracy")
+    ]
+    right = (square.argmax(2) == y)[y != -100].float().mean()
+    assert measured == pytest.approx([expected.item(), math.exp(expected), right.item()])
+    second = lk.evaluate(Says(square), ROWS, TOKENS[:, :5], loss=nn.CrossEntropyLoss())
+    assert second == pytest.approx((square.argmax(1) == TOKENS[:, :5]).float().mean().item())
+
+
+@dataclasses.dataclass
+class CausalLMOutput:
+    """What a causal model of Hugging Face returns: it has compared the scores with the labels after them."""
+
+    loss: torch.Tensor
+    logits: torch.Tensor
+
+
+def test_a_model_that_shifts_the_labels_itself_is_measured_so():
+    class Causal(nn.Module):
+        def forward(self, rows, labels):
+            return CausalLMOutput(lk.losses.next_token(SEQUENCES[rows], labels), SEQUENCES[rows])
+
+    batches = [{"rows": rows, "labels": TOKENS[rows]} for rows in ROWS.split(3)]
+    right = (SEQUENCES[:, :-1].argmax(2) == TOKENS[:, 1:]).float().mean().item()
+    assert lk.evaluate(Causal(), batches) == pytest.approx(right)
+    assert lk.evaluate(Causal(), batches, metric="loss") == pytest.approx(lk.losses.next_token(SEQUENCES, TOKENS))
+
+
+def test_one_hot_labels_of_positions_are_measured_as_classes_also_where_batches_have_different_lengths():
+    one_hot = F.one_hot(TOKENS, SEQUENCES.shape[2]).float()
+    batches = [(ROWS[:4], one_hot[:4, :3]), (ROWS[4:], one_hot[4:])]
+    scores = torch.cat([SEQUENCES[:4, :3].flatten(0, 1), SEQUENCES[4:].flatten(0, 1)])
+    tokens = torch.cat([TOKENS[:4, :3].flatten(), TOKENS[4:].flatten()])
+
+    class Cut(nn.Module):
+        def forward(self, rows):
+            return SEQUENCES[rows][:, : 3 if rows[0] == 0 else None]
+
+    assert lk.evaluate(Cut(), batches) == pytest.approx((scores.argmax(1) == tokens).float().mean().item())
+    assert lk.evaluate(Cut(), batches, metric="loss") == pytest.approx(F.cross_entropy(scores, tokens).item())
+
+
 LOSSES: list[tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]] = [
     (lk.losses.cross_entropy, SCORES, Y[:, None], F.cross_entropy(SCORES, Y)),
     (lk.losses.cross_entropy, SEQUENCES, TOKENS, F.cross_entropy(SEQUENCES.flatten(0, 1), TOKENS.flatten())),
@@ -259,8 +307,9 @@ def test_losses_pair_each_output_with_its_own_label(loss, outputs, y, expected):
 def test_losses_refuse_shapes_that_torch_would_pair_each_with_each():
     with pytest.raises(ValueError, match=r"outputs \[10, 5\] and y \[10\]"):
         lk.losses.mse(SCORES, YES)
-    with pytest.raises(ValueError, match="next_token"):
-        lk.losses.next_token(SCORES, Y)
+    for loss in (lk.losses.next_token, lk.losses.each_token):
+        with pytest.raises(ValueError, match=loss.__name__):
+            loss(SCORES, Y)
 
 
 def test_a_run_evaluates_with_its_own_loss():

@@ -185,6 +185,14 @@ def test_where_the_log_is_shown_the_line_is_not_printed_as_well(capsys):
     assert capsys.readouterr().err.count("the run failed") == 1
 
 
+def test_nor_is_it_printed_twice_beside_a_server_that_is_a_task_and_listens_to_the_log(capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as in a script; pytest has some of its own
+    with Swarm("listens") as swarm:
+        swarm.serve("nop", grid=(1,), isolation="task", backups=0)
+        eventually_over(fit(nn.Linear(9, 2), (X, Y), steps=10))
+    assert capsys.readouterr().err.count("the run failed after 0 of 10 steps: ") == 1
+
+
 def script(code: str) -> str:
     """What a process that runs this says on stderr."""
     head = (

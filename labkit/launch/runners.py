@@ -193,6 +193,8 @@ class ServerTask:
 class _Capture(logging.Handler):
     """Keeps what labkit logs in a task of a server, and in the threads of such a task, for `ServerHandle.logs`."""
 
+    leaves_printing = True  # as if it were not there
+
     def emit(self, record: logging.LogRecord) -> None:
         if (log := _log.get()) is not None:
             log.append(self.format(record))

@@ -24,6 +24,7 @@ FORMS = (
     "positions], what lk.load(name) returns, a Dataset, or an iterable of batches, such as a DataLoader"
 )
 TARGETS = ("labels", "label", "targets", "target", "y")  # where a batch that is a dictionary keeps its y
+MAX_LISTED = 8  # inputs whose numbers of rows an error lists
 _END = object()
 
 
@@ -198,6 +199,11 @@ def _of_tensors(
     n = len(parts[0]) if parts[0].ndim else 0
     if n == 0 or any(part.ndim == 0 or len(part) != n for part in parts):
         *x, y = (f"{len(part)} rows" if part.ndim else "no rows" for part in parts)
+        if len(x) > MAX_LISTED:
+            raise ValueError(
+                f"data: {len(parts)} tensors, of {x[0]}, {x[1]}, …: these would be inputs and y, with as many rows of "
+                "each. Sequences of different lengths are put together in a DataLoader, whose collate_fn pads them"
+            )
         raise ValueError(f"x has {', '.join(x)} and y has {y.removesuffix(' rows')}: as many of each, and at least one")
 
     def epoch(skip: int) -> Iterator[Any]:
@@ -275,6 +281,7 @@ class Stream:
         self._batches: Iterator[Any] | None = None  # of this epoch, once it has begun
         self._waiting: list[Batch] = []  # looked at and not taken
         self._began: dict[str, Any] | None = None  # what `_random` was when this epoch began
+        self._error: Exception | None = None  # why there are no more: an iterator that has failed once is at its end
 
     def _random(self) -> dict[str, Any]:
         """The state of everything that an epoch's order may depend on."""
@@ -293,6 +300,15 @@ class Stream:
         return batch
 
     def _draw(self) -> Batch:
+        if self._error is not None:
+            raise self._error
+        try:
+            return self._from_source()
+        except Exception as error:
+            self._error = error
+            raise
+
+    def _from_source(self) -> Batch:
         for _ in range(2):
             if self._batches is None:
                 self._began = self._random()

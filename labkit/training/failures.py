@@ -56,13 +56,12 @@ def _log_is_shown() -> bool:
     """Whether errors in the log go to the terminal or the cell."""
     if not logger.isEnabledFor(logging.ERROR):
         return False
-    if not logger.hasHandlers():
-        return logging.lastResort is not None
+    handlers: list[logging.Handler] = []
     at: logging.Logger | None = logger
     while at is not None:
-        for handler in at.handlers:
-            stream = getattr(handler, "stream", None)
-            if stream in (sys.stderr, sys.stdout) and handler.level <= logging.ERROR:
-                return True
+        handlers += at.handlers
         at = at.parent if at.propagate else None
-    return False
+    if all(getattr(handler, "leaves_printing", False) for handler in handlers):  # to Python, which does it by itself
+        return logging.lastResort is not None
+    streams = [getattr(handler, "stream", None) for handler in handlers if handler.level <= logging.ERROR]
+    return any(stream in (sys.stderr, sys.stdout) for stream in streams)

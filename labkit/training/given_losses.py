@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from labkit.suggest import did_you_mean
 from labkit.training import losses
 
-NAMES = ("cross_entropy", "next_token", "binary_cross_entropy", "mse", "mae")  # of `lk.losses`
+NAMES = ("cross_entropy", "next_token", "each_token", "binary_cross_entropy", "mse", "mae")  # of `lk.losses`
 FUNCTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.CrossEntropyLoss: F.cross_entropy,
     nn.NLLLoss: F.nll_loss,
@@ -93,17 +93,19 @@ def terms(loss: Any, outputs: Any, y: Any, rows: int) -> float:
     if loss is losses.next_token:
         return int((y[:, 1:] != losses.IGNORED).sum())
     function = function_of(loss)
-    if loss is None or function in (losses.cross_entropy, F.cross_entropy, F.nll_loss):
-        if y.is_floating_point() or (isinstance(outputs, Tensor) and y.shape == outputs.shape):
-            return rows  # probabilities, or one-hot rows
+    if loss is None or function in (losses.cross_entropy, losses.each_token, F.cross_entropy, F.nll_loss):
+        if isinstance(outputs, Tensor) and y.shape == outputs.shape:  # probabilities, or one-hot rows
+            return float(y.sum()) if y.ndim > 2 else rows  # (those of each position are 1 together)
+        if y.is_floating_point() and not isinstance(outputs, Tensor):
+            return rows
         options = options_of(loss)
-        counted = y[:, 1:] if loss is None and _is_causal(outputs, y) else y
+        counted = y[:, 1:] if loss is None and is_causal(outputs, y) else y
         ignored, weight = options.get("ignore_index"), options.get("weight")
         counted = counted[counted != (losses.IGNORED if ignored is None else ignored)]
         return counted.numel() if weight is None else float(weight[counted.long()].sum())
     return y.numel() if loss in (losses.binary_cross_entropy, losses.mse, losses.mae) else rows
 
 
-def _is_causal(outputs: Any, y: Tensor) -> bool:
+def is_causal(outputs: Any, y: Tensor) -> bool:
     """Whether a model that returns its loss shifts the labels itself, as the causal ones of Hugging Face do."""
     return "CausalLM" in type(outputs).__name__ and y.ndim == 2

@@ -41,7 +41,7 @@ def cross_entropy(outputs: Any, y: Tensor) -> Tensor:
     """
     scores = scores_of(outputs)
     if scores.ndim >= 2 and y.shape == scores.shape:
-        return F.cross_entropy(*_probabilities_in_dim_1(scores, y))
+        return F.cross_entropy(*probabilities_in_dim_1(scores, y))
     check_order(scores, y)
     return _mean_over_classes(scores, y)
 
@@ -89,6 +89,35 @@ def next_token(outputs: Any, y: Tensor) -> Tensor:
             f"{list(scores.shape)} and {list(y.shape)}"
         )
     return _mean_over_classes(scores[:, :-1].transpose(1, 2), y[:, 1:])
+
+
+def each_token(outputs: Any, y: Tensor) -> Tensor:
+    """Mean cross-entropy of the class at each position: of the next token, if y is shifted.
+
+    As `cross_entropy`, for sequences only: so it is clear which dimension has the classes,
+    even where there are as many of them as positions.
+
+    Example:
+        x, y = tokens[:, :-1], tokens[:, 1:]
+        run = lk.fit(model, (x, y), loss=lk.losses.each_token, epochs=5)
+
+    Args:
+        outputs: Scores [n, t, C].
+        y: Classes [n, t]; -100 does not count, as at padding.
+
+    Returns:
+        The mean over the labels that count, a scalar; 0 if none does.
+
+    Raises:
+        ValueError: The shapes do not fit together, or a label is none of the classes.
+    """
+    scores = scores_of(outputs)
+    if scores.ndim != 3 or y.shape != scores.shape[:2]:
+        raise ValueError(
+            "each_token: scores [rows, positions, classes] and y [rows, positions]; got "
+            f"{list(scores.shape)} and {list(y.shape)}"
+        )
+    return _mean_over_classes(scores.transpose(1, 2), y)
 
 
 def binary_cross_entropy(outputs: Any, y: Tensor) -> Tensor:
@@ -172,13 +201,12 @@ def check_order(scores: Tensor, y: Tensor) -> None:
     if scores.ndim == 3 and scores.shape[1] == scores.shape[2] and y.shape == scores.shape[:2]:
         raise ValueError(
             f"scores {list(scores.shape)} and y {list(y.shape)}: are the classes in the second or in the last "
-            "dimension? Give a function that knows it: loss=torch.nn.functional.cross_entropy for the second, or "
-            "loss=lambda outputs, y: torch.nn.functional.cross_entropy(outputs.transpose(1, 2), y); for accuracy, "
-            "metric=lambda outputs, y: (outputs.argmax(-1) == y).float().mean()"
+            "dimension? Give the loss that knows it, by which accuracy goes, too: loss=lk.losses.each_token for the "
+            "last, or loss=torch.nn.functional.cross_entropy for the second"
         )
 
 
-def _probabilities_in_dim_1(scores: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def probabilities_in_dim_1(scores: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Scores and probabilities [n, C, ...] of classes, from those or [n, t, C]. Raises `ValueError`."""
     y = y.to(scores.dtype)
     for dim in (1, -1):

@@ -19,14 +19,16 @@ from torch import Tensor, nn
 from labkit.suggest import did_you_mean, suggest_options
 from labkit.training.batches import Batch, one_pass
 from labkit.training.forward import LossFunction, call, loss_of, on_device_of
-from labkit.training.given_losses import check_loss, terms
+from labkit.training.given_losses import check_loss, function_of, is_causal, terms
 from labkit.training.losses import (
     IGNORED,
     binary_cross_entropy,
     check_classes,
     check_order,
     classes_in_dim_1,
+    each_token,
     next_token,
+    probabilities_in_dim_1,
     scores_of,
 )
 from labkit.training.replicas import copy_model
@@ -82,13 +84,20 @@ class Accuracy:
     number a row, [n] or [n, 1], says yes or no: logits are yes above 0, probabilities above a half. A NaN is wrong.
 
     Args:
-        logits: Whether one number a row is a logit; None if that is not known, and has to be seen from the numbers.
-        shifted: Whether position i of the outputs predicts label i + 1.
+        loss_function: That of the model; None for its own, or cross-entropy. It says whether one number a row is a
+            logit, else that has to be seen from the numbers; whether position i of the outputs predicts label i + 1;
+            and which dimension has the classes, where there are as many as positions.
     """
 
-    def __init__(self, logits: bool | None = None, *, shifted: bool = False) -> None:
-        self._logits = logits
-        self._shifted = shifted
+    def __init__(self, loss_function: LossFunction | None = None) -> None:
+        logits = (binary_cross_entropy, F.binary_cross_entropy_with_logits)
+        is_logits = loss_function in logits or isinstance(loss_function, nn.BCEWithLogitsLoss)
+        is_probability = loss_function is F.binary_cross_entropy or isinstance(loss_function, nn.BCELoss)
+        self._logits = True if is_logits else False if is_probability else None
+        self._shifted = loss_function is next_token
+        self._own = loss_function is None
+        self._classes_last = loss_function is each_token
+        self._order_known = self._classes_last or function_of(loss_function) is F.cross_entropy
         self._right = self._count = 0
         self._right_of_probabilities = 0
         self._yes_or_no = False
@@ -99,9 +108,12 @@ class Accuracy:
         scores, y = scores_of(outputs), batch.target
         if not isinstance(y, Tensor):
             raise ValueError("accuracy needs labels, and there is no y in this batch")
-        if self._shifted and scores.ndim == 3 and y.shape == scores.shape[:2]:
+        of_positions = scores.ndim == 3 and y.shape == scores.shape[:2]
+        if of_positions and (self._shifted or (self._own and is_causal(outputs, y))):
             scores, y = scores[:, :-1].movedim(-1, 1), y[:, 1:]
-        else:
+        elif of_positions and self._classes_last:
+            scores = scores.movedim(-1, 1)
+        elif not self._order_known:
             check_order(scores, y)
         if scores.ndim == 0 or len(scores) != len(y if y.ndim else [0]):
             raise ValueError(f"the model returned {list(scores.shape)} for y {list(y.shape)}: as many rows are needed")
@@ -109,7 +121,7 @@ class Accuracy:
             self._add_yes_or_no(scores, y)
             return
         if scores.shape == y.shape:
-            y = _classes_of(y)
+            scores, y = _classes_of(scores, y)
         scores, y = classes_in_dim_1(scores, y)
         counts = y != IGNORED
         check_classes(y, counts, scores.shape[1])
@@ -151,14 +163,16 @@ class Accuracy:
         )
 
 
-def _classes_of(y: Tensor) -> Tensor:
-    """One-hot rows [n, C] -> classes [n]."""
-    if y.ndim != 2 or not ((y.double().sum(1) - 1).abs() < 1e-3).all():
+def _classes_of(scores: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores and one-hot rows [n, C], or [n, t, C] at each position -> scores [n, C, ...] and classes [n, ...]."""
+    try:
+        scores, rows = probabilities_in_dim_1(scores, y)
+    except ValueError:
         raise ValueError(
             f"y has the shape of the scores, {list(y.shape)}, and its rows are not one-hot: where a row has several "
             "labels, or numbers, give a function as the metric"
-        )
-    return y.argmax(1)
+        ) from None
+    return scores, rows.argmax(1)
 
 
 class MeanOfFunction:
@@ -235,11 +249,7 @@ def _is_object(metric: Any) -> bool:
 def as_meter(name: str, metric: Metric, loss_function: LossFunction | None) -> Meter:
     """What measures a metric."""
     if metric == "accuracy":
-        logits = (binary_cross_entropy, F.binary_cross_entropy_with_logits)
-        is_logits = loss_function in logits or isinstance(loss_function, nn.BCEWithLogitsLoss)
-        is_probability = loss_function is F.binary_cross_entropy or isinstance(loss_function, nn.BCELoss)
-        logits_or_not = True if is_logits else False if is_probability else None
-        return Accuracy(logits_or_not, shifted=loss_function is next_token)
+        return Accuracy(loss_function)
     if isinstance(metric, str):
         return MeanLoss(loss_function, exponential=metric == "perplexity")
     return OfAll(name, metric) if _is_object(metric) else MeanOfFunction(name, metric)
