@@ -317,11 +317,21 @@ def test_a_sequence_of_padding_alone_is_finite_and_decided_on_by_the_bias_of_the
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_transformer_computes_for_a_padded_sequence_what_it_does_for_the_sequence_alone(causal):
     expert = Block(causal)
-    x = torch.randn(3, 6, DIM)
-    y = expert(x, lengths(2, 6, 4, seq=6))
-    for row, length in enumerate((2, 6, 4)):
-        assert_close(y[row, :length], expert(x[row : row + 1, :length])[0])
-    assert_close(expert(x, torch.ones(3, 6)[:, :].bool()), expert(x))
+    x = torch.randn(4, 6, DIM, requires_grad=True)
+    mask = lengths(2, 6, 4, 3, seq=6)
+    mask[1], mask[2] = mask[2].flip(0), torch.tensor([0, 1, 0, 1, 1, 0])  # before it, and between
+    y = expert(x, mask)
+    for row in range(4):
+        alone = expert(x[row : row + 1, mask[row]])[0]
+        assert_close(y[row, mask[row]], alone)
+        target = torch.randn_like(alone)
+        mine, its = (
+            torch.autograd.grad((one * target).sum(), [x, *expert.parameters()], retain_graph=True, allow_unused=True)
+            for one in (y[row, mask[row]], alone)
+        )
+        assert_close(mine, its)
+    assert_close(expert(x, torch.ones(4, 6, dtype=torch.bool)), expert(x))
+    assert expert(x, torch.zeros(4, 6, dtype=torch.bool)).isfinite().all()
 
 
 def test_a_pool_is_exact_in_half_precision_and_blind_for_what_is_not_there():

@@ -289,8 +289,8 @@ class Transformer(nn.Module):
 
     Both have a residual. Input [rows, seq, hidden] -> output of the same shape. Rows do not
     see each other. A further input `mask` [rows, seq], of bools or whole numbers, says which
-    positions are there: the others are padding, which only padding itself sees. The paper's
-    block has hidden 1024, 16 heads and inner 2048.
+    positions are there: the others are padding, which none of them sees. The paper's block
+    has hidden 1024, 16 heads and inner 2048.
 
     Args:
         hidden: Size of the last dimension of input and output, a multiple of `heads`.
@@ -330,22 +330,38 @@ class Transformer(nn.Module):
         qkv = self.query_key_value(self.attention_norm(x))  # [rows, seq, 3 * hidden]
         qkv = qkv.view(rows, seq, 3, self.heads, hidden // self.heads).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)  # each [rows, heads, seq, hidden / heads]
-        seen = None if mask is None else self._seen(mask, x)
-        mixed = F.scaled_dot_product_attention(query, key, value, seen, is_causal=self.causal and seen is None)
+        mixed = self._attention(query, key, value, None if mask is None else _there(mask, x))
         x = x + self.attention_output(mixed.transpose(1, 2).reshape(rows, seq, hidden))
         output: Tensor = x + self.feed_forward(x)
         return output
 
-    def _seen(self, mask: Tensor, x: Tensor) -> Tensor:
-        """Which positions each position sees, bool [rows, 1, seq, seq]. Padding sees itself, too, lest it see none."""
-        if mask.shape != x.shape[:2] or mask.is_floating_point() or mask.is_complex():
-            raise ValueError(
-                f"mask: bools or whole numbers {list(x.shape[:2])}, true where a position is there; got {mask.dtype} "
-                f"{list(mask.shape)}"
-            )
-        square = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
-        seen = (mask != 0)[:, None, None, :] | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-        return seen & square.tril() if self.causal else seen
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, there: Tensor | None) -> Tensor:
+        """Each [rows, heads, seq, size]; `there`: bool [rows, seq]. No mask is seq * seq large: callers choose seq."""
+        if there is None:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        if not self.causal:
+            there = there | ~there.any(1, keepdim=True)  # padding alone sees itself, lest a mean be over nothing
+            return F.scaled_dot_product_attention(query, key, value, there[:, None, None, :])
+        # What is there moves to the front, in its order, so that each position sees those before it and no padding.
+        order = torch.argsort((~there).byte(), dim=1, stable=True)  # [rows, seq]
+        query, key, value = (_taken(tensor, order) for tensor in (query, key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return _taken(mixed, torch.argsort(order, dim=1))
+
+
+def _there(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask of x [rows, seq, hidden] as bool [rows, seq]. Raises `ValueError` if it is none."""
+    if mask.shape != x.shape[:2] or mask.is_floating_point() or mask.is_complex():
+        raise ValueError(
+            f"mask: bools or whole numbers {list(x.shape[:2])}, true where a position is there; got {mask.dtype} "
+            f"{list(mask.shape)}"
+        )
+    return mask != 0
+
+
+def _taken(tensor: Tensor, places: Tensor) -> Tensor:
+    """Positions of [rows, heads, seq, size] in another order, [rows, seq]."""
+    return tensor.gather(2, places[:, None, :, None].expand_as(tensor))
 
 
 class Nop(nn.Module):
