@@ -6,6 +6,7 @@ import threading
 from collections import UserDict, namedtuple
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -431,6 +432,20 @@ def test_a_language_model_learns_from_its_tokens(data):
     ).wait()  # fmt: skip
     assert run.validations[-1].metrics["perplexity"] < 1.2
     assert run.validations[-1].metrics["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize(("batch_size", "most"), [(64, 256), (3, 12)])
+def test_who_trains_on_few_rows_at_once_does_not_validate_on_many(batch_size, most):
+    class Seen(nn.Linear):
+        rows: ClassVar[list[int]] = []
+
+        def forward(self, x):
+            if not self.training:
+                self.rows.append(len(x))
+            return super().forward(x)
+
+    fit(Seen(4, 2), (X, Y), steps=1, batch_size=batch_size, validate=(torch.zeros(300, 4), torch.zeros(300))).wait()
+    assert max(Seen.rows) == most and sum(Seen.rows) == 300
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,8 @@ def fit(
             optimizer from the model's own parameters.
         validate: Validation data, in any form that data may have; of what `lk.load` returns
             the rows for testing are taken. One trainer validates a copy of the model while
-            the others go on. `run.validations` has the results.
+            the others go on, on 256 rows at once, or those of four batches if that is less.
+            `run.validations` has the results.
         every: Steps from one validation to the next; there is one at the end, too. Default:
             those of an epoch.
         metrics: What to measure besides the validation loss: "accuracy", "perplexity", a

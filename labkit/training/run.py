@@ -124,7 +124,7 @@ class Run(ProcessBound):
                 raise ValueError(f"{who}: these are about validations, and there are no data for them; give validate=…")
             return None
         every = config.every or self._batches.length or self.total_steps
-        return Validator(data, every, metrics, self._loss_function, config.patience)
+        return Validator(data, every, metrics, self._loss_function, config.patience, config.batch_size)
 
     def _tell(self, step: StepFinished, metrics: Mapping[str, float]) -> None:
         """Call `on_step`, after the step and its validation."""

@@ -14,7 +14,8 @@ from labkit.training.batches import source_of
 from labkit.training.forward import LossFunction
 from labkit.training.metrics import VALIDATION_LOSS, Metrics, measure, named
 
-VALIDATION_BATCH = 256  # rows that the model gets at once, where the data are not batches already
+VALIDATION_BATCH = 256  # rows that the model gets at once, where the data are not batches already; but not more than
+FACTOR = 4  # times as many as in training: who trains on few rows at once has large ones, such as long sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ class Validator:
         metrics: What to measure besides the loss.
         loss_function: That of the run.
         patience: Validations in a row without an improvement after which the run is to stop; None for no such end.
+        batch_size: Rows that the model gets at once in training.
 
     Raises:
         ValueError: There are no data, they have a wrong form, or a metric is unknown.
@@ -91,9 +93,10 @@ class Validator:
 
     def __init__(
         self, data: Any, every: int, metrics: Metrics | None,
-        loss_function: LossFunction | None, patience: int | None,
+        loss_function: LossFunction | None, patience: int | None, batch_size: int = VALIDATION_BATCH,
     ) -> None:  # fmt: skip
-        source_of(data, VALIDATION_BATCH, seed=None)  # a wrong form is refused before the training
+        self._rows = min(VALIDATION_BATCH, FACTOR * batch_size)
+        source_of(data, self._rows, seed=None)  # a wrong form is refused before the training
         self._data = data
         self._every = every
         self._metrics = {VALIDATION_LOSS: "loss", **named(metrics)}
@@ -111,7 +114,7 @@ class Validator:
 
     def validate(self, replica: nn.Module, step: int, stopped: Callable[[], bool]) -> Validation:
         """Validate a copy of the model, in eval mode. Raises what `measure` and the model raise."""
-        metrics = measure(replica, self._data, self._metrics, self._loss_function, VALIDATION_BATCH, stopped)
+        metrics = measure(replica, self._data, self._metrics, self._loss_function, self._rows, stopped)
         validation = Validation(step, metrics)
         self.done.append(validation)
         best = math.inf if self.best is None or math.isnan(self.best.loss) else self.best.loss
