@@ -172,6 +172,8 @@ def test_so_is_one_whose_classes_have_weights_or_do_not_count(loss, batch_size):
         (None, LOGITS[:, None], YES[:, None].float(), "neither probabilities nor one-hot"),
         (None, SCORES, SCORES, "neither probabilities nor one-hot: for numbers the loss is lk.losses.mse"),
         (None, SEQUENCES[:, :5], TOKENS[:, :5], "in the second or in the last dimension"),
+        (nn.CrossEntropyLoss(), SEQUENCES, TOKENS, "classes in the last dimension.*each_token takes these"),
+        (F.nll_loss, SEQUENCES, TOKENS, r"functional\.nll_loss\(outputs\.transpose"),
         (F.mse_loss, LOGITS[:, None], LOGITS, r"outputs \[10, 1\] and y \[10\] have to have one shape"),
         (nn.HuberLoss(), LOGITS, LOGITS[:, None], r"outputs \[10\] and y \[10, 1\] have to have one shape"),
         (functools.partial(F.smooth_l1_loss, beta=2.0), LOGITS[:, None], LOGITS, "have to have one shape"),
@@ -246,6 +248,15 @@ def test_each_token_compares_each_position_with_its_own_label_even_where_there_a
     assert measured == pytest.approx([expected.item(), math.exp(expected), right.item()])
     second = lk.evaluate(Says(square), ROWS, TOKENS[:, :5], loss=nn.CrossEntropyLoss())
     assert second == pytest.approx((square.argmax(1) == TOKENS[:, :5]).float().mean().item())
+
+
+def test_labels_that_a_loss_ignores_do_not_count_as_right_or_wrong():
+    loss = nn.CrossEntropyLoss(ignore_index=2)
+    right = (SCORES.argmax(1) == Y)[Y != 2].float().mean().item()
+    assert lk.evaluate(Says(SCORES), ROWS, Y, loss=loss, batch_size=3) == pytest.approx(right)
+    assert lk.evaluate(Says(SEQUENCES.transpose(1, 2)), ROWS, TOKENS, loss=loss) == pytest.approx(
+        (SEQUENCES.argmax(2) == TOKENS)[TOKENS != 2].float().mean().item()
+    )
 
 
 @dataclasses.dataclass

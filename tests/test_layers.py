@@ -56,6 +56,16 @@ def test_a_causal_transformer_does_not_look_ahead():
     torch.testing.assert_close(expert(x)[:, :4], expert(changed)[:, :4])
 
 
+def test_a_transformer_takes_its_mask_by_keyword_only_so_that_a_layer_knows_it_for_one():
+    expert, x, mask = make_expert("transformer", hidden=8, heads=2), torch.randn(2, 3, 8), torch.ones(2, 3).bool()
+    assert expert(x, mask=mask).shape == x.shape
+    with pytest.raises(TypeError, match="positional"):
+        expert(x, mask)
+    for wrong in (mask[:1], mask.float()):
+        with pytest.raises(ValueError, match=r"mask: bools or whole numbers \[2, 3\], true where"):
+            expert(x, mask=wrong)
+
+
 def test_a_transformer_refuses_a_sequence_over_its_bound():
     with pytest.raises(ValueError, match="seq <= 4"):
         make_expert("transformer", hidden=8, heads=2, max_length=4)(torch.zeros(1, 5, 8))

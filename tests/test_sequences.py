@@ -35,8 +35,13 @@ STEP = BackendConfig(optimizer="sgd", lr=1.0)  # so that a step changes a parame
 
 
 class Block(Transformer):
+    """The kind "transformer", which may have its mask by place here, as `LocalMoE` hands it over."""
+
     def __init__(self, causal: bool = False) -> None:
         super().__init__(DIM, heads=2, inner=12, causal=causal, max_length=32)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, mask=mask)
 
 
 class Held(Block):

@@ -288,7 +288,7 @@ class Transformer(nn.Module):
     """The kind "transformer": a pre-LayerNorm block of self-attention and a feed-forward part.
 
     Both have a residual. Input [rows, seq, hidden] -> output of the same shape. Rows do not
-    see each other. A further input `mask` [rows, seq], of bools or whole numbers, says which
+    see each other. A further input `mask=` [rows, seq], of bools or whole numbers, says which
     positions are there: the others are padding, which none of them sees. The paper's block
     has hidden 1024, 16 heads and inner 2048.
 
@@ -321,7 +321,7 @@ class Transformer(nn.Module):
             nn.LayerNorm(hidden), nn.Linear(hidden, inner), nn.ReLU(), nn.Linear(inner, hidden)
         )
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         if x.ndim != 3 or x.shape[1] > self.max_length:
             raise ValueError(
                 f"a transformer expert takes [rows, seq <= {self.max_length}, hidden], not {list(x.shape)}"

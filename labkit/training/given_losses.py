@@ -58,6 +58,13 @@ def check_pairs(loss: Any, outputs: Any, y: Any) -> None:
         )
     if function is F.cross_entropy and outputs.ndim == 1:
         raise ValueError(losses.ONE_NUMBER.format(list(outputs.shape)))
+    of_positions = outputs.ndim == 3 and y.shape == outputs.shape[:2] != outputs[:, 0].shape
+    if function in (F.cross_entropy, F.nll_loss) and of_positions:
+        raise ValueError(
+            f"{function.__name__}: the scores {list(outputs.shape)} have classes in the last dimension, and torch "
+            "takes them from the second; lk.losses.each_token takes these, where -100 does not count, or give "
+            f"loss=lambda outputs, y: torch.nn.functional.{function.__name__}(outputs.transpose(1, 2), y, …)"
+        )
 
 
 def function_of(loss: Any) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from labkit.suggest import did_you_mean, suggest_options
 from labkit.training.batches import Batch, one_pass
 from labkit.training.forward import LossFunction, call, loss_of, on_device_of
-from labkit.training.given_losses import check_loss, function_of, is_causal, terms
+from labkit.training.given_losses import check_loss, function_of, is_causal, options_of, terms
 from labkit.training.losses import (
     IGNORED,
     binary_cross_entropy,
@@ -86,7 +86,7 @@ class Accuracy:
     Args:
         loss_function: That of the model; None for its own, or cross-entropy. It says whether one number a row is a
             logit, else that has to be seen from the numbers; whether position i of the outputs predicts label i + 1;
-            and which dimension has the classes, where there are as many as positions.
+            which dimension has the classes, where there are as many as positions; and which labels do not count.
     """
 
     def __init__(self, loss_function: LossFunction | None = None) -> None:
@@ -96,6 +96,7 @@ class Accuracy:
         self._logits = True if is_logits else False if is_probability else None
         self._shifted = loss_function is next_token
         self._own = loss_function is None
+        self._ignored = options_of(loss_function).get("ignore_index")
         self._classes_last = loss_function is each_token
         self._order_known = self._classes_last or function_of(loss_function) is F.cross_entropy
         self._right = self._count = 0
@@ -124,6 +125,8 @@ class Accuracy:
             scores, y = _classes_of(scores, y)
         scores, y = classes_in_dim_1(scores, y)
         counts = y != IGNORED
+        if self._ignored is not None:
+            counts &= y != self._ignored
         check_classes(y, counts, scores.shape[1])
         right = (scores.argmax(1) == y) & ~scores.isnan().any(1)
         self._right += int((right & counts).sum())
@@ -317,7 +320,8 @@ def evaluate(
             that returns a number, whose mean is weighted with the rows of each batch. What
             needs all data at once may be an object with `update(outputs, y)` and `compute()`.
         loss: The loss function of "loss" and "perplexity". Default: the model's own loss, or
-            cross-entropy. One of your own is weighted with the rows of each batch.
+            cross-entropy. One of your own is weighted with the rows of each batch. Accuracy
+            goes by it, too: by its `ignore_index`, and by what is compared with what.
         batch_size: Rows that the model gets at once, where x are not batches already.
             Default 256.
 
