@@ -434,6 +434,15 @@ def test_a_language_model_learns_from_its_tokens(data):
     assert run.validations[-1].metrics["accuracy"] == 1.0
 
 
+def test_tokens_that_are_input_and_y_need_a_loss_that_says_which_token_is_predicted():
+    tokens = torch.arange(8).repeat(5, 2)[:, :9]
+    model = nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 8))
+    with pytest.raises(ValueError, match=r"of tokens \[5, 9\] is input and y.*next_token, or loss=lk\.losses\.each_t"):
+        fit(model, tokens, steps=1).wait()
+    fit(model, tokens, loss=lk.losses.each_token, steps=1).wait()
+    fit(model, (tokens, tokens), steps=1).wait()  # y is given as such
+
+
 @pytest.mark.parametrize(("batch_size", "most"), [(64, 256), (3, 12)])
 def test_who_trains_on_few_rows_at_once_does_not_validate_on_many(batch_size, most):
     class Seen(nn.Linear):

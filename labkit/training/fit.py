@@ -48,7 +48,8 @@ def fit(
             with which the model is called as `model(**batch)`, or a tensor, which is both.
             Batches are moved to where the model is.
         loss: A function of outputs and y that returns a mean, such as those of `lk.losses`.
-            Default: the loss that the model returns itself, or cross-entropy.
+            Default: the loss that the model returns itself, or cross-entropy; tokens that are
+            both input and y need one that says what is predicted, such as `next_token`.
         optimizer: "adam" (default), "adamw", "sgd", a class, or a function that makes an
             optimizer from the model's own parameters.
         validate: Validation data, in any form that data may have; of what `lk.load` returns

@@ -26,7 +26,10 @@ def on_device_of(model: nn.Module, batch: Batch) -> Batch:
     if len(devices) != 1:
         return batch
     (device,) = devices
-    return Batch(moved(batch.inputs, device), moved(batch.keywords, device), moved(batch.target, device), batch.rows)
+    inputs = moved(batch.inputs, device)
+    both = [now for now, before in zip(inputs, batch.inputs, strict=True) if before is batch.target]  # input and y
+    target = both[0] if both else moved(batch.target, device)
+    return Batch(inputs, moved(batch.keywords, device), target, batch.rows)
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
@@ -74,7 +77,14 @@ def loss_of(outputs: Any, batch: Batch, loss_function: LossFunction | None) -> T
                 "there is no y in this batch, and the model returns no loss: give batches (x, y), or a dictionary with "
                 f"one of {', '.join(TARGETS)}, or loss=…, a function of the outputs and y"
             )
-        loss = cross_entropy(scores_of(outputs), batch.target)
+        scores = scores_of(outputs)
+        if scores.ndim == 3 and any(part is batch.target for part in batch.inputs):
+            raise ValueError(
+                f"data: a batch of tokens {list(batch.target.shape)} is input and y, and the model scores classes at "
+                "each position: for which token? Give loss=lk.losses.next_token, or loss=lk.losses.each_token if it "
+                "is to say what it was given"
+            )
+        loss = cross_entropy(scores, batch.target)
     if not isinstance(loss, Tensor):
         raise ValueError(
             f"the loss is a {type(loss).__name__}; a tensor is needed, with one number, which knows its gradient"
