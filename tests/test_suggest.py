@@ -61,7 +61,7 @@ def swarm():
         (lambda s: lk.fit(nn.Linear(1, 1), [], val_data=1), "validate"),  # type: ignore[call-arg]
         (lambda s: lk.evaluate(nn.Linear(1, 1), [], metric="acuracy"), "accuracy"),
         (lambda s: lk.evaluate(nn.Linear(1, 1), [], metrics="accuracy"), "metric"),  # type: ignore[call-arg]
-        (lambda s: lk.load("digits", seeds=1), "seed"),  # type: ignore[call-arg]
+        (lambda s: lk.load("digits", seeds=1), "seed"),  # type: ignore[call-overload]
         (lambda s: lk.resume("ckpt", nn.Linear(1, 1), s, [], step=1), "steps"),  # type: ignore[call-arg]
         (lambda s: lk.TrainConfig(trainer=3), "trainers"),  # type: ignore[call-arg]
         (lambda s: lk.DispatchConfig(k_bets=3), "k_best"),  # type: ignore[call-arg]

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from labkit.training.datasets import ClassificationData
+from labkit.training.text import TextData
 
 FORMS = (
     "(x, y) as two torch tensors or numpy arrays, (x1, x2, y) with several inputs, a dictionary of them, tokens [rows, "
@@ -159,6 +160,8 @@ def source_of(data: Any, batch_size: int, *, seed: int | None) -> Source:
     if isinstance(data, ClassificationData):
         data = (data.train_x, data.train_y) if seed is not None else (data.test_x, data.test_y)
     generator = torch.Generator().manual_seed(seed or 0)
+    if isinstance(data, TextData):
+        return _of_text(data, batch_size, None if seed is None else generator)
     if isinstance(data, (tuple, list)) and len(data) >= 2 and all(_is_array(part) for part in data):
         return _of_tensors([tensor_of(part) for part in data], tuple, batch_size, None if seed is None else generator)
     if isinstance(data, Mapping) and data and all(map(_is_array, data.values())):
@@ -215,6 +218,18 @@ def _of_tensors(
             rows = slice(start, start + batch_size) if order is None else order[start : start + batch_size]  # [batch]
             yield form(part[rows] for part in parts)
 
+    return Source(epoch, math.ceil(n / batch_size), () if generator is None else (generator,))
+
+
+def _of_text(data: TextData, batch_size: int, generator: torch.Generator | None) -> Source:
+    def epoch(skip: int) -> Iterator[Any]:
+        return cut(data.starts(generator), skip)  # [n]
+
+    def cut(starts: Tensor, skip: int) -> Iterator[Any]:
+        for start in range(skip * batch_size, len(starts), batch_size):
+            yield data.window(starts[start : start + batch_size], testing=generator is None)
+
+    n = (len(data.test if generator is None else data.train) - 1) // data.context
     return Source(epoch, math.ceil(n / batch_size), () if generator is None else (generator,))
 
 

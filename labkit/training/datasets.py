@@ -1,7 +1,7 @@
 """Data sets to train on: digits (part of scikit-learn), MNIST and others through `datasets` (the hub, or local files).
 
 A batch begins here: `batches` draws it, and a trainer takes it. Files are read in `data_files`, their columns become
-tensors in `columns`, `images` and `labels`. scikit-learn, `datasets` and PIL are imported
+tensors in `columns`, `images` and `labels`; text is read in `text`. scikit-learn, `datasets` and PIL are imported
 when a data set is asked for and not before, so that `import labkit` stays quick.
 """
 
@@ -15,21 +15,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from labkit.errors import DataNotFound
 from labkit.paths import user_path
-from labkit.suggest import did_you_mean, suggest_options
+from labkit.suggest import suggest_options
 from labkit.training.columns import inputs, left_out
 from labkit.training.data_files import SPLITS, Split, is_path, read_splits
+from labkit.training.hub import from_hub
 from labkit.training.labels import classes, label_column
-
-HUB_NAMES = {"mnist": "ylecun/mnist"}  # short names of ours
-HUB_TIMEOUT = 5.0  # seconds until the hub counts as out of reach
+from labkit.training.text import TEXTS, TextData, load_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,17 +67,25 @@ class ClassificationData:
         return f"ClassificationData({self.name!r}, {sizes}, {self.classes} classes{unused})"
 
 
+@overload
+def load(  # type: ignore[overload-overlap]  # "text" is a str, too, and comes first
+    dataset: Literal["text"], data_dir: str | Path | None = None, *, columns: Sequence[str] | None = None,
+    test_share: float | None = None, tokens: Any = None, context: int | None = None, windows: str | None = None,
+    splits: Sequence[str] | None = None, subset: str | None = None,
+) -> TextData: ...  # fmt: skip
+@overload
+def load(
+    dataset: str | Path = "digits", data_dir: str | Path | None = None, *, seed: int = 0, label: str | None = None,
+    columns: Sequence[str] | None = None, test_share: float | None = None,
+) -> ClassificationData: ...  # fmt: skip
 @suggest_options
 def load(
-    dataset: str | Path = "digits",
-    data_dir: str | Path | None = None,
-    *,
-    seed: int = 0,
-    label: str | None = None,
-    columns: Sequence[str] | None = None,
-    test_share: float | None = None,
-) -> ClassificationData:
-    """Load a data set: "digits", which needs no download, "mnist", or a name on the hub.
+    dataset: str | Path = "digits", data_dir: str | Path | None = None, *, seed: int = 0, label: str | None = None,
+    columns: Sequence[str] | None = None, test_share: float | None = None, tokens: Any = None,
+    context: int | None = None, windows: str | None = None, splits: Sequence[str] | None = None,
+    subset: str | None = None,
+) -> ClassificationData | TextData:  # fmt: skip
+    """Load a data set: "digits", which needs no download, "mnist", "text", or a name on the hub.
 
     Its inputs are a column of images, whose pixels become 0 to 1, or columns of numbers,
     which stay as they are. Its labels are whole numbers, texts, or one-hot rows. Text, and
@@ -87,12 +93,20 @@ def load(
     meant is refused, with the column, the file and the row (counted from 0). "digits" is
     split here and standardised.
 
+    "text" is text for a language model: `data_dir` is a file, a folder or a name on the hub,
+    and the last five arguments are its own. It is cut into windows, whose y are the tokens
+    one position later. Texts called `train` and `valid` (or `test`) are the two splits; of
+    one text the end is for testing. Without `data_dir` it is the reference of the language
+    that comes with Python, so nothing is downloaded.
+
     Example:
         data = lk.load("digits")
         run = lk.fit(model, data, epochs=5)
         lk.evaluate(model, data.test_x, data.test_y)
 
         flowers = lk.load("data/iris.csv", label="species", test_share=0.2)
+        plays = lk.load("text", "plays.txt", context=64)
+        plays.vocab_size, plays.decode(plays.train[:100])
 
     Args:
         dataset: Name of the data set, or a path, which is what `data_dir` may be. Default
@@ -101,24 +115,45 @@ def load(
             (`train.csv`, `test-0.parquet`), or as folders that hold a folder of images for
             each class; what `save_to_disk` of `datasets` leaves; a folder with a folder of
             the data set's name that has them; or one file. Then nothing is downloaded.
-            Default None: from the hub, or from what was downloaded before.
+            Default None: from the hub, or from what was downloaded before. For "text" a
+            file, a folder of texts (`train.txt`, `wiki.valid.tokens`), such tables, or a
+            name on the hub.
         seed: For the split of "digits", and of `test_share`. Default 0.
         label: The column of labels. Default None: `label`, or the only one it can be.
         columns: The columns that are inputs, in order. Default None: the images, or all
-            columns of numbers.
+            columns of numbers. For "text", the one that holds it, where it is in a table.
         test_share: The share of rows to hold out for testing, such as 0.2, of a data set that
-            is not split. Default None: such a data set is refused.
+            is not split. Default None: such a data set is refused; of a text, 0.1 at its end.
+        tokens: "characters" (default), "bytes", or a tokenizer of `tokenizers` or
+            `transformers`, or any with `encode` and `decode`.
+        context: Positions of a window. Default 64.
+        windows: Where the training windows of an epoch begin: "random" (default), anywhere,
+            or "consecutive", one after the other, in a new order each epoch.
+        splits: The names of the text to train on and of the one to test on. Default None:
+            "train", and the one for validation or testing.
+        subset: Which configuration of a data set on the hub, if it has several.
 
     Returns:
-        An object with the rows `train_x` and `test_x`, [n, dim] float32, their classes
-        `train_y` and `test_y`, [n] int64, the numbers `dim` and `classes`, and the names
-        `labels` and `columns`.
+        For "text" an object with `train` and `test`, [tokens], `vocab`, `vocab_size`,
+        `encode`, `decode`, and all windows as `train_x`, `train_y`, `test_x` and `test_y`,
+        [windows, context] int64. Else one with the rows `train_x` and `test_x`, [n, dim]
+        float32, their classes `train_y` and `test_y`, [n] int64, the numbers `dim` and
+        `classes`, and the names `labels` and `columns`.
 
     Raises:
         DataNotFound: The data set is not there, and cannot be downloaded. This comes within
             seconds.
         ValueError: The data set is of another form. It says what is wrong with which column.
     """
+    of_text = {"tokens": tokens, "context": context, "windows": windows, "splits": splits, "subset": subset}
+    if isinstance(dataset, str) and dataset == "text":
+        if label is not None:
+            raise ValueError("lk.load('text'): the y of text are its own next tokens: leave label out")
+        return load_text(data_dir, columns=columns, test_share=test_share, **of_text)
+    if given := [name for name, value in of_text.items() if value is not None]:
+        raise ValueError(f"{', '.join(given)}: for text only, lk.load('text', {str(dataset)!r}, {given[0]}=…)")
+    if str(dataset).lower().endswith(TEXTS):
+        raise ValueError(f"lk.load({str(dataset)!r}): a text is loaded with lk.load('text', {str(dataset)!r})")
     from_path = isinstance(dataset, Path) or (isinstance(dataset, str) and is_path(dataset))
     if from_path:
         if data_dir is not None:
@@ -135,7 +170,9 @@ def load(
                 "and test_share out, or name another"
             )
         return _digits(seed)
-    splits = _from_hub(dataset) if data_dir is None else read_splits(dataset, user_path(data_dir, "data_dir"))
+    splits = (
+        splits_of(*from_hub(dataset)) if data_dir is None else read_splits(dataset, user_path(data_dir, "data_dir"))
+    )
     train, test = splits["train"], splits.get("test")
     if test is not None and test_share is not None:
         raise ValueError(f"{dataset} has rows for testing already ({test.files}): leave test_share out")
@@ -235,30 +272,6 @@ def _hold_out(dataset: str, x: Tensor, y: Tensor, share: float, seed: int) -> tu
     return [x[train], x[test]], [y[train], y[test]]
 
 
-def _from_hub(dataset: str) -> dict[str, Split]:
-    """The splits of a data set on the hub, or of its copy in the cache of an earlier download."""
-    import datasets
-
-    name = HUB_NAMES.get(dataset, dataset)
-    hint = "" if dataset in HUB_NAMES else did_you_mean(dataset, ["digits", *HUB_NAMES])
-    reachable = _hub_has(name, hint)
-    offline_before = datasets.config.HF_HUB_OFFLINE
-    # Offline, `datasets` looks into its cache at once; without this it tries the hub for half a minute first.
-    datasets.config.HF_HUB_OFFLINE = offline_before or not reachable
-    try:
-        loaded = datasets.load_dataset(name)
-    except (OSError, datasets.exceptions.DatasetsError) as error:
-        if reachable:
-            raise DataNotFound(f"the hub's data set {name!r} could not be downloaded: {error}") from error
-        raise DataNotFound(
-            f"the hub cannot be reached for the data set {name!r}, and no earlier download of it is on this machine; "
-            f"name a folder with its parquet files: data_dir=…{hint}"
-        ) from error
-    finally:
-        datasets.config.HF_HUB_OFFLINE = offline_before
-    return splits_of(name, loaded)
-
-
 def splits_of(name: str, loaded: Mapping[str, Any]) -> dict[str, Split]:
     """The splits of a `datasets.DatasetDict`: "train", and "test" if it has that, or one for validation."""
     import datasets
@@ -284,24 +297,3 @@ def splits_of(name: str, loaded: Mapping[str, Any]) -> dict[str, Split]:
 def _is_secret(rows: Any) -> bool:
     """Whether the labels of a split were not published, as is the custom of competitions: all are -1."""
     return len(rows) > 0 and "label" in rows.features and set(rows.unique("label")) == {-1}
-
-
-def _hub_has(name: str, hint: str) -> bool:
-    """Whether the hub answers for this data set: False if it is out of reach. Raises `DataNotFound` if it has none."""
-    import datasets
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        huggingface_hub.HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(name, timeout=HUB_TIMEOUT)
-    except (HfHubHTTPError, HFValidationError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", 404)
-        if status >= 500:
-            return False
-        raise DataNotFound(
-            f"the hub has no data set {name!r} (or not for you, status {status}); labkit itself knows digits and "
-            f"mnist{hint}"
-        ) from error
-    except Exception:  # whichever HTTP library is under it today: no name, no route, refused, too slow, offline mode
-        return False
-    return True
