@@ -276,6 +276,26 @@ def test_fit_and_evaluate_take_it_as_it_is(text):
     )
 
 
+def test_as_many_positions_as_tokens_are_no_riddle(tmp_path):
+    (tmp_path / "b.txt").write_bytes(bytes(range(256)) * 30)
+    data = lk.load("text", tmp_path / "b.txt", tokens="bytes", context=256)
+    model = Guess(256)
+    with torch.no_grad():
+        model.table.weight.copy_(20 * torch.eye(256).roll(1, 1))  # that the next byte is the next number
+    assert lk.evaluate(model, data) == 1.0
+    assert lk.evaluate(model, data, metric="perplexity") < 1.001
+    assert lk.fit(model, data, steps=1, batch_size=4, loss=lk.losses.cross_entropy).wait().loss < 0.001
+
+
+def test_a_model_that_returns_no_score_for_each_position_is_told_so(text):
+    class Pooled(Guess):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).mean(1)
+
+    with pytest.raises(ValueError, match=r"returned \[64, 26\] for y \[64, 10\]: scores \[rows, positions, tokens\]"):
+        lk.fit(Pooled(26), lk.load("text", text, context=10), steps=1).wait()
+
+
 # ---------------------------------------------------------------- refusals
 
 

@@ -38,12 +38,14 @@ class Batch:
         keywords: The inputs by keyword.
         target: Y; None if there is none.
         rows: How many rows it has.
+        by_position: Whether y is a class for each position, so that scores are [rows, positions, classes] for sure.
     """
 
     inputs: tuple[Any, ...]
     keywords: Mapping[str, Any]
     target: Any
     rows: int
+    by_position: bool = False
 
 
 def batch_of(raw: Any) -> Batch:
@@ -227,7 +229,8 @@ def _of_text(data: TextData, batch_size: int, generator: torch.Generator | None)
 
     def cut(starts: Tensor, skip: int) -> Iterator[Any]:
         for start in range(skip * batch_size, len(starts), batch_size):
-            yield data.window(starts[start : start + batch_size], testing=generator is None)
+            x, y = data.window(starts[start : start + batch_size], testing=generator is None)
+            yield Batch((x,), {}, y, len(x), by_position=True)
 
     n = (len(data.test if generator is None else data.train) - 1) // data.context
     return Source(epoch, math.ceil(n / batch_size), () if generator is None else (generator,))

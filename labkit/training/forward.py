@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from labkit.training.batches import TARGETS, Batch, moved
 from labkit.training.given_losses import check_pairs
-from labkit.training.losses import cross_entropy, scores_of
+from labkit.training.losses import cross_entropy, each_token, scores_of
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -29,7 +30,7 @@ def on_device_of(model: nn.Module, batch: Batch) -> Batch:
     inputs = moved(batch.inputs, device)
     both = [now for now, before in zip(inputs, batch.inputs, strict=True) if before is batch.target]  # input and y
     target = both[0] if both else moved(batch.target, device)
-    return Batch(inputs, moved(batch.keywords, device), target, batch.rows)
+    return replace(batch, inputs=inputs, keywords=moved(batch.keywords, device), target=target)
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
@@ -70,6 +71,8 @@ def loss_of(outputs: Any, batch: Batch, loss_function: LossFunction | None) -> T
         ValueError: It is no mean, or there is nothing to compute it from.
     """
     check_pairs(loss_function, outputs, batch.target)
+    if batch.by_position and loss_function is cross_entropy:
+        loss_function = each_token
     loss = loss_function(outputs, batch.target) if loss_function is not None else own_loss(outputs, batch)
     if loss is None:
         if not isinstance(batch.target, Tensor):
@@ -84,7 +87,7 @@ def loss_of(outputs: Any, batch: Batch, loss_function: LossFunction | None) -> T
                 "each position: for which token? Give loss=lk.losses.next_token, or loss=lk.losses.each_token if it "
                 "is to say what it was given"
             )
-        loss = cross_entropy(scores, batch.target)
+        loss = (each_token if batch.by_position else cross_entropy)(scores, batch.target)
     if not isinstance(loss, Tensor):
         raise ValueError(
             f"the loss is a {type(loss).__name__}; a tensor is needed, with one number, which knows its gradient"

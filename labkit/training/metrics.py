@@ -112,7 +112,7 @@ class Accuracy:
         of_positions = scores.ndim == 3 and y.shape == scores.shape[:2]
         if of_positions and (self._shifted or (self._own and is_causal(outputs, y))):
             scores, y = scores[:, :-1].movedim(-1, 1), y[:, 1:]
-        elif of_positions and self._classes_last:
+        elif of_positions and (self._classes_last or batch.by_position):
             scores = scores.movedim(-1, 1)
         elif not self._order_known:
             check_order(scores, y)
