@@ -64,6 +64,7 @@ def resume(
     trainers: int | None = None,
     every: int | None = None,
     patience: int | None = None,
+    keep_best: str | os.PathLike[str] | None = None,
     max_failures: int | None = None,
 ) -> Run:
     """Go on with a run that `run.save` saved, here or elsewhere. Returns at once, like `lk.fit`.
@@ -102,6 +103,7 @@ def resume(
         every: Steps from one validation to the next. Default: as for the run.
         patience: Validations without an improvement after which the run stops. Default: as
             for the run.
+        keep_best: A folder for the best state, as for `lk.fit`. It is not saved.
         max_failures: The run ends when so many batches in a row have failed. Default: as for
             the run.
 
@@ -169,7 +171,7 @@ def resume(
         with interrupts_wait() as interruptible:  # the model, and the experts of all servers, or nothing
             run = Run(  # 2. It takes its own state over.
                 model, data, config, loss, optimizer, validate=validate, metrics=metrics, on_step=on_step,
-                _resume_from=state, _before_start=load,
+                keep_best=keep_best, _resume_from=state, _before_start=load,
             )  # fmt: skip
         return run
     except BaseException as error:

@@ -291,6 +291,41 @@ def test_a_run_that_was_validated_goes_on_without_where_no_validation_data_are_g
     assert [validation.step for validation in again.validations] == [2, 4, 6]
 
 
+def test_the_best_state_is_kept_with_its_experts_and_can_be_resumed(tmp_path, fresh):
+    scripted = iter([0.5, 0.3, 0.4, 0.2, 0.6, 0.7])
+
+    def loss(outputs, y):
+        real = nn.functional.cross_entropy(outputs, y)
+        return real if torch.is_grad_enabled() else real * 0 + next(scripted)
+
+    seen = {}
+
+    def look(step):
+        if step.metrics:
+            seen[step.step] = json.loads((tmp_path / "best" / MANIFEST).read_text())["step"]
+
+    options = {"loss": loss, "validate": (X, Y), "every": 2, "keep_best": tmp_path / "best"}
+    run = lk.fit(model(fresh), (X, Y), steps=10, on_step=look, **options, **TRAIN).wait()
+    assert seen == {2: 2, 4: 4, 6: 4, 8: 8, 10: 8}, "of losses 0.5, 0.3, 0.4, 0.2 and 0.6"
+    best = saved_in(tmp_path / "best")[0]
+    assert len(best) == 4
+    again = lk.resume(tmp_path / "best", model(fresh), fresh, (X, Y), steps=8, loss=loss).wait()
+    assert again.steps == 8
+    again.save(tmp_path / "again")
+    assert saved_in(tmp_path / "again")[0] == best, "the experts of step 8, though they had gone on to step 10"
+    later = lk.resume(tmp_path / "best", model(fresh), fresh, (X, Y), steps=10, on_step=look, **options).wait()
+    assert later.steps == run.steps == 10 and seen[10] == 8, "0.7 is no better than what had been"
+
+
+def test_where_the_best_state_cannot_be_kept_the_run_goes_on_and_the_log_says_so(tmp_path, fresh, caplog):
+    (tmp_path / "file").write_text("")
+    keep = {"validate": (X, Y), "keep_best": tmp_path / "file" / "best"}
+    assert lk.fit(model(fresh), (X, Y), steps=2, **keep, **TRAIN).wait().steps == 2
+    assert "the best state so far was not kept" in caplog.text
+    with pytest.raises(ValueError, match="keep_best: these are about validations"):
+        lk.fit(model(fresh), (X, Y), steps=2, keep_best=tmp_path, **TRAIN)
+
+
 def test_a_model_and_a_swarm_in_the_wrong_order_are_told_so(tmp_path, fresh):
     with pytest.raises(ValueError, match=r"in this order: lk.resume\(folder, model, swarm\)"):
         lk.resume(tmp_path, fresh, model(fresh), (X, Y))  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ A batch's way begins here.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,7 @@ from labkit.training.validation import OnStep
 def fit(
     model: nn.Module, data: Any, *, loss: LossFunction | None = None, optimizer: str | OptimizerFactory | None = None,
     validate: Any = None, every: int | None = None, metrics: Metrics | None = None, patience: int | None = None,
+    keep_best: str | os.PathLike[str] | None = None,
     on_step: OnStep | None = None, steps: int | None = None, epochs: float | None = None, batch_size: int = 64,
     trainers: int = 8, lr: float = 1e-3, schedule: str | ScheduleFactory = "constant", accumulate: int = 1,
     balance: float = 0.0, seed: int = 0, max_failures: int = 50, beta1: float = 0.9, warmup: int = 0,
@@ -64,6 +66,9 @@ def fit(
             at once may be an object with `update(outputs, y)` and `compute()`.
         patience: The run stops when the validation loss has not improved in so many
             validations in a row; `run.best` is the model at its best. Default: it does not.
+        keep_best: A folder to which the run is saved, experts and all, whenever a validation
+            loss is the lowest so far; `lk.resume` goes on from there. Trainers go on while
+            one validates, so it is saved a few steps later. Default: it is not.
         on_step: Called after each step, one call at a time, with a record that has `step`,
             `loss`, `metrics` (of the validation after this step), `samples`, `seconds`,
             `staleness` and `run`: `step.run.stop()` ends the run. An error in it does, too.
@@ -104,4 +109,6 @@ def fit(
         max_failures=max_failures, schedule=schedule, accumulate=accumulate, every=every, patience=patience,
         beta1=beta1, warmup=warmup, clip_grad_norm=clip_grad_norm, age_power=age_power, compensation=compensation,
     )  # fmt: skip
-    return Run(model, data, config, loss, optimizer, validate=validate, metrics=metrics, on_step=on_step)
+    return Run(
+        model, data, config, loss, optimizer, validate=validate, metrics=metrics, on_step=on_step, keep_best=keep_best
+    )

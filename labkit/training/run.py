@@ -32,7 +32,7 @@ from labkit.training.given_losses import check_loss
 from labkit.training.metrics import Metric, Metrics, evaluate_replica
 from labkit.training.optimizers import OptimizerFactory, make_optimizer, make_schedule
 from labkit.training.run_record import RunRecord
-from labkit.training.saving import code_name, save_run
+from labkit.training.saving import code_name, save_best, save_run
 from labkit.training.shared_model import SharedModel
 from labkit.training.trainer import REMOTE, TrainConfig
 from labkit.training.trainer_threads import Trainers
@@ -75,7 +75,8 @@ class Run(ProcessBound):
     def __init__(
         self, model: nn.Module, data: Any, config: TrainConfig, loss_function: LossFunction | None = None,
         optimizer: str | OptimizerFactory | None = None, emit: Emit | None = None, *, validate: Any = None,
-        metrics: Metrics | None = None, on_step: OnStep | None = None, _resume_from: Mapping[str, Any] | None = None,
+        metrics: Metrics | None = None, on_step: OnStep | None = None,
+        keep_best: str | os.PathLike[str] | None = None, _resume_from: Mapping[str, Any] | None = None,
         _before_start: Callable[[Run], object] | None = None,
     ) -> None:  # fmt: skip
         if not isinstance(model, nn.Module):
@@ -95,6 +96,7 @@ class Run(ProcessBound):
             model, made, config.update_rule(self.total_steps), make_schedule(config.schedule, made), config.accumulate
         )
         self._loss_function = loss_function
+        self._keep_best = None if keep_best is None else user_path(keep_best, "keep_best")
         self._validator = self._make_validator(validate, metrics)
         self._on_step = on_step
         emit = emit or (self._sessions[0].emit if self._sessions else ignore)
@@ -117,7 +119,8 @@ class Run(ProcessBound):
         config = self.config
         plateau = isinstance(self._shared.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
         if data is None:
-            wanted = {"metrics": metrics, "every": config.every, "patience": config.patience}
+            wanted = {"metrics": metrics, "every": config.every, "patience": config.patience,
+                      "keep_best": self._keep_best}  # fmt: skip
             given = [name for name, value in wanted.items() if value is not None]
             if given or plateau:
                 who = f"{', '.join(given)}" if given else "ReduceLROnPlateau"
@@ -127,7 +130,9 @@ class Run(ProcessBound):
         return Validator(data, every, metrics, self._loss_function, config.patience, config.batch_size)
 
     def _tell(self, step: StepFinished, metrics: Mapping[str, float]) -> None:
-        """Call `on_step`, after the step and its validation."""
+        """Save what is best, and call `on_step`, after the step and its validation."""
+        if self._keep_best is not None and metrics and self._validator is not None and self._validator.improved:
+            save_best(self, self._keep_best)
         if self._on_step is not None:
             told = TrainingStep(step.step, step.loss, metrics, step.samples, step.seconds, step.staleness, self)
             self._on_step(told)

@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 from torch import nn
@@ -71,6 +71,21 @@ def save_run(
             run.grids, run.experts = sessions[0].run(_fetch_all, sessions[0], model, moment / EXPERTS)
             write_moment(moment, run, state["model"], rest)
     return moment
+
+
+class Saved(Protocol):
+    """A run, which can be saved."""
+
+    def save(self, folder: Path) -> Path:
+        """Save it."""
+
+
+def save_best(run: Saved, folder: Path) -> None:
+    """Save the run that is the best so far. If that fails, as on a full disk, the log says so, and the run goes on."""
+    try:
+        run.save(folder)
+    except CheckpointError as error:
+        logger.warning("the best state so far was not kept: %s", error)
 
 
 def code_name(function: object) -> str:

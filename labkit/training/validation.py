@@ -105,6 +105,8 @@ class Validator:
         self._loss_function = loss_function
         self._patience = patience
         self._without_improvement = 0
+        self._lowest = math.inf  # validation loss so far
+        self.improved = False  # whether the last validation has the lowest loss so far
         self.done: list[Validation] = []
         self.best: Best | None = None
 
@@ -117,6 +119,9 @@ class Validator:
         metrics = measure(replica, self._data, self._metrics, self._loss_function, self._rows, stopped)
         validation = Validation(step, metrics)
         self.done.append(validation)
+        self.improved = validation.loss < self._lowest
+        if self.improved:
+            self._lowest = validation.loss
         best = math.inf if self.best is None or math.isnan(self.best.loss) else self.best.loss
         if self.best is None or validation.loss < best:
             self._without_improvement = 0
@@ -144,6 +149,7 @@ class Validator:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         self.done = [Validation(step, metrics) for step, metrics in state["done"]]
+        self._lowest = min((one.loss for one in self.done if not math.isnan(one.loss)), default=math.inf)
         self.best = None if state["best"] is None else Best(*state["best"])
         self._without_improvement = state["without_improvement"]
 
