@@ -14,7 +14,7 @@ import trio
 
 import labkit
 from labkit.errors import SwarmClosed
-from labkit.experiments import convergence
+from labkit.experiments import virtual_training
 from labkit.experiments.convergence import ConvergenceConfig, History, run
 from labkit.experiments.results import load, save
 from labkit.experiments.runner import is_done, run_all, run_one
@@ -109,7 +109,7 @@ def test_the_last_updates_are_evaluated_too(digits):
 
 
 def test_a_run_that_gets_nowhere_ends_and_says_why(digits, monkeypatch):
-    monkeypatch.setattr(convergence, "MAX_FAILED_BATCHES", 3)
+    monkeypatch.setattr(virtual_training, "MAX_FAILED_BATCHES", 3)
     with pytest.raises(ValueError, match=r"loss=0\.9: 3 batches in a row got too few answers, after 0 updates of 2"):
         run(replace(SMALL, layers=3, loss=0.9, batch_size=16), digits)
 

@@ -1,6 +1,7 @@
 """Results of experiments on disk, which a notebook redraws without measuring again.
 
-1. Convergence: one parquet file per run, with its config and its history (`save`, `load`, `load_all`).
+1. Convergence and the language model: one parquet file per run, with its config and its history (`save`, `load`,
+   `load_all`).
 2. Expert search: a file with a line of JSON per measurement; each is made in a child process (`measure_all`).
 """
 
@@ -20,6 +21,7 @@ import torch
 
 from labkit.experiments.convergence import ConvergenceConfig, History
 from labkit.experiments.expert_search import SearchConfig, measure
+from labkit.experiments.language_model import LanguageModelConfig
 from labkit.launch.child_python import child_environment, child_folder, python_command
 from labkit.launch.parent import watch_parent
 from labkit.paths import user_path
@@ -39,9 +41,9 @@ def save(path: Path, config: ConvergenceConfig, history: History) -> None:
     import pyarrow.parquet as pq
 
     rows: list[tuple[str, float, float, str]] = [("dropped", 0.0, float(history.dropped), "")]
-    for updates, seconds, accuracy, loss in history.points:
+    for updates, seconds, measured, loss in history.points:
         rows.append(("seconds", updates, seconds, ""))
-        rows.append(("accuracy", updates, accuracy, ""))
+        rows.append((_measured(config), updates, measured, ""))
         rows.append(("loss", updates, loss, ""))
     for name in COUNTS_BY_STALENESS:
         rows += [(name, value, count, "") for value, count in sorted(getattr(history, name).items())]
@@ -77,7 +79,7 @@ def load(path: Path) -> tuple[ConvergenceConfig, History]:
     fields = json.loads(metadata.get(b"config", b"null"))
     if not isinstance(fields, dict):
         raise ValueError(f"{path} is not a run of the convergence experiment")
-    config = ConvergenceConfig.of(fields)
+    config = config_of(fields)
     made = json.loads(metadata.get(b"made", b"{}"))
     history, points = History(wall_s=made.get("wall_s")), dict[float, dict[str, float]]()
     for row in table.to_pylist():
@@ -91,8 +93,18 @@ def load(path: Path) -> tuple[ConvergenceConfig, History]:
         else:
             points.setdefault(x, {})[series] = y
     for updates, point in points.items():
-        history.points.append((int(updates), point["seconds"], point["accuracy"], point["loss"]))
+        history.points.append((int(updates), point["seconds"], point[_measured(config)], point["loss"]))
     return config, history
+
+
+def config_of(fields: dict[str, Any]) -> ConvergenceConfig:
+    """Make the config of either experiment of its fields, as read from JSON. Raises what the config's class does."""
+    return (LanguageModelConfig if "context" in fields else ConvergenceConfig).of(fields)
+
+
+def _measured(config: ConvergenceConfig) -> str:
+    """What the evaluations of an experiment measure."""
+    return "validation loss" if isinstance(config, LanguageModelConfig) else "accuracy"
 
 
 def load_all(folder: Path) -> dict[str, dict[int, tuple[ConvergenceConfig, History]]]:

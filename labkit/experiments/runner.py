@@ -1,4 +1,4 @@
-"""Do the runs of the convergence experiment: `python -m labkit.experiments.runner SIZE`.
+"""Do the runs of an experiment: `python -m labkit.experiments.runner SIZE`, such as `quick` or `language-small`.
 
 As many runs as there are cores go on at the same time. Each is a child process that writes one file at its end. Runs
 whose files exist are not repeated, so a runner that was stopped goes on where it was.
@@ -13,20 +13,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from labkit.experiments.convergence import ConvergenceConfig, run
-from labkit.experiments.results import load, save
+from labkit.experiments import language_model
+from labkit.experiments.convergence import ConvergenceConfig, History, run
+from labkit.experiments.language_model import LanguageModelConfig
+from labkit.experiments.results import config_of, load, save
 from labkit.launch.child_python import child_environment, child_folder, python_command
 from labkit.launch.parent import watch_parent
 from labkit.paths import user_path
 from labkit.training.datasets import load as load_data
 
 PROGRESS_STEP = 32  # updates from one line of progress to the next
+LANGUAGE = "language-"  # how the sizes of the language model begin
 SEEDS = (1337, 1338, 1339)
 GRIDS = {16: (4, 4), 64: (8, 8)}
 # For stale gradients: small steps without momentum that fall to 0. The authors have the same `accumulate`.
@@ -67,7 +71,7 @@ def plan(size: str, seeds: Iterable[int] = SEEDS) -> dict[str, ConvergenceConfig
 
     Args:
         size: "quick"; "authors", as in their published code; "paper", with wider layers; or "aware", which compares
-            options for stale gradients.
+            options for stale gradients; or "language-" and a size of `language_model.plan`.
         seeds: Each run is listed with each of these seeds.
 
     Returns:
@@ -77,6 +81,8 @@ def plan(size: str, seeds: Iterable[int] = SEEDS) -> dict[str, ConvergenceConfig
         ValueError: There is no such size.
     """
     runs: dict[str, ConvergenceConfig] = {}
+    if size.startswith(LANGUAGE):
+        return {**language_model.plan(size.removeprefix(LANGUAGE), seeds)}
     if size not in ("quick", "authors", "paper", "aware"):
         raise ValueError(f"size={size!r}: quick, authors, paper or aware")
     base = {"quick": QUICK, "authors": AUTHORS, "paper": PAPER, "aware": AWARE_BASE}[size]
@@ -108,8 +114,8 @@ def run_all(
     Args:
         runs: The runs by name.
         folder: Where the files are written, `NAME.parquet` each.
-        dataset: The data to train on, by name.
-        data_dir: Where the data are kept; by default where `labkit.load` keeps them.
+        dataset: The images to train on, by name.
+        data_dir: Where they are kept, by default where `labkit.load` keeps them; or the text of a language model.
         processes: Runs at the same time; by default as many as there are cores.
 
     Raises:
@@ -185,7 +191,7 @@ def is_done(path: Path, config: ConvergenceConfig) -> bool:
 def run_one(fields: str, path: str, dataset: str, data_dir: str) -> None:
     """Run a child of `run_all`: do one run, save it and print the progress, as numbers of updates."""
     watch_parent()
-    config = ConvergenceConfig.of(json.loads(fields))
+    config = config_of(json.loads(fields))
     reported = 0
 
     def progress(updates: int) -> None:
@@ -194,9 +200,13 @@ def run_one(fields: str, path: str, dataset: str, data_dir: str) -> None:
             print(updates - reported, flush=True)
             reported = updates
 
-    data = load_data(dataset, data_dir or None)
+    do: Callable[[], History]
+    if isinstance(config, LanguageModelConfig):
+        do = partial(language_model.run, config, config.load(data_dir or None), progress)
+    else:
+        do = partial(run, config, load_data(dataset, data_dir or None), progress)
     began = time.perf_counter()
-    history = run(config, data, progress)
+    history = do()
     history.wall_s = time.perf_counter() - began
     save(Path(path), config, history)
 
@@ -208,25 +218,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "size",
-        choices=["quick", "authors", "paper", "aware"],
+        choices=["quick", "authors", "paper", "aware", *(LANGUAGE + size for size in language_model.SIZES)],
         help="quick: small grids; authors: the published code's sizes; paper: the paper's; "
-        "aware: compare options for stale gradients",
+        "aware: compare options for stale gradients; language-…: the language model",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("notebooks/convergence"), help="folder of the files (%(default)s)"
+        "--out", type=Path, help="folder of the files (notebooks/convergence, or notebooks/language_model)"
     )
-    parser.add_argument("--dataset", default="mnist", help="data to train on (%(default)s)")
-    parser.add_argument("--data-dir", type=Path, help="folder in which the data are kept")
+    parser.add_argument("--dataset", default="mnist", help="images to train on (%(default)s)")
+    parser.add_argument("--data-dir", type=Path, help="folder in which the data are kept; or the text")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="do each run with each of these seeds")
     parser.add_argument("--only", default="", help="do only runs with this in their name")
     parser.add_argument("--device", default="cpu", help="where trunk and experts compute, such as cuda (%(default)s)")
     options = parser.parse_args()
-    runs = {
-        name: replace(config, device=options.device)
-        for name, config in plan(options.size, options.seeds).items()
-        if options.only in name
-    }
-    run_all(runs, options.out, dataset=options.dataset, data_dir=options.data_dir)
+    of_language = options.size.startswith(LANGUAGE)
+    listed = plan(options.size, options.seeds)
+    runs = {name: replace(config, device=options.device) for name, config in listed.items() if options.only in name}
+    out = options.out or Path("notebooks") / ("language_model" if of_language else "convergence")
+    run_all(runs, out, dataset=options.dataset, data_dir=options.data_dir)
 
 
 if __name__ == "__main__":
