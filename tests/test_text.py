@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -150,14 +151,12 @@ def test_texts_that_are_called_like_splits_are_the_splits(tmp_path, form):
     assert other.decode(other.test[:8]) == "= test ="
 
 
-def test_two_splits_of_which_none_is_for_training_are_named_as_what_they_are(tmp_path):
+def test_two_splits_of_which_none_is_for_training_are_named_as_what_they_are(tmp_path, caplog):
     folder = wikitext(tmp_path, "valid", "test")
-    with pytest.raises(
-        ValueError, match=r"has the splits test, valid, and none called train.*splits=\('test', 'valid'"
-    ):
-        lk.load("text", folder)
-    data = lk.load("text", folder, splits=("valid", "test"), context=10)
-    assert data.splits == ("valid", "test")
+    data = lk.load("text", folder, context=np.int64(10))  # type: ignore[call-overload]
+    assert data.splits == ("valid", "test") and isinstance(data.context, int)
+    assert "has no text called train: this is trained on valid, and tested on test" in caplog.text
+    assert lk.load("text", folder, splits=("test", "valid"), context=10).splits == ("test", "valid")
     assert "training: 300 tokens of valid; testing: 270 of test" in repr(data)
 
 
@@ -320,6 +319,13 @@ def test_a_model_that_returns_no_score_for_each_position_is_told_so(text):
 def test_what_cannot_be_is_refused(text, options, said):
     with pytest.raises(ValueError, match=said.replace("(", r"\(")):
         lk.load("text", text, **options)
+
+
+@pytest.mark.parametrize("tokens", ["characters", "bytes", Lists()])
+def test_an_empty_text_has_no_windows(tmp_path, tokens):
+    (tmp_path / "nothing.txt").write_text("")
+    with pytest.raises(ValueError, match="the text but its end has 0 tokens"):
+        lk.load("text", tmp_path / "nothing.txt", tokens=tokens)
 
 
 def test_a_share_and_a_split_for_testing_are_one_too_many(tmp_path):

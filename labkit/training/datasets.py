@@ -130,7 +130,7 @@ def load(
         windows: Where the training windows of an epoch begin: "random" (default), anywhere,
             or "consecutive", one after the other, in a new order each epoch.
         splits: The names of the text to train on and of the one to test on. Default None:
-            "train", and the one for validation or testing.
+            "train", and the one for validation or testing; without "train" those two.
         subset: Which configuration of a data set on the hub, if it has several.
 
     Returns:

@@ -7,6 +7,8 @@ Where a batch begins: `batches` draws windows of the training text, each with th
 
 from __future__ import annotations
 
+import logging
+import numbers
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +25,8 @@ from labkit.suggest import did_you_mean, one_of
 from labkit.training.data_files import TABLES, Split, is_path, read_splits
 from labkit.training.hub import from_hub
 from labkit.training.tokens import Tokens, tokens_of
+
+logger = logging.getLogger(__name__)
 
 TEXTS = (".txt", ".text", ".md", ".tokens", ".raw")
 TRAIN = ("train", "training")
@@ -161,7 +165,7 @@ def load_text(
     """
     tokens, context = "characters" if tokens is None else tokens, CONTEXT if context is None else context
     windows = WINDOWS[0] if windows is None else windows
-    if isinstance(context, bool) or not isinstance(context, int) or context < 1:
+    if isinstance(context, bool) or not isinstance(context, numbers.Integral) or context < 1:
         raise ValueError(f"context={context!r}: how many positions a window has, a whole number of at least 1")
     if windows not in WINDOWS:
         raise ValueError(one_of("windows", windows, WINDOWS))
@@ -174,7 +178,7 @@ def load_text(
     ids = [made.encode(text) for text in (train, test)]
     small = made.size <= 256
     train_ids, test_ids = (torch.from_numpy(part.astype(np.uint8 if small else np.int32)) for part in ids)
-    return TextData(name, train_ids, test_ids, context, windows, named, made)
+    return TextData(name, train_ids, test_ids, int(context), windows, named, made)
 
 
 # ---------------------------------------------------------------- which text is for what
@@ -193,15 +197,12 @@ def _two(
                 f"splits: {name} has none called {unknown!r}; it has {there}{did_you_mean(unknown, texts)}"
             )
         train, test = splits
-    elif len(texts) == 1:
+    elif len(texts) == 1:  # whatever it is called
         (train,) = texts
         test = None
     elif train is None:
-        pair = tuple(texts)[:2]
-        raise ValueError(
-            f"{name} has the splits {there}, and none called train: say which to train on and which to test on, such "
-            f"as splits={pair!r}"
-        )
+        train, test = sorted((split for split in texts if split in HELD_OUT), key=HELD_OUT.index)[:2]
+        logger.warning("%s has no text called train: this is trained on %s, and tested on %s", name, train, test)
     assert train is not None
     if test is not None:
         if test_share is not None:
@@ -241,7 +242,7 @@ def _read(
         except DataNotFound as error:
             raise DataNotFound(f"no text in {path}: it has no {', '.join(TEXTS)} file; and {error}") from None
         return name, {split: _column(table, columns) for split, table in tables.items()}
-    if isinstance(source, Path) or is_path(source) or source.lower().endswith(TEXTS) or path.parent.name == source:
+    if isinstance(source, Path) or is_path(source) or source.lower().endswith(TEXTS):
         raise DataNotFound(f"no text here: there is no file or folder {path}")
     full, loaded = from_hub(source, subset, files="its texts, train.txt and valid.txt")
     return full.rpartition("/")[2], _of_hub(full, loaded, columns)
