@@ -49,6 +49,8 @@ TRAINERS_PER_NODE = 8
 SETTLE = 30.0  # seconds after the training in which those that are gone are replaced
 COMING = 5.0  # seconds after which another server comes for one that has left
 LOOK_AGAIN = 30.0  # seconds after which a place of the grid that was free is free for good
+COUNTING = 120.0  # seconds in which the experts that are served have to say how far they have come
+COUNTED_AT_ONCE = 8  # of them are asked at the same time
 WARM_UP = 20.0  # seconds that the swarm has for its first copies
 FULL = {"servers": 100, "experts": 1000, "trainers": 64, "minutes": 120.0, "life": 10.0}
 GC_THRESHOLDS = (200_000, 50, 1000)  # for `gc.set_threshold`
@@ -208,6 +210,8 @@ class _Run:
 
     def note(self) -> None:
         """See which experts are served now."""
+        if not self.counting:
+            return
         now = trio.current_time()
         served = {uid for server in self.servers for uid in server.held}
         for uid in self.without.keys() & served:
@@ -280,11 +284,20 @@ class _Run:
     # ------------------------------------------------------------ at the end
 
     async def count(self, node: Node) -> int:
-        """Returns the updates that all experts have made which are served now."""
-        held = await node.directory.holders(self.uids)
+        """Returns the updates that all experts have made which are served now.
+
+        Each is asked until it has answered, since many calls at once go through one uplink, and some would be too late.
+        """
         client = ExpertClient(node.client, node.directory)
+        x = [torch.ones(1, self.config.hidden)]
         self.updates.clear()
-        await self.call(client, "forward", list(held.values()), [torch.ones(1, self.config.hidden)])
+        with trio.move_on_after(COUNTING):
+            while left := sorted({uid for server in self.servers for uid in server.held} - self.updates.keys()):
+                held = await node.directory.holders(left)
+                for start in range(0, len(left), COUNTED_AT_ONCE):
+                    some = [held[uid] for uid in left[start : start + COUNTED_AT_ONCE] if uid in held]
+                    await self.call(client, "forward", some, x)
+                await trio.sleep(1)
         return sum(self.updates.values())
 
     def copy_size(self) -> int:
