@@ -13,7 +13,7 @@ from trio.testing import MockClock
 
 from labkit.contact import Contact
 from labkit.copies import GridServers, ServerRecord, rank
-from labkit.copies.servers import KEY_PREFIX, MAX_SERVERS, NAMESPACE, PERIOD, TTL
+from labkit.copies.servers import KEY_PREFIX, MAX_SERVERS, NAMESPACE, PERIOD, REWRITE, TTL
 from labkit.dht.node import Entry
 from labkit.errors import DeadlineExceeded
 from tests.fake_network import FakeNetwork, make_contact, running
@@ -161,7 +161,7 @@ async def test_a_server_that_is_lost_is_left_out_until_it_writes_itself_anew(nur
     assert numbers(first) == set()
     await first.round()
     assert numbers(first) == set(), "the record is still the old one"
-    await trio.sleep(1)
+    await trio.sleep(REWRITE)
     await second.round()
     await first.round()
     assert numbers(first) == {1}
@@ -172,7 +172,7 @@ async def test_the_last_words_of_a_server_that_is_lost_do_not_bring_it_back(nurs
     first, second = make(records, 0), make(records, 1)
     await second.round()
     await first.round()
-    await trio.sleep(1)
+    await trio.sleep(REWRITE)
     await second.round()  # it is killed right after, and `first` has not read this yet
     await trio.sleep(1)
     first.lose(server(1).contact)
@@ -204,7 +204,7 @@ async def test_a_server_that_was_lost_before_it_was_seen_comes_back_the_same_way
     first.lose(server(1).contact)
     await first.round()
     assert numbers(first) == set()
-    await trio.sleep(1)
+    await trio.sleep(REWRITE)
     await second.round()
     await first.round()
     assert numbers(first) == {1}

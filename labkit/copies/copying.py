@@ -16,10 +16,11 @@ import trio
 
 from labkit.contact import Contact
 from labkit.copies.experts import ServedExperts
-from labkit.copies.messages import CopyHead, Watched, WatchedExpert, WatchReply
+from labkit.copies.messages import CopyHead, CopyState, Watched, WatchedExpert, WatchReply
 from labkit.copies.placement import rank
 from labkit.copies.sending import CopyBudget, send_copy
 from labkit.copies.servers import KEY_PREFIX, GridServers, ServerRecord
+from labkit.copies.watching import RETRY_PAUSE, reaches
 from labkit.errors import ConnectionLost, DeadlineExceeded, Overloaded, RequestRefused, RPCError
 from labkit.events import CopyFailed, Emit, Event
 from labkit.wire.rpc_types import Caller, Reply, Request
@@ -28,7 +29,11 @@ logger = logging.getLogger(__name__)
 
 PERIOD = 10.0  # seconds between two copies of an expert that learns
 LOOK_PERIOD = 0.5  # seconds between two looks for copies that are due
-SILENCE = 6.0  # seconds without a word of who keeps a copy, after which it counts as gone
+AT_ONCE = 3  # copies that are made at the same time, to different servers, if all are small
+SMALL = 1 << 20  # bytes
+QUIET = 3.0  # seconds without a call of who keeps a copy, and so always calls, after which it is called itself
+ATTEMPTS = 2  # to reach it
+SILENCE = 6.0  # seconds without a word of it, after which it counts as gone in any case
 NAME_PERIOD = 2.0  # seconds between two times that it is said who has copies, while some are made
 PATIENCE = 5.0  # seconds to try again at a server that takes as many copies as it can
 MAX_KEEPERS = 64  # servers that say to have a copy of an expert, beyond which the silent ones are forgotten
@@ -86,7 +91,13 @@ class Copying:
         self._budget = budget
         self._at_once = CopyBudget(float("inf"), 1.0)
         self._paused: set[str] = set()  # experts that are being given away
-        self._under_way: tuple[str, trio.CancelScope] | None = None  # the last copy that was begun
+        self._under_way: dict[str, tuple[Contact, trio.CancelScope]] = {}  # copies that are made now, by expert
+        self._asked: dict[bytes, float] = {}  # servers that have been quiet, and when they were called themselves
+        self._wake = trio.Event()  # set when a copy has ended
+        self._given = trio.Event()  # set when an expert is served here no more
+        self._places: dict[tuple[str, tuple[bytes, ...]], list[Contact]] = {}  # what `_targets` has found
+        self._among: object = None  # for which servers, at which address of ours
+        self._named: dict[str, tuple[bytes, ...]] = {}
         self._made: dict[str, dict[bytes, Copied]] = {}  # uid -> key -> copy
         self._failed: dict[bytes, tuple[float, float]] = {}  # by server: how long it is left alone, and until when
 
@@ -143,13 +154,45 @@ class Copying:
     def forget(self, uid: str) -> None:
         """Forget the copies of an expert that is served here no more."""
         self._made.pop(uid, None)
+        self._given.set()
 
-    def rpc_watch(self, request: Request) -> Reply:
-        """Answer who keeps copies of our experts: how far they have come, and which copies are needed no more."""
+    async def rpc_watch(self, request: Request) -> Reply:
+        """Answer who keeps copies of our experts: how far they have come, and which copies are needed no more.
+
+        While there is no more to say than how far they have come, the answer is kept back for as long as asked.
+        """
         body: Watched = request.body
         if request.peer.key not in (None, body.by.key):
             raise RequestRefused("only who keeps copies says so")
-        now = trio.current_time()
+        for state in body.copies:
+            if state.uid in self._experts.held:
+                self._hear(state, body.by)
+        rows = self._said(body)
+        if all(row is not None and row.moved is None and not row.drop for row in rows):
+            if self._given.is_set():
+                self._given = trio.Event()
+            with trio.move_on_after(body.hold):
+                await self._given.wait()
+            rows = self._said(body)
+        for state, row in zip(body.copies, rows, strict=True):
+            if row is not None and row.drop:
+                self._made.get(state.uid, {}).pop(body.by.key, None)
+        return Reply(WatchReply(rows))
+
+    def _hear(self, state: CopyState, by: Contact) -> None:
+        """Note that a server keeps a copy."""
+        now, made = trio.current_time(), self._made.setdefault(state.uid, {})
+        before = made.get(by.key)
+        if before is None and len(made) >= MAX_KEEPERS:  # some may have said so for years
+            for key in [key for key, copied in made.items() if now - copied.heard >= SILENCE]:
+                del made[key]
+        if before is not None and (before.epoch, before.updates) == (state.epoch, state.updates):
+            before.heard, before.at = now, by
+        elif before is not None or len(made) < MAX_KEEPERS:
+            made[by.key] = Copied(by, state.epoch, state.updates, 0, now, now)
+
+    def _said(self, body: Watched) -> list[WatchedExpert | None]:
+        """Returns what there is to say of experts that are copied elsewhere."""
         some = self._able()
         rows: list[WatchedExpert | None] = []
         for state in body.copies:
@@ -157,20 +200,10 @@ class Copying:
             if epoch is None:
                 moved = self._experts.moved(state.uid)
                 rows.append(None if moved is None else WatchedExpert(moved[1], 0, moved=moved[0]))
-                continue
-            made = self._made.setdefault(state.uid, {})
-            before = made.get(body.by.key)
-            if before is None and len(made) >= MAX_KEEPERS:  # some may have said so for years
-                for key in [key for key, copied in made.items() if now - copied.heard >= SILENCE]:
-                    del made[key]
-            if before is not None and (before.epoch, before.updates) == (state.epoch, state.updates):
-                before.heard, before.at = now, body.by
-            elif before is not None or len(made) < MAX_KEEPERS:
-                made[body.by.key] = Copied(body.by, state.epoch, state.updates, 0, now, now)
-            rows.append(
-                WatchedExpert(epoch, self._experts.updates(state.uid), drop=self._is_spare(state.uid, body.by, some))
-            )
-        return Reply(WatchReply(rows))
+            else:
+                drop = self._is_spare(state.uid, body.by, some)
+                rows.append(WatchedExpert(epoch, self._experts.updates(state.uid), drop=drop))
+        return rows
 
     def _is_spare(self, uid: str, at: Contact, some: Sequence[ServerRecord]) -> bool:
         """Whether a copy is needed no more, since those whose place it is have one."""
@@ -185,31 +218,90 @@ class Copying:
     async def run(self) -> None:
         """Keep copies until cancelled."""
         named_at = trio.current_time()
-        while True:
-            due = self._next()
-            if due is None or trio.current_time() - named_at >= NAME_PERIOD:
-                self._experts.name_copies({uid: self.keys(uid) for uid in self._experts.held})
-                named_at = trio.current_time()
-            if due is None:
-                await trio.sleep(LOOK_PERIOD)
-                continue
-            uid, to = due
-            try:
-                with trio.CancelScope() as scope:
-                    self._under_way = uid, scope
-                    await self.copy_to(uid, to, patience=PATIENCE)
-                    self._failed.pop(to.key, None)
-            except Overloaded:
-                continue  # it takes copies of others now, and will take ours
-            except RPCError as error:
-                self._note_failure(uid, to, error)
+        async with trio.open_nursery() as nursery:
+            while True:
+                due = self._next() if len(self._under_way) < self._at_once_now() else None
+                if not (due or self._under_way) or trio.current_time() - named_at >= NAME_PERIOD:
+                    self._name()
+                    named_at = trio.current_time()
+                if due is not None:
+                    uid, to = due
+                    scope = trio.CancelScope()
+                    self._under_way[uid] = to, scope
+                    nursery.start_soon(self._make, uid, to, scope)
+                    continue
+                for contact in self._quiet():
+                    nursery.start_soon(self._call_quiet, contact)
+                self._wake = trio.Event()
+                with trio.move_on_after(LOOK_PERIOD):
+                    await self._wake.wait()
+
+    async def _make(self, uid: str, to: Contact, scope: trio.CancelScope) -> None:
+        """Make a copy, which is under way."""
+        try:
+            with scope:
+                await self.copy_to(uid, to, patience=PATIENCE)
+                self._failed.pop(to.key, None)
+        except Overloaded:
+            pass  # it takes copies of others now, and will take ours
+        except RPCError as error:
+            self._note_failure(uid, to, error)
+        finally:
+            del self._under_way[uid]
+            self._wake.set()
+
+    def _at_once_now(self) -> int:
+        sizes = [copied.size for made in self._made.values() for copied in made.values() if copied.size]
+        return AT_ONCE if sizes and max(sizes) <= SMALL else 1  # each of them is in memory
+
+    def _name(self) -> None:
+        """Let it be declared who has copies; anew only when others have them, not when another one is the freshest."""
+        now = {uid: self.keys(uid) for uid in self._experts.held}
+        self._named = {
+            uid: before if (before := self._named.get(uid)) and set(keys) == set(before) else keys
+            for uid, keys in now.items()
+        }
+        self._experts.name_copies(self._named)
+
+    # ------------------------------------------------------------ who keeps copies
+
+    def _quiet(self) -> list[Contact]:
+        """Returns the servers with copies that have said nothing for a while, and are to be called now."""
+        now = trio.current_time()
+        last: dict[bytes, Copied] = {}
+        for uid in self._experts.held:
+            for key, copied in self._made.get(uid, {}).items():
+                if key not in last or last[key].heard < copied.heard:
+                    last[key] = copied
+        self._asked = {key: at for key, at in self._asked.items() if now < at + QUIET}
+        quiet = [c.at for key, c in last.items() if QUIET <= now - c.heard < SILENCE and key not in self._asked]
+        self._asked |= {contact.key: now for contact in quiet}
+        return quiet
+
+    async def _call_quiet(self, contact: Contact) -> None:
+        """Find out whether a server with copies is there."""
+        for _ in range(ATTEMPTS):
+            if await reaches(self._caller, contact):
+                return
+            await trio.sleep(RETRY_PAUSE)
+        self._lose(contact)
+
+    def _lose(self, contact: Contact) -> None:
+        """Note that a server is gone, and its copies with it."""
+        self._servers.lose(contact)
+        for made in self._made.values():
+            made.pop(contact.key, None)
+        for to, scope in self._under_way.values():
+            if to.key == contact.key:
+                scope.cancel()
+        self._wake.set()
 
     @contextmanager
     def paused(self, uid: str) -> Iterator[None]:
         """While an expert is given away, it is copied for that alone: of two transfers each would end the other."""
         self._paused.add(uid)
-        if self._under_way is not None and self._under_way[0] == uid:
-            self._under_way[1].cancel()
+        if uid in self._under_way:
+            self._under_way[uid][1].cancel()
         try:
             yield
         finally:
@@ -238,18 +330,28 @@ class Copying:
 
     def _targets(self, uid: str, some: Sequence[ServerRecord]) -> list[Contact]:
         """Returns where copies of an expert belong, of some servers."""
-        have = self.keys(uid)
-        able = [r for r in rank(uid, some, self._own(), have) if r.room > 0 or r.contact.key[:KEY_PREFIX] in have]
-        return [record.contact for record in able[: self.backups]]
+        have, own = self.keys(uid), self._own()
+        among = own, [(record.contact, record.room > 0) for record in some]
+        if among != self._among:
+            self._places, self._among = {}, among
+        if (uid, have) not in self._places:
+            able = [r for r in rank(uid, some, own, have) if r.room > 0 or r.contact.key[:KEY_PREFIX] in have]
+            self._places[uid, have] = [record.contact for record in able[: self.backups]]
+        return self._places[uid, have]
 
     def _next(self) -> tuple[str, Contact] | None:
         """Returns the copy to make next: of which expert, and where to."""
         now = trio.current_time()
         some = self._able()
         best: tuple[float, str, Contact] | None = None
+        busy = {to.key for to, _ in self._under_way.values()}
         for uid, epoch in self._experts.held.items():
+            if uid in self._paused or uid in self._under_way:
+                continue
             updates = self._experts.updates(uid)
-            for to in self._targets(uid, some) if uid not in self._paused else ():
+            for to in self._targets(uid, some):
+                if to.key in busy:
+                    continue
                 copied = self._made.get(uid, {}).get(to.key)
                 if copied is None or copied.epoch != epoch or now - copied.heard >= SILENCE:
                     missing = float("inf")

@@ -119,7 +119,7 @@ class CopyKeeper:
         uids = Sequence[str]
         return {
             **self.receiver.methods,
-            WATCH: SyncMethod(self._rpc_watch, Watched),
+            WATCH: AsyncMethod(self._rpc_watch, Watched),
             PROBE: AsyncMethod(self._rpc_probe, Contact),
             HAVE: SyncMethod(self._rpc_have, uids),
             TAKE: AsyncMethod(self._handover.rpc_take, Take),
@@ -201,13 +201,13 @@ class CopyKeeper:
     def _refuse_expert(self) -> str:
         return "this server is about to stop" if self.leaving else ""
 
-    def _rpc_watch(self, request: Request) -> Reply:
+    async def _rpc_watch(self, request: Request) -> Reply:
         """Answer who keeps copies of our experts. One that has a copy of a higher epoch knows another primary."""
         body: Watched = request.body
         for state in body.copies:
             if state.epoch > self._experts.held.get(state.uid, state.epoch):
                 self.meeting.suspect(state.uid)
-        return self.copying.rpc_watch(request)
+        return await self.copying.rpc_watch(request)
 
     async def _rpc_probe(self, request: Request) -> Reply:
         """Whether a server answers us that another one does not reach. Only servers of the grid are called."""

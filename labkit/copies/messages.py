@@ -2,7 +2,8 @@
 
 A copy travels in parts, each answered before the next is sent:
 
-    copies.offer    `CopyHead` -> `CopyOffer`: a token, or none if the backup holds this very copy
+    copies.offer    `CopyHead` -> `CopyOffer`: a token, or none if the backup holds this very copy; a small copy may lie
+                    beside the head, uint8 [n], and is checked and on disk then
     copies.part     `CopyPart`, and the bytes beside it, uint8 [n] -> nothing; they are on their way to the disk
     copies.done     token -> `CopyKept`: the copy is checked and on disk, and replaces the older one
 
@@ -35,6 +36,7 @@ HAVE = "copies.have"
 TAKE = "copies.take"
 MEET = "copies.meet"
 MAX_WATCHED = 1024  # experts in one message
+MAX_HOLD = 10.0  # seconds for which an answer to `copies.watch` may be kept back
 MAX_PART = 1 << 20  # bytes of a copy in one call
 
 Uid = Annotated[str, Meta(max_length=160)]
@@ -106,10 +108,18 @@ class CopyState(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Watched(msgspec.Struct, array_like=True, frozen=True):
-    """The body of `copies.watch`: who keeps copies of experts of the server that is called, and which."""
+    """The body of `copies.watch`.
+
+    Args:
+        by: Who keeps copies of experts of the server that is called.
+        copies: Which.
+        hold: Seconds for which the answer may be kept back, if nothing has happened to these experts. Meanwhile a
+            connection that breaks tells the caller at once that the server is gone.
+    """
 
     by: Contact
     copies: Annotated[list[CopyState], Meta(max_length=MAX_WATCHED)]
+    hold: Annotated[float, Meta(ge=0, le=MAX_HOLD)] = 0.0
 
 
 class WatchedExpert(msgspec.Struct, array_like=True, frozen=True):

@@ -17,7 +17,7 @@ import trio
 
 from labkit.contact import Contact
 from labkit.copies.messages import DONE, MAX_PART, OFFER, PART, CopyHead, CopyKept, CopyOffer, CopyPart
-from labkit.copies.store import Check, CopyStore, IncomingCopy, newer_is_kept
+from labkit.copies.store import Check, Copy, CopyStore, IncomingCopy, newer_is_kept
 from labkit.errors import BadRequest, CheckpointError, Overloaded, RequestRefused
 from labkit.expert_protocol import Token
 from labkit.wire.rpc_types import AsyncMethod, Methods, Reply, Request
@@ -101,8 +101,14 @@ class CopyReceiver:
     # ------------------------------------------------------------ methods
 
     async def rpc_offer(self, request: Request) -> Reply:
-        """Agree to take a copy in, or say why not. Answers with a `CopyOffer`."""
+        """Agree to take a copy in, or say why not. Answers with a `CopyOffer`.
+
+        A small copy may come along, in one part. Then it is checked and counts, as if `copies.done` had been called.
+        """
         head: CopyHead = request.body
+        whole = _bytes_of(request) if request.tensors else None
+        if whole is not None and len(whole) != head.size:
+            raise BadRequest(f"the copy has {head.size} bytes, and {len(whole)} came along")
         self._check_sender(request, head.primary)
         held = self._store.copies.get(head.uid)
         if held is not None and held.head == head:
@@ -129,7 +135,11 @@ class CopyReceiver:
             raise RequestRefused("this server is stopping")
         self._transfers[transfer.token] = transfer
         self._news.set()
-        return Reply(CopyOffer(transfer.token))
+        if whole is None:
+            return Reply(CopyOffer(transfer.token))
+        await self._append(transfer, whole)
+        await self._finish(transfer)
+        return Reply(CopyOffer())
 
     async def rpc_part(self, request: Request) -> Reply:
         """Write a part of a copy to the disk. Answers when it is written."""
@@ -139,26 +149,32 @@ class CopyReceiver:
         data = _bytes_of(request)
         if part.offset != incoming.received or part.offset + len(data) > incoming.head.size:
             raise BadRequest(f"{len(data)} bytes at {part.offset} do not follow the {incoming.received} bytes before")
-        try:
-            async with transfer.busy:
-                await incoming.append(data.numpy().data)
-        except OSError as error:
-            await self._give_up(transfer)
-            raise _cannot_keep(incoming.head, error) from None
+        await self._append(transfer, data)
         transfer.lease = trio.current_time() + LEASE
         return Reply()
+
+    async def _append(self, transfer: _Transfer, data: torch.Tensor) -> None:
+        try:
+            async with transfer.busy:
+                await transfer.incoming.append(data.numpy().data)
+        except OSError as error:
+            await self._give_up(transfer)
+            raise _cannot_keep(transfer.incoming.head, error) from None
 
     async def rpc_done(self, request: Request) -> Reply:
         """Check a copy that is whole, and let it count. Answers with a `CopyKept`."""
         transfer = self._transfer(request, request.body)
         incoming = transfer.incoming
-        head = incoming.head
-        if incoming.received != head.size:
-            raise BadRequest(f"{incoming.received} of {head.size} bytes have been sent")
+        if incoming.received != incoming.head.size:
+            raise BadRequest(f"{incoming.received} of {incoming.head.size} bytes have been sent")
+        return Reply(CopyKept((await self._finish(transfer)).updates))
+
+    async def _finish(self, transfer: _Transfer) -> Copy:
+        incoming, head = transfer.incoming, transfer.incoming.head
         del self._transfers[transfer.token]
         try:
             self._check_wanted(head)
-            copy = await incoming.finish(self._check)
+            return await incoming.finish(self._check)
         except CheckpointError as error:
             raise RequestRefused(str(error)) from None
         except OSError as error:
@@ -166,7 +182,6 @@ class CopyReceiver:
         finally:
             with trio.CancelScope(shield=True):
                 await self._discard(transfer)
-        return Reply(CopyKept(copy.updates))
 
     # ------------------------------------------------------------ checks
 

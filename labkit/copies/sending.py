@@ -1,7 +1,7 @@
 """The primary's side: sends a copy of an expert to another server, under a budget, so that training hardly notices.
 
 The bytes go over the bulk lane in parts, one at a time. Each part is as large as the link carries in a fraction of a
-second, so that no call of a trainer waits for long behind it, and a pause follows it.
+second, so that no call of a trainer waits for long behind it, and a pause follows it. A small copy goes with its offer.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ from labkit.events import CopyFailed, CopyStored, Emit, ignore
 from labkit.wire.rpc_types import BULK, Caller
 
 RATE = float(4 << 20)  # bytes a second that the copies of a server take at most
+MAX_ROUND_TRIPS = 1024  # servers of which one is remembered
+MAX_KEPT = 4096  # copies of which it is remembered that they were kept
 SHARE = 0.25  # of the time in which they are under way
 MIN_PART, FIRST_PART = 32 << 10, 256 << 10  # bytes
 QUICK, SLOW = 0.05, 0.25  # seconds that a part takes; beyond these the next one is larger, or smaller
 MAX_PAUSE = 5.0  # seconds between two parts, unless the rate asks for more
-PART_TIMEOUT = 20.0  # seconds that the other side has for a part; a disk may be slow
+WHOLE = FIRST_PART  # bytes of a copy that is sent with its offer, in one call
+OFFER_TIMEOUT = 10.0  # seconds that the other side has to take an offer
+PART_TIMEOUT = 20.0  # seconds that it has for a part; a disk may be slow
 CHECK_TIMEOUT = 60.0  # seconds that it has to check a copy, and 1 s for each `CHECKED_PER_SECOND` bytes
 CHECKED_PER_SECOND = 20 << 20
 RETRY_INTERVAL = 0.2  # seconds between two offers to a server that takes as many copies as it can
@@ -49,6 +53,28 @@ class CopyBudget:
         self.sent = 0
         self._turn = trio.Lock()
         self._next = 0.0  # when the next part may be sent, on trio's clock
+        self._round_trips: dict[bytes, float] = {}  # by server: the shortest that was seen
+        self._kept: dict[tuple[bytes, str], CopyHead] = {}  # by server and expert: the last copy that it has kept
+
+    def is_kept(self, to: Contact, head: CopyHead) -> bool:
+        """Whether a server has kept this very copy, and no other one of the expert since."""
+        return self._kept.get((to.key, head.uid)) == head
+
+    def note_kept(self, to: Contact, head: CopyHead) -> None:
+        """Note that a server has kept a copy."""
+        if len(self._kept) >= MAX_KEPT:
+            self._kept.clear()
+        self._kept[to.key, head.uid] = head
+
+    def round_trip(self, to: Contact) -> float | None:
+        """Returns the seconds that a call without bytes takes to a server; None if that is not known."""
+        return self._round_trips.get(to.key)
+
+    def note_round_trip(self, to: Contact, seconds: float) -> None:
+        """Note the seconds that a call has taken, which hardly had any bytes to carry."""
+        if len(self._round_trips) >= MAX_ROUND_TRIPS:
+            self._round_trips.clear()
+        self._round_trips[to.key] = min(seconds, self._round_trips.get(to.key, seconds))
 
     @asynccontextmanager
     async def part(self, size: int, round_trip: float = 0.0) -> AsyncIterator[None]:
@@ -105,7 +131,34 @@ async def send_copy(
 async def _send(
     caller: Caller, to: Contact, head: CopyHead, data: memoryview, budget: CopyBudget, until: float
 ) -> None:
+    round_trip = budget.round_trip(to)
+    small = len(data) <= WHOLE and not budget.is_kept(to, head)
+    if not small or round_trip is None or not await _send_whole(caller, to, head, data, budget, round_trip):
+        await _send_in_parts(caller, to, head, data, budget, until)
+    budget.note_kept(to, head)
+
+
+async def _send_whole(
+    caller: Caller, to: Contact, head: CopyHead, data: memoryview, budget: CopyBudget, round_trip: float
+) -> bool:
+    """Send a small copy with its offer. Returns whether it is kept; if not, it is to be sent in parts."""
+    tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    try:
+        async with budget.part(len(data), round_trip):
+            began = trio.current_time()
+            reply = await caller.call(to, OFFER, head, [tensor], returns=CopyOffer, timeout=OFFER_TIMEOUT, lane=BULK)
+            budget.note_round_trip(to, trio.current_time() - began)
+    except Overloaded:
+        return False
+    offer: CopyOffer = reply.body
+    return offer.token is None
+
+
+async def _send_in_parts(
+    caller: Caller, to: Contact, head: CopyHead, data: memoryview, budget: CopyBudget, until: float
+) -> None:
     token, round_trip = await _offer(caller, to, head, until)
+    budget.note_round_trip(to, round_trip)
     if token is None:
         return  # it is there already
     offset, size = 0, FIRST_PART
@@ -129,7 +182,7 @@ async def _offer(caller: Caller, to: Contact, head: CopyHead, until: float) -> t
     while True:
         began = trio.current_time()
         try:
-            reply = await caller.call(to, OFFER, head, returns=CopyOffer, timeout=PART_TIMEOUT, lane=BULK)
+            reply = await caller.call(to, OFFER, head, returns=CopyOffer, timeout=OFFER_TIMEOUT, lane=BULK)
             offer: CopyOffer = reply.body
             return offer.token, trio.current_time() - began
         except Overloaded:

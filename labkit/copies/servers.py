@@ -29,7 +29,8 @@ NAMESPACE = OWN_NAMESPACE
 KEY_PREFIX = 8  # bytes of a server's key by which `ExpertInfo.copies` names it
 PERIOD = 5.0  # seconds between two times that a server writes itself, and reads the others
 FIRST_PAUSE = 0.5  # the same at first, as other servers may begin at the same moment; it doubles from round to round
-TTL = 20.0  # seconds that a record lives
+REWRITE = 9.0  # seconds after which a server writes itself again that has nothing new to say
+TTL = 30.0  # seconds that a record lives
 MAX_SERVERS = 1024  # of one grid that are looked at
 SLACK = 0.5  # seconds by which a record may seem younger than it is, since each hop between nodes adds a delay
 
@@ -102,9 +103,11 @@ class GridServers:
         self._ttl = ttl
         self._stamp = time.time_ns() // 1_000_000 << 16  # above all of an earlier life with the same key
         self._seen: dict[bytes, _Seen] = {}
+        self._read: dict[tuple[str, bytes], ServerRecord | None] = {}  # what the last round has decoded
         self._lost: dict[bytes, tuple[int, float]] = {}  # the last stamp of a server that is gone, and since when
         self._wake = trio.Event()
         self._left = False
+        self._written: tuple[ServerRecord, float] | None = None  # the last time, and when that was
 
     @property
     def others(self) -> Mapping[bytes, ServerRecord]:
@@ -151,11 +154,17 @@ class GridServers:
     async def round(self) -> None:
         """Write this server, and read the others, once. What the DHT does not do now is logged."""
         try:
-            if self._own is not None and not self._left:
-                await self._write(self._own())
+            if self._own is not None and not self._left and self._is_news(own := self._own()):
+                await self._write(own)
             await self.read()
         except LabkitError as error:
             logger.warning("the servers of the grid could not be read, or this one not be written: %s", error)
+
+    def _is_news(self, record: ServerRecord) -> bool:
+        """Whether a record is to be written now. How many copies are kept may be told later."""
+        if self._written is None or trio.current_time() >= self._written[1] + min(REWRITE, self._ttl / 3):
+            return True
+        return msgspec.structs.replace(record, copies=0) != msgspec.structs.replace(self._written[0], copies=0)
 
     async def leave(self) -> None:
         """Tell the others that this server is about to stop: it is written for the last time. Raises `LabkitError`."""
@@ -172,10 +181,13 @@ class GridServers:
         now, own = trio.current_time(), None if self._own is None else self._own().contact.key
         seen: dict[bytes, _Seen] = {}
         values = found if isinstance(found, Mapping) else {}
+        read: dict[tuple[str, bytes], ServerRecord | None] = {}
         for subkey in sorted(values)[:MAX_SERVERS]:
-            record = _read(subkey, values[subkey].data)
+            place = subkey, values[subkey].data
+            record = read[place] = self._read[place] if place in self._read else _read(*place)
             if record is not None and record.contact.key != own:
                 seen[record.contact.key] = _Seen(record, values[subkey].expires_at)
+        self._read = read
         for key, old in self._seen.items():
             new = seen.get(key)
             if new is None and len(seen) >= MAX_SERVERS:
@@ -195,10 +207,11 @@ class GridServers:
 
     async def _write(self, record: ServerRecord) -> None:
         self._stamp += 1
-        record = msgspec.structs.replace(record, stamp=self._stamp)
-        subkey = record.contact.key.hex()
-        value = signed(self._key, subkey, msgspec.msgpack.encode(record), self._stamp, self._sign)
+        stamped = msgspec.structs.replace(record, stamp=self._stamp)
+        subkey, now = record.contact.key.hex(), trio.current_time()
+        value = signed(self._key, subkey, msgspec.msgpack.encode(stamped), self._stamp, self._sign)
         await self._dht.store_many([Entry(self._key, value, self._ttl, subkey, self._stamp)])
+        self._written = record, now
 
 
 def _read(subkey: str, data: bytes) -> ServerRecord | None:

@@ -1,9 +1,10 @@
 """Watching the servers whose experts are copied here: who is gone is noticed within seconds, and nobody else.
 
-Each server is called once a second. It is gone if two connections in a row break or are refused, which takes a second,
-or if it says nothing for three calls, unless another server reaches it. Calls are counted, not seconds: a machine that
-was asleep itself wakes up with many seconds gone and has missed one call. And who reaches nobody else either takes
-nobody for gone: it is cut off itself.
+Each server is always being called: it keeps its answer back for two seconds. So a connection that breaks is noticed at
+once, and one call in two seconds is enough. A server is gone if two connections in a row break or are refused, or if it
+neither answers in time nor, asked once more, at once, unless another server reaches it. Calls are counted, not seconds:
+a machine that was asleep itself wakes up with many seconds gone and has missed one call. And who reaches nobody else
+either takes nobody for gone: it is cut off itself.
 
 The calls tell both sides what they have to know: the server, which copies are kept here, and how fresh they are; this
 side, how far the experts have come since.
@@ -28,10 +29,12 @@ from labkit.wire.rpc_types import Caller
 
 logger = logging.getLogger(__name__)
 
-PERIOD = 1.0  # seconds between two calls to a server
-CALL_TIME = 1.0  # seconds in which it has to answer
+PERIOD = 1.0  # seconds between the beginnings of two calls to a server, at least
+HOLD = 2.0  # seconds for which it may keep its answer back
+CALL_TIME = 1.0  # seconds in which it has to answer beyond that
+LAST_CALL_TIME = 1.5  # the same for the call that is made while others are asked whether they reach it
 BROKEN_CALLS = 2  # in a row: connections that broke, or were refused
-SILENT_CALLS = 3  # in a row that were not answered in time
+SILENT_CALLS = 1  # in a row that were not answered in time, before others are asked
 RETRY_PAUSE = 0.2  # seconds between two calls over connections that break
 WITNESSES = 8  # other nodes that are asked whether they reach it; some of them may have gone at the same moment
 ENOUGH = 2  # of them that do not reach it either
@@ -131,10 +134,11 @@ class Watching:
             broken = silent = 0
             heard = trio.current_time()
             while uids := self._uids_of(contact):
+                began = trio.current_time()
                 try:
-                    left = await self._ask(contact, uids)
+                    left = await self._ask(contact, uids, 0.0 if silent else HOLD)
                 except (ConnectionLost, WrongServerKey):
-                    broken, silent = broken + 1, silent + 1
+                    broken += 1
                 except DeadlineExceeded:
                     broken, silent = 0, silent + 1
                 except RPCError as error:  # it is there, and says so
@@ -147,21 +151,26 @@ class Watching:
                 if (broken >= BROKEN_CALLS or silent >= SILENT_CALLS) and await self._is_gone(contact):
                     await self._on_gone(contact, self._uids_of(contact), heard)
                     broken = silent = 0
-                if silent == 0:
-                    await trio.sleep(PERIOD)
-                elif broken:
+                if broken:
                     await trio.sleep(RETRY_PAUSE)
+                elif not silent:
+                    await trio.sleep_until(began + PERIOD)
         finally:
             self._watched.discard(contact)
 
-    async def _ask(self, contact: Contact, uids: Sequence[str]) -> list[str]:
-        """Say what is copied here, and learn how far it has come. Returns the experts that it does not serve."""
+    async def _ask(self, contact: Contact, uids: Sequence[str], hold: float) -> list[str]:
+        """Say what is copied here, and learn how far it has come. Returns the experts that it does not serve.
+
+        `hold`: seconds for which the server may keep its last answer back.
+        """
         left: list[str] = []
         for start in range(0, len(uids), MAX_WATCHED):
             some = [uid for uid in uids[start : start + MAX_WATCHED] if uid in self._store.copies]
             copies = [self._store.copies[uid] for uid in some]
-            body = Watched(self._own(), [CopyState(copy.uid, copy.epoch, copy.updates) for copy in copies])
-            reply = await self._caller.call(contact, WATCH, body, returns=WatchReply, timeout=CALL_TIME)
+            kept_back = hold if start + MAX_WATCHED >= len(uids) else 0.0
+            states = [CopyState(copy.uid, copy.epoch, copy.updates) for copy in copies]
+            body = Watched(self._own(), states, kept_back)
+            reply = await self._caller.call(contact, WATCH, body, returns=WatchReply, timeout=kept_back + CALL_TIME)
             for uid, said in zip(some, reply.body.experts, strict=False):
                 if said is None or said.moved is not None:
                     if uid not in self.known or not self._follow_moved(uid, said):
@@ -186,7 +195,7 @@ class Watching:
         """Whether others say so, too: at least one has to be there, if there are any, and none may reach it."""
         others = [other for other in self._others() if other.key not in (contact.key, self._own().key)]
         if not others:
-            return True
+            return not await reaches(self._caller, contact, LAST_CALL_TIME)
         heard, reached, tried = 0, False, False
 
         def settle() -> None:
@@ -207,7 +216,7 @@ class Watching:
 
         async def try_again() -> None:  # at the same time, since we may have been cut off until now
             nonlocal reached, tried
-            reached = await reaches(self._caller, contact) or reached
+            reached = await reaches(self._caller, contact, LAST_CALL_TIME) or reached
             tried = True
             settle()
 
@@ -220,10 +229,10 @@ class Watching:
         return heard > 0 and not reached
 
 
-async def reaches(caller: Caller, contact: Contact) -> bool:
+async def reaches(caller: Caller, contact: Contact, timeout: float = CALL_TIME) -> bool:
     """Whether a server that somebody else does not reach answers us."""
     try:
-        reply = await caller.call(contact, "dht.ping", Ping(None), returns=Pong, timeout=CALL_TIME)
+        reply = await caller.call(contact, "dht.ping", Ping(None), returns=Pong, timeout=timeout)
         return bool(reply.body.key == contact.key)
     except (ConnectionLost, DeadlineExceeded):
         return False
