@@ -7,6 +7,7 @@ import json
 import pytest
 
 from labkit.__main__ import main
+from labkit.bench import recovery
 from labkit.bench.recovery import RecoveryConfig
 
 
@@ -23,7 +24,20 @@ def test_a_tiny_swarm_whose_servers_leave_keeps_most_of_its_updates(capsys):
     assert result["copies_to_training_bytes"] > 0
 
 
-@pytest.mark.parametrize("wrong", [{"servers": 1}, {"experts": 3}, {"life": 0.0}, {"backups": 0}])
+def test_without_failures_all_that_was_made_is_kept_and_no_expert_is_ever_missing():
+    tiny = RecoveryConfig(servers=2, experts=40, minutes=0.2, trainers=2, k_best=2, hidden=2, step_s=0.5)
+    counts = recovery._count_in_virtual_time(tiny, failing=False)
+    assert counts.kept == counts.made > 0
+    assert (counts.gaps, counts.failed_calls, counts.lost) == ([], 0, 0)
+
+
+def test_the_training_ends_when_the_real_minutes_are_over():
+    tiny = RecoveryConfig(servers=2, experts=4, trainers=1, k_best=1, hidden=2, minutes=600, at_most=1e-3)
+    counts = recovery._count_in_virtual_time(tiny, failing=True)
+    assert 0 < counts.minutes < 600
+
+
+@pytest.mark.parametrize("wrong", [{"at_most": -1.0}, {"servers": 1}, {"experts": 3}, {"life": 0.0}, {"backups": 0}])
 def test_what_is_not_possible_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         RecoveryConfig(**wrong)
@@ -32,3 +46,5 @@ def test_what_is_not_possible_is_refused(wrong):
 def test_the_full_one_has_a_hundred_servers_and_a_thousand_experts_for_two_hours():
     full = RecoveryConfig(full=True)
     assert (full.servers, full.experts, full.trainers, full.minutes, full.life) == (100, 1000, 64, 120.0, 10.0)
+    short = RecoveryConfig(full=True, minutes=20, experts=500)
+    assert (short.servers, short.experts, short.trainers, short.minutes) == (100, 500, 64, 20)

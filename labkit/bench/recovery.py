@@ -5,16 +5,20 @@ are small. Servers leave without a word, half of them so that connections break,
 loses its power; another server comes for each. It takes places of the grid that nobody serves any more, if there are
 any, and is a spare otherwise.
 
-The same swarm is run once more without failures, to compare.
+The same swarm is run once more without failures, to compare: for some minutes, since it makes as many updates in each.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import multiprocessing
+import os
 import random
+import sys
 import time
 from collections.abc import Collection, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -45,14 +49,18 @@ from labkit.wire.security import Identity
 GRID_NAME = "ffn"
 ROWS = 4  # of a call
 CALL_TIMEOUT = 3.0  # seconds
-TRAINERS_PER_NODE = 8
+TRAINERS_PER_NODE = 16
+STEADY_MINUTES = 5.0  # of the run without failures, at most
 SETTLE = 30.0  # seconds after the training in which those that are gone are replaced
 COMING = 5.0  # seconds after which another server comes for one that has left
 LOOK_AGAIN = 30.0  # seconds after which a place of the grid that was free is free for good
 COUNTING = 120.0  # seconds in which the experts that are served have to say how far they have come
 COUNTED_AT_ONCE = 8  # of them are asked at the same time
 WARM_UP = 20.0  # seconds that the swarm has for its first copies
-FULL = {"servers": 100, "experts": 1000, "trainers": 64, "minutes": 120.0, "life": 10.0}
+USUAL = {"servers": 12, "experts": 120, "trainers": 8, "minutes": 10.0}
+FULL = {"servers": 100, "experts": 1000, "trainers": 64, "minutes": 120.0}
+IN_PARALLEL = 100  # servers times minutes, from which on the two runs are made at the same time
+CLOCK_PERIOD = 5.0  # virtual seconds between two looks at the real clock
 GC_THRESHOLDS = (200_000, 50, 1000)  # for `gc.set_threshold`
 
 
@@ -61,11 +69,11 @@ class RecoveryConfig:
     """What `labkit bench recovery` measures.
 
     Args:
-        servers: Servers at any time.
-        experts: Experts in all, spread over them.
-        minutes: Of training, in virtual time.
+        servers: Servers at any time; 0 for 12, or those of `full`.
+        experts: Experts in all, spread over them; 0 for 120, or those of `full`.
+        minutes: Of training, in virtual time; 0 for 10, or those of `full`.
         life: Mean life of a server in minutes.
-        trainers: Trainers.
+        trainers: Trainers; 0 for 8, or those of `full`.
         step_s: Seconds that a trainer computes itself in a step.
         k_best: Experts that each step calls, forward and backward.
         hidden: Width of the experts; they have 24 * hidden^2 parameters.
@@ -73,17 +81,18 @@ class RecoveryConfig:
         upload: What each node sends at most, in Mbit/s.
         backups: Copies of each expert at other servers.
         seed: Of everything random.
-        full: Whether to take 100 servers, 1,000 experts, 64 trainers and two hours instead.
+        at_most: Real minutes after which the training ends in any case; 0 for none. The result says how long it was.
+        full: Whether to take 100 servers, 1,000 experts, 64 trainers and two hours where nothing else is said.
 
     Raises:
         ValueError: A value is not possible.
     """
 
-    servers: int = 12
-    experts: int = 120
-    minutes: float = 10.0
+    servers: int = 0
+    experts: int = 0
+    minutes: float = 0.0
     life: float = 10.0
-    trainers: int = 8
+    trainers: int = 0
     step_s: float = 2.0
     k_best: int = 4
     hidden: int = 8
@@ -91,17 +100,20 @@ class RecoveryConfig:
     upload: float = 20.0
     backups: int = 1
     seed: int = 0
+    at_most: float = 0.0
     full: bool = False
 
     def __post_init__(self) -> None:
-        if self.full:
-            for name, value in FULL.items():
+        for name, value in (FULL if self.full else USUAL).items():
+            if getattr(self, name) == 0:
                 object.__setattr__(self, name, value)
         check_at_least(2, self, "servers")
         check_at_least(1, self, "trainers", "k_best", "hidden", "backups")
         for name in ("minutes", "life", "rtt_ms", "upload", "step_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: more than 0")
+        if not self.at_most >= 0:
+            raise ValueError(f"at_most={self.at_most}: real minutes, or 0")
         if self.experts < max(self.servers, self.k_best):
             raise ValueError(f"experts={self.experts}: at least one for each server, and at least k_best")
 
@@ -119,24 +131,22 @@ def measure(config: RecoveryConfig) -> dict[str, Any]:
         What `--json` prints. `kept` are updates that are part of the experts at the end.
     """
     started = time.perf_counter()
-    level = logging.getLogger("labkit").level
-    threads = torch.get_num_threads()
-    logging.getLogger("labkit").setLevel(logging.ERROR)  # that servers leave is what is measured
-    torch.set_num_threads(1)  # experts are small
-    try:
-        with TemporaryDirectory(prefix="labkit-bench-") as folder:
-            steady = run_in_virtual_time(_run, config, False, Path(folder) / "steady", collect_after=GC_THRESHOLDS)
-            failing = run_in_virtual_time(_run, config, True, Path(folder) / "failing", collect_after=GC_THRESHOLDS)
-    finally:
-        torch.set_num_threads(threads)
-        logging.getLogger("labkit").setLevel(level)
+    if config.servers * config.minutes >= IN_PARALLEL and (os.cpu_count() or 1) > 1:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+            waits = other.submit(_count_in_virtual_time, config, False)
+            failing, steady = _count_in_virtual_time(config, True), waits.result()
+    else:
+        steady, failing = (_count_in_virtual_time(config, fails) for fails in (False, True))
+    kept = steady.kept * failing.minutes / steady.minutes
     return {
         **asdict(config),
+        "minutes": round(failing.minutes, 2),
         "servers_left": failing.left,
-        "effective_ratio": round(failing.kept / max(1, steady.kept), 4),
+        "effective_ratio": round(failing.kept / max(1.0, kept), 4),
         "kept": failing.kept,
-        "kept_without_failures": steady.kept,
-        "updates_lost": failing.made - failing.kept,
+        "kept_without_failures": round(kept),
+        "minutes_without_failures": round(steady.minutes, 2),
+        "updates_lost": max(0, failing.made - failing.kept),
         "experts_taken_over": failing.taken_over,
         "experts_lost": failing.lost,
         "seconds_without": _percentiles(failing.gaps),
@@ -148,6 +158,20 @@ def measure(config: RecoveryConfig) -> dict[str, Any]:
         "wall_s": round(time.perf_counter() - started, 1),
         "peak_rss_mb": peak_rss_mb(),
     }
+
+
+def _count_in_virtual_time(config: RecoveryConfig, failing: bool) -> _Counts:
+    """Train with failures or without, in this process."""
+    level, threads = logging.getLogger("labkit").level, torch.get_num_threads()
+    logging.getLogger("labkit").setLevel(logging.ERROR)  # that servers leave is what is measured
+    torch.set_num_threads(1)  # experts are small
+    in_memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    try:
+        with TemporaryDirectory(prefix="labkit-bench-", dir=in_memory) as folder:
+            return run_in_virtual_time(_run, config, failing, Path(folder), collect_after=GC_THRESHOLDS)
+    finally:
+        torch.set_num_threads(threads)
+        logging.getLogger("labkit").setLevel(level)
 
 
 def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
@@ -165,19 +189,13 @@ class _Server:
     held: Collection[str] = ()
 
 
-@dataclass(eq=False)
-class _Run:
-    """One run, with what is counted in it."""
+@dataclass
+class _Counts:
+    """What is counted in a run."""
 
-    config: RecoveryConfig
-    network: SimNetwork
-    folder: Path
-    draw: random.Random
-    servers: set[_Server] = field(default_factory=set)
-    first: list[Contact] = field(default_factory=list)  # of a node that stays
-    updates: dict[str, int] = field(default_factory=dict)  # the highest count that an expert's answers have had
+    minutes: float = 0.0  # of training
     made: int = 0  # updates that were answered
-    kept: int = 0
+    kept: int = 0  # those that are part of the experts at the end
     left: int = 0
     lost: int = 0
     taken_over: int = 0
@@ -186,7 +204,21 @@ class _Run:
     copies: int = 0
     copy_bytes: int = 0
     training_bytes: int = 0
-    gaps: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)  # seconds for which an expert was not served
+
+
+@dataclass(eq=False)
+class _Run:
+    """One run."""
+
+    config: RecoveryConfig
+    network: SimNetwork
+    folder: Path
+    draw: random.Random
+    counts: _Counts = field(default_factory=_Counts)
+    servers: set[_Server] = field(default_factory=set)
+    first: list[Contact] = field(default_factory=list)  # of a node that stays
+    updates: dict[str, int] = field(default_factory=dict)  # the highest count that an expert's answers have had
     without: dict[str, float] = field(default_factory=dict)  # experts that nobody serves, and since when
     counting: bool = False
 
@@ -197,16 +229,16 @@ class _Run:
         if not self.counting:
             return
         if isinstance(event, CopyStored):
-            self.copies += 1
+            self.counts.copies += 1
         elif isinstance(event, ExpertTakenOver):
-            self.taken_over += 1
+            self.counts.taken_over += 1
 
     def hear_calls(self, event: Event) -> None:
         """Count what trainers say."""
         if isinstance(event, CallFinished) and self.counting:
-            self.training_bytes += event.bytes
+            self.counts.training_bytes += event.bytes
             if event.direction == "backward":
-                self.made += 1
+                self.counts.made += 1
 
     def note(self) -> None:
         """See which experts are served now."""
@@ -215,7 +247,7 @@ class _Run:
         now = trio.current_time()
         served = {uid for server in self.servers for uid in server.held}
         for uid in self.without.keys() & served:
-            self.gaps.append(now - self.without.pop(uid))
+            self.counts.gaps.append(now - self.without.pop(uid))
         for uid in self.uids - served - self.without.keys():
             self.without[uid] = now
 
@@ -259,7 +291,7 @@ class _Run:
         """Let a server live, leave for good, and another one come, again and again."""
         while True:
             await trio.sleep(self.draw.expovariate(1 / (60 * self.config.life)))
-            self.left += 1
+            self.counts.left += 1
             if self.draw.random() < 0.5:  # silently, as it seems to the others
                 assert server.contact is not None
                 self.network.unplug(server.contact)
@@ -269,7 +301,7 @@ class _Run:
                 uids = self.free()
                 try:
                     server = await self.serve(nursery, uids)
-                    self.lost += len(uids)
+                    self.counts.lost += len(uids)
                     break
                 except* LabkitError:  # others have come first
                     pass
@@ -330,9 +362,9 @@ class _Run:
         def done(info: ExpertInfo, outcome: Outcome) -> None:
             nonlocal left
             left -= 1
-            self.calls += self.counting
+            self.counts.calls += self.counting
             if isinstance(outcome, RPCError):
-                self.failed_calls += self.counting
+                self.counts.failed_calls += self.counting
             else:
                 answered.append(info)
                 self.updates[info.uid] = outcome.updates
@@ -349,8 +381,23 @@ class _Run:
         return answered
 
 
-async def _run(config: RecoveryConfig, failing: bool, folder: Path) -> _Run:
+async def _watch_the_clock(config: RecoveryConfig, minutes: float, *, say: bool) -> None:
+    """Returns after so many virtual minutes, or earlier if the real ones are over."""
+    began, real, said = trio.current_time(), time.perf_counter(), 0
+    end = began + 60 * minutes
+    while (now := trio.current_time()) < end:
+        virtual, passed = (now - began) / 60, time.perf_counter() - real
+        if config.at_most and passed > 60 * config.at_most:
+            return
+        if say and 10 * virtual / minutes >= said + 1:
+            said = int(10 * virtual / minutes)
+            print(f"{virtual:.1f} of {minutes:g} virtual minutes took {passed:.0f} s", file=sys.stderr, flush=True)
+        await trio.sleep_until(min(now + CLOCK_PERIOD, end))
+
+
+async def _run(config: RecoveryConfig, failing: bool, folder: Path) -> _Counts:
     """Train for a while, with or without failures."""
+    minutes = config.minutes if failing else min(config.minutes, STEADY_MINUTES)
     seconds = config.rtt_ms / 2000
     options = {"latency": seconds, "uplink": config.upload * 1e6 / 8, "handshake": 2.0}
     async with open_simnet(config.seed, **options) as network, trio.open_nursery() as nursery:
@@ -373,12 +420,15 @@ async def _run(config: RecoveryConfig, failing: bool, folder: Path) -> _Run:
                     busy.start_soon(run.train, nodes[number % len(nodes)], number)
                 for server in servers if failing else ():
                     busy.start_soon(run.live, nursery, server)
-                await trio.sleep(60 * config.minutes)
+                began, counts = trio.current_time(), run.counts
+                await _watch_the_clock(config, minutes, say=failing and config.servers * minutes >= IN_PARALLEL)
+                counts.minutes = (trio.current_time() - began) / 60
                 busy.cancel_scope.cancel()
+            counts.gaps += [trio.current_time() - since for since in run.without.values()]
             run.counting = False
             await trio.sleep(SETTLE)
-            run.kept = await run.count(nodes[0])
-            run.copy_bytes = run.copies * run.copy_size()
+            counts.kept = await run.count(nodes[0])
+            counts.copy_bytes = counts.copies * run.copy_size()
         network.over = True
         nursery.cancel_scope.cancel()
-    return run
+    return counts

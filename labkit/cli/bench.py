@@ -102,13 +102,23 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     recovery = _add_bench(benches, "recovery", "what is kept while servers leave for good, in virtual time")
     recovery.add_argument(
         "--full", action="store_true",
-        help="100 servers, 1,000 experts, 64 trainers, two hours, whatever the other options say; takes hours",
+        help="100 servers, 1,000 experts, 64 trainers, two hours, except for what is said otherwise; takes hours",
     )  # fmt: skip
-    add_number(recovery, "--servers", 12, "servers at any time")
-    add_number(recovery, "--experts", 120, "experts, spread over the servers")
-    _add_real(recovery, "--minutes", 10.0, "virtual minutes of training")
+    for option, default, text in (
+        ("--servers", "12; with --full 100", "servers at any time"),
+        ("--experts", "120; with --full 1,000", "experts, spread over the servers"),
+        ("--trainers", "8; with --full 64", "trainers"),
+    ):
+        recovery.add_argument(option, type=int, default=0, metavar="N", help=f"{text} (default: {default})")
+    recovery.add_argument(
+        "--minutes", type=float, default=0.0, metavar="N",
+        help="virtual minutes of training (default: 10; with --full 120)",
+    )  # fmt: skip
+    recovery.add_argument(
+        "--at-most", type=float, default=0.0, metavar="N",
+        help="real minutes after which the training ends; the result says how long it was (default: none)",
+    )  # fmt: skip
     _add_real(recovery, "--life", 10.0, "mean life of a server, in minutes")
-    add_number(recovery, "--trainers", 8, "trainers")
     _add_real(recovery, "--step-s", 2.0, "seconds that a trainer computes itself in a step")
     add_number(recovery, "--k-best", 4, "experts that each step calls")
     add_number(recovery, "--hidden", 8, "width of the experts")
