@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 PERIOD = 10.0  # seconds between two copies of an expert that learns
 LOOK_PERIOD = 0.5  # seconds between two looks for copies that are due
+CALM_LOOK_PERIOD = 2.0  # the same while no expert learns
 AT_ONCE = 3  # copies that are made at the same time, to different servers, if all are small
 SMALL = 1 << 20  # bytes
 QUIET = 3.0  # seconds without a call of who keeps a copy, and so always calls, after which it is called itself
@@ -215,9 +216,13 @@ class Copying:
 
     # ------------------------------------------------------------ making copies
 
+    def look(self) -> None:
+        """Look for copies that are due now, as when an expert has come."""
+        self._wake.set()
+
     async def run(self) -> None:
         """Keep copies until cancelled."""
-        named_at = trio.current_time()
+        named_at, states = trio.current_time(), dict[str, int]()
         async with trio.open_nursery() as nursery:
             while True:
                 due = self._next() if len(self._under_way) < self._at_once_now() else None
@@ -232,8 +237,9 @@ class Copying:
                     continue
                 for contact in self._quiet():
                     nursery.start_soon(self._call_quiet, contact)
+                before, states = states, {uid: self._experts.updates(uid) for uid in self._experts.held}
                 self._wake = trio.Event()
-                with trio.move_on_after(LOOK_PERIOD):
+                with trio.move_on_after(CALM_LOOK_PERIOD if states == before else LOOK_PERIOD):
                     await self._wake.wait()
 
     async def _make(self, uid: str, to: Contact, scope: trio.CancelScope) -> None:

@@ -122,7 +122,7 @@ class CopyKeeper:
             WATCH: AsyncMethod(self._rpc_watch, Watched),
             PROBE: AsyncMethod(self._rpc_probe, Contact),
             HAVE: SyncMethod(self._rpc_have, uids),
-            TAKE: AsyncMethod(self._handover.rpc_take, Take),
+            TAKE: AsyncMethod(self._rpc_take, Take),
             MEET: SyncMethod(self.meeting.rpc_meet, Meet),
         }
 
@@ -209,6 +209,12 @@ class CopyKeeper:
                 self.meeting.suspect(state.uid)
         return await self.copying.rpc_watch(request)
 
+    async def _rpc_take(self, request: Request) -> Reply:
+        """Serve an expert from now on, and copy it soon."""
+        reply = await self._handover.rpc_take(request)
+        self.copying.look()
+        return reply
+
     async def _rpc_probe(self, request: Request) -> Reply:
         """Whether a server answers us that another one does not reach. Only servers of the grid are called."""
         contact: Contact = request.body
@@ -252,6 +258,7 @@ class CopyKeeper:
         except LabkitError as error:  # it is found gone again
             logger.warning("the experts of %s could not be taken over now: %s", gone.endpoint, error)
             return
+        self.copying.look()
         for uid, info in elsewhere.items():
             self._watching.follow(uid, info.contact, info.epoch)
         self.servers.refresh()

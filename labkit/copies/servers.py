@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 NAMESPACE = OWN_NAMESPACE
 KEY_PREFIX = 8  # bytes of a server's key by which `ExpertInfo.copies` names it
 PERIOD = 5.0  # seconds between two times that a server writes itself, and reads the others
+CALM_ROUNDS = 6  # in which nothing has changed, after which there are twice as many seconds between two
+PER_SERVER = 0.1  # seconds at least, for each server of the grid: in a large one a round is much to read
 FIRST_PAUSE = 0.5  # the same at first, as other servers may begin at the same moment; it doubles from round to round
 REWRITE = 9.0  # seconds after which a server writes itself again that has nothing new to say
 TTL = 30.0  # seconds that a record lives
@@ -86,7 +88,8 @@ class GridServers:
         dht: The DHT.
         grid: The name of the grid.
         own: Returns what this server has to say of itself now; None for who only looks.
-        period: Seconds between two rounds, in each of which it writes itself and reads the others.
+        period: Seconds between two rounds, in each of which it writes itself if it has news, and reads the others; more
+            where nothing changes, or the grid has many servers.
         ttl: Seconds that a record lives. All servers of a grid need the same.
         sign: Signs with the key of this server; without it, nodes that check signatures do not believe what it writes.
     """
@@ -141,15 +144,23 @@ class GridServers:
 
         `task_status` is told after the first round, whether it succeeded or not.
         """
-        pause = min(FIRST_PAUSE, self._period)
+        pause, calm = min(FIRST_PAUSE, self._period), 0
         while True:
             self._wake = trio.Event()
+            before = self._loads()
             await self.round()
+            calm = calm + 1 if self._loads() == before else 0
             task_status.started()
             task_status = trio.TASK_STATUS_IGNORED
             with trio.move_on_after(pause):
                 await self._wake.wait()
-            pause = min(2 * pause, self._period)
+            usual = self._period * (2 if calm >= CALM_ROUNDS else 1)
+            longest = min(max(usual, PER_SERVER * len(before)), max(self._period, self._ttl / 3))
+            pause = min(2 * pause, longest)
+
+    def _loads(self) -> dict[bytes, tuple[int, bool]]:
+        """Who is there, and how much each serves."""
+        return {key: (seen.record.experts, seen.record.room > 0) for key, seen in self._seen.items()}
 
     async def round(self) -> None:
         """Write this server, and read the others, once. What the DHT does not do now is logged."""
