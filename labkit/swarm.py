@@ -127,8 +127,8 @@ class Swarm(SwarmLayers):
             swarm.serve("ffn", hidden=256, grid=(16, 16), servers=8, on=Client(cluster))
 
         Args:
-            kind: "ffn" (default), "transformer", "nop", a name given to `register_expert`, or a
-                factory of an `nn.Module`.
+            kind: "ffn" (default), "transformer", "gated", "nop", a name given to
+                `register_expert`, or a factory of an `nn.Module`.
             grid: Sizes of the grid to serve in; by default those of the running swarm, or one
                 that fits `experts`.
             experts: How many free places of the grid to take, by default all.
@@ -157,10 +157,10 @@ class Swarm(SwarmLayers):
             seed: Makes fresh parameters depend only on it and on the uid; with "task", only if
                 nothing else draws from torch meanwhile.
             label: A name for these servers, which all see.
-            hidden: Of "ffn", "transformer" and "nop": width of inputs and outputs. A grid that
+            hidden: Of the kinds that come with labkit: width of inputs and outputs. A grid that
                 runs already says this option and the next four where they are left out.
-            inner: Of "ffn" and "transformer": width of the layers between; by default 4 * hidden
-                and 2 * hidden.
+            inner: Of them: width of the layers between; by default 4 * hidden, and for
+                "transformer" 2 * hidden.
             heads: Of "transformer": attention heads, by default 8.
             causal: Of "transformer": whether a position sees only itself and those before it, by
                 default not.
@@ -177,7 +177,7 @@ class Swarm(SwarmLayers):
         name = planning.grid_name(kind, name, uids)
         fit = partial(planning.fit_options, kind, options, name)
         isolation, of_server = planning.isolate(isolation, kind, fit(self.grids().get(name)), cluster=on is not None)
-        directory = Path(self._folder.name) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
+        directory = self.default_checkpoint_dir if checkpoint_dir is None else checkpoint_dir
         order = ServeOrder(
             Wish(name, grid, experts, uids, spare_wish(spare, backups, uids)), of_server, options, fit, servers,
             isolation, config={

@@ -31,6 +31,8 @@ def own_registry(monkeypatch):
         ("ffn", {"hidden": 8}, (3, 8)),
         ("ffn", {"hidden": 8, "inner": 5}, (3, 8)),
         ("transformer", {"hidden": 8, "heads": 2}, (3, 5, 8)),
+        ("gated", {"hidden": 8}, (3, 8)),
+        ("gated", {"hidden": 8, "inner": 5, "gate": "none", "bias": True}, (3, 8)),
         ("nop", {}, (3, 7, 2)),
         ("nop", {"hidden": 8}, (3, 8)),
     ],
@@ -87,7 +89,7 @@ def test_a_builtin_kind_cannot_be_replaced():
 
 
 def test_an_unknown_kind_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown expert kind 'fnn'.*ffn, nop, transformer"):
+    with pytest.raises(ValueError, match=r"unknown expert kind 'fnn'.*ffn, gated, nop, transformer"):
         make_expert("fnn", hidden=8)
 
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import labkit as lk
-from labkit.client.dispatch import DispatchConfig, Dispatched
+from labkit.client.dispatch import DispatchConfig
 from labkit.client.moe import MixtureOfExperts, balance_loss
+from labkit.client.routes import Dispatched, Quorum
 from labkit.errors import NoExperts, RemoteFailure, SwarmClosed
 from labkit.events import CallFailed, CallFinished, Event, RoutingChosen
 from labkit.expert_uid import grid_uids
@@ -548,7 +549,7 @@ def test_several_threads_may_train_replicas_at_once(grids):
 def dispatched(*choices: tuple[int, ...]) -> Dispatched:
     """Rows [n] of a one-dimensional grid, sent to these coordinates; -1 is nobody."""
     choice = torch.tensor(choices)
-    return Dispatched("ffn", [], choice, choice.clamp(min=0)[:, :, None], choice >= 0)
+    return Dispatched("ffn", [], choice, choice.clamp(min=0)[:, :, None], choice >= 0, Quorum.of(len(choice), 1))
 
 
 def test_the_balance_loss_is_1_for_an_even_load_and_the_grids_size_if_one_expert_gets_all():
@@ -561,7 +562,8 @@ def test_the_balance_loss_is_1_for_an_even_load_and_the_grids_size_if_one_expert
 
 def dispatched_2d() -> Dispatched:
     coordinates = torch.tensor([[[0, 0]], [[0, 1]], [[0, 2]], [[0, 3]]])
-    return Dispatched("ffn", [], torch.zeros(4, 1, dtype=torch.int64), coordinates, torch.ones(4, 1, dtype=torch.bool))
+    answered = torch.ones(4, 1, dtype=torch.bool)
+    return Dispatched("ffn", [], torch.zeros(4, 1, dtype=torch.int64), coordinates, answered, Quorum.of(4, 1))
 
 
 def test_slots_that_nobody_was_left_for_do_not_weigh_on_the_balance():

@@ -8,49 +8,28 @@ found, the rows are grouped by expert and sent, and what comes back in time is p
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 import trio
 from torch import Tensor
 
-from labkit.client.beam_search import Routing, beam_search, empty_routing
 from labkit.client.dispatch_config import DispatchConfig as DispatchConfig
 from labkit.client.expert_client import ExpertCall, ExpertOutput, OnDone
 from labkit.client.following import carried_on
 from labkit.client.gather import Gathering, RowGroup, Waited, requests_for
 from labkit.client.patience import AdaptivePatience, FixedPatience
-from labkit.client.refusals import alike, refused_by_all, tell
+from labkit.client.refusals import refused_by_all, tell
+from labkit.client.routes import Dispatched as Dispatched
+from labkit.client.routes import Routes, Searched, places_of, tell_of
 from labkit.client.session import Session
 from labkit.client.sizes import row_bytes, shape_bytes
-from labkit.directory.views import WithBackingOff, WithoutExperts
-from labkit.errors import NoExperts, NotEnoughExperts
-from labkit.events import PassFinished, RoutingChosen, RowsUnanswered
+from labkit.errors import NotEnoughExperts
+from labkit.events import PassFinished, RowsUnanswered
 from labkit.expert_protocol import Direction
-from labkit.expert_uid import ExpertInfo
 from labkit.wire.frames import encode_request
 
-logger = logging.getLogger(__name__)
-
 MAX_CAUSES = 6  # failures that an error text lists
-MAX_ALIKE = 8  # experts that refuse rows for the same reason, after which no further ones are asked
-
-
-@dataclass(frozen=True)
-class Dispatched:
-    """A forward pass: which expert was asked for each slot, its place in the grid, and whether it answered.
-
-    `name` is the grid's. `updates` are the optimizer steps that the experts had made when they answered, by uid.
-    """
-
-    name: str
-    experts: list[ExpertInfo]  # each once
-    choice: Tensor  # int64 [n, k], index into `experts`, -1 where no expert was left to ask
-    coordinates: Tensor  # int64 [n, k, dims]
-    answered: Tensor  # bool [n, k]
-    updates: dict[str, int] = field(default_factory=dict)
 
 
 async def dispatch_forward(
@@ -62,10 +41,7 @@ async def dispatch_forward(
     output_shapes: Sequence[tuple[int, ...]],
     keywords: tuple[str, ...] = (),
 ) -> tuple[Dispatched, list[Tensor]]:
-    """Send rows to the best live experts of a grid, and gather their outputs.
-
-    1. find the k best experts of each row; 2. ask each expert once, for all of its rows; 3. a row that can't have
-    `k_min` answers any more, because its experts failed, goes to the next best ones at once.
+    """Send rows to the best live experts of a grid, and gather their outputs: see `dispatch_along`.
 
     Args:
         session: The swarm.
@@ -75,21 +51,46 @@ async def dispatch_forward(
         grid_scores: One tensor [n, size] for each dimension of the grid.
         output_shapes: Out, the shape of one row, of each output.
         keywords: The names of the last inputs, which the experts get by keyword.
+    """
+    routes = Searched(session, config, name, grid_scores)
+    return await dispatch_along(session, config, routes, inputs, output_shapes, keywords)
+
+
+async def dispatch_along(
+    session: Session,
+    config: DispatchConfig,
+    routes: Routes,
+    inputs: Sequence[Tensor],
+    output_shapes: Sequence[tuple[int, ...]],
+    keywords: tuple[str, ...] = (),
+) -> tuple[Dispatched, list[Tensor]]:
+    """Send rows to experts, and gather their outputs.
+
+    1. find the experts of each row; 2. ask each expert once, for all of its rows; 3. a row that can't have the answers
+    it needs any more, because its experts failed, goes to others at once, if the routes lead to any.
+
+    Args:
+        session: The swarm.
+        config: How long to wait.
+        routes: Which experts to ask.
+        inputs: Each [n, ...].
+        output_shapes: Out, the shape of one row, of each output.
+        keywords: The names of the last inputs, which the experts get by keyword.
 
     Returns:
         Which experts were asked, and which answered; and the outputs [n, k, *out], zero where there was no answer.
 
     Raises:
-        NoExperts: The grid has no live expert.
-        NotEnoughExperts: A row got fewer than `k_min` answers. With `allow_zero_outputs`, time that runs out raises
-            neither.
+        NoExperts: There is no live expert.
+        NotEnoughExperts: A row got too few answers. With `allow_zero_outputs`, time that runs out raises neither.
     """
     encode_request(0, "", 0, None, [tensor[:0] for tensor in inputs])  # a `ValueError` for what can't be sent at all
-    n, k = inputs[0].shape[0], config.k_best
-    with _Pass(session, config, name, "forward", n, config.forward_timeout) as this:
-        routing = await _find_experts(session, config, name, grid_scores, this.deadline)  # 1
-        gathering = this.gather(torch.full((n,), config.k_min), k)
-        sent = Dispatched(name, routing.experts, routing.choice, routing.coordinates, gathering.answered)
+    n, k = inputs[0].shape[0], routes.k
+    with _Pass(session, config, routes.name, "forward", n, config.forward_timeout) as this:
+        routing = await routes.find(this.deadline)  # 1
+        gathering = this.gather(routes.quorum.needed, k)
+        found = routing.experts, routing.choice, routing.coordinates
+        sent = Dispatched(routes.name, *found, gathering.answered, routes.quorum)
         dtype = inputs[0].dtype
         outputs = [torch.zeros((n, k, *shape), dtype=dtype) for shape in output_shapes]
 
@@ -104,26 +105,12 @@ async def dispatch_forward(
                 output[request.rows, request.slots] = tensor
             sent.updates.setdefault(request.expert.uid, answer.updates)  # of two answers the older
 
-        def requests(choice: Tensor) -> list[RowGroup]:
-            found = requests_for(sent.experts, choice)
-            if found:
-                rows = {request.expert.uid: len(request.rows) for request in found}
-                session.emit(RoutingChosen(prefix=name, rows=rows))
-            return found
-
         async def replace(short: Tensor, free: Tensor) -> list[RowGroup]:
-            failed = gathering.failed
-            if len(failed) >= MAX_ALIKE and not sent.updates and alike(failed, places_of(sent.experts)):
-                return []  # the rest of a large grid would refuse these rows, too
-            others = WithoutExperts(session.directory, failed.keys() - gathering.partial)
-            most = k + len(gathering.partial)  # of which a row may have asked so many in vain
-            with trio.move_on_at(this.deadline):
-                found = await beam_search(others, name, [scores[short] for scores in grid_scores], most)
-                return requests(_refill(sent, found, short, free))
-            return []
+            return await routes.replace(sent, gathering, short, free, this.deadline)
 
         handle = _Handle(session, max(row_bytes(inputs), shape_bytes(output_shapes, dtype)), ask, take)
-        await gathering.run(requests(sent.choice), handle, replace)  # 2, 3
+        first = tell_of(session, sent.name, requests_for(sent.experts, sent.choice))
+        await gathering.run(first, handle, replace)  # 2, 3
         short = this.check(sent)
     gathering.answered[short] = False
     for output in outputs:
@@ -177,7 +164,7 @@ async def dispatch_backward(
         def take(request: RowGroup, answer: ExpertOutput) -> None:
             answers.append((request, answer.tensors))  # 0 in rows that overflowed
 
-        gathering = this.gather(sent.answered.sum(1).clamp(max=config.k_min), config.k_best)
+        gathering = this.gather(torch.minimum(sent.answered.sum(1), sent.quorum.needed), sent.answered.shape[1])
         requests = requests_for(sent.experts, sent.choice.masked_fill(~sent.answered, -1))
         size = row_bytes(inputs) + sum(row_bytes([grad[:, 0]]) for grad in grad_outputs)  # the answer's is less
 
@@ -250,7 +237,7 @@ class _Pass:
         assert self._gathering is not None
         config, direction, gathering = self._config, self._direction, self._gathering
         answered, failed, places = gathering.answered, gathering.failed, places_of(sent.experts)
-        short = answered.sum(1) < gathering.needed
+        short = answered.sum(1) < torch.minimum(gathering.needed, sent.quorum.least)
         if short.any():
             self._session.emit(RowsUnanswered(prefix=sent.name, direction=direction, rows=int(short.sum())))
         if not short.any() or config.allow_zero_outputs:
@@ -263,89 +250,7 @@ class _Pass:
         causes = [f"{uid}: {error.cause} ({error})" for uid, error in sorted(failed.items())]
         more = f"; and {len(causes) - MAX_CAUSES} more" if len(causes) > MAX_CAUSES else ""
         raise NotEnoughExperts(
-            f"{rows} got fewer than k_min={config.k_min} answers in a {direction} pass over the grid {sent.name!r}, "
-            f"within {self._timeout:g} s. Answered: {', '.join(helped) or 'none'}. "
+            f"{rows} got {sent.quorum.short} in a {direction} pass over the grid {sent.name!r}, within "
+            f"{self._timeout:g} s. Answered: {', '.join(helped) or 'none'}. "
             + (f"Failed: {'; '.join(causes[:MAX_CAUSES])}{more}" if causes else "No other live expert of it was found")
         )
-
-
-def places_of(experts: Sequence[ExpertInfo]) -> dict[str, ExpertInfo]:
-    """These experts by uid."""
-    return {info.uid: info for info in experts}
-
-
-async def _find_experts(
-    session: Session, config: DispatchConfig, name: str, grid_scores: Sequence[Tensor], deadline: float
-) -> Routing:
-    """Beam search, until the deadline. Where too few experts are left, those on back-off are considered, too.
-
-    Raises `NoExperts` if none was found, or `NotEnoughExperts` if some row has fewer than `k_min` live experts. If some
-    row has fewer than `k_best`, that is logged once. All say what was looked up, and where. A search that takes too
-    long finds no experts, which is an error unless `allow_zero_outputs` is set.
-    """
-    n, k = len(grid_scores[0]), config.k_best
-    where = f"{name!r} could not be looked up in time"
-    routing: Routing | None = None
-    with trio.move_on_at(deadline):
-        try:
-            routing = await beam_search(session.directory, name, grid_scores, k)
-        except ValueError as error:
-            raise ValueError(
-                f"the gate of the grid {name!r} gave no usable scores: {error}; is the input finite?"
-            ) from None
-        if n and int((routing.choice >= 0).sum(1).min()) < config.k_min:
-            routing = await beam_search(WithBackingOff(session.directory), name, grid_scores, k)
-        if n and not routing.experts:
-            # Asking the DHT for the reason may find experts that were declared since the cache was filled.
-            where = await session.directory.explain(name)
-            routing = await beam_search(session.directory, name, grid_scores, k)
-    if routing is None and config.allow_zero_outputs:
-        return empty_routing(n, k, len(grid_scores))
-    if routing is None or (n and not routing.experts):
-        nobody = NoExperts(
-            f"no live expert of the grid {name!r}: {where}; serve some with swarm.serve(name={name!r}, …) or "
-            "`labkit serve`, or try again when its servers are back"
-        )
-        nobody.recoverable = routing is None or session.directory.may_hold(name, len(grid_scores))
-        raise nobody
-    alive = (routing.choice >= 0).sum(1)  # [n]
-    fewest = int(alive.min()) if n else k
-    too_few = fewest < config.k_min and not config.allow_zero_outputs
-    first_time = fewest < k and session.first_time(f"fewer than k_best {name}")
-    if too_few or first_time:
-        with trio.move_on_at(deadline):
-            where = await session.directory.explain(name)
-    if too_few:
-        rows = int((alive < config.k_min).sum())
-        session.emit(RowsUnanswered(prefix=name, direction="forward", rows=rows))
-        short = NotEnoughExperts(
-            f"{rows} of {n} rows find fewer than k_min={config.k_min} live experts in the grid {name!r}: {where}"
-        )
-        short.recoverable = session.directory.may_hold(name, len(grid_scores), config.k_min)
-        raise short
-    if first_time:
-        logger.warning("k_best=%d, but some rows find only %d live experts in the grid %r (%s)", k, fewest, name, where)
-    return routing
-
-
-def _refill(sent: Dispatched, found: Routing, short: Tensor, free: Tensor) -> Tensor:
-    """Put the experts of `found` (rows: `short`) into the `free` [n, k] slots. Returns only those choices, [n, k]."""
-    # 1. Number them as in `sent`. An expert that is there already is asked once more, but gets one backward request.
-    numbers = {info.uid: number for number, info in enumerate(sent.experts)}
-    for info in found.experts:
-        number = numbers.setdefault(info.uid, len(sent.experts))
-        sent.experts[number : number + 1] = [info]
-    index = torch.tensor([numbers[info.uid] for info in found.experts] + [-1])
-    offers = index[found.choice]  # [short, k]
-    # 2. Leave out the experts that the row has asked already.
-    fresh = (offers >= 0) & ~(offers[:, :, None] == sent.choice[short][:, None, :]).any(2)
-    # 3. The first offer goes to the first free slot, and so on.
-    offer = torch.argsort(~fresh, dim=1, stable=True)
-    slot = torch.argsort(~free[short], dim=1, stable=True)
-    pairs = torch.minimum(fresh.sum(1), free[short].sum(1))  # [short]
-    row, nth = torch.nonzero(torch.arange(free.shape[1]) < pairs[:, None], as_tuple=True)
-    offer, slot, at = offer[row, nth], slot[row, nth], short[row]
-    added = torch.full_like(sent.choice, -1)
-    added[at, slot] = sent.choice[at, slot] = offers[row, offer]
-    sent.coordinates[at, slot] = found.coordinates[row, offer]
-    return added

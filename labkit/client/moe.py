@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from labkit.client.dispatch import DispatchConfig, Dispatched, dispatch_backward, dispatch_forward
+from labkit.client.dispatch import DispatchConfig, Dispatched, dispatch_forward
 from labkit.client.expert_client import for_the_wire
-from labkit.client.frozen import are_wanted, gradient_nodes
+from labkit.client.frozen import gradient_nodes
 from labkit.client.inputs import check_finite, check_tensors
 from labkit.client.outside_graphs import outside_graphs
+from labkit.client.passing import Passing, differentiable
 from labkit.client.pooling import Pool, check_pool, pool_name, pooled
 from labkit.client.session import Session, find_session
 from labkit.expert_protocol import MAX_TENSORS
@@ -211,17 +210,14 @@ class MixtureOfExperts(nn.Module):
         sent, outputs = session.run(
             dispatch_forward, session, self.dispatch, self.name, local, searched, shapes, keywords
         )
-        passing = _Passing(session, self.dispatch, sent, keywords, self.train_experts)
+        passing = Passing(session, self.dispatch, sent, keywords, self.train_experts)
         anchor: Tensor | None = None
         if self.train_experts is None:
             passing.gate = gradient_nodes(self.gate.parameters())
         if self.train_experts or passing.gate:
             # Goes in so that autograd asks for the backward pass even where no input needs a gradient: it trains.
             anchor = scores[0] if scores[0].requires_grad else torch.zeros(0, requires_grad=True)
-        # What the function gives is on the CPU, so that its backward pass runs in the thread that calls it. A GPU has
-        # one autograd thread for the whole process, which must not wait for the network.
-        outputs = _ExpertOutputs.apply(passing, len(outputs), anchor, *outputs, *inputs)  # type: ignore[no-untyped-call]
-        return sent, tuple(output.to(inputs[0].device) for output in outputs)  # [n, k, *out], in full precision
+        return sent, differentiable(passing, outputs, inputs, anchor)  # [n, k, *out], in full precision
 
     def weights(self, scores: Sequence[Tensor], sent: Dispatched) -> Tensor:
         """The weights of the experts that answered each row, differentiable; 0 for others.
@@ -323,46 +319,3 @@ def _drop(scores: Tensor, share: float) -> Tensor:
     """
     dropped = torch.rand(scores.shape[1]) < share
     return scores.double() - dropped * _DROPPED_PENALTY
-
-
-@dataclass
-class _Passing:
-    """What the backward pass needs to know of the forward pass, beside tensors."""
-
-    session: Session
-    config: DispatchConfig
-    sent: Dispatched
-    keywords: tuple[str, ...]
-    train: bool | None  # None for where the gate is trained
-    gate: list[Any] = field(default_factory=list)  # nodes of the gate's gradients: see `client/frozen`
-
-
-class _ExpertOutputs(torch.autograd.Function):
-    """The experts' answers as a differentiable function of what the experts were sent."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, passing: _Passing, count: int, anchor: Tensor | None, *outputs_then_inputs: Tensor
-    ) -> tuple[Tensor, ...]:
-        outputs, inputs = outputs_then_inputs[:count], outputs_then_inputs[count:]
-        ctx.passing, ctx.count = passing, count
-        ctx.save_for_backward(*inputs)
-        return tuple(output.view_as(output) for output in outputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        inputs, passing = ctx.saved_tensors, ctx.passing
-        nothing = (None,) * (3 + ctx.count)
-        train = are_wanted(passing.gate) if passing.train is None else passing.train
-        if not train and not any(ctx.needs_input_grad[len(nothing) :]):
-            return *nothing, *(None for _ in inputs)
-        local = [for_the_wire(tensor) for tensor in inputs]
-        local_grads = [for_the_wire(grad) for grad in grad_outputs]
-        check_finite(passing.sent.name, "output gradients", local_grads, passing.sent.answered)
-        grads = passing.session.run(
-            dispatch_backward, passing.session, passing.config, passing.sent, local, local_grads, passing.keywords,
-            train,
-        )  # fmt: skip
-        returned = (grad if grad is None else grad.to(x.device, x.dtype) for grad, x in zip(grads, inputs, strict=True))
-        return *nothing, *returned

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from labkit.client.expert_client import ExpertClient
+from labkit.contact import Contact
 from labkit.directory import Directory
 from labkit.errors import SwarmClosed
 from labkit.events import Emit
@@ -29,13 +30,18 @@ class Entrance(Protocol):
 
 @dataclass(frozen=True)
 class Session:
-    """What layers need to call a swarm's experts, and the way into the lab thread where the calls are made."""
+    """What layers need to call a swarm's experts, and the way into the lab thread where the calls are made.
+
+    `absent` belongs to that thread: since when experts that rows need are looked for in vain, and
+    where they were last, by uid.
+    """
 
     name: str
     portal: Entrance
     directory: Directory
     experts: ExpertClient
     emit: Emit
+    absent: dict[str, tuple[float, Contact | None]] = field(default_factory=dict, repr=False)
     _warned: set[str] = field(default_factory=set, repr=False)
 
     def first_time(self, what: str) -> bool:

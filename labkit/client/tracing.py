@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from labkit.client.beam_search import Prefixes, Routing, beam_search
-from labkit.client.dispatch import Dispatched
 from labkit.client.moe import MixtureOfExperts
+from labkit.client.routes import Dispatched, Quorum
 from labkit.client.session import Session, find_session
 from labkit.directory import Children
 
@@ -44,8 +44,9 @@ class SearchTrace:
         """The weights [n, k] of the experts in the layer's mean, if those in `missing` (uids) do not answer."""
         answers = torch.tensor([expert.uid not in missing for expert in self.routing.experts] + [False])
         choice = self.routing.choice  # [n, k]; -1 picks the last, where there is no expert
+        quorum = Quorum.of(len(choice), self.layer.dispatch.k_min)
         sent = Dispatched(
-            self.layer.name, self.routing.experts, choice, self.routing.coordinates, answered=answers[choice]
+            self.layer.name, self.routing.experts, choice, self.routing.coordinates, answers[choice], quorum
         )
         return self.layer.weights(self.grid_scores, sent).detach()
 

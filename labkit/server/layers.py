@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from labkit.server.gated import Gated
 from labkit.server.user_code import CodeWantedOut, contained, describe_error
 from labkit.suggest import OTHER_WORDS, did_you_mean
 
@@ -380,5 +381,7 @@ class Nop(nn.Module):
         return x
 
 
-BUILTIN_KINDS: dict[str, Factory] = {"ffn": FeedForward, "transformer": Transformer, "nop": Nop}
+BUILTIN_KINDS: dict[str, Factory] = {
+    "ffn": FeedForward, "transformer": Transformer, "nop": Nop, "gated": Gated,
+}  # fmt: skip
 _factories.update(BUILTIN_KINDS)
