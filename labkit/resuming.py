@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from labkit.client.in_models import grids_of
 from labkit.client.session import Session, find_session
 from labkit.errors import CheckpointError, LabkitError, RPCError, UnknownExpert
 from labkit.expert_uid import ExpertInfo, split_uid
@@ -32,7 +33,7 @@ from labkit.training.optimizers import NAMED as NAMED_OPTIMIZERS
 from labkit.training.optimizers import OptimizerFactory, ScheduleFactory
 from labkit.training.run import Run
 from labkit.training.run_folder import EXPERTS, SavedGrid, SavedRun, read_moment
-from labkit.training.saving import code_name, find_experts, grids_of
+from labkit.training.saving import code_name, find_experts
 from labkit.training.trainer import TrainConfig
 from labkit.training.validation import OnStep
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from labkit.client.dispatch_config import DispatchConfig
 from labkit.client.expert import RemoteExpert
 from labkit.client.fitting import fitting_outputs, known_sizes
+from labkit.client.in_models import move_to
 from labkit.client.moe import MixtureOfExperts
 from labkit.directory.grids import GridInfo
 from labkit.expert_uid import ExpertInfo, check_grid, split_uid
@@ -114,10 +115,7 @@ class SwarmLayers(SwarmLifecycle):
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Let a model that was loaded or copied call this swarm's experts. Returns the model."""
-        for module in model.modules():
-            if isinstance(module, (MixtureOfExperts, RemoteExpert)):
-                module.swarm = self.name
-        return model
+        return move_to(model, self.name)
 
     def grids(self) -> dict[str, GridInfo]:
         """Returns the grids of this swarm, by name: their sizes and the kind of their experts."""

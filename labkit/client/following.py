@@ -42,9 +42,11 @@ async def carried_on(
     lost = [
         RowGroup(request.expert, request.rows[mine], request.slots[mine])
         for request in requests
-        if request.expert.copies and isinstance(failed.get(request.expert.uid), ConnectionLost)
+        if isinstance(failed.get(request.expert.uid), ConnectionLost)
         if (mine := torch.isin(request.rows, short)).any()
     ]
+    copied = await _copied(directory, [request.expert for request in lost], deadline)
+    lost = [request for request in lost if request.expert.uid in copied]
     wanted = {int(row) for request in lost for row in request.rows}
     found: list[RowGroup] = []
     with trio.move_on_at(min(deadline, trio.current_time() + FOLLOW_TIME)):
@@ -60,6 +62,20 @@ async def carried_on(
                 break
             await trio.sleep(LOOK_AGAIN)
     return found
+
+
+async def _copied(directory: Directory, experts: Sequence[ExpertInfo], deadline: float) -> set[str]:
+    """Which of these experts have copies. Where we know of none, it may have been made since we read of the expert."""
+    copied = {info.uid for info in experts if info.copies}
+    if others := [info for info in experts if not info.copies]:
+        with trio.move_on_at(deadline):
+            now = await directory.holders(info.uid for info in others)
+            copied |= {info.uid for info in others if info.uid in now and _goes_on(info, now[info.uid])}
+    return copied
+
+
+def _goes_on(before: ExpertInfo, now: ExpertInfo) -> bool:
+    return bool(now.copies) or now.epoch > before.epoch
 
 
 async def successor(

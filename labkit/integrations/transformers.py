@@ -1,4 +1,10 @@
-"""A callback for the Trainer of Hugging Face's transformers. Importing this imports transformers."""
+"""What labkit has for Hugging Face's transformers. Importing this imports transformers.
+
+    from labkit.integrations import transformers as lkt
+
+`serve_experts` and `attach` let a model's experts live in a swarm, and `detach` brings them home; a callback shows what
+a Trainer does in a swarm's dashboard.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from labkit.integrations.attaching import attach as attach
+from labkit.integrations.attaching import detach as detach
 from labkit.integrations.reporting import Reporter
+from labkit.integrations.serving_experts import serve_experts as serve_experts
 
 if TYPE_CHECKING:
     from labkit.swarm import Swarm

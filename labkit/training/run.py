@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from labkit.client.in_models import swarms_of
 from labkit.client.session import Session, find_session
 from labkit.errors import SwarmClosed
 from labkit.events import Emit, StepFinished, ignore
@@ -34,7 +35,7 @@ from labkit.training.optimizers import OptimizerFactory, make_optimizer, make_sc
 from labkit.training.run_record import RunRecord
 from labkit.training.saving import code_name, save_best, save_run
 from labkit.training.shared_model import SharedModel
-from labkit.training.trainer import REMOTE, TrainConfig
+from labkit.training.trainer import TrainConfig
 from labkit.training.trainer_threads import Trainers
 from labkit.training.validation import Best, OnStep, TrainingStep, Validation, Validator
 
@@ -380,8 +381,7 @@ class Run(ProcessBound):
 
 def _sessions_of(model: nn.Module) -> list[Session]:
     """The swarms that the model's layers call, the first layer's first. Raises `SwarmClosed`."""
-    names = {module.swarm: None for module in model.modules() if isinstance(module, REMOTE)}
-    return [find_session(name) for name in names]
+    return [find_session(name) for name in swarms_of(model)]
 
 
 _latest: weakref.WeakValueDictionary[str, Run] = weakref.WeakValueDictionary()  # by the name of a swarm

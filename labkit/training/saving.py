@@ -15,8 +15,7 @@ from typing import Any, Protocol
 import trio
 from torch import nn
 
-from labkit.client.expert import RemoteExpert
-from labkit.client.moe import MixtureOfExperts
+from labkit.client.in_models import grids_of, single_experts_of
 from labkit.client.session import Session
 from labkit.contact import Contact
 from labkit.directory.grids import GridInfo
@@ -94,16 +93,6 @@ def code_name(function: object) -> str:
         return ""  # the usual one
     kind = function if hasattr(function, "__qualname__") else type(function)
     return f"{getattr(kind, '__module__', '?')}.{getattr(kind, '__qualname__', '?')}"
-
-
-def grids_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The grids that a model's layers call, by name, with their sizes."""
-    return {layer.name: layer.grid for layer in model.modules() if isinstance(layer, MixtureOfExperts)}
-
-
-def single_experts_of(model: nn.Module) -> list[str]:
-    """The uids of the experts that a model calls by themselves."""
-    return sorted({layer.uid for layer in model.modules() if isinstance(layer, RemoteExpert)})
 
 
 async def find_experts(session: Session, model: nn.Module) -> dict[str, ExpertInfo]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from labkit.client.expert import RemoteExpert
+from labkit.client.in_models import swarms_of
 from labkit.client.moe import MixtureOfExperts
 from labkit.suggest import suggest_fields
 from labkit.training.batches import Batch, batch_of
@@ -180,9 +180,6 @@ def train_step(
             raise FloatingPointError(
                 f"the gradient of {name} is not finite, or its square is not, where the loss is {loss.item()}"
             )
-    if not reached and not any(isinstance(module, REMOTE) for module in replica.modules()):
+    if not reached and not swarms_of(replica):
         raise ValueError("the loss depends on no parameter of the model, so nothing would learn")
     return loss.item(), shared.apply(replica, forward_updates)  # 4
-
-
-REMOTE = (MixtureOfExperts, RemoteExpert)  # layers whose backward pass trains experts elsewhere

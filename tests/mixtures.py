@@ -1,0 +1,53 @@
+"""Tiny mixture models of Transformers with random weights, none of which is downloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
+VOCABULARY = 64
+_WIDE = {"intermediate_size": 24, "num_experts_per_tok": 2}
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, **_WIDE}),
+    "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 4, "moe_intermediate_size": 20, "head_dim": 8, **_WIDE}),
+    "olmoe": ("OlmoeConfig", {"num_experts": 4, **_WIDE}),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            "n_routed_experts": 4, "moe_intermediate_size": 20, "n_group": 2, "topk_group": 1, "n_shared_experts": 1,
+            "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4, "v_head_dim": 8, **_WIDE,
+        },
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            "num_local_experts": 4, "head_dim": 8, "sliding_window": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, **_WIDE,
+        },
+    ),
+}  # fmt: skip
+
+
+def tiny_mixture(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A causal language model of one of `FAMILIES` with two layers of four experts each (DeepSeek's first has none)."""
+    name, options = _CONFIGS[family]
+    config = getattr(transformers, name)(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=None, **options,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 or "bias" in name:  # biases and experts begin at 0, or are not initialised at all
+                parameter.normal_(0, 0.3, generator=generator)
+    return model.to(dtype).eval()
+
+
+def tokens(rows: int = 2, length: int = 8, seed: int = 0) -> torch.Tensor:
+    """Token ids [rows, length]."""
+    return torch.randint(2, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
