@@ -89,7 +89,12 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--expert", default="ffn", metavar="KIND",
-        help="kind of the experts: ffn, transformer, nop or package.module:factory (default: %(default)s)",
+        help="kind of the experts: ffn, transformer, gated, nop or package.module:factory (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--experts-of", metavar="PATH",
+        help="serve experts of a Transformers model instead: the folder where it was saved, of which only the "
+        "experts of this server are read",
     )  # fmt: skip
     parser.add_argument(
         "--hidden", type=int, metavar="N", help="width of the experts (default: the running grid's, or 64)"

@@ -19,7 +19,7 @@ from labkit.faults import Faults
 from labkit.launch import planning
 from labkit.launch.cluster import cluster_of
 from labkit.launch.handle import ServerHandle
-from labkit.launch.order import ServeOrder
+from labkit.launch.order import Initial, ServeOrder
 from labkit.launch.places import Wish, spare_wish
 from labkit.node import NodeConfig
 from labkit.paths import user_path
@@ -116,7 +116,7 @@ class Swarm(SwarmLayers):
         on: Any = None, workers: str | Sequence[str] | None = None, resources: Mapping[str, float] | None = None,
         checkpoint_dir: str | Path | None = None, checkpoint_period: float | None = None, checkpoint_keep: int = 1,
         backups: int = 1, spare: bool = False, backend: BackendConfig | None = None, threads: int | None = None,
-        seed: int | None = None, label: str = "",
+        seed: int | None = None, initial: Initial | None = None, label: str = "",
         hidden: int | None = None, inner: int | None = None, heads: int | None = None, causal: bool | None = None,
         max_length: int | None = None, **options: Any,
     ) -> list[ServerHandle]:  # fmt: skip
@@ -156,6 +156,8 @@ class Swarm(SwarmLayers):
             threads: Torch's threads in each server; by default they share this process's.
             seed: Makes fresh parameters depend only on it and on the uid; with "task", only if
                 nothing else draws from torch meanwhile.
+            initial: A function of a uid, which returns the `state_dict` that this expert begins
+                with, unless there is a checkpoint of it; by default fresh parameters.
             label: A name for these servers, which all see.
             hidden: Of the kinds that come with labkit: width of inputs and outputs. A grid that
                 runs already says this option and the next four where they are left out.
@@ -177,7 +179,7 @@ class Swarm(SwarmLayers):
         name = planning.grid_name(kind, name, uids)
         fit = partial(planning.fit_options, kind, options, name)
         isolation, of_server = planning.isolate(isolation, kind, fit(self.grids().get(name)), cluster=on is not None)
-        directory = self.default_checkpoint_dir if checkpoint_dir is None else checkpoint_dir
+        directory = Path(self._folder.name) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
         order = ServeOrder(
             Wish(name, grid, experts, uids, spare_wish(spare, backups, uids)), of_server, options, fit, servers,
             isolation, config={
@@ -187,7 +189,7 @@ class Swarm(SwarmLayers):
             },
             node=self._node_config, members=self._members, lasting=checkpoint_dir is not None,
             threads=get_num_threads(), beside=sum(server.alive and not server.worker for server in self.servers),
-            folder=self._folder.name, cluster=cluster_of(on, workers, resources, servers),
+            folder=self._folder.name, initial=initial, cluster=cluster_of(on, workers, resources, servers),
         )  # fmt: skip
         with show_order(order) as show:
             return self._portal.call(order.execute, self._lab, self.servers, meanwhile=show)

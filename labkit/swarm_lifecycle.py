@@ -183,11 +183,6 @@ class SwarmLifecycle(ProcessBound):
         return node.relaying.words
 
     @property
-    def default_checkpoint_dir(self) -> Path:
-        """The folder of the checkpoints of servers that are given none. It ends with the swarm."""
-        return Path(self._folder.name) / "checkpoints"
-
-    @property
     def closed(self) -> bool:
         """Whether the swarm is closed."""
         return self._portal.closed

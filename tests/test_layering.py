@@ -259,7 +259,7 @@ def test_a_guarded_library_is_imported_only_where_it_may_be(library):
 def test_nothing_in_the_house_needs_an_integration():
     others = [module for module in house() if part_of(module) != "integrations"]
     users = [module for module in others if "integrations" in map(part_of, imported_modules(module, house()))]
-    assert users == []
+    assert users == ["cli/serve.py"]  # for --experts-of, when that is given
 
 
 def test_no_public_class_shares_its_name_with_another():

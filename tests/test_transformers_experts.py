@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -15,11 +16,14 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import labkit as lk
+from labkit.__main__ import main
 from labkit.client import following
 from labkit.errors import LabkitError, NotEnoughExperts
 from labkit.events import CallFinished, ExpertTakenOver
 from labkit.integrations import transformers as lkt
+from labkit.integrations.model_folders import ModelFolder
 from labkit.launch.handle import ServerHandle
+from tests.commands import run_until_signalled
 from tests.mixtures import FAMILIES, tiny_mixture, tokens
 from tests.swarms import eventually
 
@@ -294,6 +298,39 @@ def test_checkpointed_gradients_and_offloaded_weights_give_the_same():
         offloaded = cpu_offload(model.eval(), execution_device=torch.device("cpu"))
         assert all(parameter.is_meta for parameter in offloaded.parameters())
         assert written(offloaded) == written(local.eval())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])  # w1 to w3, by names, and all in one tensor
+def test_servers_read_their_own_experts_from_a_folder_and_no_others(family, tmp_path, monkeypatch):
+    model = tiny_mixture(family)
+    model.save_pretrained(tmp_path, max_shard_size="12KB")
+    read, weights = list[str](), ModelFolder.weights
+
+    def watched(folder: ModelFolder, layer: int, e: int) -> dict[str, torch.Tensor]:
+        read.append(f"{family}.{layer}.{e}")
+        return weights(folder, layer, e)
+
+    monkeypatch.setattr(ModelFolder, "weights", watched)
+    with lk.Swarm(name="mixture") as swarm:
+        for experts in (3, None):
+            lkt.serve_experts(swarm, tmp_path, experts=experts, isolation="task", backups=0)
+            assert sorted(swarm.experts()) == sorted(read)
+        wanted = model(tokens()).logits
+        assert_close(lkt.attach(model, swarm)(tokens()).logits, wanted, rtol=0, atol=1e-5)
+
+
+def test_labkit_serve_serves_experts_of_a_model_that_was_saved(tmp_path, capsys):
+    tiny_mixture("olmoe").save_pretrained(tmp_path)
+    arguments = ["serve", "--experts-of", str(tmp_path), "--experts", "5", "--backups", "0"]
+
+    def look(swarm: lk.Swarm) -> None:
+        assert len(swarm.experts()) == 5
+        assert swarm.grids()["olmoe"].sizes == (2, 4)
+
+    status, printed = run_until_signalled(arguments, signal.SIGINT, look)
+    assert status == 0, printed
+    assert main([*arguments, "--grid", "4"]) == 1
+    assert "leave --grid out" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- what is refused

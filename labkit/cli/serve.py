@@ -70,7 +70,7 @@ def _serve_until_stopped(options: argparse.Namespace) -> None:
         report = Report(swarm, rewrite=sys.stdout.isatty())
         news: deque[AddressNews | ExpertNews] = deque(maxlen=MAX_NEWS)
         try:
-            (server,) = swarm.serve(options.expert, isolation="task", **_defaults(options, swarm), **arguments)
+            (server,) = _start(options, swarm, arguments)
             _until_reach_is_known(server)
             print(repr(swarm))
             print_invitation(swarm)
@@ -92,6 +92,16 @@ def _serve_until_stopped(options: argparse.Namespace) -> None:
             for server in swarm.servers:
                 server.stop()
             report.write_all_news(news, last=True)
+
+
+def _start(options: argparse.Namespace, swarm: Swarm, arguments: dict[str, Any]) -> list[ServerHandle]:
+    """Start the server: with experts of a kind, or with those of a Transformers model."""
+    if options.experts_of is None:
+        return swarm.serve(options.expert, isolation="task", **_defaults(options, swarm), **arguments)
+    from labkit.integrations.serving_experts import serve_experts
+
+    given = {name: value for name, value in arguments.items() if name not in ("grid", "spare")}
+    return serve_experts(swarm, options.experts_of, experts=options.experts, isolation="task", **given)
 
 
 def _until_reach_is_known(server: ServerHandle) -> None:
@@ -253,6 +263,11 @@ def open_swarm(options: argparse.Namespace, name: str, *, relay: bool | RelayLim
 
 def _serve_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `Swarm.serve` that the command line gives."""
+    of_kind_too = {"--grid": options.grid, "--hidden": options.hidden, "--option": options.option}
+    said = [name for name, value in of_kind_too.items() if value] + ["--spare"] * options.spare
+    said += ["--expert"] * (options.expert != "ffn")
+    if options.experts_of is not None and said:
+        raise ValueError(f"--experts-of says what the experts are: leave {' and '.join(said)} out")
     label = options.label or ""
     if label != clean_label(label):
         raise ValueError(f"--label {label!r}: at most 64 characters in one line")

@@ -97,7 +97,7 @@ def attach(
     layers = expert_layers(model)
     if not layers:
         raise ValueError(f"this {type(model).__name__} has no experts that could be attached")
-    name = grid_name_of(model) if name is None else name
+    name = grid_name_of(model.config) if name is None else name
     grid = grid_of(layers)
     attached = [
         ChosenExperts(

@@ -6,34 +6,28 @@ grid, layers x experts, so that a server holds some of each layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from labkit.expert_uid import check_name, make_uid
+from labkit.expert_uid import check_name, split_uid
 from labkit.integrations.layouts import ExpertLayer, expert_layers, options_of, weights_of
 from labkit.launch.handle import ServerHandle
 from labkit.paths import user_path
-from labkit.server.checkpoints import save_expert
 from labkit.server.optimizer import BackendConfig
-from labkit.suggest import suggest_options
 
 if TYPE_CHECKING:
     from labkit.swarm import Swarm
 
 KIND = "gated"
-COUNTERS = ("updates", "rows", "pending_passes")  # of an expert, at its beginning 0
 
 
-@suggest_options
 def serve_experts(
-    swarm: Swarm, model: nn.Module, *, servers: int = 1, name: str | None = None, backups: int = 1,
-    backend: BackendConfig | None = None, checkpoint_dir: str | Path | None = None,
-    checkpoint_period: float | None = None, isolation: str | None = None, threads: int | None = None,
-    label: str = "",
+    swarm: Swarm, model: nn.Module | str | Path, *, servers: int = 1, experts: int | None = None,
+    name: str | None = None, backups: int = 1, backend: BackendConfig | None = None,
+    checkpoint_dir: str | Path | None = None, isolation: str | None = None, **options: Any,
 ) -> list[ServerHandle]:  # fmt: skip
     """Let servers of a swarm serve the experts of a Transformers model, with the model's weights.
 
@@ -46,18 +40,18 @@ def serve_experts(
 
     Args:
         swarm: The swarm.
-        model: A model of Transformers with experts, all of one kind.
+        model: A model of Transformers with experts, all of one kind; or the folder where one was
+            saved, from which experts are read one at a time.
         servers: How many servers share the experts; each gets some of every layer.
+        experts: How many experts that nobody serves yet to take; by default all of these.
         name: The name of their grid, by default that of the kind of model ("olmoe").
         backups: Other servers that keep a copy of each expert, from which one of them goes on
             with it when its server is gone.
         backend: How servers train them, and limits; by default `lk.BackendConfig()`.
         checkpoint_dir: Where they are saved; by default a folder that ends with the swarm.
             Experts that are saved there already, by an earlier training, go on from there.
-        checkpoint_period: Seconds between two saves; see `swarm.serve`.
         isolation: "process" (default), or "task" for servers in this process.
-        threads: Torch's threads in each server.
-        label: A name for these servers, which all see.
+        **options: Others of `swarm.serve`, such as `threads`, `label` or `on`.
 
     Returns:
         The servers, when their experts can be found.
@@ -67,25 +61,40 @@ def serve_experts(
         ExpertsTaken: Others serve these experts already.
         ServerFailed: A server did not start.
     """
-    layers = expert_layers(model)
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no experts that could be called elsewhere; the mixture models of Transformers "
-            "have some, such as Mixtral, Qwen3-MoE or OLMoE"
-        )
-    name = grid_name_of(model) if name is None else check_name(name)
-    grid, options = grid_of(layers), options_of(layers[0])
-    folder = swarm.default_checkpoint_dir if checkpoint_dir is None else user_path(checkpoint_dir, "checkpoint_dir")
-    write_experts(folder, name, layers)
+    layers, config, weights = _source(model)
+    name = grid_name_of(config) if name is None else check_name(name)
+    grid = grid_of(layers)
+
+    def initial(uid: str) -> Mapping[str, Tensor]:
+        number, e = split_uid(uid)[1]
+        return weights(number, e)
+
+    given = {**options_of(layers[0]), **options}
     return swarm.serve(
-        KIND, grid=grid, servers=servers, name=name, backups=backups, backend=backend, checkpoint_dir=checkpoint_dir,
-        checkpoint_period=checkpoint_period, isolation=isolation, threads=threads, label=label, **options,
+        KIND, grid=grid, servers=servers, experts=experts, name=name, backups=backups, backend=backend,
+        checkpoint_dir=checkpoint_dir, isolation=isolation, initial=initial, **given,
     )  # fmt: skip
 
 
-def grid_name_of(model: nn.Module) -> str:
-    """The name of the grid of a model's experts, after its kind: "olmoe"."""
-    kind = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+def _source(model: nn.Module | str | Path) -> tuple[list[ExpertLayer], Any, Callable[[int, int], Mapping[str, Tensor]]]:
+    """The layers of a model or of a folder with one, its configuration, and what returns an expert's weights."""
+    if isinstance(model, nn.Module):
+        layers = expert_layers(model)
+        if not layers:
+            raise ValueError(
+                f"{type(model).__name__} has no experts that could be called elsewhere; the mixture models of "
+                "Transformers have some, such as Mixtral, Qwen3-MoE or OLMoE"
+            )
+        return layers, getattr(model, "config", None), lambda number, e: weights_of(layers[number].module, e)
+    from labkit.integrations.model_folders import ModelFolder
+
+    folder = ModelFolder(user_path(model, "model"))
+    return folder.layers, folder.config, folder.weights
+
+
+def grid_name_of(config: Any) -> str:
+    """The name of the grid of the experts of a model with this configuration, after its kind: "olmoe"."""
+    kind = str(getattr(config, "model_type", "") or "experts")
     plain = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in kind.lower())
     return check_name(plain.strip("-_")[:64] or "experts")
 
@@ -100,18 +109,3 @@ def grid_of(layers: Sequence[ExpertLayer]) -> tuple[int, int]:
                 f"{first.path} ({first.count} with {options}), and all experts of a grid are alike"
             )
     return len(layers), first.count
-
-
-def write_experts(folder: Path, name: str, layers: Sequence[ExpertLayer]) -> None:
-    """Write the experts of a model as checkpoints, one at a time; those that are there already stay as they are."""
-    for number, layer in enumerate(layers):
-        for e in range(layer.count):
-            uid = make_uid(name, (number, e))
-            if not (folder / f"{uid}.safetensors").exists():
-                save_expert(folder, uid, fresh_state(weights_of(layer.module, e)), kind=KIND)
-
-
-def fresh_state(weights: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The state of an expert that has these weights and has learnt nothing here yet."""
-    state = {f"module.{name}": tensor for name, tensor in weights.items()}
-    return state | {f"counter.{name}": torch.tensor(0) for name in COUNTERS}

@@ -7,9 +7,13 @@ batch passes here.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+import trio
+from torch import Tensor
 
 from labkit.joining import check_announced
 from labkit.launch import planning
@@ -21,14 +25,16 @@ from labkit.launch.places import Places, Spare, Wish, hold_places
 from labkit.launch.ports import server_address
 from labkit.node import NodeConfig
 from labkit.reachability import Reach
-from labkit.server.checkpoints import checkpoint_directory
+from labkit.server.backend import beginning
+from labkit.server.checkpoints import checkpoint_directory, save_expert
 from labkit.server.config import ServerConfig
-from labkit.server.layers import Factory
+from labkit.server.layers import Factory, kind_name
 from labkit.wire.rpc_client import Client
 from labkit.wire.security import Members
 
 logger = logging.getLogger(__name__)
 
+Initial = Callable[[str], Mapping[str, Tensor]]  # uid -> the `state_dict` of its module
 SETTLE_TIMEOUT = 5.0  # seconds that servers wait until it is known whether others reach this machine
 
 
@@ -50,6 +56,7 @@ class ServeOrder:
         threads: Torch's threads in the caller's thread, which the servers here share.
         beside: How many servers run here already.
         folder: The swarm's temporary folder.
+        initial: Returns the `state_dict` that an expert begins with; None for fresh parameters.
         cluster: Where the servers run, if not here.
 
     Attributes:
@@ -69,6 +76,7 @@ class ServeOrder:
     threads: int
     beside: int
     folder: str | None = None
+    initial: Initial | None = None
     cluster: Cluster | None = None
     handles: list[ServerHandle] = field(default_factory=list, init=False)
 
@@ -84,6 +92,8 @@ class ServeOrder:
             ValueError: What is wanted does not fit together, or does not fit the grid.
             ServerFailed: A server did not start. Then none is left.
         """
+        if self.initial is not None and self.cluster is not None and not self.lasting:
+            raise ValueError("initial=… on a cluster: give checkpoint_dir=…, a folder that its hosts share with ours")
         if self.cluster is None:
             server_address(self.node, self.servers + self.beside)  # so that no place is taken in vain
         failure = "" if self.node.announce is None else await self._check_announced(lab, self.node.announce)
@@ -96,10 +106,22 @@ class ServeOrder:
             )  # fmt: skip
         kind = self.kind if isinstance(self.kind, str) else ""
         async with hold_places(lab.node, self.wish, kind, self.fit) as places:
-            self.handles.extend(self._make_handles(lab, places, hidden))
+            handles = self._make_handles(lab, places, hidden)
+            if self.initial is not None and places.uids:
+                await trio.to_thread.run_sync(self._write_initial, places)
+            self.handles.extend(handles)
             await begin_all(self.handles)
             servers += self.handles
         return self.handles
+
+    def _write_initial(self, places: Places) -> None:
+        """Write what experts begin with as checkpoints, one at a time; those that are there stay as they are."""
+        assert self.initial is not None
+        folder = Path(self.config["checkpoint_dir"])
+        kind = self.kind.name if isinstance(self.kind, HandedKind) else kind_name(self.kind)
+        for uid in places.uids:
+            if not (folder / f"{uid}.safetensors").exists():
+                save_expert(folder, uid, beginning(self.initial(uid)), kind=kind)
 
     async def _check_announced(self, lab: Lab, announce: str) -> str:
         """Check that the announced address is ours. Returns why this machine does not reach it, if others may."""

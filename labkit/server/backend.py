@@ -9,7 +9,7 @@ Legend: rows = samples of a batch, always dimension 0 of every tensor; the other
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from labkit.server.validation import (
     squares_finite,
 )
 
+COUNTERS = ("updates", "rows", "pending_passes")  # in a state
 ANSWER_LIMIT = 255 << 20  # bytes: what a message may have by default, with room for its header
 
 
@@ -271,7 +272,7 @@ class ExpertBackend:
         expected: dict[str, tuple[torch.Size, torch.dtype | None]] = {}
         for name, tensor in module.items():
             expected[f"module.{name}"] = tensor.shape, tensor.dtype
-        for name in self._counters():
+        for name in COUNTERS:
             expected[f"counter.{name}"] = torch.Size(), torch.int64
         required = set(expected)
         for name, parameter in self._parameters.items():
@@ -314,9 +315,7 @@ class ExpertBackend:
             for name in self._parameters
             if f"pending.{name}" in state
         }
-        self.updates, self.rows_processed, self._pending_passes = (
-            int(state[f"counter.{name}"]) for name in self._counters()
-        )
+        self.updates, self.rows_processed, self._pending_passes = (int(state[f"counter.{name}"]) for name in COUNTERS)
         if self.optimizer is not None:
             filled = {
                 index: {slot: laid_out(state[f"optimizer.{slot}.{name}"].clone(), parameter) for slot in slots}
@@ -327,8 +326,14 @@ class ExpertBackend:
             self.optimizer.load_state_dict({"state": filled, "param_groups": groups})
 
     def _counters(self) -> dict[str, int]:
-        return {"updates": self.updates, "rows": self.rows_processed, "pending_passes": self._pending_passes}
+        return dict(zip(COUNTERS, (self.updates, self.rows_processed, self._pending_passes), strict=True))
 
     def _module_tensors(self) -> dict[str, Tensor]:
         with contained():
             return {name: t for name, t in self.module.state_dict().items() if isinstance(t, Tensor)}
+
+
+def beginning(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of an expert that has learnt nothing yet: that with the `state_dict` of its module."""
+    state = {f"module.{name}": tensor.detach().to("cpu") for name, tensor in weights.items()}
+    return state | {f"counter.{name}": torch.tensor(0) for name in COUNTERS}
