@@ -19,7 +19,7 @@ from PIL import Image
 from labkit.expert_uid import MAX_COORDINATE
 from labkit.view.picture.canvas import Picture, Sheet, clip, shorten, text_width
 from labkit.view.picture.formatting import age, amount, clock, failures, figures, rate
-from labkit.view.picture.heat_map import MAX_DRAWN_CELLS, draw_heat_map, lay_out
+from labkit.view.picture.heat_map import MAX_DRAWN_CELLS, draw_heat_map, lay_out, lay_out_layers
 from labkit.view.picture.snapshot import LINED_MARKS, draw
 from labkit.view.scene import SERIES, CopySummary, Layer, Mark, State
 from tests.scenes import make_scene
@@ -90,7 +90,30 @@ def test_the_headline_and_the_servers_are_told_worst_first(texts):
 def test_failures_are_told_by_cause_and_marks_in_words(texts):
     seen = texts(SCENES["a dead server"])
     assert {"timeout 12", "lost connection 24"} <= set(seen)
-    assert "▼ 0:37 servers[1] killed   ▼ 0:37 tcp://10.0.0.4:40003 lost" in seen
+    assert seen[-2:] == ["▼ 0:37 servers[1] killed", "▼ 0:37 tcp://10.0.0.4:40003 lost"]
+
+
+def test_who_took_over_stands_in_a_line_of_its_own_and_whole(texts):
+    marks = [
+        Mark(4.0, "servers[2] killed"),
+        Mark(5.0, "servers[4], [5] and [3] took over 4 experts of servers[2], 158 updates lost"),
+        Mark(6.0, "a third"),
+    ]
+    seen = texts(replace(make_scene(), marks=marks))
+    assert seen[-3:] == [f"▼ 0:0{mark.at:.0f} {mark.text}" for mark in marks]
+
+
+def test_the_table_says_how_many_copies_a_server_keeps_and_how_many_experts_it_adopted(texts):
+    scene = make_scene(outages=[])
+    nan = math.nan
+    copies, adopted = np.array([nan, 12, 3, 4], np.float32), np.array([nan, 7, 1, 0], np.float32)
+    seen = texts(replace(scene, servers=replace(scene.servers, copies=copies, adopted=adopted)))
+    heads = seen[seen.index("server") : seen.index("failures") + 1]
+    at = heads.index("copies")
+    assert heads[at + 1] == "adopted"
+    for label, cells in (("servers[0]", ["–", "–"]), ("servers[1]", ["12", "7"]), ("servers[2]", ["3", "1"])):
+        row = seen.index(label)
+        assert seen[row + at : row + at + 2] == cells
 
 
 def test_a_swarm_of_which_nothing_is_known_says_so(texts):
@@ -107,10 +130,34 @@ def test_a_closed_swarm_and_one_whose_servers_report_say_so(texts):
     assert "training" in seen and any("as the servers report" in text for text in seen)
 
 
-def test_more_than_four_layers_show_the_busiest_and_say_how_many_are_left(texts):
+def test_up_to_four_layers_are_grids_and_more_of_them_are_rows_with_their_names(texts):
+    seen = texts(make_scene(64, 4, layers=[f"layer{i}" for i in range(4)]))
+    assert [text for text in seen if text.startswith("layer")] == [f"layer{i} 4 × 4" for i in range(4)]
     seen = texts(SCENES["many layers"])
-    assert [text for text in seen if text.startswith("layer")] == [f"layer{i} 4 × 4" for i in (1, 2, 3, 5)]
-    assert "and 2 more layers" in seen
+    assert [text for text in seen if "layer" in text] == ["6 layers × experts", *(f"layer{i}" for i in range(6))]
+
+
+def test_of_very_many_layers_the_first_are_drawn_and_it_says_how_many_are_left(texts):
+    seen = texts(make_scene(1000, 4, layers=[f"layer{i}" for i in range(100)]))
+    assert {"64 layers × experts", "and 36 more layers", "layer0"} <= set(seen) and "layer64" not in seen
+
+
+@given(
+    st.lists(st.lists(st.integers(1, MAX_COORDINATE), min_size=1, max_size=4), min_size=1, max_size=64),
+    st.integers(0, 2**62),
+)
+def test_layers_as_rows_have_a_cell_for_each_expert_or_each_few_of_them(sizes, cell):
+    layers = [Layer(f"layer{number}", tuple(some)) for number, some in enumerate(sizes)]
+    scene = make_scene(1, 1, outages=[])
+    last = len(layers) - 1
+    cell = cell % min(math.prod(layers[last].sizes), 2**62)
+    experts = replace(scene.experts, layer=np.array([last]), cell=np.array([cell]), load=np.array([3.0], np.float32))
+    cells = lay_out_layers(experts, layers)
+    assert cells.rows == len(layers) and 1 <= len(cells.row) <= MAX_DRAWN_CELLS
+    assert set(cells.row.tolist()) == set(range(len(layers)))
+    (found,) = np.flatnonzero(cells.state != State.UNCLAIMED)
+    assert cells.row[found] == last and cells.load[found] == 3.0
+    assert all(math.prod(some) >= cells.column[cells.row == row].max() + 1 for row, some in enumerate(sizes))
 
 
 def test_infinite_and_lonely_values_and_many_marks_are_drawn(texts):
@@ -119,7 +166,7 @@ def test_infinite_and_lonely_values_and_many_marks_are_drawn(texts):
     marks = [Mark(0.01 * n, f"servers[{n}] back") for n in range(900)]
     seen = texts(replace(scene, marks=marks))
     assert seen.count("▼") == LINED_MARKS
-    assert seen[-1].startswith("▼ 0:08 servers[897] back")
+    assert [text for text in seen if text.startswith("▼ ")] == [f"▼ 0:08 servers[{n}] back" for n in (897, 898, 899)]
 
 
 def test_names_from_elsewhere_are_written_as_they_are_or_with_question_marks(texts):

@@ -9,6 +9,7 @@ grids, so any grid is drawn as at most `MAX_DRAWN_CELLS` cells, and never laid o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,8 @@ from labkit.view.scene import Bools, Doubles, Experts, Ints, Layer, Scene, State
 
 MAX_DRAWN_CELLS = 4_096  # per layer
 MAX_PLANES = 64  # two-dimensional slices of a grid with three dimensions or more
-MAX_LAYERS = 4
+MAX_LAYERS = 4  # that are drawn side by side; if there are more, all of them are drawn as rows
+MAX_LAYER_ROWS = 64
 MAX_ASPECT = 16  # longer grids are wrapped into several lines
 MAX_CELL_SIZE = 60  # pixels
 WORST_FIRST = (State.DEAD, State.SUSPECT, State.STARTING, State.ALIVE)
@@ -92,37 +94,87 @@ def _gather(place: Ints, load: Doubles, state: Ints, drawn: int) -> tuple[Double
     return np.where(count > 0, total / np.maximum(count, 1), np.nan), np.where(votes.any(axis=0), most, State.UNCLAIMED)
 
 
-def busiest_layers(scene: Scene) -> list[int]:
-    """Returns the layers to draw: the `MAX_LAYERS` with most load, in their own order."""
-    load = np.bincount(scene.experts.layer, np.nan_to_num(scene.experts.load), minlength=len(scene.layers))
-    return sorted(np.argsort(-load, kind="stable")[:MAX_LAYERS].tolist())
+def lay_out_layers(experts: Experts, layers: Sequence[Layer]) -> Cells:
+    """Lay out the cells of several layers at once: a row for each layer, of its experts in their order."""
+    sizes = np.array([min(math.prod(layer.sizes), 2**62) for layer in layers])
+    widest = int(sizes.max())
+    factor = -(-widest // (MAX_DRAWN_CELLS // len(layers)))
+    columns = -(-widest // factor)
+    mine = experts.layer < len(layers)
+    layer, column = experts.layer[mine], experts.cell[mine] // factor
+    place = np.where(column < columns, layer * columns + column, -1)
+    drawn = len(layers) * columns
+    load, state = _gather(place, experts.load[mine].astype(np.float64), experts.state[mine], drawn)
+    adopted = np.zeros(drawn, dtype=np.bool_)
+    adopted[place[(place >= 0) & experts.adopted[mine]]] = True
+    there = np.arange(drawn)
+    row, column = there // columns, there % columns
+    real = column < -(-sizes // factor)[row]  # a layer may have fewer experts than others
+    what = "" if factor == 1 else f"{whole(factor)} places"
+    return Cells(
+        1, len(layers), columns, what, np.zeros(int(real.sum()), np.int64), row[real], column[real], load[real],
+        state[real], adopted[real],
+    )  # fmt: skip
 
 
 def draw_layers(sheet: Sheet, scene: Scene, x: float, y: float, width: float, height: float) -> None:
-    """Draw the busiest layers side by side, with a legend below them."""
-    shown = busiest_layers(scene)
-    if not shown:
+    """Draw all layers, with a legend below them: a few side by side as grids, more of them as rows of experts."""
+    count, legend, gap = len(scene.layers), 44, 14
+    if not count:
         sheet.text(x, y + 30, "No expert has been seen yet.", color=DIM, size=12)
         return
-    left = len(scene.layers) - len(shown)
-    across = 1 if len(shown) == 1 else 2
-    down = -(-len(shown) // across)
-    legend, gap = 44, 14
-    w, h = (width - gap * (across - 1)) / across, (height - legend) / down
-    for place, number in enumerate(shown):
-        _draw_layer(sheet, scene, number, x + place % across * (w + gap), y + place // across * h, w, h - 8)
-    _draw_legend(sheet, x, y + height - legend + 12, f"and {left} more layers" if left else "")
+    if count > MAX_LAYERS:
+        _draw_rows(sheet, scene, x, y, width, height - legend - 8)
+    across = 1 if count == 1 else 2
+    w, h = (width - gap * (across - 1)) / across, (height - legend) / -(-count // across)
+    for number in range(count if count <= MAX_LAYERS else 0):
+        _draw_layer(sheet, scene, number, x + number % across * (w + gap), y + number // across * h, w, h - 8)
+    left = count - MAX_LAYER_ROWS
+    _draw_legend(sheet, x, y + height - legend + 12, f"and {left} more layers" if left > 0 else "")
+
+
+def _draw_rows(sheet: Sheet, scene: Scene, x: float, y: float, width: float, height: float) -> None:
+    """Draw layers as rows, with their names on the left."""
+    layers = scene.layers[:MAX_LAYER_ROWS]
+    cells = lay_out_layers(scene.experts, layers)
+    top = _most(cells.load)
+    sheet.text(x, y + 12, f"{len(layers)} layers × experts", size=12, bold=True)
+    sheet.text(x, y + 27, _of_load(top, cells), size=10.5, color=DIM)
+    y, height = y + 34, height - 34
+    high = min(height / cells.rows, MAX_CELL_SIZE / 2)
+    size = 9.5
+    step = math.ceil(size / high)  # each so many rows have their name
+    names = ["" if number % step else shorten(layer.name, 20) for number, layer in enumerate(layers)]
+    indent = max(text_width(name, size) for name in names) + 6
+    wide = min((width - indent) / cells.columns, MAX_CELL_SIZE)
+    high, wide = (math.floor(side) if side >= 4 else side for side in (high, wide))
+    gap = 1 if min(high, wide) >= 5 else 0
+    n = len(cells.row)
+    px, py = x + indent + cells.column * wide, y + cells.row * high
+    boxes = np.stack([px, py, np.full(n, wide - gap), np.full(n, high - gap)], 1)
+    _draw_cells(sheet, cells.load, cells.state, boxes, top)
+    _draw_corners(sheet, boxes[cells.adopted])
+    for number, name in enumerate(names):
+        if name:
+            sheet.text(x, y + number * high + high / 2 + size / 3, name, size=size, color=DIM)
+
+
+def _most(load: Doubles) -> float:
+    return float(np.nanmax(load, initial=0.0)) if np.isfinite(load).any() else math.nan
+
+
+def _of_load(top: float, cells: Cells) -> str:
+    of = f"load, 0 to {rate(top)} rows/s" if top > 0 else "no load yet"
+    return of + (f"; a cell: {cells.bin}" if cells.bin else "")
 
 
 def _draw_layer(sheet: Sheet, scene: Scene, number: int, x: float, y: float, width: float, height: float) -> None:
     layer = scene.layers[number]
     cells = lay_out(scene.experts, number, layer)
-    top = float(np.nanmax(cells.load, initial=0.0)) if np.isfinite(cells.load).any() else math.nan
+    top = _most(cells.load)
     title = f"{layer.name} {' × '.join(map(str, layer.sizes))}"
-    of = f"load, 0 to {rate(top)} rows/s" if top > 0 else "no load yet"
-    of += f"; a cell: {cells.bin}" if cells.bin else ""
     sheet.text(x, y + 12, shorten(title, int(width / 7.2)), size=12, bold=True)
-    sheet.text(x, y + 27, shorten(of, int(width / 6)), size=10.5, color=DIM)
+    sheet.text(x, y + 27, shorten(_of_load(top, cells), int(width / 6)), size=10.5, color=DIM)
     y, height = y + 34, height - 34
     label = 13 if cells.planes > 1 else 0  # pixels, for the number of each plane
 
@@ -154,7 +206,7 @@ def _draw_layer(sheet: Sheet, scene: Scene, number: int, x: float, y: float, wid
 def _draw_cells(sheet: Sheet, load: Doubles, state: Ints, boxes: Doubles, top: float) -> None:
     dead, free = state == State.DEAD, state == State.UNCLAIMED
     filled = ~dead & ~free
-    thin = 0.72 if boxes[0, 2] >= 4 else 0.4
+    thin = 0.72 if boxes[0, 2:].min() >= 4 else 0.4
     if filled.any():
         known = np.isfinite(load)
         colors = cividis(np.where(known, load, 0) / (top if top > 0 else 1))
@@ -173,14 +225,15 @@ def _draw_cells(sheet: Sheet, load: Doubles, state: Ints, boxes: Doubles, top: f
 def _draw_corners(sheet: Sheet, boxes: Doubles) -> None:
     """Mark cells of adopted experts: a white square in a corner, which can be seen on any fill."""
     if len(boxes):
-        size = np.full((len(boxes), 2), max(boxes[0, 2] / 4, 1.0))
+        side = boxes[0, 2:].min()
+        size = np.full((len(boxes), 2), max(side / 4, min(side / 2, 3.0), 1.0))
         sheet.boxes(np.concatenate([boxes[:, :2], size], axis=1), "white", edge=INK, width=0.5)
 
 
 def _draw_dots(sheet: Sheet, boxes: Doubles) -> None:
     """Draw a black dot within a white one, which can be seen on any fill."""
     middle = boxes[:, :2] + boxes[:, 2:] / 2
-    size = float(np.clip(boxes[0, 2] / 3, 1.5, 8))
+    size = float(np.clip(boxes[0, 2:].min() / 3, 1.5, 8))
     sheet.line(middle[:, 0], middle[:, 1], color="white", width=size, dots=True)
     sheet.line(middle[:, 0], middle[:, 1], color=INK, width=0.6 * size, dots=True)
 

@@ -138,9 +138,10 @@ def _of_steps(total: int) -> str:
 
 # Of each column: its left or right edge, its title and the alignment.
 TABLE_COLUMNS: Sequence[tuple[int, str, Align]] = (
-    (16, "server", "left"), (172, "state", "left"), (278, "heard", "right"), (332, "experts", "right"),
-    (378, "calls/s", "right"), (418, "queue", "right"), (462, "p50 ms", "right"), (496, "p95", "right"),
-    (530, "p99", "right"), (542, "queue·comp·net", "left"), (632, "failures", "left"),
+    (16, "server", "left"), (155, "state", "left"), (230, "heard", "right"), (294, "experts", "right"),
+    (332, "copies", "right"), (378, "adopted", "right"), (418, "calls/s", "right"), (455, "queue", "right"),
+    (495, "p50 ms", "right"), (525, "p95", "right"), (555, "p99", "right"), (565, "queue·comp·net", "left"),
+    (655, "failures", "left"),
 )  # fmt: skip
 
 
@@ -173,9 +174,10 @@ def _draw_server(sheet: Sheet, servers: Servers, i: int, x: float, y: float) -> 
     failed = {cause: int(n) for cause, n in zip(CAUSES, servers.failed[i], strict=True)}
     word = servers.words[i]
     known = (
-        shorten(servers.labels[i], 25), shorten(word, 11), age(float(servers.heard[i])),
-        whole(held) if alive == held else f"{whole(alive)} of {whole(held)}", rate(float(servers.calls[i])),
-        rate(float(servers.queue[i])), p50, p95, p99, split if split != "–·–·–" else "–",
+        shorten(servers.labels[i], 20), shorten(word, 11), age(float(servers.heard[i])),
+        whole(held) if alive == held else f"{whole(alive)} of {whole(held)}", whole(float(servers.copies[i])),
+        whole(float(servers.adopted[i])), rate(float(servers.calls[i])), rate(float(servers.queue[i])), p50, p95, p99,
+        split if split != "–·–·–" else "–",
     )  # fmt: skip
     sheet.text(x, y, STATE_SIGNS[state], size=12, color=BAD_COLOR if bad else INK)
     for (at, name, align), text in zip(TABLE_COLUMNS[:-1], known, strict=True):
@@ -186,7 +188,7 @@ def _draw_server(sheet: Sheet, servers: Servers, i: int, x: float, y: float) -> 
     total, _, causes = failures(failed).partition(" ")
     sheet.text(x + TABLE_COLUMNS[-1][0], y - 5 if causes else y, total, size=10.5)
     if causes:
-        sheet.text(x + TABLE_COLUMNS[-1][0], y + 7, clip(causes.strip("()"), 21), size=9, color=DIM)
+        sheet.text(x + TABLE_COLUMNS[-1][0], y + 7, clip(causes.strip("()"), 17), size=9, color=DIM)
 
 
 # ---------------------------------------------------------------- time
@@ -194,7 +196,7 @@ def _draw_server(sheet: Sheet, servers: Servers, i: int, x: float, y: float) -> 
 
 def _draw_charts(sheet: Sheet, scene: Scene, y: float) -> None:
     """Draw four lines and the failures, all over the same time."""
-    series, height = scene.series, 130.0
+    series, height = scene.series, 118.0
     values = series.values.astype(np.float64)
     start = series.first * series.width
     middles = start + (np.arange(len(values), dtype=np.float64) + 0.5) * series.width  # [B]
@@ -317,6 +319,5 @@ def _draw_marks(sheet: Sheet, scene: Scene, span: tuple[float, float], box: tupl
         at = x + (mark.at - span[0]) / (span[1] - span[0]) * width
         sheet.line([at, at], [y, y + height], color=INK, width=0.8, dashed=True)
         sheet.text(at, y + 1, "▼", size=9, align="center")
-    texts = [f"▼ {clock(mark.at)} {shorten(mark.text, 44)}" for mark in seen[-SHOWN_MARKS:]]
-    if texts:
-        sheet.text(x, y + height + 34, clip("   ".join(texts), 84), size=10.5)
+    for number, mark in enumerate(seen[-SHOWN_MARKS:]):
+        sheet.text(x, y + height + 31 + 14 * number, f"▼ {clock(mark.at)} {clip(mark.text, 76)}", size=10.5)
