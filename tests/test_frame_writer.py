@@ -11,7 +11,7 @@ import pytest
 
 from labkit.view.page.columns import COLUMNS, server_numbers
 from labkit.view.page.frame_writer import FRAME_BUDGET, FrameWriter
-from labkit.view.scene import MODES, Layer, Mark, Scene
+from labkit.view.scene import ALL_LAYERS, MODES, Layer, Mark, Scene
 from tests.frame_store import FrameStore
 from tests.scenes import make_scene, play
 
@@ -243,6 +243,17 @@ def test_the_layer_that_is_looked_at_comes_before_others():
     here, elsewhere = scene.experts.layer == 3, scene.experts.layer == 0
     wrong = wrong_rows(store, moved(scene, step), "experts", "load")
     assert wrong[here].mean() < 0.6 < wrong[elsewhere].mean()
+
+
+def test_who_looks_at_all_layers_at_once_gets_each_of_them_in_turn():
+    page = Page(layer=ALL_LAYERS)
+    scene = make_scene(40_000, 50, layers=["a", "b", "c", "d"], outages=[])
+    wrong = []
+    for step in range(12):
+        store = page.tell(moved(scene, step))
+        wrong.append(wrong_rows(store, moved(scene, step), "experts", "load"))
+    for layer in range(4):
+        assert min(rows[scene.experts.layer == layer].mean() for rows in wrong[-4:]) < 0.5
 
 
 def test_text_that_a_peer_may_have_written_is_cut_and_does_not_fill_a_frame():

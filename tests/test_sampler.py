@@ -451,6 +451,14 @@ def test_marks_say_what_happened_to_servers_and_when():
     ]  # fmt: skip
 
 
+def test_a_server_that_was_lost_has_its_name_in_the_mark():
+    stage = Stage()
+    stage.found(dict.fromkeys(UIDS, 1), locals=(local("killed"),))
+    stage.after(0)
+    stage.telemetry(ServerLost(address=at(1), uids=tuple(UIDS[:1]), detail="", at=START + 3))
+    assert [mark.text for mark in stage.after(5).marks] == ["servers[0] lost, with 1 expert"]
+
+
 # ---------------------------------------------------------------- copies
 
 

@@ -25,6 +25,7 @@ Doubles = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 
+ALL_LAYERS = 65_535  # instead of a layer's number: a page looks at all of them at once
 MODES = ("load", "latency", "failures", "staleness")  # what the heat map can show
 SPLIT = ("total", "queue", "compute", "network")  # a call's latency, and its parts
 PERCENTILES = (50, 95, 99)

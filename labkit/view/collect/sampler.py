@@ -44,6 +44,7 @@ from labkit.view.scene import (
     Servers,
     State,
     copies_of,
+    count_text,
 )
 
 GAUGE_MAX_AGE = 5.0  # seconds for which a gauge reported by a server is shown
@@ -118,6 +119,10 @@ class Sampler:
         self._reports.take(inventory, registry, now, counters=not own)
         self._take_steps(now)
         self._curves.take(self._telemetry.metrics)
+        while self._telemetry.lost:
+            lost = self._telemetry.lost.popleft()
+            words = f"{self._label_of(lost.address)} lost, with {count_text(len(lost.uids), 'expert')}"
+            self._telemetry.mark(words, lost.at)
         for at, words in self._moves.take(self._telemetry.moves, now, last=not open):
             self._telemetry.mark(words, at)
         copies = copies_of(_said_of_copies(inventory))

@@ -116,6 +116,7 @@ class Telemetry:
         self.steps: deque[StepFinished] = deque(maxlen=MAX_WAITING_STEPS)
         self.taken_over = self.updates_lost = 0  # experts, and their updates
         self.moves: deque[Move] = deque(maxlen=MAX_WAITING_MOVES)
+        self.lost: deque[ServerLost] = deque(maxlen=MAX_MARKS)
         self.marks: deque[Mark] = deque(maxlen=MAX_MARKS)
         self.metrics: deque[MetricsLogged] = deque(maxlen=MAX_WAITING_METRICS)
         self.passes: dict[tuple[str, str], deque[PassFinished]] = {}  # by layer and direction
@@ -237,7 +238,7 @@ class Telemetry:
 
     def _lost(self, event: ServerLost) -> None:
         self.servers_lost += 1
-        self.mark(f"{event.address} lost, with {len(event.uids)} experts", event.at)
+        self.lost.append(event)
 
     def _moved(self, event: Move) -> None:
         self.moves.append(event)

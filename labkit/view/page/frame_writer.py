@@ -33,7 +33,7 @@ from labkit.view.page.columns import (
     write_server,
     write_waits,
 )
-from labkit.view.scene import Mark, Scene
+from labkit.view.scene import ALL_LAYERS, Mark, Scene
 
 FRAME_BUDGET = 60_000  # bytes of a frame: its header as JSON, and its buffers
 MIN_FRAME_BUDGET = 20_000  # bytes: room for the longest texts, and for something beside them
@@ -84,7 +84,7 @@ class FrameWriter:
 
         Args:
             scene: The swarm as it looks now.
-            layer: Number of the layer that the page looks at, whose cells come first.
+            layer: Number of the layer that the page looks at, whose cells come first, or `ALL_LAYERS`.
             mode: What its heat map shows, which comes first too.
             control: Whether its buttons work.
         """
@@ -194,7 +194,7 @@ class FrameWriter:
     def _write_columns(
         self, scene: Scene, header: Header, buffers: list[bytes], room: int, layer: int, mode: str
     ) -> None:
-        in_layer = scene.experts.layer == layer
+        in_layer = (scene.experts.layer == layer) | (layer == ALL_LAYERS)
         urgency = [sent.look(_values(scene, sent.column)) * _weights(sent, in_layer, mode) for sent in self._columns]
         lengths = [len(blocks) for blocks in urgency]
         column_of = np.repeat(np.arange(len(lengths)), lengths)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from labkit.view.outputs import Show
 from labkit.view.page.frame_writer import FrameWriter
 from labkit.view.page.pages import Header
-from labkit.view.scene import Scene
+from labkit.view.scene import ALL_LAYERS, Scene
 from labkit.view.summary import SwarmSummary
 
 MIME_TYPES = {"png": "image/png", "html": "text/html", "json": "application/json"}
@@ -48,7 +48,7 @@ class LocalSource:
         if fresh or page not in self._writers:
             self._writers[page] = FrameWriter()
         scene = self._view.scene_for_page()
-        layer = min(layer, max(0, len(scene.layers) - 1))
+        layer = layer if layer == ALL_LAYERS else min(layer, max(0, len(scene.layers) - 1))
         return self._writers[page].frame(scene, layer=layer, mode=mode, control=scene.open)
 
     def forget(self, page: str) -> None:

@@ -47,7 +47,7 @@ class FrameSource(Protocol):
 
         Args:
             page: Id of the page.
-            layer: Number of the layer that it looks at.
+            layer: Number of the layer that it looks at, or `ALL_LAYERS`.
             mode: What its heat map shows, one of `MODES`.
             fresh: Whether the page has nothing yet.
         """

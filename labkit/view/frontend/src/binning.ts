@@ -1,6 +1,6 @@
 // A window of a plane as at most 4,096 bins: what the heat map draws. A bin is one cell, or a block of them when there are
 // more. It costs one look at each expert, whatever the size of the grid.
-import { cellAt, coordinates, placeOf, uidOf } from "./grid";
+import { cellAt, cellsOf, coordinates, placeOf, uidOf } from "./grid";
 import type { Place, Plane, Window } from "./grid";
 import type { ExpertTable } from "./store";
 import { NOWHERE } from "./store";
@@ -28,9 +28,10 @@ export function bin(
   const values = experts[mode], known = new Uint32Array(rows * cols), area = plane.rows * plane.cols;
   for (let i = 0; i < experts.n; i++) {
     const cell = experts.cell[i];
-    if (experts.layer[i] !== layer || cell === NOWHERE || cell >= plane.cells || Math.floor(cell / area) !== slice) continue;
+    if (cell === NOWHERE || (!plane.layers && (experts.layer[i] !== layer || cell >= plane.cells || Math.floor(cell / area) !== slice))) continue;
     const inside = cell - slice * area;
-    const r = Math.floor((Math.floor(inside / plane.cols) - row) / blockRows), c = Math.floor(((inside % plane.cols) - col) / blockCols);
+    const inRow = plane.layers ? experts.layer[i] : Math.floor(inside / plane.cols), inCol = plane.layers ? cell : inside % plane.cols;
+    const r = Math.floor((inRow - row) / blockRows), c = Math.floor((inCol - col) / blockCols);
     if (r < 0 || r >= rows || c < 0 || c >= cols) continue;
     const at = r * cols + c, state = experts.state[i], value = values[i];
     if (state === UNCLAIMED) continue;
@@ -60,11 +61,12 @@ export function stateOf(claimed: number, alive: number, suspect: number, dead: n
   return alive ? ALIVE : STARTING;
 }
 
-// Bins over a window, with nothing in them. Blocks are square, but for a wrapped line, of which they are stretches.
+// Bins over a window, with nothing in them. Blocks are square, but for a wrapped line and for layers, of which they are stretches.
 function emptyBins(plane: Plane, slice: number, window: Window, most: number): Bins {
-  let block = Math.max(1, Math.floor(Math.sqrt((window.rows * window.cols) / most)));
-  for (; ; block++) {
-    const blockRows = plane.wrapped ? 1 : block;
+  const flat = plane.wrapped || plane.layers, share = (window.rows * window.cols) / most;
+  let block = Math.max(1, Math.floor(flat ? share : Math.sqrt(share)));
+  for (; ; block += Math.ceil(block / 64)) {
+    const blockRows = flat ? 1 : block;
     const row = snap(window.row, blockRows), col = snap(window.col, block);
     const rows = Math.ceil((window.row + window.rows - row) / blockRows), cols = Math.ceil((window.col + window.cols - col) / block);
     if (rows * cols > most) continue;
@@ -100,7 +102,9 @@ export function binAt(bins: Bins, { slice, row, col }: Place): number {
 export function binName(layer: Layer, plane: Plane, bins: Bins, at: number): string {
   const first = placeOfBin(bins, at), cell = cellAt(plane, first);
   if (cell < 0) return "";
+  layer = plane.layers?.[first.row] ?? layer;
   if (isFine(bins)) return uidOf(layer, cell);
+  if (plane.layers) return `${uidOf(layer, cell)} – ${uidOf(layer, Math.min(cell + bins.blockCols, cellsOf(layer.sizes)) - 1)}`;
   const last = {
     slice: first.slice, row: Math.min(first.row + bins.blockRows, plane.rows) - 1, col: Math.min(first.col + bins.blockCols, plane.cols) - 1,
   };
@@ -126,5 +130,6 @@ export function rowOf(experts: ExpertTable, layer: number, cell: number): number
 
 export function placeOfExpert(experts: ExpertTable, plane: Plane, expert: number): Place | null {
   const cell = expert >= 0 && expert < experts.n ? experts.cell[expert] : NOWHERE;
+  if (plane.layers) return cell < plane.cols && experts.layer[expert] < plane.rows ? { slice: 0, row: experts.layer[expert], col: cell } : null;
   return cell < plane.cells ? placeOf(plane, cell) : null;
 }

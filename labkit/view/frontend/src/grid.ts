@@ -2,17 +2,29 @@
 // One dimension is wrapped into rows; of three and more, the leading ones number the slices. Binning and the heat map use it.
 import type { Layer } from "./types";
 
-export interface Plane { slices: number; rows: number; cols: number; cells: number; wrapped: boolean }
+export interface Plane {
+  slices: number; rows: number; cols: number; cells: number; wrapped: boolean;
+  layers?: readonly Layer[]; // each row is one of them, with its experts in their order
+}
 export interface Place { slice: number; row: number; col: number }
 export interface Window { row: number; col: number; rows: number; cols: number }
 
+const MOST_LAYERS = 128; // rows of a plane of layers
 const LEAST_WINDOW = 4; // rows and columns that the deepest zoom shows
 
+export const cellsOf = (sizes: readonly number[]) => sizes.reduce((product, size) => product * size, 1);
+
 export function planeOf(sizes: readonly number[]): Plane {
-  const cells = sizes.reduce((product, size) => product * size, 1);
+  const cells = cellsOf(sizes);
   if (sizes.filter((size) => size > 1).length <= 1) return wrap(cells); // 1 × 7 is a row of 7
   const [rows, cols] = sizes.slice(-2);
   return { slices: cells / (rows * cols), rows, cols, cells, wrapped: false };
+}
+
+// All layers at once: a row for each, of its experts in their order.
+export function planeOfLayers(all: readonly Layer[]): Plane {
+  const layers = all.slice(0, MOST_LAYERS), rows = layers.length, cols = Math.max(...layers.map(({ sizes }) => cellsOf(sizes)));
+  return { slices: 1, rows, cols, cells: rows * cols, wrapped: false, layers };
 }
 
 // A line of n cells as rows, about twice as wide as high, a power of two wide, and at most 64 rows.
@@ -29,11 +41,11 @@ export function placeOf(plane: Plane, cell: number): Place {
   return { slice, row: Math.floor(inside / plane.cols), col: inside % plane.cols };
 }
 
-// The index of a cell in its grid; -1: there is none, as behind the end of a wrapped line.
+// The index of a cell in its grid; -1: there is none, as behind the end of a wrapped line, or of a layer.
 export function cellAt(plane: Plane, { slice, row, col }: Place): number {
   if (slice < 0 || slice >= plane.slices || row < 0 || row >= plane.rows || col < 0 || col >= plane.cols) return -1;
-  const cell = (slice * plane.rows + row) * plane.cols + col;
-  return cell < plane.cells ? cell : -1;
+  const { layers } = plane, cell = layers ? col : (slice * plane.rows + row) * plane.cols + col;
+  return cell < (layers ? cellsOf(layers[row].sizes) : plane.cells) ? cell : -1;
 }
 
 // Row-major, the last coordinate fastest.

@@ -5,7 +5,7 @@ import type { Bins } from "./binning";
 import type { Context, Panel } from "./context";
 import { attribute, h, pen, text } from "./dom";
 import { makeExpertsTable } from "./experts_table";
-import { cellAt, planeOf, sliceName } from "./grid";
+import { cellAt, planeOf, planeOfLayers, sliceName } from "./grid";
 import { makeLegend } from "./legend";
 import { binUnder, frame, layOut, paint } from "./paint";
 import type { Layout } from "./paint";
@@ -14,7 +14,7 @@ import type { Domain } from "./scales";
 import type { Store } from "./store";
 import { readTheme } from "./theme";
 import type { Theme } from "./theme";
-import { MODES, UNCLAIMED } from "./types";
+import { ALL_LAYERS, MODES, UNCLAIMED } from "./types";
 import type { Layer, Mode } from "./types";
 import { Viewpoint } from "./viewpoint";
 
@@ -32,7 +32,10 @@ export function heatmapPanel(store: Store, ctx: Context): Panel {
   let press: { x: number; y: number; row: number; col: number; moved: boolean } | null = null;
 
   const name = `lk-mode-${++panels}`;
-  const layers = h("select", { "aria-label": "Layer", onchange: () => ctx.setView(layers.selectedIndex, ctx.view.mode) });
+  const layers = h("select", { "aria-label": "Layer", onchange: () => {
+    const chosen = layers.selectedIndex;
+    ctx.setView(chosen < store.layers.length ? chosen : ALL_LAYERS, ctx.view.mode);
+  } });
   const modes = MODES.map((mode) => h("input", { type: "radio", name, value: mode, onchange: () => ctx.setView(ctx.view.layer, mode) }));
   const radios = h("div", { role: "radiogroup", "aria-label": "Mode", class: "lk-modes" },
     ...modes.map((radio, i) => h("label", {}, radio, h("span", {}, MODE_INFO[MODES[i]].title))));
@@ -71,11 +74,12 @@ export function heatmapPanel(store: Store, ctx: Context): Panel {
 
   function update(): void {
     theme ??= readTheme(el);
-    const index = Math.min(ctx.view.layer, store.layers.length - 1), mode = ctx.view.mode;
-    layer = store.layers[index];
+    const { length } = store.layers, { mode } = ctx.view, all = ctx.view.layer === ALL_LAYERS && length > 1;
+    const index = all ? length : Math.min(ctx.view.layer, length - 1), plane = all ? planeOfLayers(store.layers) : null;
+    layer = plane ? { name: "all layers", sizes: [plane.rows, plane.cols] } : store.layers[index];
     if (layer) {
-      const id = `${store.frame?.swarm} ${index} ${layer.name}`;
-      view.adopt(planeOf(layer.sizes), id !== shownLayer);
+      const id = `${store.frame?.swarm} ${plane ? "" : index} ${layer.name}`;
+      view.adopt(plane ?? planeOf(layer.sizes), id !== shownLayer);
       if (id !== shownLayer) domain = hover = null;
       shownLayer = id;
     }
@@ -97,7 +101,7 @@ export function heatmapPanel(store: Store, ctx: Context): Panel {
     domain = settle(ctx.replay || drawnMode !== mode ? null : domain, fresh);
     drawnMode = mode;
     const tiled = slices.length > 1;
-    layout = layOut(slices, slices.map((bins) => (tiled ? sliceName(layer!, bins.slice) : "")), width || stage.clientWidth || 480, HEIGHT);
+    layout = layOut(slices, slices.map((bins) => (tiled ? sliceName(layer!, bins.slice) : "")), width || stage.clientWidth || 480, HEIGHT, Boolean(view.plane.layers));
     for (const one of [canvas, over]) [one.style.width, one.style.height] = [`${layout.width}px`, `${layout.height}px`];
     const context = pen(canvas, layout.width, layout.height);
     if (context) paint(context, layout, view.plane, { theme, mode, domain });
@@ -125,7 +129,7 @@ export function heatmapPanel(store: Store, ctx: Context): Panel {
     for (const one of [stage, legend.el, readout]) one.hidden = !layer;
     zooms.hidden = !layer || (view.plane.rows * view.plane.cols <= 64 && !view.zoomed);
     layers.hidden = store.layers.length < 2;
-    const names = store.layers.map(({ name, sizes }) => `${name} (${sizes.join(" × ")})`);
+    const names = [...store.layers.map(({ name, sizes }) => `${name} (${sizes.join(" × ")})`), "all layers"];
     if (names.join() !== [...layers.options].map((option) => option.text).join()) {
       layers.replaceChildren(...names.map((text) => h("option", {}, text)));
     }
@@ -158,8 +162,8 @@ export function heatmapPanel(store: Store, ctx: Context): Panel {
     if (!layer || !layout || !theme) return;
     const context = pen(over, layout.width, layout.height), chosen = ctx.selected;
     if (context) {
-      const index = store.layers.indexOf(layer);
-      const place = chosen >= 0 && store.experts.layer[chosen] === index ? placeOfExpert(store.experts, view.plane, chosen) : null;
+      const here = view.plane.layers || store.experts.layer[chosen] === store.layers.indexOf(layer);
+      const place = chosen >= 0 && here ? placeOfExpert(store.experts, view.plane, chosen) : null;
       if (hover) frame(context, layout, placeOfBin(hover.bins, hover.at), theme, "hover");
       if (place) frame(context, layout, place, theme, "selected");
       if (view.cursor && focused()) frame(context, layout, view.cursor, theme, "cursor");
@@ -190,7 +194,7 @@ export function heatmapPanel(store: Store, ctx: Context): Panel {
     const place = placeOfBin(bins, at);
     if (isFine(bins)) {
       const cell = cellAt(view.plane, place);
-      ctx.select(rowOf(store.experts, store.layers.indexOf(layer!), cell));
+      ctx.select(rowOf(store.experts, view.plane.layers ? place.row : store.layers.indexOf(layer!), cell));
     } else {
       view.zoomBy(Math.max(2, bins.blockRows, bins.blockCols),
         { row: place.row + (bins.blockRows - 1) / 2, col: place.col + (bins.blockCols - 1) / 2 });

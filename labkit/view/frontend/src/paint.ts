@@ -1,8 +1,9 @@
 // Draws planes of experts on a canvas: colours by value, and shapes by state, so that a dead cell (crossed out), a suspect
 // one (half), an unclaimed one (an empty outline) and an adopted one (a corner is cut off) are told apart without colour.
 // Called by the heat map and its legend.
-import { isFine } from "./binning";
+import { isFine, placeOfBin } from "./binning";
 import type { Bins } from "./binning";
+import { cellAt } from "./grid";
 import type { Place, Plane } from "./grid";
 import { MODE_INFO, colour, css, rampOf, shareOf, textOn } from "./scales";
 import type { Domain, Rgb } from "./scales";
@@ -14,25 +15,26 @@ export interface Tile { bins: Bins; x: number; y: number; title: string } // x, 
 export interface Layout { tiles: Tile[]; width: number; height: number; binWidth: number; binHeight: number }
 export interface Look { theme: Theme; mode: Mode; domain: Domain }
 
-const GUTTER = 34, TOP = 16, GAP = 14; // for row numbers, column numbers, and between slices
+const GUTTER = 34, NAMES = 96, TOP = 16, GAP = 14; // for row numbers, names of layers, column numbers, and between slices
 const WIDEST = 72, HIGHEST = 44; // of one bin
 const FONT = "10px system-ui, sans-serif";
 
 // Puts the bins of one slice, or of several side by side, into a width; all slices have bins of the same size.
-export function layOut(slices: Bins[], titles: string[], width: number, height: number): Layout {
+export function layOut(slices: Bins[], titles: string[], width: number, height: number, layers: boolean): Layout {
+  const gutter = layers ? NAMES : GUTTER;
   const { rows, cols } = slices[0], count = slices.length, top = titles[0] ? TOP * 2 : TOP;
   let best = { across: 1, binWidth: 0, binHeight: 0 };
   for (let across = 1; across <= count; across++) {
     const down = Math.ceil(count / across);
-    const w = Math.min(WIDEST, (width - GUTTER - (across - 1) * (GAP + GUTTER)) / across / cols);
-    const h = Math.min(HIGHEST, w, Math.max(height / down - top, 24) / rows); // never higher than wide
+    const w = Math.min(WIDEST, (width - gutter - (across - 1) * (GAP + gutter)) / across / cols);
+    const h = Math.min(HIGHEST, layers ? 3 * w : w, Math.max(height / down - top, 24) / rows); // never higher than wide, but for rows of many
     if (w > 0 && Math.min(w, h) > Math.min(best.binWidth, best.binHeight) + 0.01) best = { across, binWidth: w, binHeight: h };
   }
   const crisp = (size: number) => (size >= 4 ? Math.floor(size) : size);
   const binWidth = Math.max(1, crisp(Math.min(best.binWidth, best.binHeight * 2))), binHeight = Math.max(1, crisp(best.binHeight));
-  const stepX = cols * binWidth + GAP + GUTTER, stepY = rows * binHeight + top;
+  const stepX = cols * binWidth + GAP + gutter, stepY = rows * binHeight + top;
   const tiles = slices.map((bins, i) => ({
-    bins, title: titles[i], x: GUTTER + (i % best.across) * stepX, y: top + Math.floor(i / best.across) * stepY,
+    bins, title: titles[i], x: gutter + (i % best.across) * stepX, y: top + Math.floor(i / best.across) * stepY,
   }));
   return { tiles, width, height: Math.ceil(count / best.across) * stepY + 2, binWidth, binHeight };
 }
@@ -84,7 +86,7 @@ function paintShapes(ctx: CanvasRenderingContext2D, tile: Tile, { binWidth: w, b
     const state = bins.state[at];
     if (state === ALIVE && !bins.adopted[at]) continue;
     const row = Math.floor(at / bins.cols), col = at % bins.cols;
-    if (state === UNCLAIMED && plane.wrapped && (bins.row + row) * plane.cols + bins.col + col * bins.blockCols >= plane.cells) continue;
+    if (state === UNCLAIMED && cellAt(plane, placeOfBin(bins, at)) < 0) continue;
     const left = x + col * w, top = y + row * h, right = left + w - gap, bottom = top + h - gap;
     if (bins.adopted[at]) { // a corner is cut off
       const leg = Math.min(w, h) / 3;
@@ -146,7 +148,7 @@ function paintNumbers(ctx: CanvasRenderingContext2D, { bins, x, y, title }: Tile
   ctx.textBaseline = "middle";
   for (let row = 0, step = every(binHeight, 12); row < bins.rows; row += step) {
     const coordinate = (bins.row + row * bins.blockRows) * (plane.wrapped ? plane.cols : 1);
-    if (!plane.wrapped || plane.rows > 1) ctx.fillText(String(coordinate), x - 5, y + (row + 0.5) * binHeight);
+    if (!plane.wrapped || plane.rows > 1) ctx.fillText(plane.layers?.[coordinate].name ?? String(coordinate), x - 5, y + (row + 0.5) * binHeight, NAMES - 8);
   }
   ctx.textAlign = "center";
   ctx.textBaseline = "alphabetic";

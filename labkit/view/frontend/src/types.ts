@@ -10,6 +10,7 @@ export type Mode = (typeof MODES)[number];
 
 export const UNCLAIMED = 0, ALIVE = 1, SUSPECT = 2, DEAD = 3, STARTING = 4; // states of an expert or a server
 
+export const ALL_LAYERS = 65_535; // instead of a layer's number: all of them at once
 export interface Layer { name: string; sizes: number[] }
 
 export interface Headline {

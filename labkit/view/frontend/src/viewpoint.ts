@@ -1,5 +1,5 @@
 // What part of a grid the heat map shows, and where its keyboard cursor is. No DOM: the heat map asks, this answers.
-import { cellAt, follow, isWhole, moved, wholeOf, zoom } from "./grid";
+import { cellAt, cellsOf, follow, isWhole, moved, wholeOf, zoom } from "./grid";
 import type { Place, Plane, Window } from "./grid";
 import { MAX_BINS } from "./binning";
 
@@ -67,6 +67,7 @@ export class Viewpoint {
     if (col >= plane.cols && this.overview && slice + 1 < plane.slices) [slice, col] = [slice + 1, this.zoomed ? window.col : 0];
     else if (col < 0 && this.overview && slice > 0) [slice, col] = [slice - 1, plane.cols - 1];
     col = Math.max(0, Math.min(plane.cols - 1, col));
+    if (plane.layers) col = Math.min(col, cellsOf(plane.layers[row].sizes) - 1);
     while (cellAt(plane, { slice, row, col }) < 0 && col > 0) col--; // the last row of a wrapped line is shorter
     this.put({ slice, row, col });
   }

@@ -1,6 +1,6 @@
 import { describe, expect, it } from "vitest";
-import { MAX_BINS, bin, binAt, binName, placeOfBin, rowOf, stateOf, stateText } from "../src/binning";
-import { cellAt, coordinates, follow, moved, placeOf, planeOf, sliceName, uidOf, wholeOf, zoom } from "../src/grid";
+import { MAX_BINS, bin, binAt, binName, placeOfBin, placeOfExpert, rowOf, stateOf, stateText } from "../src/binning";
+import { cellAt, coordinates, follow, moved, placeOf, planeOf, planeOfLayers, sliceName, uidOf, wholeOf, zoom } from "../src/grid";
 import { Store } from "../src/store";
 import { ALIVE, DEAD, STARTING, SUSPECT, UNCLAIMED } from "../src/types";
 import { framed, grid, piece } from "./frames";
@@ -130,6 +130,30 @@ describe("bins", () => {
       end = to ?? from;
     }
     expect(end).toBe(9999);
+  });
+
+  it("of all layers at once are stretches of each, and a layer ends where its cells do", () => {
+    const layers = [{ name: "ffn", sizes: [64, 64] }, { name: "olmoe.layer1", sizes: [10] }, { name: "far", sizes: [4096] }], plane = planeOfLayers(layers);
+    expect([plane.slices, plane.rows, plane.cols]).toEqual([1, 3, 4096]);
+    const store = storeOf(...framed([
+      piece("experts", "layer", "u16", [0, 1, 2, 2]), piece("experts", "cell", "u32", [4095, 9, 0, 1]), piece("experts", "state", "u8", [1, 1, 1, 3]),
+    ], { reset: true, layers }));
+    const bins = bin(store.experts, 0, plane, 0, wholeOf(plane), "load"), name = (row: number, col: number) => binName(layers[0], plane, bins, row * bins.cols + col);
+    expect([bins.blockRows, bins.rows, bins.rows * bins.cols <= MAX_BINS]).toEqual([1, 3, true]);
+    expect(bins.blockCols).toBe(4);
+    expect([name(0, 0), name(0, 1023), name(1, 2), name(1, 3)]).toEqual(["ffn.0.0 – ffn.0.3", "ffn.63.60 – ffn.63.63", "olmoe.layer1.8 – olmoe.layer1.9", ""]);
+    expect([0, 1, 2].map((expert) => placeOfExpert(store.experts, plane, expert))).toEqual([
+      { slice: 0, row: 0, col: 4095 }, { slice: 0, row: 1, col: 9 }, { slice: 0, row: 2, col: 0 },
+    ]);
+    expect([stateText(bins, 1023), stateText(bins, 1024 + 2), stateText(bins, 2048)]).toEqual(["1 alive", "1 alive", "1 alive, 1 dead"]);
+  });
+
+  it("of layers of any size and number are at most so many, and found at once", () => {
+    const many = planeOfLayers(Array.from({ length: 1000 }, (_, i) => ({ name: `layer${i}`, sizes: [2 ** 20, 2 ** 20] })));
+    expect(many.rows).toBe(128);
+    const bins = bin(new Store().experts, 0, many, 0, wholeOf(many), "load");
+    expect(bins.rows * bins.cols).toBeLessThanOrEqual(MAX_BINS);
+    expect(bins.rows * bins.cols).toBeGreaterThan(MAX_BINS / 2);
   });
 
   it("are found by place and named by the cells in them", () => {

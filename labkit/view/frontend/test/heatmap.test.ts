@@ -4,6 +4,7 @@ import { detailPanel, details } from "../src/detail";
 import { heatmapPanel } from "../src/heatmap";
 import { makeContext } from "../src/shell";
 import { Store } from "../src/store";
+import { ALL_LAYERS } from "../src/types";
 import type { Mode } from "../src/types";
 import { frame, framed, grid, headline, piece } from "./frames";
 
@@ -78,12 +79,42 @@ describe("the heat map", () => {
     store.apply(frame({ layers: [{ name: "ffn", sizes: [2, 2] }, { name: "attn", sizes: [8] }] }), []);
     heat.update();
     const select = find<HTMLSelectElement>("select");
-    expect([select.hidden, [...select.options].map((option) => option.text)]).toEqual([false, ["ffn (2 × 2)", "attn (8)"]]);
+    expect([select.hidden, [...select.options].map((option) => option.text)]).toEqual([false, ["ffn (2 × 2)", "attn (8)", "all layers"]]);
     select.selectedIndex = 1;
     select.dispatchEvent(new Event("change"));
     expect(asked).toEqual([[0, "failures"], [1, "failures"]]);
     vi.advanceTimersByTime(1100);
     expect(find("th:last-child").textContent).toBe("failures, % of calls");
+  });
+
+  it("shows all layers at once, a row each, and selects an expert of any of them", () => {
+    const { store, ctx, heat, asked, find, canvas, rows, press } = panels(...framed([
+      piece("experts", "layer", "u16", [0, 0, 0, 1, 1]), piece("experts", "cell", "u32", [0, 1, 3, 0, 1]), piece("experts", "server", "i32", [0, 0, 0, 0, 0]),
+      piece("experts", "state", "u8", [1, 1, 3, 1, 2]), piece("experts", "load", "f32", [1, 2, 3, 4, 5]),
+    ], { reset: true, layers: [{ name: "ffn", sizes: [2, 2] }, { name: "olmoe.layer1", sizes: [2] }] }));
+    const select = find<HTMLSelectElement>("select");
+    select.selectedIndex = 2;
+    select.dispatchEvent(new Event("change"));
+    expect(asked).toEqual([[ALL_LAYERS, "load"]]);
+    vi.advanceTimersByTime(1100);
+    expect(rows().map(([name, state]) => `${name} ${state}`)).toEqual([
+      "ffn.0.0 alive", "ffn.0.1 alive", "ffn.1.0 unclaimed", "ffn.1.1 dead", "olmoe.layer1.0 alive", "olmoe.layer1.1 suspect",
+    ]);
+    expect(canvas.getAttribute("aria-label")).toBe("Experts of all layers, 2 × 4, by load: 5 seen, 3 alive, 1 suspect, 1 dead");
+    press("ArrowRight", "ArrowRight", "ArrowRight", "ArrowRight", "ArrowDown", "Enter"); // the second row is shorter
+    expect([find("[aria-live]").textContent, ctx.selected]).toEqual(["olmoe.layer1.1 · suspect · 5.0 rows/s", 4]);
+    store.apply(frame({ layers: [{ name: "ffn", sizes: [2, 2] }, { name: "olmoe.layer1", sizes: [2] }, { name: "olmoe.layer2", sizes: [1] }] }), []);
+    heat.update();
+    expect(select.selectedIndex).toBe(3);
+    vi.advanceTimersByTime(1100);
+    expect(rows().length).toBe(7);
+  });
+
+  it("goes back to one layer when all that is left is one", () => {
+    const { ctx, heat, canvas } = panels(...grid([2, 2]));
+    ctx.view.layer = ALL_LAYERS;
+    heat.update();
+    expect(canvas.getAttribute("aria-label")).toContain("Experts of ffn, 2 × 2");
   });
 
   it("is walked with the arrow keys, and Enter selects", () => {
