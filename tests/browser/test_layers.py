@@ -30,6 +30,7 @@ def test_the_heat_map_shows_all_layers_at_once_or_one_of_them(browser, tmp_path)
         view = View(page)
         layers = view.region("Routing").get_by_role("combobox", name="Layer")
         expect(view.experts).to_have_count(32)
+        expect(view.headline.get_by_text("at risk")).to_be_hidden()  # no server of theirs makes copies
         layers.select_option("all layers")
         expect(view.experts).to_have_count(12 * 32)
         expect(view.heat_map).to_have_accessible_name(re.compile("^Experts of all layers, 12 × 32, by load: 384 seen"))
