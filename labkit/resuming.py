@@ -158,12 +158,12 @@ def resume(
             try:
                 with interruptible():
                     session.run(partial(loaded, list(at.items()), check_only=True))
+                session.run(partial(loaded, list(at.items()), check_only=False))
                 break
             except LabkitError:
                 before, at = at, locate()
                 if not more or at == before:
                     raise  # that it moved to another server meanwhile is not why
-        session.run(partial(loaded, list(at.items()), check_only=False))
         torch.set_rng_state(drawn)  # whatever else went on here meanwhile
 
     state["model"] = tensors

@@ -158,7 +158,7 @@ class RemoteExpert(nn.Module):
                 self.uid
             )  # its server may be gone, and others go on with it
             if before is not None:
-                info = await successor(session.directory, before, None, trio.current_time() + self.timeout / 2)
+                info = await successor(session.directory, before, trio.current_time() + self.timeout / 2)
             if info is not None:
                 return info
             error = NoExperts(f"nobody serves {self.uid}: {await session.directory.explain(name)}")
@@ -221,7 +221,7 @@ class RemoteExpert(nn.Module):
                 except (ConnectionLost, UnknownExpert) as error:
                     if info is at:  # else another part of the same call has found it
                         changed = direction == "backward" and isinstance(error, ConnectionLost)
-                        found = await successor(session.directory, at, error, deadline, anew=changed)
+                        found = await successor(session.directory, at, deadline, anew=changed)
                         if found is None:
                             raise
                         info = found if info is at else info

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from labkit.client.gather import RowGroup
 from labkit.directory import Directory
-from labkit.errors import ConnectionLost, RPCError, UnknownExpert
+from labkit.errors import ConnectionLost, RPCError
 from labkit.expert_uid import ExpertInfo, parent
 
 FOLLOW_TIME = 8.0  # seconds in which an expert is carried on, if it is at all
@@ -47,7 +47,7 @@ async def carried_on(
     ]
     copied = await _copied(directory, [request.expert for request in lost], deadline)
     lost = [request for request in lost if request.expert.uid in copied]
-    wanted = {int(row) for request in lost for row in request.rows}
+    wanted = {row for request in lost for row in request.rows.tolist()}
     found: list[RowGroup] = []
     with trio.move_on_at(min(deadline, trio.current_time() + FOLLOW_TIME)):
         while wanted:
@@ -58,7 +58,7 @@ async def carried_on(
                 for request, info in zip(lost, newest, strict=True)
                 if info.epoch > request.expert.epoch
             ]
-            if wanted <= {int(row) for request in found for row in request.rows}:
+            if wanted <= {row for request in found for row in request.rows.tolist()}:
                 break
             await trio.sleep(LOOK_AGAIN)
     return found
@@ -79,14 +79,13 @@ def _goes_on(before: ExpertInfo, now: ExpertInfo) -> bool:
 
 
 async def successor(
-    directory: Directory, info: ExpertInfo, error: RPCError | None, deadline: float, *, anew: bool = False
+    directory: Directory, info: ExpertInfo, deadline: float, *, anew: bool = False
 ) -> ExpertInfo | None:
     """Find the server that has an expert now, and wait for it where there is a copy from which one goes on with it.
 
     Args:
         directory: Where it is found.
         info: The expert, where it was.
-        error: How a call to it there has failed; None if it is known from before that it does not answer.
         deadline: Of the call, on trio's clock.
         anew: Whether only a server will do that has taken it over since, as after a call that may have changed it.
 
@@ -94,14 +93,18 @@ async def successor(
         Where it is; None if nobody has it, as far as is known.
     """
     prefix, coordinate = parent(info.uid)
-    if not info.copies and not isinstance(error, UnknownExpert):
-        return None
     with trio.move_on_at(min(deadline, trio.current_time() + FOLLOW_TIME)):
         while True:
             found = (await directory.look_up([prefix]))[prefix].experts.get(coordinate)
             if found is not None and (found.epoch > info.epoch if anew else found != info):
                 return found
-            if not info.copies:
+            if not _has_copies(directory, info):
                 return None
             await trio.sleep(LOOK_AGAIN)
     return None
+
+
+def _has_copies(directory: Directory, info: ExpertInfo) -> bool:
+    """Whether there are copies of an expert that does not answer, as far as we know."""
+    known = directory.suspended([parent(info.uid)[0]]).get(info.uid, info)
+    return bool(info.copies or known.copies)
