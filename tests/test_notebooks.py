@@ -140,6 +140,8 @@ def check_two_notebooks_one_swarm(notebook: Any, full: bool) -> None:
     assert min(numbers(rf"second: {ACCURACY}", plain) + numbers(rf"first: {ACCURACY}", plain)) >= (
         0.95 if full else 0.5
     )
+    left = plain.rpartition("first: test accuracy")[2]  # when the second had handed its experts over
+    assert "grid ffn 4 × 4: 16 experts alive" in left and "8 adopted from other servers" in left
     assert snapshots(notebook)
 
 
@@ -152,6 +154,23 @@ def check_a_cluster_from_a_cell(notebook: Any, full: bool) -> None:
     assert "8 experts alive, servers[0] is running again" in plain
     assert numbers(ACCURACY, plain)[-1] >= (0.9 if full else 0.2)
     assert snapshots(notebook) and len(pictures(notebook)) > len(snapshots(notebook))
+
+
+def check_experts_outlive_servers(notebook: Any, full: bool) -> None:
+    plain = texts(notebook)
+    found = re.search(r"(\d+) experts were taken over; the longest time that nobody served one: ([0-9.]+) s", plain)
+    assert found is not None and int(found[1]) >= 8 and (not full or float(found[2]) < 5)
+
+    def row(name: str) -> list[float]:  # with copies, and without
+        return [float(number) for number in re.findall(rf"^{name} +([0-9.]+) +([0-9.]+)$", plain, re.MULTILINE)[0]]
+
+    assert row("experts alive") == [16, 8]
+    kept, lost = row("updates kept"), row("updates lost")
+    assert lost[0] < lost[1] and (not full or lost[0] < 0.2 * kept[0]), "those since a copy, and not all"
+    accuracy = row("test accuracy")
+    assert not full or (accuracy[0] > 0.95 and accuracy[0] > accuracy[1])
+    assert re.search(r"\d+ experts handed over; 0 updates lost; 16 experts alive$", plain, re.MULTILINE)
+    assert len(snapshots(notebook)) == 2 and len(pictures(notebook)) == 3
 
 
 def check_expert_search(notebook: Any, full: bool) -> None:
@@ -231,12 +250,13 @@ CHECKS: dict[str, Callable[[Any, bool], None]] = {
     "04_log_to_wandb": check_log_to_wandb,
     "05_two_notebooks_one_swarm": check_two_notebooks_one_swarm,
     "06_a_cluster_from_a_cell": check_a_cluster_from_a_cell,
+    "07_experts_outlive_servers": check_experts_outlive_servers,
 }
 
 
 def test_every_notebook_has_its_checks_and_every_tutorial_is_in_the_list() -> None:
     assert sorted(path.stem for path in NOTEBOOKS) == sorted(CHECKS)
-    assert len(TUTORIALS) == 7
+    assert [path.stem[:2] for path in TUTORIALS] == [f"{number:02}" for number in range(len(TUTORIALS))]
     contents = (ROOT / "tutorials" / "README.md").read_text(encoding="utf-8")
     assert all(f"({path.name})" in contents for path in TUTORIALS)
 
