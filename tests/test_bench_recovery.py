@@ -7,8 +7,8 @@ import json
 import pytest
 
 from labkit.__main__ import main
-from labkit.bench import recovery
 from labkit.bench.recovery import RecoveryConfig
+from labkit.bench.recovery_run import count_in_virtual_time
 
 
 def test_a_tiny_swarm_whose_servers_leave_keeps_most_of_its_updates(capsys):
@@ -26,14 +26,14 @@ def test_a_tiny_swarm_whose_servers_leave_keeps_most_of_its_updates(capsys):
 
 def test_without_failures_all_that_was_made_is_kept_and_no_expert_is_ever_missing():
     tiny = RecoveryConfig(servers=2, experts=40, minutes=0.2, trainers=2, k_best=2, hidden=2, step_s=0.5)
-    counts = recovery._count_in_virtual_time(tiny, failing=False)
+    counts = count_in_virtual_time(tiny, failing=False)
     assert counts.kept == counts.made > 0
     assert (counts.gaps, counts.failed_calls, counts.lost) == ([], 0, 0)
 
 
 def test_the_training_ends_when_the_real_minutes_are_over():
     tiny = RecoveryConfig(servers=2, experts=4, trainers=1, k_best=1, hidden=2, minutes=600, at_most=1e-3)
-    counts = recovery._count_in_virtual_time(tiny, failing=True)
+    counts = count_in_virtual_time(tiny, failing=True)
     assert 0 < counts.minutes < 600
 
 
