@@ -51,6 +51,13 @@ def output_of(number: int, x: Tensor, given: dict[str, Tensor], module: nn.Modul
     return output
 
 
+class Named(nn.Module):
+    """Inputs by keyword, with names that a layer might have for its own."""
+
+    def forward(self, x: Tensor, *, rows: Tensor, further: Tensor, session: Tensor) -> Tensor:
+        return x + rows + further + session
+
+
 Made = dict[str, list[nn.Module]]
 
 
@@ -121,6 +128,16 @@ def test_each_of_several_outputs_is_a_weighted_mean_and_inputs_may_have_names(se
         assert_close(mine, its)
     (only_second,) = torch.autograd.grad(layer(x)[1].sum(), x)  # the other output gets no gradient
     assert only_second.abs().sum() > 0
+
+
+def test_inputs_may_have_any_names(served):
+    swarm, _ = served
+    server = swarm.serve(Named, grid=(1,), isolation="task", backups=0)[0]
+    x = torch.randn(3, DIM)
+    for layer in (swarm.moe(DIM, (1,), "named"), swarm.moe(DIM, (1,), "named", sequences=True)):
+        given = x[:, None] if layer.sequences else x
+        assert_close(layer(given, rows=given, further=given, session=given), 4 * given)
+    server.stop()
 
 
 def test_one_expert_has_several_outputs_and_named_inputs_too(served):

@@ -291,7 +291,7 @@ def test_a_model_that_returns_no_score_for_each_position_is_told_so(text):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).mean(1)
 
-    with pytest.raises(ValueError, match=r"returned \[64, 26\] for y \[64, 10\]: scores \[rows, positions, tokens\]"):
+    with pytest.raises(ValueError, match=r"returned \[64, 26\] for y \[64, 10\]: scores \[rows, positions, classes\]"):
         lk.fit(Pooled(26), lk.load("text", text, context=10), steps=1).wait()
 
 

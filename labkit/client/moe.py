@@ -183,7 +183,7 @@ class MixtureOfExperts(nn.Module):
         shaped = tuple(mean.reshape(*leading, *mean.shape[1:]) for mean in means)
         return shaped if len(shaped) > 1 else shaped[0]
 
-    def grid_scores(self, rows: Tensor, **further: Tensor) -> list[Tensor]:
+    def grid_scores(self, rows: Tensor, /, **further: Tensor) -> list[Tensor]:
         """The scores of each dimension's coordinates, [n, size] each.
 
         Args:

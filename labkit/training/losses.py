@@ -114,8 +114,8 @@ def each_token(outputs: Any, y: Tensor) -> Tensor:
     scores = scores_of(outputs)
     if scores.ndim != 3 or y.shape != scores.shape[:2]:
         raise ValueError(
-            "each_token: scores [rows, positions, classes] and y [rows, positions]; got "
-            f"{list(scores.shape)} and {list(y.shape)}"
+            f"the model returned {list(scores.shape)} for y {list(y.shape)}: scores [rows, positions, classes] are "
+            "needed, and y [rows, positions]"
         )
     return _mean_over_classes(scores.transpose(1, 2), y)
 
