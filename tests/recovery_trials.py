@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import random
 import sys
 import tempfile
@@ -38,6 +39,7 @@ TWICE = 8.0  # seconds for which two servers of one partition may both serve an 
 AGREED = 15.0  # seconds after everything has healed in which all agree
 EXPIRED = 35.0  # the same where a server died in a divided network: what it declared in a higher epoch has to expire
 LOOK = 0.25  # seconds between two looks
+JUST_STARTED = 2.0  # seconds in which a server may not have heard those yet whose experts it has copies of
 ON_THE_WAY = 0.5  # seconds that an answer, or what a watcher hears, may take
 STEPS = ("kill", "kill", "restart", "spare", "split", "split", "heal", "lossy", "slow")
 PAUSES = (0.0, 0.3, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
@@ -66,6 +68,7 @@ class Trial:
     twice: dict[str, float] = field(default_factory=dict)  # experts that two serve, and since when
     learnt: dict[str, list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))  # what was answered:
     # when, and how many updates the expert had
+    started: dict[str, float] = field(default_factory=dict)  # endpoints of servers that were restarted, and when
     happened: list[tuple[float, Event]] = field(default_factory=list)  # take-overs and what was given up, and when
 
     @property
@@ -123,6 +126,7 @@ class Trial:
                 backend=CALM,
             )
             self.uids[again] = uids
+            self.started[again.contact.endpoint] = trio.current_time()
         except* LabkitError:
             pass  # it is too early: the network is divided, or others have its experts
 
@@ -187,11 +191,16 @@ class Trial:
     def check_updates(self) -> None:
         """Fail if an expert has fewer updates than were answered, beyond those that were counted as lost.
 
-        What was answered after a server was heard last is not known to whoever takes its experts over. And nobody
-        counts what a server learnt that died in a divided network.
+        What was answered after a server was heard last is not known to whoever takes its experts over; who has just
+        been restarted has not heard it at all. And nobody counts what a server learnt that died in a divided network.
         """
+        unheard = {
+            event.uid
+            for at, event in self.happened
+            if isinstance(event, ExpertTakenOver) and at - self.started.get(event.address, -math.inf) < JUST_STARTED
+        }
         for uid in UIDS if not self.died_apart else ():
-            if uid in self.forfeit or not self.learnt[uid]:
+            if uid in self.forfeit | unheard or not self.learnt[uid]:
                 continue
             counted = 0
             for at, event in self.happened:
