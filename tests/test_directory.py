@@ -195,6 +195,20 @@ async def test_an_expert_with_copies_is_found_soon_after_others_carry_it_on(auto
         nursery.cancel_scope.cancel()
 
 
+async def test_who_was_idle_does_not_go_by_what_was_true_before(autojump_clock):
+    records = FakeRecords(latency=0.5)
+    server, client = Directory(records), Directory(records)
+    await server.declare(["ffn.0"], contact(1))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(client.run)
+        assert await offered(client) == [0]
+        await server.declare(["ffn.1"], contact(1))
+        await trio.sleep(6)
+        assert client.cached(["ffn"]) == {}, "it has to be read first"
+        assert await offered(client) == [0, 1]
+        nursery.cancel_scope.cancel()
+
+
 async def test_fresh_prefixes_cost_nothing(autojump_clock):
     records = FakeRecords()
     await Directory(records).declare(["ffn.0"], contact(1))

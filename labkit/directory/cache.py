@@ -26,6 +26,8 @@ from labkit.suggest import suggest_fields
 
 logger = logging.getLogger(__name__)
 
+IDLE = 2  # times the period of refreshing, after which a record that was not used is not used before it is read again
+
 
 class Records(Protocol):
     """The DHT, as the directory uses it: `dht.node.DHTNode`, or a dictionary in a test."""
@@ -206,9 +208,12 @@ class PrefixCache:
         and the others need not wait for its sake. Where others are about to carry an expert on, it is read again soon.
         A record without any is believed for `absence` seconds. After that, a prefix below a grid's name is refreshed in
         the background (a stale marker led there, and nothing depends on it), but a grid's name is waited for
-        (everything depends on it). A new failure under a prefix that has no live children left is worth the wait, too.
+        (everything depends on it). A new failure under a prefix that has no live children left is worth the wait, too,
+        and so is the first use after a while without any: servers may have left meanwhile.
         """
         age, config = now - record.read_at, self.config
+        if min(age, now - record.asked_at) >= IDLE * config.refresh:
+            return False
         if alive:
             due = age >= (config.absence if record.doubted or record.orphaned else config.refresh)
         elif record.doubted or age >= (config.refresh if "." in prefix else config.absence):
@@ -273,6 +278,8 @@ class PrefixCache:
         finally:
             for prefix in prefixes:
                 del self._reading[prefix]
+                if (record := self.records.get(prefix)) is not None:
+                    record.asked_at = trio.current_time()  # even if that has failed: then the old one has to do
             done.set()
 
     def _keep(self, prefix: str, record: PrefixRecord) -> None:
