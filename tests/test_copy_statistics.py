@@ -44,7 +44,7 @@ async def test_a_server_says_how_many_copies_there_are_and_what_it_adopted_when_
         await trio.sleep(5)
         for server in servers:
             said = await said_by(swarm, server)
-            assert (said.kept, said.copied, said.at_risk, said.period) == (2, 2, 0, 10.0)
+            assert (said.kept, said.copied, said.at_risk, said.period) == (2, 2, 0, 9.0)
             assert said.sent_bytes > 0
         theirs = sorted(uid for uid, info in (await swarm.holders()).items() if info.contact == servers[1].contact)
         await servers[1].kill()

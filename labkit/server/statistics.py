@@ -78,7 +78,7 @@ class CopyStatistics(msgspec.Struct):
         kept: Copies of others' experts that it keeps.
         copied: How many of its experts have a fresh copy at another server.
         at_risk: How many are to have one, and have none that is fresh.
-        period: Seconds between two copies of an expert that learns, as promised: ten, or as many as all of its experts
+        period: Seconds between two copies of an expert that learns, as promised: nine, or as many as all of its experts
             take, by their size and the budget of bytes; 0 if it makes no copies.
         sent_bytes: Bytes of copies that it has sent.
         adopted: Its experts that it did not begin with: they were taken over, or given to it.
