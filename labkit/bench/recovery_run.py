@@ -45,6 +45,7 @@ ROWS = 4  # of a call
 CALL_TIMEOUT = 3.0  # seconds
 TRAINERS_PER_NODE = 16
 STEADY_MINUTES = 5.0  # of the run without failures, at most
+LEARNING_RATE = 1e-6  # so small that experts whose outputs are always pushed one way stay finite for hours
 SETTLE = 30.0  # seconds after the training in which those that are gone are replaced
 COMING = 5.0  # seconds after which another server comes for one that has left
 LOOK_AGAIN = 30.0  # seconds after which a place of the grid that was free is free for good
@@ -215,7 +216,7 @@ class _Run:
         server, config = _Server(), self.config
         server_config = ServerConfig(
             uids=tuple(uids), grid=config.grid, options={"hidden": config.hidden}, backups=config.backups,
-            spare=not uids, backend=BackendConfig(optimizer="sgd", lr=0.01), name=GRID_NAME, seed=config.seed,
+            spare=not uids, backend=BackendConfig(optimizer="sgd", lr=LEARNING_RATE), name=GRID_NAME, seed=config.seed,
             copies_dir=str(self.folder / self.draw.randbytes(8).hex()),
         )  # fmt: skip
 
