@@ -238,10 +238,26 @@ def check_throughput(notebook: Any, full: bool) -> None:
     assert len(pictures(notebook)) == 1
 
 
+def check_recovery(notebook: Any, full: bool) -> None:
+    plain = texts(notebook)
+    # servers killed at once, their experts, s until served and found again, updates lost, s of the worst loss
+    rounds = re.findall(r"^(\d)" + 5 * r" +([0-9.]+)" + "$", plain, re.MULTILINE)
+    assert [int(row[0]) for row in rounds] == [4, 2, 1] and all(float(row[3]) < 5 for row in rounds)
+    assert "experts at the last server: 32 of 32" in plain
+    assert numbers(r"rows that no expert answered: (\d+); batches that failed: \d+", plain) == [0]
+    killed, undisturbed = numbers(r"means: ([0-9.]+)", plain) + numbers(r"([0-9.]+) without", plain)
+    assert abs(killed - undisturbed) < 0.01
+    assert numbers(r"speed with copies: ([0-9.]+)", plain)[0] > 0.97
+    (ratios,) = re.findall(r"^effective ratio +([0-9.]+) +([0-9.]+)$", plain, re.MULTILINE)
+    assert float(ratios[1]) > (0.94 if full else 0.2)
+    assert len(pictures(notebook)) == 1
+
+
 CHECKS: dict[str, Callable[[Any, bool], None]] = {
     "quickstart": check_quickstart,
     "expert_search": check_expert_search,
     "convergence": check_convergence,
+    "recovery": check_recovery,
     "throughput": check_throughput,
     "00_how_it_works": check_how_it_works,
     "01_first_swarm": check_first_swarm,
