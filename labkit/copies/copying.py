@@ -27,7 +27,9 @@ from labkit.wire.rpc_types import Caller, Reply, Request
 
 logger = logging.getLogger(__name__)
 
-PERIOD = 9.0  # seconds between two copies of an expert that learns: with the time that one takes, it loses no more than ten
+PERIOD = (
+    9.0  # seconds between two copies of an expert that learns: with the time that one takes, it loses no more than ten
+)
 LOOK_PERIOD = 0.5  # seconds between two looks for copies that are due
 CALM_LOOK_PERIOD = 2.0  # the same while no expert learns
 AT_ONCE = 3  # copies that are made at the same time, to different servers, if all are small
