@@ -166,7 +166,8 @@ def check_experts_outlive_servers(notebook: Any, full: bool) -> None:
 
     assert row("experts alive") == [16, 8]
     kept, lost = row("updates kept"), row("updates lost")
-    assert lost[0] < lost[1] and (not full or lost[0] < 0.2 * kept[0]), "those since a copy, and not all"
+    assert min(kept) > 0, "a short run may be over before the first copies are renewed"
+    assert not full or lost[0] < min(lost[1], 0.2 * kept[0]), "those since a copy, and not all"
     accuracy = row("test accuracy")
     assert not full or (accuracy[0] > 0.95 and accuracy[0] > accuracy[1])
     assert re.search(r"\d+ experts handed over; 0 updates lost; 16 experts alive$", plain, re.MULTILINE)
