@@ -18,7 +18,14 @@ from torch import Tensor
 from labkit.client.patience import Latencies
 from labkit.client.sizes import MessageSizes
 from labkit.directory import Directory
-from labkit.errors import BadReply, CallCancelled, DeadlineExceeded, RPCError, UnknownExpert
+from labkit.errors import (
+    BadReply,
+    CallCancelled,
+    ConnectionLost,
+    DeadlineExceeded,
+    RPCError,
+    UnknownExpert,
+)
 from labkit.events import CallFailed, CallFinished, Emit, ignore
 from labkit.expert_protocol import (
     MAX_TENSORS,
@@ -216,7 +223,8 @@ class ExpertCall:
 
     def _on_reply(self, reply: Reply | RPCError) -> None:
         if isinstance(reply, RPCError):
-            self._fail(reply)
+            if not (isinstance(reply, ConnectionLost) and self._look_again(reply)):
+                self._fail(reply)
             return
         if reply.body.moved is not None:
             self._follow(reply.body)
@@ -261,12 +269,29 @@ class ExpertCall:
             self._fail(UnknownExpert(f"{where} in epoch {reply.epoch}, and epoch {expert.epoch} is known"))
         else:
             now = ExpertInfo(expert.uid, to, epoch=reply.epoch)
-            self._expert = self._client.directory.report_moved(expert, now)
-            self._request.epoch = reply.epoch
-            try:
-                self._begin(max(0.0, self._deadline - trio.current_time()))
-            except Exception as error:  # which must not break the reader of all answers
-                self._fail(BadReply(f"{expert.uid} could not be called at {to.endpoint}: {error!r}"))
+            self._begin_at(self._client.directory.report_moved(expert, now))
+
+    def _look_again(self, error: RPCError) -> bool:
+        """Look whether the expert was handed over before its server left. Returns whether somebody does."""
+
+        def on_found(now: ExpertInfo | None) -> None:
+            if self._ended:
+                return
+            if now is None:
+                self._fail(error)
+                return
+            self._hops += 1
+            self._begin_at(now)
+
+        return self._hops < MAX_HOPS and self._client.directory.look_again(self._expert, on_found)
+
+    def _begin_at(self, expert: ExpertInfo) -> None:
+        self._expert = expert
+        self._request.epoch = expert.epoch
+        try:
+            self._begin(max(0.0, self._deadline - trio.current_time()))
+        except Exception as error:  # which must not break the reader of all answers
+            self._fail(BadReply(f"{expert.uid} could not be called at {expert.contact.endpoint}: {error!r}"))
 
     def _fail(self, error: RPCError) -> None:
         self._end()

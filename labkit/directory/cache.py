@@ -149,6 +149,14 @@ class PrefixCache:
         views = [record.children(now, self._suspicions) for record in self.records.values()]
         return {info.uid: info for view in views for info in view.experts.values()}
 
+    def newest(self, info: ExpertInfo) -> ExpertInfo:
+        """Returns where an expert is in a later epoch, if that is known; else `info`."""
+        prefix, coordinate = parent(info.uid)
+        if (record := self.records.get(prefix)) is None or coordinate not in record.leaves:
+            return info
+        held, _ = record.leaves[coordinate]
+        return held if held.epoch > info.epoch else info
+
     def suspended(self, prefixes: Iterable[str]) -> dict[str, ExpertInfo]:
         """Returns the experts right below these prefixes that are declared, but not offered after failures, by uid.
 
@@ -278,8 +286,8 @@ class PrefixCache:
         finally:
             for prefix in prefixes:
                 del self._reading[prefix]
-                if (record := self.records.get(prefix)) is not None:
-                    record.asked_at = trio.current_time()  # even if that has failed: then the old one has to do
+                if (kept := self.records.get(prefix)) is not None:
+                    kept.asked_at = trio.current_time()  # even if that has failed: then the old one has to do
             done.set()
 
     def _keep(self, prefix: str, record: PrefixRecord) -> None:

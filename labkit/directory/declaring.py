@@ -18,6 +18,7 @@ from labkit.contact import Contact
 from labkit.directory.cache import DirectoryConfig, PrefixCache, Records
 from labkit.directory.declarations import IsAlive, declared, is_senior, known, of_others
 from labkit.directory.index import Declarations, Sign, as_declarations, entries_of, uid_of, withdrawals_of
+from labkit.directory.second_look import SecondLook
 from labkit.directory.suspicion import BOOT_BITS, Suspicions, make_stamp
 from labkit.errors import ExpertsTaken, LabkitError
 from labkit.events import Emit, ExpertDeclared, ExpertGivenUp, ignore
@@ -53,6 +54,7 @@ class Declaring:
         self._suspicions = Suspicions(self.config.suspicion)
         self._anew = trio.Event()  # set when all is to be declared again at once
         self._cache = PrefixCache(dht, self.config, self._suspicions)
+        self._second_look = SecondLook(self._cache)
 
     async def declare(self, experts: Experts, contact: Contact) -> set[str]:
         """Declare that experts live at `contact` for the next `ttl` seconds. This is one bulk store.

@@ -18,6 +18,7 @@ from labkit.directory.declarations import declared, declared_below
 from labkit.directory.declaring import Declaring
 from labkit.directory.grids import GridInfo, find_grids
 from labkit.directory.index import NAMESPACE, Children
+from labkit.directory.second_look import OnFound
 from labkit.directory.suspicion import boot_of
 from labkit.errors import RPCError, UnknownExpert
 from labkit.events import ServerLost
@@ -41,7 +42,10 @@ class Directory(Declaring):
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the prefixes in use fresh, until cancelled. Without it, a call that uses a stale one waits for it."""
-        await self._cache.run(task_status=task_status)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._cache.run)
+            nursery.start_soon(self._second_look.run)
+            task_status.started()
 
     # ---------------------------------------------------------------- reading
 
@@ -237,10 +241,11 @@ class Directory(Declaring):
 
     def newest(self, info: ExpertInfo) -> ExpertInfo:
         """Returns where an expert is in a later epoch, if the cache knows of one; else `info`."""
-        prefix, coordinate = parent(info.uid)
-        record = self._cache.records.get(prefix)
-        held = None if record is None else record.leaves.get(coordinate)
-        return held[0] if held is not None and held[0].epoch > info.epoch else info
+        return self._cache.newest(info)
+
+    def look_again(self, info: ExpertInfo, done: OnFound) -> bool:
+        """Begin to look where an expert is in a later epoch, whose server is gone: see `SecondLook.begin`."""
+        return self._second_look.begin(info, done)
 
     def report_moved(self, info: ExpertInfo, now: ExpertInfo) -> ExpertInfo:
         """Take note of what a server has said: that the expert which was called there is elsewhere now.

@@ -1,0 +1,109 @@
+"""A call to a server that has left: it is made where the expert is by now, or fails soon."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import trio
+
+from labkit.client.expert_client import ExpertClient, ExpertOutput, Outcome
+from labkit.directory.second_look import LOOK_TIME
+from labkit.errors import ConnectionLost
+from labkit.events import CallFailed, CallFinished, Event, ServerLost
+from labkit.expert_uid import ExpertInfo
+from tests.copied_swarms import CopiedSwarm, Server, X, copied_swarm
+
+
+class Idle:
+    """Who has found an expert of a server, and does not call it before the server is gone."""
+
+    def __init__(self, swarm: CopiedSwarm) -> None:
+        self.events: list[Event] = []
+        self.client = ExpertClient(swarm.node.client, swarm.node.directory, self.events.append)
+        self._directory = swarm.node.directory
+
+    async def find(self, server: Server) -> ExpertInfo:
+        uid = min(server.held)
+        info = (await self._directory.find([uid]))[uid]
+        assert info is not None and info.contact == server.contact
+        return info
+
+    def begin(self, info: ExpertInfo, direction: str, outcomes: list[Outcome], ended: trio.Event) -> Any:
+        def done(outcome: Outcome) -> None:
+            outcomes.append(outcome)
+            ended.set()
+
+        if direction == "forward":
+            return self.client.forward(info, [X], [(4,)], done, timeout=5.0)
+        return self.client.backward(info, [X], [torch.ones_like(X)], done, timeout=5.0)
+
+    async def call(self, info: ExpertInfo, direction: str = "forward") -> Outcome:
+        outcomes, ended = list[Outcome](), trio.Event()
+        self.begin(info, direction, outcomes, ended)
+        await ended.wait()
+        return outcomes[0]
+
+    def said(self, *kinds: type[Event]) -> list[Event]:
+        return [event for event in self.events if isinstance(event, kinds)]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+async def test_who_was_idle_while_a_server_left_calls_where_it_has_handed_its_expert_over(
+    direction, tmp_path, autojump_clock
+):
+    async with copied_swarm(tmp_path) as swarm:
+        server, _ = await swarm.serve_grid(2)
+        await swarm.until_copied()
+        idle = Idle(swarm)
+        info = await idle.find(server)
+        await server.stop()
+        assert isinstance(await idle.call(info, direction), ExpertOutput)
+        (finished,) = idle.said(CallFinished, CallFailed)
+        assert isinstance(finished, CallFinished) and finished.address != server.contact.endpoint
+        assert not swarm.said(ServerLost)
+
+
+async def test_a_call_to_an_expert_that_is_lost_fails_as_soon_as_it_is_known_to_be_nowhere_else(
+    tmp_path, autojump_clock
+):
+    async with copied_swarm(tmp_path) as swarm:
+        server, _ = await swarm.serve_grid(2)
+        idle = Idle(swarm)
+        info = await idle.find(server)
+        await server.kill()
+        began = trio.current_time()
+        assert isinstance(await idle.call(info), ConnectionLost)
+        assert trio.current_time() - began <= LOOK_TIME + 0.1
+        assert len(idle.said(CallFailed)) == 1
+
+
+@pytest.mark.parametrize("end", ["cancel", "time_out"])
+async def test_a_call_can_be_given_up_while_its_expert_is_looked_for(end, tmp_path, autojump_clock, monkeypatch):
+    async with copied_swarm(tmp_path) as swarm:
+        server, _ = await swarm.serve_grid(2)
+        await swarm.until_copied()
+        idle = Idle(swarm)
+        info = await idle.find(server)
+        await server.stop()
+        looking, go_on, found = trio.Event(), trio.Event(), trio.Event()
+        read = swarm.node.directory._cache.read
+
+        async def read_slowly(prefixes: list[str]) -> Any:
+            looking.set()
+            await go_on.wait()
+            views = await read(prefixes)
+            found.set()
+            return views
+
+        monkeypatch.setattr(swarm.node.directory._cache, "read", read_slowly)
+        outcomes, ended = list[Outcome](), trio.Event()
+        call = idle.begin(info, "forward", outcomes, ended)
+        await looking.wait()
+        getattr(call, end)()
+        go_on.set()
+        await found.wait()
+        await trio.sleep(2)
+        assert len(outcomes) == (end == "time_out") and idle.client.in_flight == 0
+        assert len(idle.said(CallFailed, CallFinished)) == 1
