@@ -128,6 +128,7 @@ async def run(path: Path, to: Path, timeout: int = CELL_TIMEOUT, kernel: AsyncKe
         cell.outputs = []
     where = {"metadata": {"path": str(path.parent)}}
     how: dict[str, Any] = {"timeout": timeout, "kernel_name": "python3", "record_timing": False}
+    how["interrupt_on_timeout"] = True  # so that the traceback shows where it was
     client = NotebookClient(notebook, km=kernel, resources=where, store_widget_state=False, **how)
     if kernel is None:
         await client.async_execute()
