@@ -144,6 +144,25 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     _add_real(copies, "--seconds", 25.0, "what is measured of each training")
     add_number(copies, "--seed", 0, "seed of the order within the pairs")
 
+    transformers = _add_bench(
+        benches, "transformers", "a mixture model of Transformers whose experts are at servers, beside a local one"
+    )
+    transformers.add_argument(
+        "--servers", type=int, nargs="+", default=[1, 4], metavar="N",
+        help="numbers of expert servers to measure, each a process (default: 1 4)",
+    )  # fmt: skip
+    add_number(transformers, "--layers", 4, "layers of the model")
+    add_number(transformers, "--hidden", 256, "width of the model, a multiple of 64")
+    add_number(transformers, "--inner", 512, "width within an expert")
+    add_number(transformers, "--experts", 16, "experts of each layer")
+    add_number(transformers, "--k-best", 2, "experts that the router chooses for each token")
+    add_number(transformers, "--texts", 1, "texts that are written at the same time")
+    add_number(transformers, "--tokens", 48, "tokens that are written to each text")
+    add_number(transformers, "--batch", 8, "windows of a training step")
+    add_number(transformers, "--context", 64, "tokens of a window")
+    add_number(transformers, "--steps", 4, "training steps")
+    add_number(transformers, "--runs", 3, "runs of each, of which the median is printed")
+
     suite = _add_bench(
         benches, "all", "all benchmarks of speed but search, in every size that counts, several times over"
     )
@@ -162,7 +181,7 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
         help="Python that has the other library installed (default: this one)",
     )  # fmt: skip
 
-    for bench in (rpc, moe, dht, latency, search, recovery, kills, copies, suite):
+    for bench in (rpc, moe, dht, latency, search, recovery, kills, copies, transformers, suite):
         bench.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
 
 
@@ -237,6 +256,10 @@ def _find(name: str) -> tuple[Any, Callable[[Any], dict[str, Any]]]:
         from labkit.bench import copies
 
         return copies.CopiesConfig, copies.measure
+    if name == "transformers":
+        from labkit.bench import transformers
+
+        return transformers.TransformersConfig, transformers.measure
     if name == "all":
         from labkit.bench import suite
 
