@@ -174,6 +174,26 @@ def check_experts_outlive_servers(notebook: Any, full: bool) -> None:
     assert len(snapshots(notebook)) == 2 and len(pictures(notebook)) == 3
 
 
+def check_a_transformers_model(notebook: Any, full: bool) -> None:
+    plain = texts(notebook)
+    before, after = (
+        re.findall(rf"^{when}: +([0-9,]+) parameters, ([0-9.]+) MB in this process, validation loss ([0-9.]+)$", plain,
+                   re.MULTILINE)[0] for when in ("before", "after")
+    )  # fmt: skip
+    assert float(after[1]) < 0.25 * float(before[1]), "the experts have left"
+    assert float(after[2]) == pytest.approx(float(before[2]), abs=2e-4), "and it computes the same"
+    assert not full or float(before[2]) < 2.1
+    assert plain.count("✝") == 2 and "24 experts were taken over; 24 are alive, at one server" in plain
+    assert "the same letters as the local model's: True" in plain
+    loss, tuned = numbers(r"loss of capitals ([0-9.]+)", plain)
+    assert tuned < loss and (not full or tuned < 2.4)
+    assert numbers(r"updates of the experts: ([0-9,]+)", plain)[0] > 0
+    assert f"{before[0]} parameters, {before[1]} MB in this process\n" in plain.split("loss of capitals")[-1], "home"
+    assert "the loaded one writes the same: True" in plain
+    assert not full or re.search(r"^FIRST [^a-z]+$", plain[plain.index("\nFIRST ") :], re.MULTILINE), "it shouts"
+    assert len(snapshots(notebook)) == 3 and len(pictures(notebook)) == 4
+
+
 def check_expert_search(notebook: Any, full: bool) -> None:
     plain = texts(notebook)
     assert "'recall': 1.0" in plain, "of the one that is measured here"
@@ -268,6 +288,7 @@ CHECKS: dict[str, Callable[[Any, bool], None]] = {
     "05_two_notebooks_one_swarm": check_two_notebooks_one_swarm,
     "06_a_cluster_from_a_cell": check_a_cluster_from_a_cell,
     "07_experts_outlive_servers": check_experts_outlive_servers,
+    "09_a_transformers_model": check_a_transformers_model,
 }
 
 
