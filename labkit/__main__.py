@@ -97,6 +97,10 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         "experts of this server are read",
     )  # fmt: skip
     parser.add_argument(
+        "--lora", type=int, metavar="RANK",
+        help="with --experts-of: train adapters of this rank instead of the experts' weights (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
         "--hidden", type=int, metavar="N", help="width of the experts (default: the running grid's, or 64)"
     )
     parser.add_argument("--name", help="name of the grid (default: that of the kind)")

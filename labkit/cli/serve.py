@@ -101,7 +101,9 @@ def _start(options: argparse.Namespace, swarm: Swarm, arguments: dict[str, Any])
     from labkit.integrations.serving_experts import serve_experts
 
     given = {name: value for name, value in arguments.items() if name not in ("grid", "spare")}
-    return serve_experts(swarm, options.experts_of, experts=options.experts, isolation="task", **given)
+    return serve_experts(
+        swarm, options.experts_of, experts=options.experts, lora=options.lora, isolation="task", **given
+    )
 
 
 def _until_reach_is_known(server: ServerHandle) -> None:
@@ -268,6 +270,8 @@ def _serve_arguments(options: argparse.Namespace) -> dict[str, Any]:
     said += ["--expert"] * (options.expert != "ffn")
     if options.experts_of is not None and said:
         raise ValueError(f"--experts-of says what the experts are: leave {' and '.join(said)} out")
+    if options.lora is not None and options.experts_of is None:
+        raise ValueError("--lora is for --experts-of, the experts of a Transformers model")
     label = options.label or ""
     if label != clean_label(label):
         raise ValueError(f"--label {label!r}: at most 64 characters in one line")

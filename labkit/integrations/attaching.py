@@ -24,6 +24,7 @@ from labkit.client.outside_graphs import outside_graphs
 from labkit.client.session import find_session
 from labkit.errors import LabkitError
 from labkit.expert_file import read_expert
+from labkit.integrations.adapters import merged
 from labkit.integrations.layouts import ExpertLayer, expert_layers, options_of, own_parameters, put_weights
 from labkit.integrations.serving_experts import grid_name_of, grid_of
 from labkit.server.snapshots import fetch_snapshot
@@ -31,6 +32,7 @@ from labkit.suggest import suggest_options
 
 if TYPE_CHECKING:
     from labkit.client.session import Session
+    from labkit.directory.grids import GridInfo
     from labkit.swarm import Swarm
 
 IMPLEMENTATION = "labkit"  # the name of our function in transformers
@@ -46,13 +48,15 @@ class AttachedExperts:
         router: The parameters around them.
         before: The implementation that its model had.
         dropped: What its parameters were: name -> shape, dtype, and whether they were trained.
+        lora_scale: The factor of adapters, where servers train some.
     """
 
     def __init__(
         self, experts: ChosenExperts, router: list[nn.Parameter], before: Any,
-        dropped: dict[str, tuple[torch.Size, torch.dtype, bool]],
+        dropped: dict[str, tuple[torch.Size, torch.dtype, bool]], lora_scale: float = 1.0,
     ) -> None:  # fmt: skip
-        self.experts, self.router, self.before, self.dropped = experts, router, before, dropped
+        self.experts, self.router, self.before = experts, router, before
+        self.dropped, self.lora_scale = dropped, lora_scale
 
     def __repr__(self) -> str:
         return f"{self.experts.prefix}.* of the swarm {self.experts.swarm!r}"
@@ -105,21 +109,21 @@ def attach(
         )
         for number in range(len(layers))
     ]  # fmt: skip
-    _check(swarm, name, grid, layers)
+    lora_scale = float(_check(swarm, name, grid, layers).options.get("lora_scale") or 1.0)
     before = model.get_experts_implementation()
     model.set_experts_implementation(IMPLEMENTATION)
     for layer, experts in zip(layers, attached, strict=True):
         dropped = {n: (p.shape, p.dtype, p.requires_grad) for n, p in own_parameters(layer.module).items()}
         module: Any = layer.module
-        module.labkit = AttachedExperts(experts, layer.router, before, dropped)
+        module.labkit = AttachedExperts(experts, layer.router, before, dropped, lora_scale)
         for parameter in dropped:
             layer.module.register_parameter(parameter, None)
     gc.collect()
     return model
 
 
-def _check(swarm: Swarm, name: str, grid: tuple[int, int], layers: list[ExpertLayer]) -> None:
-    """Check that the swarm's grid has the experts of these layers. Raises `ValueError`."""
+def _check(swarm: Swarm, name: str, grid: tuple[int, int], layers: list[ExpertLayer]) -> GridInfo:
+    """The swarm's grid, which has the experts of these layers. Raises `ValueError`."""
     grids = swarm.grids()
     if name not in grids:
         others = f"it has {', '.join(sorted(grids))}" if grids else "it has no grid at all"
@@ -134,6 +138,7 @@ def _check(swarm: Swarm, name: str, grid: tuple[int, int], layers: list[ExpertLa
             f"{known.kind!r} ({known.options}), and this model's are {' x '.join(map(str, grid))} (layers x experts) "
             f"with {options}; give another name=…"
         )
+    return known
 
 
 def detach(model: Model) -> Model:
@@ -169,7 +174,7 @@ def detach(model: Model) -> Model:
                 path = Path(folder) / f"{uid}.safetensors"
                 state, _ = read_expert(path, uid)
                 weights = {n.removeprefix("module."): t for n, t in state.items() if n.startswith("module.")}
-                put_weights(layer.module, e, weights)
+                put_weights(layer.module, e, merged(weights, attached.lora_scale))
                 path.unlink()
             del layer.module.labkit
     model.set_experts_implementation(before)

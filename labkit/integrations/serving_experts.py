@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from labkit.expert_uid import check_name, split_uid
+from labkit.integrations.adapters import fresh_adapters, lora_options
 from labkit.integrations.layouts import ExpertLayer, expert_layers, options_of, weights_of
 from labkit.launch.handle import ServerHandle
 from labkit.paths import user_path
@@ -27,7 +28,7 @@ KIND = "gated"
 def serve_experts(
     swarm: Swarm, model: nn.Module | str | Path, *, servers: int = 1, experts: int | None = None,
     name: str | None = None, backups: int = 1, backend: BackendConfig | None = None,
-    checkpoint_dir: str | Path | None = None, isolation: str | None = None, **options: Any,
+    checkpoint_dir: str | Path | None = None, isolation: str | None = None, lora: Any = None, **options: Any,
 ) -> list[ServerHandle]:  # fmt: skip
     """Let servers of a swarm serve the experts of a Transformers model, with the model's weights.
 
@@ -51,6 +52,11 @@ def serve_experts(
         checkpoint_dir: Where they are saved; by default a folder that ends with the swarm.
             Experts that are saved there already, by an earlier training, go on from there.
         isolation: "process" (default), or "task" for servers in this process.
+        lora: The rank of adapters (LoRA), or a `peft.LoraConfig`, whose `r`, `lora_alpha` and
+            `use_rslora` count. Servers then train adapters of both linear layers of each expert,
+            and freeze its weights; `detach` adds them up. Default None: all of it is trained, or
+            what is trained of experts of the same grid that others serve already.
+            Where the router here is frozen, as `peft` does, `attach` needs train_experts=True.
         **options: Others of `swarm.serve`, such as `threads`, `label` or `on`.
 
     Returns:
@@ -64,12 +70,15 @@ def serve_experts(
     layers, config, weights = _source(model)
     name = grid_name_of(config) if name is None else check_name(name)
     grid = grid_of(layers)
+    running = swarm.grids().get(name)
+    adapters = lora_options(lora, None if running is None else running.options)
 
     def initial(uid: str) -> Mapping[str, Tensor]:
         number, e = split_uid(uid)[1]
-        return weights(number, e)
+        found = weights(number, e)
+        return {**found, **fresh_adapters(uid, found, adapters["lora"])} if adapters else found
 
-    given = {**options_of(layers[0]), **options}
+    given = {**options_of(layers[0]), **adapters, **options}
     return swarm.serve(
         KIND, grid=grid, servers=servers, experts=experts, name=name, backups=backups, backend=backend,
         checkpoint_dir=checkpoint_dir, isolation=isolation, initial=initial, **given,

@@ -8,6 +8,7 @@ differ in are options. `integrations/layouts` finds out which, and lays their we
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -46,11 +47,15 @@ class Gated(nn.Module):
         limit: Of the clamped gates: the largest number.
         alpha: Of "shifted": the factor in its sigmoid.
         dtype: Of the parameters: "float32" (default), "float64", "float16" or "bfloat16".
+        lora: The rank of adapters beside both linear layers, which are then frozen. Default 0:
+            none, and all parameters are trained.
+        lora_scale: The factor of what the adapters add. Default 1.
     """
 
     def __init__(
         self, hidden: int, inner: int | None = None, activation: str = "silu", gate: str = "plain",
         bias: bool = False, limit: float | None = None, alpha: float | None = None, dtype: str = "float32",
+        lora: int = 0, lora_scale: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__()
         inner = 4 * hidden if inner is None else inner
@@ -64,16 +69,52 @@ class Gated(nn.Module):
             raise ValueError(one_of("dtype", dtype, DTYPES))
         if (limit is None and gate in ("clamped", "clamped after", "shifted")) or (alpha is None and gate == "shifted"):
             raise ValueError(f"gate={gate!r}, limit={limit!r}, alpha={alpha!r}: it needs a number")
+        if not isinstance(lora, int) or isinstance(lora, bool) or not 0 <= lora <= min(hidden, inner):
+            raise ValueError(
+                f"lora={lora!r}: a rank from 0, for no adapters, to {min(hidden, inner):,}, as wide as it is"
+            )
         self.activation, self.gate, self.limit, self.alpha = activation, gate, limit, alpha
         self.takes = f"{dtype} [rows, {hidden}]"
         self.up = nn.Linear(
             hidden, inner if gate == "none" else 2 * inner, bias=bias, dtype=DTYPES[dtype]
         )  # gate first
         self.down = nn.Linear(inner, hidden, bias=bias, dtype=DTYPES[dtype])
+        self.up_lora = LowRank(self.up, lora, lora_scale) if lora else None
+        self.down_lora = LowRank(self.down, lora, lora_scale) if lora else None
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.down(apply_gate(self.up(x), self.activation, self.gate, self.limit, self.alpha))
-        return output
+        up: Tensor = self.up(x)
+        if self.up_lora is not None:
+            up = up + self.up_lora(x)
+        between = apply_gate(up, self.activation, self.gate, self.limit, self.alpha)
+        output: Tensor = self.down(between)
+        return output if self.down_lora is None else output + self.down_lora(between)
+
+
+class LowRank(nn.Module):
+    """An adapter, which learns in the place of a linear layer: scale * B A x (LoRA, Hu et al. 2021, section 4.1).
+
+    It adds nothing at first. Where the layer is of half precision, its own parameters are float32, and so is what it
+    computes.
+
+    Args:
+        layer: The layer, which is frozen.
+        rank: Rows of A.
+        scale: The factor of what it adds.
+    """
+
+    def __init__(self, layer: nn.Linear, rank: int, scale: float) -> None:
+        super().__init__()
+        layer.requires_grad_(False)
+        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+        self.a = nn.Parameter(torch.empty(rank, layer.in_features, dtype=dtype))
+        self.b = nn.Parameter(torch.zeros(layer.out_features, rank, dtype=dtype))
+        self.scale = scale
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        added: Tensor = F.linear(F.linear(x.to(self.a.dtype), self.a), self.b) * self.scale
+        return added.to(x.dtype)
 
 
 def apply_gate(x: Tensor, activation: str, gate: str, limit: float | None = None, alpha: float | None = None) -> Tensor:
