@@ -109,7 +109,7 @@ def attach(
         )
         for number in range(len(layers))
     ]  # fmt: skip
-    lora_scale = float(_check(swarm, name, grid, layers).options.get("lora_scale") or 1.0)
+    lora_scale = float(check_grid(swarm, name, grid, layers).options.get("lora_scale") or 1.0)
     before = model.get_experts_implementation()
     model.set_experts_implementation(IMPLEMENTATION)
     for layer, experts in zip(layers, attached, strict=True):
@@ -122,7 +122,7 @@ def attach(
     return model
 
 
-def _check(swarm: Swarm, name: str, grid: tuple[int, int], layers: list[ExpertLayer]) -> GridInfo:
+def check_grid(swarm: Swarm, name: str, grid: tuple[int, int], layers: list[ExpertLayer]) -> GridInfo:
     """The swarm's grid, which has the experts of these layers. Raises `ValueError`."""
     grids = swarm.grids()
     if name not in grids:

@@ -95,11 +95,11 @@ def options_of(layer: ExpertLayer) -> dict[str, Any]:
 def _between(layer: ExpertLayer, inner: int, dtype: torch.dtype) -> dict[str, Any]:
     """Which activation and gate a module has: those that give the same numbers, in its own precision if possible."""
     module: Any = layer.module
-    generator = torch.Generator().manual_seed(0)
-    x = 8 * torch.randn(PROBES, 2 * inner if module.has_gate else inner, generator=generator)
-    laid_out = x if not module.has_gate or module.is_concatenated else _interleaved(x)
     own = module._apply_gate if module.has_gate else module.act_fn
     with torch.no_grad(), torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        x = 8 * torch.randn(PROBES, 2 * inner if module.has_gate else inner, generator=generator)
+        laid_out = x if not module.has_gate or module.is_concatenated else _interleaved(x)
         wanted, exact = own(laid_out), own(laid_out.to(dtype))
         fitting = [
             options for options in _candidates(module)
