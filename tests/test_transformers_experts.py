@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from accelerate import cpu_offload
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -241,6 +240,29 @@ def test_a_trainer_of_hugging_face_trains_the_model_here_and_the_experts_there(t
         assert max(learnt) == 6
 
 
+def test_a_trainer_goes_on_from_what_it_saved_with_the_experts_where_they_are(tmp_path):
+    model = tiny_mixture("olmoe")
+    rows = [{"input_ids": row, "labels": row} for row in tokens(16)]
+
+    def trainer(model: Any, steps: int) -> Trainer:
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=steps, per_device_train_batch_size=8, learning_rate=1e-2, logging_steps=1,
+            report_to=[], save_steps=2, disable_tqdm=True, use_cpu=True, seed=0,
+        )  # fmt: skip
+        return Trainer(model, arguments, train_dataset=rows)
+
+    with attached(model) as swarm:
+        trainer(model, 2).train()
+        wanted = model.eval()(tokens()).logits
+        again = lkt.from_pretrained(tmp_path / "checkpoint-2", swarm)
+        assert_close(again(tokens()).logits, wanted)
+        second = trainer(again, 4)
+        second.train(resume_from_checkpoint=True)
+        assert [entry["step"] for entry in second.state.log_history if "loss" in entry] == [1, 2, 3, 4]
+        learnt = [updates for server in swarm.statistics().values() for updates in server.experts.values()]
+        assert max(learnt) == 4
+
+
 def test_fit_trains_it_and_a_run_that_was_saved_goes_on_with_the_same_experts(tmp_path):
     model = tiny_mixture("olmoe")
     rows = [{"input_ids": tokens(4, seed=seed), "labels": tokens(4, seed=seed)} for seed in range(4)]
@@ -285,7 +307,7 @@ def test_experts_that_were_saved_go_on_from_there_when_they_are_served_again(tmp
         assert_close(lkt.attach(again, swarm)(tokens()).logits, learnt)
 
 
-def test_checkpointed_gradients_and_offloaded_weights_give_the_same():
+def test_checkpointed_gradients_give_the_same():
     model = tiny_mixture("qwen3_moe")
     local = copy.deepcopy(model)
     with attached(model, train_experts=False):
@@ -295,9 +317,6 @@ def test_checkpointed_gradients_and_offloaded_weights_give_the_same():
         wanted = dict(local.named_parameters())
         for name, parameter in model.named_parameters():
             assert_close(parameter.grad, wanted[name].grad, rtol=1e-4, atol=1e-6)
-        offloaded = cpu_offload(model.eval(), execution_device=torch.device("cpu"))
-        assert all(parameter.is_meta for parameter in offloaded.parameters())
-        assert written(offloaded) == written(local.eval())
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])  # w1 to w3, by names, and all in one tensor

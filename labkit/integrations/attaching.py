@@ -26,6 +26,7 @@ from labkit.errors import LabkitError
 from labkit.expert_file import read_expert
 from labkit.integrations.adapters import merged
 from labkit.integrations.layouts import ExpertLayer, expert_layers, options_of, own_parameters, put_weights
+from labkit.integrations.offloading import device_of_passes, keep_here
 from labkit.integrations.serving_experts import grid_name_of, grid_of
 from labkit.server.snapshots import fetch_snapshot
 from labkit.suggest import suggest_options
@@ -165,8 +166,9 @@ def detach(model: Model) -> Model:
             session = find_session(attached.experts.swarm)
             session.run(_fetch, session, attached.experts, Path(folder))
         for layer, attached in layers:
+            keep_here(layer.module)
+            device = device_of_passes(layer.block.modules())
             for name, (shape, dtype, trained) in attached.dropped.items():
-                device = next((p.device for p in attached.router), torch.device("cpu"))
                 parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=trained)
                 layer.module.register_parameter(name, parameter)
             for e in range(attached.experts.grid[1]):

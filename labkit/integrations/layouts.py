@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from labkit.integrations.offloading import numbers_of
 from labkit.server.gated import ACTIVATIONS, DTYPES, GATES, apply_gate
 
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # that Transformers puts on such modules
@@ -136,13 +137,13 @@ def _candidates(module: nn.Module) -> Iterator[dict[str, Any]]:
 
 def weights_of(module: nn.Module, e: int) -> dict[str, Tensor]:
     """The parameters of one expert, as the kind "gated" has them: copies, by name."""
-    up, down = _weight(module, _up(module))[e], _weight(module, "down_proj")[e]
+    up, down = _numbers(module, _up(module))[e], _numbers(module, "down_proj")[e]
     if module.is_transposed:
         up, down = up.T, down.T
     found = {"up.weight": _separated(module, up), "down.weight": down}
     if module.has_bias:
-        found["up.bias"] = _separated(module, _weight(module, f"{_up(module)}_bias")[e])
-        found["down.bias"] = _weight(module, "down_proj_bias")[e]
+        found["up.bias"] = _separated(module, _numbers(module, f"{_up(module)}_bias")[e])
+        found["down.bias"] = _numbers(module, "down_proj_bias")[e]
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in found.items()}
 
 
@@ -173,6 +174,10 @@ def _weight(module: nn.Module, name: str) -> Tensor:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         raise ValueError(f"{type(module).__name__} has no weights {name!r} of plain numbers")
     return tensor
+
+
+def _numbers(module: nn.Module, name: str) -> Tensor:
+    return numbers_of(module, name, _weight(module, name))
 
 
 def _separated(module: nn.Module, rows: Tensor) -> Tensor:
