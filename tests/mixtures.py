@@ -22,6 +22,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "qk_nope_head_dim": 4, "v_head_dim": 8, **_WIDE,
         },
     ),
+    "granitemoe": ("GraniteMoeConfig", {"num_local_experts": 4, **_WIDE}),
     "gpt_oss": (
         "GptOssConfig",
         {
@@ -33,7 +34,10 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tiny_mixture(family: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A causal language model of one of `FAMILIES` with two layers of four experts each (DeepSeek's first has none)."""
+    """A causal language model of one of `FAMILIES` or "granitemoe".
+
+    It has two layers of four experts each; DeepSeek's first has none.
+    """
     name, options = _CONFIGS[family]
     config = getattr(transformers, name)(
         vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,

@@ -319,7 +319,8 @@ def test_checkpointed_gradients_give_the_same():
             assert_close(parameter.grad, wanted[name].grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])  # w1 to w3, by names, and all in one tensor
+# w1 to w3, by names, all in one tensor, and that under other names
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "granitemoe"])
 def test_servers_read_their_own_experts_from_a_folder_and_no_others(family, tmp_path, monkeypatch):
     model = tiny_mixture(family)
     model.save_pretrained(tmp_path, max_shard_size="12KB")

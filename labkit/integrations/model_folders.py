@@ -22,6 +22,8 @@ from torch import Tensor
 from labkit.integrations.layouts import PARAMETERS, ExpertLayer, expert_layers, weights_of
 
 _KEY = re.compile(r"(?P<layer>.*)\.experts\.(?:(?P<number>\d+)\.)?(?P<name>[\w.]+)")
+_GRANITE = re.compile(r"(?P<layer>.*\.block_sparse_moe)\.(?P<name>input|output)_linear\.weight")
+_OF_GRANITE = {"input": "gate_up_proj", "output": "down_proj"}  # name there -> as others call it
 _NAMES = {  # of an expert by itself -> what it is
     "gate_proj.weight": "gate", "w1.weight": "gate", "up_proj.weight": "up", "w3.weight": "up",
     "down_proj.weight": "down", "w2.weight": "down", "gate_up_proj.weight": "gate_up",
@@ -95,7 +97,9 @@ class ModelFolder:
         """The names of tensors of experts, by layer, in the order of layers: number (None for all) and name -> name."""
         layers: dict[str, dict[tuple[int | None, str], str]] = {}
         for key in self._files:
-            if match := _KEY.fullmatch(key):
+            if match := _GRANITE.fullmatch(key):
+                layers.setdefault(match["layer"], {})[None, _OF_GRANITE[match["name"]]] = key
+            elif match := _KEY.fullmatch(key):
                 number = None if match["number"] is None else int(match["number"])
                 layers.setdefault(match["layer"], {})[number, match["name"]] = key
         return [layers[name] for name in sorted(layers, key=_natural)]
@@ -109,8 +113,8 @@ class ModelFolder:
                         probe: Tensor = file.get_slice(key)[:1]
                         return probe.dtype
         raise ValueError(
-            f"the files in {self.path} have no experts' weights under names that are known here; quantized ones cannot "
-            "be served"
+            f"the files in {self.path} have no experts' weights under names that are known here, and quantized ones "
+            "cannot be served; load the model, and serve what was loaded: lkt.serve_experts(swarm, model)"
         )
 
     def _model_class(self) -> Any:
