@@ -174,6 +174,31 @@ def check_experts_outlive_servers(notebook: Any, full: bool) -> None:
     assert len(snapshots(notebook)) == 2 and len(pictures(notebook)) == 3
 
 
+def check_a_language_model(notebook: Any, full: bool) -> None:
+    plain = texts(notebook)
+    assert numbers(r"(\d+) different ones; windows of 64", plain)[0] >= 60
+    assert plain.count("; killing the server of ") == 2
+    validated = re.findall(
+        r"^step +(\d+): validation loss ([0-9.]+), perplexity ([0-9.]+), accuracy ([0-9.]+)$", plain, re.MULTILINE
+    )
+    steps, loss, perplexity, accuracy = ([float(row[column]) for row in validated] for column in range(4))
+    assert steps[-1] == (2000 if full else STEPS) and loss[-1] < loss[0]
+    assert all(math.exp(one) == pytest.approx(other, rel=1e-3) for one, other in zip(loss, perplexity, strict=True))
+    (before,), (after,) = re.findall(r"^The ([^✝]*)✝", plain, re.MULTILINE), re.findall(r"✝([^#]*)the server", plain)
+    assert len(before) == (250 if full else STEPS // 2) and len(after) >= STEPS // 2, "it wrote on"
+    assert numbers(r"validation loss afterwards: ([0-9.]+)", plain)[0] == pytest.approx(
+        loss[-1], abs=0.05 if full else 0.5
+    )
+    if full:
+        assert numbers(r"batches that failed: (\d+)", plain) == [0]
+        assert loss[-1] <= 1.88, "nanoGPT's recipe, dense"
+        assert numbers(r"2000 steps in ([0-9.]+) minutes", plain)[0] <= 15
+        assert accuracy[-1] > 0.4
+        assert len(re.findall(r"^layer[02]\.\d went on after [0-9.]+ s", plain, re.MULTILINE)) == 4
+        assert plain.count("16 experts alive") >= 2, "they came back"
+    assert len(snapshots(notebook)) >= 1 and len(pictures(notebook)) > len(snapshots(notebook))
+
+
 def check_a_transformers_model(notebook: Any, full: bool) -> None:
     plain = texts(notebook)
     before, after = (
@@ -288,6 +313,7 @@ CHECKS: dict[str, Callable[[Any, bool], None]] = {
     "05_two_notebooks_one_swarm": check_two_notebooks_one_swarm,
     "06_a_cluster_from_a_cell": check_a_cluster_from_a_cell,
     "07_experts_outlive_servers": check_experts_outlive_servers,
+    "08_a_language_model": check_a_language_model,
     "09_a_transformers_model": check_a_transformers_model,
 }
 
