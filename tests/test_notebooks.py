@@ -211,7 +211,9 @@ def check_a_transformers_model(notebook: Any, full: bool) -> None:
     assert float(after[1]) < 0.25 * float(before[1]), "the experts have left"
     assert float(after[2]) == pytest.approx(float(before[2]), abs=2e-4), "and it computes the same"
     assert not full or float(before[2]) < 2.1
-    assert plain.count("✝") == 2 and "24 experts were taken over; 24 are alive, at one server" in plain
+    assert plain.count("✝") == 2
+    (taken_over,) = numbers(r"(\d+) experts were taken over; 24 are alive, at one server", plain)
+    assert 16 <= taken_over <= 24, "the first server's eight, and what the second one had by then"
     assert "the same letters as the local model's: True" in plain
     loss, tuned = numbers(r"loss of capitals ([0-9.]+)", plain)
     assert tuned < loss and (not full or tuned < 2.4)

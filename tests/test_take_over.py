@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from labkit.client.expert import RemoteExpert
 from labkit.client.expert_client import ExpertClient
 from labkit.contact import Contact
 from labkit.copies.messages import OFFER, CopyHead
+from labkit.copies.placement import score
 from labkit.errors import CheckpointError, ConnectionLost, LabkitError, NoExperts, RemoteFailure, RequestRefused
 from labkit.events import CopyFailed, ExpertHandedOver, ExpertTakenOver
 from labkit.expert_uid import grid_uids
@@ -155,6 +157,22 @@ async def test_neither_copies_nor_a_take_over_draw_random_numbers(tmp_path, auto
         assert before.equal(torch.get_rng_state())
 
 
+async def test_of_equally_fresh_copies_each_expert_goes_on_at_a_server_of_its_own_so_that_all_share_the_load(
+    tmp_path, autojump_clock
+):
+    async with copied_swarm(tmp_path) as swarm:
+        victim, *others = await swarm.serve_grid(3, (4, 4), backups=2)
+        uids, places = set(victim.held), {server.contact.key: server.contact for server in others}
+        await swarm.until_copied(2, (4, 4))
+        await trio.sleep(10)  # until it is declared who has copies
+        await victim.kill()
+        await swarm.until(partial(_served_elsewhere, swarm, victim.contact, (4, 4)))
+        holders = await swarm.holders((4, 4))
+        assert {uid: holders[uid].contact for uid in uids} == {
+            uid: places[min(places, key=partial(score, uid))] for uid in uids
+        }
+
+
 async def test_a_copy_that_is_far_larger_than_an_expert_of_the_grid_is_refused_unseen(tmp_path, autojump_clock):
     async with copied_swarm(tmp_path) as swarm:
         for server in (await swarm.serve(UIDS), await swarm.serve()):
@@ -288,6 +306,6 @@ async def _has(swarm: CopiedSwarm, server: Server, experts: int) -> bool:
     return [info.contact for info in (await swarm.holders()).values()].count(server.contact) == experts
 
 
-async def _served_elsewhere(swarm: CopiedSwarm, contact: Contact) -> bool:
-    found = await swarm.holders()
-    return len(found) == len(UIDS) and all(info.contact != contact for info in found.values())
+async def _served_elsewhere(swarm: CopiedSwarm, contact: Contact, grid: Sequence[int] = (2, 2)) -> bool:
+    found = await swarm.holders(grid)
+    return len(found) == math.prod(grid) and all(info.contact != contact for info in found.values())

@@ -17,7 +17,7 @@ import trio
 from labkit.contact import Contact
 from labkit.copies.experts import ServedExperts
 from labkit.copies.messages import CopyHead, CopyState, Watched, WatchedExpert, WatchReply
-from labkit.copies.placement import rank
+from labkit.copies.placement import rank, score
 from labkit.copies.sending import CopyBudget, send_copy
 from labkit.copies.servers import KEY_PREFIX, GridServers, ServerRecord
 from labkit.copies.watching import RETRY_PAUSE, reaches
@@ -27,9 +27,7 @@ from labkit.wire.rpc_types import Caller, Reply, Request
 
 logger = logging.getLogger(__name__)
 
-PERIOD = (
-    9.0  # seconds between two copies of an expert that learns: with the time that one takes, it loses no more than ten
-)
+PERIOD = 9.0  # seconds between two copies of an expert: with the time that one takes, it loses no more than ten
 LOOK_PERIOD = 0.5  # seconds between two looks for copies that are due
 CALM_LOOK_PERIOD = 2.0  # the same while no expert learns
 AT_ONCE = 3  # copies that are made at the same time, to different servers, if all are small
@@ -107,8 +105,11 @@ class Copying:
     # ------------------------------------------------------------ what there is
 
     def keys(self, uid: str) -> tuple[bytes, ...]:
-        """Returns the first bytes of the keys of the servers that have a copy of an expert, the freshest first."""
-        copies = sorted(self._fresh(uid), key=lambda copied: -copied.updates)
+        """Returns the first bytes of the keys of the servers that have a copy of an expert.
+
+        The freshest comes first; of equal ones, another for each expert, so that a server which is gone burdens all.
+        """
+        copies = sorted(self._fresh(uid), key=lambda copied: (-copied.updates, score(uid, copied.at.key)))
         return tuple(copied.at.key[:KEY_PREFIX] for copied in copies[:MAX_NAMED])
 
     def _fresh(self, uid: str) -> list[Copied]:

@@ -33,7 +33,7 @@ def rank(
 
     def place(record: ServerRecord) -> tuple[bool, bool, bytes]:
         full = record.room == 0 and record.contact.key[:KEY_PREFIX] not in held
-        return full, _host(record.contact) == _host(primary), _score(uid, record.contact.key)
+        return full, _host(record.contact) == _host(primary), score(uid, record.contact.key)
 
     return sorted((record for record in servers if record.contact.key != primary.key), key=place)
 
@@ -43,6 +43,6 @@ def _host(contact: Contact) -> str:
 
 
 @lru_cache(maxsize=1 << 16)
-def _score(uid: str, key: bytes) -> bytes:
-    """Lower comes first."""
+def score(uid: str, key: bytes) -> bytes:
+    """Returns a server's place among those that are to keep an expert, by its key: lower comes first."""
     return hashlib.blake2b(uid.encode(), key=key, digest_size=16).digest()
