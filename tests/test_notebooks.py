@@ -261,6 +261,28 @@ def check_convergence(notebook: Any, full: bool) -> None:
     assert len(pictures(notebook)) == 3
 
 
+def check_language_model(notebook: Any, full: bool) -> None:
+    plain = texts(notebook)
+    losses = numbers(r"updates and \d+ virtual seconds: validation loss ([0-9.]+)", plain)
+    assert len(losses) == 2 and losses[1] < losses[0]
+    assert re.search(r"calls without an answer: \{'timeout': \d+\}", plain)
+    # seeds, loss, worst, perplexity, virtual minutes, staleness, dropped batches
+    rows = re.findall(r"^ *small-([\w-]+)( .+)$", plain, re.MULTILINE)
+    runs = {name: table(f"{name}{line}", 7)[0] for name, line in rows}
+    for name, (_, loss, _, perplexity, _, staleness, dropped) in runs.items():
+        assert perplexity == pytest.approx(math.exp(loss), rel=1e-2)
+        fresh = name.endswith("fresh") or name == "dense"
+        assert staleness == 0 if fresh else 6 < staleness < 7.1, "of eight trainers seven others"
+        assert (dropped > 0) == name.endswith("failing")
+    assert runs["16-experts-fresh"][1] < runs["dense-fresh"][1], "as much computing"
+    for network in ("100ms", "1s"):
+        assert runs[f"16-experts-{network}"][1] < runs[f"dense-{network}"][1] + 0.02, "as stale: a tie at the least"
+    assert runs["16-experts-1s-failing"][1] < runs["dense-1s"][1], "although a tenth of the calls fails"
+    assert all(runs[name][0] == 3 for name in ("16-experts-1s", "16-experts-1s-failing", "dense-1s")), "seeds"
+    assert runs["16-experts-fresh"][1] < runs["16-experts"][1] < runs["16-experts-1s"][1], "staleness costs more"
+    assert len(pictures(notebook)) == 1
+
+
 def check_throughput(notebook: Any, full: bool) -> None:
     plain = texts(notebook)
     for block in ("ffn", "transformer"):
@@ -308,6 +330,7 @@ CHECKS: dict[str, Callable[[Any, bool], None]] = {
     "quickstart": check_quickstart,
     "expert_search": check_expert_search,
     "convergence": check_convergence,
+    "language_model": check_language_model,
     "recovery": check_recovery,
     "throughput": check_throughput,
     "00_how_it_works": check_how_it_works,
