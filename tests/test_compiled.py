@@ -28,7 +28,7 @@ def swarm() -> Iterator[lk.Swarm]:
 
 
 def layer(swarm: lk.Swarm, kind: str) -> nn.Module:
-    return swarm.moe(DIM, k_best=2) if kind == "layer" else swarm.expert("ffn.0")
+    return swarm.moe(DIM, k_best=2, timeout_after_k_min=30.0) if kind == "layer" else swarm.expert("ffn.0")
 
 
 @pytest.mark.parametrize("kind", ["layer", "one expert"])

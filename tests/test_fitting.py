@@ -104,7 +104,7 @@ def test_a_width_that_no_expert_takes_is_refused_where_the_layer_is_made_in_one_
 def test_a_layer_learns_from_the_grid_that_its_experts_give_another_width(served):
     swarm, made = served
     x = torch.randn(2, 5, DIM)
-    layer = swarm.moe(DIM, name="narrow", k_best=2)
+    layer = swarm.moe(DIM, name="narrow", k_best=2, timeout_after_k_min=30.0)
     y = layer(x)
     assert y.shape == (2, 5, OUT) and "out=10" in repr(layer)
     rows = x.reshape(10, DIM)
@@ -115,7 +115,7 @@ def test_a_layer_learns_from_the_grid_that_its_experts_give_another_width(served
 
 def test_each_of_several_outputs_is_a_weighted_mean_and_inputs_may_have_names(served):
     swarm, made = served
-    layer = swarm.moe(DIM, name="pair", k_best=2)
+    layer = swarm.moe(DIM, name="pair", k_best=2, timeout_after_k_min=30.0)
     x, shift = torch.randn(7, DIM, requires_grad=True), torch.randn(7, DIM, requires_grad=True)
     for given in ({}, {"shift": shift}):
         outputs = layer(x, **given)
@@ -163,7 +163,7 @@ def test_an_expert_says_what_it_takes_and_gives_before_its_first_call(served):
 
 def test_a_layer_that_was_made_before_its_experts_is_told_once_what_they_take(served):
     swarm, _ = served
-    layer = swarm.moe(8, (2,), "later", k_best=2)
+    layer = swarm.moe(8, (2,), "later", k_best=2, timeout_after_k_min=30.0)
     handle = swarm.serve("ffn", hidden=4, grid=(2,), name="later", isolation="task")[0]
     with pytest.raises(
         ExpertsRefused, match="all 2 experts of the grid 'later' that were asked refused: it takes float32"

@@ -39,7 +39,7 @@ class Swarm:
         swarm.on_event(self.events.append)
 
     def moe(self, **options: object) -> MixtureOfExperts:
-        return self.swarm.moe(DIM, k_best=2, **options)  # type: ignore[arg-type]
+        return self.swarm.moe(DIM, k_best=2, timeout_after_k_min=30.0, **options)  # type: ignore[arg-type]
 
     def trained(self) -> bool:
         """Whether any expert has changed; after which all are as they were."""

@@ -78,6 +78,7 @@ class Grid:
             module.load_state_dict(self.fresh[uid].state_dict())
 
     def moe(self, k_best: int, **options: object) -> MixtureOfExperts:
+        options = {"timeout_after_k_min": 30.0, **options}  # all answers count, on a busy machine, too
         return self.swarm.moe(DIM, self.sizes, self.name, k_best=k_best, **options)  # type: ignore[arg-type]
 
     def local(self, moe: MixtureOfExperts) -> LocalMoE:
@@ -296,7 +297,7 @@ def test_so_they_are_with_all_that_makes_it_fast_and_safe(tmp_path):
         chosen: list[Event] = []
         swarm.on_event(chosen.append)
         for name, grid in grids.items():
-            moe = swarm.moe(WIDE, name=name, k_best=2)
+            moe = swarm.moe(WIDE, name=name, k_best=2, timeout_after_k_min=30.0)
             experts = {uid: modules[uid] for uid in grid_uids(name, grid)}
             local = LocalMoE(copy.deepcopy(moe.gate), grid, experts, k_best=2)
             (x, its_x), target = twice(400, WIDE), torch.randn(400, WIDE) / 20
@@ -328,7 +329,9 @@ def test_so_they_are_for_each_of_several_clients_whose_requests_are_computed_tog
     (server,) = grid.servers
     first = partial(swarm.expert("held.0"), torch.zeros(1, WIDE))
     with lk.Swarm.join(swarm.invite(), name="elsewhere") as other, ThreadPoolExecutor(4) as threads:
-        moes = [member.moe(WIDE, name="held", k_best=2) for member in (swarm, other, swarm, other)]
+        moes = [
+            member.moe(WIDE, name="held", k_best=2, timeout_after_k_min=30.0) for member in (swarm, other, swarm, other)
+        ]
         inputs, targets = zip(*((twice(n, WIDE), torch.randn(n, WIDE) / 16) for n in (220, 240, 260, 280)), strict=True)
         with held(server, 4 * 3, first):
             forward = [threads.submit(moe, x) for moe, (x, _) in zip(moes, inputs, strict=True)]

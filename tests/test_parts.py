@@ -262,7 +262,7 @@ def test_a_layers_result_does_not_depend_on_max_batch_size_where_an_expert_gets_
         swarm.serve(
             lambda: nn.Identity(), name="id", grid=(3,), isolation="task", backend=BackendConfig(max_batch_size=100)
         )
-        layer = swarm.moe(3, grid=(3,), name="id", k_best=2)
+        layer = swarm.moe(3, grid=(3,), name="id", k_best=2, timeout_after_k_min=30.0)
         nn.init.eye_(layer.gate.weight)
         nn.init.zeros_(layer.gate.bias)
         x = torch.tensor([[6.0, 5.0, 0.0]] * 50 + [[6.0, 0.0, 5.0]] * 51, requires_grad=True)

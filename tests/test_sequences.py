@@ -98,6 +98,7 @@ class Grid:
 
     def both(self, pool: object = "mean", k_best: int = 2, **options: object) -> tuple[MixtureOfExperts, LocalMoE]:
         """A layer over it, and the same one with copies of the gate and the experts."""
+        options = {"timeout_after_k_min": 30.0, **options}  # all answers count, on a busy machine, too
         layer = self.swarm.moe(
             DIM, name=self.name, k_best=k_best, sequences=True, pool=pool, **options,  # type: ignore[arg-type]
         )  # fmt: skip

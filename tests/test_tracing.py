@@ -15,7 +15,7 @@ def layer():
     torch.manual_seed(0)
     with lk.Swarm(name="tracing") as swarm:
         swarm.serve("ffn", hidden=2, grid=(4, 4), experts=14, servers=2, isolation="task")
-        yield swarm.moe(2, k_best=3)
+        yield swarm.moe(2, k_best=3, timeout_after_k_min=30.0)
 
 
 def test_a_trace_names_the_records_that_were_read_and_the_experts_that_were_found(layer):
