@@ -259,7 +259,10 @@ class IncomingCopy:
         free = shutil.disk_usage(self._store.folder).free - promised
         if self.head.size + SPARE_BYTES > free:
             left = max(0, free) / 1e6
-            raise OSError(f"the copy takes {self.head.size / 1e6:.1f} MB, and the disk has {left:.1f} MB left")
+            size, spare = self.head.size / 1e6, SPARE_BYTES / 1e6
+            raise OSError(
+                f"the copy takes {size:.1f} MB, and the disk has {left:.1f} MB left, of which {spare:.1f} MB stay free"
+            )
         self._file = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
 
     def _append(self, data: memoryview) -> None:
