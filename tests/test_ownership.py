@@ -17,7 +17,7 @@ import labkit as lk
 from labkit.errors import CheckpointError, ServerFailed
 from labkit.server import ownership
 from labkit.server.checkpoints import load_expert, save_expert
-from labkit.server.ownership import FolderTaken, claim_checkpoints, own_checkpoints
+from labkit.server.ownership import HURRIED_GRACE, FolderTaken, claim_checkpoints, claim_the_rest, own_checkpoints
 from labkit.swarm import Swarm
 
 pytestmark = pytest.mark.usefixtures("forked_python")
@@ -51,6 +51,19 @@ def test_experts_belong_to_one_process_at_a_time_and_the_loser_is_told_to_whom_a
     with pytest.raises(FolderTaken, match=r"stop that one first, or give this one a folder of its own"):
         claim_checkpoints(tmp_path, ["ffn.0"])
     claim_checkpoints(tmp_path, ["ffn.1"]).release()  # servers of one swarm share a folder
+
+
+async def test_an_expert_that_has_just_come_is_saved_although_its_last_server_closes_at_the_same_time(
+    tmp_path, autojump_clock
+):
+    before, now = claim_checkpoints(tmp_path, ["ffn.0"]), claim_checkpoints(tmp_path, ["ffn.1"])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(claim_the_rest, now, ["ffn.0", "ffn.1"], HURRIED_GRACE, False)
+        await trio.sleep(HURRIED_GRACE / 2)
+        assert not now.owns("ffn.0")
+        before.release()
+    assert now.owns("ffn.0") and now.owns("ffn.1")
+    now.release()
 
 
 def test_another_name_of_the_folder_is_the_same_folder(tmp_path, owner):

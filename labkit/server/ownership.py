@@ -33,6 +33,7 @@ from labkit.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 GRACE = 2.0  # seconds in which an owner whose notebook has just ended may notice it
+HURRIED_GRACE = 1.0  # the same for experts that have just moved, where a whole swarm is closed, within two seconds
 LEAVING_TIMEOUT = 60.0  # seconds in which an owner that is stopping may save its experts
 RETRY_INTERVAL = 1.0  # seconds between two attempts to own an expert that has come
 INTERVAL = 0.1  # seconds between two attempts

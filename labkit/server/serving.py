@@ -24,7 +24,7 @@ from labkit.server.checkpoints import Progress, keep_checkpoints, save_all
 from labkit.server.config import ServerConfig
 from labkit.server.leaving import leave, stop_timeout
 from labkit.server.loading import LoadOrder, carry_out_loads
-from labkit.server.ownership import GRACE, INTERVAL, FolderClaim, claim_the_rest, keep_claimed, own_checkpoints
+from labkit.server.ownership import GRACE, HURRIED_GRACE, FolderClaim, claim_the_rest, keep_claimed, own_checkpoints
 from labkit.server.runtime import Executor
 from labkit.server.server import ExpertServer
 from labkit.wire.security import Admission, Identity
@@ -158,7 +158,7 @@ async def _serve_owned(
             await server.runtime.settle()
         nursery.cancel_scope.cancel()
     if config.checkpoint_dir is not None:
-        await claim_the_rest(claim, holdings.held, INTERVAL if hurry.is_set() else GRACE, server.in_thread)
+        await claim_the_rest(claim, holdings.held, HURRIED_GRACE if hurry.is_set() else GRACE, server.in_thread)
         await save_all(server.runtime, config.checkpoint_dir, saved, config.checkpoint_keep, claim)
 
 
