@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 import sys
 import threading
 from collections import OrderedDict
@@ -717,3 +718,23 @@ def test_a_call_of_one_width_does_not_make_an_expert_that_takes_anything_refuse_
         assert expert(torch.ones(1, 4)).shape == (1, 4)
         assert expert.schema is None
         assert swarm.moe(16, name="nop")(torch.ones(2, 16)).shape == (2, 16)
+
+
+TOGETHER = """
+import threading, torch, labkit as lk
+torch.set_num_threads(1)
+with lk.Swarm() as swarm:
+    swarm.serve("nop", grid=(1,), isolation="task")
+    expert, together = swarm.expert("nop.0"), threading.Barrier(4)
+    def train():
+        for _ in range(150):
+            together.wait()
+            expert(torch.ones(1, 4)).sum().backward()
+    threads = [threading.Thread(target=train) for _ in range(4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+"""
+
+
+def test_passes_that_threads_begin_at_the_same_moment_do_not_wait_for_each_other_for_ever():
+    subprocess.run([sys.executable, "-c", TOGETHER], check=True, timeout=60)

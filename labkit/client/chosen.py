@@ -21,7 +21,7 @@ from labkit.client.beam_search import Routing
 from labkit.client.dispatch import dispatch_along
 from labkit.client.dispatch_config import DispatchConfig
 from labkit.client.expert_client import for_the_wire
-from labkit.client.frozen import gradient_nodes
+from labkit.client.frozen import stand_ins
 from labkit.client.gather import Gathering, RowGroup, requests_for
 from labkit.client.inputs import check_finite
 from labkit.client.passing import Passing, differentiable
@@ -106,9 +106,8 @@ class ChosenExperts:
         sent, outputs = session.run(dispatch_along, session, config, routes, [local], [tuple(rows.shape[1:])])
         passing = Passing(session, config, sent, (), self.train)
         if self.train is None:
-            passing.gate = gradient_nodes(router)
-        anchor = torch.zeros(0, requires_grad=True) if self.train or passing.gate else None
-        (outputs_of,) = differentiable(passing, outputs, [rows], anchor)
+            passing.gate = stand_ins(router)
+        (outputs_of,) = differentiable(passing, outputs, [rows])
         return outputs_of.to(rows.dtype), sent.answered.to(rows.device)
 
 

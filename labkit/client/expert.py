@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from labkit.client.expert_client import ExpertCall, OnDone, for_the_wire
 from labkit.client.following import successor
-from labkit.client.frozen import are_wanted, gradient_nodes
+from labkit.client.frozen import StandIn, are_wanted, stand_ins
 from labkit.client.gather import MAX_HALVINGS
 from labkit.client.inputs import check_finite, check_tensors
 from labkit.client.outside_graphs import outside_graphs
@@ -117,15 +117,9 @@ class RemoteExpert(nn.Module):
         if not tensors:
             raise ValueError(f"the expert {self.uid} is called with one input at least")
         check_tensors(f"the expert {self.uid}", inputs, keywords)
-        anchor: Tensor | None = self.anchor
-        nodes: list[Any] = []
-        if self.train_expert is None:
-            nodes = gradient_nodes([self.anchor])
-        elif self.train_expert:
-            anchor = torch.zeros(0, requires_grad=True)
-        else:
-            anchor = None
-        calling = _Calling(self, find_session(self.swarm), tuple(keywords), nodes)
+        anchors = stand_ins([self.anchor]) if self.train_expert is None else []
+        anchor = anchors[0].view if anchors else torch.zeros(0, requires_grad=True) if self.train_expert else None
+        calling = _Calling(self, find_session(self.swarm), tuple(keywords), anchors)
         outputs = _CallExpert.apply(calling, anchor, *tensors)  # type: ignore[no-untyped-call]
         x = tensors[0]
         moved = tuple(output.to(x.device, x.dtype if x.is_floating_point() else output.dtype) for output in outputs)
@@ -270,7 +264,7 @@ class _Calling:
     expert: RemoteExpert
     session: Session
     keywords: tuple[str, ...]
-    nodes: list[Any]  # of the anchor's gradient: see `client/frozen`
+    anchors: list[StandIn]  # for the expert's own parameter, where that decides whether the expert is trained
 
     def run(self, direction: Direction, inputs: Sequence[Tensor], grads: Sequence[Tensor], train: bool) -> list[Tensor]:
         local = [for_the_wire(x) for x in inputs], [for_the_wire(grad) for grad in grads]
@@ -293,7 +287,7 @@ class _CallExpert(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         inputs, calling, train = ctx.saved_tensors, ctx.calling, ctx.calling.expert.train_expert
-        train = are_wanted(calling.nodes) if train is None else train
+        train = are_wanted(calling.anchors) if train is None else train
         anchor = ctx.no_gradient if ctx.needs_input_grad[1] else None
         if not train and not any(ctx.needs_input_grad[2:]):
             return None, anchor, *(None for _ in inputs)

@@ -8,41 +8,40 @@ layer's own parameters do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def gradient_nodes(tensors: Iterable[Tensor]) -> list[Any]:
-    """The nodes of the autograd graph in which the gradients of these tensors arrive; none for those without one."""
+class StandIn(NamedTuple):
+    """What goes into the graph of one pass for a tensor, as a parameter of the gate, whose gradient is asked after.
+
+    It is a view that this pass alone has. The node of a parameter itself must never come into Python's hands: while it
+    is held there, torch takes the GIL under the parameter's lock, for which another pass in another thread waits with
+    the GIL in its hands.
+    """
+
+    tensor: Tensor
+    view: Tensor
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether the backward pass that is running computes the gradient of the tensor."""
+        if not self.tensor.requires_grad:  # frozen since the forward pass: torch gives it no gradient either
+            return False
+        asked = getattr(torch._C, "_will_engine_execute_node", None)
+        return asked is None or bool(asked(self.view.grad_fn))  # an older torch does not say
+
+
+def stand_ins(tensors: Iterable[Tensor]) -> list[StandIn]:
+    """Those of the tensors that need a gradient, to be made inputs of the pass; none where gradients are off."""
     if not torch.is_grad_enabled():
         return []
-    nodes = []
-    for tensor in tensors:
-        if tensor.requires_grad:
-            node: Any = tensor.grad_fn
-            if node is None:  # a leaf: its node is known by those that follow it
-                follower: Any = tensor.view_as(tensor).grad_fn
-                node = follower.next_functions[0][0]
-            nodes.append(node)
-    return nodes
+    return [StandIn(tensor, tensor.view_as(tensor)) for tensor in tensors if tensor.requires_grad]
 
 
-def are_wanted(nodes: Iterable[Any]) -> bool:
-    """Whether the backward pass that is running computes the gradients of any of these nodes."""
-    return any(_is_wanted(node) for node in nodes)
-
-
-def _is_wanted(node: Any) -> bool:
-    leaf = getattr(node, "variable", None)
-    if leaf is not None and not leaf.requires_grad:  # frozen since the forward pass: torch gives it no gradient either
-        return False
-    asked = getattr(torch._C, "_will_engine_execute_node", None)
-    if asked is None:  # a torch that does not say
-        return True
-    try:
-        return bool(asked(node))
-    except RuntimeError:  # so torch answers about a leaf whose gradient `autograd.grad` was asked for
-        return True
+def are_wanted(stand_ins: Sequence[StandIn]) -> bool:
+    """Whether the backward pass that is running computes the gradient of any of them."""
+    return any(one.is_wanted for one in stand_ins)

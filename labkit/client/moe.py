@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from labkit.client.dispatch import DispatchConfig, Dispatched, dispatch_forward
 from labkit.client.expert_client import for_the_wire
-from labkit.client.frozen import gradient_nodes
+from labkit.client.frozen import stand_ins
 from labkit.client.inputs import check_finite, check_tensors
 from labkit.client.outside_graphs import outside_graphs
 from labkit.client.passing import Passing, differentiable
@@ -211,13 +211,9 @@ class MixtureOfExperts(nn.Module):
             dispatch_forward, session, self.dispatch, self.name, local, searched, shapes, keywords
         )
         passing = Passing(session, self.dispatch, sent, keywords, self.train_experts)
-        anchor: Tensor | None = None
         if self.train_experts is None:
-            passing.gate = gradient_nodes(self.gate.parameters())
-        if self.train_experts or passing.gate:
-            # Goes in so that autograd asks for the backward pass even where no input needs a gradient: it trains.
-            anchor = scores[0] if scores[0].requires_grad else torch.zeros(0, requires_grad=True)
-        return sent, differentiable(passing, outputs, inputs, anchor)  # [n, k, *out], in full precision
+            passing.gate = stand_ins(self.gate.parameters())
+        return sent, differentiable(passing, outputs, inputs)  # [n, k, *out], in full precision
 
     def weights(self, scores: Sequence[Tensor], sent: Dispatched) -> Tensor:
         """The weights of the experts that answered each row, differentiable; 0 for others.

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from labkit.client.dispatch import DispatchConfig, Dispatched, dispatch_backward
 from labkit.client.expert_client import for_the_wire
-from labkit.client.frozen import are_wanted
+from labkit.client.frozen import StandIn, are_wanted
 from labkit.client.inputs import check_finite
 from labkit.client.session import Session
 
@@ -32,20 +32,17 @@ class Passing:
     sent: Dispatched
     keywords: tuple[str, ...]
     train: bool | None  # None for where the gate is trained
-    gate: list[Any] = field(default_factory=list)  # nodes of the gate's gradients: see `client/frozen`
+    gate: list[StandIn] = field(default_factory=list)  # for the gate's parameters
 
 
-def differentiable(
-    passing: Passing, outputs: Sequence[Tensor], inputs: Sequence[Tensor], anchor: Tensor | None
-) -> tuple[Tensor, ...]:
-    """The answers [n, k, *out], in full precision on the device of the inputs, as functions of the inputs [n, ...].
-
-    `anchor`: where the pass trains experts, a tensor that needs a gradient, so that autograd asks for the backward pass
-    even if no input does.
-    """
+def differentiable(passing: Passing, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The answers [n, k, *out], in full precision on the device of the inputs, as functions of the inputs [n, ...]."""
+    # Where the pass trains experts, something goes in that needs a gradient, so that autograd asks for the backward
+    # pass even if no input does.
+    anchors = [torch.zeros(0, requires_grad=True)] if passing.train else [one.view for one in passing.gate]
     # What the function gives is on the CPU, so that its backward pass runs in the thread that calls it. A GPU has
     # one autograd thread for the whole process, which must not wait for the network.
-    answers = ExpertOutputs.apply(passing, len(outputs), anchor, *outputs, *inputs)  # type: ignore[no-untyped-call]
+    answers = ExpertOutputs.apply(passing, outputs, len(anchors), *anchors, *inputs)  # type: ignore[no-untyped-call]
     return tuple(answer.to(inputs[0].device) for answer in answers)
 
 
@@ -54,11 +51,10 @@ class ExpertOutputs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, passing: Passing, count: int, anchor: Tensor | None, *outputs_then_inputs: Tensor
+        ctx: Any, passing: Passing, outputs: Sequence[Tensor], count: int, *anchors_then_inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        outputs, inputs = outputs_then_inputs[:count], outputs_then_inputs[count:]
         ctx.passing, ctx.count = passing, count
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*anchors_then_inputs[count:])
         return tuple(output.view_as(output) for output in outputs)
 
     @staticmethod
