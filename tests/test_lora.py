@@ -6,7 +6,6 @@ import copy
 import signal
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch.testing import assert_close
@@ -26,6 +25,18 @@ SGD = lk.BackendConfig(optimizer="sgd", lr=RATE)
 CONFIG = {"r": 3, "lora_alpha": 12}
 
 
+def lora_config(**options: Any) -> Any:
+    from peft import LoraConfig  # its import takes seconds, which only these tests need
+
+    return LoraConfig(**options)
+
+
+def get_peft_model(model: Any, config: Any) -> Any:
+    import peft
+
+    return peft.get_peft_model(model, config)
+
+
 def of_experts(name: str) -> bool:
     """Whether a parameter is a weight of experts."""
     return ".experts." in name and "lora" not in name
@@ -39,8 +50,8 @@ def with_peft(model: Any) -> Any:
          for e in range(layer.count)]
         for number, layer in enumerate(layers)
     ]  # fmt: skip
-    config = peft.LoraConfig(**CONFIG, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
-    adapted = peft.get_peft_model(model, config)
+    config = lora_config(**CONFIG, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    adapted = get_peft_model(model, config)
     wrappers = [module for module in adapted.modules() if hasattr(module, "parameter_name")]
     for number, (layer, begin) in enumerate(zip(layers, fresh, strict=True)):
         own = [wrapper for wrapper in wrappers if wrapper.get_base_layer() is layer.module]
@@ -59,8 +70,8 @@ def test_adapters_at_servers_learn_what_those_of_peft_learn_here(family):
     local = with_peft(copy.deepcopy(model))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with lk.Swarm(name="mixture") as swarm:
-        config = peft.LoraConfig(**CONFIG)
-        lkt.serve_experts(swarm, model, servers=2, backups=0, backend=SGD, isolation="task", lora=config)
+        lora = local.peft_config["default"]
+        lkt.serve_experts(swarm, model, servers=2, backups=0, backend=SGD, isolation="task", lora=lora)
         lkt.attach(model, swarm)
         for _ in range(3):
             ours, theirs = model(tokens(), labels=tokens()).loss, local(input_ids=tokens(), labels=tokens()).loss
@@ -86,7 +97,7 @@ def test_peft_trains_the_attention_here_while_servers_train_adapters_of_the_expe
     with lk.Swarm(name="mixture") as swarm:
         lkt.serve_experts(swarm, model, backups=0, backend=SGD, isolation="task", lora=2)
         lkt.attach(model, swarm, train_experts=True)  # though peft freezes the router
-        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        adapted = get_peft_model(model, lora_config(r=2, target_modules=["q_proj", "v_proj"]))
         optimizer, losses = torch.optim.Adam((p for p in adapted.parameters() if p.requires_grad), lr=0.01), []
         for _ in range(6):
             loss = adapted(input_ids=tokens(), labels=tokens()).loss
@@ -120,7 +131,7 @@ def test_adapters_of_half_precision_experts_are_float32_and_a_folder_gives_the_s
 def test_all_experts_of_a_grid_have_the_same_adapters():
     model = tiny_mixture("olmoe")
     with lk.Swarm(name="mixture") as swarm:
-        lkt.serve_experts(swarm, model, experts=3, backups=0, isolation="task", lora=peft.LoraConfig(**CONFIG))
+        lkt.serve_experts(swarm, model, experts=3, backups=0, isolation="task", lora=lora_config(**CONFIG))
         for other in (2, 3):  # with the same rank, but another scale
             with pytest.raises(ValueError, match=r"experts of the kind gated.*serve others in a grid of their own"):
                 lkt.serve_experts(swarm, model, isolation="task", lora=other)
@@ -143,7 +154,8 @@ def test_labkit_serve_serves_experts_with_adapters(tmp_path, capsys):
     assert "--lora is for --experts-of" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("lora", [0, True, "8", peft.LoraConfig(r=2, lora_dropout=0.1), peft.LoraConfig(use_dora=True)])
+@pytest.mark.parametrize("lora", [0, True, "8", {"r": 2, "lora_dropout": 0.1}, {"use_dora": True}])
 def test_other_adapters_are_refused(lora):
+    lora = lora_config(**lora) if isinstance(lora, dict) else lora
     with lk.Swarm(name="mixture") as swarm, pytest.raises(ValueError, match="lora"):
         lkt.serve_experts(swarm, tiny_mixture("olmoe"), isolation="task", lora=lora)

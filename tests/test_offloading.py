@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload
+import transformers
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
 
 import labkit as lk
 from labkit.integrations import transformers as lkt
@@ -19,12 +18,20 @@ from tests.mixtures import tiny_mixture, tokens
 CPU = torch.device("cpu")
 
 
+def cpu_offload(model: Any) -> Any:
+    import accelerate  # takes a second, which only these tests need
+
+    return accelerate.cpu_offload(model, execution_device=CPU)
+
+
 def kept_in_memory(folder: Path) -> Any:
-    return cpu_offload(AutoModelForCausalLM.from_pretrained(folder), execution_device=CPU)
+    return cpu_offload(transformers.AutoModelForCausalLM.from_pretrained(folder))
 
 
 def kept_on_disk(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, device_map={"": "disk"}, offload_folder=folder / "kept")
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, device_map={"": "disk"}, offload_folder=folder / "kept"
+    )
 
 
 @pytest.mark.parametrize("offloaded", [kept_in_memory, kept_on_disk])
@@ -54,7 +61,7 @@ def test_an_attached_model_is_offloaded_and_a_model_is_loaded_onto_the_disk_with
     wanted = local(tokens()).logits
     with lk.Swarm(name="mixture") as swarm:
         lkt.serve_experts(swarm, tmp_path, backups=0, isolation="task")
-        in_memory = cpu_offload(lkt.attach(copy.deepcopy(local), swarm), execution_device=CPU)
+        in_memory = cpu_offload(lkt.attach(copy.deepcopy(local), swarm))
         on_disk = lkt.from_pretrained(tmp_path, swarm, device_map={"": "disk"}, offload_folder=tmp_path / "kept")
         for model in (in_memory, on_disk):
             assert all(parameter.is_meta for parameter in model.parameters())
@@ -64,6 +71,6 @@ def test_an_attached_model_is_offloaded_and_a_model_is_loaded_onto_the_disk_with
 
 def test_experts_without_numbers_are_refused_in_words():
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(tiny_mixture("olmoe").config)
+        model = transformers.AutoModelForCausalLM.from_config(tiny_mixture("olmoe").config)
     with lk.Swarm(name="mixture") as swarm, pytest.raises(ValueError, match=r"has no numbers, only a shape.*folder"):
         lkt.serve_experts(swarm, model, isolation="task")

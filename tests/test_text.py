@@ -9,11 +9,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
 
 import labkit as lk
 from labkit.errors import DataNotFound
@@ -95,7 +95,9 @@ class Lists:
         return "".join("abcdefg"[number] for number in ids)
 
 
-@pytest.mark.parametrize("wrap", [lambda made: made, lambda made: PreTrainedTokenizerFast(tokenizer_object=made)])
+@pytest.mark.parametrize(
+    "wrap", [lambda made: made, lambda made: transformers.PreTrainedTokenizerFast(tokenizer_object=made)]
+)
 def test_a_tokenizer_of_tokenizers_or_transformers_makes_the_tokens(tmp_path, wrap):
     (tmp_path / "play.txt").write_text("to be or not to be\n" * 100)
     data = lk.load("text", tmp_path / "play.txt", tokens=wrap(words()), context=8)

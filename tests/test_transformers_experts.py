@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+import transformers
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import labkit as lk
 from labkit.__main__ import main
@@ -228,11 +228,13 @@ def test_a_trainer_of_hugging_face_trains_the_model_here_and_the_experts_there(t
     model = tiny_mixture("olmoe")
     rows = [{"input_ids": row, "labels": row} for row in tokens(16)]
     with attached(model) as swarm:
-        arguments = TrainingArguments(
+        arguments = transformers.TrainingArguments(
             str(tmp_path), max_steps=6, per_device_train_batch_size=8, learning_rate=1e-2, logging_steps=1,
             report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True, seed=0,
         )  # fmt: skip
-        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[lkt.TransformersCallback(swarm)])
+        trainer = transformers.Trainer(
+            model, arguments, train_dataset=rows, callbacks=[lkt.TransformersCallback(swarm)]
+        )
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         assert losses[-1] < losses[0]
@@ -244,12 +246,12 @@ def test_a_trainer_goes_on_from_what_it_saved_with_the_experts_where_they_are(tm
     model = tiny_mixture("olmoe")
     rows = [{"input_ids": row, "labels": row} for row in tokens(16)]
 
-    def trainer(model: Any, steps: int) -> Trainer:
-        arguments = TrainingArguments(
+    def trainer(model: Any, steps: int) -> transformers.Trainer:
+        arguments = transformers.TrainingArguments(
             str(tmp_path), max_steps=steps, per_device_train_batch_size=8, learning_rate=1e-2, logging_steps=1,
             report_to=[], save_steps=2, disable_tqdm=True, use_cpu=True, seed=0,
         )  # fmt: skip
-        return Trainer(model, arguments, train_dataset=rows)
+        return transformers.Trainer(model, arguments, train_dataset=rows)
 
     with attached(model) as swarm:
         trainer(model, 2).train()
@@ -290,7 +292,7 @@ def test_what_was_detached_is_saved_and_loaded_as_any_model_of_transformers(tmp_
         with pytest.raises(ValueError, match="detach"):
             lkt.attach(model, swarm)
         lkt.detach(model).save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert written(loaded) == learnt
     assert loaded.get_experts_implementation() == model.get_experts_implementation()
 

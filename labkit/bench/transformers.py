@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import OlmoeConfig, OlmoeForCausalLM
+import transformers
 
 from labkit.bench.report import check_at_least
 from labkit.events import CallFinished, Event
@@ -101,8 +101,8 @@ def measure(config: TransformersConfig) -> dict[str, Any]:
 def _model(config: TransformersConfig) -> Any:
     """The model, with the same parameters each time."""
     torch.manual_seed(0)
-    return OlmoeForCausalLM(
-        OlmoeConfig(
+    return transformers.OlmoeForCausalLM(
+        transformers.OlmoeConfig(
             vocab_size=VOCABULARY, hidden_size=config.hidden, intermediate_size=config.inner,
             num_hidden_layers=config.layers, num_attention_heads=config.hidden // HEAD_DIM,
             num_experts=config.experts, num_experts_per_tok=config.k_best,

@@ -7,11 +7,11 @@ imported when its callback is asked for. `reporting` is what both do with the nu
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-_HOMES = {"TransformersCallback": "transformers", "LightningCallback": "lightning"}
+_HOMES = {"TransformersCallback": "trainer_callback", "LightningCallback": "lightning"}
 
 if TYPE_CHECKING:
     from labkit.integrations.lightning import LightningCallback as LightningCallback
-    from labkit.integrations.transformers import TransformersCallback as TransformersCallback
+    from labkit.integrations.trainer_callback import TransformersCallback as TransformersCallback
 
 
 def __getattr__(name: str) -> Any:

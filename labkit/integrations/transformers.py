@@ -1,4 +1,4 @@
-"""What labkit has for Hugging Face's transformers. Importing this imports transformers.
+"""What labkit has for Hugging Face's transformers.
 
     from labkit.integrations import transformers as lkt
 
@@ -10,48 +10,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
-
 from labkit.integrations.attaching import attach as attach
 from labkit.integrations.attaching import detach as detach
 from labkit.integrations.loading import from_pretrained as from_pretrained
-from labkit.integrations.reporting import Reporter
 from labkit.integrations.serving_experts import serve_experts as serve_experts
 
 if TYPE_CHECKING:
-    from labkit.swarm import Swarm
-
-_SPEED = ("_runtime", "_per_second", "_flos", "_jit_compilation_time")  # of summaries
+    from labkit.integrations.trainer_callback import TransformersCallback as TransformersCallback
 
 
-class TransformersCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not looked into
-    """Shows the training of a Hugging Face Trainer in a swarm's dashboard and loggers.
+def __getattr__(name: str) -> Any:
+    if name == "TransformersCallback":  # what it stands on takes seconds to import
+        from labkit.integrations.trainer_callback import TransformersCallback
 
-    It reports what the Trainer logs: its loss, learning rate, gradient norm and epoch each
-    `logging_steps` updates (500 by default, which for a short training is too rare), and what
-    it evaluates. `eval_loss` becomes "validation loss". Of several processes the first one
-    reports.
-
-    Example:
-        from labkit.integrations import TransformersCallback
-
-        arguments = TrainingArguments("out", logging_steps=10)
-        trainer = Trainer(model, arguments, callbacks=[TransformersCallback(swarm)], …)
-
-    Args:
-        swarm: The swarm whose dashboard and loggers show it.
-    """
-
-    def __init__(self, swarm: Swarm) -> None:
-        self._reporter = Reporter(swarm)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Begin anew: the steps of a training that is resumed may have been seen before."""
-        self._reporter.begin()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Report what the Trainer logs, but for its summary at the end."""
-        if logs is None or not state.is_world_process_zero:
-            return
-        measured = {name: value for name, value in logs.items() if not name.endswith(_SPEED) and name != "train_loss"}
-        self._reporter.report(state.global_step, measured)
+        return TransformersCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
