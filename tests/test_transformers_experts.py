@@ -7,11 +7,13 @@ import pickle
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import torch
 import transformers
+import trio
 from torch.testing import assert_close
 
 import labkit as lk
@@ -19,9 +21,11 @@ from labkit.__main__ import main
 from labkit.client import following
 from labkit.errors import LabkitError, NotEnoughExperts
 from labkit.events import CallFinished, ExpertTakenOver
+from labkit.integrations import attaching
 from labkit.integrations import transformers as lkt
 from labkit.integrations.model_folders import ModelFolder
 from labkit.launch.handle import ServerHandle
+from labkit.server.snapshots import fetch_snapshot
 from tests.commands import run_until_signalled
 from tests.mixtures import FAMILIES, tiny_mixture, tokens
 from tests.swarms import eventually
@@ -295,6 +299,25 @@ def test_what_was_detached_is_saved_and_loaded_as_any_model_of_transformers(tmp_
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert written(loaded) == learnt
     assert loaded.get_experts_implementation() == model.get_experts_implementation()
+
+
+@pytest.mark.parametrize("leave", ["stop", "kill"])
+def test_experts_come_home_though_a_server_leaves_while_they_are_read(leave, monkeypatch):
+    model = tiny_mixture("olmoe")
+    before, left = written(model), list[str]()
+    with attached(model, servers=2, backups=1) as swarm:
+        eventually(lambda: all(info.copies for info in swarm.experts().values()))
+
+        async def fetch_later(caller: Any, contact: Any, uid: str, folder: Path) -> Any:
+            (server,) = (server for server in swarm.servers if server.contact == contact)
+            if not left:
+                left.append(uid)
+                await trio.to_thread.run_sync(getattr(server, leave))
+            return await fetch_snapshot(caller, contact, uid, folder)
+
+        monkeypatch.setattr(attaching, "fetch_snapshot", fetch_later)
+        lkt.detach(model)
+    assert left and written(model) == before
 
 
 def test_experts_that_were_saved_go_on_from_there_when_they_are_served_again(tmp_path):

@@ -2,13 +2,16 @@
 
 On a batch's way: `client/dispatch` asks here when rows of a backward pass can't have enough answers any more. Their
 experts have answered the forward pass, and no others can take their places. `client/expert` asks, too, since it calls
-one expert and no other. Where there are copies, others serve them within seconds.
+one expert and no other; and so does who reads an expert's whole state. Where there are copies, others serve them within
+seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 import trio
@@ -16,11 +19,13 @@ from torch import Tensor
 
 from labkit.client.gather import RowGroup
 from labkit.directory import Directory
-from labkit.errors import ConnectionLost, RPCError
+from labkit.errors import ConnectionLost, RPCError, UnknownExpert
 from labkit.expert_uid import ExpertInfo, parent
 
 FOLLOW_TIME = 8.0  # seconds in which an expert is carried on, if it is at all
 LOOK_AGAIN = 0.2  # seconds between two looks for it
+
+T = TypeVar("T")
 
 
 async def carried_on(
@@ -102,6 +107,34 @@ async def successor(
                 return None
             await trio.sleep(LOOK_AGAIN)
     return None
+
+
+async def read_where_it_is(directory: Directory, info: ExpertInfo, read: Callable[[ExpertInfo], Awaitable[T]]) -> T:
+    """Read something of an expert, anew from whoever has it then if its server has given it away or is gone.
+
+    Args:
+        directory: Where that is found.
+        info: The expert, where it was last.
+        read: Reads it there; it may be called several times.
+
+    Returns:
+        What `read` returned.
+
+    Raises:
+        RPCError: As `read`, where nobody else has the expert.
+    """
+    until = math.inf
+    while True:
+        try:
+            return await read(info)
+        except (ConnectionLost, UnknownExpert):
+            until = min(until, trio.current_time() + FOLLOW_TIME)
+            found = await successor(directory, info, until)
+            if found is None:
+                raise
+            until = math.inf if found.epoch > info.epoch else until  # another has taken it over
+            info = found
+        await trio.sleep(LOOK_AGAIN)
 
 
 def _has_copies(directory: Directory, info: ExpertInfo) -> bool:

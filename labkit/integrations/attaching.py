@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from labkit.client.chosen import ChosenExperts
+from labkit.client.following import read_where_it_is
 from labkit.client.outside_graphs import outside_graphs
 from labkit.client.session import find_session
 from labkit.errors import LabkitError
 from labkit.expert_file import read_expert
+from labkit.expert_uid import ExpertInfo
 from labkit.integrations.adapters import merged
 from labkit.integrations.layouts import ExpertLayer, expert_layers, options_of, own_parameters, put_weights
 from labkit.integrations.offloading import device_of_passes, keep_here
@@ -195,10 +197,13 @@ async def _fetch(session: Session, experts: ChosenExperts, folder: Path) -> None
     uids = [f"{experts.prefix}.{e}" for e in range(experts.grid[1])]
     found = await session.directory.holders(uids)
 
+    async def read(info: ExpertInfo) -> None:
+        await fetch_snapshot(session.experts.caller, info.contact, info.uid, folder)
+
     async def fetch(uid: str) -> None:
         async with limiter:
             try:
-                await fetch_snapshot(session.experts.caller, found[uid].contact, uid, folder)
+                await read_where_it_is(session.directory, found[uid], read)
             except LabkitError as error:
                 lost[uid] = error
 

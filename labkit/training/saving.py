@@ -15,11 +15,13 @@ from typing import Any, Protocol
 import trio
 from torch import nn
 
+from labkit.client.following import read_where_it_is
 from labkit.client.in_models import grids_of, single_experts_of
 from labkit.client.session import Session
 from labkit.contact import Contact
 from labkit.directory.grids import GridInfo
-from labkit.errors import CheckpointError, RPCError, UnknownExpert
+from labkit.errors import CheckpointError, RPCError
+from labkit.expert_protocol import SnapshotHead
 from labkit.expert_uid import ExpertInfo, grid_uids, split_uid
 from labkit.server.snapshots import MAX_SNAPSHOTS, fetch_snapshot
 from labkit.training.run_folder import EXPERTS, SavedExpert, SavedGrid, SavedRun, new_moment, write_moment
@@ -124,14 +126,13 @@ async def _fetch_all(
     all_servers = trio.CapacityLimiter(AT_ONCE)
     one_server: dict[Contact, trio.CapacityLimiter] = {}
 
+    async def read(info: ExpertInfo) -> SnapshotHead:
+        return await fetch_snapshot(session.experts.caller, info.contact, info.uid, folder)
+
     async def fetch(info: ExpertInfo) -> None:
         async with one_server.setdefault(info.contact, trio.CapacityLimiter(AT_ONCE_OF_ONE)), all_servers:
             try:
-                try:
-                    head = await fetch_snapshot(session.experts.caller, info.contact, info.uid, folder)
-                except UnknownExpert:  # another server has it by now
-                    info = (await session.directory.holders([info.uid])).get(info.uid, info)
-                    head = await fetch_snapshot(session.experts.caller, info.contact, info.uid, folder)
+                head = await read_where_it_is(session.directory, info, read)
             except RPCError as error:
                 lost[info.uid] = error
                 (folder / f"{info.uid}.safetensors").unlink(missing_ok=True)
