@@ -145,6 +145,16 @@ def test_a_layer_that_was_frozen_learns_again_when_it_is_let_go(shared):
     assert shared.trained()
 
 
+def test_experts_learn_from_a_pass_whose_layer_has_been_updated_meanwhile_by_another_trainer(shared):
+    for module in (shared.moe(), shared.swarm.expert("ffn.0")):
+        y = module(torch.randn(10, DIM)).sum()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(1)
+        y.backward()
+        assert shared.trained()
+
+
 def test_what_is_frozen_between_the_two_passes_learns_as_little_as_other_modules_do(shared):
     for module in (shared.moe(), shared.swarm.expert("ffn.0")):
         y = module(torch.randn(10, DIM, requires_grad=True)).sum()

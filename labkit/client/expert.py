@@ -118,7 +118,7 @@ class RemoteExpert(nn.Module):
             raise ValueError(f"the expert {self.uid} is called with one input at least")
         check_tensors(f"the expert {self.uid}", inputs, keywords)
         anchors = stand_ins([self.anchor]) if self.train_expert is None else []
-        anchor = anchors[0].view if anchors else torch.zeros(0, requires_grad=True) if self.train_expert else None
+        anchor = anchors[0].empty if anchors else torch.zeros(0, requires_grad=True) if self.train_expert else None
         calling = _Calling(self, find_session(self.swarm), tuple(keywords), anchors)
         outputs = _CallExpert.apply(calling, anchor, *tensors)  # type: ignore[no-untyped-call]
         x = tensors[0]

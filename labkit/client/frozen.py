@@ -18,13 +18,13 @@ from torch import Tensor
 class StandIn(NamedTuple):
     """What goes into the graph of one pass for a tensor, as a parameter of the gate, whose gradient is asked after.
 
-    It is a view that this pass alone has. The node of a parameter itself must never come into Python's hands: while it
-    is held there, torch takes the GIL under the parameter's lock, for which another pass in another thread waits with
-    the GIL in its hands.
+    It has no elements, and this pass alone has it. The node of a parameter itself must never come into Python's hands:
+    while it is held there, torch takes the GIL under the parameter's lock, for which another pass in another thread
+    waits with the GIL in its hands. Nor may it be a view: that gets another node when the parameter is updated.
     """
 
     tensor: Tensor
-    view: Tensor
+    empty: Tensor
 
     @property
     def is_wanted(self) -> bool:
@@ -32,14 +32,14 @@ class StandIn(NamedTuple):
         if not self.tensor.requires_grad:  # frozen since the forward pass: torch gives it no gradient either
             return False
         asked = getattr(torch._C, "_will_engine_execute_node", None)
-        return asked is None or bool(asked(self.view.grad_fn))  # an older torch does not say
+        return asked is None or bool(asked(self.empty.grad_fn))  # an older torch does not say
 
 
 def stand_ins(tensors: Iterable[Tensor]) -> list[StandIn]:
     """Those of the tensors that need a gradient, to be made inputs of the pass; none where gradients are off."""
     if not torch.is_grad_enabled():
         return []
-    return [StandIn(tensor, tensor.view_as(tensor)) for tensor in tensors if tensor.requires_grad]
+    return [StandIn(tensor, tensor.flatten()[:0].clone()) for tensor in tensors if tensor.requires_grad]
 
 
 def are_wanted(stand_ins: Sequence[StandIn]) -> bool:

@@ -39,7 +39,7 @@ def differentiable(passing: Passing, outputs: Sequence[Tensor], inputs: Sequence
     """The answers [n, k, *out], in full precision on the device of the inputs, as functions of the inputs [n, ...]."""
     # Where the pass trains experts, something goes in that needs a gradient, so that autograd asks for the backward
     # pass even if no input does.
-    anchors = [torch.zeros(0, requires_grad=True)] if passing.train else [one.view for one in passing.gate]
+    anchors = [torch.zeros(0, requires_grad=True)] if passing.train else [one.empty for one in passing.gate]
     # What the function gives is on the CPU, so that its backward pass runs in the thread that calls it. A GPU has
     # one autograd thread for the whole process, which must not wait for the network.
     answers = ExpertOutputs.apply(passing, outputs, len(anchors), *anchors, *inputs)  # type: ignore[no-untyped-call]
