@@ -26,9 +26,10 @@ ELSEWHERE = (
 )  # fmt: skip  # what can lead Jupyter, IPython and matplotlib out of the home folder
 
 LONGEST = (
-    "test_notebooks", "test_moe", "test_swarm", "test_ends", "test_servers", "test_readme", "test_bench",
-    "test_resuming", "test_promises", "test_patience", "test_recovery", "test_child_python", "test_places",
-    "test_snapshot", "test_forks",
+    "test_notebooks", "test_moe", "test_swarm", "test_ends", "test_servers", "test_transformers_experts",
+    "test_dashboard_kernel", "test_readme", "test_resuming", "test_child_python", "test_bench", "test_recovery",
+    "test_promises", "test_snapshot", "test_integrations", "test_demo", "test_leaving", "test_lora",
+    "test_transformers_loading", "test_patience", "test_places", "test_forks", "test_kernel", "test_colab_kernel",
 )  # fmt: skip  # that take the longest: they begin first, so that none of them is left over at the end
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins with interrupts ignored

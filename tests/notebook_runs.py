@@ -2,7 +2,7 @@
 
 `python -m tests.notebook_runs NOTEBOOK` runs one at full size and saves it, as it is to be committed.
 
-`NotebookRuns` runs all of them but one with few steps, for their tests, which wait for that: a child process, since it
+`NotebookRuns` runs those of `TOGETHER` with few steps, for their tests, which wait for that: a child process, since it
 has an event loop, and kernels, of its own.
 """
 
@@ -27,7 +27,9 @@ from labkit.launch.parent import watch_parent
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = [*sorted((ROOT / "notebooks").glob("*.ipynb")), *sorted((ROOT / "tutorials").glob("*.ipynb"))]
-ON_A_CLUSTER = ROOT / "tutorials" / "06_a_cluster_from_a_cell.ipynb"  # which `make test-network` runs
+APART = [path for path in NOTEBOOKS if path.name[:2] in ("05", "06", "07", "08", "09")]
+"""Those with a second kernel, a cluster, or many servers that are killed. `make test-network` runs them."""
+TOGETHER = [path for path in NOTEBOOKS if path not in APART]
 STEPS = 28  # of a run in a test
 SIDE_BY_SIDE = 2
 RUN_ALL = """
@@ -82,7 +84,7 @@ async def run_all(folder: Path) -> None:
     nobody waits for them any more.
     """
     problems: dict[str, str] = {}
-    left = iter([path for path in NOTEBOOKS if path != ON_A_CLUSTER])
+    left = iter(TOGETHER)
 
     async def run_some(number: int) -> None:
         """Run what is left, one after the other."""

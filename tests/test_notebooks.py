@@ -13,9 +13,9 @@ import pytest
 
 from tests.notebook_runs import (
     NOTEBOOKS,
-    ON_A_CLUSTER,
     ROOT,
     STEPS,
+    TOGETHER,
     NotebookRuns,
     check_committed,
     code_cells,
@@ -386,7 +386,7 @@ def notebook_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Notebook
 
 
 @pytest.mark.timeout(400)  # the first one waits for all
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path != ON_A_CLUSTER], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TOGETHER, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom(notebook_runs: NotebookRuns, path: Path) -> None:
     problem = notebook_runs.problems()[path.name]
     assert not problem, problem

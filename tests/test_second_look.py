@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,29 +22,23 @@ from tests.copied_swarms import CopiedSwarm, Server, X, copied_swarm
 class Idle:
     """Who has found an expert of a server, and does not call it before the server is gone."""
 
-    def __init__(self, swarm: CopiedSwarm) -> None:
+    def __init__(self, swarm: CopiedSwarm, server: Server, info: ExpertInfo) -> None:
+        self.swarm, self.server, self.info = swarm, server, info
         self.events: list[Event] = []
         self.client = ExpertClient(swarm.node.client, swarm.node.directory, self.events.append)
-        self._directory = swarm.node.directory
 
-    async def find(self, server: Server) -> ExpertInfo:
-        uid = min(server.held)
-        info = (await self._directory.find([uid]))[uid]
-        assert info is not None and info.contact == server.contact
-        return info
-
-    def begin(self, info: ExpertInfo, direction: str, outcomes: list[Outcome], ended: trio.Event) -> Any:
+    def begin(self, direction: str, outcomes: list[Outcome], ended: trio.Event, timeout: float = 5.0) -> Any:
         def done(outcome: Outcome) -> None:
             outcomes.append(outcome)
             ended.set()
 
         if direction == "forward":
-            return self.client.forward(info, [X], [(4,)], done, timeout=5.0)
-        return self.client.backward(info, [X], [torch.ones_like(X)], done, timeout=5.0)
+            return self.client.forward(self.info, [X], [(4,)], done, timeout=timeout)
+        return self.client.backward(self.info, [X], [torch.ones_like(X)], done, timeout=timeout)
 
-    async def call(self, info: ExpertInfo, direction: str = "forward") -> Outcome:
+    async def call(self, direction: str = "forward", timeout: float = 5.0) -> Outcome:
         outcomes, ended = list[Outcome](), trio.Event()
-        self.begin(info, direction, outcomes, ended)
+        self.begin(direction, outcomes, ended, timeout)
         await ended.wait()
         return outcomes[0]
 
@@ -49,46 +46,54 @@ class Idle:
         return [event for event in self.events if isinstance(event, kinds)]
 
 
+@asynccontextmanager
+async def idle_caller(folder: Path, *, copies: bool = True) -> AsyncIterator[Idle]:
+    async with copied_swarm(folder) as swarm:
+        server, _ = await swarm.serve_grid(2)
+        if copies:
+            await swarm.until_copied()
+        uid = min(server.held)
+        info = (await swarm.node.directory.find([uid]))[uid]
+        assert info is not None and info.contact == server.contact
+        yield Idle(swarm, server, info)
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 async def test_who_was_idle_while_a_server_left_calls_where_it_has_handed_its_expert_over(
     direction, tmp_path, autojump_clock
 ):
-    async with copied_swarm(tmp_path) as swarm:
-        server, _ = await swarm.serve_grid(2)
-        await swarm.until_copied()
-        idle = Idle(swarm)
-        info = await idle.find(server)
-        await server.stop()
-        assert isinstance(await idle.call(info, direction), ExpertOutput)
+    async with idle_caller(tmp_path) as idle:
+        await idle.server.stop()
+        assert isinstance(await idle.call(direction), ExpertOutput)
         (finished,) = idle.said(CallFinished, CallFailed)
-        assert isinstance(finished, CallFinished) and finished.address != server.contact.endpoint
-        assert not swarm.said(ServerLost)
+        assert isinstance(finished, CallFinished) and finished.address != idle.server.contact.endpoint
+        assert not idle.swarm.said(ServerLost)
 
 
+async def read_for_ever(prefixes: list[str]) -> Any:
+    await trio.sleep_forever()
+
+
+@pytest.mark.parametrize("timeout", [5.0, 0.2])
 async def test_a_call_to_an_expert_that_is_lost_fails_as_soon_as_it_is_known_to_be_nowhere_else(
-    tmp_path, autojump_clock
+    timeout, tmp_path, autojump_clock, monkeypatch
 ):
-    async with copied_swarm(tmp_path) as swarm:
-        server, _ = await swarm.serve_grid(2)
-        idle = Idle(swarm)
-        info = await idle.find(server)
-        await server.kill()
+    async with idle_caller(tmp_path, copies=False) as idle:
+        await idle.server.kill()
+        monkeypatch.setattr(idle.swarm.node.directory._cache, "read", read_for_ever)
         began = trio.current_time()
-        assert isinstance(await idle.call(info), ConnectionLost)
-        assert trio.current_time() - began <= LOOK_TIME + 0.1
+        assert isinstance(await idle.call(timeout=timeout), ConnectionLost)
+        assert trio.current_time() - began <= min(LOOK_TIME, timeout) + 0.1
         assert len(idle.said(CallFailed)) == 1
 
 
 @pytest.mark.parametrize("end", ["cancel", "time_out"])
 async def test_a_call_can_be_given_up_while_its_expert_is_looked_for(end, tmp_path, autojump_clock, monkeypatch):
-    async with copied_swarm(tmp_path) as swarm:
-        server, _ = await swarm.serve_grid(2)
-        await swarm.until_copied()
-        idle = Idle(swarm)
-        info = await idle.find(server)
-        await server.stop()
+    async with idle_caller(tmp_path) as idle:
+        await idle.server.stop()
         looking, go_on, found = trio.Event(), trio.Event(), trio.Event()
-        read = swarm.node.directory._cache.read
+        cache = idle.swarm.node.directory._cache
+        read = cache.read
 
         async def read_slowly(prefixes: list[str]) -> Any:
             looking.set()
@@ -97,9 +102,9 @@ async def test_a_call_can_be_given_up_while_its_expert_is_looked_for(end, tmp_pa
             found.set()
             return views
 
-        monkeypatch.setattr(swarm.node.directory._cache, "read", read_slowly)
+        monkeypatch.setattr(cache, "read", read_slowly)
         outcomes, ended = list[Outcome](), trio.Event()
-        call = idle.begin(info, "forward", outcomes, ended)
+        call = idle.begin("forward", outcomes, ended)
         await looking.wait()
         getattr(call, end)()
         go_on.set()

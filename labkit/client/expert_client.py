@@ -18,6 +18,7 @@ from torch import Tensor
 from labkit.client.patience import Latencies
 from labkit.client.sizes import MessageSizes
 from labkit.directory import Directory
+from labkit.directory.second_look import LOOK_TIME
 from labkit.errors import (
     BadReply,
     CallCancelled,
@@ -272,7 +273,7 @@ class ExpertCall:
             self._begin_at(self._client.directory.report_moved(expert, now))
 
     def _look_again(self, error: RPCError) -> bool:
-        """Look whether the expert was handed over before its server left. Returns whether somebody does."""
+        """Look whether the expert was handed over before its server left. Returns whether there is time for it."""
 
         def on_found(now: ExpertInfo | None) -> None:
             if self._ended:
@@ -283,7 +284,8 @@ class ExpertCall:
             self._hops += 1
             self._begin_at(now)
 
-        return self._hops < MAX_HOPS and self._client.directory.look_again(self._expert, on_found)
+        soon = self._deadline - trio.current_time() < LOOK_TIME
+        return self._hops < MAX_HOPS and not soon and self._client.directory.look_again(self._expert, on_found)
 
     def _begin_at(self, expert: ExpertInfo) -> None:
         self._expert = expert
