@@ -272,8 +272,11 @@ def check_language_model(notebook: Any, full: bool) -> None:
     for name, (_, loss, _, perplexity, _, staleness, dropped) in runs.items():
         assert perplexity == pytest.approx(math.exp(loss), rel=1e-2)
         fresh = name.endswith("fresh") or name == "dense"
-        assert staleness == 0 if fresh else 6 < staleness < 7.1, "of eight trainers seven others"
+        least = 5.9 if name.endswith("failing") else 6.7  # where batches are given up, fewer updates are made meanwhile
+        assert staleness == 0 if fresh else least < staleness < 7.1, "of eight trainers seven others"
         assert (dropped > 0) == name.endswith("failing")
+    networks = {"", "-100ms", "-1s", "-failing", "-100ms-failing", "-1s-failing"}
+    assert {f"{experts}-experts{network}" for experts in (16, 64, 256) for network in networks} < runs.keys()
     assert runs["16-experts-fresh"][1] < runs["dense-fresh"][1], "as much computing"
     for network in ("100ms", "1s"):
         assert runs[f"16-experts-{network}"][1] < runs[f"dense-{network}"][1] + 0.02, "as stale: a tie at the least"

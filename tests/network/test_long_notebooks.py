@@ -1,4 +1,4 @@
-"""The tutorials that start more than a kernel and some servers run from top to bottom, with few steps."""
+"""The notebooks and tutorials that take long run from top to bottom, with few steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.test_notebooks import CHECKS
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("path", APART, ids=lambda path: path.stem)
-def test_a_tutorial_runs_from_top_to_bottom(path: Path, tmp_path, monkeypatch):
+def test_a_notebook_runs_from_top_to_bottom(path: Path, tmp_path, monkeypatch):
     monkeypatch.setenv("LABKIT_STEPS", str(STEPS))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     asyncio.run(run(path, tmp_path / path.name))
