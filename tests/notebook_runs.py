@@ -27,8 +27,8 @@ from labkit.launch.parent import watch_parent
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = [*sorted((ROOT / "notebooks").glob("*.ipynb")), *sorted((ROOT / "tutorials").glob("*.ipynb"))]
-APART = [path for path in NOTEBOOKS if path.name[:2] in ("00", "02", "05", "06", "07", "08", "09", "th")]
-"""Those that take long: with many servers, a second kernel, a cluster, or measurements. `make test-network` runs them."""
+LONG = ("00_", "02_", "05_", "06_", "07_", "08_", "09_", "throughput")  # many servers, a second kernel, measurements
+APART = [path for path in NOTEBOOKS if path.name.startswith(LONG)]  # which `make test-network` runs
 TOGETHER = [path for path in NOTEBOOKS if path not in APART]
 STEPS = 28  # of a run in a test
 SIDE_BY_SIDE = 2
