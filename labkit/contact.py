@@ -197,5 +197,8 @@ class Invitation(str):
         self.note = note if note is not None else LOOPBACK_NOTE if contact.is_loopback else ""
         return self
 
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)  # another process gets the text alone
+
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self) + (f"\n{self.note}" if self.note else ""))

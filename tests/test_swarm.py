@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import shutil
 import signal
 import tempfile
@@ -80,6 +81,10 @@ def test_experts_are_found_as_soon_as_serve_returns(swarm):
     for count in range(1, 5):  # also in a grid that this node has looked at a moment ago
         swarm.serve("nop", grid=(2, 2), experts=1, isolation="task")
         assert len(swarm.experts()) == count
+
+
+def test_an_invitation_can_be_sent_to_another_process(still):
+    assert pickle.loads(pickle.dumps(still.invite())) == still.invite()
 
 
 def test_a_newcomer_takes_the_free_places_of_the_grid_with_the_options_of_the_others(still):

@@ -2,7 +2,7 @@
 
 transformers calls the experts of all its mixture models through one seam, a function that is chosen by name
 (`transformers.integrations.moe`). Ours is called "labkit". It sends rows on the way of `client/chosen`; the weights of
-the router are applied here, so that its gradient is exact. Importing this imports transformers.
+the router are applied here, so that its gradient is exact.
 """
 
 # n: tokens; k: experts of a token; hidden: width of a token
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import trio
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from labkit.client.chosen import ChosenExperts
 from labkit.client.following import read_where_it_is
@@ -60,6 +59,10 @@ class AttachedExperts:
     ) -> None:  # fmt: skip
         self.experts, self.router, self.before = experts, router, before
         self.dropped, self.lora_scale = dropped, lora_scale
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        register()
+        self.__dict__ |= state
 
     def __repr__(self) -> str:
         return f"{self.experts.prefix}.* of the swarm {self.experts.swarm!r}"
@@ -114,6 +117,7 @@ def attach(
     ]  # fmt: skip
     lora_scale = float(check_grid(swarm, name, grid, layers).options.get("lora_scale") or 1.0)
     before = model.get_experts_implementation()
+    register()
     model.set_experts_implementation(IMPLEMENTATION)
     for layer, experts in zip(layers, attached, strict=True):
         dropped = {n: (p.shape, p.dtype, p.requires_grad) for n, p in own_parameters(layer.module).items()}
@@ -250,4 +254,8 @@ def labkit_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_
     return result
 
 
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, labkit_experts)
+def register() -> None:
+    """Make our function known to transformers."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # seconds, if no model has been made yet
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, labkit_experts)
