@@ -22,7 +22,7 @@ import trio
 from torch import Tensor
 
 from labkit.contact import Contact
-from labkit.errors import BadReply, BadRequest, CheckpointError, Overloaded, UnknownExpert
+from labkit.errors import BadReply, BadRequest, CheckpointError, Overloaded, RemoteFailure, UnknownExpert
 from labkit.expert_file import pack_expert
 from labkit.expert_protocol import (
     MAX_PART,
@@ -88,7 +88,12 @@ class Snapshots:
             raise Overloaded(f"{MAX_SNAPSHOTS} snapshots of experts are being read here already")
         self._making += 1
         try:
-            state = await self._runtime.snapshot(uid)
+            try:
+                state = await self._runtime.snapshot(uid)
+            except RemoteFailure:
+                if not self._runtime.stopped:
+                    raise
+                raise UnknownExpert(f"this server ends, and its expert {uid} with it; look it up again") from None
             updates = int(state["counter.updates"])
             data, crc32 = await trio.to_thread.run_sync(lambda: pack_expert(uid, state, kind=backend.kind))
             self._check(uid)  # it may have been given up meanwhile
