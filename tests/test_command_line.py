@@ -75,8 +75,8 @@ def terminal(*arguments: str) -> Iterator[Terminal]:
 
 @pytest.mark.usefixtures("forked_python")
 def test_a_swarm_of_terminals_and_a_trainer_lives_on_without_the_terminal_that_started_it(tmp_path):
-    files = ("--checkpoint-dir", str(tmp_path), "--backups", "0")
-    with terminal("--expert", "nop", "--grid", "2", "2", "--experts", "2", "--backups", "0") as first:
+    alone = ("--expert", "nop", "--backups", "0")  # the second keeps no copies of the first's experts
+    with terminal(*alone, "--grid", "2", "2", "--experts", "2") as first:
         invite = first.invitation()
         assert "grid nop 2 × 2: 2 experts alive" in first.printed
         assert "same machine only" in first.printed
@@ -89,7 +89,7 @@ def test_a_swarm_of_terminals_and_a_trainer_lives_on_without_the_terminal_that_s
             run = lk.fit(model, unhurried_batches(), steps=1_000_000, trainers=1)
             eventually(lambda: used == old)
 
-            with terminal("--join", invite, "--expert", "nop", *files) as second:
+            with terminal("--join", invite, *alone, "--checkpoint-dir", str(tmp_path)) as second:
                 second.invitation()
                 assert "grid nop 2 × 2: 4 experts alive" in second.printed  # it took the free places
                 eventually(lambda: len(used) == 4)  # without a restart

@@ -273,7 +273,7 @@ class ExpertCall:
             self._begin_at(self._client.directory.report_moved(expert, now))
 
     def _look_again(self, error: RPCError) -> bool:
-        """Look whether the expert was handed over before its server left. Returns whether there is time for it."""
+        """Look whether the expert was handed over before its server left. Returns whether somebody does."""
 
         def on_found(now: ExpertInfo | None) -> None:
             if self._ended:
@@ -284,8 +284,9 @@ class ExpertCall:
             self._hops += 1
             self._begin_at(now)
 
-        soon = self._deadline - trio.current_time() < LOOK_TIME
-        return self._hops < MAX_HOPS and not soon and self._client.directory.look_again(self._expert, on_found)
+        if self._hops >= MAX_HOPS or self._deadline - trio.current_time() < LOOK_TIME:
+            return False
+        return self._client.directory.look_again(self._expert, on_found)
 
     def _begin_at(self, expert: ExpertInfo) -> None:
         self._expert = expert

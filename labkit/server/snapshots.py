@@ -88,15 +88,14 @@ class Snapshots:
             raise Overloaded(f"{MAX_SNAPSHOTS} snapshots of experts are being read here already")
         self._making += 1
         try:
-            try:
-                state = await self._runtime.snapshot(uid)
-            except RemoteFailure:
-                if not self._runtime.stopped:
-                    raise
-                raise UnknownExpert(f"this server ends, and its expert {uid} with it; look it up again") from None
+            state = await self._runtime.snapshot(uid)
             updates = int(state["counter.updates"])
             data, crc32 = await trio.to_thread.run_sync(lambda: pack_expert(uid, state, kind=backend.kind))
             self._check(uid)  # it may have been given up meanwhile
+        except RemoteFailure:
+            if not self._runtime.stopped:
+                raise
+            raise UnknownExpert(f"this server ends, and its expert {uid} with it; look it up again") from None
         finally:
             self._making -= 1
         token = secrets.token_bytes(16)
