@@ -65,7 +65,7 @@ def with_peft(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_adapters_at_servers_learn_what_those_of_peft_learn_here(family):
+def test_adapters_at_servers_learn_what_those_of_peft_learn_here_which_can_load_them(family, tmp_path):
     model = tiny_mixture(family)
     local = with_peft(copy.deepcopy(model))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -83,6 +83,7 @@ def test_adapters_at_servers_learn_what_those_of_peft_learn_here(family):
                 assert_close(parameter.grad, wanted[name].grad, rtol=1e-4, atol=1e-6)
             adapters = [parameter for name, parameter in wanted.items() if "lora" in name]
             torch.optim.SGD(adapters, lr=RATE).step()  # what servers have done
+        lkt.save_adapters(model, tmp_path / "adapters")
         now, merged = dict(lkt.detach(model).named_parameters()), dict(local.merge_and_unload().named_parameters())
         assert now.keys() == merged.keys() == before.keys()
         for name, parameter in merged.items():
@@ -90,6 +91,12 @@ def test_adapters_at_servers_learn_what_those_of_peft_learn_here(family):
             assert torch.equal(now[name], before[name]) != (of_experts(name) and "bias" not in name), (
                 "weights of experts"
             )
+    from peft import PeftModel
+
+    loaded = PeftModel.from_pretrained(tiny_mixture(family), tmp_path / "adapters")
+    for name, parameter in loaded.merge_and_unload().named_parameters():
+        if of_experts(name):
+            assert_close(parameter, now[name])
 
 
 def test_peft_trains_the_attention_here_while_servers_train_adapters_of_the_experts():
@@ -126,6 +133,17 @@ def test_adapters_of_half_precision_experts_are_float32_and_a_folder_gives_the_s
         now = dict(lkt.detach(model).named_parameters())
         assert all(now[name].dtype == torch.bfloat16 for name in now)
         assert not any(torch.equal(now[name], before[name]) for name in now if of_experts(name))
+
+
+def test_adapters_are_saved_only_where_servers_have_some(tmp_path):
+    model = tiny_mixture("olmoe")
+    with pytest.raises(ValueError, match="OlmoeForCausalLM is not attached to a swarm"):
+        lkt.save_adapters(model, tmp_path)
+    with lk.Swarm(name="mixture") as swarm:
+        lkt.serve_experts(swarm, model, backups=0, isolation="task")
+        lkt.attach(model, swarm)
+        with pytest.raises(ValueError, match=r"olmoe\.0\.0 has no adapters: its servers train all of it"):
+            lkt.save_adapters(model, tmp_path)
 
 
 def test_all_experts_of_a_grid_have_the_same_adapters():

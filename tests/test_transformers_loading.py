@@ -80,6 +80,8 @@ def test_nothing_is_read_where_the_swarm_has_not_its_experts_or_the_model_has_no
             lkt.from_pretrained(tmp_path / "olmoe", swarm)
         with pytest.raises(ValueError, match="this LlamaForCausalLM has no experts that could be elsewhere"):
             lkt.from_pretrained(tmp_path / "llama", swarm)
+        with pytest.raises(ValueError, match="llama, a LlamaForCausalLM, has no experts that could be served"):
+            lkt.serve_experts(swarm, tmp_path / "llama")
 
 
 def test_options_of_transformers_are_passed_on_and_nothing_is_said_of_what_was_left_out(tmp_path, caplog):

@@ -10,6 +10,7 @@ the router are applied here, so that its gradient is exact.
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -170,7 +171,7 @@ def detach(model: Model) -> Model:
     with TemporaryDirectory(prefix="labkit-experts-") as folder:
         for _, attached in layers:
             session = find_session(attached.experts.swarm)
-            session.run(_fetch, session, attached.experts, Path(folder))
+            session.run(fetch_experts, session, attached.experts, Path(folder))
         for layer, attached in layers:
             keep_here(layer.module)
             device = device_of_passes(layer.block.modules())
@@ -181,8 +182,7 @@ def detach(model: Model) -> Model:
                 uid = f"{attached.experts.prefix}.{e}"
                 path = Path(folder) / f"{uid}.safetensors"
                 state, _ = read_expert(path, uid)
-                weights = {n.removeprefix("module."): t for n, t in state.items() if n.startswith("module.")}
-                put_weights(layer.module, e, merged(weights, attached.lora_scale))
+                put_weights(layer.module, e, merged(weights_in(state), attached.lora_scale))
                 path.unlink()
             del layer.module.labkit
     model.set_experts_implementation(before)
@@ -195,7 +195,12 @@ def attached_layers(model: nn.Module) -> list[tuple[ExpertLayer, AttachedExperts
     return [(layer, attached) for layer, attached in layers if isinstance(attached, AttachedExperts)]
 
 
-async def _fetch(session: Session, experts: ChosenExperts, folder: Path) -> None:
+def weights_in(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of an expert, in its state as it was read, by name."""
+    return {name.removeprefix("module."): tensor for name, tensor in state.items() if name.startswith("module.")}
+
+
+async def fetch_experts(session: Session, experts: ChosenExperts, folder: Path) -> None:
     """Read all experts of a layer into a folder. Raises `LabkitError`."""
     limiter, lost = trio.CapacityLimiter(AT_ONCE), dict[str, LabkitError]()
     uids = [f"{experts.prefix}.{e}" for e in range(experts.grid[1])]

@@ -149,15 +149,25 @@ def weights_of(module: nn.Module, e: int) -> dict[str, Tensor]:
 
 def put_weights(module: nn.Module, e: int, weights: Mapping[str, Tensor]) -> None:
     """The way back: write the parameters of one expert into those of a module."""
-    up, down = _together(module, weights["up.weight"]), weights["down.weight"]
+    up, down = laid_out(module, "up", weights["up.weight"]), weights["down.weight"]
     if module.is_transposed:
         up, down = up.T, down.T
     with torch.no_grad():
         _weight(module, _up(module))[e] = up
         _weight(module, "down_proj")[e] = down
         if module.has_bias:
-            _weight(module, f"{_up(module)}_bias")[e] = _together(module, weights["up.bias"])
+            _weight(module, f"{_up(module)}_bias")[e] = laid_out(module, "up", weights["up.bias"])
             _weight(module, "down_proj_bias")[e] = weights["down.bias"]
+
+
+def parameters_of_linear(module: nn.Module) -> dict[str, str]:
+    """The names of the parameters that hold all experts' linear layers: "up" and "down" -> name."""
+    return {"up": _up(module), "down": "down_proj"}
+
+
+def laid_out(module: nn.Module, linear: str, rows: Tensor) -> Tensor:
+    """What an expert's linear layer ("up" or "down") has for each output, [out, …], in the order that a module has."""
+    return _together(module, rows) if linear == "up" else rows
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -56,9 +56,9 @@ class ModelFolder:
         self._tensors = self._find()
         with torch.device("meta"):
             model = self._model_class()(self.config)
+        if not expert_layers(model):
+            raise ValueError(f"the model in {path}, a {type(model).__name__}, has no experts that could be served")
         self.layers = expert_layers(model.to(self._dtype()))
-        if not self.layers:
-            raise ValueError(f"the model in {path} has no experts that could be served")
         if len(self._tensors) < len(self.layers):
             raise ValueError(
                 f"the files in {path} have {len(self._tensors)} layers of experts under names that are known here, and "
