@@ -9,6 +9,7 @@ from collections import namedtuple
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +46,7 @@ from labkit.copies.messages import (
     WatchReply,
 )
 from labkit.copies.receiving import LEASE, LIFETIME, MAX_TRANSFERS
+from labkit.copies.store import IncomingCopy
 from labkit.errors import BadRequest, CheckpointError, ConnectionLost, DeadlineExceeded, Overloaded, RequestRefused
 from labkit.events import CopyFailed, CopyStored, Event
 from labkit.expert_file import pack_expert
@@ -200,6 +202,86 @@ async def test_a_large_copy_comes_in_parts_and_the_old_one_stays_until_it_is_who
         assert set(kept) == {1}
         assert here.store.copies[UID].updates == 2
         assert len(here.files) == 2, "the state and its head; nothing is left of the old copy"
+
+
+async def sent_of_large_copies(here: Pair, states: list[dict[str, Tensor]]) -> list[int]:
+    """Send copies one after the other. Returns the bytes that went for each."""
+    budget, sent = quick(), [0]
+    for each in states:
+        await here.send(each, budget)
+        assert_same_bits(here.kept, each)
+        sent.append(budget.sent)
+    return [after - before for before, after in pairwise(sent)]
+
+
+def mostly_frozen(updates: int, **changes: Tensor) -> dict[str, Tensor]:
+    """A state of a megabyte, most of which is frozen."""
+    return state(updates, **{"frozen": torch.arange(1 << 18, dtype=torch.float32), **changes})
+
+
+async def test_of_a_large_copy_only_what_has_changed_is_sent_again(tmp_path):
+    bias = "module__layers__0__bias"
+    other = STATE["module.layers.0.bias"] + 1
+    elsewhere = torch.arange(1 << 18, dtype=torch.float32)
+    elsewhere[1 << 17] = -1
+    async with pair(tmp_path) as here:
+        states = [
+            mostly_frozen(11),
+            mostly_frozen(12, **{bias: other}),
+            mostly_frozen(13),
+            mostly_frozen(14, frozen=elsewhere),
+        ]
+        first, *later = await sent_of_large_copies(here, states)
+        assert first > 1 << 20 and all(0 < size <= 3 * sending.BLOCK for size in later)
+
+
+async def test_a_large_copy_is_whole_where_the_backup_has_lost_the_older_one(tmp_path):
+    async with pair(tmp_path) as here:
+        budget = quick()
+        await here.send(mostly_frozen(11), budget)
+        await here.store.remove(UID)
+        before = budget.sent
+        await here.send(mostly_frozen(12), budget)
+        assert budget.sent - before > 1 << 20 and int(here.kept["counter.updates"]) == 12
+
+
+async def test_a_copy_that_goes_while_a_newer_one_is_made_of_it_is_sent_whole_the_next_time(tmp_path, monkeypatch):
+    async with pair(tmp_path) as here:
+        budget = quick()
+        await here.send(mostly_frozen(11), budget)
+        append_same = IncomingCopy.append_same
+
+        async def after_it_went(incoming: IncomingCopy, size: int) -> None:
+            await here.store.remove(UID)
+            await append_same(incoming, size)
+
+        monkeypatch.setattr(IncomingCopy, "append_same", after_it_went)
+        with pytest.raises(RequestRefused, match=r"no older copy of ffn\.0\.1 is kept here that has these bytes"):
+            await here.send(mostly_frozen(12), budget)
+        await here.send(mostly_frozen(12), budget)
+        assert int(here.kept["counter.updates"]) == 12
+
+
+async def test_more_than_the_older_copy_has_is_not_taken_from_it(tmp_path):
+    async with pair(tmp_path) as here:
+        await here.send(mostly_frozen(11))
+        head, _ = packed(here.primary, mostly_frozen(12), size=3 << 20)
+        offer = (await here.client.call(here.backup, OFFER, head, returns=CopyOffer, timeout=5)).body
+        assert offer.older == here.store.copies[UID].head.crc32
+        with pytest.raises(RequestRefused, match="no older copy"):
+            await here.client.call(here.backup, PART, CopyPart(offer.token, 0, 2 << 20), timeout=5, lane=BULK)
+        with pytest.raises(BadRequest):
+            await here.client.call(here.backup, PART, CopyPart(offer.token, 0, 4 << 20), timeout=5, lane=BULK)
+
+
+async def test_bytes_that_are_not_what_the_primary_thinks_make_no_copy(tmp_path, monkeypatch):
+    async with pair(tmp_path) as here:
+        budget = quick()
+        await here.send(mostly_frozen(11), budget)
+        monkeypatch.setattr(sending, "_next_part", lambda data, offset, *_: (True, min(1 << 20, len(data) - offset)))
+        with pytest.raises(RequestRefused, match="another copy"):
+            await here.send(mostly_frozen(12), budget)
+        assert int(here.kept["counter.updates"]) == 11
 
 
 async def test_the_newest_copy_is_kept_by_epoch_and_then_updates(tmp_path):

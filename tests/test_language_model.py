@@ -107,7 +107,7 @@ def test_the_plans_hold_what_is_compared():
     assert plan("wikitext", [1])["wikitext-dense-1"].splits == ("valid", "test")
     for size in SIZES:
         assert runner.plan(f"language-{size}", [1]) == plan(size, [1])
-    with pytest.raises(ValueError, match="size='huge': small, laptop, wikitext"):
+    with pytest.raises(ValueError, match="size='huge': small, crowd, laptop, wikitext"):
         runner.plan("language-huge")
 
 

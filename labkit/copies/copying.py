@@ -90,7 +90,7 @@ class Copying:
         self._own = own
         self._emit = emit
         self._budget = budget
-        self._at_once = CopyBudget(float("inf"), 1.0)
+        self._at_once = budget.in_haste()
         self._paused: set[str] = set()  # experts that are being given away
         self._under_way: dict[str, tuple[Contact, trio.CancelScope]] = {}  # copies that are made now, by expert
         self._asked: dict[bytes, float] = {}  # servers that have been quiet, and when they were called themselves

@@ -4,7 +4,8 @@ A copy travels in parts, each answered before the next is sent:
 
     copies.offer    `CopyHead` -> `CopyOffer`: a token, or none if the backup holds this very copy; a small copy may lie
                     beside the head, uint8 [n], and is checked and on disk then
-    copies.part     `CopyPart`, and the bytes beside it, uint8 [n] -> nothing; they are on their way to the disk
+    copies.part     `CopyPart`, and the bytes beside it, uint8 [n], or how many are those of the older copy -> nothing;
+                    they are on their way to the disk
     copies.done     token -> `CopyKept`: the copy is checked and on disk, and replaces the older one
 
 Then the backup watches the primary, and takes the expert over when that is gone, or asks it to:
@@ -38,6 +39,7 @@ MEET = "copies.meet"
 MAX_WATCHED = 1024  # experts in one message
 MAX_HOLD = 10.0  # seconds for which an answer to `copies.watch` may be kept back
 MAX_PART = 1 << 20  # bytes of a copy in one call
+MAX_SAME = 4 << 20  # bytes in one call that the backup takes from its older copy
 
 Uid = Annotated[str, Meta(max_length=160)]
 
@@ -80,16 +82,29 @@ class CopyHead(msgspec.Struct, array_like=True, frozen=True):
 
 
 class CopyOffer(msgspec.Struct, array_like=True, frozen=True):
-    """The answer to an offer. `token`: names the transfer; None if there is nothing to send, since it is held."""
+    """The answer to an offer.
+
+    Args:
+        token: Names the transfer; None if there is nothing to send, since it is held.
+        older: The checksum of the copy that is held instead, from which bytes can be taken; empty if there is none.
+    """
 
     token: Token | None = None
+    older: Annotated[str, Meta(max_length=8)] = ""
 
 
 class CopyPart(msgspec.Struct, array_like=True, frozen=True):
-    """Where the bytes beside it belong: right behind those that have been sent."""
+    """What comes next in a copy, right behind what has been sent.
+
+    Args:
+        token: Names the transfer.
+        offset: Where it belongs.
+        same: So many bytes are those of the older copy, at the same place; 0 if they are sent along.
+    """
 
     token: Token
     offset: Count
+    same: Annotated[int, Meta(ge=0, le=MAX_SAME)] = 0
 
 
 class CopyKept(msgspec.Struct, array_like=True, frozen=True):

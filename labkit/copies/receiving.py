@@ -136,7 +136,8 @@ class CopyReceiver:
         self._transfers[transfer.token] = transfer
         self._news.set()
         if whole is None:
-            return Reply(CopyOffer(transfer.token))
+            older = incoming.older
+            return Reply(CopyOffer(transfer.token, "" if older is None else older.head.crc32))
         await self._append(transfer, whole)
         await self._finish(transfer)
         return Reply(CopyOffer())
@@ -146,17 +147,22 @@ class CopyReceiver:
         part: CopyPart = request.body
         transfer = self._transfer(request, part.token)
         incoming = transfer.incoming
-        data = _bytes_of(request)
-        if part.offset != incoming.received or part.offset + len(data) > incoming.head.size:
-            raise BadRequest(f"{len(data)} bytes at {part.offset} do not follow the {incoming.received} bytes before")
-        await self._append(transfer, data)
+        data = None if part.same and not request.tensors else _bytes_of(request)
+        size = part.same if data is None else len(data)
+        if part.offset != incoming.received or part.offset + size > incoming.head.size:
+            raise BadRequest(f"{size} bytes at {part.offset} do not follow the {incoming.received} bytes before")
+        await self._append(transfer, data, part.same)
         transfer.lease = trio.current_time() + LEASE
         return Reply()
 
-    async def _append(self, transfer: _Transfer, data: torch.Tensor) -> None:
+    async def _append(self, transfer: _Transfer, data: torch.Tensor | None, same: int = 0) -> None:
+        """Write bytes, or if there are none, those of the older copy."""
         try:
             async with transfer.busy:
-                await transfer.incoming.append(data.numpy().data)
+                if data is None:
+                    await transfer.incoming.append_same(same)
+                else:
+                    await transfer.incoming.append(data.numpy().data)
         except OSError as error:
             await self._give_up(transfer)
             raise _cannot_keep(transfer.incoming.head, error) from None

@@ -2,18 +2,23 @@
 
 The bytes go over the bulk lane in parts, one at a time. Each part is as large as the link carries in a fraction of a
 second, so that no call of a trainer waits for long behind it, and a pause follows it. A small copy goes with its offer.
+Of a large one only what has changed since the last is sent: where an expert is trained by adapters alone, its frozen
+weights go once.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import hashlib
+import math
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import torch
 import trio
 
 from labkit.contact import Contact
-from labkit.copies.messages import DONE, MAX_PART, OFFER, PART, CopyHead, CopyKept, CopyOffer, CopyPart
+from labkit.copies.messages import DONE, MAX_PART, MAX_SAME, OFFER, PART, CopyHead, CopyKept, CopyOffer, CopyPart
 from labkit.copies.store import Bytes
 from labkit.errors import BadReply, Overloaded, RPCError
 from labkit.events import CopyFailed, CopyStored, Emit, ignore
@@ -25,6 +30,7 @@ MAX_KEPT = 4096  # copies of which it is remembered that they were kept
 SHARE = 0.25  # of the time in which they are under way
 MIN_PART, FIRST_PART = 32 << 10, 256 << 10  # bytes
 QUICK, SLOW = 0.05, 0.25  # seconds that a part takes; beyond these the next one is larger, or smaller
+BLOCK = 64 << 10  # bytes; of each it is remembered what they were
 MAX_PAUSE = 5.0  # seconds between two parts, unless the rate asks for more
 WHOLE = FIRST_PART  # bytes of a copy that is sent with its offer, in one call
 OFFER_TIMEOUT = 10.0  # seconds that the other side has to take an offer
@@ -32,6 +38,19 @@ PART_TIMEOUT = 20.0  # seconds that it has for a part; a disk may be slow
 CHECK_TIMEOUT = 60.0  # seconds that it has to check a copy, and 1 s for each `CHECKED_PER_SECOND` bytes
 CHECKED_PER_SECOND = 20 << 20
 RETRY_INTERVAL = 0.2  # seconds between two offers to a server that takes as many copies as it can
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """The last copy of an expert that a server has kept.
+
+    Args:
+        head: What it is of.
+        blocks: The digest of each `BLOCK` of its bytes; none of a small one.
+    """
+
+    head: CopyHead
+    blocks: list[bytes]
 
 
 class CopyBudget:
@@ -54,17 +73,29 @@ class CopyBudget:
         self._turn = trio.Lock()
         self._next = 0.0  # when the next part may be sent, on trio's clock
         self._round_trips: dict[bytes, float] = {}  # by server: the shortest that was seen
-        self._kept: dict[tuple[bytes, str], CopyHead] = {}  # by server and expert: the last copy that it has kept
+        self._kept: dict[tuple[bytes, str], _Kept] = {}  # by server and expert: the last copy that it has kept
+
+    def in_haste(self) -> CopyBudget:
+        """Returns a budget without limits, which knows what this one knows of servers."""
+        other = CopyBudget(math.inf, 1.0)
+        other._round_trips, other._kept = self._round_trips, self._kept
+        return other
 
     def is_kept(self, to: Contact, head: CopyHead) -> bool:
         """Whether a server has kept this very copy, and no other one of the expert since."""
-        return self._kept.get((to.key, head.uid)) == head
+        kept = self._kept.get((to.key, head.uid))
+        return kept is not None and kept.head == head
 
-    def note_kept(self, to: Contact, head: CopyHead) -> None:
-        """Note that a server has kept a copy."""
+    def take_blocks(self, to: Contact, head: CopyHead, crc32: str) -> list[bytes]:
+        """Returns what is remembered of the copy with a checksum that a server has kept, and forgets it."""
+        kept = self._kept.pop((to.key, head.uid), None)
+        return [] if kept is None or kept.head.crc32 != crc32 else kept.blocks
+
+    def note_kept(self, to: Contact, head: CopyHead, blocks: list[bytes]) -> None:
+        """Note that a server has kept a copy, and what its blocks are."""
         if len(self._kept) >= MAX_KEPT:
             self._kept.clear()
-        self._kept[to.key, head.uid] = head
+        self._kept[to.key, head.uid] = _Kept(head, blocks)
 
     def round_trip(self, to: Contact) -> float | None:
         """Returns the seconds that a call without bytes takes to a server; None if that is not known."""
@@ -131,11 +162,11 @@ async def send_copy(
 async def _send(
     caller: Caller, to: Contact, head: CopyHead, data: memoryview, budget: CopyBudget, until: float
 ) -> None:
-    round_trip = budget.round_trip(to)
+    round_trip, blocks = budget.round_trip(to), list[bytes]()
     small = len(data) <= WHOLE and not budget.is_kept(to, head)
     if not small or round_trip is None or not await _send_whole(caller, to, head, data, budget, round_trip):
-        await _send_in_parts(caller, to, head, data, budget, until)
-    budget.note_kept(to, head)
+        blocks = await _send_in_parts(caller, to, head, data, budget, until)
+    budget.note_kept(to, head, blocks)
 
 
 async def _send_whole(
@@ -156,35 +187,71 @@ async def _send_whole(
 
 async def _send_in_parts(
     caller: Caller, to: Contact, head: CopyHead, data: memoryview, budget: CopyBudget, until: float
-) -> None:
-    token, round_trip = await _offer(caller, to, head, until)
+) -> list[bytes]:
+    """Send what the server has not from an older copy. Returns the digests of all blocks."""
+    offer, round_trip = await _offer(caller, to, head, until)
     budget.note_round_trip(to, round_trip)
-    if token is None:
-        return  # it is there already
+    before, blocks = budget.take_blocks(to, head, offer.older), list[bytes]()
+    if offer.token is None:
+        return blocks  # it is there already
     offset, size = 0, FIRST_PART
     while offset < len(data):
-        some = bytearray(data[offset : offset + size])
+        same, count = _next_part(data, offset, size, before, blocks)
+        some = b"" if same else bytearray(data[offset : offset + count])
         async with budget.part(len(some), round_trip):
             began = trio.current_time()
-            tensor = torch.frombuffer(some, dtype=torch.uint8)
-            await caller.call(to, PART, CopyPart(token, offset), [tensor], timeout=PART_TIMEOUT, lane=BULK)
+            tensors = [torch.frombuffer(some, dtype=torch.uint8)] if some else []
+            part = CopyPart(offer.token, offset, count if same else 0)
+            await caller.call(to, PART, part, tensors, timeout=PART_TIMEOUT, lane=BULK)
             took = trio.current_time() - began
-        offset += len(some)
-        size = min(MAX_PART, 2 * size) if took < QUICK else max(MIN_PART, size // 2) if took > SLOW else size
+        offset += count
+        if not same:
+            size = min(MAX_PART, 2 * size) if took < QUICK else max(MIN_PART, size // 2) if took > SLOW else size
     timeout = CHECK_TIMEOUT + head.size / CHECKED_PER_SECOND
-    reply = await caller.call(to, DONE, token, returns=CopyKept, timeout=timeout, lane=BULK)
+    reply = await caller.call(to, DONE, offer.token, returns=CopyKept, timeout=timeout, lane=BULK)
     if reply.body.updates != head.updates:
         raise BadReply(f"{to.endpoint} says that it keeps another copy of {head.uid} than it was sent")
+    return blocks
 
 
-async def _offer(caller: Caller, to: Contact, head: CopyHead, until: float) -> tuple[bytes | None, float]:
-    """Returns the token, and the seconds that the answer took."""
+def _next_part(
+    data: memoryview, offset: int, size: int, before: Sequence[bytes], blocks: list[bytes]
+) -> tuple[bool, int]:
+    """What to send next.
+
+    Args:
+        data: The file.
+        offset: Where in it.
+        size: Bytes to send along at most.
+        before: The digests of the blocks that the server has.
+        blocks: Those of this file so far; more are appended.
+
+    Returns:
+        Whether the server has the next bytes, and how many.
+    """
+
+    def is_same(number: int) -> bool:
+        if number == len(blocks):
+            block = data[number * BLOCK : (number + 1) * BLOCK]
+            blocks.append(hashlib.blake2b(block, digest_size=16).digest())
+        return number < len(before) and before[number] == blocks[number]
+
+    first, inside = divmod(offset, BLOCK)
+    same = is_same(first) and not inside
+    end, most = first + 1, MAX_SAME if same else size
+    while end * BLOCK < min(len(data), offset + most) and is_same(end) == same:
+        end += 1
+    return same, min(end * BLOCK, len(data), offset + most) - offset
+
+
+async def _offer(caller: Caller, to: Contact, head: CopyHead, until: float) -> tuple[CopyOffer, float]:
+    """Returns the answer, and the seconds that it took."""
     while True:
         began = trio.current_time()
         try:
             reply = await caller.call(to, OFFER, head, returns=CopyOffer, timeout=OFFER_TIMEOUT, lane=BULK)
             offer: CopyOffer = reply.body
-            return offer.token, trio.current_time() - began
+            return offer, trio.current_time() - began
         except Overloaded:
             if trio.current_time() >= until:
                 raise

@@ -36,6 +36,7 @@ from labkit.tensor_files import sync_directory
 logger = logging.getLogger(__name__)
 
 SPARE_BYTES = 8 << 20  # that are left free on the disk
+READ_AT_ONCE = 1 << 20  # bytes
 _HEAD = msgspec.json.Decoder(tuple[CopyHead, float])
 T = TypeVar("T")
 Bytes = bytes | bytearray | memoryview
@@ -212,11 +213,13 @@ class IncomingCopy:
 
     Attributes:
         head: What it is said to be.
+        older: The copy that it is to replace, from which it may take bytes; None if there is none.
         received: Bytes that have been written.
     """
 
     def __init__(self, store: CopyStore, head: CopyHead) -> None:
         self.head = head
+        self.older = store.copies.get(head.uid)
         self.received = 0
         self._store = store
         self._name = f"{head.uid}~{head.epoch}.{head.updates}~{secrets.token_hex(8)}"
@@ -226,6 +229,16 @@ class IncomingCopy:
     async def append(self, data: Bytes) -> None:
         """Write the next bytes. Raises `OSError`; then only `discard` is left to do."""
         await self._store.wait_for(lambda: self._append(memoryview(data)))
+
+    async def append_same(self, size: int) -> None:
+        """Let the next bytes be those of the older copy, at the same place. Raises `OSError`, as `append`.
+
+        Raises `RequestRefused` if that is not kept any more, or has not so many.
+        """
+        older, store = self.older, self._store
+        if older is None or store.copies.get(self.head.uid) is not older or self.received + size > older.head.size:
+            raise RequestRefused(f"no older copy of {self.head.uid} is kept here that has these bytes")
+        await store.read(self.head.uid, lambda _, path: self._append_from(path, size))
 
     async def finish(self, check: Check) -> Copy:
         """Let the copy count. When this returns, it is checked and on disk, and the older one is gone.
@@ -271,6 +284,16 @@ class IncomingCopy:
             written = os.write(self._file, data)
             self.received += written
             data = data[written:]
+
+    def _append_from(self, path: Path, size: int) -> None:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(self.received)
+            while size:
+                data = file.read(min(size, READ_AT_ONCE))
+                if not data:
+                    raise OSError(f"{path.name} has become shorter")
+                self._append(memoryview(data))
+                size -= len(data)
 
     def settle(self, check: Check) -> Copy:
         """Sync, check and rename the state, and write the head, with which the copy counts (half a head is none)."""
