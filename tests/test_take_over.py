@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,15 @@ from labkit.client.expert_client import ExpertClient
 from labkit.contact import Contact
 from labkit.copies.messages import OFFER, CopyHead
 from labkit.copies.placement import score
-from labkit.errors import CheckpointError, ConnectionLost, LabkitError, NoExperts, RemoteFailure, RequestRefused
+from labkit.errors import (
+    CheckpointError,
+    ConnectionLost,
+    LabkitError,
+    NoExperts,
+    RemoteFailure,
+    RequestRefused,
+    RPCError,
+)
 from labkit.events import CopyFailed, ExpertHandedOver, ExpertTakenOver
 from labkit.expert_uid import grid_uids
 from labkit.server.backend import ExpertBackend
@@ -58,6 +68,38 @@ async def test_servers_that_begin_together_find_each_other_at_once_and_copy_thei
     async with copied_swarm(tmp_path) as swarm:
         await swarm.serve_grid(4)
         assert await swarm.until_copied() < 4
+
+
+@pytest.mark.parametrize(("silently", "seconds"), [(False, 4.5), (True, 6.0)])
+async def test_after_a_server_is_gone_all_experts_have_a_copy_again_within_seconds(
+    tmp_path, autojump_clock, silently, seconds
+):
+    grid = (3, 5)
+    uids = list(grid_uids("ffn", grid))
+    async with copied_swarm(tmp_path) as swarm, trio.open_nursery() as nursery:
+        servers = await swarm.serve_grid(5, grid)
+        await swarm.until_copied(grid=grid)
+
+        async def learn() -> None:  # so that copies are under way all the time, to the one that goes, too
+            for number in itertools.count():
+                await trio.sleep(0.1)
+                with suppress(RPCError):
+                    await swarm.train(uids[number % len(uids)])
+
+        async def copied() -> bool:
+            alive = [server for server in servers if server.is_alive]
+            keepers = {uid: [s for s in alive if uid not in s.held and s.has_copy(uid)] for uid in uids}
+            return all(keepers.values()) and {uid for server in alive for uid in server.held} >= set(uids)
+
+        nursery.start_soon(learn)
+        await trio.sleep(15)
+        for victim in servers[:2]:
+            if silently:
+                swarm.network.unplug(victim.contact)
+            await victim.kill()
+            assert await swarm.until(copied) < seconds
+            await trio.sleep(10)
+        nursery.cancel_scope.cancel()
 
 
 async def test_what_was_learnt_since_the_last_copy_is_counted_as_lost(tmp_path, autojump_clock):

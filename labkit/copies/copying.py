@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import trio
 
 from labkit.contact import Contact
+from labkit.copies.backups import SILENCE, Backups
 from labkit.copies.experts import ServedExperts
 from labkit.copies.messages import CopyHead, CopyState, Watched, WatchedExpert, WatchReply
 from labkit.copies.placement import rank, score
 from labkit.copies.sending import CopyBudget, send_copy
 from labkit.copies.servers import KEY_PREFIX, GridServers, ServerRecord
-from labkit.copies.watching import RETRY_PAUSE, reaches
-from labkit.errors import ConnectionLost, DeadlineExceeded, Overloaded, RequestRefused, RPCError
+from labkit.errors import Overloaded, RequestRefused, RPCError
 from labkit.events import CopyFailed, Emit, Event
 from labkit.wire.rpc_types import Caller, Reply, Request
 
@@ -32,15 +32,10 @@ LOOK_PERIOD = 0.5  # seconds between two looks for copies that are due
 CALM_LOOK_PERIOD = 2.0  # the same while no expert learns
 AT_ONCE = 3  # copies that are made at the same time, to different servers, if all are small
 SMALL = 1 << 20  # bytes
-QUIET = 3.0  # seconds without a call of who keeps a copy, and so always calls, after which it is called itself
-ATTEMPTS = 2  # to reach it
-SILENCE = 6.0  # seconds without a word of it, after which it counts as gone in any case
 NAME_PERIOD = 2.0  # seconds between two times that it is said who has copies, while some are made
 PATIENCE = 5.0  # seconds to try again at a server that takes as many copies as it can
 MAX_KEEPERS = 64  # servers that say to have a copy of an expert, beyond which the silent ones are forgotten
 MAX_NAMED = 8  # servers with copies that a declaration names
-PAUSE_AFTER_FAILURE = 2.0  # seconds until a server is tried again that did not take a copy; doubled each time
-LONGEST_PAUSE = 60.0  # in a row, up to this
 
 
 @dataclass(slots=True)
@@ -86,21 +81,19 @@ class Copying:
         self.period = period
         self._caller = caller
         self._experts = experts
-        self._servers = servers
+        self._backups = Backups(caller, servers)
         self._own = own
         self._emit = emit
         self._budget = budget
         self._at_once = budget.in_haste()
         self._paused: set[str] = set()  # experts that are being given away
         self._under_way: dict[str, tuple[Contact, trio.CancelScope]] = {}  # copies that are made now, by expert
-        self._asked: dict[bytes, float] = {}  # servers that have been quiet, and when they were called themselves
         self._wake = trio.Event()  # set when a copy has ended
         self._given = trio.Event()  # set when an expert is served here no more
         self._places: dict[tuple[str, tuple[bytes, ...]], list[Contact]] = {}  # what `_targets` has found
         self._among: object = None  # for which servers, at which address of ours
         self._named: dict[str, tuple[bytes, ...]] = {}
         self._made: dict[str, dict[bytes, Copied]] = {}  # uid -> key -> copy
-        self._failed: dict[bytes, tuple[float, float]] = {}  # by server: how long it is left alone, and until when
 
     # ------------------------------------------------------------ what there is
 
@@ -197,7 +190,7 @@ class Copying:
 
     def _said(self, body: Watched) -> list[WatchedExpert | None]:
         """Returns what there is to say of experts that are copied elsewhere."""
-        some = self._able()
+        some = self._backups.able()
         rows: list[WatchedExpert | None] = []
         for state in body.copies:
             epoch = self._experts.held.get(state.uid)
@@ -238,8 +231,10 @@ class Copying:
                     self._under_way[uid] = to, scope
                     nursery.start_soon(self._make, uid, to, scope)
                     continue
-                for contact in self._quiet():
-                    nursery.start_soon(self._call_quiet, contact)
+                if quiet := self._backups.quiet(self._heard()):
+                    for contact in quiet:
+                        nursery.start_soon(self._backups.call, contact, self._cancel_copies_to, self.lose)
+                    continue  # others may get copies in their place
                 before, states = states, {uid: self._experts.updates(uid) for uid in self._experts.held}
                 self._wake = trio.Event()
                 with trio.move_on_after(CALM_LOOK_PERIOD if states == before else LOOK_PERIOD):
@@ -249,12 +244,17 @@ class Copying:
         """Make a copy, which is under way."""
         try:
             with scope:
+                if not await self._backups.is_there(to, self._heard()):
+                    self.lose(to)  # before a copy waits for it, and others for that one
+                    return
                 await self.copy_to(uid, to, patience=PATIENCE)
-                self._failed.pop(to.key, None)
+                self._backups.note_success(to)
         except Overloaded:
             pass  # it takes copies of others now, and will take ours
         except RPCError as error:
-            self._note_failure(uid, to, error)
+            if uid in self._experts.held:  # else it was given away meanwhile
+                logger.info("no copy of %s at %s: %s", uid, to.endpoint, error)
+                self._backups.note_failure(to, error)
         finally:
             del self._under_way[uid]
             self._wake.set()
@@ -274,36 +274,26 @@ class Copying:
 
     # ------------------------------------------------------------ who keeps copies
 
-    def _quiet(self) -> list[Contact]:
-        """Returns the servers with copies that have said nothing for a while, and are to be called now."""
-        now = trio.current_time()
-        last: dict[bytes, Copied] = {}
+    def _heard(self) -> dict[Contact, float]:
+        """Returns the servers with copies, and when each was heard last."""
+        last: dict[Contact, float] = {}
         for uid in self._experts.held:
-            for key, copied in self._made.get(uid, {}).items():
-                if key not in last or last[key].heard < copied.heard:
-                    last[key] = copied
-        self._asked = {key: at for key, at in self._asked.items() if now < at + QUIET}
-        quiet = [c.at for key, c in last.items() if QUIET <= now - c.heard < SILENCE and key not in self._asked]
-        self._asked |= {contact.key: now for contact in quiet}
-        return quiet
+            for copied in self._made.get(uid, {}).values():
+                last[copied.at] = max(copied.heard, last.get(copied.at, copied.heard))
+        return last
 
-    async def _call_quiet(self, contact: Contact) -> None:
-        """Find out whether a server with copies is there."""
-        for _ in range(ATTEMPTS):
-            if await reaches(self._caller, contact):
-                return
-            await trio.sleep(RETRY_PAUSE)
-        self._lose(contact)
-
-    def _lose(self, contact: Contact) -> None:
-        """Note that a server is gone, and its copies with it."""
-        self._servers.lose(contact)
+    def lose(self, contact: Contact) -> None:
+        """Note that a server is gone, and its copies with it: others get some at once."""
+        self._backups.lose(contact)
         for made in self._made.values():
             made.pop(contact.key, None)
+        self._cancel_copies_to(contact)
+        self._wake.set()
+
+    def _cancel_copies_to(self, contact: Contact) -> None:
         for to, scope in self._under_way.values():
             if to.key == contact.key:
                 scope.cancel()
-        self._wake.set()
 
     @contextmanager
     def paused(self, uid: str) -> Iterator[None]:
@@ -320,23 +310,6 @@ class Copying:
         if not (isinstance(event, CopyFailed) and event.cause == Overloaded.cause):
             self._emit(event)
 
-    def _note_failure(self, uid: str, to: Contact, error: RPCError) -> None:
-        if uid not in self._experts.held:
-            return  # it was given away meanwhile
-        logger.info("no copy of %s at %s: %s", uid, to.endpoint, error)
-        now = trio.current_time()
-        self._failed = {key: one for key, one in self._failed.items() if now < one[1] + LONGEST_PAUSE}
-        pause = self._failed.get(to.key, (PAUSE_AFTER_FAILURE / 2, 0.0))[0] * 2
-        pause = min(pause, LONGEST_PAUSE)
-        self._failed[to.key] = pause, now + pause
-        if isinstance(error, (ConnectionLost, DeadlineExceeded)):
-            self._servers.lose(to)
-
-    def _able(self) -> list[ServerRecord]:
-        """Returns the servers that have not failed to take a copy just now."""
-        now = trio.current_time()
-        return [r for r in self._servers.others.values() if self._failed.get(r.contact.key, (0.0, 0.0))[1] <= now]
-
     def _targets(self, uid: str, some: Sequence[ServerRecord]) -> list[Contact]:
         """Returns where copies of an expert belong, of some servers."""
         have, own = self.keys(uid), self._own()
@@ -351,7 +324,7 @@ class Copying:
     def _next(self) -> tuple[str, Contact] | None:
         """Returns the copy to make next: of which expert, and where to."""
         now = trio.current_time()
-        some = self._able()
+        some = self._backups.able()
         best: tuple[float, str, Contact] | None = None
         busy = {to.key for to, _ in self._under_way.values()}
         for uid, epoch in self._experts.held.items():

@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 ROOM = 1 << 16  # experts that a server keeps copies of, or takes
 GIVE_PATIENCE = 3.0  # seconds to try again while a server takes as many copies as it can
+JUST_NOW = 0.1  # seconds
 GIVE_ATTEMPTS = 3  # to find a server that takes an expert, at a clean stop
 GIVE_PAUSE = 0.2  # seconds between two of them
 GIVE_AT_ONCE = 2  # experts that are handed over at the same time at a clean stop
@@ -96,7 +97,9 @@ class CopyKeeper:
         )
         self.receiver = CopyReceiver(self.store, check=experts.check, refuse=self._refuse_copy, encrypts=own().secure)
         self.meeting = Meeting(caller, directory, experts, own, emit, dht.come_back)
-        self._takeover = TakeOver(caller, directory, self.servers, self.store, experts, self.meeting, own, emit)
+        self._takeover = TakeOver(
+            caller, directory, self.servers, self.store, experts, self.meeting, own, emit, self.copying.look
+        )
         self._handover = HandOver(
             caller,
             directory,
@@ -253,12 +256,13 @@ class CopyKeeper:
     async def _on_gone(self, gone: Contact, uids: Sequence[str], heard: float) -> None:
         if self.leaving:
             return
+        if heard < trio.current_time() - JUST_NOW:  # else it is there, and does not serve them any more
+            self.copying.lose(gone)
         try:
             elsewhere = await self._takeover.claim(gone, uids, heard, dict(self._watching.known))
         except LabkitError as error:  # it is found gone again
             logger.warning("the experts of %s could not be taken over now: %s", gone.endpoint, error)
             return
-        self.copying.look()
         for uid, info in elsewhere.items():
             self._watching.follow(uid, info.contact, info.epoch)
         self.servers.refresh()

@@ -118,14 +118,13 @@ class CopyBudget:
         async with self._turn:
             await trio.sleep_until(self._next)
             began = trio.current_time()
-            try:
-                yield
-            finally:
-                took = trio.current_time() - began
-                self.sent += size
-                busy = max(0.0, took - round_trip)
-                pause = min(busy / self.share - busy, MAX_PAUSE)
-                self._next = began + max(size / self.rate, took + pause)
+            self.sent += size
+            self._next = began + size / self.rate
+            yield  # if this fails, time was spent on a server that is gone, and not on the link
+            took = trio.current_time() - began
+            busy = max(0.0, took - round_trip)
+            pause = min(busy / self.share - busy, MAX_PAUSE)
+            self._next = max(self._next, began + took + pause)
 
 
 async def send_copy(

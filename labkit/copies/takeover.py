@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 ASK_TIME = 1.0  # seconds that others who hold a copy have to say how fresh theirs is
 TURN_TIME = 1.5  # seconds that whoever comes first has to take an expert over, before the next one does
 GUESSES = 3  # servers that are asked for copies where the declaration names none, or that are offered one
-JUST_NOW = 0.1  # seconds
 TRY_AGAIN = 5.0  # seconds until an expert is tried again that could not be carried on
 LOOK_AGAIN = 0.3  # seconds between two looks whether it has
 
@@ -52,11 +51,12 @@ class TakeOver:
         meeting: Tells the server that is gone, should it come back, and others that claim the same.
         own: Returns our own contact.
         emit: Gets an `ExpertTakenOver` for each expert, or a `CopyFailed` for one that cannot be carried on here.
+        on_adopted: Called when there are more experts here, which have no copies yet.
     """
 
     def __init__(
         self, caller: Caller, directory: Directory, servers: GridServers, store: CopyStore, experts: ServedExperts,
-        meeting: Meeting, own: Callable[[], Contact], emit: Emit,
+        meeting: Meeting, own: Callable[[], Contact], emit: Emit, on_adopted: Callable[[], object],
     ) -> None:  # fmt: skip
         self._caller = caller
         self._directory = directory
@@ -66,6 +66,7 @@ class TakeOver:
         self._meeting = meeting
         self._own = own
         self._emit = emit
+        self._on_adopted = on_adopted
         self._claiming: set[str] = set()
         self._unable: dict[str, float] = {}  # experts that could not be carried on here, and when to try again
 
@@ -85,8 +86,6 @@ class TakeOver:
             here either, are to be tried again.
         """
         started = trio.current_time()
-        if heard < started - JUST_NOW:  # else it is there, and does not serve them any more
-            self._servers.lose(gone)
         elsewhere: dict[str, ExpertInfo] = {}
         self._unable = {uid: until for uid, until in self._unable.items() if trio.current_time() < until}
         busy = self._claiming | self._unable.keys() | self._experts.held.keys()
@@ -195,6 +194,7 @@ class TakeOver:
             self._meeting.took_over(gone, {uid: copy.updates + lost[uid]})
         if not adopted:
             return
+        self._on_adopted()
         try:
             await self._directory.declare(adopted, self._own())
         except LabkitError as error:  # it is tried again with all that is served here
