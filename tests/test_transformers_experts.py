@@ -142,6 +142,8 @@ def test_copies_of_an_attached_model_call_the_same_experts():
         wanted = model(tokens()).logits
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(other(tokens()).logits, wanted)
+            assert "olmoe.0.* of the swarm 'mixture'" in repr(other), "where its experts are"
+        assert "of the swarm" not in repr(lkt.detach(model))
 
 
 def test_a_model_that_shares_its_configuration_with_an_attached_one_goes_on_with_its_own_experts():

@@ -165,8 +165,9 @@ class _Chosen:
                 found = (view.cached([prefix]) or children)[prefix].experts
                 if now < until and any(number not in found for number in lacking):
                     await trio.sleep(following.LOOK_AGAIN)
-        for number in found:
-            self._session.absent.pop(f"{prefix}.{number}", None)
+        if self._session.absent:
+            for number in found:
+                self._session.absent.pop(f"{prefix}.{number}", None)
         return {number: found[number] for number in numbers if number in found}
 
     def _hope(self, number: int, now: float) -> float:

@@ -124,6 +124,7 @@ def attach(
         dropped = {n: (p.shape, p.dtype, p.requires_grad) for n, p in own_parameters(layer.module).items()}
         module: Any = layer.module
         module.labkit = AttachedExperts(experts, layer.router, before, dropped, lora_scale)
+        module.extra_repr = module.labkit.__repr__  # so that the model says where they are
         for parameter in dropped:
             layer.module.register_parameter(parameter, None)
     gc.collect()
@@ -184,7 +185,7 @@ def detach(model: Model) -> Model:
                 state, _ = read_expert(path, uid)
                 put_weights(layer.module, e, merged(weights_in(state), attached.lora_scale))
                 path.unlink()
-            del layer.module.labkit
+            del layer.module.labkit, layer.module.extra_repr
     model.set_experts_implementation(before)
     return model
 
