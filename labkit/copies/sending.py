@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ MAX_KEPT = 4096  # copies of which it is remembered that they were kept
 SHARE = 0.25  # of the time in which they are under way
 MIN_PART, FIRST_PART = 32 << 10, 256 << 10  # bytes
 QUICK, SLOW = 0.05, 0.25  # seconds that a part takes; beyond these the next one is larger, or smaller
-BLOCK = 64 << 10  # bytes; of each it is remembered what they were
+BLOCK, DIGEST = 64 << 10, 16  # bytes of which it is remembered what they were, and bytes that this takes
 MAX_PAUSE = 5.0  # seconds between two parts, unless the rate asks for more
 WHOLE = FIRST_PART  # bytes of a copy that is sent with its offer, in one call
 OFFER_TIMEOUT = 10.0  # seconds that the other side has to take an offer
@@ -46,11 +46,11 @@ class _Kept:
 
     Args:
         head: What it is of.
-        blocks: The digest of each `BLOCK` of its bytes; none of a small one.
+        blocks: The digests of its blocks, one behind the other; none of a small one.
     """
 
     head: CopyHead
-    blocks: list[bytes]
+    blocks: bytes
 
 
 class CopyBudget:
@@ -86,12 +86,12 @@ class CopyBudget:
         kept = self._kept.get((to.key, head.uid))
         return kept is not None and kept.head == head
 
-    def take_blocks(self, to: Contact, head: CopyHead, crc32: str) -> list[bytes]:
+    def take_blocks(self, to: Contact, head: CopyHead, crc32: str) -> bytes:
         """Returns what is remembered of the copy with a checksum that a server has kept, and forgets it."""
         kept = self._kept.pop((to.key, head.uid), None)
-        return [] if kept is None or kept.head.crc32 != crc32 else kept.blocks
+        return b"" if kept is None or kept.head.crc32 != crc32 else kept.blocks
 
-    def note_kept(self, to: Contact, head: CopyHead, blocks: list[bytes]) -> None:
+    def note_kept(self, to: Contact, head: CopyHead, blocks: bytes) -> None:
         """Note that a server has kept a copy, and what its blocks are."""
         if len(self._kept) >= MAX_KEPT:
             self._kept.clear()
@@ -161,7 +161,7 @@ async def send_copy(
 async def _send(
     caller: Caller, to: Contact, head: CopyHead, data: memoryview, budget: CopyBudget, until: float
 ) -> None:
-    round_trip, blocks = budget.round_trip(to), list[bytes]()
+    round_trip, blocks = budget.round_trip(to), b""
     small = len(data) <= WHOLE and not budget.is_kept(to, head)
     if not small or round_trip is None or not await _send_whole(caller, to, head, data, budget, round_trip):
         blocks = await _send_in_parts(caller, to, head, data, budget, until)
@@ -186,13 +186,13 @@ async def _send_whole(
 
 async def _send_in_parts(
     caller: Caller, to: Contact, head: CopyHead, data: memoryview, budget: CopyBudget, until: float
-) -> list[bytes]:
+) -> bytes:
     """Send what the server has not from an older copy. Returns the digests of all blocks."""
     offer, round_trip = await _offer(caller, to, head, until)
     budget.note_round_trip(to, round_trip)
-    before, blocks = budget.take_blocks(to, head, offer.older), list[bytes]()
+    before, blocks = budget.take_blocks(to, head, offer.older if offer.token else head.crc32), bytearray()
     if offer.token is None:
-        return blocks  # it is there already
+        return before  # it is there already
     offset, size = 0, FIRST_PART
     while offset < len(data):
         same, count = _next_part(data, offset, size, before, blocks)
@@ -210,12 +210,10 @@ async def _send_in_parts(
     reply = await caller.call(to, DONE, offer.token, returns=CopyKept, timeout=timeout, lane=BULK)
     if reply.body.updates != head.updates:
         raise BadReply(f"{to.endpoint} says that it keeps another copy of {head.uid} than it was sent")
-    return blocks
+    return bytes(blocks)
 
 
-def _next_part(
-    data: memoryview, offset: int, size: int, before: Sequence[bytes], blocks: list[bytes]
-) -> tuple[bool, int]:
+def _next_part(data: memoryview, offset: int, size: int, before: bytes, blocks: bytearray) -> tuple[bool, int]:
     """What to send next.
 
     Args:
@@ -230,10 +228,11 @@ def _next_part(
     """
 
     def is_same(number: int) -> bool:
-        if number == len(blocks):
+        place = slice(number * DIGEST, (number + 1) * DIGEST)
+        if not blocks[place]:
             block = data[number * BLOCK : (number + 1) * BLOCK]
-            blocks.append(hashlib.blake2b(block, digest_size=16).digest())
-        return number < len(before) and before[number] == blocks[number]
+            blocks.extend(hashlib.blake2b(block, digest_size=DIGEST).digest())
+        return before[place] == blocks[place]
 
     first, inside = divmod(offset, BLOCK)
     same = is_same(first) and not inside
