@@ -97,8 +97,9 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         "experts of this server are read",
     )  # fmt: skip
     parser.add_argument(
-        "--lora", type=int, metavar="RANK",
-        help="with --experts-of: train adapters of this rank instead of the experts' weights (default: none)",
+        "--lora", type=lambda text: int(text) if text.lstrip("-").isdecimal() else text, metavar="RANK|PATH",
+        help="with --experts-of: train adapters of this rank instead of the experts' weights, or those that were saved "
+        "in this folder (default: none)",
     )  # fmt: skip
     parser.add_argument(
         "--hidden", type=int, metavar="N", help="width of the experts (default: the running grid's, or 64)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,12 +92,16 @@ def test_adapters_at_servers_learn_what_those_of_peft_learn_here_which_can_load_
             assert torch.equal(now[name], before[name]) != (of_experts(name) and "bias" not in name), (
                 "weights of experts"
             )
-    from peft import PeftModel
+        from peft import PeftModel
 
-    loaded = PeftModel.from_pretrained(tiny_mixture(family), tmp_path / "adapters")
-    for name, parameter in loaded.merge_and_unload().named_parameters():
-        if of_experts(name):
-            assert_close(parameter, now[name])
+        loaded = PeftModel.from_pretrained(tiny_mixture(family), tmp_path / "adapters")
+        again = tiny_mixture(family)
+        lkt.serve_experts(swarm, again, backups=0, isolation="task", lora=tmp_path / "adapters", name="again")
+        lkt.attach(again, swarm, name="again")
+        for found in (loaded.merge_and_unload(), lkt.detach(again)):
+            for name, parameter in found.named_parameters():
+                if of_experts(name):
+                    assert_close(parameter, now[name])
 
 
 def test_peft_trains_the_attention_here_while_servers_train_adapters_of_the_experts():
@@ -144,6 +149,20 @@ def test_adapters_are_saved_only_where_servers_have_some(tmp_path):
         lkt.attach(model, swarm)
         with pytest.raises(ValueError, match=r"olmoe\.0\.0 has no adapters: its servers train all of it"):
             lkt.save_adapters(model, tmp_path)
+        for wrong, why in (
+            (tmp_path, "is no folder of adapters, which has adapter_config.json"),
+            (folder_of_adapters(tmp_path / "half", r=2, target_parameters=["experts.down_proj"]), "not beside both"),
+            (folder_of_adapters(tmp_path / "ranks", rank_pattern={"q_proj": 3}), "not LoRA of one rank"),
+        ):
+            with pytest.raises(ValueError, match=why):
+                lkt.serve_experts(swarm, tiny_mixture("olmoe"), isolation="task", name="other", lora=wrong)
+
+
+def folder_of_adapters(folder: Path, **options: Any) -> Path:
+    """A folder with adapters that peft has saved."""
+    config = lora_config(target_modules=["q_proj"], **options)
+    get_peft_model(tiny_mixture("olmoe"), config).save_pretrained(str(folder), save_embedding_layers=False)
+    return folder
 
 
 def test_all_experts_of_a_grid_have_the_same_adapters():
@@ -170,9 +189,11 @@ def test_labkit_serve_serves_experts_with_adapters(tmp_path, capsys):
     assert (status, ranks) == (0, [2]), printed
     assert main(["serve", "--lora", "2"]) == 1
     assert "--lora is for --experts-of" in capsys.readouterr().err
+    assert main([*arguments[:3], "--lora", str(tmp_path)]) == 1
+    assert "is no folder of adapters" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("lora", [0, True, "8", {"r": 2, "lora_dropout": 0.1}, {"use_dora": True}])
+@pytest.mark.parametrize("lora", [0, True, 8.0, "8", {"r": 2, "lora_dropout": 0.1}, {"use_dora": True}])
 def test_other_adapters_are_refused(lora):
     lora = lora_config(**lora) if isinstance(lora, dict) else lora
     with lk.Swarm(name="mixture") as swarm, pytest.raises(ValueError, match="lora"):

@@ -35,7 +35,10 @@ def lora_options(lora: Any, running: Mapping[str, Any] | None) -> dict[str, Any]
         return {"lora": lora, "lora_scale": 1.0}
     rank, alpha = getattr(lora, "r", None), getattr(lora, "lora_alpha", None)
     if not isinstance(rank, int) or not isinstance(alpha, int | float):
-        raise ValueError(f"lora={lora!r}: the rank of the adapters, a whole number of at least 1, or a peft.LoraConfig")
+        raise ValueError(
+            f"lora={lora!r}: the rank of the adapters, a whole number of at least 1, a peft.LoraConfig, or the folder "
+            "of some that were saved"
+        )
     if asked := [name for name in UNKNOWN if getattr(lora, name, False)]:
         raise ValueError(f"lora: adapters of experts have no {' and no '.join(asked)}; leave it out of the LoraConfig")
     return {"lora": rank, "lora_scale": alpha / (math.sqrt(rank) if getattr(lora, "use_rslora", False) else rank)}

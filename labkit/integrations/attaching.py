@@ -27,9 +27,16 @@ from labkit.errors import LabkitError
 from labkit.expert_file import read_expert
 from labkit.expert_uid import ExpertInfo
 from labkit.integrations.adapters import merged
-from labkit.integrations.layouts import ExpertLayer, expert_layers, options_of, own_parameters, put_weights
+from labkit.integrations.layouts import (
+    ExpertLayer,
+    expert_layers,
+    grid_name_of,
+    grid_of,
+    options_of,
+    own_parameters,
+    put_weights,
+)
 from labkit.integrations.offloading import device_of_passes, keep_here
-from labkit.integrations.serving_experts import grid_name_of, grid_of
 from labkit.server.snapshots import fetch_snapshot
 from labkit.suggest import suggest_options
 

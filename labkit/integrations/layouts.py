@@ -4,14 +4,14 @@ Every family keeps the experts of a layer in one module, as tensors [experts, â€
 (`transformers.integrations.moe`, `use_experts_implementation`). Here they become experts of the kind "gated"
 (`server/gated`) and come back. Needs no import of `transformers` itself.
 
-Order: what is found in a model, what its experts compute, then their weights, out and in.
+Order: what is found in a model, and the grid that it makes; what its experts compute; their weights, out and in.
 """
 
 # e: number of an expert; hidden: width of input and output; inner: width between
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from labkit.expert_uid import check_name
 from labkit.integrations.offloading import numbers_of
 from labkit.server.gated import ACTIVATIONS, DTYPES, GATES, apply_gate
 
@@ -61,6 +62,25 @@ def expert_layers(model: nn.Module) -> list[ExpertLayer]:
             block = model.get_submodule(path.rpartition(".")[0]) if path else model
             found.append(ExpertLayer(path, module, block))
     return found
+
+
+def grid_name_of(config: Any) -> str:
+    """The name of the grid of the experts of a model with this configuration, after its kind: "olmoe"."""
+    kind = str(getattr(config, "model_type", "") or "experts")
+    plain = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in kind.lower())
+    return check_name(plain.strip("-_")[:64] or "experts")
+
+
+def grid_of(layers: Sequence[ExpertLayer]) -> tuple[int, int]:
+    """The sizes of the grid of these layers' experts. Raises `ValueError` unless they are all alike."""
+    first, options = layers[0], options_of(layers[0])
+    for layer in layers[1:]:
+        if layer.count != first.count or options_of(layer) != options:
+            raise ValueError(
+                f"the experts at {layer.path} ({layer.count} with {options_of(layer)}) differ from those at "
+                f"{first.path} ({first.count} with {options}), and all experts of a grid are alike"
+            )
+    return len(layers), first.count
 
 
 # ---------------------------------------------------------------- what they compute
@@ -140,9 +160,9 @@ def weights_of(module: nn.Module, e: int) -> dict[str, Tensor]:
     up, down = _numbers(module, _up(module))[e], _numbers(module, "down_proj")[e]
     if module.is_transposed:
         up, down = up.T, down.T
-    found = {"up.weight": _separated(module, up), "down.weight": down}
+    found = {"up.weight": with_gate_first(module, up), "down.weight": down}
     if module.has_bias:
-        found["up.bias"] = _separated(module, _numbers(module, f"{_up(module)}_bias")[e])
+        found["up.bias"] = with_gate_first(module, _numbers(module, f"{_up(module)}_bias")[e])
         found["down.bias"] = _numbers(module, "down_proj_bias")[e]
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in found.items()}
 
@@ -190,7 +210,7 @@ def _numbers(module: nn.Module, name: str) -> Tensor:
     return numbers_of(module, name, _weight(module, name))
 
 
-def _separated(module: nn.Module, rows: Tensor) -> Tensor:
+def with_gate_first(module: nn.Module, rows: Tensor) -> Tensor:
     """Rows [2 * inner, â€¦] with those of the gate first, where a module has them in turns."""
     if not module.has_gate or module.is_concatenated:
         return rows

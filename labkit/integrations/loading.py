@@ -14,8 +14,7 @@ import transformers
 from torch import nn
 
 from labkit.integrations.attaching import Model, attach, check_grid
-from labkit.integrations.layouts import expert_layers, own_parameters
-from labkit.integrations.serving_experts import grid_name_of, grid_of
+from labkit.integrations.layouts import expert_layers, grid_name_of, grid_of, own_parameters
 
 if TYPE_CHECKING:
     from labkit.swarm import Swarm

@@ -38,7 +38,8 @@ class ModelFolder:
 
     Attributes:
         config: The model's configuration.
-        layers: Its layers with experts, without numbers in them.
+        model: It, without numbers.
+        layers: Its layers with experts.
 
     Raises:
         ValueError: It is no such folder, or its experts are not stored in a way that is known here.
@@ -55,10 +56,10 @@ class ModelFolder:
         self._files = _files(path)
         self._tensors = self._find()
         with torch.device("meta"):
-            model = self._model_class()(self.config)
-        if not expert_layers(model):
-            raise ValueError(f"the model in {path}, a {type(model).__name__}, has no experts that could be served")
-        self.layers = expert_layers(model.to(self._dtype()))
+            self.model: Any = self._model_class()(self.config)
+        if not expert_layers(self.model):
+            raise ValueError(f"the model in {path}, a {type(self.model).__name__}, has no experts that could be served")
+        self.layers = expert_layers(self.model.to(self._dtype()))
         if len(self._tensors) < len(self.layers):
             raise ValueError(
                 f"the files in {path} have {len(self._tensors)} layers of experts under names that are known here, and "

@@ -6,7 +6,8 @@ grid, layers x experts, so that a server holds some of each layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from labkit.expert_uid import check_name, split_uid
 from labkit.integrations.adapters import fresh_adapters, lora_options
-from labkit.integrations.layouts import ExpertLayer, expert_layers, options_of, weights_of
+from labkit.integrations.layouts import ExpertLayer, expert_layers, grid_name_of, grid_of, options_of, weights_of
 from labkit.launch.handle import ServerHandle
 from labkit.paths import user_path
 from labkit.server.optimizer import BackendConfig
@@ -53,9 +54,10 @@ def serve_experts(
             Experts that are saved there already, by an earlier training, go on from there.
         isolation: "process" (default), or "task" for servers in this process.
         lora: The rank of adapters (LoRA), or a `peft.LoraConfig`, whose `r`, `lora_alpha` and
-            `use_rslora` count. Servers then train adapters of both linear layers of each expert,
-            and freeze its weights; `detach` adds them up. Default None: all of it is trained, or
-            what is trained of experts of the same grid that others serve already.
+            `use_rslora` count, or the folder of adapters that were saved, to go on with those.
+            Servers then train adapters of both linear layers of each expert, and freeze its
+            weights; `detach` adds them up, `save_adapters` saves them. Default None: all of it is
+            trained, or what is trained of experts of the same grid that others serve already.
             Where the router here is frozen, as `peft` does, `attach` needs train_experts=True.
         **options: Others of `swarm.serve`, such as `threads`, `label` or `on`.
 
@@ -67,26 +69,50 @@ def serve_experts(
         ExpertsTaken: Others serve these experts already.
         ServerFailed: A server did not start.
     """
-    layers, config, weights = _source(model)
-    name = grid_name_of(config) if name is None else check_name(name)
-    grid = grid_of(layers)
-    running = swarm.grids().get(name)
+    source = _source(model)
+    name = grid_name_of(source.config) if name is None else check_name(name)
+    grid = grid_of(source.layers)
+    running, saved = swarm.grids().get(name), None
+    if isinstance(lora, str | Path):
+        from labkit.integrations.adapter_folders import FolderOfAdapters
+
+        saved = FolderOfAdapters(user_path(lora, "lora"), source.model)
+        lora = saved.config
     adapters = lora_options(lora, None if running is None else running.options)
 
     def initial(uid: str) -> Mapping[str, Tensor]:
         number, e = split_uid(uid)[1]
-        found = weights(number, e)
+        found = source.weights(number, e)
+        if saved is not None:
+            return {**found, **saved.of(number, e)}
         return {**found, **fresh_adapters(uid, found, adapters["lora"])} if adapters else found
 
-    given = {**options_of(layers[0]), **adapters, **options}
+    given = {**options_of(source.layers[0]), **adapters, **options}
     return swarm.serve(
         KIND, grid=grid, servers=servers, experts=experts, name=name, backups=backups, backend=backend,
         checkpoint_dir=checkpoint_dir, isolation=isolation, initial=initial, **given,
     )  # fmt: skip
 
 
-def _source(model: nn.Module | str | Path) -> tuple[list[ExpertLayer], Any, Callable[[int, int], Mapping[str, Tensor]]]:
-    """The layers of a model or of a folder with one, its configuration, and what returns an expert's weights."""
+@dataclass(frozen=True)
+class _Source:
+    """Where experts come from.
+
+    Args:
+        model: The model, or one like it without numbers.
+        layers: Its layers with experts.
+        config: Its configuration.
+        weights: Returns the weights of an expert, by its layer and number.
+    """
+
+    model: nn.Module
+    layers: list[ExpertLayer]
+    config: Any
+    weights: Callable[[int, int], Mapping[str, Tensor]]
+
+
+def _source(model: nn.Module | str | Path) -> _Source:
+    """A model, or a folder with one, as a source of experts. Raises `ValueError`."""
     if isinstance(model, nn.Module):
         layers = expert_layers(model)
         if not layers:
@@ -94,27 +120,9 @@ def _source(model: nn.Module | str | Path) -> tuple[list[ExpertLayer], Any, Call
                 f"{type(model).__name__} has no experts that could be called elsewhere; the mixture models of "
                 "Transformers have some, such as Mixtral, Qwen3-MoE or OLMoE"
             )
-        return layers, getattr(model, "config", None), lambda number, e: weights_of(layers[number].module, e)
+        config = getattr(model, "config", None)
+        return _Source(model, layers, config, lambda number, e: weights_of(layers[number].module, e))
     from labkit.integrations.model_folders import ModelFolder
 
     folder = ModelFolder(user_path(model, "model"))
-    return folder.layers, folder.config, folder.weights
-
-
-def grid_name_of(config: Any) -> str:
-    """The name of the grid of the experts of a model with this configuration, after its kind: "olmoe"."""
-    kind = str(getattr(config, "model_type", "") or "experts")
-    plain = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in kind.lower())
-    return check_name(plain.strip("-_")[:64] or "experts")
-
-
-def grid_of(layers: Sequence[ExpertLayer]) -> tuple[int, int]:
-    """The sizes of the grid of these layers' experts. Raises `ValueError` unless they are all alike."""
-    first, options = layers[0], options_of(layers[0])
-    for layer in layers[1:]:
-        if layer.count != first.count or options_of(layer) != options:
-            raise ValueError(
-                f"the experts at {layer.path} ({layer.count} with {options_of(layer)}) differ from those at "
-                f"{first.path} ({first.count} with {options}), and all experts of a grid are alike"
-            )
-    return len(layers), first.count
+    return _Source(folder.model, folder.layers, folder.config, folder.weights)

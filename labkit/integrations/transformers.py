@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from labkit.integrations.adapter_folders import save_adapters as save_adapters
 from labkit.integrations.attaching import attach as attach
 from labkit.integrations.attaching import detach as detach
 from labkit.integrations.loading import from_pretrained as from_pretrained
-from labkit.integrations.saving_adapters import save_adapters as save_adapters
 from labkit.integrations.serving_experts import serve_experts as serve_experts
 
 if TYPE_CHECKING:
