@@ -59,8 +59,9 @@ def save_adapters(model: Model, folder: str | Path) -> None:
         raise ValueError(f"this {type(model).__name__} is not attached to a swarm, so no server has adapters for it")
     learnt = [_learnt(attached) for _, attached in layers]
     rank, first = len(learnt[0]["up_lora.a"][0]), layers[0][0]
+    alpha = layers[0][1].lora_scale * rank
     adapted = _without_numbers(base, peft.LoraConfig(
-        r=rank, lora_alpha=layers[0][1].lora_scale * rank, target_modules=[],
+        r=rank, lora_alpha=int(alpha) if alpha.is_integer() else alpha, target_modules=[],
         target_parameters=[f"{_last(first.path)}.{name}" for name in parameters_of_linear(first.module).values()],
         task_type="CAUSAL_LM" if type(base).__name__.endswith("ForCausalLM") else None,
     ))  # fmt: skip
