@@ -70,7 +70,7 @@ def check_how_it_works(notebook: Any, full: bool) -> None:
         r"4 records read in 2 steps; the best experts: ffn\.\d\.\d, ffn\.\d\.\d, ffn\.\d\.\d$", plain, re.MULTILINE
     )
     assert found is not None
-    assert numbers(r"from the layer's own output: ([0-9.e-]+)", plain)[0] < 1e-5
+    assert numbers(r"from the layer's own output: ([0-9.e+-]+)", plain)[0] < 1e-5
     (alone,), (together,) = (numbers(rf"trainers={n} *: .* staleness +([0-9.]+)", plain) for n in (1, 16))
     assert alone == 0 and (8 if full else 3) < together < 17
     if full:
