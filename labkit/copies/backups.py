@@ -50,12 +50,16 @@ class Backups:
 
     def note_failure(self, at: Contact, error: RPCError) -> None:
         """Note that a server has not taken a copy, and leave it alone for a while."""
+        self.pause(at)
+        if isinstance(error, (ConnectionLost, DeadlineExceeded)):
+            self.lose(at)
+
+    def pause(self, at: Contact) -> None:
+        """Leave a server alone for a while, which may only be slow."""
         now = trio.current_time()
         self._failed = {key: one for key, one in self._failed.items() if now < one[1] + LONGEST_PAUSE}
         pause = min(2 * self._failed.get(at.key, (PAUSE_AFTER_FAILURE / 2, 0.0))[0], LONGEST_PAUSE)
         self._failed[at.key] = pause, now + pause
-        if isinstance(error, (ConnectionLost, DeadlineExceeded)):
-            self.lose(at)
 
     def lose(self, contact: Contact) -> None:
         """Note that a server is gone."""

@@ -245,7 +245,7 @@ class Copying:
         try:
             with scope:
                 if not await self._backups.is_there(to, self._heard()):
-                    self.lose(to)  # before a copy waits for it, and others for that one
+                    self._backups.pause(to)  # before a copy waits for it, and others for that one
                     return
                 await self.copy_to(uid, to, patience=PATIENCE)
                 self._backups.note_success(to)
