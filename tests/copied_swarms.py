@@ -117,12 +117,12 @@ class CopiedSwarm:
         """Where the experts of the grid are declared."""
         return await self.node.directory.holders_below("ffn", len(grid))
 
-    async def train(self, uid: str, steps: int = 1) -> int:
+    async def train(self, uid: str, steps: int = 1, x: torch.Tensor = X) -> int:
         """Let an expert learn, wherever it is. Returns how many updates it has."""
         updates = 0
         for _ in range(steps):
             info = (await self.node.directory.holders([uid]))[uid]
-            updates = await self.call(info, "backward", [X, torch.ones_like(X)])
+            updates = await self.call(info, "backward", [x, torch.ones_like(x)])
         return updates
 
     async def call(

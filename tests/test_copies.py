@@ -239,6 +239,31 @@ async def test_of_a_large_copy_only_what_has_changed_is_sent_again(tmp_path):
         assert [size > 0 for size in later] == [True, True, True, False, True], "one was there already"
 
 
+async def test_a_copy_that_changes_all_over_goes_with_its_offer_where_the_link_is_quick(tmp_path, monkeypatch):
+    monkeypatch.setattr(sending, "QUICK", 10.0)
+    monkeypatch.setattr(sending, "SLOW", 20.0)
+    async with pair(tmp_path) as here:
+        methods, budget, calls = list[str](), quick(), list[int]()
+        call = here.client.call
+
+        async def noted(contact: Contact, method: str, *rest: Any, **options: Any) -> Reply:
+            methods.append(method)
+            return await call(contact, method, *rest, **options)
+
+        here.client.call = noted  # type: ignore[method-assign]
+        for updates in range(1, 5):
+            new = state(updates, frozen=torch.full((1 << 18,), float(updates)))
+            await here.send(new, budget)
+            assert_same_bits(here.kept, new)
+            calls.append(len(methods))
+            methods.clear()
+        assert calls[-1] == 1 < calls[0], "calls of each copy"
+        monkeypatch.setattr(sending, "SLOW", 0.0)
+        await here.send(state(5, frozen=torch.zeros(1 << 18)), budget)
+        await here.send(state(6, frozen=torch.ones(1 << 18)), budget)
+        assert len(methods) > 2, "in parts again, since the last one took long"
+
+
 async def test_a_large_copy_is_whole_where_the_backup_has_lost_the_older_one(tmp_path):
     async with pair(tmp_path) as here:
         budget = quick()

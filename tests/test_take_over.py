@@ -28,7 +28,7 @@ from labkit.errors import (
     RequestRefused,
     RPCError,
 )
-from labkit.events import CopyFailed, ExpertHandedOver, ExpertTakenOver
+from labkit.events import CopyFailed, CopyStored, ExpertHandedOver, ExpertTakenOver
 from labkit.expert_uid import grid_uids
 from labkit.server.backend import ExpertBackend
 from labkit.server.carrying import CarriedExperts
@@ -117,6 +117,38 @@ async def test_what_was_learnt_since_the_last_copy_is_counted_as_lost(tmp_path, 
         await swarm.until(partial(_served_elsewhere, swarm, victim.contact))
         lost = {event.uid: event.lost_updates for event in swarm.said(ExpertTakenOver)}
         assert lost[UIDS[0]] == 3
+
+
+async def test_where_copies_nearly_fill_the_link_rare_and_busy_experts_lose_ten_seconds_at_most(
+    tmp_path, autojump_clock
+):
+    grid = (4, 8)
+    uids = list(grid_uids("ffn", grid))
+    async with copied_swarm(tmp_path, latency=0.01, bandwidth=1e6) as swarm, trio.open_nursery() as nursery:
+        await swarm.serve_grid(2, grid, options={"hidden": 32}, backend=BackendConfig(optimizer="sgd", lr=1e-6))
+        await swarm.until_copied(grid=grid)
+        learnt = {uid: [(0.0, 0)] for uid in uids}  # when, and how much
+
+        async def learn(uid: str, pause: float) -> None:
+            while True:
+                updates = await swarm.train(uid, x=torch.ones(1, 32))
+                learnt[uid].append((trio.current_time(), updates))
+                await trio.sleep(pause)
+
+        def missing(uid: str) -> float:
+            """Seconds of what an expert has learnt that its copy is without."""
+            copied = max((e.updates for e in swarm.said(CopyStored) if e.uid == uid), default=0)
+            return trio.current_time() - min((at for at, n in learnt[uid] if n > copied), default=trio.current_time())
+
+        for number, uid in enumerate(uids):
+            nursery.start_soon(learn, uid, 0.2 if number % 4 == 0 else 1.0)
+        await trio.sleep(20)
+        worst = 0.0
+        for _ in range(40):
+            await trio.sleep(0.5)
+            worst = max(worst, *map(missing, uids))
+        assert 8 < worst < 9.8, "seconds of updates"
+        nursery.cancel_scope.cancel()
 
 
 async def test_the_last_server_left_holds_all_experts(tmp_path, autojump_clock):

@@ -1,16 +1,19 @@
 """Copying: keeps copies of the experts that are served here at other servers, and knows how fresh they are.
 
-One expert is copied at a time: first those without a copy, then those that have learnt most since theirs, each at most
-once in a period. The state is taken between two batches, as for a checkpoint, and sent in parts under a budget, so that
+First come the experts without a copy, those that have learnt most before the others, and then those whose copy is
+oldest, so that what is promised in seconds holds for each; each at most once in a period, which is shorter where copies
+take longer. The state is taken between two batches, as for a checkpoint, and sent in parts under a budget, so that
 training goes on beside it.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 
 import trio
 
@@ -27,8 +30,11 @@ from labkit.wire.rpc_types import Caller, Reply, Request
 
 logger = logging.getLogger(__name__)
 
-PERIOD = 9.0  # seconds between two copies of an expert: with the time that one takes, it loses no more than ten
+PROMISE = 10.0  # seconds of which an expert loses what it has learnt, at most, if copies are not too large for it
+PERIOD, SHORTEST_PERIOD = 9.0, 6.0  # seconds between the states of two copies of an expert, the time they take deducted
+FORGETTING = 0.1  # of how long copies take, with each that takes less
 LOOK_PERIOD = 0.5  # seconds between two looks for copies that are due
+MARGIN = LOOK_PERIOD + 0.5  # seconds that one waits until it begins
 CALM_LOOK_PERIOD = 2.0  # the same while no expert learns
 AT_ONCE = 3  # copies that are made at the same time, to different servers, if all are small
 SMALL = 1 << 20  # bytes
@@ -47,7 +53,7 @@ class Copied:
         epoch: The epoch of the expert.
         updates: How far the expert had come.
         size: Bytes; 0 if that is not known.
-        made: When it was made, on trio's clock.
+        made: When the state was taken, on trio's clock.
         heard: When its server said last that it is there.
     """
 
@@ -94,6 +100,7 @@ class Copying:
         self._among: object = None  # for which servers, at which address of ours
         self._named: dict[str, tuple[bytes, ...]] = {}
         self._made: dict[str, dict[bytes, Copied]] = {}  # uid -> key -> copy
+        self._takes = 0.0  # seconds that a copy takes lately, at worst
 
     # ------------------------------------------------------------ what there is
 
@@ -325,25 +332,28 @@ class Copying:
         """Returns the copy to make next: of which expert, and where to."""
         now = trio.current_time()
         some = self._backups.able()
-        best: tuple[float, str, Contact] | None = None
+        period = max(SHORTEST_PERIOD, min(self.period, PROMISE - MARGIN - self._takes))
+        best: tuple[float, int, str, Contact] | None = None  # seconds of what it has learnt, and updates
         busy = {to.key for to, _ in self._under_way.values()}
         for uid, epoch in self._experts.held.items():
             if uid in self._paused or uid in self._under_way:
                 continue
-            updates = self._experts.updates(uid)
+            updates, latest = self._experts.updates(uid), max(self._fresh(uid), key=attrgetter("made"), default=None)
             for to in self._targets(uid, some):
+                copied = self._made.get(uid, {}).get(to.key)
                 if to.key in busy:
                     continue
-                copied = self._made.get(uid, {}).get(to.key)
-                if copied is None or copied.epoch != epoch or now - copied.heard >= SILENCE:
-                    missing = float("inf")
-                elif copied.updates == updates or now - copied.made < self.period:
+                if latest is None:
+                    urgency = math.inf, updates
+                elif copied is None or copied.epoch != epoch or now - copied.heard >= SILENCE:
+                    urgency = now - latest.made + period, updates - latest.updates
+                elif copied.updates == updates or now - copied.made < period:
                     continue
                 else:
-                    missing = updates - copied.updates
-                if best is None or missing > best[0]:
-                    best = missing, uid, to
-        return None if best is None else best[1:]
+                    urgency = now - copied.made, updates - copied.updates
+                if best is None or urgency > best[:2]:
+                    best = *urgency, uid, to
+        return None if best is None else best[2:]
 
     async def copy_to(self, uid: str, to: Contact, *, in_haste: bool = False, patience: float = 0.0) -> Copied:
         """Make a copy of an expert at another server.
@@ -360,12 +370,15 @@ class Copying:
         epoch = self._experts.held.get(uid)
         if epoch is None:
             raise RequestRefused(f"{uid} is not served here any more")
+        began = trio.current_time()
         packed = await self._experts.pack(uid)
         size = len(packed.data)
         head = CopyHead(uid, epoch, packed.updates, size, packed.crc32, packed.kind, dict(packed.backend), self._own())
         budget = self._at_once if in_haste else self._budget
         await send_copy(self._caller, to, head, packed.data, budget, patience=patience, emit=self._emit_unless_busy)
         now = trio.current_time()
-        copied = Copied(to, epoch, packed.updates, size, now, now)
+        if not in_haste:
+            self._takes = max(now - began, self._takes + FORGETTING * (now - began - self._takes))
+        copied = Copied(to, epoch, packed.updates, size, began, now)
         self._made.setdefault(uid, {})[to.key] = copied
         return copied

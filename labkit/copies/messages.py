@@ -25,7 +25,7 @@ import msgspec
 from msgspec import Meta
 
 from labkit.contact import Contact
-from labkit.expert_protocol import Count, ShortText, Token
+from labkit.expert_protocol import Count, Seconds, ShortText, Token
 from labkit.expert_uid import split_uid
 
 OFFER = "copies.offer"
@@ -38,7 +38,7 @@ TAKE = "copies.take"
 MEET = "copies.meet"
 MAX_WATCHED = 1024  # experts in one message
 MAX_HOLD = 10.0  # seconds for which an answer to `copies.watch` may be kept back
-MAX_PART = 1 << 20  # bytes of a copy in one call
+MAX_PART = 2 << 20  # bytes of a copy in one call
 MAX_SAME = 4 << 20  # bytes in one call that the backup takes from its older copy
 
 Uid = Annotated[str, Meta(max_length=160)]
@@ -87,10 +87,12 @@ class CopyOffer(msgspec.Struct, array_like=True, frozen=True):
     Args:
         token: Names the transfer; None if there is nothing to send, since it is held.
         older: The checksum of the copy that is held instead, from which bytes can be taken; empty if there is none.
+        took: Seconds that it took to keep a copy that came along.
     """
 
     token: Token | None = None
     older: Annotated[str, Meta(max_length=8)] = ""
+    took: Seconds = 0.0
 
 
 class CopyPart(msgspec.Struct, array_like=True, frozen=True):

@@ -106,6 +106,7 @@ class CopyReceiver:
         A small copy may come along, in one part. Then it is checked and counts, as if `copies.done` had been called.
         """
         head: CopyHead = request.body
+        began = trio.current_time()
         whole = _bytes_of(request) if request.tensors else None
         if whole is not None and len(whole) != head.size:
             raise BadRequest(f"the copy has {head.size} bytes, and {len(whole)} came along")
@@ -140,7 +141,7 @@ class CopyReceiver:
             return Reply(CopyOffer(transfer.token, "" if older is None else older.head.crc32))
         await self._append(transfer, whole)
         await self._finish(transfer)
-        return Reply(CopyOffer())
+        return Reply(CopyOffer(took=trio.current_time() - began))
 
     async def rpc_part(self, request: Request) -> Reply:
         """Write a part of a copy to the disk. Answers when it is written."""

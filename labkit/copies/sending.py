@@ -1,9 +1,9 @@
 """The primary's side: sends a copy of an expert to another server, under a budget, so that training hardly notices.
 
 The bytes go over the bulk lane in parts, one at a time. Each part is as large as the link carries in a fraction of a
-second, so that no call of a trainer waits for long behind it, and a pause follows it. A small copy goes with its offer.
-Of a large one only what has changed since the last is sent: where an expert is trained by adapters alone, its frozen
-weights go once.
+second, so that no call of a trainer waits for long behind it, and a pause follows it. A copy that makes one part goes
+with its offer. Of a larger one only what has changed since the last is sent: where an expert is trained by adapters
+alone, its frozen weights go once.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from labkit.events import CopyFailed, CopyStored, Emit, ignore
 from labkit.wire.rpc_types import BULK, Caller
 
 RATE = float(4 << 20)  # bytes a second that the copies of a server take at most
-MAX_ROUND_TRIPS = 1024  # servers of which one is remembered
+BURST, HIGHER = 4.0, 3  # seconds of it that can be saved up, and how many times as many bytes go then
+MAX_LINKS = 1024  # servers of which it is remembered how quick the way to them is
 MAX_KEPT = 4096  # copies of which it is remembered that they were kept
 SHARE = 0.25  # of the time in which they are under way
 MIN_PART, FIRST_PART = 32 << 10, 256 << 10  # bytes
 QUICK, SLOW = 0.05, 0.25  # seconds that a part takes; beyond these the next one is larger, or smaller
+PART_SECONDS = 0.5  # of the rate that one may take
 BLOCK, DIGEST = 64 << 10, 16  # bytes of which it is remembered what they were, and bytes that this takes
 MAX_PAUSE = 5.0  # seconds between two parts, unless the rate asks for more
 WHOLE = FIRST_PART  # bytes of a copy that is sent with its offer, in one call
@@ -40,6 +42,33 @@ CHECKED_PER_SECOND = 20 << 20
 RETRY_INTERVAL = 0.2  # seconds between two offers to a server that takes as many copies as it can
 
 
+@dataclass(slots=True)
+class _Link:
+    """The way to a server.
+
+    Args:
+        round_trip: The shortest time that a call without bytes has taken, in seconds.
+        part: Bytes of a part that it carries quickly, as far as is known.
+    """
+
+    round_trip: float
+    part: int
+
+    def note_part(self, size: int, seconds: float) -> None:
+        """Note how long a part has taken: the next one is larger, or smaller."""
+        if seconds > SLOW:
+            self.part = max(MIN_PART, size // 2)
+        elif seconds < QUICK:
+            self.part = max(self.part, min(MAX_PART, 2 * size))
+
+
+@dataclass(slots=True)
+class _FreeTime:
+    """Seconds of a call in which the link is free for others: its round trip, and what the server does then."""
+
+    seconds: float
+
+
 @dataclass(frozen=True, slots=True)
 class _Kept:
     """The last copy of an expert that a server has kept.
@@ -47,17 +76,19 @@ class _Kept:
     Args:
         head: What it is of.
         blocks: The digests of its blocks, one behind the other; none of a small one.
+        changing: Whether no block of it was one of the copy before.
     """
 
     head: CopyHead
-    blocks: bytes
+    blocks: bytes = b""
+    changing: bool = False
 
 
 class CopyBudget:
     """How much of the network, and of time, copies may take. One for all copies that a server sends.
 
     Args:
-        rate: Bytes a second at most.
+        rate: Bytes a second at most, over some seconds.
         share: Share of the time in which parts are under way, at most; 1 for no pauses but those of the rate.
 
     Attributes:
@@ -72,43 +103,48 @@ class CopyBudget:
         self.sent = 0
         self._turn = trio.Lock()
         self._next = 0.0  # when the next part may be sent, on trio's clock
-        self._round_trips: dict[bytes, float] = {}  # by server: the shortest that was seen
+        self._saved, self._at = 0.0, math.inf  # seconds of the rate that were saved up, and when
+        self._links: dict[bytes, _Link] = {}  # by server
         self._kept: dict[tuple[bytes, str], _Kept] = {}  # by server and expert: the last copy that it has kept
 
     def in_haste(self) -> CopyBudget:
         """Returns a budget without limits, which knows what this one knows of servers."""
         other = CopyBudget(math.inf, 1.0)
-        other._round_trips, other._kept = self._round_trips, self._kept
+        other._links, other._kept = self._links, self._kept
         return other
 
-    def is_kept(self, to: Contact, head: CopyHead) -> bool:
-        """Whether a server has kept this very copy, and no other one of the expert since."""
-        kept = self._kept.get((to.key, head.uid))
-        return kept is not None and kept.head == head
+    def most(self, link: _Link) -> int:
+        """Bytes of a part that takes no longer than others, by the link or by the rate."""
+        return min(link.part, max(MIN_PART, int(min(self.rate * PART_SECONDS, MAX_PART))))
 
-    def take_blocks(self, to: Contact, head: CopyHead, crc32: str) -> bytes:
-        """Returns what is remembered of the copy with a checksum that a server has kept, and forgets it."""
-        kept = self._kept.pop((to.key, head.uid), None)
-        return b"" if kept is None or kept.head.crc32 != crc32 else kept.blocks
+    def kept(self, to: Contact, uid: str) -> _Kept | None:
+        """Returns the last copy of an expert that a server has kept, as far as is known."""
+        return self._kept.get((to.key, uid))
 
-    def note_kept(self, to: Contact, head: CopyHead, blocks: bytes) -> None:
-        """Note that a server has kept a copy, and what its blocks are."""
+    def note_kept(self, to: Contact, kept: _Kept) -> None:
+        """Note which copy a server has kept."""
         if len(self._kept) >= MAX_KEPT:
             self._kept.clear()
-        self._kept[to.key, head.uid] = _Kept(head, blocks)
+        self._kept[to.key, kept.head.uid] = kept
 
-    def round_trip(self, to: Contact) -> float | None:
-        """Returns the seconds that a call without bytes takes to a server; None if that is not known."""
-        return self._round_trips.get(to.key)
+    def forget_kept(self, to: Contact, uid: str) -> None:
+        """Note that a server is to keep another copy, while it is not known yet whether it does."""
+        self._kept.pop((to.key, uid), None)
 
-    def note_round_trip(self, to: Contact, seconds: float) -> None:
+    def link(self, to: Contact) -> _Link | None:
+        """Returns what is known of the way to a server, if there is anything."""
+        return self._links.get(to.key)
+
+    def note_round_trip(self, to: Contact, seconds: float) -> _Link:
         """Note the seconds that a call has taken, which hardly had any bytes to carry."""
-        if len(self._round_trips) >= MAX_ROUND_TRIPS:
-            self._round_trips.clear()
-        self._round_trips[to.key] = min(seconds, self._round_trips.get(to.key, seconds))
+        if len(self._links) >= MAX_LINKS:
+            self._links.clear()
+        link = self._links.setdefault(to.key, _Link(seconds, FIRST_PART))
+        link.round_trip = min(seconds, link.round_trip)
+        return link
 
     @asynccontextmanager
-    async def part(self, size: int, round_trip: float = 0.0) -> AsyncIterator[None]:
+    async def part(self, size: int, round_trip: float = 0.0) -> AsyncIterator[_FreeTime]:
         """Wait until a part of `size` bytes may be sent, which is to happen in the block. Others wait meanwhile.
 
         Args:
@@ -117,12 +153,14 @@ class CopyBudget:
         """
         async with self._turn:
             await trio.sleep_until(self._next)
-            began = trio.current_time()
+            began, free = trio.current_time(), _FreeTime(round_trip)
             self.sent += size
-            self._next = began + size / self.rate
-            yield  # if this fails, time was spent on a server that is gone, and not on the link
+            seconds = size / self.rate
+            self._saved, self._at = min(BURST, self._saved + max(0.0, began - self._at)) - seconds, began
+            self._next = began + max(seconds / HIGHER, -self._saved)
+            yield free  # if this fails, time was spent on a server that is gone, and not on the link
             took = trio.current_time() - began
-            busy = max(0.0, took - round_trip)
+            busy = max(0.0, took - free.seconds)
             pause = min(busy / self.share - busy, MAX_PAUSE)
             self._next = max(self._next, began + took + pause)
 
@@ -161,41 +199,47 @@ async def send_copy(
 async def _send(
     caller: Caller, to: Contact, head: CopyHead, data: memoryview, budget: CopyBudget, until: float
 ) -> None:
-    round_trip, blocks = budget.round_trip(to), b""
-    small = len(data) <= WHOLE and not budget.is_kept(to, head)
-    if not small or round_trip is None or not await _send_whole(caller, to, head, data, budget, round_trip):
-        blocks = await _send_in_parts(caller, to, head, data, budget, until)
-    budget.note_kept(to, head, blocks)
+    link, kept = budget.link(to), budget.kept(to, head.uid)
+    most = max(WHOLE, link.part) if link is not None and kept is not None and kept.changing else WHOLE
+    if link is None or len(data) > most or (kept is not None and kept.head == head):
+        kept = None
+    else:
+        kept = await _send_whole(caller, to, head, data, budget, link)
+    budget.note_kept(to, kept or await _send_in_parts(caller, to, head, data, budget, until))
 
 
 async def _send_whole(
-    caller: Caller, to: Contact, head: CopyHead, data: memoryview, budget: CopyBudget, round_trip: float
-) -> bool:
-    """Send a small copy with its offer. Returns whether it is kept; if not, it is to be sent in parts."""
+    caller: Caller, to: Contact, head: CopyHead, data: memoryview, budget: CopyBudget, link: _Link
+) -> _Kept | None:
+    """Send a small copy with its offer. Returns what is kept; if nothing, it is to be sent in parts."""
     tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
-        async with budget.part(len(data), round_trip):
+        async with budget.part(len(data), link.round_trip) as free:
             began = trio.current_time()
             reply = await caller.call(to, OFFER, head, [tensor], returns=CopyOffer, timeout=OFFER_TIMEOUT, lane=BULK)
-            budget.note_round_trip(to, trio.current_time() - began)
+            took, offer = trio.current_time() - began, reply.body
+            free.seconds += offer.took
+            budget.note_round_trip(to, took)
+            link.note_part(len(data), took - offer.took)
     except Overloaded:
-        return False
-    offer: CopyOffer = reply.body
-    return offer.token is None
+        return None
+    return None if offer.token else _Kept(head, changing=len(data) > WHOLE)
 
 
 async def _send_in_parts(
     caller: Caller, to: Contact, head: CopyHead, data: memoryview, budget: CopyBudget, until: float
-) -> bytes:
-    """Send what the server has not from an older copy. Returns the digests of all blocks."""
+) -> _Kept:
+    """Send what the server has not from an older copy."""
     offer, round_trip = await _offer(caller, to, head, until)
-    budget.note_round_trip(to, round_trip)
-    before, blocks = budget.take_blocks(to, head, offer.older if offer.token else head.crc32), bytearray()
+    link, kept = budget.note_round_trip(to, round_trip), budget.kept(to, head.uid)
     if offer.token is None:
-        return before  # it is there already
-    offset, size = 0, FIRST_PART
+        return kept if kept is not None and kept.head == head else _Kept(head)  # it is there already
+    budget.forget_kept(to, head.uid)
+    before = kept.blocks if kept is not None and kept.head.crc32 == offer.older else b""
+    blocks = None if kept is not None and kept.changing else bytearray()
+    offset, changing = 0, bool(before)
     while offset < len(data):
-        same, count = _next_part(data, offset, size, before, blocks)
+        same, count = _next_part(data, offset, budget.most(link), before, blocks)
         some = b"" if same else bytearray(data[offset : offset + count])
         async with budget.part(len(some), round_trip):
             began = trio.current_time()
@@ -204,16 +248,20 @@ async def _send_in_parts(
             await caller.call(to, PART, part, tensors, timeout=PART_TIMEOUT, lane=BULK)
             took = trio.current_time() - began
         offset += count
-        if not same:
-            size = min(MAX_PART, 2 * size) if took < QUICK else max(MIN_PART, size // 2) if took > SLOW else size
+        if same:
+            changing = False
+        else:
+            link.note_part(count, took)
     timeout = CHECK_TIMEOUT + head.size / CHECKED_PER_SECOND
     reply = await caller.call(to, DONE, offer.token, returns=CopyKept, timeout=timeout, lane=BULK)
     if reply.body.updates != head.updates:
         raise BadReply(f"{to.endpoint} says that it keeps another copy of {head.uid} than it was sent")
-    return bytes(blocks)
+    if blocks is None or changing:
+        return _Kept(head, changing=True)
+    return _Kept(head, bytes(blocks))
 
 
-def _next_part(data: memoryview, offset: int, size: int, before: bytes, blocks: bytearray) -> tuple[bool, int]:
+def _next_part(data: memoryview, offset: int, size: int, before: bytes, blocks: bytearray | None) -> tuple[bool, int]:
     """What to send next.
 
     Args:
@@ -221,11 +269,13 @@ def _next_part(data: memoryview, offset: int, size: int, before: bytes, blocks: 
         offset: Where in it.
         size: Bytes to send along at most.
         before: The digests of the blocks that the server has.
-        blocks: Those of this file so far; more are appended.
+        blocks: Those of this file so far; more are appended. None if they are not wanted.
 
     Returns:
         Whether the server has the next bytes, and how many.
     """
+    if blocks is None:
+        return False, min(size, len(data) - offset)
 
     def is_same(number: int) -> bool:
         place = slice(number * DIGEST, (number + 1) * DIGEST)
