@@ -22,6 +22,14 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "qk_nope_head_dim": 4, "v_head_dim": 8, **_WIDE,
         },
     ),
+    "aria": ("AriaTextConfig", {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1, **_WIDE}),
+    "inkling2": (
+        "Inkling2TextConfig",
+        {
+            "n_routed_experts": 4, "moe_intermediate_size": 20, "head_dim": 8, "unpadded_vocab_size": VOCABULARY,
+            "sliding_window": 8, **_WIDE,
+        },
+    ),
     "granitemoe": ("GraniteMoeConfig", {"num_local_experts": 4, **_WIDE}),
     "gpt_oss": (
         "GptOssConfig",
@@ -34,7 +42,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tiny_mixture(family: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A causal language model of one of `FAMILIES` or "granitemoe".
+    """A causal language model of one of `FAMILIES`, or one that has its experts in files in a way of its own.
 
     It has two layers of four experts each; DeepSeek's first has none.
     """

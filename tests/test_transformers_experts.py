@@ -346,15 +346,15 @@ def test_checkpointed_gradients_give_the_same():
             assert_close(parameter.grad, wanted[name].grad, rtol=1e-4, atol=1e-6)
 
 
-# w1 to w3, by names, all in one tensor, and that under other names
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "granitemoe"])
+# w1 to w3, by names, all in one tensor, that under other names, and with gate and up in turns
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "aria", "inkling2"])
 def test_servers_read_their_own_experts_from_a_folder_and_no_others(family, tmp_path, monkeypatch):
     model = tiny_mixture(family)
     model.save_pretrained(tmp_path, max_shard_size="12KB")
     read, weights = list[str](), ModelFolder.weights
 
     def watched(folder: ModelFolder, layer: int, e: int) -> dict[str, torch.Tensor]:
-        read.append(f"{family}.{layer}.{e}")
+        read.append(f"{model.config.model_type}.{layer}.{e}")
         return weights(folder, layer, e)
 
     monkeypatch.setattr(ModelFolder, "weights", watched)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch.testing import assert_close
+from transformers import initialization as init
 
 import labkit as lk
 from labkit.integrations import transformers as lkt
@@ -33,7 +34,7 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "aria", "inkling2"])
 def test_it_computes_and_learns_what_the_whole_one_does_and_its_experts_come_home(family, tmp_path):
     whole = tiny_mixture(family)
     whole.save_pretrained(tmp_path, max_shard_size="12KB")
@@ -42,7 +43,8 @@ def test_it_computes_and_learns_what_the_whole_one_does_and_its_experts_come_hom
         lkt.serve_experts(swarm, tmp_path, servers=2, backups=0, backend=backend, isolation="task")
         model = lkt.from_pretrained(tmp_path, swarm)
         assert type(model) is type(whole) and not model.training
-        assert model.num_parameters() < 0.7 * whole.num_parameters()
+        experts = sum(p.numel() for name, p in whole.named_parameters() if ".experts." in name)
+        assert model.num_parameters() == whole.num_parameters() - experts
         ours, theirs = model(tokens(), labels=tokens()), whole(tokens(), labels=tokens())
         assert_close(ours.logits, theirs.logits, rtol=0, atol=1e-5)
         ours.loss.backward(), theirs.loss.backward()
@@ -52,6 +54,24 @@ def test_it_computes_and_learns_what_the_whole_one_does_and_its_experts_come_hom
         now = dict(lkt.detach(model).named_parameters())
         assert now.keys() == wanted.keys()
         assert all(torch.equal(now[name], parameter) for name, parameter in wanted.items())
+
+
+def test_a_family_that_draws_numbers_for_experts_beside_its_router_draws_none(tmp_path, monkeypatch):
+    whole = tiny_mixture("olmoe")
+    whole.save_pretrained(tmp_path)
+    draw = transformers.OlmoeModel._init_weights
+
+    def draws_more(model: Any, module: Any) -> None:
+        draw(model, module)
+        if hasattr(module, "experts"):
+            init.normal_(module.experts.gate_up_proj)
+
+    monkeypatch.setattr(transformers.OlmoePreTrainedModel, "_init_weights", draws_more)
+    with lk.Swarm(name="mixture") as swarm:
+        lkt.serve_experts(swarm, tmp_path, backups=0, isolation="task")
+        model = lkt.from_pretrained(tmp_path, swarm)
+        assert_close(model(tokens()).logits, whole(tokens()).logits, rtol=0, atol=1e-5)
+        assert all("experts." not in name for name, _ in model.named_parameters())
 
 
 def test_at_no_moment_are_the_experts_in_this_process(tmp_path, forked_python):

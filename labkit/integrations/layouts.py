@@ -140,7 +140,10 @@ def _candidates(module: nn.Module) -> Iterator[dict[str, Any]]:
     if not module.has_gate:
         yield from ({"activation": name, "gate": "none"} for name in ACTIVATIONS)
         return
-    numbers = {name: float(v) for name, v in vars(module).items() if type(v) in (int, float)}
+    numbers = {
+        f"{path}.{name}": float(value)
+        for path, part in module.named_modules() for name, value in vars(part).items() if type(value) in (int, float)
+    }  # fmt: skip
     limits = [value for name, value in numbers.items() if "limit" in name]
     alphas = [value for name, value in numbers.items() if "alpha" in name]
     for gate, activation in product(GATES, ACTIVATIONS):
@@ -150,6 +153,9 @@ def _candidates(module: nn.Module) -> Iterator[dict[str, Any]]:
             yield from ({"activation": activation, "gate": gate, "limit": limit} for limit in limits)
     for limit, alpha in product(limits, alphas):
         yield {"activation": "silu", "gate": "shifted", "limit": limit, "alpha": alpha}
+    caps = [value for name, value in numbers.items() if "cap" in name]
+    for limit, alpha in product(caps, caps):
+        yield {"activation": "silu", "gate": "softcapped", "limit": limit, "alpha": alpha}
 
 
 # ---------------------------------------------------------------- their weights

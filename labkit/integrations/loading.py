@@ -7,18 +7,22 @@ transformers.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from labkit.integrations.attaching import Model, attach, check_grid
-from labkit.integrations.layouts import expert_layers, grid_name_of, grid_of, own_parameters
+from labkit.integrations.layouts import ExpertLayer, expert_layers, grid_name_of, grid_of, own_parameters
 
 if TYPE_CHECKING:
     from labkit.swarm import Swarm
 
+INIT = "_init_weights"  # how transformers draws numbers for what it has not read
 OF_EXPERTS = r"(^|\.)experts\."  # in the names of tensors that are left unread
 
 
@@ -59,24 +63,37 @@ def from_pretrained(
     config = options.pop("config", None) or transformers.AutoConfig.from_pretrained(source)
     plain, grid_name = _class_of(config), grid_name_of(config) if name is None else name
     without = dict[str, dict[str, nn.Parameter]]()  # path of a module of experts -> its parameters, without numbers
+    found = list[ExpertLayer]()
 
     def without_experts(self: Any, *args: Any, **kwargs: Any) -> None:
         plain.__init__(self, *args, **kwargs)
-        layers = expert_layers(self)
-        if not layers:
+        found[:] = expert_layers(self)
+        if not found:
             raise ValueError(f"this {plain.__name__} has no experts that could be elsewhere")
-        check_grid(swarm, grid_name, grid_of(layers), layers)  # before anything is read
-        for layer in layers:
+        check_grid(swarm, grid_name, grid_of(found), found)  # before anything is read
+        for layer in found:
             without[layer.path] = own_parameters(layer.module)
-            for parameter in without[layer.path]:
-                layer.module.register_parameter(parameter, None)
+            _put(layer, without[layer.path], None)
             layer.module._is_hf_initialized = True  # type: ignore[assignment]  # so that it draws no numbers
+        for part in self.modules():
+            if isinstance(part, transformers.PreTrainedModel):
+                part.__dict__[INIT] = partial(init_weights, getattr(part, INIT))
         ignored = self._keys_to_ignore_on_load_unexpected or ()
         self._keys_to_ignore_on_load_unexpected = {*ignored, OF_EXPERTS}
+
+    def init_weights(init: Callable[[nn.Module], None], module: nn.Module) -> None:
+        around = [layer for layer in found if layer.block is module]
+        for layer in around:  # some families draw numbers for experts where their router is
+            _put(layer, without[layer.path], torch.empty(0))
+        init(module)
+        for layer in around:
+            _put(layer, without[layer.path], None)
 
     class_without = type(plain.__name__, (plain,), {"__init__": without_experts, "__module__": plain.__module__})
     loaded: Any = class_without.from_pretrained(source, config=config, **options)  # type: ignore[attr-defined]
     loaded.__class__ = plain
+    for part in loaded.modules():
+        part.__dict__.pop(INIT, None)
     for path, parameters in without.items():
         for parameter, value in parameters.items():
             loaded.get_submodule(path).register_parameter(parameter, value)
@@ -84,6 +101,11 @@ def from_pretrained(
         loaded, swarm, name=name, missing=missing, train_experts=train_experts, timeout=timeout, codec=codec
     )  # fmt: skip
     return loaded
+
+
+def _put(layer: ExpertLayer, names: Iterable[str], numbers: Tensor | None) -> None:
+    for name in names:
+        layer.module.register_parameter(name, None if numbers is None else nn.Parameter(numbers))
 
 
 def _class_of(config: Any) -> Any:

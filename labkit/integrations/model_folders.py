@@ -1,15 +1,17 @@
 """The experts in a folder where a Transformers model was saved, read one at a time.
 
-No process ever holds all of them: safetensors files are read lazily. A family's files have the experts of a layer in
-one tensor each, or each expert by itself, under names of the family's own; both are found here. Importing this imports
-transformers.
+No process ever holds all of them: safetensors files are read lazily. How the tensors there become a model's parameters,
+Transformers knows for each family (`conversion_mapping`): some have the experts of a layer in one tensor each, others
+each expert by itself, under names of their own. Of what it does for all experts of a layer, this does one expert's
+share. Importing this imports transformers.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,16 +20,23 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from labkit.integrations.layouts import PARAMETERS, ExpertLayer, expert_layers, weights_of
+from labkit.integrations.layouts import FLAGS, PARAMETERS, expert_layers, weights_of
 
-_KEY = re.compile(r"(?P<layer>.*)\.experts\.(?:(?P<number>\d+)\.)?(?P<name>[\w.]+)")
-_GRANITE = re.compile(r"(?P<layer>.*\.block_sparse_moe)\.(?P<name>input|output)_linear\.weight")
-_OF_GRANITE = {"input": "gate_up_proj", "output": "down_proj"}  # name there -> as others call it
-_NAMES = {  # of an expert by itself -> what it is
-    "gate_proj.weight": "gate", "w1.weight": "gate", "up_proj.weight": "up", "w3.weight": "up",
-    "down_proj.weight": "down", "w2.weight": "down", "gate_up_proj.weight": "gate_up",
-}  # fmt: skip
+
+@dataclass
+class _Source:
+    """Where the numbers of one parameter of a layer's experts are.
+
+    Args:
+        convert: What Transformers makes the parameter of them with; None if they are the parameter.
+        keys: The names of the tensors, in their order, by the pattern that they have there.
+    """
+
+    convert: Any
+    keys: dict[str, list[str]] = field(default_factory=dict)
 
 
 class ModelFolder:
@@ -54,75 +63,104 @@ class ModelFolder:
             )
         self.config: Any = transformers.AutoConfig.from_pretrained(path)
         self._files = _files(path)
-        self._tensors = self._find()
         with torch.device("meta"):
             self.model: Any = self._model_class()(self.config)
-        if not expert_layers(self.model):
+        self.layers = expert_layers(self.model)
+        if not self.layers:
             raise ValueError(f"the model in {path}, a {type(self.model).__name__}, has no experts that could be served")
+        self._sources = self._find()
         self.layers = expert_layers(self.model.to(self._dtype()))
-        if len(self._tensors) < len(self.layers):
-            raise ValueError(
-                f"the files in {path} have {len(self._tensors)} layers of experts under names that are known here, and "
-                f"the model has {len(self.layers)}"
-            )
 
     def weights(self, number: int, e: int) -> dict[str, Tensor]:
         """The parameters of one expert as the kind "gated" has them: expert `e` of the layer `number`."""
-        layer, tensors = self.layers[number], self._tensors[number]
-        return weights_of(self._stand_in(layer, tensors, e), 0)
+        layer = self.layers[number]
+        flags = {flag: getattr(layer.module, flag) for flag in FLAGS}
+        sources = self._sources[layer.path]
+        parameters = {name: self._parameter(f"{layer.path}.{name}", sources[name], e) for name in sources}
+        return weights_of(SimpleNamespace(**flags, **parameters), 0)  # type: ignore[arg-type]
 
-    def _stand_in(self, layer: ExpertLayer, tensors: Mapping[tuple[int | None, str], str], e: int) -> Any:
-        """What has the same attributes as the module of a layer, with the weights of a single expert."""
-        module: Any = layer.module
-        flags = {flag: getattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed", "is_concatenated")}
-        together = {name: key for (number, name), key in tensors.items() if number is None and name in PARAMETERS}
-        if together:
-            return SimpleNamespace(**flags, **{name: self._read(key, e)[None] for name, key in together.items()})
-        own = {_NAMES[name]: key for (number, name), key in tensors.items() if number == e and name in _NAMES}
-        ups = ["gate_up"] if "gate_up" in own else ["gate", "up"] if module.has_gate else ["up"]
-        if missing := {"down", *ups} - own.keys():
-            lacking = " and ".join(sorted(missing))
-            raise ValueError(f"the files in {self.path} have no {lacking} of expert {e} at {layer.path}")
-        up, down = torch.cat([self._read(own[name]) for name in ups]), self._read(own["down"])
-        # Experts that are stored by themselves are so as linear layers have them.
-        plain = {"has_bias": False, "is_transposed": False, "is_concatenated": True}
-        first = "gate_up_proj" if module.has_gate else "up_proj"
-        return SimpleNamespace(**{**flags, **plain, first: up[None], "down_proj": down[None]})
+    def _parameter(self, name: str, source: _Source, e: int) -> Tensor:
+        """One expert's share of a parameter, [1, …]."""
+        if source.convert is None:
+            ((key,),) = source.keys.values()
+            return self._read(key, e)
+        convert = copy.deepcopy(source.convert)
+        for pattern, keys in source.keys.items():
+            alone = "*" in pattern  # a tensor for each expert
+            if alone and e >= len(keys):
+                raise ValueError(f"the files in {self.path} have no {pattern.replace('*', str(e))} of {name}")
+            convert.add_tensor(name, keys[0], pattern, self._read(keys[e]) if alone else self._read(keys[0], e))
+        made = convert.convert(name, model=_WithOneExpert(self.model), config=self.config)
+        value = next(iter(made.values()))
+        tensor: Tensor = value[0] if isinstance(value, list) else value
+        return tensor
 
     def _read(self, key: str, e: int | None = None) -> Tensor:
+        """A tensor; with `e`, what is that expert's of a tensor [experts, …], as [1, …]."""
         with safe_open(self._files[key], "pt") as file:
-            tensor: Tensor = file.get_tensor(key) if e is None else file.get_slice(key)[e]
+            lazily = file.get_slice(key)
+            tensor: Tensor = lazily[e : e + 1] if e is not None and lazily.get_shape() else file.get_tensor(key)
             return tensor
 
-    def _find(self) -> list[dict[tuple[int | None, str], str]]:
-        """The names of tensors of experts, by layer, in the order of layers: number (None for all) and name -> name."""
-        layers: dict[str, dict[tuple[int | None, str], str]] = {}
-        for key in self._files:
-            if match := _GRANITE.fullmatch(key):
-                layers.setdefault(match["layer"], {})[None, _OF_GRANITE[match["name"]]] = key
-            elif match := _KEY.fullmatch(key):
-                number = None if match["number"] is None else int(match["number"])
-                layers.setdefault(match["layer"], {})[number, match["name"]] = key
-        return [layers[name] for name in sorted(layers, key=_natural)]
+    def _find(self) -> dict[str, dict[str, _Source]]:
+        """Where the numbers of experts are, by layer and parameter. Raises `ValueError`."""
+        transforms = get_model_conversion_mapping(self.model)
+        renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+        converters = [one for one in transforms if isinstance(one, WeightConverter)]
+        by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+        wanted = self.model.state_dict()
+        own = {
+            f"{layer.path}.{name}": (layer.path, name)
+            for layer in self.layers for name in PARAMETERS if getattr(layer.module, name, None) is not None
+        }  # fmt: skip
+        found: dict[str, dict[str, _Source]] = {layer.path: {} for layer in self.layers}
+        for key in sorted(self._files, key=_natural):
+            prefix = self.model.base_model_prefix
+            target, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
+            if target not in wanted and key in wanted:
+                target, pattern = key, None
+            if target in own:
+                path, name = own[target]
+                convert = None if pattern is None else by_pattern[pattern]
+                source = found[path].setdefault(name, _Source(convert))
+                source.keys.setdefault(pattern or "", []).append(key)
+        if lacking := [target for target, (path, name) in own.items() if name not in found[path]]:
+            raise ValueError(
+                f"the files in {self.path} have nothing for {lacking[0]} that Transformers {transformers.__version__} "
+                "knows of; load the model, and serve what was loaded: lkt.serve_experts(swarm, model)"
+            )
+        return found
 
     def _dtype(self) -> torch.dtype:
         """The type of the experts' numbers in the files."""
-        for tensors in self._tensors:
-            for (_, name), key in tensors.items():
-                if name in PARAMETERS or name in _NAMES:
-                    with safe_open(self._files[key], "pt") as file:
-                        probe: Tensor = file.get_slice(key)[:1]
-                        return probe.dtype
-        raise ValueError(
-            f"the files in {self.path} have no experts' weights under names that are known here, and quantized ones "
-            "cannot be served; load the model, and serve what was loaded: lkt.serve_experts(swarm, model)"
-        )
+        source = self._sources[self.layers[0].path]["down_proj"]
+        dtype = self._parameter(f"{self.layers[0].path}.down_proj", source, 0).dtype
+        if not dtype.is_floating_point:
+            raise ValueError(
+                f"the experts in {self.path} are quantized ({dtype}), and such cannot be served; load the model, and "
+                "serve what was loaded: lkt.serve_experts(swarm, model)"
+            )
+        return dtype
 
     def _model_class(self) -> Any:
         for name in self.config.architectures or ():
             if (found := getattr(transformers, name, None)) is not None:
                 return found
         return transformers.AutoModelForCausalLM.from_config
+
+
+class _WithOneExpert:
+    """A model as conversions see it, in which every layer has a single expert."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def get_parameter(self, name: str) -> Any:
+        """The first expert's share of a parameter."""
+        return self._model.get_parameter(name)[:1]
 
 
 def _files(path: Path) -> dict[str, Path]:

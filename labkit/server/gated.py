@@ -27,7 +27,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
-GATES = ("plain", "none", "clamped", "clamped after", "shifted", "float32")
+GATES = ("plain", "none", "clamped", "clamped after", "shifted", "softcapped", "float32")
+LIMITED = ("clamped", "clamped after", "shifted", "softcapped")  # gates that need a limit
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -44,8 +45,8 @@ class Gated(nn.Module):
         gate: How gate and up become one: "plain" (default), or as `apply_gate` says. "none":
             there is no gate, but down(activation(up(x))).
         bias: Whether the linear layers have one.
-        limit: Of the clamped gates: the largest number.
-        alpha: Of "shifted": the factor in its sigmoid.
+        limit: Of the clamped gates and "softcapped": the largest number.
+        alpha: Of "shifted": the factor in its sigmoid; of "softcapped": the largest number of up.
         dtype: Of the parameters: "float32" (default), "float64", "float16" or "bfloat16".
         lora: The rank of adapters beside both linear layers, which are then frozen. Default 0:
             none, and all parameters are trained.
@@ -67,7 +68,7 @@ class Gated(nn.Module):
             raise ValueError(one_of("gate", gate, GATES))
         if dtype not in DTYPES:
             raise ValueError(one_of("dtype", dtype, DTYPES))
-        if (limit is None and gate in ("clamped", "clamped after", "shifted")) or (alpha is None and gate == "shifted"):
+        if (limit is None and gate in LIMITED) or (alpha is None and gate in ("shifted", "softcapped")):
             raise ValueError(f"gate={gate!r}, limit={limit!r}, alpha={alpha!r}: it needs a number")
         if not isinstance(lora, int) or isinstance(lora, bool) or not 0 <= lora <= min(hidden, inner):
             raise ValueError(
@@ -125,7 +126,8 @@ def apply_gate(x: Tensor, activation: str, gate: str, limit: float | None = None
         activation: One of `ACTIVATIONS`.
         gate: "plain": activation(gate) * up. "clamped": the same of numbers up to `limit`. "clamped after": the
             activation of the gate is clamped. "shifted": as gpt-oss has it, a clamped gate times the sigmoid of
-            `alpha` times itself, times up + 1. "float32": as "plain", computed in float32. "none": activation(x).
+            `alpha` times itself, times up + 1. "softcapped": sigmoid(gate) times gate and up, which tanh keeps below
+            `limit` and `alpha`, in float32. "float32": as "plain", computed in float32. "none": activation(x).
         limit: See `gate`.
         alpha: See `gate`.
     """
@@ -138,6 +140,10 @@ def apply_gate(x: Tensor, activation: str, gate: str, limit: float | None = None
     if gate == "float32":
         return (act(first.float()) * up.float()).to(x.dtype)
     assert limit is not None
+    if gate == "softcapped":
+        assert alpha is not None
+        first, up, dtype = first.float(), up.float(), x.dtype
+        return (torch.tanh(first / limit) * limit * torch.sigmoid(first) * (torch.tanh(up / alpha) * alpha)).to(dtype)
     up = up.clamp(-limit, limit)
     if gate == "clamped after":
         return act(first).clamp(max=limit) * up
