@@ -14,7 +14,7 @@ from transformers import initialization as init
 
 import labkit as lk
 from labkit.integrations import transformers as lkt
-from tests.mixtures import FAMILIES, tiny_mixture, tokens
+from tests.mixtures import FAMILIES, save_quantized, tiny_mixture, tokens
 
 MB = 1 << 20
 
@@ -34,6 +34,12 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
 
+def assert_same_numbers(model: Any, other: Any) -> None:
+    ours, theirs = dict(model.named_parameters()), dict(other.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], parameter) for name, parameter in theirs.items())
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, "aria", "inkling2"])
 def test_it_computes_and_learns_what_the_whole_one_does_and_its_experts_come_home(family, tmp_path):
     whole = tiny_mixture(family)
@@ -51,9 +57,20 @@ def test_it_computes_and_learns_what_the_whole_one_does_and_its_experts_come_hom
         wanted = dict(whole.named_parameters())
         for name, parameter in model.named_parameters():
             assert_close(parameter.grad, wanted[name].grad, rtol=1e-4, atol=1e-6)
-        now = dict(lkt.detach(model).named_parameters())
-        assert now.keys() == wanted.keys()
-        assert all(torch.equal(now[name], parameter) for name, parameter in wanted.items())
+        assert_same_numbers(lkt.detach(model), whole)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
+def test_what_is_quantized_in_its_folder_is_served_and_loaded_as_the_plain_numbers_that_it_stands_for(family, tmp_path):
+    save_quantized(family, tmp_path)
+    how = {"gpt_oss": transformers.Mxfp4Config, "deepseek_v3": transformers.FineGrainedFP8Config}[family]
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=how(dequantize=True))
+    with lk.Swarm(name="mixture") as swarm:
+        lkt.serve_experts(swarm, tmp_path, backups=0, isolation="task")
+        model = lkt.from_pretrained(tmp_path, swarm)
+        assert swarm.grids()[model.config.model_type].options["dtype"] == "bfloat16"
+        assert_close(model(tokens()).logits, whole(tokens()).logits, rtol=0.05, atol=0.1)  # 16-bit sums
+        assert_same_numbers(lkt.detach(model), whole)
 
 
 def test_a_family_that_draws_numbers_for_experts_beside_its_router_draws_none(tmp_path, monkeypatch):

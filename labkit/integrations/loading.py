@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from labkit.integrations.attaching import Model, attach, check_grid
 from labkit.integrations.layouts import ExpertLayer, expert_layers, grid_name_of, grid_of, own_parameters
+from labkit.integrations.model_folders import plain_quantization
 
 if TYPE_CHECKING:
     from labkit.swarm import Swarm
@@ -50,7 +51,7 @@ def from_pretrained(
         timeout: As for `attach`.
         codec: As for `attach`.
         **options: Others of Transformers' own `from_pretrained`, such as `dtype` or
-            `device_map`.
+            `device_map`. What was quantized (FP8, MXFP4) becomes plain numbers.
 
     Returns:
         The model.
@@ -61,6 +62,8 @@ def from_pretrained(
     """
     source = str(model)
     config = options.pop("config", None) or transformers.AutoConfig.from_pretrained(source)
+    if "quantization_config" not in options and (quantization := plain_quantization(config)) is not None:
+        config.quantization_config = quantization
     plain, grid_name = _class_of(config), grid_name_of(config) if name is None else name
     without = dict[str, dict[str, nn.Parameter]]()  # path of a module of experts -> its parameters, without numbers
     found = list[ExpertLayer]()

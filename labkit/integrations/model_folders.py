@@ -3,7 +3,7 @@
 No process ever holds all of them: safetensors files are read lazily. How the tensors there become a model's parameters,
 Transformers knows for each family (`conversion_mapping`): some have the experts of a layer in one tensor each, others
 each expert by itself, under names of their own. Of what it does for all experts of a layer, this does one expert's
-share. Importing this imports transformers.
+share; of quantized ones, it makes the plain numbers that experts learn with. Importing this imports transformers.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from labkit.integrations.layouts import FLAGS, PARAMETERS, expert_layers, weights_of
 
@@ -65,6 +66,7 @@ class ModelFolder:
         self._files = _files(path)
         with torch.device("meta"):
             self.model: Any = self._model_class()(self.config)
+        self.model.to(getattr(self.config, "dtype", None))
         self.layers = expert_layers(self.model)
         if not self.layers:
             raise ValueError(f"the model in {path}, a {type(self.model).__name__}, has no experts that could be served")
@@ -104,7 +106,7 @@ class ModelFolder:
 
     def _find(self) -> dict[str, dict[str, _Source]]:
         """Where the numbers of experts are, by layer and parameter. Raises `ValueError`."""
-        transforms = get_model_conversion_mapping(self.model)
+        transforms = get_model_conversion_mapping(self.model, hf_quantizer=self._quantizer())
         renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
         converters = [one for one in transforms if isinstance(one, WeightConverter)]
         by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
@@ -131,6 +133,15 @@ class ModelFolder:
             )
         return found
 
+    def _quantizer(self) -> Any:
+        """What makes plain numbers of quantized ones, as Transformers does; None if they are plain."""
+        if (saved := plain_quantization(self.config)) is None:
+            return None
+        try:
+            return AutoHfQuantizer.from_config(saved, pre_quantized=True)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"the experts in {self.path} are quantized, and cannot be read here: {error}") from error
+
     def _dtype(self) -> torch.dtype:
         """The type of the experts' numbers in the files."""
         source = self._sources[self.layers[0].path]["down_proj"]
@@ -147,6 +158,14 @@ class ModelFolder:
             if (found := getattr(transformers, name, None)) is not None:
                 return found
         return transformers.AutoModelForCausalLM.from_config
+
+
+def plain_quantization(config: Any) -> dict[str, Any] | None:
+    """How a model was quantized that is to be read as plain numbers; None if it was not."""
+    saved = getattr(config, "quantization_config", None)
+    if saved is None:
+        return None
+    return {**(saved if isinstance(saved, dict) else saved.to_dict()), "dequantize": True}
 
 
 class _WithOneExpert:
