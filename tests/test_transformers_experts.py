@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 import trio
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import labkit as lk
@@ -364,6 +365,18 @@ def test_servers_read_their_own_experts_from_a_folder_and_no_others(family, tmp_
             assert sorted(swarm.experts()) == sorted(read)
         wanted = model(tokens()).logits
         assert_close(lkt.attach(model, swarm)(tokens()).logits, wanted, rtol=0, atol=1e-5)
+
+
+def test_a_folder_without_some_of_its_experts_is_refused_and_no_other_takes_their_place(tmp_path):
+    tiny_mixture("olmoe").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"of 3 of the 4 experts at model\.layers\.1\.mlp\.experts; a file may be missing"
+    ):
+        ModelFolder(tmp_path)
 
 
 def test_labkit_serve_serves_experts_of_a_model_that_was_saved(tmp_path, capsys):

@@ -31,7 +31,7 @@ from labkit.wire.rpc_types import Caller, Reply, Request
 logger = logging.getLogger(__name__)
 
 PROMISE = 10.0  # seconds of which an expert loses what it has learnt, at most, if copies are not too large for it
-PERIOD, SHORTEST_PERIOD = 9.0, 6.0  # seconds between the states of two copies of an expert, the time they take deducted
+PERIOD, SHORTEST_PERIOD = 9.0, 6.0  # seconds between the states of two copies of an expert, at most and at least
 FORGETTING = 0.1  # of how long copies take, with each that takes less
 LOOK_PERIOD = 0.5  # seconds between two looks for copies that are due
 MARGIN = LOOK_PERIOD + 0.5  # seconds that one waits until it begins
@@ -332,7 +332,7 @@ class Copying:
         """Returns the copy to make next: of which expert, and where to."""
         now = trio.current_time()
         some = self._backups.able()
-        period = max(SHORTEST_PERIOD, min(self.period, PROMISE - MARGIN - self._takes))
+        period = min(self.period, max(SHORTEST_PERIOD, PROMISE - MARGIN - self._takes))
         best: tuple[float, int, str, Contact] | None = None  # seconds of what it has learnt, and updates
         busy = {to.key for to, _ in self._under_way.values()}
         for uid, epoch in self._experts.held.items():
@@ -340,9 +340,9 @@ class Copying:
                 continue
             updates, latest = self._experts.updates(uid), max(self._fresh(uid), key=attrgetter("made"), default=None)
             for to in self._targets(uid, some):
-                copied = self._made.get(uid, {}).get(to.key)
                 if to.key in busy:
                     continue
+                copied = self._made.get(uid, {}).get(to.key)
                 if latest is None:
                     urgency = math.inf, updates
                 elif copied is None or copied.epoch != epoch or now - copied.heard >= SILENCE:

@@ -200,12 +200,12 @@ async def _send(
     caller: Caller, to: Contact, head: CopyHead, data: memoryview, budget: CopyBudget, until: float
 ) -> None:
     link, kept = budget.link(to), budget.kept(to, head.uid)
-    most = max(WHOLE, link.part) if link is not None and kept is not None and kept.changing else WHOLE
-    if link is None or len(data) > most or (kept is not None and kept.head == head):
-        kept = None
-    else:
-        kept = await _send_whole(caller, to, head, data, budget, link)
-    budget.note_kept(to, kept or await _send_in_parts(caller, to, head, data, budget, until))
+    sent = None
+    if link is not None and (kept is None or kept.head != head):
+        most = max(WHOLE, budget.most(link)) if kept is not None and kept.changing else WHOLE
+        if len(data) <= most:
+            sent = await _send_whole(caller, to, head, data, budget, link)
+    budget.note_kept(to, sent or await _send_in_parts(caller, to, head, data, budget, until))
 
 
 async def _send_whole(

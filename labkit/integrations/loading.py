@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from labkit.integrations.attaching import Model, attach, check_grid
 from labkit.integrations.layouts import ExpertLayer, expert_layers, grid_name_of, grid_of, own_parameters
-from labkit.integrations.model_folders import plain_quantization
+from labkit.integrations.model_folders import model_class, plain_quantization
 
 if TYPE_CHECKING:
     from labkit.swarm import Swarm
@@ -64,7 +64,7 @@ def from_pretrained(
     config = options.pop("config", None) or transformers.AutoConfig.from_pretrained(source)
     if "quantization_config" not in options and (quantization := plain_quantization(config)) is not None:
         config.quantization_config = quantization
-    plain, grid_name = _class_of(config), grid_name_of(config) if name is None else name
+    plain, grid_name = model_class(config), grid_name_of(config) if name is None else name
     without = dict[str, dict[str, nn.Parameter]]()  # path of a module of experts -> its parameters, without numbers
     found = list[ExpertLayer]()
 
@@ -109,11 +109,3 @@ def from_pretrained(
 def _put(layer: ExpertLayer, names: Iterable[str], numbers: Tensor | None) -> None:
     for name in names:
         layer.module.register_parameter(name, None if numbers is None else nn.Parameter(numbers))
-
-
-def _class_of(config: Any) -> Any:
-    """The class of the model that has this configuration: the one that was saved, or for writing text."""
-    for name in config.architectures or ():
-        if (found := getattr(transformers, name, None)) is not None:
-            return found
-    return transformers.AutoModelForCausalLM._model_mapping[type(config)]

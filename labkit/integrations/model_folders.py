@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
 from labkit.integrations.layouts import FLAGS, PARAMETERS, expert_layers, weights_of
 
@@ -65,7 +65,7 @@ class ModelFolder:
         self.config: Any = transformers.AutoConfig.from_pretrained(path)
         self._files = _files(path)
         with torch.device("meta"):
-            self.model: Any = self._model_class()(self.config)
+            self.model: Any = model_class(self.config)(self.config)
         self.model.to(getattr(self.config, "dtype", None))
         self.layers = expert_layers(self.model)
         if not self.layers:
@@ -89,8 +89,6 @@ class ModelFolder:
         convert = copy.deepcopy(source.convert)
         for pattern, keys in source.keys.items():
             alone = "*" in pattern  # a tensor for each expert
-            if alone and e >= len(keys):
-                raise ValueError(f"the files in {self.path} have no {pattern.replace('*', str(e))} of {name}")
             convert.add_tensor(name, keys[0], pattern, self._read(keys[e]) if alone else self._read(keys[0], e))
         made = convert.convert(name, model=_WithOneExpert(self.model), config=self.config)
         value = next(iter(made.values()))
@@ -131,14 +129,20 @@ class ModelFolder:
                 f"the files in {self.path} have nothing for {lacking[0]} that Transformers {transformers.__version__} "
                 "knows of; load the model, and serve what was loaded: lkt.serve_experts(swarm, model)"
             )
+        for layer in self.layers:
+            for pattern, keys in ((p, keys) for s in found[layer.path].values() for p, keys in s.keys.items()):
+                if "*" in pattern and len(keys) != layer.count:  # the number of an expert is its place among them
+                    raise ValueError(
+                        f"the files in {self.path} have {pattern} of {len(keys)} of the {layer.count} experts at "
+                        f"{layer.path}; a file may be missing"
+                    )
         return found
 
     def _quantizer(self) -> Any:
         """What makes plain numbers of quantized ones, as Transformers does; None if they are plain."""
-        if (saved := plain_quantization(self.config)) is None:
-            return None
         try:
-            return AutoHfQuantizer.from_config(saved, pre_quantized=True)
+            how = plain_quantization(self.config)
+            return None if how is None else AutoHfQuantizer.from_config(how, pre_quantized=True)
         except (ImportError, ValueError) as error:
             raise ValueError(f"the experts in {self.path} are quantized, and cannot be read here: {error}") from error
 
@@ -153,19 +157,23 @@ class ModelFolder:
             )
         return dtype
 
-    def _model_class(self) -> Any:
-        for name in self.config.architectures or ():
-            if (found := getattr(transformers, name, None)) is not None:
-                return found
-        return transformers.AutoModelForCausalLM.from_config
+
+def model_class(config: Any) -> Any:
+    """The class of the model that has this configuration: the one that was saved, or for writing text."""
+    for name in config.architectures or ():
+        if (found := getattr(transformers, name, None)) is not None:
+            return found
+    return transformers.AutoModelForCausalLM._model_mapping[type(config)]
 
 
 def plain_quantization(config: Any) -> dict[str, Any] | None:
-    """How a model was quantized that is to be read as plain numbers; None if it was not."""
+    """How a model was quantized, to be read as plain numbers if that is possible; None if it was not quantized."""
     saved = getattr(config, "quantization_config", None)
     if saved is None:
         return None
-    return {**(saved if isinstance(saved, dict) else saved.to_dict()), "dequantize": True}
+    own = saved if isinstance(saved, dict) else saved.to_dict()
+    can = hasattr(AutoQuantizationConfig.from_dict(own), "dequantize")
+    return {**own, "dequantize": True} if can else own
 
 
 class _WithOneExpert:
