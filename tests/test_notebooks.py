@@ -176,13 +176,15 @@ def check_experts_outlive_servers(notebook: Any, full: bool) -> None:
 
 def check_a_language_model(notebook: Any, full: bool) -> None:
     plain = texts(notebook)
-    assert numbers(r"(\d+) different ones; windows of 64", plain)[0] >= 60
+    (tokens,) = numbers(r"(\d+) different ones; windows of 64", plain)
+    assert tokens >= 60
     assert plain.count("; killing the server of ") == 2
     validated = re.findall(
         r"^step +(\d+): validation loss ([0-9.]+), perplexity ([0-9.]+), accuracy ([0-9.]+)$", plain, re.MULTILINE
     )
     steps, loss, perplexity, accuracy = ([float(row[column]) for row in validated] for column in range(4))
-    assert steps[-1] == (2000 if full else STEPS) and loss[-1] < loss[0]
+    assert steps[-1] == (2000 if full else STEPS)
+    assert loss[-1] < (loss[0] if full else math.log(tokens)), "early steps have spikes, in one process, too"
     assert all(math.exp(one) == pytest.approx(other, rel=1e-3) for one, other in zip(loss, perplexity, strict=True))
     (before,), (after,) = (
         re.findall(r"^The ([^✝]*)✝", plain, re.MULTILINE),
