@@ -163,6 +163,7 @@ def test_a_swarm_that_cannot_be_joined_is_a_line_that_says_why(capsys):
         (["--listen", "4000"], "tcp://HOST:PORT"),
         (["--key", "/no/such/key"], "make one: labkit keygen /no/such/key"),
         (["--member", "me"], "'me' is not a public key"),
+        (["--member", "-" + 42 * "A", "--listen", "4000"], "tcp://HOST:PORT"),
         (["--checkpoint-dir", "/dev/null"], "no checkpoints can be kept in /dev/null"),
         (["--checkpoint-period", "0"], "--checkpoint-period 0.0: "),
         (["--checkpoint-keep", "0"], "--checkpoint-keep 0: "),

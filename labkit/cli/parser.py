@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ from labkit.suggest import did_you_mean
 
 OTHER_NAMES = {"clip_grad_norm": "clip"}  # of arguments, with the options that give them
 TRAINING_OPTIONS = "--lr, --optimizer and --clip"
+_KEY = re.compile(r"-[\w-]{42}")  # a public key, of which one in 64 begins like an option
 
 
 def in_options(text: str, names: Iterable[str]) -> str:
@@ -43,7 +45,7 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
         """Parse, and end the program with an error if there are options that this command does not have."""
-        found, rest = super().parse_known_args(args, namespace)
+        found, rest = super().parse_known_args(_with_keys(sys.argv[1:] if args is None else args), namespace)
         unknown = next((text.partition("=")[0] for text in rest if text.startswith("-")), None)
         if unknown is not None:
             options = [option for action in self._actions for option in action.option_strings]
@@ -55,3 +57,14 @@ class Parser(argparse.ArgumentParser):
         if wrong := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
             message += did_you_mean(wrong[1], re.findall(r"[\w.-]+", wrong[2]))
         super().error(message)
+
+
+def _with_keys(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with each key that begins with a dash put behind its option, as `--member=KEY`."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1].startswith("--") and _KEY.fullmatch(argument):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
