@@ -37,9 +37,10 @@ def test_a_host_that_takes_no_connections_is_told_so_where_there_is_no_relay(on)
     assert "is no relay). " in relay and "labkit relay --join INVITE there, or labkit serve --relay" in relay
     assert {f"ReachabilityChanged: {reach}", f"RelayChanged: {relay}"} <= set(told["news"])
     assert told["relaying"] == relay and "Only this machine's own network can use this invitation" in told["note"]
-    served.until("not reachable: 5.5.5.10 could not call back at 192.168.1.10:")
-    served.until("no relay takes connections for this node (5.5.5.10")
-    served.until("Only this machine's own network can use this invitation")
+    served.until(
+        "not reachable: 5.5.5.10 could not call back at 192.168.1.10:",
+        "no relay takes connections for this node (5.5.5.10", "Only this machine's own network can use this invitation",
+    )  # fmt: skip
 
 
 def test_who_relays_for_whom_is_said_and_why_a_relay_does_not_and_that_it_is_gone(on):
@@ -70,6 +71,7 @@ def test_who_relays_for_whom_is_said_and_why_a_relay_does_not_and_that_it_is_gon
     assert "reachable" not in told["view"][1] and told["relaying"] == told["view"][1]
     assert any(news.startswith("RelayChanged: the relay ") and address in news for news in told["news"])
     assert f"RelayChanged: {told['relaying']}" in told["news"]
-    served.until(f"the relay {address} is gone")
-    served.until("no relay takes connections for this node")
-    served.until("not reachable: 5.5.5.10 could not call back at 5.5.5.11:")
+    served.until(
+        f"the relay {address} is gone", "no relay takes connections for this node",
+        "not reachable: 5.5.5.10 could not call back at 5.5.5.11:",
+    )  # fmt: skip

@@ -210,17 +210,18 @@ class Process:
             self._lines.put(line.rstrip("\n"))
         self._lines.put(None)
 
-    def until(self, words: str, timeout: float = START_TIME) -> str:
-        """Wait for a line with these words, and return it."""
-        deadline = time.monotonic() + timeout
+    def until(self, *words: str, timeout: float = START_TIME) -> str:
+        """Wait for lines with each of these words, in any order, and return the last one."""
+        deadline, missing = time.monotonic() + timeout, set(words)
         while True:
             try:
                 line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 line = None
-            assert line is not None, f"{self.host.name} did not say {words!r}, but:\n" + "\n".join(self.said)
+            assert line is not None, f"{self.host.name} did not say {missing}, but:\n" + "\n".join(self.said)
             self.said.append(line)
-            if words in line:
+            missing = {some for some in missing if some not in line}
+            if not missing:
                 return line
 
     def ask(self, question: Any) -> Any:
