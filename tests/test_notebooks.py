@@ -268,16 +268,17 @@ def check_language_model(notebook: Any, full: bool) -> None:
     losses = numbers(r"updates and \d+ virtual seconds: validation loss ([0-9.]+)", plain)
     assert len(losses) == 2 and losses[1] < losses[0]
     assert re.search(r"calls without an answer: \{'timeout': \d+\}", plain)
-    # seeds, loss, worst, perplexity, virtual minutes, staleness, dropped batches
+    # seeds, loss, worst, perplexity, virtual minutes, staleness, that of experts, dropped batches
     runs_of = dict[str, dict[str, list[float]]]()
     for size, trainers in (("crowd", 32), ("wikitext", 32), ("small", 8)):
         rows = re.findall(rf"^ *{size}-([\w-]+)( .+)$", plain, re.MULTILINE)
-        runs = runs_of[size] = {name: table(f"{name}{line}", 7)[0] for name, line in rows}
-        for name, (_, loss, _, perplexity, _, staleness, dropped) in runs.items():
+        runs = runs_of[size] = {name: table(f"{name}{line}", 8)[0] for name, line in rows}
+        for name, (_, loss, _, perplexity, _, staleness, experts, dropped) in runs.items():
             assert perplexity == pytest.approx(math.exp(loss), rel=1e-2)
             fresh = name.endswith("fresh") or name == "dense"
             least = 0.84 if name.endswith("failing") else 0.95  # where batches are given up, fewer updates are made
             assert staleness == 0 if fresh else least < staleness / (trainers - 1) < 1.02, "as many as there are others"
+            assert (experts > 0) == (not name.startswith("dense") and not name.endswith("fresh"))
             assert (dropped > 0) == name.endswith("failing")
     crowd = runs_of["crowd"]
     failing = {f"{experts}-experts-1s-failing" for experts in (16, 64, 256)}
