@@ -63,7 +63,7 @@ def _with_keys(arguments: Sequence[str]) -> list[str]:
     """The arguments, with each key that begins with a dash put behind its option, as `--member=KEY`."""
     joined: list[str] = []
     for argument in arguments:
-        if joined and joined[-1].startswith("--") and _KEY.fullmatch(argument):
+        if joined and re.fullmatch(r"--[a-z-]+", joined[-1]) and _KEY.fullmatch(argument):
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)
