@@ -148,7 +148,8 @@ class Swarm(SwarmLayers):
             checkpoint_keep: Checkpoints of each expert that are kept; older ones are called
                 `<uid>~<updates>.safetensors`. If the last is damaged, the one before is loaded.
             backups: Other servers that keep a copy of each expert, from which one of them goes on
-                with it, within seconds, when its server is gone. Default 1; 0 for none.
+                with it, within seconds, when its server is gone. Default 1; 0 for none. One more
+                keeps a copy in reserve, which is older, for the case that all of them are gone.
             spare: Whether they begin without experts, keep copies, take over, and are given some.
                 So do servers for which no place is free.
             backend: Optimizer and limits; by default those of `lk.BackendConfig()`: Adam with a

@@ -33,7 +33,8 @@ from labkit.copies import (
     sending,
 )
 from labkit.copies.backups import SILENCE
-from labkit.copies.copying import MAX_KEEPERS, Copying
+from labkit.copies.copying import Copying
+from labkit.copies.made import MAX_KEEPERS
 from labkit.copies.messages import (
     DONE,
     MAX_PART,

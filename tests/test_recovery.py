@@ -90,7 +90,7 @@ def test_updates_that_are_lost_and_not_counted_are_found(monkeypatch: pytest.Mon
 
     def once(self: copying.Copying) -> Any:  # each expert is copied once, and what was learnt since is not known
         due = next_copy(self)
-        return None if due is not None and self._made.get(due[0]) else due
+        return None if due is not None and self._made.of(due[0]) else due
 
     def uncounted(**said: Any) -> ExpertTakenOver:
         return ExpertTakenOver(**said | {"lost_updates": 0})

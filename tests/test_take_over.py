@@ -17,8 +17,10 @@ import trio
 from labkit.client.expert import RemoteExpert
 from labkit.client.expert_client import ExpertClient
 from labkit.contact import Contact
+from labkit.copies import takeover
 from labkit.copies.messages import OFFER, CopyHead
 from labkit.copies.placement import score
+from labkit.copies.servers import KEY_PREFIX
 from labkit.errors import (
     CheckpointError,
     ConnectionLost,
@@ -119,13 +121,14 @@ async def test_what_was_learnt_since_the_last_copy_is_counted_as_lost(tmp_path, 
         assert lost[UIDS[0]] == 3
 
 
+@pytest.mark.parametrize("servers", [2, 3], ids=["a-pair", "three-of-them-with-copies-in-reserve"])
 async def test_where_copies_nearly_fill_the_link_rare_and_busy_experts_lose_ten_seconds_at_most(
-    tmp_path, autojump_clock
+    tmp_path, autojump_clock, servers
 ):
     grid = (4, 8)
     uids = list(grid_uids("ffn", grid))
     async with copied_swarm(tmp_path, latency=0.01, bandwidth=1e6) as swarm, trio.open_nursery() as nursery:
-        await swarm.serve_grid(2, grid, options={"hidden": 32}, backend=BackendConfig(optimizer="sgd", lr=1e-6))
+        await swarm.serve_grid(servers, grid, options={"hidden": 32}, backend=BackendConfig(optimizer="sgd", lr=1e-6))
         await swarm.until_copied(grid=grid)
         learnt = {uid: [(0.0, 0)] for uid in uids}  # when, and how much
 
@@ -149,6 +152,59 @@ async def test_where_copies_nearly_fill_the_link_rare_and_busy_experts_lose_ten_
             worst = max(worst, *map(missing, uids))
         assert 8 < worst < 9.8, "seconds of updates"
         nursery.cancel_scope.cancel()
+
+
+async def test_an_expert_whose_server_and_backup_leave_in_the_same_second_goes_on_from_the_copy_in_reserve(
+    tmp_path, autojump_clock
+):
+    async with copied_swarm(tmp_path) as swarm:
+        await swarm.serve_grid(4)
+        await swarm.train(UIDS[0], 5)
+        await swarm.until_copied(2)
+        await trio.sleep(20)
+        await swarm.train(UIDS[0], 2)
+        await trio.sleep(15)  # the backup has these now, and the one in reserve has not
+        primary, backup, reserve = await _in_their_order(swarm)
+        await backup.kill()
+        await primary.kill()
+        assert await swarm.until(partial(_served_elsewhere, swarm, primary.contact)) < 10
+        assert (await swarm.holders())[UIDS[0]].contact == reserve.contact
+        lost = {event.uid: event.lost_updates for event in swarm.said(ExpertTakenOver)}
+        assert lost[UIDS[0]] == 2
+        assert await swarm.train(UIDS[0]) == 6
+
+
+async def test_while_the_backup_is_there_the_copy_in_reserve_is_not_used_however_late_the_backup_is(
+    tmp_path, autojump_clock, monkeypatch
+):
+    carry_on = takeover.TakeOver._carry_on
+
+    async def slowly(self: takeover.TakeOver, *args: Any) -> None:
+        if self._own() == backup.contact:
+            await trio.sleep(3)
+        await carry_on(self, *args)
+
+    async with copied_swarm(tmp_path) as swarm:
+        await swarm.serve_grid(4)
+        await swarm.train(UIDS[0], 5)
+        await swarm.until_copied(2)
+        await trio.sleep(20)
+        await swarm.train(UIDS[0], 2)
+        await trio.sleep(15)
+        primary, backup, _ = await _in_their_order(swarm)
+        monkeypatch.setattr(takeover.TakeOver, "_carry_on", slowly)
+        await primary.kill()
+        await swarm.until(partial(_served_elsewhere, swarm, primary.contact))
+        assert (await swarm.holders())[UIDS[0]].contact == backup.contact
+        assert [event.lost_updates for event in swarm.said(ExpertTakenOver)] == [0]
+
+
+async def _in_their_order(swarm: CopiedSwarm) -> list[Server]:
+    """The servers with the first expert: its own, its backup, and the one with the copy in reserve."""
+    info = (await swarm.holders())[UIDS[0]]
+    keys = [info.contact.key[:KEY_PREFIX], *info.copies]
+    assert len(keys) == 3
+    return [server for key in keys for server in swarm.servers if server.contact.key[:KEY_PREFIX] == key]
 
 
 async def test_the_last_server_left_holds_all_experts(tmp_path, autojump_clock):

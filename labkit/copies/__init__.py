@@ -12,7 +12,7 @@ No batch passes here. From the words to the work:
     sending      the primary's side, under a budget of bytes
     servers      the servers of a grid, as they write themselves into the DHT
     placement    which of them is to keep a copy of which expert
-    copying      keeps copies of the experts that are served here; backups: at which servers
+    copying      keeps copies of the experts that are served here; backups: at which servers; made: which there are
     watching     notices who is gone; takeover: claims its experts
     handover     gives experts to others; levelling: until loads are even
     meeting      settles with another server that serves an expert, too, who goes on with it

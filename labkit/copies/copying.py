@@ -4,6 +4,9 @@ First come the experts without a copy, those that have learnt most before the ot
 oldest, so that what is promised in seconds holds for each; each at most once in a period, which is shorter where copies
 take longer. The state is taken between two batches, as for a checkpoint, and sent in parts under a budget, so that
 training goes on beside it.
+
+When there is nothing else to do, one more server gets a copy *in reserve*, once a minute. It is what an expert goes on
+from if its server and all backups leave within the seconds that it takes to make other copies.
 """
 
 from __future__ import annotations
@@ -12,16 +15,16 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from operator import attrgetter
 
 import trio
 
 from labkit.contact import Contact
-from labkit.copies.backups import SILENCE, Backups
+from labkit.copies.backups import Backups
 from labkit.copies.experts import ServedExperts
-from labkit.copies.messages import CopyHead, CopyState, Watched, WatchedExpert, WatchReply
-from labkit.copies.placement import rank, score
+from labkit.copies.made import MadeCopies, MadeCopy
+from labkit.copies.messages import CopyHead, Watched, WatchedExpert, WatchReply
+from labkit.copies.placement import rank
 from labkit.copies.sending import CopyBudget, send_copy
 from labkit.copies.servers import KEY_PREFIX, GridServers, ServerRecord
 from labkit.errors import Overloaded, RequestRefused, RPCError
@@ -32,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 PROMISE = 10.0  # seconds of which an expert loses what it has learnt, at most, if copies are not too large for it
 PERIOD, SHORTEST_PERIOD = 9.0, 6.0  # seconds between the states of two copies of an expert, at most and at least
+RESERVE_PERIOD = 60.0  # the same of one in reserve, at least
 FORGETTING = 0.1  # of how long copies take, with each that takes less
 LOOK_PERIOD = 0.5  # seconds between two looks for copies that are due
 MARGIN = LOOK_PERIOD + 0.5  # seconds that one waits until it begins
@@ -40,29 +44,6 @@ AT_ONCE = 3  # copies that are made at the same time, to different servers, if a
 SMALL = 1 << 20  # bytes
 NAME_PERIOD = 2.0  # seconds between two times that it is said who has copies, while some are made
 PATIENCE = 5.0  # seconds to try again at a server that takes as many copies as it can
-MAX_KEEPERS = 64  # servers that say to have a copy of an expert, beyond which the silent ones are forgotten
-MAX_NAMED = 8  # servers with copies that a declaration names
-
-
-@dataclass(slots=True)
-class Copied:
-    """A whole copy at another server.
-
-    Args:
-        at: The server.
-        epoch: The epoch of the expert.
-        updates: How far the expert had come.
-        size: Bytes; 0 if that is not known.
-        made: When the state was taken, on trio's clock.
-        heard: When its server said last that it is there.
-    """
-
-    at: Contact
-    epoch: int
-    updates: int
-    size: int
-    made: float
-    heard: float
 
 
 class Copying:
@@ -73,7 +54,7 @@ class Copying:
         experts: The experts.
         servers: The servers of the grid.
         own: Returns our own contact.
-        backups: How many copies each expert is to have.
+        backups: How many copies each expert is to have, besides one in reserve if it is to have any.
         emit: Gets a `CopyStored` or `CopyFailed` for each.
         budget: Of bytes, for all copies together.
         period: Seconds between two copies of an expert that learns.
@@ -99,42 +80,28 @@ class Copying:
         self._places: dict[tuple[str, tuple[bytes, ...]], list[Contact]] = {}  # what `_targets` has found
         self._among: object = None  # for which servers, at which address of ours
         self._named: dict[str, tuple[bytes, ...]] = {}
-        self._made: dict[str, dict[bytes, Copied]] = {}  # uid -> key -> copy
+        self._made = MadeCopies(experts.held)
         self._takes = 0.0  # seconds that a copy takes lately, at worst
 
     # ------------------------------------------------------------ what there is
 
     def keys(self, uid: str) -> tuple[bytes, ...]:
-        """Returns the first bytes of the keys of the servers that have a copy of an expert.
-
-        The freshest comes first; of equal ones, another for each expert, so that a server which is gone burdens all.
-        """
-        copies = sorted(self._fresh(uid), key=lambda copied: (-copied.updates, score(uid, copied.at.key)))
-        return tuple(copied.at.key[:KEY_PREFIX] for copied in copies[:MAX_NAMED])
-
-    def _fresh(self, uid: str) -> list[Copied]:
-        """Returns the whole copies of this epoch whose servers are there."""
-        epoch, now = self._experts.held.get(uid), trio.current_time()
-        some = self._made.get(uid, {}).values()
-        return [copied for copied in some if copied.epoch == epoch and now - copied.heard < SILENCE]
+        """Returns the first bytes of the keys of the servers that have a copy of an expert: see `MadeCopies.keys`."""
+        return self._made.keys(uid)
 
     def holders(self, uid: str) -> list[Contact]:
         """Returns the servers that had a copy of an expert when they were heard last."""
-        return [copied.at for copied in self._made.get(uid, {}).values()]
+        return [copy.at for copy in self._made.of(uid).values()]
 
     def copied_updates(self, uid: str) -> int:
         """Returns how far an expert had come at its freshest copy; 0 without one."""
-        return max((copied.updates for copied in self._made.get(uid, {}).values()), default=0)
+        return max((copy.updates for copy in self._made.of(uid).values()), default=0)
 
     def at_risk(self) -> list[str]:
         """Returns the experts that nobody has a copy of, or none that is fresh."""
         if not self.backups:
             return list(self._experts.held)
-        return [uid for uid in self._experts.held if not self._fresh(uid)]
-
-    def count(self) -> int:
-        """Returns how many copies there are of the experts that are served here."""
-        return sum(len(self._fresh(uid)) for uid in self._experts.held)
+        return [uid for uid in self._experts.held if not self._made.fresh(uid)]
 
     @property
     def sent_bytes(self) -> int:
@@ -151,13 +118,13 @@ class Copying:
 
         None if there was none in this epoch.
         """
-        epoch, made = self._experts.held.get(uid), self._made.get(uid, {})
-        updates = {at: copied.updates for at, copied in made.items() if copied.epoch == epoch}
+        epoch = self._experts.held.get(uid)
+        updates = {at: copy.updates for at, copy in self._made.of(uid).items() if copy.epoch == epoch}
         return updates.get(key, max(updates.values(), default=None))
 
     def forget(self, uid: str) -> None:
         """Forget the copies of an expert that is served here no more."""
-        self._made.pop(uid, None)
+        self._made.forget(uid)
         self._given.set()
 
     async def rpc_watch(self, request: Request) -> Reply:
@@ -168,9 +135,7 @@ class Copying:
         body: Watched = request.body
         if request.peer.key not in (None, body.by.key):
             raise RequestRefused("only who keeps copies says so")
-        for state in body.copies:
-            if state.uid in self._experts.held:
-                self._hear(state, body.by)
+        self._made.hear(body.copies, body.by)
         rows = self._said(body)
         if all(row is not None and row.moved is None and not row.drop for row in rows):
             if self._given.is_set():
@@ -180,20 +145,8 @@ class Copying:
             rows = self._said(body)
         for state, row in zip(body.copies, rows, strict=True):
             if row is not None and row.drop:
-                self._made.get(state.uid, {}).pop(body.by.key, None)
+                self._made.drop(state.uid, body.by.key)
         return Reply(WatchReply(rows))
-
-    def _hear(self, state: CopyState, by: Contact) -> None:
-        """Note that a server keeps a copy."""
-        now, made = trio.current_time(), self._made.setdefault(state.uid, {})
-        before = made.get(by.key)
-        if before is None and len(made) >= MAX_KEEPERS:  # some may have said so for years
-            for key in [key for key, copied in made.items() if now - copied.heard >= SILENCE]:
-                del made[key]
-        if before is not None and (before.epoch, before.updates) == (state.epoch, state.updates):
-            before.heard, before.at = now, by
-        elif before is not None or len(made) < MAX_KEEPERS:
-            made[by.key] = Copied(by, state.epoch, state.updates, 0, now, now)
 
     def _said(self, body: Watched) -> list[WatchedExpert | None]:
         """Returns what there is to say of experts that are copied elsewhere."""
@@ -214,7 +167,7 @@ class Copying:
         wanted = [contact.key for contact in self._targets(uid, some)]
         if at.key in wanted:
             return False
-        have = {copied.at.key for copied in self._fresh(uid)}
+        have, wanted = {copy.at.key for copy in self._made.whole(uid)}, wanted[: self.backups]
         return len(wanted) >= self.backups and have.issuperset(wanted)
 
     # ------------------------------------------------------------ making copies
@@ -225,7 +178,8 @@ class Copying:
 
     async def run(self) -> None:
         """Keep copies until cancelled."""
-        named_at, states = trio.current_time(), dict[str, int]()
+        named_at = learnt_at = trio.current_time()
+        states: dict[str, int] = {}
         async with trio.open_nursery() as nursery:
             while True:
                 due = self._next() if len(self._under_way) < self._at_once_now() else None
@@ -233,28 +187,30 @@ class Copying:
                     self._name()
                     named_at = trio.current_time()
                 if due is not None:
-                    uid, to = due
+                    uid, to, reserve = due
                     scope = trio.CancelScope()
                     self._under_way[uid] = to, scope
-                    nursery.start_soon(self._make, uid, to, scope)
+                    nursery.start_soon(self._make, uid, to, reserve, scope)
                     continue
-                if quiet := self._backups.quiet(self._heard()):
+                if quiet := self._backups.quiet(self._made.heard()):
                     for contact in quiet:
                         nursery.start_soon(self._backups.call, contact, self._cancel_copies_to, self.lose)
                     continue  # others may get copies in their place
                 before, states = states, {uid: self._experts.updates(uid) for uid in self._experts.held}
+                learnt_at = learnt_at if states == before else trio.current_time()
+                calm = trio.current_time() - learnt_at >= CALM_LOOK_PERIOD
                 self._wake = trio.Event()
-                with trio.move_on_after(CALM_LOOK_PERIOD if states == before else LOOK_PERIOD):
+                with trio.move_on_after(CALM_LOOK_PERIOD if calm else LOOK_PERIOD):
                     await self._wake.wait()
 
-    async def _make(self, uid: str, to: Contact, scope: trio.CancelScope) -> None:
+    async def _make(self, uid: str, to: Contact, reserve: bool, scope: trio.CancelScope) -> None:
         """Make a copy, which is under way."""
         try:
             with scope:
-                if not await self._backups.is_there(to, self._heard()):
+                if not await self._backups.is_there(to, self._made.heard()):
                     self._backups.pause(to)  # before a copy waits for it, and others for that one
                     return
-                await self.copy_to(uid, to, patience=PATIENCE)
+                await self.copy_to(uid, to, reserve=reserve, patience=PATIENCE)
                 self._backups.note_success(to)
         except Overloaded:
             pass  # it takes copies of others now, and will take ours
@@ -267,8 +223,7 @@ class Copying:
             self._wake.set()
 
     def _at_once_now(self) -> int:
-        sizes = [copied.size for made in self._made.values() for copied in made.values() if copied.size]
-        return AT_ONCE if sizes and max(sizes) <= SMALL else 1  # each of them is in memory
+        return AT_ONCE if 0 < self._made.largest() <= SMALL else 1  # each of them is in memory
 
     def _name(self) -> None:
         """Let it be declared who has copies; anew only when others have them, not when another one is the freshest."""
@@ -281,19 +236,10 @@ class Copying:
 
     # ------------------------------------------------------------ who keeps copies
 
-    def _heard(self) -> dict[Contact, float]:
-        """Returns the servers with copies, and when each was heard last."""
-        last: dict[Contact, float] = {}
-        for uid in self._experts.held:
-            for copied in self._made.get(uid, {}).values():
-                last[copied.at] = max(copied.heard, last.get(copied.at, copied.heard))
-        return last
-
     def lose(self, contact: Contact) -> None:
         """Note that a server is gone, and its copies with it: others get some at once."""
         self._backups.lose(contact)
-        for made in self._made.values():
-            made.pop(contact.key, None)
+        self._made.lose(contact.key)
         self._cancel_copies_to(contact)
         self._wake.set()
 
@@ -318,49 +264,57 @@ class Copying:
             self._emit(event)
 
     def _targets(self, uid: str, some: Sequence[ServerRecord]) -> list[Contact]:
-        """Returns where copies of an expert belong, of some servers."""
+        """Returns where copies of an expert belong, of some servers: at the backups, and then that in reserve."""
         have, own = self.keys(uid), self._own()
         among = own, [(record.contact, record.room > 0) for record in some]
         if among != self._among:
             self._places, self._among = {}, among
         if (uid, have) not in self._places:
             able = [r for r in rank(uid, some, own, have) if r.room > 0 or r.contact.key[:KEY_PREFIX] in have]
-            self._places[uid, have] = [record.contact for record in able[: self.backups]]
+            self._places[uid, have] = [record.contact for record in able[: self.backups + bool(self.backups)]]
         return self._places[uid, have]
 
-    def _next(self) -> tuple[str, Contact] | None:
-        """Returns the copy to make next: of which expert, and where to."""
+    def _next(self) -> tuple[str, Contact, bool] | None:
+        """Returns the copy to make next: of which expert, where to, and whether it is the one in reserve."""
         now = trio.current_time()
         some = self._backups.able()
         period = min(self.period, max(SHORTEST_PERIOD, PROMISE - MARGIN - self._takes))
-        best: tuple[float, int, str, Contact] | None = None  # seconds of what it has learnt, and updates
+        best: tuple[bool, float, int, str, Contact] | None = None  # backup? seconds of what it has learnt, and updates
         busy = {to.key for to, _ in self._under_way.values()}
-        for uid, epoch in self._experts.held.items():
+        for uid in self._experts.held:
             if uid in self._paused or uid in self._under_way:
                 continue
-            updates, latest = self._experts.updates(uid), max(self._fresh(uid), key=attrgetter("made"), default=None)
-            for to in self._targets(uid, some):
+            updates = self._experts.updates(uid)
+            for place, to in enumerate(self._targets(uid, some)):
                 if to.key in busy:
                     continue
-                copied = self._made.get(uid, {}).get(to.key)
+                backup = place < self.backups
+                there = self._made.fresh(uid) if backup else self._made.whole(uid)
+                latest = max(there, key=attrgetter("made"), default=None)
+                copied = self._made.of(uid).get(to.key)
                 if latest is None:
                     urgency = math.inf, updates
-                elif copied is None or copied.epoch != epoch or now - copied.heard >= SILENCE:
+                elif copied is None or copied not in there:
                     urgency = now - latest.made + period, updates - latest.updates
-                elif copied.updates == updates or now - copied.made < period:
+                elif copied.updates == updates or now - copied.made < (period if backup else RESERVE_PERIOD):
                     continue
                 else:
                     urgency = now - copied.made, updates - copied.updates
-                if best is None or urgency > best[:2]:
-                    best = *urgency, uid, to
-        return None if best is None else best[2:]
+                if best is None or (backup, *urgency) > best[:3]:
+                    best = backup, *urgency, uid, to
+        if best is None or (self._under_way and not best[0]):
+            return None
+        return *best[3:], not best[0]
 
-    async def copy_to(self, uid: str, to: Contact, *, in_haste: bool = False, patience: float = 0.0) -> Copied:
+    async def copy_to(
+        self, uid: str, to: Contact, *, reserve: bool = False, in_haste: bool = False, patience: float = 0.0
+    ) -> MadeCopy:
         """Make a copy of an expert at another server.
 
         Args:
             uid: The expert.
             to: The server.
+            reserve: Whether it is the one in reserve.
             in_haste: Whether to spend no time on the budget, as while requests wait.
             patience: Seconds to try again while the server takes as many copies as it can.
 
@@ -373,12 +327,14 @@ class Copying:
         began = trio.current_time()
         packed = await self._experts.pack(uid)
         size = len(packed.data)
-        head = CopyHead(uid, epoch, packed.updates, size, packed.crc32, packed.kind, dict(packed.backend), self._own())
+        head = CopyHead(
+            uid, epoch, packed.updates, size, packed.crc32, packed.kind, dict(packed.backend), self._own(), reserve
+        )
         budget = self._at_once if in_haste else self._budget
         await send_copy(self._caller, to, head, packed.data, budget, patience=patience, emit=self._emit_unless_busy)
         now = trio.current_time()
-        if not in_haste:
+        if not (in_haste or reserve):
             self._takes = max(now - began, self._takes + FORGETTING * (now - began - self._takes))
-        copied = Copied(to, epoch, packed.updates, size, began, now)
-        self._made.setdefault(uid, {})[to.key] = copied
+        copied = MadeCopy(to, epoch, packed.updates, size, began, now, reserve)
+        self._made.note(uid, copied)
         return copied

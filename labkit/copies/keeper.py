@@ -129,6 +129,11 @@ class CopyKeeper:
             MEET: SyncMethod(self.meeting.rpc_meet, Meet),
         }
 
+    @property
+    def kept(self) -> int:
+        """Copies that are kept here, without those in reserve."""
+        return sum(not copy.head.reserve for copy in self.store.copies.values())
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Do it all until cancelled. Ready when the other servers were looked for once."""
         async with trio.open_nursery() as nursery:

@@ -56,6 +56,7 @@ class CopyHead(msgspec.Struct, array_like=True, frozen=True):
         kind: What the expert is.
         backend: How it is trained: fields of `BackendConfig`.
         primary: The server that sends it.
+        reserve: Whether it is one that is seldom made anew, for the case that all others are gone.
 
     Raises:
         ValueError: The uid is none, or the primary is not to be called.
@@ -69,6 +70,7 @@ class CopyHead(msgspec.Struct, array_like=True, frozen=True):
     kind: Annotated[str, Meta(max_length=1000)]
     backend: Annotated[dict[ShortText, bool | int | float | ShortText | None], Meta(max_length=64)]
     primary: Contact
+    reserve: bool = False
 
     def __post_init__(self) -> None:
         split_uid(self.uid)  # which leads out of no folder

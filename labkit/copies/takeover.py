@@ -2,7 +2,8 @@
 
 Several may hold one. All of them compute the same order: those with a fresher copy come before those with a staler one,
 then as the last declaration names them. Whoever is first of those that are there claims the expert: it serves it, and
-declares it with an epoch above all that were seen. The others see that, or are told when they ask how fresh its copy
+declares it with an epoch above all that were seen. Who has only the copy in reserve waits a little for those that do
+not answer. The others see that, or are told when they ask how fresh its copy
 is, and watch the new server. Should two have claimed it at the same moment, they meet at once (`meeting`).
 """
 
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 ASK_TIME = 1.0  # seconds that others who hold a copy have to say how fresh theirs is
 TURN_TIME = 1.5  # seconds that whoever comes first has to take an expert over, before the next one does
 GUESSES = 3  # servers that are asked for copies where the declaration names none, or that are offered one
+RESERVE_TIME = 4.0  # the same of who has only the copy in reserve, unless all others have answered
 TRY_AGAIN = 5.0  # seconds until an expert is tried again that could not be carried on
 LOOK_AGAIN = 0.3  # seconds between two looks whether it has
 
@@ -100,8 +102,8 @@ class TakeOver:
                 first, served = await self._turns(waiting, declared, gone)
                 elsewhere |= served
                 waiting = [uid for uid in waiting if uid not in served]
-                if trio.current_time() - started > TURN_TIME:
-                    first = waiting  # whoever was to be first has not come
+                waited = trio.current_time() - started
+                first = [uid for uid in waiting if uid in first or waited > self._turn_time(uid)]
                 await self._carry_on(gone, first, declared, heard, known)
                 waiting = [uid for uid in waiting if uid not in first]
                 if waiting:
@@ -129,6 +131,11 @@ class TakeOver:
             return some
         return [record.contact for record in rank(uid, others.values(), gone)[:GUESSES]]
 
+    def _turn_time(self, uid: str) -> float:
+        """Returns the seconds after which an expert is carried on here, even if it is another one's turn."""
+        copy = self._store.copies.get(uid)
+        return RESERVE_TIME if copy is not None and copy.head.reserve else TURN_TIME
+
     async def _turns(
         self, uids: Sequence[str], declared: Mapping[str, ExpertInfo], gone: Contact
     ) -> tuple[list[str], dict[str, ExpertInfo]]:
@@ -139,6 +146,7 @@ class TakeOver:
                 by_server.setdefault(contact, []).append(uid)
         theirs: dict[str, list[tuple[Contact, CopyState]]] = {uid: [] for uid in uids}
         served: dict[str, ExpertInfo] = {}
+        silent: set[str] = set()  # experts of which not all have answered
 
         async def ask(contact: Contact, some: list[str]) -> None:
             try:
@@ -146,7 +154,8 @@ class TakeOver:
                     contact, HAVE, some[:MAX_WATCHED], returns=list[CopyState | None], timeout=ASK_TIME
                 )
             except RPCError:
-                return  # it is gone, too, or keeps no copies any more
+                silent.update(some)  # it is gone, too, or keeps no copies any more
+                return
             for uid, state in zip(some, reply.body, strict=False):
                 copy = self._store.copies.get(uid)
                 if state is not None and state.served and copy is not None and state.epoch > copy.epoch:
@@ -158,7 +167,9 @@ class TakeOver:
             for contact, some in by_server.items():
                 nursery.start_soon(ask, contact, some)
         named = {uid: declared[uid].copies if uid in declared else () for uid in uids}
-        first = [uid for uid in uids if self._is_first(self._store.copies.get(uid), theirs[uid], named[uid])]
+        copies = self._store.copies
+        first = [uid for uid in uids if self._is_first(copies.get(uid), theirs[uid], named[uid])]
+        first = [uid for uid in first if not (uid in silent and copies[uid].head.reserve)]
         return [uid for uid in first if uid not in served], served
 
     def _is_first(self, copy: Copy | None, theirs: list[tuple[Contact, CopyState]], named: Sequence[bytes]) -> bool:

@@ -48,7 +48,7 @@ def serve_experts(
         experts: How many experts that nobody serves yet to take; by default all of these.
         name: The name of their grid, by default that of the kind of model ("olmoe").
         backups: Other servers that keep a copy of each expert, from which one of them goes on
-            with it when its server is gone.
+            with it when its server is gone; one more keeps a copy in reserve, which is older.
         backend: How servers train them, and limits; by default `lk.BackendConfig()`.
         checkpoint_dir: Where they are saved; by default a folder that ends with the swarm.
             Experts that are saved there already, by an earlier training, go on from there.

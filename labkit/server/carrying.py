@@ -264,8 +264,8 @@ class Carrying:
         keeper, held, began_with = self.keeper, self._server.holdings.held, self._server.config.uids
         at_risk, now = len(keeper.copying.at_risk()) if keeper.backups else 0, trio.current_time()
         said = CopyStatistics(
-            keeper.backups, len(keeper.store.copies), len(held) - at_risk if keeper.backups else 0, at_risk,
-            self._period(), keeper.copying.sent_bytes,
+            keeper.backups, keeper.kept, len(held) - at_risk if keeper.backups else 0, at_risk, self._period(),
+            keeper.copying.sent_bytes,
         )  # fmt: skip
         said.adopted = list(held.keys() - set(began_with))
         said.takeovers = [

@@ -39,7 +39,8 @@ class ServerConfig:
         label: A name for the server, which others see.
         spare: Whether the server stays in the swarm without any expert, at the start or when others have taken its own.
         name: Of the grid; that of `uids` by default.
-        backups: How many other servers keep a copy of each expert; 0 for no part in copies, also for those of others.
+        backups: How many other servers keep a copy of each expert, besides the one with that in reserve; 0 for no part
+            in copies, also for those of others.
         copies_dir: Where copies of others' experts are kept; None for a temporary folder.
     """
 

@@ -75,7 +75,7 @@ class CopyStatistics(msgspec.Struct):
 
     Args:
         backups: How many copies each of its experts is to have at other servers; 0 for a spare server that makes none.
-        kept: Copies of others' experts that it keeps.
+        kept: Copies of others' experts that it keeps, without those in reserve.
         copied: How many of its experts have a fresh copy at another server.
         at_risk: How many are to have one, and have none that is fresh.
         period: Seconds between two copies of an expert that learns, as promised: nine, or as many as all of its experts
