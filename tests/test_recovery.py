@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from labkit.contact import Contact
 from labkit.copies import copying, levelling, takeover, watching
 from labkit.copies.meeting import Meeting
 from labkit.copies.store import IncomingCopy
@@ -123,6 +125,43 @@ async def test_after_a_division_the_higher_epoch_stays_and_what_the_other_learnt
         lost = {event.uid: event.lost_updates for event in swarm.said(ExpertGivenUp)}
         assert lost[UIDS[0]] == 7
         assert await swarm.train(UIDS[0]) == 5
+
+
+@pytest.mark.parametrize("who_calls", ["either", "the one that was cut off", "the other one"])
+async def test_who_was_cut_off_with_the_copy_in_reserve_alone_costs_nobody_else_what_was_learnt(
+    tmp_path, autojump_clock, monkeypatch, who_calls
+):
+    async with copied_swarm(tmp_path) as swarm, AsyncExitStack() as stack:
+        far = await stack.enter_async_context(open_node(swarm.network, Identity(b"\1" * 32), join=[swarm.node.contact]))
+        await swarm.serve_grid(4)
+        await swarm.train(UIDS[0], 3)
+        await swarm.until_copied(2)
+        await trio.sleep(20)
+        await swarm.train(UIDS[0], 4)  # these are not in the copy in reserve
+        await trio.sleep(15)
+        before = (await swarm.holders())[UIDS[0]]
+        cut = next(server for server in swarm.servers if server.contact.key.startswith(before.copies[1]))
+        swarm.network.partition([cut.contact, far.contact])
+        await swarm.until(partial(_taken_over, swarm, UIDS[0]))
+        there = (await far.directory.holders([UIDS[0]]))[UIDS[0]]
+        await swarm.call(there, "backward", [X, torch.ones_like(X)], far)
+        await swarm.train(UIDS[0], 2)
+        meet = Meeting.meet
+
+        async def meet_if_allowed(self: Meeting, contact: Contact, uids: Sequence[str]) -> None:
+            if who_calls == "either" or (who_calls == "the one that was cut off") == (self._own() == cut.contact):
+                await meet(self, contact, uids)
+
+        monkeypatch.setattr(Meeting, "meet", meet_if_allowed)
+        swarm.network.heal()
+        await swarm.until(partial(_given_up, swarm, UIDS[0]), AGREED)
+        (event,) = [event for event in swarm.said(ExpertGivenUp) if event.uid == UIDS[0]]
+        assert (event.address, event.to, event.lost_updates) == (cut.contact.endpoint, before.contact.endpoint, 1)
+        for node in (swarm.node, far):
+            at = (await node.directory.find([UIDS[0]]))[UIDS[0]]
+            assert at is not None
+            await swarm.call(at, "backward", [X, torch.ones_like(X)], node)
+        assert await swarm.train(UIDS[0]) == 12
 
 
 async def _given_up(swarm: Any, uid: str) -> bool:

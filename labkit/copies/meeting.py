@@ -1,7 +1,9 @@
 """Meeting: two servers that both serve an expert find out which of them goes on with it. The other gives it up.
 
 That happens after a network was divided, or when a server was frozen and woke up: others have taken its experts over
-meanwhile. The higher `(epoch, updates)` stays. A server meets another one
+meanwhile. The higher `(epoch, updates)` stays; but if one of them goes on from the copy in reserve, that with more
+updates, whatever the epochs: a part of the network that lacks only a newer copy costs nobody else what was learnt. A
+server meets another one
 
 1. whose experts it has taken over: it calls there until it is answered, or that server is known to be dead;
 2. of which a call, a copy or a watcher has told it;
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import trio
 
@@ -34,6 +37,7 @@ REMIND_PERIOD = 1.0  # seconds between two calls to a server whose experts were 
 REMIND_TIME = 1800.0  # seconds for which one that is silent is called
 REFUSALS = 5  # connections in a row that are refused, or break, by which it is known to be dead
 MAX_SUSPECTS = 4096  # experts that are looked up
+NONE: Mapping[str, int] = MappingProxyType({})
 
 
 class Meeting:
@@ -63,20 +67,24 @@ class Meeting:
         self._emit = emit
         self._find_back = find_back
         self._since: dict[str, int] = {}  # how far experts that were taken over had come, as far as we know
+        self._reserve: dict[str, int] = {}  # those that go on from a copy in reserve, and how far that had come
         self._suspects: dict[str, Contact | None] = {}
         self._to_remind: dict[Contact, set[str]] = {}
         self._wake = trio.Event()
 
     # ------------------------------------------------------------ what is noted, at once
 
-    def took_over(self, gone: Contact, updates: Mapping[str, int]) -> None:
+    def took_over(self, gone: Contact, updates: Mapping[str, int], reserve: Mapping[str, int] = NONE) -> None:
         """Tell a server, as soon as it answers again, that its experts are served here now.
 
         Args:
             gone: The server.
             updates: Its experts, and how far each had come as far as that is known here.
+            reserve: Those of them that go on from a copy in reserve, and how far that had come.
         """
-        self._since = {uid: since for uid, since in self._since.items() if uid in self._experts.held} | dict(updates)
+        held = self._experts.held
+        self._since = {uid: since for uid, since in self._since.items() if uid in held} | dict(updates)
+        self._reserve = {uid: since for uid, since in self._reserve.items() if uid in held} | dict(reserve)
         self._to_remind.setdefault(gone, set()).update(updates)
         self._wake.set()
 
@@ -155,35 +163,48 @@ class Meeting:
                     self._settle(theirs, contact)
 
     def rpc_meet(self, request: Request) -> Reply:
-        """Another server says which experts it serves. Answers with those of them that stay here."""
+        """Another server says which experts it serves. Answers with those of them that stay here.
+
+        And with those that were served here in a higher epoch, which the other one is to go beyond.
+        """
         body: Meet = request.body
         if request.peer.key not in (None, body.by.key):
             raise RequestRefused("only who serves an expert says so")
         if any(state.uid in self.giving for state in body.experts):
             raise Overloaded("an expert is being handed over; ask again")
         held = len(self._experts.held)
+        ended: dict[str, ServedState] = {}
         for state in body.experts:
+            ours = self._state(state.uid)
             self._settle(state, body.by)
+            if ours is not None and ours.epoch > state.epoch and state.uid not in self._experts.held:
+                ended[state.uid] = ours
         if len(self._experts.held) < held:
             self._reunited()
-        return Reply([self._state(state.uid) for state in body.experts])
+        return Reply([self._state(state.uid) or ended.get(state.uid) for state in body.experts])
 
     def _state(self, uid: str) -> ServedState | None:
         epoch = self._experts.held.get(uid)
         if epoch is None or uid in self.giving:
             return None
-        return ServedState(uid, epoch, self._experts.updates(uid), self._since.get(uid, 0))
+        return ServedState(uid, epoch, self._experts.updates(uid), self._since.get(uid, 0), uid in self._reserve)
 
     def _settle(self, theirs: ServedState, at: Contact) -> None:
         """Give an expert up, or let it stay here in an epoch that is above theirs."""
         ours = self._state(theirs.uid)
         if ours is None:
             return
-        if (theirs.epoch, theirs.updates, at.key) > (ours.epoch, ours.updates, self._own().key):
-            self.give_up(theirs.uid, at, theirs.epoch, theirs.since)
+        by_updates = ours.reserve or theirs.reserve
+
+        def rank(state: ServedState, key: bytes) -> tuple[int, int, int, bytes]:
+            return (0 if by_updates else state.epoch), state.updates, state.epoch, key
+
+        if rank(theirs, at.key) > rank(ours, self._own().key):
+            epoch = theirs.epoch if theirs.epoch >= ours.epoch else ours.epoch + 1
+            self.give_up(theirs.uid, at, epoch, max(theirs.since, self._reserve.get(ours.uid, 0)))
         else:
-            if theirs.epoch == ours.epoch:
-                self._experts.raise_epoch(ours.uid, ours.epoch + 1)
+            if theirs.epoch >= ours.epoch:
+                self._experts.raise_epoch(ours.uid, theirs.epoch + 1)
             self._directory.declare_anew()  # where the other one is, it was not seen
 
     def give_up(self, uid: str, to: Contact, epoch: int, since: int = 0) -> None:
@@ -199,6 +220,7 @@ class Meeting:
         logger.warning("%s gives %s up: %s serves it, too; %d updates are lost", own, uid, to.endpoint, lost)
         self._experts.give_up(uid, to, epoch)
         self._since.pop(uid, None)
+        self._reserve.pop(uid, None)
         self._emit(ExpertGivenUp(uid=uid, address=own, to=to.endpoint, lost_updates=lost))
 
     async def resolve(self, others: Mapping[str, ExpertInfo]) -> set[str]:

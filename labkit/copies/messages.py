@@ -190,12 +190,14 @@ class ServedState(msgspec.Struct, array_like=True, frozen=True):
         epoch: In which epoch it is served.
         updates: Optimizer steps that it has made.
         since: Steps that it had made, as far as is known, when it was taken over; those beyond its copy count as lost.
+        reserve: Whether it was taken over from the copy in reserve.
     """
 
     uid: Uid
     epoch: Count
     updates: Count
     since: Count = 0
+    reserve: bool = False
 
 
 class Meet(msgspec.Struct, array_like=True, frozen=True):

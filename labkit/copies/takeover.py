@@ -202,7 +202,8 @@ class TakeOver:
                 continue
             adopted[uid] = Declared(epoch)
             lost[uid] = max(0, known[uid].updates - copy.updates) if uid in known else 0
-            self._meeting.took_over(gone, {uid: copy.updates + lost[uid]})
+            reserve = {uid: copy.updates} if copy.head.reserve else {}
+            self._meeting.took_over(gone, {uid: copy.updates + lost[uid]}, reserve)
         if not adopted:
             return
         self._on_adopted()
