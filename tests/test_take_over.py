@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from labkit.copies import takeover
 from labkit.copies.messages import OFFER, CopyHead
 from labkit.copies.placement import score
 from labkit.copies.servers import KEY_PREFIX
+from labkit.copies.store import IncomingCopy
 from labkit.errors import (
     CheckpointError,
     ConnectionLost,
@@ -197,6 +199,32 @@ async def test_while_the_backup_is_there_the_copy_in_reserve_is_not_used_however
         await swarm.until(partial(_served_elsewhere, swarm, primary.contact))
         assert (await swarm.holders())[UIDS[0]].contact == backup.contact
         assert [event.lost_updates for event in swarm.said(ExpertTakenOver)] == [0]
+
+
+async def test_servers_that_have_no_room_for_copies_in_reserve_keep_the_others_and_are_not_asked_all_the_time(
+    tmp_path, autojump_clock, monkeypatch
+):
+    really_open = IncomingCopy.open
+
+    def only_backups(self: IncomingCopy) -> None:
+        if self.head.reserve:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        really_open(self)
+
+    monkeypatch.setattr(IncomingCopy, "open", only_backups)
+    async with copied_swarm(tmp_path) as swarm:
+        await swarm.serve_grid(4, backend=BackendConfig(optimizer="sgd", lr=1e-6))
+        await swarm.until_copied()
+        for _ in range(30):
+            for uid in UIDS:
+                await swarm.train(uid)
+            await trio.sleep(1)
+        await trio.sleep(10)
+        copied = {event.uid: event.updates for event in swarm.said(CopyStored)}
+        assert copied == dict.fromkeys(UIDS, 30)
+        failed = swarm.said(CopyFailed)
+        assert {event.uid for event in failed} == set(UIDS)
+        assert len(failed) <= 2 * len(UIDS), "once a minute each"
 
 
 async def _in_their_order(swarm: CopiedSwarm) -> list[Server]:

@@ -27,7 +27,7 @@ from labkit.copies.messages import CopyHead, Watched, WatchedExpert, WatchReply
 from labkit.copies.placement import rank
 from labkit.copies.sending import CopyBudget, send_copy
 from labkit.copies.servers import KEY_PREFIX, GridServers, ServerRecord
-from labkit.errors import Overloaded, RequestRefused, RPCError
+from labkit.errors import ConnectionLost, DeadlineExceeded, Overloaded, RequestRefused, RPCError
 from labkit.events import CopyFailed, Emit, Event
 from labkit.wire.rpc_types import Caller, Reply, Request
 
@@ -81,6 +81,7 @@ class Copying:
         self._among: object = None  # for which servers, at which address of ours
         self._named: dict[str, tuple[bytes, ...]] = {}
         self._made = MadeCopies(experts.held)
+        self._reserve_at: dict[str, float] = {}  # when one in reserve is tried again that could not be made
         self._takes = 0.0  # seconds that a copy takes lately, at worst
 
     # ------------------------------------------------------------ what there is
@@ -125,6 +126,7 @@ class Copying:
     def forget(self, uid: str) -> None:
         """Forget the copies of an expert that is served here no more."""
         self._made.forget(uid)
+        self._reserve_at.pop(uid, None)
         self._given.set()
 
     async def rpc_watch(self, request: Request) -> Reply:
@@ -210,14 +212,16 @@ class Copying:
                 if not await self._backups.is_there(to, self._made.heard()):
                     self._backups.pause(to)  # before a copy waits for it, and others for that one
                     return
-                await self.copy_to(uid, to, reserve=reserve, patience=PATIENCE)
+                await self.copy_to(uid, to, reserve=reserve, patience=0.0 if reserve else PATIENCE)
                 self._backups.note_success(to)
-        except Overloaded:
-            pass  # it takes copies of others now, and will take ours
         except RPCError as error:
-            if uid in self._experts.held:  # else it was given away meanwhile
+            busy = isinstance(error, Overloaded)  # it takes copies of others now, and will take ours
+            if reserve:
+                self._reserve_at[uid] = trio.current_time() + (PATIENCE if busy else RESERVE_PERIOD)
+            if not busy and uid in self._experts.held:  # else it was given away meanwhile
                 logger.info("no copy of %s at %s: %s", uid, to.endpoint, error)
-                self._backups.note_failure(to, error)
+                if not reserve or isinstance(error, (ConnectionLost, DeadlineExceeded)):
+                    self._backups.note_failure(to, error)
         finally:
             del self._under_way[uid]
             self._wake.set()
@@ -286,9 +290,9 @@ class Copying:
                 continue
             updates = self._experts.updates(uid)
             for place, to in enumerate(self._targets(uid, some)):
-                if to.key in busy:
-                    continue
                 backup = place < self.backups
+                if to.key in busy or not (backup or now >= self._reserve_at.get(uid, now)):
+                    continue
                 there = self._made.fresh(uid) if backup else self._made.whole(uid)
                 latest = max(there, key=attrgetter("made"), default=None)
                 copied = self._made.of(uid).get(to.key)
