@@ -10,6 +10,7 @@ is, and watch the new server. Should two have claimed it at the same moment, the
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
@@ -23,10 +24,10 @@ from labkit.copies.placement import rank
 from labkit.copies.sending import CopyBudget, send_copy
 from labkit.copies.servers import KEY_PREFIX, GridServers
 from labkit.copies.store import Copy, CopyStore
-from labkit.copies.watching import Known
+from labkit.copies.watching import BROKEN_CALLS, Known
 from labkit.directory import Directory
 from labkit.directory.index import Declared
-from labkit.errors import CheckpointError, LabkitError, RPCError
+from labkit.errors import CheckpointError, ConnectionLost, LabkitError, RPCError
 from labkit.events import CopyFailed, Emit, ExpertTakenOver
 from labkit.expert_uid import ExpertInfo
 from labkit.wire.rpc_types import Caller
@@ -92,14 +93,14 @@ class TakeOver:
         self._unable = {uid: until for uid, until in self._unable.items() if trio.current_time() < until}
         busy = self._claiming | self._unable.keys() | self._experts.held.keys()
         waiting = [uid for uid in uids if uid not in busy]
-        claimed = set(waiting)
+        claimed, broken = set(waiting), Counter[Contact]()
         self._claiming |= claimed
         try:
             while waiting:
                 declared = await self._directory.holders(waiting)
                 elsewhere |= {u: info for u, info in declared.items() if self._is_elsewhere(info, gone, known.get(u))}
                 waiting = [uid for uid in waiting if uid not in elsewhere and uid in self._store.copies]
-                first, served = await self._turns(waiting, declared, gone)
+                first, served = await self._turns(waiting, declared, gone, broken)
                 elsewhere |= served
                 waiting = [uid for uid in waiting if uid not in served]
                 waited = trio.current_time() - started
@@ -137,9 +138,12 @@ class TakeOver:
         return RESERVE_TIME if copy is not None and copy.head.reserve else TURN_TIME
 
     async def _turns(
-        self, uids: Sequence[str], declared: Mapping[str, ExpertInfo], gone: Contact
+        self, uids: Sequence[str], declared: Mapping[str, ExpertInfo], gone: Contact, broken: Counter[Contact]
     ) -> tuple[list[str], dict[str, ExpertInfo]]:
-        """Returns those of these experts of which nobody else comes first, and those that others serve by now."""
+        """Returns those of these experts of which nobody else comes first, and those that others serve by now.
+
+        `broken`: how often in a row connections to others have broken.
+        """
         by_server: dict[Contact, list[str]] = {}
         for uid in uids:
             for contact in self._to_ask(uid, declared, gone):
@@ -153,8 +157,10 @@ class TakeOver:
                 reply = await self._caller.call(
                     contact, HAVE, some[:MAX_WATCHED], returns=list[CopyState | None], timeout=ASK_TIME
                 )
-            except RPCError:
-                silent.update(some)  # it is gone, too, or keeps no copies any more
+            except RPCError as error:
+                broken[contact] = broken[contact] + 1 if isinstance(error, ConnectionLost) else 0
+                if broken[contact] < BROKEN_CALLS:  # else it is gone, too
+                    silent.update(some)
                 return
             for uid, state in zip(some, reply.body, strict=False):
                 copy = self._store.copies.get(uid)
