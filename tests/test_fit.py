@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import UserDict, namedtuple
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from labkit.training.fit import fit
 from labkit.training.metrics import VALIDATION_LOSS
 from labkit.training.run import Run
 from labkit.training.trainer import TrainConfig, evaluate
+from labkit.training.turns import Turns
 from labkit.training.validation import TrainingStep
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
@@ -143,6 +145,23 @@ def test_on_step_sees_every_step_in_order_one_at_a_time_with_what_was_measured()
         validation.step: validation.metrics for validation in run.validations
     }
     assert seen[0].run is run and "run" not in repr(seen[0])
+
+
+def test_on_step_sees_every_step_in_order_where_a_trainer_is_held_up_between_its_step_and_its_turns_end(monkeypatch):
+    end, overtaken, ended = Turns.end, threading.Event(), itertools.count()
+
+    def late(self: Turns[Any], *args: Any) -> None:
+        first = next(ended) == 0
+        if first:
+            assert overtaken.wait(10)
+        end(self, *args)
+        if not first:
+            overtaken.set()
+
+    monkeypatch.setattr(Turns, "end", late)
+    seen: list[int] = []
+    fit(classifier(), (X, Y), steps=20, trainers=4, on_step=lambda step: seen.append(step.step)).wait()
+    assert seen == list(range(1, 21))
 
 
 def test_on_step_may_stop_the_run_look_at_it_and_pause_it():

@@ -185,7 +185,7 @@ class Trainers:
                 return False
             step = self._try_step(replica, batch)
         finally:
-            self._turns.end(step)
+            self._turns.end()
         if step is not None:
             self._turns.report()
         else:  # Lost servers may be about to come back; failing again at once would not wait for them.
@@ -225,7 +225,8 @@ class Trainers:
             )  # fmt: skip
             self._record.history.append(finished)
             self._emit(finished)  # under the lock, so that listeners hear of steps in their order
-            self._record.steps += 1  # last: a step that counts is in `history`, and listeners know of it
+            self._record.steps += 1  # a step that counts is in `history`, and listeners know of it
+            self._turns.add(finished)
             return finished
 
     @contextmanager

@@ -22,8 +22,9 @@ LOOK_INTERVAL = 0.1  # seconds between two looks at what no notice is given of
 class Turns(Generic[T]):
     """The trainers' turns.
 
-    Reports are told one at a time, in their order, by a trainer that has just made a step: with a single trainer before
-    its next step, so that it never runs ahead of them. Many trainers wait where too many reports are untold.
+    Reports are told one at a time, in the order in which they were added, by a trainer that has just made a step: with
+    a single trainer before its next step, so that it never runs ahead of them. Many trainers wait where too many
+    reports are untold.
 
     Args:
         tell: Called with each report. What it raises is raised by `report`.
@@ -47,12 +48,15 @@ class Turns(Generic[T]):
                 self._changed.wait(LOOK_INTERVAL)
             self._steps += 1
 
-    def end(self, report: T | None = None) -> None:
-        """End a step; `report` is to be told of it."""
+    def add(self, report: T) -> None:
+        """Let a report be told after all that were added before. Whoever numbers reports adds them in that order."""
+        with self._changed:
+            self._reports.append(report)
+
+    def end(self) -> None:
+        """End a step."""
         with self._changed:
             self._steps -= 1
-            if report is not None:
-                self._reports.append(report)
             self._changed.notify_all()
 
     def report(self) -> None:
