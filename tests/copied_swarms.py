@@ -14,6 +14,7 @@ import trio
 
 from labkit.client.expert_client import ExpertClient
 from labkit.contact import Contact
+from labkit.copies.servers import KEY_PREFIX
 from labkit.events import Emit, Event, ignore
 from labkit.expert_uid import ExpertInfo, grid_uids, spread
 from labkit.node import Node, open_node
@@ -156,6 +157,23 @@ class CopiedSwarm:
             while not await condition():  # noqa: ASYNC110, virtual time
                 await trio.sleep(0.1)
         return trio.current_time() - began
+
+    async def serve_with_a_copy_in_reserve(self, uid: str, updates: int) -> list[Server]:
+        """Serve a grid at four servers, and let an expert make so many updates, of which the copy in reserve lacks two.
+
+        Returns:
+            Those with the expert: its own, its backup, and the one with the copy in reserve.
+        """
+        await self.serve_grid(4)
+        await self.train(uid, updates - 2)
+        await self.until_copied(2)
+        await trio.sleep(20)
+        await self.train(uid, 2)
+        await trio.sleep(15)  # enough for the backup
+        info = (await self.holders())[uid]
+        keys = [info.contact.key[:KEY_PREFIX], *info.copies]
+        assert len(keys) == 3
+        return [server for key in keys for server in self.servers if server.contact.key[:KEY_PREFIX] == key]
 
     async def until_copied(self, copies: int = 1, grid: Sequence[int] = (2, 2)) -> float:
         """Wait until all experts are declared with copies."""

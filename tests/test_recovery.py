@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,16 +130,11 @@ async def test_after_a_division_the_higher_epoch_stays_and_what_the_other_learnt
 async def test_who_was_cut_off_with_the_copy_in_reserve_alone_costs_nobody_else_what_was_learnt(
     tmp_path, autojump_clock, monkeypatch, who_calls
 ):
-    async with copied_swarm(tmp_path) as swarm, AsyncExitStack() as stack:
-        far = await stack.enter_async_context(open_node(swarm.network, Identity(b"\1" * 32), join=[swarm.node.contact]))
-        await swarm.serve_grid(4)
-        await swarm.train(UIDS[0], 3)
-        await swarm.until_copied(2)
-        await trio.sleep(20)
-        await swarm.train(UIDS[0], 4)  # these are not in the copy in reserve
-        await trio.sleep(15)
-        before = (await swarm.holders())[UIDS[0]]
-        cut = next(server for server in swarm.servers if server.contact.key.startswith(before.copies[1]))
+    async with (
+        copied_swarm(tmp_path) as swarm,
+        open_node(swarm.network, Identity(b"\1" * 32), join=[swarm.node.contact]) as far,
+    ):
+        before, _, cut = await swarm.serve_with_a_copy_in_reserve(UIDS[0], 7)
         swarm.network.partition([cut.contact, far.contact])
         await swarm.until(partial(_taken_over, swarm, UIDS[0]))
         there = (await far.directory.holders([UIDS[0]]))[UIDS[0]]

@@ -21,7 +21,6 @@ from labkit.contact import Contact
 from labkit.copies import takeover
 from labkit.copies.messages import OFFER, CopyHead
 from labkit.copies.placement import score
-from labkit.copies.servers import KEY_PREFIX
 from labkit.copies.store import IncomingCopy
 from labkit.errors import (
     CheckpointError,
@@ -160,13 +159,7 @@ async def test_an_expert_whose_server_and_backup_leave_in_the_same_second_goes_o
     tmp_path, autojump_clock
 ):
     async with copied_swarm(tmp_path) as swarm:
-        await swarm.serve_grid(4)
-        await swarm.train(UIDS[0], 5)
-        await swarm.until_copied(2)
-        await trio.sleep(20)
-        await swarm.train(UIDS[0], 2)
-        await trio.sleep(15)  # the backup has these now, and the one in reserve has not
-        primary, backup, reserve = await _in_their_order(swarm)
+        primary, backup, reserve = await swarm.serve_with_a_copy_in_reserve(UIDS[0], 7)
         await backup.kill()
         await primary.kill()
         assert await swarm.until(partial(_served_elsewhere, swarm, primary.contact)) < 5
@@ -176,7 +169,7 @@ async def test_an_expert_whose_server_and_backup_leave_in_the_same_second_goes_o
         assert await swarm.train(UIDS[0]) == 6
 
 
-async def test_while_the_backup_is_there_the_copy_in_reserve_is_not_used_however_late_the_backup_is(
+async def test_the_copy_in_reserve_is_not_used_where_the_backup_is_there_and_takes_three_seconds(
     tmp_path, autojump_clock, monkeypatch
 ):
     carry_on = takeover.TakeOver._carry_on
@@ -187,13 +180,7 @@ async def test_while_the_backup_is_there_the_copy_in_reserve_is_not_used_however
         await carry_on(self, *args)
 
     async with copied_swarm(tmp_path) as swarm:
-        await swarm.serve_grid(4)
-        await swarm.train(UIDS[0], 5)
-        await swarm.until_copied(2)
-        await trio.sleep(20)
-        await swarm.train(UIDS[0], 2)
-        await trio.sleep(15)
-        primary, backup, _ = await _in_their_order(swarm)
+        primary, backup, _ = await swarm.serve_with_a_copy_in_reserve(UIDS[0], 7)
         monkeypatch.setattr(takeover.TakeOver, "_carry_on", slowly)
         await primary.kill()
         await swarm.until(partial(_served_elsewhere, swarm, primary.contact))
@@ -225,14 +212,6 @@ async def test_servers_that_have_no_room_for_copies_in_reserve_keep_the_others_a
         failed = swarm.said(CopyFailed)
         assert {event.uid for event in failed} == set(UIDS)
         assert len(failed) <= 2 * len(UIDS), "once a minute each"
-
-
-async def _in_their_order(swarm: CopiedSwarm) -> list[Server]:
-    """The servers with the first expert: its own, its backup, and the one with the copy in reserve."""
-    info = (await swarm.holders())[UIDS[0]]
-    keys = [info.contact.key[:KEY_PREFIX], *info.copies]
-    assert len(keys) == 3
-    return [server for key in keys for server in swarm.servers if server.contact.key[:KEY_PREFIX] == key]
 
 
 async def test_the_last_server_left_holds_all_experts(tmp_path, autojump_clock):

@@ -2,9 +2,9 @@
 
 Several may hold one. All of them compute the same order: those with a fresher copy come before those with a staler one,
 then as the last declaration names them. Whoever is first of those that are there claims the expert: it serves it, and
-declares it with an epoch above all that were seen. Who has only the copy in reserve waits a little for those that do
-not answer. The others see that, or are told when they ask how fresh its copy
-is, and watch the new server. Should two have claimed it at the same moment, they meet at once (`meeting`).
+declares it with an epoch above all that were seen. The others see that, or are told when they ask how fresh its copy
+is, and watch the new server. Who has only the copy in reserve waits a little for those that do not answer. Should two
+have claimed it at the same moment, they meet at once (`meeting`).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 ASK_TIME = 1.0  # seconds that others who hold a copy have to say how fresh theirs is
 TURN_TIME = 1.5  # seconds that whoever comes first has to take an expert over, before the next one does
-GUESSES = 3  # servers that are asked for copies where the declaration names none, or that are offered one
 RESERVE_TIME = 4.0  # the same of who has only the copy in reserve, unless all others have answered
+GUESSES = 3  # servers that are asked for copies where the declaration names none, or that are offered one
 TRY_AGAIN = 5.0  # seconds until an expert is tried again that could not be carried on
 LOOK_AGAIN = 0.3  # seconds between two looks whether it has
 
