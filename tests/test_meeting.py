@@ -74,3 +74,17 @@ async def test_of_two_that_serve_it_the_one_with_the_higher_epoch_and_then_more_
     settled, held, events = await resolve(theirs.epoch, theirs)
     assert (settled, held.get(UID)) == ({UID}, epoch)
     assert [type(event) for event in events] == ([] if epoch else [ExpertGivenUp])
+
+
+@pytest.mark.parametrize(
+    ("theirs", "epoch"),
+    [
+        (ServedState(UID, 4, 19, reserve=True), 5), (ServedState(UID, 4, 21, reserve=True), None),
+        (ServedState(UID, 2, 900, reserve=True), 3),
+    ],
+    ids=["it has fewer updates", "it has more updates", "its epoch is lower, as after another state was loaded here"],
+)  # fmt: skip
+async def test_one_that_goes_on_from_the_copy_in_reserve_has_no_precedence_by_its_epoch(theirs, epoch):
+    settled, held, events = await resolve(theirs.epoch, theirs)
+    assert (settled, held.get(UID)) == ({UID}, epoch)
+    assert [type(event) for event in events] == ([] if epoch else [ExpertGivenUp])

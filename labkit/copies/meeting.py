@@ -1,9 +1,9 @@
 """Meeting: two servers that both serve an expert find out which of them goes on with it. The other gives it up.
 
 That happens after a network was divided, or when a server was frozen and woke up: others have taken its experts over
-meanwhile. The higher `(epoch, updates)` stays; but if one of them goes on from the copy in reserve, that with more
-updates, whatever the epochs: a part of the network that lacks only a newer copy costs nobody else what was learnt. A
-server meets another one
+meanwhile. The higher `(epoch, updates)` stays; but if the one of the higher epoch goes on from the copy in reserve, the
+one with more updates: a part of the network that lacks a newer copy costs nobody else what was learnt. A server meets
+another one
 
 1. whose experts it has taken over: it calls there until it is answered, or that server is known to be dead;
 2. of which a call, a copy or a watcher has told it;
@@ -194,7 +194,7 @@ class Meeting:
         ours = self._state(theirs.uid)
         if ours is None:
             return
-        by_updates = ours.reserve or theirs.reserve
+        by_updates = theirs.reserve if theirs.epoch > ours.epoch else ours.reserve
 
         def rank(state: ServedState, key: bytes) -> tuple[int, int, int, bytes]:
             return (0 if by_updates else state.epoch), state.updates, state.epoch, key
