@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from contextlib import redirect_stdout
 from functools import cache
@@ -15,6 +16,7 @@ import pytest
 
 from labkit.__main__ import main
 from labkit.bench import moe, rpc, suite
+from labkit.bench.copies import middle
 from labkit.bench.echo import MIN_ECHO_SECONDS, echo, echo_limit
 from labkit.bench.processes import ProcessGroup, Worker
 from labkit.bench.report import ratios_to, read_peer, show
@@ -189,6 +191,13 @@ def test_records_are_measured_among_nodes_in_processes_of_their_own_that_encrypt
     assert result["found"] == 1.0
     assert all(result[name] > 0 for name in ("store_s", "get_s", "get_any_s", "store_limit_s"))
     assert len(joined) == 2 and all(Contact.from_invitation(invitation).secure for invitation in joined)
+
+
+def test_the_interval_around_a_mean_of_ratios_holds_the_true_one_nineteen_times_of_twenty():
+    draw = random.Random(0)
+    means = [middle([draw.gauss(1.0, 0.1) for _ in range(12)]) for _ in range(1000)]
+    assert 930 < sum(abs(mean - 1.0) <= within for mean, within in means if within) < 970
+    assert middle([0.9]) == (0.9, None)
 
 
 def test_a_ratio_says_how_many_times_better_and_there_is_none_to_nothing():
