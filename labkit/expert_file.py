@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors.torch
 from torch import Tensor
 
 from labkit.errors import CheckpointError
-from labkit.tensor_files import CHECKSUM, checksum, is_whole, read_tensors, separate
+from labkit.tensor_files import CHECKSUM, is_whole, pack_tensors, read_tensors, separate
 
 FORMAT = "labkit expert 1"
 WAY_OUT = "move it away to start this expert afresh, or put a good copy in its place"
@@ -27,11 +26,10 @@ def metadata_of(uid: str, kind: str) -> dict[str, str]:
     return {"format": FORMAT, "uid": uid, "kind": kind}
 
 
-def pack_expert(uid: str, state: Mapping[str, Tensor], *, kind: str = "") -> tuple[bytes, str]:
+def pack_expert(uid: str, state: Mapping[str, Tensor], *, kind: str = "") -> tuple[bytearray, str]:
     """The bytes of an expert's file, as `checkpoints.save_expert` would write it, and the checksum of its state."""
     tensors = separate(state)
-    metadata = {**metadata_of(uid, kind), CHECKSUM: checksum(tensors)}
-    return safetensors.torch.save(tensors, metadata), metadata[CHECKSUM]
+    return pack_tensors(tensors, metadata_of(uid, kind))
 
 
 def read_expert(path: Path, uid: str, kind: str = "") -> tuple[dict[str, Tensor], str]:

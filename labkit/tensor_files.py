@@ -5,6 +5,7 @@ A batch passes by. Checkpoints of experts (`checkpoints`) and of whole runs (`tr
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -23,6 +24,14 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 CHECKSUM = "crc32"  # the key of the checksum in a file's metadata
+_TYPES = {  # as files name them
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int16: "I16",
+    torch.uint32: "U32", torch.int32: "I32", torch.uint64: "U64", torch.int64: "I64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float32: "F32", torch.float64: "F64", torch.complex64: "C64",
+}  # fmt: skip
+READ_AT_ONCE = 16 << 20  # bytes of a file that is quicker to read as a whole, since it is in memory twice
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -70,12 +79,47 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ValueError: It cannot be read as such a file, for whatever reason.
     """
     try:
+        if path.stat().st_size <= READ_AT_ONCE:
+            data = path.read_bytes()
+            return safetensors.torch.load(data), _metadata_of(data)
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             # Copies, so that the file is not mapped any more when it is to be replaced.
             return {name: file.get_tensor(name).clone() for name in file.keys()}, metadata  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(str(error)) from error
+
+
+def _metadata_of(data: bytes) -> dict[str, str]:
+    """What a file that could be read says of itself."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    metadata: dict[str, str] = json.loads(data[8:end]).get("__metadata__") or {}
+    return metadata
+
+
+def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytearray, str]:
+    """The bytes of a file of tensors, and their checksum: in a fraction of the time that safetensors takes for many.
+
+    Args:
+        tensors: By name, on the CPU and without gaps; see `separate`.
+        metadata: What the file says of itself; the checksum is added.
+
+    Raises:
+        ValueError: There is a tensor of a type that no such file can hold.
+    """
+    data = {name: _bytes_of(tensor) for name, tensor in tensors.items()}
+    crc32, at = _checksum(data), 0
+    head: dict[str, object] = {"__metadata__": {**metadata, CHECKSUM: crc32}}
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())  # so each is aligned
+    for name in names:
+        tensor, end = tensors[name], at + len(data[name])
+        if tensor.dtype not in _TYPES:
+            raise ValueError(f"no file of tensors can hold {tensor.dtype} ({name})")
+        head[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return bytearray().join([len(text).to_bytes(8, "little"), text, *(data[name] for name in names)]), crc32
 
 
 def is_whole(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
@@ -85,11 +129,18 @@ def is_whole(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
     """A checksum of the tensors' names and bytes: safetensors notices a file cut short, but not a changed bit."""
+    return _checksum({name: _bytes_of(tensor) for name, tensor in tensors.items()})
+
+
+def _checksum(data: Mapping[str, memoryview]) -> str:
     crc = 0
-    for name in sorted(tensors):
-        crc = zlib.crc32(name.encode(), crc)
-        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc)
+    for name in sorted(data):
+        crc = zlib.crc32(data[name], zlib.crc32(name.encode(), crc))
     return f"{crc:08x}"
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

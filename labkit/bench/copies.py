@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -23,7 +22,7 @@ from labkit.training.fit import fit
 
 TRAINERS = 4
 BATCH = 64
-WARM_UP_STEPS = 20
+WARM_UP = 12.0  # seconds: after these copies are made as often as later on
 ENDLESS = 1_000_000_000  # steps
 
 
@@ -34,6 +33,8 @@ class CopiesConfig:
     Args:
         servers: Servers with copies, and as many without.
         experts: Experts in all, in each of the two swarms.
+        backups: Copies of each expert in the swarm that has some. What they cost adds up: where it is
+            lost in the noise, more of them tell.
         hidden: Width of the layer and its experts.
         rounds: Pairs of trainings. Of ten, the lowest and the highest ratio are left out.
         seconds: What is measured of each training. Learning experts are copied each ten.
@@ -45,6 +46,7 @@ class CopiesConfig:
 
     servers: int = 4
     experts: int = 16
+    backups: int = 1
     hidden: int = 64
     rounds: int = 12
     seconds: float = 25.0
@@ -54,6 +56,8 @@ class CopiesConfig:
         check_at_least(2, self, "servers")
         check_at_least(1, self, "hidden", "rounds")
         check_at_least(max(4, self.servers), self, "experts")
+        if not 1 <= self.backups < self.servers:
+            raise ValueError(f"backups={self.backups}: from 1 to {self.servers - 1} with {self.servers} servers")
         if not self.seconds > 0:
             raise ValueError(f"seconds={self.seconds}: more than 0")
 
@@ -63,55 +67,58 @@ def measure(config: CopiesConfig) -> dict[str, Any]:
 
     Returns:
         What `--json` prints: the `ratio` of the speed with copies to that without, and how far
-        from the true mean it is at most, with 95 % probability (`ratio_within`).
+        from the true mean it is at most, with 95 % probability (`ratio_within`); and the megabytes
+        that were copied in a second.
     """
     data, draw = load("digits"), random.Random(config.seed)
-    speeds: dict[int, list[float]] = {0: [], 1: []}
-    with ExitStack() as stack:
-        swarms = {backups: stack.enter_context(_swarm(config, backups)) for backups in speeds}
-        for _ in range(config.rounds):
-            for backups in draw.sample(sorted(speeds), 2):
-                speeds[backups].append(_steps_per_second(config, swarms[backups], data))
-        sent = sum(one.copies.sent_bytes for one in swarms[1].statistics().values() if one.copies is not None)
-    ratios = [with_copies / without for without, with_copies in zip(speeds[0], speeds[1], strict=True)]
+    speeds: dict[int, list[float]] = {0: [], config.backups: []}
+    rates: list[float] = []
+    for _ in range(config.rounds):
+        for backups in draw.sample(sorted(speeds), 2):
+            speed, rate = _train(config, backups, data)
+            speeds[backups].append(speed)
+            if backups:
+                rates.append(rate)
+    without, with_copies = speeds.values()
+    ratios = [one / other for one, other in zip(with_copies, without, strict=True)]
     mean, within = middle(ratios)
     return {
         **asdict(config),
-        "samples_per_s": {"with copies": round(BATCH * fmean(speeds[1])), "without": round(BATCH * fmean(speeds[0]))},
+        "samples_per_s": {"with copies": round(fmean(with_copies)), "without": round(fmean(without))},
         "ratios": [round(ratio, 4) for ratio in ratios],
         "ratio": round(mean, 4),
         "ratio_within": None if within is None else round(within, 4),
-        "copy_mb": round(sent / 1e6, 1),
+        "copy_mb_per_s": round(fmean(rates) / 1e6, 2),
     }
 
 
-def _swarm(config: CopiesConfig, backups: int) -> Swarm:
-    swarm = Swarm(f"copies={backups}")
-    try:
+def _train(config: CopiesConfig, backups: int, data: ClassificationData) -> tuple[float, float]:
+    """Train over servers of its own, so that none of another training still copies what that has learnt.
+
+    Returns:
+        Samples and bytes of copies, a second.
+    """
+    with Swarm(f"copies={backups}") as swarm:
         swarm.serve(
             "ffn", hidden=config.hidden, experts=config.experts, servers=config.servers, threads=1, seed=0,
             backups=backups,
         )  # fmt: skip
-    except BaseException:
-        swarm.close()
-        raise
-    return swarm
+        moe = swarm.moe(config.hidden, k_best=4)
+        model = nn.Sequential(
+            nn.Linear(data.dim, config.hidden), nn.LayerNorm(config.hidden), moe, nn.LayerNorm(config.hidden),
+            nn.Linear(config.hidden, data.classes),
+        )  # fmt: skip
+        run = fit(model, data, steps=ENDLESS, batch_size=BATCH, trainers=TRAINERS)
+        time.sleep(WARM_UP)
+        sent, steps, began = _sent(swarm), run.steps, time.monotonic()
+        time.sleep(config.seconds)
+        made, took, copied = run.steps - steps, time.monotonic() - began, _sent(swarm) - sent
+        run.stop()
+    return BATCH * made / took, copied / took
 
 
-def _steps_per_second(config: CopiesConfig, swarm: Swarm, data: ClassificationData) -> float:
-    moe = swarm.moe(config.hidden, k_best=4)
-    model = nn.Sequential(
-        nn.Linear(data.dim, config.hidden), nn.LayerNorm(config.hidden), moe, nn.LayerNorm(config.hidden),
-        nn.Linear(config.hidden, data.classes),
-    )  # fmt: skip
-    run = fit(model, data, steps=ENDLESS, batch_size=BATCH, trainers=TRAINERS)
-    while run.running and run.steps < WARM_UP_STEPS:
-        time.sleep(0.01)
-    steps, began = run.steps, time.monotonic()
-    time.sleep(config.seconds)
-    made, took = run.steps - steps, time.monotonic() - began
-    run.stop()
-    return made / took
+def _sent(swarm: Swarm) -> int:
+    return sum(one.copies.sent_bytes for one in swarm.statistics().values() if one.copies is not None)
 
 
 def middle(ratios: Sequence[float]) -> tuple[float, float | None]:

@@ -139,6 +139,7 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     copies = _add_bench(benches, "copies", "what copies of experts cost in training")
     add_number(copies, "--servers", 4, "expert servers with copies, and as many without, each a process")
     add_number(copies, "--experts", 16, "experts in each of the two swarms")
+    add_number(copies, "--backups", 1, "copies of each expert; three tell better than one what one costs")
     add_number(copies, "--hidden", 64, "width of the layer and its experts")
     add_number(copies, "--rounds", 12, "pairs of trainings")
     _add_real(copies, "--seconds", 25.0, "what is measured of each training")

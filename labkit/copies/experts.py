@@ -25,7 +25,7 @@ class PackedExpert:
         backend: How it is trained: fields of `BackendConfig`.
     """
 
-    data: bytes
+    data: bytes | bytearray
     updates: int
     crc32: str
     kind: str

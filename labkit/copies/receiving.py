@@ -122,7 +122,7 @@ class CopyReceiver:
             raise Overloaded(f"this server is taking {self._taken} copies in, as many as it can at a time")
         self._taken += 1
         try:
-            incoming = await self._store.begin(head)
+            incoming = await self._store.begin(head, b"" if whole is None else whole.numpy().data)
         except BaseException as error:
             self._taken -= 1
             if isinstance(error, OSError):
@@ -139,7 +139,6 @@ class CopyReceiver:
         if whole is None:
             older = incoming.older
             return Reply(CopyOffer(transfer.token, "" if older is None else older.head.crc32))
-        await self._append(transfer, whole)
         await self._finish(transfer)
         return Reply(CopyOffer(took=trio.current_time() - began))
 

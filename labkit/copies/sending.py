@@ -212,7 +212,7 @@ async def _send_whole(
     caller: Caller, to: Contact, head: CopyHead, data: memoryview, budget: CopyBudget, link: _Link
 ) -> _Kept | None:
     """Send a small copy with its offer. Returns what is kept; if nothing, it is to be sent in parts."""
-    tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    tensor = torch.frombuffer(bytearray(data) if data.readonly else data, dtype=torch.uint8)
     try:
         async with budget.part(len(data), link.round_trip) as free:
             began = trio.current_time()

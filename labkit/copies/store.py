@@ -113,12 +113,12 @@ class CopyStore:
         """The copies by uid, at any time up to date."""
         return MappingProxyType(self._copies)
 
-    async def begin(self, head: CopyHead) -> IncomingCopy:
-        """Begin to take a copy in. Raises `OSError` if the disk has no room for it, or fails."""
+    async def begin(self, head: CopyHead, data: Bytes = b"") -> IncomingCopy:
+        """Begin to take a copy in, with its first bytes. Raises `OSError` if the disk has no room for it, or fails."""
         incoming = IncomingCopy(self, head)
         self.arriving.add(incoming)
         try:
-            await self.wait_for(incoming.open)
+            await self.wait_for(lambda: incoming.open(memoryview(data)))
         except BaseException:
             self.arriving.discard(incoming)
             raise
@@ -262,12 +262,13 @@ class IncomingCopy:
     async def discard(self) -> None:
         """Forget what has arrived. Does nothing after `finish`."""
         self._store.arriving.discard(self)
-        await self._store.wait_for(self._discard)
+        if self._file is not None:
+            await self._store.wait_for(self._discard)
 
     # ------------------------------------------------------------ what waits for the disk
 
-    def open(self) -> None:
-        """Make the file. Raises `OSError`."""
+    def open(self, data: memoryview) -> None:
+        """Make the file, with its first bytes. Raises `OSError`; then nothing is left of it."""
         promised = sum(one.head.size - one.received for one in list(self._store.arriving) if one is not self)
         free = shutil.disk_usage(self._store.folder).free - promised
         if self.head.size + SPARE_BYTES > free:
@@ -277,6 +278,11 @@ class IncomingCopy:
                 f"the copy takes {size:.1f} MB, and the disk has {left:.1f} MB left, of which {spare:.1f} MB stay free"
             )
         self._file = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
+        try:
+            self._append(data)
+        except BaseException:
+            self._discard()
+            raise
 
     def _append(self, data: memoryview) -> None:
         assert self._file is not None, "this copy has ended"
@@ -296,22 +302,26 @@ class IncomingCopy:
                 size -= len(data)
 
     def settle(self, check: Check) -> Copy:
-        """Sync, check and rename the state, and write the head, with which the copy counts (half a head is none)."""
+        """Sync, check and rename the state, and write the head, with which the copy counts (half a head is none).
+
+        If this raises, nothing is left of it.
+        """
         assert self._file is not None, "this copy has ended"
-        if self._store.durable:
-            os.fsync(self._file)
-        self._close()
-        check(self.head, self._part)
         path, at = self._store.folder / f"{self._name}.safetensors", time.time()
         head = path.with_suffix(".json")
         try:
+            if self._store.durable:
+                os.fsync(self._file)
+            self._close()
+            check(self.head, self._part)
             os.replace(self._part, path)
             _write(head, msgspec.json.encode((self.head, at)), durable=self._store.durable)
             if self._store.durable:
                 sync_directory(self._store.folder)
         except BaseException:
-            head.unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+            for file in (head, path):
+                file.unlink(missing_ok=True)
+            self._discard()
             raise
         return Copy(self.head, path, at)
 

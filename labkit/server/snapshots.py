@@ -51,7 +51,7 @@ WAY_OUT = "save again when it is better, or ask whoever runs it"
 class _Kept:
     """A snapshot that is kept to be read."""
 
-    data: bytes  # of a checkpoint
+    data: bytes | bytearray  # of a checkpoint
     until: float  # on trio's clock
     lease: Timer | None = None
 
