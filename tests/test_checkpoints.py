@@ -7,11 +7,14 @@ import sys
 import threading
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 import trio
 
+from labkit import tensor_files
 from labkit.errors import CheckpointError, RemoteFailure
+from labkit.expert_file import pack_expert
 from labkit.server import checkpoints
 from labkit.server.backend import ExpertBackend
 from labkit.server.checkpoints import Progress, keep_checkpoints, load_expert, restore, save_all, save_expert
@@ -45,10 +48,14 @@ def assert_same_bits(one, other) -> None:
         assert torch.equal(*bits), name
 
 
-def test_every_kind_of_tensor_comes_back_to_the_bit(tmp_path):
-    dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8]
+def of_every_kind() -> dict[str, torch.Tensor]:
+    dtypes = [
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+        torch.complex64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32,
+        torch.uint64,
+    ]  # fmt: skip
     state = {f"{dtype}".replace("torch.", "t."): torch.randn(3, 5).mul(9).abs().to(dtype) for dtype in dtypes}
-    state |= {
+    return state | {
         "bool": torch.tensor([True, False]),
         "scalar": torch.tensor(2**62 + 1),
         "nothing": torch.zeros(0, 3),
@@ -56,8 +63,32 @@ def test_every_kind_of_tensor_comes_back_to_the_bit(tmp_path):
         "a view": torch.arange(12.0).reshape(3, 4).T,
         "an expanded one": torch.ones(1).expand(5),
     }
+
+
+@pytest.mark.parametrize("at_once", [0, tensor_files.READ_AT_ONCE])
+def test_every_kind_of_tensor_comes_back_to_the_bit(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(tensor_files, "READ_AT_ONCE", at_once)
+    state = of_every_kind()
     save_expert(tmp_path, UID, state)
     assert_same_bits(load_expert(tmp_path, UID), state)
+
+
+def test_what_is_packed_for_a_copy_is_the_file_that_would_be_saved(tmp_path):
+    state = of_every_kind()
+    data, crc32 = pack_expert(UID, state, kind="ffn")
+    path = save_expert(tmp_path, UID, state, kind="ffn")
+    with safetensors.safe_open(path, "pt") as saved:
+        metadata = saved.metadata()
+    assert metadata["crc32"] == crc32 and len(data) == path.stat().st_size
+    path.write_bytes(data)
+    with safetensors.safe_open(path, "pt") as copied:
+        assert copied.metadata() == metadata
+        assert_same_bits({name: copied.get_tensor(name) for name in copied.keys()}, state)  # noqa: SIM118
+
+
+def test_a_type_that_no_file_can_hold_is_named():
+    with pytest.raises(ValueError, match=r"torch\.complex128 \(weight\)"):
+        pack_expert(UID, {"weight": torch.zeros(2, dtype=torch.complex128)})
 
 
 def test_an_expert_without_a_checkpoint_has_none(tmp_path):

@@ -408,6 +408,12 @@ def test_the_mask_of_an_attention_may_hold_infinity_if_it_is_known_for_it_but_ne
                 check_copy(head, path, may_be_infinite={"module.mask"})
 
 
+def test_numbers_whose_squares_overflow_are_finite_still(tmp_path):
+    head, data = packed(make_primary(), state(module__x=torch.tensor([3e38, -3e38])))
+    (tmp_path / "copy").write_bytes(data)
+    check_copy(head, tmp_path / "copy")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e5m2, torch.complex64])
 def test_numbers_of_every_type_are_looked_at(tmp_path, dtype):
     for value in (1.0, float("nan")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
@@ -32,7 +32,9 @@ from labkit.errors import (
     RPCError,
 )
 from labkit.events import CopyFailed, CopyStored, ExpertHandedOver, ExpertTakenOver
+from labkit.expert_file import pack_expert
 from labkit.expert_uid import grid_uids
+from labkit.server import carrying
 from labkit.server.backend import ExpertBackend
 from labkit.server.carrying import CarriedExperts
 from labkit.server.checkpoints import save_expert
@@ -71,6 +73,31 @@ async def test_servers_that_begin_together_find_each_other_at_once_and_copy_thei
     async with copied_swarm(tmp_path) as swarm:
         await swarm.serve_grid(4)
         assert await swarm.until_copied() < 4
+
+
+async def test_an_expert_that_no_file_can_hold_is_said_to_be_at_risk_and_the_others_are_copied_all_the_same(
+    tmp_path, monkeypatch, autojump_clock
+):
+    def pack_others(uid: str, state: Mapping[str, torch.Tensor], **options: str) -> tuple[bytearray, str]:
+        odd = {"module.odd": torch.zeros(2, dtype=torch.complex128)} if uid == UIDS[0] else {}
+        return pack_expert(uid, {**state, **odd}, **options)
+
+    monkeypatch.setattr(carrying, "pack_expert", pack_others)
+    async with copied_swarm(tmp_path) as swarm:
+        servers = await swarm.serve_grid(2)
+
+        async def copied() -> bool:
+            return all(any(server.has_copy(uid) for server in servers) for uid in UIDS[1:])
+
+        assert await swarm.until(copied) < 4
+        for uid in UIDS:
+            await swarm.train(uid)
+        await trio.sleep(15)
+        kept = [event.uid for event in swarm.said(CopyStored) if event.updates == 1]
+        assert sorted(kept) == list(UIDS[1:])
+        refused = swarm.said(CopyFailed)
+        assert {event.uid for event in refused} == {UIDS[0]} and "complex128" in refused[0].detail
+        assert len(refused) < 3
 
 
 @pytest.mark.parametrize(("silently", "seconds"), [(False, 4.5), (True, 6.0)])

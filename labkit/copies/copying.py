@@ -21,7 +21,7 @@ import trio
 
 from labkit.contact import Contact
 from labkit.copies.backups import Backups
-from labkit.copies.experts import ServedExperts
+from labkit.copies.experts import PackedExpert, ServedExperts
 from labkit.copies.made import MadeCopies, MadeCopy
 from labkit.copies.messages import CopyHead, Watched, WatchedExpert, WatchReply
 from labkit.copies.placement import rank
@@ -43,6 +43,7 @@ CALM_LOOK_PERIOD = 2.0  # the same while no expert learns
 AT_ONCE = 3  # copies that are made at the same time, to different servers, if all are small
 SMALL = 1 << 20  # bytes
 NAME_PERIOD = 2.0  # seconds between two times that it is said who has copies, while some are made
+UNPACKED_PAUSE = 30.0  # seconds after which it is tried again to take the state of an expert that could not be taken
 PATIENCE = 5.0  # seconds to try again at a server that takes as many copies as it can
 
 
@@ -82,6 +83,7 @@ class Copying:
         self._named: dict[str, tuple[bytes, ...]] = {}
         self._made = MadeCopies(experts.held)
         self._reserve_at: dict[str, float] = {}  # when one in reserve is tried again that could not be made
+        self._unpacked: dict[str, float] = {}  # experts whose state could not be taken: left alone until then
         self._takes = 0.0  # seconds that a copy takes lately, at worst
 
     # ------------------------------------------------------------ what there is
@@ -127,6 +129,7 @@ class Copying:
         """Forget the copies of an expert that is served here no more."""
         self._made.forget(uid)
         self._reserve_at.pop(uid, None)
+        self._unpacked.pop(uid, None)
         self._given.set()
 
     async def rpc_watch(self, request: Request) -> Reply:
@@ -218,13 +221,19 @@ class Copying:
             busy = isinstance(error, Overloaded)  # it takes copies of others now, and will take ours
             if reserve:
                 self._reserve_at[uid] = trio.current_time() + (PATIENCE if busy else RESERVE_PERIOD)
-            if not busy and uid in self._experts.held:  # else it was given away meanwhile
+            if (
+                not busy and uid in self._experts.held and not self._is_unpacked(uid)
+            ):  # else it was given away meanwhile
                 logger.info("no copy of %s at %s: %s", uid, to.endpoint, error)
                 if not reserve or isinstance(error, (ConnectionLost, DeadlineExceeded)):
                     self._backups.note_failure(to, error)
         finally:
             del self._under_way[uid]
             self._wake.set()
+
+    def _is_unpacked(self, uid: str) -> bool:
+        """Whether an expert's state could not be taken just now, which is no fault of who was to get it."""
+        return trio.current_time() < self._unpacked.get(uid, 0.0)
 
     def _at_once_now(self) -> int:
         return AT_ONCE if 0 < self._made.largest() <= SMALL else 1  # each of them is in memory
@@ -286,7 +295,7 @@ class Copying:
         best: tuple[bool, float, int, str, Contact] | None = None  # backup? seconds of what it has learnt, and updates
         busy = {to.key for to, _ in self._under_way.values()}
         for uid in self._experts.held:
-            if uid in self._paused or uid in self._under_way:
+            if uid in self._paused or uid in self._under_way or self._is_unpacked(uid):
                 continue
             updates = self._experts.updates(uid)
             for place, to in enumerate(self._targets(uid, some)):
@@ -329,7 +338,7 @@ class Copying:
         if epoch is None:
             raise RequestRefused(f"{uid} is not served here any more")
         began = trio.current_time()
-        packed = await self._experts.pack(uid)
+        packed = await self._pack(uid)
         size = len(packed.data)
         head = CopyHead(
             uid, epoch, packed.updates, size, packed.crc32, packed.kind, dict(packed.backend), self._own(), reserve
@@ -342,3 +351,12 @@ class Copying:
         copied = MadeCopy(to, epoch, packed.updates, size, began, now, reserve)
         self._made.note(uid, copied)
         return copied
+
+    async def _pack(self, uid: str) -> PackedExpert:
+        try:
+            return await self._experts.pack(uid)
+        except RPCError as error:
+            if uid in self._experts.held:  # else it was given away meanwhile
+                self._unpacked[uid] = trio.current_time() + UNPACKED_PAUSE
+                self._emit(CopyFailed(uid=uid, address=self._own().endpoint, cause=error.cause, detail=str(error)))
+            raise

@@ -83,7 +83,10 @@ class CarriedExperts:
         if backend is None:
             raise UnknownExpert(f"this server does not hold expert {uid!r}")
         state = await runtime.snapshot(uid)
-        data, crc32 = await self._run(lambda: pack_expert(uid, state, kind=backend.kind))
+        try:
+            data, crc32 = await self._run(lambda: pack_expert(uid, state, kind=backend.kind))
+        except (TypeError, ValueError, RuntimeError, MemoryError) as error:
+            raise RemoteFailure(f"{uid} cannot be copied: {error}") from None
         return PackedExpert(data, int(state["counter.updates"]), crc32, backend.kind[:1000], asdict(backend.config))
 
     def check(self, head: CopyHead, path: Path) -> None:
