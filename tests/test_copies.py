@@ -97,7 +97,7 @@ def packed_as(
     uid: str, tensors: dict[str, Tensor], primary: Contact, backend: dict[str, Any]
 ) -> tuple[CopyHead, bytes]:
     data, crc32 = pack_expert(uid, tensors, kind="ffn")
-    return CopyHead(uid, 1, int(tensors["counter.updates"]), len(data), crc32, "ffn", backend, primary), data
+    return CopyHead(uid, 1, int(tensors["counter.updates"]), len(data), crc32, "ffn", backend, primary), bytes(data)
 
 
 @dataclass

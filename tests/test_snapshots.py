@@ -155,7 +155,7 @@ class Liar:
         return Reply(self.head) if method == SNAPSHOT else Reply(None, self.part)
 
 
-def lie(data: bytes, **changes: Any) -> tuple[SnapshotHead, list[Tensor]]:
+def lie(data: bytes | bytearray, **changes: Any) -> tuple[SnapshotHead, list[Tensor]]:
     usual: dict[str, Any] = {"token": b"t" * 16, "size": len(data), "updates": 0, "crc32": "0" * 8, "kind": "ffn"}
     return SnapshotHead(**usual | changes), [torch.frombuffer(bytearray(data), dtype=torch.uint8)]
 

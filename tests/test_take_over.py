@@ -220,10 +220,10 @@ async def test_servers_that_have_no_room_for_copies_in_reserve_keep_the_others_a
 ):
     really_open = IncomingCopy.open
 
-    def only_backups(self: IncomingCopy) -> None:
+    def only_backups(self: IncomingCopy, data: memoryview) -> None:
         if self.head.reserve:
             raise OSError(errno.ENOSPC, "No space left on device")
-        really_open(self)
+        really_open(self, data)
 
     monkeypatch.setattr(IncomingCopy, "open", only_backups)
     async with copied_swarm(tmp_path) as swarm:
