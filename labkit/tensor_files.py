@@ -31,7 +31,7 @@ _TYPES = {  # as files name them
     torch.float8_e5m2fnuz: "F8_E5M2FNUZ", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float32: "F32", torch.float64: "F64", torch.complex64: "C64",
 }  # fmt: skip
-READ_AT_ONCE = 16 << 20  # bytes of a file that is quicker to read as a whole, since it is in memory twice
+READ_AT_ONCE = 16 << 20  # bytes of a file that is read as a whole: quicker, but it is in memory twice for a moment
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -98,7 +98,9 @@ def _metadata_of(data: bytes) -> dict[str, str]:
 
 
 def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytearray, str]:
-    """The bytes of a file of tensors, and their checksum: in a fraction of the time that safetensors takes for many.
+    """The bytes of a file of tensors, as safetensors writes it, and their checksum.
+
+    With dozens of small tensors, such as an expert has, safetensors itself takes several times as long.
 
     Args:
         tensors: By name, on the CPU and without gaps; see `separate`.

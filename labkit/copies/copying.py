@@ -221,9 +221,8 @@ class Copying:
             busy = isinstance(error, Overloaded)  # it takes copies of others now, and will take ours
             if reserve:
                 self._reserve_at[uid] = trio.current_time() + (PATIENCE if busy else RESERVE_PERIOD)
-            if (
-                not busy and uid in self._experts.held and not self._is_unpacked(uid)
-            ):  # else it was given away meanwhile
+            given_away = uid not in self._experts.held
+            if not (busy or given_away or self._is_unpacked(uid)):
                 logger.info("no copy of %s at %s: %s", uid, to.endpoint, error)
                 if not reserve or isinstance(error, (ConnectionLost, DeadlineExceeded)):
                     self._backups.note_failure(to, error)

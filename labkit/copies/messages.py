@@ -51,7 +51,7 @@ class CopyHead(msgspec.Struct, array_like=True, frozen=True):
         uid: The expert.
         epoch: Of its primary.
         updates: Optimizer steps that it had made.
-        size: Bytes of the file (`server.checkpoints.pack_expert`).
+        size: Bytes of the file (`expert_file.pack_expert`).
         crc32: Of the state, as that file has it.
         kind: What the expert is.
         backend: How it is trained: fields of `BackendConfig`.
