@@ -31,10 +31,10 @@ class CopiesConfig:
     """What `labkit bench copies` measures.
 
     Args:
-        servers: Servers with copies, and as many without.
-        experts: Experts in all, in each of the two swarms.
-        backups: Copies of each expert in the swarm that has some. What they cost adds up: where it is
-            lost in the noise, more of them tell.
+        servers: Servers of each training.
+        experts: Experts in all, at those servers.
+        backups: Copies of each expert in the trainings that have some. What they cost adds up: where
+            it is lost in the noise, more of them tell.
         hidden: Width of the layer and its experts.
         rounds: Pairs of trainings. Of ten, the lowest and the highest ratio are left out.
         seconds: What is measured of each training. Learning experts are copied each ten.

@@ -137,8 +137,8 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     kills.add_argument("--data-dir", metavar="FOLDER", help="folder with the files of the data set")
 
     copies = _add_bench(benches, "copies", "what copies of experts cost in training")
-    add_number(copies, "--servers", 4, "expert servers with copies, and as many without, each a process")
-    add_number(copies, "--experts", 16, "experts in each of the two swarms")
+    add_number(copies, "--servers", 4, "expert servers of each training, each a process")
+    add_number(copies, "--experts", 16, "experts in all, spread over the servers")
     add_number(copies, "--backups", 1, "copies of each expert; three tell better than one what one costs")
     add_number(copies, "--hidden", 64, "width of the layer and its experts")
     add_number(copies, "--rounds", 12, "pairs of trainings")
