@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from labkit.errors import CheckpointError
-from labkit.tensor_files import CHECKSUM, is_whole, pack_tensors, read_tensors, separate
+from labkit.tensor_files import CHECKSUM, pack_tensors, read_tensors, separate
 
 FORMAT = "labkit expert 1"
 WAY_OUT = "move it away to start this expert afresh, or put a good copy in its place"
@@ -48,7 +48,7 @@ def read_expert(path: Path, uid: str, kind: str = "") -> tuple[dict[str, Tensor]
         CheckpointError: The file is not labkit's, or of another expert or kind.
     """
     try:
-        tensors, metadata = read_tensors(path)
+        tensors, metadata, whole = read_tensors(path)
     except ValueError as error:
         raise DamagedCheckpoint(f"{path} cannot be read as a checkpoint ({error}); {WAY_OUT}") from error
     if metadata.get("format") != FORMAT:
@@ -58,7 +58,7 @@ def read_expert(path: Path, uid: str, kind: str = "") -> tuple[dict[str, Tensor]
         raise CheckpointError(f"{path} holds expert {metadata.get('uid')!r}; {WAY_OUT}")
     if kind and metadata.get("kind") and _short(metadata["kind"]) != _short(kind):
         raise CheckpointError(f"{path} holds an expert of kind {metadata['kind']!r}, not {kind!r}; {WAY_OUT}")
-    if not is_whole(tensors, metadata):
+    if not whole:
         raise DamagedCheckpoint(f"{path} is damaged (its checksum differs); {WAY_OUT}")
     return tensors, metadata[CHECKSUM]
 

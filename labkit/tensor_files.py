@@ -5,7 +5,6 @@ A batch passes by. Checkpoints of experts (`checkpoints`) and of whole runs (`tr
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -15,7 +14,9 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import safetensors
 import safetensors.torch
 import torch
@@ -31,6 +32,7 @@ _TYPES = {  # as files name them
     torch.float8_e5m2fnuz: "F8_E5M2FNUZ", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float32: "F32", torch.float64: "F64", torch.complex64: "C64",
 }  # fmt: skip
+_QUICK_TYPES = {torch.float32, torch.float64, torch.int32, torch.int64}  # whose bytes Python can look at directly
 READ_AT_ONCE = 16 << 20  # bytes of a file that is read as a whole: quicker, but it is in memory twice for a moment
 
 
@@ -69,11 +71,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     sync_directory(path.parent)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], bool]:
     """Read a file. Changes nothing on disk.
 
     Returns:
-        The tensors and the metadata; `is_whole` says whether they belong together.
+        The tensors, the metadata, and whether the checksum there is that of the tensors.
 
     Raises:
         ValueError: It cannot be read as such a file, for whatever reason.
@@ -81,20 +83,26 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         if path.stat().st_size <= READ_AT_ONCE:
             data = path.read_bytes()
-            return safetensors.torch.load(data), _metadata_of(data)
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            # Copies, so that the file is not mapped any more when it is to be replaced.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, metadata  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+            tensors = safetensors.torch.load(data)
+            metadata, parts = _parts_of(data)
+        else:
+            with safetensors.safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                # Copies, so that the file is not mapped any more when it is to be replaced.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            parts = {name: _bytes_of(tensor) for name, tensor in tensors.items()}
+    except (safetensors.SafetensorError, msgspec.MsgspecError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(str(error)) from error
+    return tensors, metadata, metadata.get(CHECKSUM) == _checksum(parts)
 
 
-def _metadata_of(data: bytes) -> dict[str, str]:
-    """What a file that could be read says of itself."""
-    end = 8 + int.from_bytes(data[:8], "little")
-    metadata: dict[str, str] = json.loads(data[8:end]).get("__metadata__") or {}
-    return metadata
+def _parts_of(data: bytes) -> tuple[dict[str, str], dict[str, memoryview]]:
+    """The metadata of a file that could be read, and the bytes of each tensor."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    head: dict[str, Any] = msgspec.json.decode(data[8:start])
+    metadata: dict[str, str] = head.pop("__metadata__", None) or {}
+    body = memoryview(data)[start:]
+    return metadata, {name: body[slice(*tensor["data_offsets"])] for name, tensor in head.items()}
 
 
 def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytearray, str]:
@@ -119,14 +127,9 @@ def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
             raise ValueError(f"no file of tensors can hold {tensor.dtype} ({name})")
         head[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
         at = end
-    text = json.dumps(head, separators=(",", ":")).encode()
+    text = msgspec.json.encode(head)
     text += b" " * (-len(text) % 8)
     return bytearray().join([len(text).to_bytes(8, "little"), text, *(data[name] for name in names)]), crc32
-
-
-def is_whole(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
-    """Whether the checksum is that of the tensors."""
-    return metadata.get(CHECKSUM) == checksum(tensors)
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -142,6 +145,8 @@ def _checksum(data: Mapping[str, memoryview]) -> str:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
+    if tensor.dtype in _QUICK_TYPES and tensor.numel():
+        return tensor.numpy().data.cast("B")
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import time
 from contextlib import redirect_stdout
 from functools import cache
 from io import StringIO
@@ -22,6 +23,7 @@ from labkit.bench.processes import ProcessGroup, Worker
 from labkit.bench.report import ratios_to, read_peer, show
 from labkit.bench.suite import SuiteConfig, SuiteRow
 from labkit.bench.suite import measure as measure_all
+from labkit.bench.yardstick import at_equal_speed, open_yardstick
 from labkit.contact import Contact
 from labkit.errors import LabkitError
 from labkit.experiments.expert_search import SearchConfig, measure
@@ -198,6 +200,24 @@ def test_the_interval_around_a_mean_of_ratios_holds_the_true_one_nineteen_times_
     means = [middle([draw.gauss(1.0, 0.1) for _ in range(12)]) for _ in range(1000)]
     assert 930 < sum(abs(mean - 1.0) <= within for mean, within in means if within) < 970
     assert middle([0.9]) == (0.9, None)
+
+
+def test_a_ratio_of_pairs_at_equal_speed_is_found_on_a_machine_whose_speed_varies_ten_times_as_much():
+    draw = random.Random(0)
+    found = []
+    for _ in range(1000):
+        speeds = [draw.lognormvariate(0.0, 0.1) for _ in range(12)]
+        found.append(at_equal_speed([0.98 * speed**1.2 * draw.lognormvariate(0.0, 0.01) for speed in speeds], speeds))
+    assert 930 < sum(abs(ratio - 0.98) <= within < 0.02 for ratio, within in filter(None, found)) < 970
+    assert at_equal_speed([0.98] * 3, [1.0, 1.1, 0.9]) is None
+
+
+def test_a_yardstick_measures_for_as_long_as_asked():
+    with open_yardstick() as yardstick:
+        began = time.monotonic()
+        yardstick.begin(0.3)
+        assert yardstick.speed() > 0
+        assert time.monotonic() - began >= 0.3
 
 
 def test_a_ratio_says_how_many_times_better_and_there_is_none_to_nothing():

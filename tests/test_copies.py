@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -49,6 +49,7 @@ from labkit.copies.messages import (
 )
 from labkit.copies.receiving import LEASE, LIFETIME, MAX_TRANSFERS
 from labkit.copies.store import IncomingCopy
+from labkit.copies.watching import Watching
 from labkit.errors import BadRequest, CheckpointError, ConnectionLost, DeadlineExceeded, Overloaded, RequestRefused
 from labkit.events import CopyFailed, CopyStored, Event
 from labkit.expert_file import pack_expert
@@ -647,6 +648,33 @@ async def test_a_store_that_need_not_survive_a_power_failure_does_not_wait_for_t
     monkeypatch.setattr(os, "fsync", lambda file: pytest.fail("it waits for the disk"))
     await take_in(CopyStore(tmp_path, durable=False), *packed(make_primary()))
     assert UID in CopyStore(tmp_path).copies
+
+
+async def test_the_server_of_a_copy_is_watched_as_soon_as_it_has_come_even_if_the_expert_began_anew(
+    tmp_path, autojump_clock
+):
+    own, first, second = (Contact(bytes([i]) * 32, "127.0.0.1", 5000 + i) for i in range(3))
+    asked: list[tuple[Contact, float]] = []
+
+    class Asked:
+        async def call(self, to: Contact, method: str, body: Watched, **_: Any) -> Reply:
+            asked.append((to, trio.current_time()))
+            await trio.sleep(body.hold)
+            return Reply(WatchReply([WatchedExpert(copy.epoch, copy.updates) for copy in body.copies]))
+
+    copies = CopyStore(tmp_path, in_thread=False, on_change=lambda: watching.look())
+    watching = Watching(cast(Any, Asked()), copies, lambda: own, lambda: [], lambda *_: pytest.fail("none is gone"))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watching.run)
+        await trio.sleep(1)
+        for primary, epoch in ((first, 5), (second, 1)):
+            await take_in(copies, *packed(primary, epoch=epoch))
+            began = trio.current_time()
+            await trio.sleep(5)
+            calls = [at for to, at in asked if to == primary]
+            assert [calls[0] - began, len(calls)] == [0.0, 3]
+            await copies.remove(UID)
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_file_that_was_cut_short_is_no_copy_after_a_restart(tmp_path):

@@ -19,6 +19,7 @@ from labkit.client.expert import RemoteExpert
 from labkit.client.expert_client import ExpertClient
 from labkit.contact import Contact
 from labkit.copies import takeover
+from labkit.copies.copying import Copying
 from labkit.copies.messages import OFFER, CopyHead
 from labkit.copies.placement import score
 from labkit.copies.store import IncomingCopy
@@ -41,6 +42,7 @@ from labkit.server.checkpoints import save_expert
 from labkit.server.holdings import Holdings
 from labkit.server.layers import make_expert
 from labkit.server.optimizer import BackendConfig
+from labkit.wire.rpc_types import Reply, Request
 from labkit.wire.security import Identity
 from tests.copied_swarms import CopiedSwarm, Server, X, copied_swarm
 
@@ -147,6 +149,28 @@ async def test_what_was_learnt_since_the_last_copy_is_counted_as_lost(tmp_path, 
         await swarm.until(partial(_served_elsewhere, swarm, victim.contact))
         lost = {event.uid: event.lost_updates for event in swarm.said(ExpertTakenOver)}
         assert lost[UIDS[0]] == 3
+
+
+async def test_who_keeps_copies_asks_every_two_seconds_and_all_who_ask_a_server_are_answered_at_once(
+    tmp_path, autojump_clock, monkeypatch
+):
+    answered: list[tuple[Copying, float]] = []
+    answer = Copying.rpc_watch
+
+    async def rpc_watch(self: Copying, request: Request) -> Reply:
+        reply = await answer(self, request)
+        answered.append((self, trio.current_time()))
+        return reply
+
+    monkeypatch.setattr(Copying, "rpc_watch", rpc_watch)
+    async with copied_swarm(tmp_path) as swarm:
+        await swarm.serve_grid(4, (4, 4))
+        await swarm.until_copied(grid=(4, 4))
+        await trio.sleep(90)  # until those in reserve are made, too
+        answered.clear()
+        await trio.sleep(20)
+        assert len(answered) in range(4 * 2 * 10, 4 * 3 * 10 + 12)  # to two or three other servers
+        assert len(set(answered)) in range(4 * 10, 4 * 10 + 4)
 
 
 @pytest.mark.parametrize("servers", [2, 3], ids=["a-pair", "three-of-them-with-copies-in-reserve"])

@@ -2,6 +2,7 @@
 
 The same classifier trains for a while over servers that copy their experts, and over as many that do not, in turns, in
 an order that is drawn. Servers are processes of this machine, so what copies cost them is time that training lacks.
+What others cost this machine is much more, and is told apart by a yardstick.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from labkit.bench.report import check_at_least
+from labkit.bench.yardstick import at_equal_speed, open_yardstick
 from labkit.swarm import Swarm
 from labkit.training.datasets import ClassificationData, load
 from labkit.training.fit import fit
@@ -67,38 +69,48 @@ def measure(config: CopiesConfig) -> dict[str, Any]:
 
     Returns:
         What `--json` prints: the `ratio` of the speed with copies to that without, and how far
-        from the true mean it is at most, with 95 % probability (`ratio_within`); and the megabytes
+        from the true mean it is at most, with 95 % probability (`ratio_within`); the same had the
+        machine been equally fast for both of each pair (`equal_speed_ratio`); and the megabytes
         that were copied in a second.
     """
     data, draw = load("digits"), random.Random(config.seed)
-    speeds: dict[int, list[float]] = {0: [], config.backups: []}
-    rates: list[float] = []
+    runs: dict[int, list[_Speeds]] = {0: [], config.backups: []}
     for _ in range(config.rounds):
-        for backups in draw.sample(sorted(speeds), 2):
-            speed, rate = _train(config, backups, data)
-            speeds[backups].append(speed)
-            if backups:
-                rates.append(rate)
-    without, with_copies = speeds.values()
-    ratios = [one / other for one, other in zip(with_copies, without, strict=True)]
+        for backups in draw.sample(sorted(runs), 2):
+            runs[backups].append(_train(config, backups, data))
+    without, with_copies = runs.values()
+    pairs = list(zip(with_copies, without, strict=True))
+    ratios, speeds = [one.samples / other.samples for one, other in pairs], [a.machine / b.machine for a, b in pairs]
     mean, within = middle(ratios)
+    fair, fair_within = at_equal_speed(ratios, speeds) or (None, None)
     return {
         **asdict(config),
-        "samples_per_s": {"with copies": round(fmean(with_copies)), "without": round(fmean(without))},
+        "samples_per_s": {
+            "with copies": round(fmean(run.samples for run in with_copies)),
+            "without": round(fmean(run.samples for run in without)),
+        },
         "ratios": [round(ratio, 4) for ratio in ratios],
         "ratio": round(mean, 4),
         "ratio_within": None if within is None else round(within, 4),
-        "copy_mb_per_s": round(fmean(rates) / 1e6, 2),
+        "machine_speed_ratios": [round(speed, 4) for speed in speeds],
+        "equal_speed_ratio": None if fair is None else round(fair, 4),
+        "equal_speed_ratio_within": None if fair_within is None else round(fair_within, 4),
+        "copy_mb_per_s": round(fmean(run.copied for run in with_copies) / 1e6, 2),
     }
 
 
-def _train(config: CopiesConfig, backups: int, data: ClassificationData) -> tuple[float, float]:
-    """Train over servers of its own, so that none of another training still copies what that has learnt.
+@dataclass(frozen=True)
+class _Speeds:
+    """What was measured of a training, a second: samples, bytes of copies, and how fast the machine was."""
 
-    Returns:
-        Samples and bytes of copies, a second.
-    """
-    with Swarm(f"copies={backups}") as swarm:
+    samples: float
+    copied: float
+    machine: float
+
+
+def _train(config: CopiesConfig, backups: int, data: ClassificationData) -> _Speeds:
+    """Train over servers of its own, so that none of another training still copies what that has learnt."""
+    with Swarm(f"copies={backups}") as swarm, open_yardstick() as yardstick:
         swarm.serve(
             "ffn", hidden=config.hidden, experts=config.experts, servers=config.servers, threads=1, seed=0,
             backups=backups,
@@ -111,10 +123,11 @@ def _train(config: CopiesConfig, backups: int, data: ClassificationData) -> tupl
         run = fit(model, data, steps=ENDLESS, batch_size=BATCH, trainers=TRAINERS)
         time.sleep(WARM_UP)
         sent, steps, began = _sent(swarm), run.steps, time.monotonic()
-        time.sleep(config.seconds)
+        yardstick.begin(config.seconds)
+        machine = yardstick.speed()
         made, took, copied = run.steps - steps, time.monotonic() - began, _sent(swarm) - sent
         run.stop()
-    return BATCH * made / took, copied / took
+    return _Speeds(BATCH * made / took, copied / took, machine)
 
 
 def _sent(swarm: Swarm) -> int:

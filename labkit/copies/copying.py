@@ -20,13 +20,13 @@ from operator import attrgetter
 import trio
 
 from labkit.contact import Contact
-from labkit.copies.backups import Backups
+from labkit.copies.backups import QUIET, Backups
 from labkit.copies.experts import PackedExpert, ServedExperts
 from labkit.copies.made import MadeCopies, MadeCopy
 from labkit.copies.messages import CopyHead, Watched, WatchedExpert, WatchReply
 from labkit.copies.placement import rank
 from labkit.copies.sending import CopyBudget, send_copy
-from labkit.copies.servers import KEY_PREFIX, GridServers, ServerRecord
+from labkit.copies.servers import GridServers, ServerRecord
 from labkit.errors import ConnectionLost, DeadlineExceeded, Overloaded, RequestRefused, RPCError
 from labkit.events import CopyFailed, Emit, Event
 from labkit.wire.rpc_types import Caller, Reply, Request
@@ -37,9 +37,10 @@ PROMISE = 10.0  # seconds of which an expert loses what it has learnt, at most, 
 PERIOD, SHORTEST_PERIOD = 9.0, 6.0  # seconds between the states of two copies of an expert, at most and at least
 RESERVE_PERIOD = 60.0  # the same of one in reserve, at least
 FORGETTING = 0.1  # of how long copies take, with each that takes less
-LOOK_PERIOD = 0.5  # seconds between two looks for copies that are due
-MARGIN = LOOK_PERIOD + 0.5  # seconds that one waits until it begins
+LOOK_PERIOD = 0.5  # seconds between two looks for copies that are due, while an expert lacks one, or has nothing new
+LOOK_AHEAD = 1.0  # the same while all have copies, unless one is due before
 CALM_LOOK_PERIOD = 2.0  # the same while no expert learns
+MARGIN = 1.0  # seconds that a copy may wait until it begins
 AT_ONCE = 3  # copies that are made at the same time, to different servers, if all are small
 SMALL = 1 << 20  # bytes
 NAME_PERIOD = 2.0  # seconds between two times that it is said who has copies, while some are made
@@ -77,9 +78,11 @@ class Copying:
         self._paused: set[str] = set()  # experts that are being given away
         self._under_way: dict[str, tuple[Contact, trio.CancelScope]] = {}  # copies that are made now, by expert
         self._wake = trio.Event()  # set when a copy has ended
-        self._given = trio.Event()  # set when an expert is served here no more
+        self._given = trio.Event()  # set when an expert is served here no more, or at `_answer_at`
+        self._answer_at = math.inf  # when answers to watchers have been kept back for long enough
+        self._look_at = 0.0  # when `run` looks again
         self._places: dict[tuple[str, tuple[bytes, ...]], list[Contact]] = {}  # what `_targets` has found
-        self._among: object = None  # for which servers, at which address of ours
+        self._among: object = None  # for which address of ours, among which servers
         self._named: dict[str, tuple[bytes, ...]] = {}
         self._made = MadeCopies(experts.held)
         self._reserve_at: dict[str, float] = {}  # when one in reserve is tried again that could not be made
@@ -130,32 +133,36 @@ class Copying:
         self._made.forget(uid)
         self._reserve_at.pop(uid, None)
         self._unpacked.pop(uid, None)
-        self._given.set()
+        self._answer_watchers()
 
     async def rpc_watch(self, request: Request) -> Reply:
         """Answer who keeps copies of our experts: how far they have come, and which copies are needed no more.
 
-        While there is no more to say than how far they have come, the answer is kept back for as long as asked.
+        While all of them are served here, the answer is kept back for as long as asked.
         """
         body: Watched = request.body
         if request.peer.key not in (None, body.by.key):
             raise RequestRefused("only who keeps copies says so")
         self._made.hear(body.copies, body.by)
+        if body.hold and all(state.uid in self._experts.held for state in body.copies):
+            self._answer_at = min(self._answer_at, trio.current_time() + body.hold)
+            if self._answer_at < self._look_at:
+                self._wake.set()
+            await self._given.wait()
         rows = self._said(body)
-        if all(row is not None and row.moved is None and not row.drop for row in rows):
-            if self._given.is_set():
-                self._given = trio.Event()
-            with trio.move_on_after(body.hold):
-                await self._given.wait()
-            rows = self._said(body)
         for state, row in zip(body.copies, rows, strict=True):
             if row is not None and row.drop:
                 self._made.drop(state.uid, body.by.key)
         return Reply(WatchReply(rows))
 
+    def _answer_watchers(self) -> None:
+        """Give the answers that are kept back, all of them together, so that they come again together."""
+        self._given.set()
+        self._given, self._answer_at = trio.Event(), math.inf
+
     def _said(self, body: Watched) -> list[WatchedExpert | None]:
         """Returns what there is to say of experts that are copied elsewhere."""
-        some = self._backups.able()
+        some = self._able()
         rows: list[WatchedExpert | None] = []
         for state in body.copies:
             epoch = self._experts.held.get(state.uid)
@@ -169,10 +176,11 @@ class Copying:
 
     def _is_spare(self, uid: str, at: Contact, some: Sequence[ServerRecord]) -> bool:
         """Whether a copy is needed no more, since those whose place it is have one."""
-        wanted = [contact.key for contact in self._targets(uid, some)]
+        whole = self._made.whole(uid)
+        wanted = [contact.key for contact in self._targets(uid, whole, some)]
         if at.key in wanted:
             return False
-        have, wanted = {copy.at.key for copy in self._made.whole(uid)}, wanted[: self.backups]
+        have, wanted = {copy.at.key for copy in whole}, wanted[: self.backups]
         return len(wanted) >= self.backups and have.issuperset(wanted)
 
     # ------------------------------------------------------------ making copies
@@ -204,8 +212,10 @@ class Copying:
                 before, states = states, {uid: self._experts.updates(uid) for uid in self._experts.held}
                 learnt_at = learnt_at if states == before else trio.current_time()
                 calm = trio.current_time() - learnt_at >= CALM_LOOK_PERIOD
-                self._wake = trio.Event()
-                with trio.move_on_after(CALM_LOOK_PERIOD if calm else LOOK_PERIOD):
+                if trio.current_time() >= self._answer_at:
+                    self._answer_watchers()
+                self._wake, self._look_at = trio.Event(), self._time_to_look(calm)
+                with trio.move_on_at(self._look_at):
                     await self._wake.wait()
 
     async def _make(self, uid: str, to: Contact, reserve: bool, scope: trio.CancelScope) -> None:
@@ -233,6 +243,19 @@ class Copying:
     def _is_unpacked(self, uid: str) -> bool:
         """Whether an expert's state could not be taken just now, which is no fault of who was to get it."""
         return trio.current_time() < self._unpacked.get(uid, 0.0)
+
+    def _period_now(self) -> float:
+        """Returns the seconds between two copies of an expert, which are fewer where a copy takes long."""
+        return min(self.period, max(SHORTEST_PERIOD, PROMISE - MARGIN - self._takes))
+
+    def _time_to_look(self, calm: bool) -> float:
+        """Returns when to look again, unless a copy ends before: `calm` if no expert learns."""
+        now, period = trio.current_time(), self._period_now()
+        due = [copy.made + period for uid in self._experts.held for copy in self._made.fresh(uid)]
+        behind = len(due) < len(self._experts.held) * self.backups or min(due, default=now) <= now
+        pause = CALM_LOOK_PERIOD if calm else LOOK_PERIOD if behind else LOOK_AHEAD
+        quiet = [heard + QUIET for heard in self._made.heard().values()]
+        return min((at for at in (*due, *quiet, self._answer_at) if now < at < now + pause), default=now + pause)
 
     def _at_once_now(self) -> int:
         return AT_ONCE if 0 < self._made.largest() <= SMALL else 1  # each of them is in memory
@@ -275,33 +298,39 @@ class Copying:
         if not (isinstance(event, CopyFailed) and event.cause == Overloaded.cause):
             self._emit(event)
 
-    def _targets(self, uid: str, some: Sequence[ServerRecord]) -> list[Contact]:
-        """Returns where copies of an expert belong, of some servers: at the backups, and then that in reserve."""
-        have, own = self.keys(uid), self._own()
-        among = own, [(record.contact, record.room > 0) for record in some]
-        if among != self._among:
+    def _able(self) -> list[ServerRecord]:
+        """Returns the servers that copies can be given to. When they are others, what `_targets` found is forgotten."""
+        among = self._own(), self._backups.able()
+        if among != self._among:  # mostly they are the same objects, so this is quick
             self._places, self._among = {}, among
+        return among[1]
+
+    def _targets(self, uid: str, whole: Sequence[MadeCopy], some: Sequence[ServerRecord]) -> list[Contact]:
+        """Returns where copies of an expert belong: at the backups, and then that in reserve.
+
+        `whole`: its copies, as `MadeCopies.whole` returns them; `some`: the servers, as `_able` returns them.
+        """
+        have = tuple(copy.at.key for copy in whole)
         if (uid, have) not in self._places:
-            able = [r for r in rank(uid, some, own, have) if r.room > 0 or r.contact.key[:KEY_PREFIX] in have]
+            able = [r for r in rank(uid, some, self._own(), have) if r.room > 0 or r.contact.key in have]
             self._places[uid, have] = [record.contact for record in able[: self.backups + bool(self.backups)]]
         return self._places[uid, have]
 
     def _next(self) -> tuple[str, Contact, bool] | None:
         """Returns the copy to make next: of which expert, where to, and whether it is the one in reserve."""
         now = trio.current_time()
-        some = self._backups.able()
-        period = min(self.period, max(SHORTEST_PERIOD, PROMISE - MARGIN - self._takes))
+        some, period = self._able(), self._period_now()
         best: tuple[bool, float, int, str, Contact] | None = None  # backup? seconds of what it has learnt, and updates
         busy = {to.key for to, _ in self._under_way.values()}
         for uid in self._experts.held:
             if uid in self._paused or uid in self._under_way or self._is_unpacked(uid):
                 continue
-            updates = self._experts.updates(uid)
-            for place, to in enumerate(self._targets(uid, some)):
+            updates, whole = self._experts.updates(uid), self._made.whole(uid)
+            for place, to in enumerate(self._targets(uid, whole, some)):
                 backup = place < self.backups
                 if to.key in busy or not (backup or now >= self._reserve_at.get(uid, now)):
                     continue
-                there = self._made.fresh(uid) if backup else self._made.whole(uid)
+                there = [copy for copy in whole if not (backup and copy.reserve)]
                 latest = max(there, key=attrgetter("made"), default=None)
                 copied = self._made.of(uid).get(to.key)
                 if latest is None:

@@ -90,7 +90,7 @@ class CopyKeeper:
         self._grid = grid
         self._kind = kind
         self._own = own
-        self.store = CopyStore(folder, in_thread=in_thread, durable=in_thread)
+        self.store = CopyStore(folder, in_thread=in_thread, durable=in_thread, on_change=lambda: self._watching.look())
         self.servers = GridServers(dht, grid, self._record, sign=directory.sign)
         self.copying = Copying(
             caller, experts, self.servers, own, backups, emit, budget=CopyBudget() if budget is None else budget

@@ -17,7 +17,7 @@ from labkit.copies.handover import HandOver
 from labkit.copies.placement import rank
 from labkit.copies.servers import GridServers, ServerRecord
 
-PERIOD = 1.0  # seconds between two looks, on average
+PERIOD = 1.0  # seconds until an expert is given away, on average
 LEAST_DIFFERENCE = 2  # experts
 
 
@@ -42,6 +42,8 @@ class Levelling:
     async def run(self) -> None:
         """Level until cancelled."""
         while True:
+            while self._emptiest() is None:
+                await self._servers.wait_for_round()
             await trio.sleep(PERIOD * random.uniform(0.5, 1.5))
             to = self._emptiest()
             if to is None:

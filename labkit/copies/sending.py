@@ -152,7 +152,8 @@ class CopyBudget:
             round_trip: Seconds that a call without bytes takes, in which the link is free for others.
         """
         async with self._turn:
-            await trio.sleep_until(self._next)
+            if trio.current_time() < self._next:
+                await trio.sleep_until(self._next)
             began, free = trio.current_time(), _FreeTime(round_trip)
             self.sent += size
             seconds = size / self.rate

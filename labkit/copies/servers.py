@@ -109,6 +109,7 @@ class GridServers:
         self._read: dict[tuple[str, bytes], ServerRecord | None] = {}  # what the last round has decoded
         self._lost: dict[bytes, tuple[int, float]] = {}  # the last stamp of a server that is gone, and since when
         self._wake = trio.Event()
+        self._round_over = trio.Event()  # set after the next round
         self._left = False
         self._written: tuple[ServerRecord, float] | None = None  # the last time, and when that was
 
@@ -123,6 +124,10 @@ class GridServers:
     def refresh(self) -> None:
         """Let `run` begin the next round now, as when this server has something new to say of itself."""
         self._wake.set()
+
+    async def wait_for_round(self) -> None:
+        """Wait until the next round is over."""
+        await self._round_over.wait()
 
     def note(self, contact: Contact, experts: int) -> None:
         """Note how many experts a server has said to serve; it counts until that server has written itself anew."""
@@ -150,6 +155,8 @@ class GridServers:
             before = self._loads()
             await self.round()
             calm = calm + 1 if self._loads() == before else 0
+            self._round_over.set()
+            self._round_over = trio.Event()
             task_status.started()
             task_status = trio.TASK_STATUS_IGNORED
             with trio.move_on_after(pause):

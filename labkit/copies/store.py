@@ -91,15 +91,20 @@ class CopyStore:
         folder: Where they are; made if need be. Copies that are there are kept, as after a restart.
         in_thread: Whether the disk is waited for in a thread; if not, in this one, as in virtual time.
         durable: Whether a copy that counts survives a power failure, and not only the end of this process.
+        on_change: Called when there is another copy than before, or one is gone.
 
     Raises:
         OSError: The folder cannot be made or read.
     """
 
-    def __init__(self, folder: Path, *, in_thread: bool = True, durable: bool = True) -> None:
+    def __init__(
+        self, folder: Path, *, in_thread: bool = True, durable: bool = True,
+        on_change: Callable[[], object] = lambda: None,
+    ) -> None:  # fmt: skip
         self.folder = folder
         self.durable = durable
         self._in_thread = in_thread
+        self._on_change = on_change
         self._copies: dict[str, Copy] = {}
         self._settling = trio.Lock()  # one copy at a time is checked, in memory
         self._readers = Counter[Path]()  # how many read a file now
@@ -152,6 +157,7 @@ class CopyStore:
         """Keep a copy no more. Does nothing if there is none."""
         copy = self._copies.pop(uid, None)
         if copy is not None:
+            self._on_change()
             await self._remove(copy)
 
     async def _remove(self, copy: Copy) -> None:
@@ -180,6 +186,7 @@ class CopyStore:
                 raise RequestRefused(newer_is_kept(held))
             with trio.CancelScope(shield=True):  # as long as the disk takes
                 copy = self._copies[uid] = await self.wait_for(lambda: incoming.settle(check))
+                self._on_change()
             if held is not None:
                 await self._remove(held)
         return copy

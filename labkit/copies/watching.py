@@ -38,7 +38,6 @@ SILENT_CALLS = 1  # in a row that were not answered in time, before others are a
 RETRY_PAUSE = 0.2  # seconds between two calls over connections that break
 WITNESSES = 8  # other nodes that are asked whether they reach it; some of them may have gone at the same moment
 ENOUGH = 2  # of them that do not reach it either
-LOOK_PERIOD = 0.5  # seconds between two looks for servers to watch
 
 
 @dataclass(slots=True)
@@ -96,7 +95,7 @@ class Watching:
         self._changed = trio.Event()
 
     def look(self) -> None:
-        """Look for servers to watch now, as after a new copy has come."""
+        """Look for servers to watch: to be called when other copies are kept."""
         self._changed.set()
 
     def follow(self, uid: str, at: Contact, epoch: int) -> None:
@@ -112,8 +111,7 @@ class Watching:
                     self._watched.add(contact)
                     nursery.start_soon(self._watch, contact)
                 self._changed = trio.Event()
-                with trio.move_on_after(LOOK_PERIOD):
-                    await self._changed.wait()
+                await self._changed.wait()
 
     def _servers(self) -> set[Contact]:
         for uid in self.known.keys() - self._store.copies.keys():
@@ -153,7 +151,7 @@ class Watching:
                     broken = silent = 0
                 if broken:
                     await trio.sleep(RETRY_PAUSE)
-                elif not silent:
+                elif not silent and trio.current_time() < began + PERIOD:
                     await trio.sleep_until(began + PERIOD)
         finally:
             self._watched.discard(contact)

@@ -35,7 +35,7 @@ from torch import Tensor
 from labkit.errors import CheckpointError
 from labkit.paths import user_path
 from labkit.server.ownership import FolderTaken, claim_checkpoints
-from labkit.tensor_files import is_whole, link_file, read_tensors, replacing, sync_directory, write_tensors
+from labkit.tensor_files import link_file, read_tensors, replacing, sync_directory, write_tensors
 from labkit.training.serialization import flatten, unflatten
 
 FORMAT = "labkit run 1"
@@ -210,10 +210,10 @@ def _version() -> str:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        tensors, metadata = read_tensors(path)
+        tensors, _, whole = read_tensors(path)
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be read as part of a saved run: {error}") from None
-    if not is_whole(tensors, metadata):
+    if not whole:
         raise CheckpointError(f"{path} is damaged (its checksum differs)")
     return tensors
 
