@@ -183,4 +183,5 @@ def test_labkit_bench_copies_says_what_they_cost_in_training(capsys):
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     speeds = result["samples_per_s"]
     assert result["ratios"] == [result["ratio"]] == [pytest.approx(speeds["with copies"] / speeds["without"], rel=0.01)]
-    assert result["copy_mb_per_s"] > 0
+    assert result["copy_mb_per_s"] > 0 and len(result["machine_speed_ratios"]) == 1
+    assert result["equal_speed_ratio"] is None, "one pair cannot tell"
