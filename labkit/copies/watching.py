@@ -1,10 +1,10 @@
 """Watching the servers whose experts are copied here: who is gone is noticed within seconds, and nobody else.
 
-Each server is always being called: it keeps its answer back for two seconds. So a connection that breaks is noticed at
-once, and one call in two seconds is enough. A server is gone if two connections in a row break or are refused, or if it
-neither answers in time nor, asked once more, at once, unless another server reaches it. Calls are counted, not seconds:
-a machine that was asleep itself wakes up with many seconds gone and has missed one call. And who reaches nobody else
-either takes nobody for gone: it is cut off itself.
+Each server is always being called: it keeps its answer back, for up to two seconds. So a connection that breaks is
+noticed at once, and one call in two seconds is enough. A server is gone if two connections in a row break or are
+refused, or if it neither answers in time nor, asked once more, at once, unless another server reaches it. Calls are
+counted, not seconds: a machine that was asleep itself wakes up with many seconds gone and has missed one call. And who
+reaches nobody else either takes nobody for gone: it is cut off itself.
 
 The calls tell both sides what they have to know: the server, which copies are kept here, and how fresh they are; this
 side, how far the experts have come since.
