@@ -3,7 +3,9 @@
 import copy
 import math
 import threading
+import time
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -468,6 +470,20 @@ async def test_numbers_too_small_to_matter_are_nought_on_the_compute_thread_and_
     async with ComputeThread() as thread:
         assert await computed(thread, lambda: (tiny * 0.5).sum().item()) == 0.0
     assert (tiny * 0.5).sum().item() > 0.0
+
+
+async def test_a_compute_thread_says_how_much_of_a_processors_time_it_took_without_what_it_waited():
+    def work() -> None:
+        end = time.thread_time() + 0.05
+        while time.thread_time() < end:
+            pass
+
+    async with ComputeThread() as thread:
+        await computed(thread, work)
+        worked = thread.processor_seconds
+        assert worked >= 0.05
+        await computed(thread, partial(threading.Event().wait, 0.5))
+        assert worked <= thread.processor_seconds < worked + 0.4
 
 
 async def test_closing_does_not_wait_for_ever_for_a_computation(monkeypatch, caplog):

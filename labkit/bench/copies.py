@@ -2,7 +2,9 @@
 
 The same classifier trains for a while over servers that copy their experts, and over as many that do not, in turns, in
 an order that is drawn. Servers are processes of this machine, so what copies cost them is time that training lacks.
-What others cost this machine is much more, and is told apart by a yardstick.
+What others cost this machine is much more, and is told apart in two ways: by a yardstick beside the trainings, and by
+the share of the processors' time that trainers and experts get. Of the two the latter is the more exact, since a step
+takes the same work with copies and without; how fast that work is done, it does not tell.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from labkit.bench.yardstick import at_equal_speed, open_yardstick
 from labkit.swarm import Swarm
 from labkit.training.datasets import ClassificationData, load
 from labkit.training.fit import fit
+from labkit.training.run import Run
 
 TRAINERS = 4
 BATCH = 64
@@ -70,8 +73,9 @@ def measure(config: CopiesConfig) -> dict[str, Any]:
     Returns:
         What `--json` prints: the `ratio` of the speed with copies to that without, and how far
         from the true mean it is at most, with 95 % probability (`ratio_within`); the same had the
-        machine been equally fast for both of each pair (`equal_speed_ratio`); and the megabytes
-        that were copied in a second.
+        machine been equally fast for both of each pair, by the yardstick (`equal_speed_ratio`);
+        the same of the seconds of processors' time that trainers and experts had in a second
+        (`work_time_ratio`); and the megabytes that were copied in a second.
     """
     data, draw = load("digits"), random.Random(config.seed)
     runs: dict[int, list[_Speeds]] = {0: [], config.backups: []}
@@ -83,6 +87,8 @@ def measure(config: CopiesConfig) -> dict[str, Any]:
     ratios, speeds = [one.samples / other.samples for one, other in pairs], [a.machine / b.machine for a, b in pairs]
     mean, within = middle(ratios)
     fair, fair_within = at_equal_speed(ratios, speeds) or (None, None)
+    shares = [one.work_time / other.work_time for one, other in pairs]
+    share, share_within = middle(shares)
     return {
         **asdict(config),
         "samples_per_s": {
@@ -95,17 +101,33 @@ def measure(config: CopiesConfig) -> dict[str, Any]:
         "machine_speed_ratios": [round(speed, 4) for speed in speeds],
         "equal_speed_ratio": None if fair is None else round(fair, 4),
         "equal_speed_ratio_within": None if fair_within is None else round(fair_within, 4),
+        "work_time": {
+            "with copies": round(fmean(run.work_time for run in with_copies), 4),
+            "without": round(fmean(run.work_time for run in without), 4),
+        },
+        "work_time_ratios": [round(share, 4) for share in shares],
+        "work_time_ratio": round(share, 4),
+        "work_time_ratio_within": None if share_within is None else round(share_within, 4),
         "copy_mb_per_s": round(fmean(run.copied for run in with_copies) / 1e6, 2),
     }
 
 
 @dataclass(frozen=True)
 class _Speeds:
-    """What was measured of a training, a second: samples, bytes of copies, and how fast the machine was."""
+    """What was measured of a training, a second.
+
+    Args:
+        samples: That were trained on.
+        copied: Bytes of copies.
+        machine: How fast the machine was.
+        work_time: Seconds of processors' time that trainers and experts had: of this process, and of the threads that
+            compute in the servers.
+    """
 
     samples: float
     copied: float
     machine: float
+    work_time: float
 
 
 def _train(config: CopiesConfig, backups: int, data: ClassificationData) -> _Speeds:
@@ -122,16 +144,20 @@ def _train(config: CopiesConfig, backups: int, data: ClassificationData) -> _Spe
         )  # fmt: skip
         run = fit(model, data, steps=ENDLESS, batch_size=BATCH, trainers=TRAINERS)
         time.sleep(WARM_UP)
-        sent, steps, began = _sent(swarm), run.steps, time.monotonic()
+        before, began = _count(swarm, run), time.monotonic()
         yardstick.begin(config.seconds)
         machine = yardstick.speed()
-        made, took, copied = run.steps - steps, time.monotonic() - began, _sent(swarm) - sent
+        steps, copied, work_time = (now - then for now, then in zip(_count(swarm, run), before, strict=True))
+        took = time.monotonic() - began
         run.stop()
-    return _Speeds(BATCH * made / took, copied / took, machine)
+    return _Speeds(BATCH * steps / took, copied / took, machine, work_time / took)
 
 
-def _sent(swarm: Swarm) -> int:
-    return sum(one.copies.sent_bytes for one in swarm.statistics().values() if one.copies is not None)
+def _count(swarm: Swarm, run: Run) -> tuple[int, int, float]:
+    """Returns the steps so far, the bytes of copies, and the seconds of processors' time of trainers and experts."""
+    servers = [server.statistics() for server in swarm.servers]
+    copied = sum(one.copies.sent_bytes for one in servers if one.copies is not None)
+    return run.steps, copied, time.process_time() + sum(one.processor_seconds for one in servers)
 
 
 def middle(ratios: Sequence[float]) -> tuple[float, float | None]:

@@ -392,5 +392,7 @@ class Runtime:
         """Gauges and counters, now. Call it in the lab thread."""
         devices = self._devices.values()
         return self._counters.statistics(
-            sum(len(device.pools) for device in devices), sum(device.pools.rows for device in devices)
+            sum(len(device.pools) for device in devices),
+            sum(device.pools.rows for device in devices),
+            sum(thread.processor_seconds for thread in self._compute_threads),
         )

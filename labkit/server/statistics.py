@@ -124,6 +124,8 @@ class ServerStatistics(msgspec.Struct):
         label: The name that its owner gives the server; empty if there is none.
         relay: `host:port` of the relay through which the server is reached, if it takes no connections itself.
         copies: How it takes part in copies; None if it does not, or if it is an older labkit's.
+        processor_seconds: Seconds of a processor's time that its compute threads took, which do not grow while they
+            wait for their turn; without what torch's further threads took; 0 from an older labkit.
     """
 
     experts: Annotated[dict[Uid, Count], PerExpert]
@@ -146,6 +148,7 @@ class ServerStatistics(msgspec.Struct):
     label: Annotated[str, msgspec.Meta(max_length=4 * MAX_LABEL)] = ""
     relay: Annotated[str, msgspec.Meta(max_length=4 * MAX_LABEL)] = ""
     copies: CopyStatistics | None = None
+    processor_seconds: Seconds = 0.0
 
     def __post_init__(self) -> None:
         self.label, self.relay = clean_label(self.label), clean_label(self.relay)
@@ -207,7 +210,7 @@ class RuntimeCounters:
             self._compute_times.add(seconds)
         return rows
 
-    def statistics(self, queued_requests: int, queued_rows: int) -> ServerStatistics:
+    def statistics(self, queued_requests: int, queued_rows: int, processor_seconds: float) -> ServerStatistics:
         """The counters as they are now, with what waits now. A runtime knows of no injected faults."""
         return ServerStatistics(
             experts={uid: backend.updates for uid, backend in self._backends.items()},
@@ -227,4 +230,5 @@ class RuntimeCounters:
             total_times=list(self._total_times.counts),
             queue_times=list(self._queue_times.counts),
             compute_times=list(self._compute_times.counts),
+            processor_seconds=processor_seconds,
         )

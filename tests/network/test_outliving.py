@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -185,3 +186,5 @@ def test_labkit_bench_copies_says_what_they_cost_in_training(capsys):
     assert result["ratios"] == [result["ratio"]] == [pytest.approx(speeds["with copies"] / speeds["without"], rel=0.01)]
     assert result["copy_mb_per_s"] > 0 and len(result["machine_speed_ratios"]) == 1
     assert result["equal_speed_ratio"] is None, "one pair cannot tell"
+    assert all(0 < seconds < os.cpu_count() for seconds in result["work_time"].values())
+    assert result["work_time_ratios"] == [result["work_time_ratio"]]
