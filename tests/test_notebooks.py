@@ -336,7 +336,8 @@ def check_recovery(notebook: Any, full: bool) -> None:
     assert numbers(r"rows that no expert answered: (\d+); batches that failed: \d+", plain) == [0]
     killed, undisturbed = numbers(r"means: ([0-9.]+)", plain) + numbers(r"([0-9.]+) without", plain)
     assert abs(killed - undisturbed) < 0.01
-    assert numbers(r"equally fast: ([0-9.]+) ±", plain)[0] > 0.96, "of the speed without copies"
+    share, within = (float(one) for one in re.findall(r"work time +with copies: ([0-9.]+) ± ([0-9.]+)", plain)[0])
+    assert share - within > 0.97, "of the speed without copies"
     (ratios,) = re.findall(r"^effective ratio((?: +[0-9.]+)+)$", plain, re.MULTILINE)
     kept = list(map(float, ratios.split()))
     assert len(kept) == 1 + full and all(ratio > (0.94 if full else 0.1) for ratio in kept)
