@@ -15,7 +15,7 @@ from labkit.errors import BadReply
 from labkit.events import Event, ExpertGivenUp, ExpertHandedOver, ExpertTakenOver
 from labkit.expert_uid import grid_uids
 from labkit.server.statistics import MAX_TAKEOVERS, CopyStatistics, ServerStatistics, call_statistics, without_experts
-from labkit.view.collect.takeovers import ReportedTakeOvers
+from labkit.view.collect.takeovers import TELLING_TIME, ReportedTakeOvers
 from tests.copied_swarms import CopiedSwarm, Server, X, copied_swarm
 from tests.test_inventory import SAID, Handle, Lab
 
@@ -23,7 +23,7 @@ UIDS = list(grid_uids("ffn", (2, 2)))
 TAKEN: dict[str, Any] = {
     "uid": "ffn.0.0", "before": "10.0.0.9:1", "epoch": 1, "lost_updates": 2, "seconds": 1.5, "ago": 0.0,
 }  # fmt: skip
-
+TAKEN_EVENT = {name: value for name, value in TAKEN.items() if name != "ago"} | {"address": "10.0.0.1:1"}
 GIVEN: dict[str, Any] = {"uid": "ffn.0.0", "before": "10.0.0.9:1", "epoch": 1, "ago": 0.0}
 
 
@@ -186,6 +186,21 @@ async def test_a_server_that_was_started_here_tells_what_one_elsewhere_has_given
     (event,) = events
     assert isinstance(event, ExpertHandedOver)
     assert (event.uid, event.address, event.to) == ("ffn.0.1", "10.0.0.9:1", here)
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_what_a_server_that_was_started_here_cannot_tell_itself_is_an_event_after_a_while(tells):
+    events, own = list[Event](), ["10.0.0.1:1", "10.0.0.9:1"]
+    reported = ReportedTakeOvers(events.append, since=1000.0)
+    if tells:
+        reported.hear(ExpertTakenOver(**TAKEN_EVENT))
+        reported.hear(ExpertHandedOver(uid="ffn.0.1", address="10.0.0.9:1", to="10.0.0.1:1", epoch=1))
+    for ago in (0.0, TELLING_TIME - 0.1, TELLING_TIME, TELLING_TIME + 1):
+        moves = {"takeovers": [TAKEN | {"ago": ago}], "handovers": [GIVEN | {"uid": "ffn.0.1", "ago": ago}]}
+        reported.take("10.0.0.1:1", msgspec.convert(SAID | {"copies": moves}, ServerStatistics), 1010.0 + ago, own)
+        late = ago >= TELLING_TIME and not tells
+        assert [type(event) for event in events] == ([ExpertTakenOver, ExpertHandedOver] if late else [])
+    assert all(event.at == 1010.0 for event in events)
 
 
 def test_what_was_taken_over_before_one_looked_is_no_news():

@@ -92,6 +92,7 @@ class SwarmView:
         self._sampler = Sampler(telemetry, self._inventory_now, in_flight, partial(latest_run, name), name)
         self._worker = WorkerThread(f"labkit-view-{name}", self._step)
         self._takeovers = ReportedTakeOvers(listeners, telemetry.started)
+        listeners.add(self._takeovers.hear)
         self._recording = Recording()
         self._outputs = Outputs(
             Output(self._recording.add, RECORDING_PERIOD, -math.inf, max_period=MAX_RECORDING_PERIOD), name

@@ -24,6 +24,7 @@ from torch import nn
 import labkit as lk
 from labkit.contact import Contact
 from labkit.errors import ServerFailed
+from labkit.events import Event, ExpertHandedOver
 from labkit.launch import cluster_runner, order, placement, planning
 from labkit.launch.by_value import HandedKind
 from labkit.launch.cluster_runner import no_way_there
@@ -312,10 +313,19 @@ def test_a_worker_that_is_lost_is_a_server_that_is_lost_and_comes_back_on_anothe
 ):
     (server,) = swarm.serve("nop", grid=(1,), name="lost", on=client)
     where, child = server.worker, psutil.Process(server.pid)
+    given = swarm.serve("ffn", hidden=4, grid=(2, 2), name="given", servers=2, on=client)
+    (uids,) = [other.uids for other in given if other.worker == where]
+    told = list[Event]()
+    swarm.on_event(told.append)
+    dashboard = swarm.dashboard()
     os.kill(client.run(os.getpid)[where], signal.SIGKILL)
     assert f"({where}) was lost; restart() brings" in server.wait(20)
     assert server.state == "failed"
     child.wait(20)  # it ends with its worker
+    # What it gave away meanwhile, who got it tells.
+    moved = eventually(lambda: [event for event in told if isinstance(event, ExpertHandedOver) and event.uid in uids])
+    assert {event.to for event in moved} <= {other.contact.endpoint for other in given if other.contact}
+    dashboard.close()
     server.restart()
     assert server.alive and server.worker != where
     # A task beside it takes more memory than there is.
