@@ -65,9 +65,7 @@ class Contact(msgspec.Struct, frozen=True, array_like=True, dict=True):
             raise ValueError(f"a contact's key has 32 bytes, not {len(self.key)}")
         if not is_host(self.host):
             raise ValueError(f"not a host: {self.host[:80]!r}")
-        for port in (self.port, *(port for _, port in self.also)):
-            if not 0 < port < 65536:
-                raise ValueError(f"a contact's port is between 1 and 65535, not {port}")
+        _check_port(self.port)
         if self.also:
             self._check_further()
 
@@ -75,7 +73,8 @@ class Contact(msgspec.Struct, frozen=True, array_like=True, dict=True):
         """Further addresses are few, and none is of another kind than the first, which says who may be called there."""
         if len(self.also) > MAX_ALSO:
             raise ValueError(f"a contact has at most {MAX_ALSO} further addresses, not {len(self.also)}")
-        for host, _ in self.also:
+        for host, port in self.also:
+            _check_port(port)
             if not is_further_address(host):
                 raise ValueError(f"not a further IP address of a contact: {host[:80]!r}")
             if is_loopback(host) is not is_loopback(self.host):
@@ -147,6 +146,11 @@ def intern_contact(contact: Contact) -> Contact:
 def node_id_of(key: bytes) -> int:
     """Returns the 160-bit node id of a public key."""
     return int.from_bytes(hashlib.blake2b(key, digest_size=ID_BITS // 8).digest(), "big")
+
+
+def _check_port(port: int) -> None:
+    if not 0 < port < 65536:
+        raise ValueError(f"a contact's port is between 1 and 65535, not {port}")
 
 
 def is_host(host: str) -> bool:

@@ -259,6 +259,20 @@ async def test_what_is_no_servers_record_is_ignored(autojump_clock, subkey, reco
     assert numbers(first) == {1}
 
 
+async def test_servers_that_are_silent_expire_one_by_one_without_another_look(autojump_clock):
+    records = FakeRecords()
+    looks = GridServers(records, "ffn", None)
+    for number in (1, 2):
+        await make(records, number).round()
+        await trio.sleep(TTL / 3)
+    await looks.round()
+    seen = [numbers(looks)]
+    for _ in range(2):
+        await trio.sleep(TTL / 3)
+        seen.append(numbers(looks))
+    assert seen == [{1, 2}, {2}, set()]
+
+
 async def test_a_flood_of_servers_is_cut_off(autojump_clock):
     records = FakeRecords()
     for n in range(MAX_SERVERS + 50):

@@ -295,7 +295,7 @@ def test_a_reply_leaves_out_records_that_have_no_room_but_never_the_first() -> N
     items: dict[str | None, Item] = {None: Item(b"x" * 600, 10.0)}
     builder = ReplyBuilder(b"", room=1000)
     for _ in range(2):
-        builder.add([], items, now=0.0)
+        builder.add([], items, sum(item.size(subkey) for subkey, item in items.items()), now=0.0)
     assert [(len(found.items), found.left_out) for found in builder.build().found] == [(1, False), (0, True)]
 
 

@@ -42,7 +42,8 @@ class Backups:
         """Returns the servers that have not failed to take a copy just now, and are there as far as is known."""
         now = trio.current_time()
         failed = {key for key, (_, until) in self._failed.items() if until > now} | self._doubted
-        return [record for key, record in self._servers.others.items() if key not in failed]
+        others = self._servers.others
+        return [record for key, record in others.items() if key not in failed] if failed else [*others.values()]
 
     def note_success(self, at: Contact) -> None:
         """Note that a server has taken a copy."""

@@ -29,11 +29,12 @@ def rank(
         holders: The keys of servers that hold a copy already, or the first `KEY_PREFIX` bytes of them: these have room,
             whatever they say, since they need no more for it.
     """
-    held = {key[:KEY_PREFIX] for key in holders}
+    held, host = {key[:KEY_PREFIX] for key in holders}, _host(primary)
 
     def place(record: ServerRecord) -> tuple[bool, bool, bytes]:
-        full = record.room == 0 and record.contact.key[:KEY_PREFIX] not in held
-        return full, _host(record.contact) == _host(primary), score(uid, record.contact.key)
+        contact = record.contact
+        full = record.room == 0 and contact.key[:KEY_PREFIX] not in held
+        return full, _host(contact) == host, score(uid, contact.key)
 
     return sorted((record for record in servers if record.contact.key != primary.key), key=place)
 

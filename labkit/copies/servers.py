@@ -106,6 +106,8 @@ class GridServers:
         self._ttl = ttl
         self._stamp = time.time_ns() // 1_000_000 << 16  # above all of an earlier life with the same key
         self._seen: dict[bytes, _Seen] = {}
+        self._others: Mapping[bytes, ServerRecord] = {}
+        self._others_until = -math.inf  # when one of them expires; in the past once others were seen
         self._read: dict[tuple[str, bytes], ServerRecord | None] = {}  # what the last round has decoded
         self._lost: dict[bytes, tuple[int, float]] = {}  # the last stamp of a server that is gone, and since when
         self._wake = trio.Event()
@@ -117,9 +119,11 @@ class GridServers:
     def others(self) -> Mapping[bytes, ServerRecord]:
         """The other servers of the grid by key: those that are not known to be gone, nor about to leave."""
         now = trio.current_time()
-        return {
-            key: seen.record for key, seen in self._seen.items() if now < seen.expires_at and not seen.record.leaving
-        }
+        if now >= self._others_until:  # it is asked for much more often than it changes
+            there = {key: seen for key, seen in self._seen.items() if now < seen.expires_at and not seen.record.leaving}
+            self._others = {key: seen.record for key, seen in there.items()}
+            self._others_until = min((seen.expires_at for seen in there.values()), default=math.inf)
+        return self._others
 
     def refresh(self) -> None:
         """Let `run` begin the next round now, as when this server has something new to say of itself."""
@@ -135,6 +139,7 @@ class GridServers:
         if seen is not None:
             record = msgspec.structs.replace(seen.record, experts=experts)
             self._seen[contact.key] = _Seen(record, seen.expires_at)
+            self._others_until = -math.inf
 
     def lose(self, contact: Contact) -> None:
         """Note that a server is gone. It is left out until it has written itself anew, later than now."""
@@ -142,6 +147,7 @@ class GridServers:
         if contact.key in self._lost if seen is None else seen.record.contact != contact:
             return  # that is known, or it is elsewhere by now
         self._seen.pop(contact.key, None)
+        self._others_until = -math.inf
         self._lost[contact.key] = (seen.record.stamp if seen is not None else 0), trio.current_time()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -213,6 +219,7 @@ class GridServers:
             if new is None or new.record.stamp < old.record.stamp:
                 seen[key] = old
         self._seen = {key: one for key, one in seen.items() if now < one.expires_at and not self._is_lost(key, one)}
+        self._others_until = -math.inf
         self._lost = {key: (stamp, since) for key, (stamp, since) in self._lost.items() if now < since + 2 * self._ttl}
 
     def _is_lost(self, key: bytes, seen: _Seen) -> bool:

@@ -146,13 +146,12 @@ class ReplyBuilder:
         self._contacts: dict[int, tuple[int, Contact]] = {}
         self._found: list[Found] = []
 
-    def add(self, nearest: Iterable[Contact], items: Mapping[str | None, Item], now: float) -> None:
-        """Add the answer to the next query."""
+    def add(self, nearest: Iterable[Contact], items: Mapping[str | None, Item], size: int, now: float) -> None:
+        """Add the answer to the next query. `size`: that of all items, see `Item.size`."""
         indices = []
         for contact in nearest:
             index, _ = self._contacts.setdefault(contact.node_id, (len(self._contacts), contact))
             indices.append(index)
-        size = sum(item.size(subkey) for subkey, item in items.items())
         fits = size <= self._room
         if fits:
             self._room -= size
@@ -206,7 +205,7 @@ def read_reply(
         raise BadReply(f"the answer names a contact that is none: {error}") from None
     answers = []
     for query, found in zip(queries, reply.found, strict=True):
-        if len(found.nearest) > k or any(index >= len(reply.contacts) for index in found.nearest):
+        if len(found.nearest) > k or max(found.nearest, default=-1) >= len(contacts):
             raise BadReply("the answer names contacts that it does not list, or too many")
         if len(found.items) > limits.max_subkeys or (found.items and isinstance(query, bytes)):
             raise BadReply("the answer has items that were not asked for, or too many")

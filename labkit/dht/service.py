@@ -59,11 +59,12 @@ class Service:
         reply = ReplyBuilder(self._peers.contact.key, self._config.limits.max_record)
         for query in body.queries():
             items: Mapping[str | None, Item] = {}
+            size = 0
             if isinstance(query, str):
-                target, items = key_id(query), self._storage.get(query, now)
+                target, items, size = key_id(query), self._storage.get(query, now), self._storage.size_of(query)
             else:
                 target = int.from_bytes(query, "big")
-            reply.add(self._peers.nearest_for(body.sender, target, self._config.k), items, now)
+            reply.add(self._peers.nearest_for(body.sender, target, self._config.k), items, size, now)
         return Reply(reply.build())
 
     def rpc_store(self, request: Request) -> Reply:

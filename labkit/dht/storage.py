@@ -213,6 +213,11 @@ class Storage:
         self._expire_record(key, record, now)
         return record.items
 
+    def size_of(self, key: str) -> int:
+        """Returns the size that is counted for all items of a key, in bytes: see `Item.size`."""
+        record = self._records.get(key)
+        return 0 if record is None else record.size
+
     def put(self, key: str, subkey: str | None, item: Item, now: float, publisher: bytes = b"") -> str | None:
         """Store an item. Returns None if it, or another copy of it, is held now, else the reason why not.
 
