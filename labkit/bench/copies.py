@@ -29,6 +29,7 @@ TRAINERS = 4
 BATCH = 64
 WARM_UP = 12.0  # seconds: after these copies are made as often as later on
 ENDLESS = 1_000_000_000  # steps
+ANSWER_TIME = 30.0  # seconds that a server has to say how far it is, on a machine that is busy
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _train(config: CopiesConfig, backups: int, data: ClassificationData) -> _Spe
 
 def _count(swarm: Swarm, run: Run) -> tuple[int, int, float]:
     """Returns the steps so far, the bytes of copies, and the seconds of processors' time of trainers and experts."""
-    servers = [server.statistics() for server in swarm.servers]
+    servers = [server.statistics(ANSWER_TIME) for server in swarm.servers]
     copied = sum(one.copies.sent_bytes for one in servers if one.copies is not None)
     return run.steps, copied, time.process_time() + sum(one.processor_seconds for one in servers)
 
