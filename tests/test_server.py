@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,18 @@ import trio
 from torch import Tensor, nn
 
 from labkit.contact import Contact
+from labkit.dht.lookup import Lookup
 from labkit.dht.storage import Entry
 from labkit.directory.grids import GRIDS_KEY, GridInfo, find_grids, keep_grid_declared
-from labkit.errors import BadRequest, CheckpointError, LabkitError, NonFiniteTensor, Overloaded, UnknownExpert
+from labkit.errors import (
+    BadRequest,
+    CheckpointError,
+    LabkitError,
+    NonFiniteTensor,
+    Overloaded,
+    UnknownExpert,
+    UnknownMethod,
+)
 from labkit.expert_protocol import BACKWARD, FORWARD, SCHEMA, ExpertRequest, ExpertSchema, TensorSchema
 from labkit.faults import Faults
 from labkit.histogram import BUCKETS
@@ -32,6 +43,7 @@ from labkit.server.optimizer import BackendConfig
 from labkit.server.runtime import Runtime
 from labkit.server.serving import serve_experts
 from labkit.server.statistics import ServerStatistics
+from labkit.server.task_pool import Task
 from labkit.wire.rpc_types import BULK
 from labkit.wire.security import Identity
 from labkit.wire.zmq_transport import open_network
@@ -108,6 +120,23 @@ async def test_forward_answers_outputs_and_backward_answers_gradients_and_takes_
         statistics = await here.statistics()
         assert statistics.experts == {UIDS[0]: 1, UIDS[1]: 0}
         assert (statistics.batches, statistics.rows) == (3, 9)
+
+
+async def test_what_was_answered_is_let_go_of_without_the_garbage_collector():
+    async with lab(config()) as here:
+        await here.call("forward", [X])
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(10):
+                await here.call("backward", [X, torch.ones_like(X)])
+                with suppress(UnknownMethod):
+                    await here.node.client.call(here.server, "nothing", timeout=5.0)
+                await here.node.dht.get("nothing")
+            left = Counter(type(one) for one in gc.get_objects() if type(one) in (Task, Lookup, UnknownMethod))
+        finally:
+            gc.enable()
+        assert max(left.values(), default=0) <= 1  # that of the last call, at most
 
 
 async def test_what_an_expert_takes_can_be_asked_before_its_first_call():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
 import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from labkit.contact import Contact
 from labkit.errors import (
@@ -40,7 +42,7 @@ from labkit.wire.rpc_types import (
     SyncMethod,
 )
 from labkit.wire.security import Admission, Identity
-from labkit.wire.transport import Peer
+from labkit.wire.transport import Peer, await_all
 from labkit.wire.zmq_transport import open_network
 from tests.nodes import Wire, calling, changed, echo, server_and_client, serving
 
@@ -695,3 +697,36 @@ async def test_a_callback_method_learns_that_its_caller_gave_up_and_no_answer_is
         monkeypatch.undo()
         assert not sent and not outcomes
         assert (await client.call(server.contact, "echo", "next", timeout=5)).body == "next"  # there is room for it
+
+
+class Begun:
+    """Something that was begun, and calls back when it is told to."""
+
+    def __init__(self, begun: list[Begun], done: Callable[[int], None]) -> None:
+        self.done = done
+        self.cancelled = False
+        begun.append(self)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+async def test_several_callbacks_are_awaited_in_one_task_and_cancelled_together(autojump_clock: MockClock) -> None:
+    begun: list[Begun] = []
+    results: list[list[int]] = []
+
+    async def wait() -> None:
+        results.append(await await_all([partial(Begun, begun) for _ in range(3)]))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await wait_all_tasks_blocked()
+        for index in (2, 0, 1):
+            assert not results
+            begun[index].done(index)
+    assert results == [[0, 1, 2]]
+    begun.clear()
+    with trio.move_on_after(1):
+        await wait()
+    assert [one.cancelled for one in begun] == [True] * 3
+    assert await await_all([]) == []

@@ -140,6 +140,11 @@ class Lookup:
         """Returns up to `count` of the nodes that answered, by growing distance."""
         return [candidate.contact for candidate in self._answered()][:count]
 
+    def named(self, count: int) -> list[Contact]:
+        """Returns up to `count` of the nodes that are known or were named, and have not failed, by growing distance."""
+        candidates = (self._candidates[distance] for distance in self._order)
+        return [one.contact for one in candidates if one.state is not _State.FAILED][:count]
+
     def answers(self) -> list[NodeAnswer]:
         """Returns all answers, the nearest node's first."""
         return [candidate.answer for candidate in self._answered() if candidate.answer is not None]
@@ -220,6 +225,7 @@ async def run_lookups(
         if answers is not None:
             latest_answered = max(latest_answered, call.started_at)
         del calls[call]
+        call.under_way = None  # else the two would refer to each other
         changed.extend(call.lookups)
         wake.set()
 
@@ -250,9 +256,10 @@ async def run_lookups(
                     for start in range(0, len(want.lookups), max_queries):
                         call = _Call(want.contact, want.lookups[start : start + max_queries], now)
                         calls[call] = None
-                        call.under_way = ask(
-                            call.contact, [lookup.query for lookup in call.lookups], partial(on_answers, call)
-                        )
+                        queries = [lookup.query for lookup in call.lookups]
+                        under_way = ask(call.contact, queries, partial(on_answers, call))
+                        if call in calls:
+                            call.under_way = under_way
                 # 3. Wait for news: an answer, or a call that has become slow.
                 first = min((call.started_at for call in calls if not call.slow), default=math.inf)
                 with trio.move_on_at(first + slow_after):
@@ -269,3 +276,4 @@ async def run_lookups(
         for call in calls:
             if call.under_way is not None:
                 call.under_way.cancel()
+                call.under_way = None

@@ -176,77 +176,16 @@ class ExpertServer:
         return self._compute("backward", request, respond)
 
     def _compute(self, direction: Direction, request: Request, respond: RespondFn) -> Callable[[], object]:
-        """1. Delay the request, or lose it, as injected faults say; 2. queue it with the runtime; 3. answer.
-
-        An expert that was given up is answered for, too: it has moved. One that is on hold is waited for.
-        """
-        body: ExpertRequest = request.body
-        queued: list[QueuedRequest] = []
-        waiting: Waiting | None = None
-        ended = False
-        holdings = self.holdings
-
-        def enqueue(refusal: Overloaded | None = None) -> None:  # 2
-            nonlocal waiting
-            if ended:
-                return
-            waiting = None
-            try:
-                if refusal is not None:
-                    raise refusal
-                moved = holdings.check(body.uid, body.epoch)
-                if moved is None:
-                    waiting = holdings.wait(body.uid, enqueue, request.deadline)
-                    if waiting is None:
-                        queued.append(
-                            self.runtime.put(
-                                body.uid, direction, request.tensors, request.deadline, on_result, body.forward_updates,
-                                CallOptions(body.outputs, body.keywords, body.train),
-                            )
-                        )  # fmt: skip
-                    return
-            except RPCError as error:
-                end(answered=False)
-                respond(error)
-                return
-            end(answered=False)
-            respond(Reply(ExpertReply(0.0, 0.0, 0, epoch=moved.epoch, moved=moved.to)))
-
-        def end(answered: bool) -> None:
-            nonlocal ended
-            if not ended:
-                ended = True
-                self.traffic.end(body.uid, direction, answered)
-
-        def on_result(result: Result | Exception) -> None:  # 3
-            if self.runtime.stopped:
-                return  # so is the whole server, and the caller learns it when the connection breaks
-            if isinstance(result, GivenUp):
-                enqueue()
-                return
-            end(answered=not isinstance(result, Exception))
-            if isinstance(result, Exception):
-                respond(result)
-            else:
-                leaving, epoch = self.traffic.leaving, holdings.held.get(body.uid, 0)
-                reply = ExpertReply(result.queue_seconds, result.compute_seconds, result.updates, leaving, epoch)
-                respond(Reply(reply, result.tensors))
-
-        def forget() -> None:
-            end(answered=False)
-            if waiting is not None:
-                waiting.cancel()
-            for task in queued:
-                self.runtime.discard(task)
-
+        """1. Delay the request, or lose it, as injected faults say; 2. queue it with the runtime; 3. answer."""
+        call = _ExpertCall(self, direction, request, respond)
         delay, lost = self.faults.draw()  # 1
         if lost:
             self._timers.at(request.deadline, respond, DeadlineExceeded("lost, as faults are injected here"))
-            ended = True
+            call.ended = True
         else:
-            self.traffic.arrive(body.uid, direction, request.peer)
-            self._timers.after(delay, enqueue)
-        return forget
+            self.traffic.arrive(request.body.uid, direction, request.peer)
+            self._timers.after(delay, call.enqueue)
+        return call.forget
 
     def rpc_schema(self, request: Request) -> Reply:
         """What an expert takes and gives; None if that is not known yet."""
@@ -273,3 +212,83 @@ class ExpertServer:
         statistics.relay = "" if relay is None else relay.endpoint
         statistics.copies = self.copies()
         return statistics
+
+
+class _ExpertCall:
+    """A request to an expert, until it is answered, or given up. What it refers to is let go of then.
+
+    An expert that was given up is answered for, too: it has moved. One that is on hold is waited for.
+    """
+
+    __slots__ = ("_direction", "_queued", "_request", "_respond", "_server", "_waiting", "ended")
+
+    def __init__(self, server: ExpertServer, direction: Direction, request: Request, respond: RespondFn) -> None:
+        self.ended = False
+        self._server = server
+        self._direction = direction
+        self._request = request
+        self._respond: RespondFn | None = respond
+        self._queued: list[QueuedRequest] = []
+        self._waiting: Waiting | None = None
+
+    def enqueue(self, refusal: Overloaded | None = None) -> None:  # 2
+        """Queue it, or wait while its expert is on hold. With a `refusal`, answer with that."""
+        if self.ended:
+            return
+        server, request, self._waiting = self._server, self._request, None
+        body: ExpertRequest = request.body
+        try:
+            if refusal is not None:
+                raise refusal
+            moved = server.holdings.check(body.uid, body.epoch)
+            if moved is None:
+                self._waiting = server.holdings.wait(body.uid, self.enqueue, request.deadline)
+                if self._waiting is None:
+                    options = CallOptions(body.outputs, body.keywords, body.train)
+                    queued = server.runtime.put(
+                        body.uid, self._direction, request.tensors, request.deadline, self._on_result,
+                        body.forward_updates, options,
+                    )  # fmt: skip
+                    if not self.ended:  # in a simulation it may be answered by now
+                        self._queued.append(queued)
+                return
+        except RPCError as error:
+            self._answer(error)
+            return
+        self._answer(Reply(ExpertReply(0.0, 0.0, 0, epoch=moved.epoch, moved=moved.to)), computed=False)
+
+    def _on_result(self, result: Result | Exception) -> None:  # 3
+        server, uid = self._server, self._request.body.uid
+        if server.runtime.stopped:
+            return  # so is the whole server, and the caller learns it when the connection breaks
+        if isinstance(result, GivenUp):
+            self._queued.clear()
+            self.enqueue()
+        elif isinstance(result, Exception):
+            self._answer(result)
+        else:
+            leaving, epoch = server.traffic.leaving, server.holdings.held.get(uid, 0)
+            reply = ExpertReply(result.queue_seconds, result.compute_seconds, result.updates, leaving, epoch)
+            self._answer(Reply(reply, result.tensors))
+
+    def forget(self) -> None:
+        """Let it be: its caller has given up."""
+        waiting, queued = self._waiting, [*self._queued]
+        self._end(answered=False)
+        if waiting is not None:
+            waiting.cancel()
+        for task in queued:
+            self._server.runtime.discard(task)
+
+    def _answer(self, outcome: Reply | Exception, *, computed: bool = True) -> None:
+        respond = self._respond
+        self._end(answered=computed and not isinstance(outcome, Exception))
+        if respond is not None:
+            respond(outcome)
+
+    def _end(self, answered: bool) -> None:
+        self._respond, self._waiting = None, None
+        self._queued.clear()
+        if not self.ended:
+            self.ended = True
+            self._server.traffic.end(self._request.body.uid, self._direction, answered)

@@ -129,7 +129,7 @@ _decoders: dict[Kind, Any] = {
     Kind.REPLY: msgspec.msgpack.Decoder(ReplyHeader),
     Kind.ERROR: msgspec.msgpack.Decoder(ErrorHeader),
 }
-_KINDS = frozenset(Kind)
+_KINDS = {kind.value: kind for kind in Kind}
 _LIMITS = FrameLimits()
 
 
@@ -219,9 +219,9 @@ def decode(frames: Sequence[Frame], limits: FrameLimits = _LIMITS) -> Message:
     magic, version, kind_number, id = _PRELUDE.unpack_from(head)
     if magic != MAGIC:
         raise MalformedMessage("not a labkit message")
-    if kind_number not in _KINDS:
+    kind = _KINDS.get(kind_number)
+    if kind is None:
         raise MalformedMessage(f"unknown kind {kind_number}")
-    kind = Kind(kind_number)
     payload = frames[1:]
     if version != VERSION or kind in (Kind.CANCEL, Kind.VERSION):
         return Message(version, kind, id, None, ())

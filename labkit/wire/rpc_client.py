@@ -107,6 +107,7 @@ class Call:
         except Exception as error:  # the peer's fault: it must not end a link that other calls wait on
             outcome = BadReply(f"{self._contact.endpoint} sent an answer that cannot be read: {error!r}")
         self.settle(outcome)
+        del outcome  # else this frame, which is in an error's traceback, would hold the error, in a cycle
 
     def _read(self, message: wire.Message) -> Reply:
         header, where = message.header, self._contact.endpoint

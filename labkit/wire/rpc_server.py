@@ -130,7 +130,7 @@ class _Server:
             pending = self._running[peer.route, id] = _PendingRequest(self, peer, id, header, size, deadline, nursery)
             try:
                 request = _request(peer, header, payload, method, deadline)
-                pending.on_cancel = method.handler(request, pending.respond)
+                pending.wait(method.handler(request, pending.respond))
             except Exception as error:
                 pending.respond(error)
             return
@@ -214,12 +214,9 @@ class _Server:
 
 
 class _PendingRequest:
-    """A request to a `CallbackMethod` that waits for the handler to call `respond`.
+    """A request to a `CallbackMethod` that waits for the handler to call `respond`."""
 
-    `on_cancel` is what the handler returned, to be called if the caller gives up.
-    """
-
-    __slots__ = ("_answered", "_arguments", "_nursery", "_server", "on_cancel")
+    __slots__ = ("_answered", "_arguments", "_nursery", "_on_cancel", "_server")
 
     def __init__(
         self, server: _Server, peer: Peer, id: int, header: wire.RequestHeader, size: int, deadline: float,
@@ -229,13 +226,18 @@ class _PendingRequest:
         self._arguments = peer, id, header, size, deadline
         self._nursery = nursery
         self._answered = False  # or given up
-        self.on_cancel: Callable[[], object] | None = None
+        self._on_cancel: Callable[[], object] | None = None
+
+    def wait(self, on_cancel: Callable[[], object]) -> None:
+        """Wait, unless it was answered at once. `on_cancel`: called if the caller gives up; let go of once answered."""
+        if not self._answered:
+            self._on_cancel = on_cancel
 
     def respond(self, outcome: Reply | Exception) -> None:
         """Send this answer, unless there was one, or the caller has given up, or the deadline has passed."""
         if self._answered:
             return
-        self._answered, self.on_cancel = True, None
+        self._answered, self._on_cancel = True, None
         peer, id, header, size, deadline = self._arguments
         if trio.current_time() >= deadline or self._server.closed:
             self._server.end(peer, id, size)
@@ -254,9 +256,9 @@ class _PendingRequest:
             self._answered = True
             peer, id, _, size, _ = self._arguments
             self._server.end(peer, id, size)
-            if self.on_cancel is not None:
-                self.on_cancel()
-                self.on_cancel = None  # which lets go of all that it refers to
+            if self._on_cancel is not None:
+                self._on_cancel()
+                self._on_cancel = None  # which lets go of all that it refers to
 
 
 def _request(

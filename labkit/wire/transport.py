@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar
 
 import trio
@@ -197,7 +198,47 @@ async def await_callback(begin: Callable[[Callable[[T | Exception], None]], Canc
             return trio.lowlevel.Abort.SUCCEEDED
 
         await trio.lowlevel.wait_task_rescheduled(abort)
-    result = outcome.pop()  # else the frame in an error's traceback would hold the error, in a cycle
+    result = outcome.pop()
     if isinstance(result, Exception):
-        raise result
+        try:
+            raise result
+        finally:
+            del result  # else this frame, which is in the error's traceback, would hold the error, in a cycle
     return result
+
+
+async def await_all(beginnings: Sequence[Callable[[Callable[[T], None]], Cancellable]]) -> list[T]:
+    """Begin several things at the same time, and wait until all of them have called back: one task for all.
+
+    Cancelling the wait cancels them.
+
+    Args:
+        beginnings: Each as `await_callback` takes it.
+
+    Returns:
+        Their outcomes, in the order of `beginnings`.
+    """
+    outcomes: dict[int, T] = {}
+
+    def begin(done: Callable[[None], None]) -> Cancellable:
+        def one_done(index: int, outcome: T) -> None:
+            outcomes[index] = outcome
+            if len(outcomes) == len(beginnings):
+                done(None)
+
+        return _Several([begin_one(partial(one_done, index)) for index, begin_one in enumerate(beginnings)])
+
+    if beginnings:
+        await await_callback(begin)
+    else:
+        await trio.lowlevel.checkpoint()
+    return [outcomes[index] for index in range(len(beginnings))]
+
+
+class _Several:
+    def __init__(self, under_way: Sequence[Cancellable]) -> None:
+        self._under_way = under_way
+
+    def cancel(self) -> None:
+        for one in self._under_way:
+            one.cancel()
