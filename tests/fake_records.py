@@ -16,7 +16,7 @@ def contact(n: int = 0, secure: bool = True, host: str = "127.0.0.1") -> Contact
 
 
 class FakeRecords:
-    """`labkit.directory.Records` in memory. `gets` holds the keys of each bulk get."""
+    """`labkit.directory.Records` in memory. `gets` has the keys of each bulk get, `stored` the places of each store."""
 
     def __init__(self, latency: float = 0.0) -> None:
         self.contact = contact(99)
@@ -26,11 +26,13 @@ class FakeRecords:
         self.plain: dict[str, Value] = {}
         self.stores = 0
         self.gets: list[list[str]] = []
+        self.stored: list[list[tuple[str, str | None]]] = []
         self.fail_with: Exception | None = None
         self.copies = 1  # how many nodes store each entry
 
     async def store_many(self, entries: Sequence[Entry]) -> list[int]:
         self.stores += 1
+        self.stored.append(sorted((entry.key, entry.subkey) for entry in entries))
         await self._travel()
         return [self._store(entry) if self.copies else 0 for entry in entries]
 

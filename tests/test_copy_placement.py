@@ -122,6 +122,21 @@ async def test_servers_of_a_grid_find_each_other_with_what_each_has_to_say(nurse
     assert [record.room for record in first.others.values()] == [0], "at once"
 
 
+async def test_what_a_server_says_with_its_experts_it_need_not_say_again(nursery, autojump_clock):
+    records = FakeRecords()
+    one = GridServers(records, "ffn", lambda: server(1))
+    other = GridServers(records, "ffn", None)
+    await nursery.start(one.run)
+    for _ in range(10):
+        await trio.sleep(10)
+        await records.store_many(one.entries())  # as when all experts are declared
+        await other.read()
+        assert keys([*other.others.values()]) == [server(1).contact.key]
+    assert records.stores == 1 + 10
+    await one.leave()
+    assert one.entries() == []
+
+
 async def test_who_only_looks_is_not_seen(nursery, autojump_clock):
     records = FakeRecords()
     looks = GridServers(records, "ffn", None)

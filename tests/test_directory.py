@@ -8,6 +8,7 @@ from trio.testing import wait_all_tasks_blocked
 from labkit.contact import Contact
 from labkit.dht.node import Entry, Value
 from labkit.directory import Directory, DirectoryConfig, SuspicionConfig
+from labkit.directory.grids import GridInfo, find_grids, keep_grid_declared
 from labkit.directory.index import Declared, decode, entries_of
 from labkit.directory.suspicion import Suspicions, boot_of, make_stamp
 from labkit.errors import BadRequest, LabkitError, NonFiniteTensor, UnknownExpert
@@ -106,6 +107,33 @@ async def test_a_failed_renewal_is_tried_again_soon(autojump_clock, caplog):
     assert "no network" in caplog.text
 
 
+async def test_between_two_declarations_only_what_is_new_is_declared(autojump_clock):
+    records, experts = FakeRecords(), {"ffn.0.0": Declared(), "ffn.1.0": Declared()}
+    directory = Directory(records)
+
+    async def news(*anew: str) -> list[list[tuple[str, str | None]]]:
+        records.stored.clear()
+        directory.declare_anew(*anew) if anew else directory.declare_news()
+        await trio.sleep(1)
+        return records.stored
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(directory.keep_declared, lambda: experts, contact(1))
+        assert len(records.stored[0]) == 4  # two experts, and two marks above them
+        assert await news() == []
+        experts["ffn.1.1"] = Declared(2)  # one has come
+        assert await news() == [[("expert:ffn", "1."), ("expert:ffn.1", "1")]]
+        experts["ffn.0.0"] = Declared(0, (b"12345678",))  # and of another one there is a copy
+        assert await news() == [[("expert:ffn.0", "0")]]
+        del experts["ffn.1.0"]
+        assert await news() == []
+        assert await news("ffn.1.1") == [[("expert:ffn", "1."), ("expert:ffn.1", "1")]]
+        records.stored.clear()
+        await trio.sleep(6)
+        assert len(records.stored) == 1 and len(records.stored[0]) == 4  # all, in its turn, ten seconds after the first
+        nursery.cancel_scope.cancel()
+
+
 async def test_the_first_declaration_must_succeed():
     records = FakeRecords()
     records.fail_with = LabkitError("no network")
@@ -118,6 +146,21 @@ async def test_what_one_declares_one_finds_at_once():
     assert await offered(directory) == []
     await directory.declare(["ffn.0"], contact(1))
     assert await offered(directory) == [0]
+
+
+async def test_of_all_servers_of_a_grid_one_writes_its_record_anew_before_it_expires(autojump_clock):
+    records, grid = FakeRecords(latency=0.05), GridInfo((4, 4), "ffn")
+    async with trio.open_nursery() as nursery:
+        for _ in range(20):
+            await nursery.start(keep_grid_declared, records, "ffn", grid, 30.0)
+        assert records.stores == 1
+        for _ in range(300):
+            await trio.sleep(1)
+            assert await find_grids(records, 5.0) == {"ffn": grid}
+        assert records.stores <= 60  # 20 servers have looked some 30 times each
+        await nursery.start(keep_grid_declared, records, "ffn", GridInfo((8, 4), "ffn"), 30.0)
+        assert await find_grids(records, 5.0) == {"ffn": GridInfo((8, 4), "ffn")}  # who differs writes at once
+        nursery.cancel_scope.cancel()
 
 
 # ---------------------------------------------------------------- the cache

@@ -31,8 +31,9 @@ PERIOD = 5.0  # seconds between two times that a server writes itself, and reads
 CALM_ROUNDS = 6  # in which nothing has changed, after which there are twice as many seconds between two
 PER_SERVER = 0.1  # seconds at least, for each server of the grid: in a large one a round is much to read
 FIRST_PAUSE = 0.5  # the same at first, as other servers may begin at the same moment; it doubles from round to round
-REWRITE = 9.0  # seconds after which a server writes itself again that has nothing new to say
+REWRITE = 12.0  # seconds after which a server writes itself again that has nothing new to say, and no experts
 TTL = 30.0  # seconds that a record lives
+QUORUM = 3  # replicas whose records are merged
 MAX_SERVERS = 1024  # of one grid that are looked at
 SLACK = 0.5  # seconds by which a record may seem younger than it is, since each hop between nodes adds a delay
 
@@ -186,7 +187,7 @@ class GridServers:
 
     def _is_news(self, record: ServerRecord) -> bool:
         """Whether a record is to be written now. How many copies are kept may be told later."""
-        if self._written is None or trio.current_time() >= self._written[1] + min(REWRITE, self._ttl / 3):
+        if self._written is None or trio.current_time() >= self._written[1] + min(REWRITE, 0.4 * self._ttl):
             return True
         return msgspec.structs.replace(record, copies=0) != msgspec.structs.replace(self._written[0], copies=0)
 
@@ -201,7 +202,7 @@ class GridServers:
 
         Records that a read has missed are kept until they expire.
         """
-        found = (await self._dht.get_many([self._key]))[self._key]
+        found = (await self._dht.get_many([self._key], quorum=QUORUM))[self._key]
         now, own = trio.current_time(), None if self._own is None else self._own().contact.key
         seen: dict[bytes, _Seen] = {}
         values = found if isinstance(found, Mapping) else {}
@@ -231,12 +232,23 @@ class GridServers:
         return True
 
     async def _write(self, record: ServerRecord) -> None:
+        await self._dht.store_many([self._entry(record)])
+        self._written = record, trio.current_time()
+
+    def entries(self) -> list[Entry]:
+        """Returns what this server has to say of itself now, to be stored together with something else."""
+        if self._own is None or self._left:
+            return []
+        record = self._own()
+        self._written = record, trio.current_time()
+        return [self._entry(record)]
+
+    def _entry(self, record: ServerRecord) -> Entry:
         self._stamp += 1
         stamped = msgspec.structs.replace(record, stamp=self._stamp)
-        subkey, now = record.contact.key.hex(), trio.current_time()
+        subkey = record.contact.key.hex()
         value = signed(self._key, subkey, msgspec.msgpack.encode(stamped), self._stamp, self._sign)
-        await self._dht.store_many([Entry(self._key, value, self._ttl, subkey, self._stamp)])
-        self._written = record, now
+        return Entry(self._key, value, self._ttl, subkey, self._stamp)
 
 
 def _read(subkey: str, data: bytes) -> ServerRecord | None:

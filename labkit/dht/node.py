@@ -22,6 +22,7 @@ import trio
 
 from labkit.contact import Contact
 from labkit.dht import protocol
+from labkit.dht.covering import read_replicas
 from labkit.dht.lookup import Lookup, run_lookups
 from labkit.dht.maintenance import Maintenance
 from labkit.dht.peers import DHTConfig, Peers
@@ -33,6 +34,7 @@ from labkit.dht.shared_lookups import Flights
 from labkit.dht.signing import merge, verify
 from labkit.dht.storage import Entry, IsGenuine, Item, Storage, Value, anything, key_id
 from labkit.wire.rpc_types import Caller, Methods
+from labkit.wire.transport import await_all
 
 __all__ = ["DHTConfig", "DHTNode", "Entry", "Value"]
 
@@ -82,6 +84,10 @@ class DHTNode:
         """Find back to the other nodes and tell them where we are, in the background: this machine was away."""
         self.peers.blacklist.forgive()
         self.peers.in_background(self._maintenance.come_back, self.contact)
+
+    def suspect(self, contact: Contact) -> None:
+        """Leave a node alone for a while that others have found gone. It is back when it answers a ping."""
+        self.peers.failed(contact)
 
     @property
     def routing(self) -> RoutingTable:
@@ -146,23 +152,19 @@ class DHTNode:
             for contact in contacts:
                 outgoing.setdefault(contact, []).append((index, entry.key, wire))
 
-        async def store_at(contact: Contact, records: list[KeyItems], indices: list[int]) -> None:
-            refusals = await self.peers.call_store(contact, records)
-            if refusals is None:
-                for record in records:
-                    self.replicas.forget(record.key)
-            for index, refusal in zip(indices, refusals or (), strict=False):
-                held[index] += not refusal
+        calls: list[tuple[Contact, list[KeyItems], list[int]]] = []
+        for contact, rows in outgoing.items():
+            position = 0
+            for records in protocol.batches((key, wire) for _, key, wire in rows):
+                count = sum(len(record.items) for record in records)
+                calls.append((contact, records, [index for index, _, _ in rows[position : position + count]]))
+                position += count
 
         self._flights.forget([entry.key for entry in entries])  # those that began before this was stored
-        async with trio.open_nursery() as nursery:
-            for contact, rows in outgoing.items():
-                position = 0
-                for records in protocol.batches((key, wire) for _, key, wire in rows):
-                    count = sum(len(record.items) for record in records)
-                    indices = [index for index, _, _ in rows[position : position + count]]
-                    position += count
-                    nursery.start_soon(store_at, contact, records, indices)
+        answers = await await_all([partial(self.peers.begin_store, contact, records) for contact, records, _ in calls])
+        for (_, _, indices), refusals in zip(calls, answers, strict=True):
+            for index, refusal in zip(indices, refusals or (), strict=False):
+                held[index] += not refusal
         self._flights.forget([entry.key for entry in entries])
         return held
 
@@ -190,14 +192,16 @@ class DHTNode:
             keys: The keys.
             latest: See `get`.
             quorum: Other nodes whose values are merged, if there are as many; by default the config's. With it, the
-                look-ups begin now; else those of other gets that are under way will do.
+                look-ups begin now; else those of other gets that are under way will do. And what this node stores
+                itself is read where it was stored, without a look-up.
         """
         now = trio.current_time()
         needed = 1 if not latest else self.config.quorum if quorum is None else quorum
+        known = {} if quorum is None else await read_replicas(self.peers, self.replicas.known(keys), quorum)
         wanted: dict[str | bytes, Callable[[], Lookup]] = {
             key: partial(self._new_lookup, key, key_id(key), needed)
             for key in keys
-            if latest or not self.storage.get(key, now)
+            if key not in known and (latest or not self.storage.get(key, now))
         }
         lookups, own = await self._flights.look_up(wanted, needed, share=quorum is None)
         now = trio.current_time()
@@ -205,8 +209,11 @@ class DHTNode:
         to_cache: dict[Contact, list[tuple[str, WireItem]]] = {}
         for key in dict.fromkeys(keys):
             lookup = lookups.get(key)
-            answers = [] if lookup is None else [(answer.at, answer.items) for answer in lookup.answers()]
-            items = merge(key, self.storage.get(key, now), answers, now, self.storage.is_genuine)
+            answers = known.get(key, []) if lookup is None else lookup.answers()
+            if lookup is not None and key in own and answers:
+                self.replicas.note(lookup.target, lookup.named(self.config.k))
+            versions = [(answer.at, answer.items) for answer in answers]
+            items = merge(key, self.storage.get(key, now), versions, now, self.storage.is_genuine)
             plain = items.pop(None, None)
             if items:
                 found[key] = {subkey: Value(i.value, i.expires_at) for subkey, i in items.items() if subkey is not None}

@@ -227,8 +227,17 @@ class Peers:
 
         Returns a text for each: empty if the node holds it now, else the reason why not. None if it did not answer.
         """
-        reply = await self.call(contact, "dht.store", Store(self.sender, records), StoreReply)
-        return None if reply is None else reply.refusals
+        return await await_callback(partial(self.begin_store, contact, records))
+
+    def begin_store(
+        self, contact: Contact, records: list[KeyItems], done: Callable[[list[str] | None], object]
+    ) -> Cancellable:
+        """Do what `call_store` does without a task: `done` is called with the texts, or None."""
+
+        def on_reply(reply: StoreReply | None) -> None:
+            done(None if reply is None else reply.refusals)
+
+        return self.begin(contact, "dht.store", Store(self.sender, records), StoreReply, on_reply)
 
     def store_in_background(self, contact: Contact, rows: Iterable[tuple[str, WireItem]]) -> None:
         """Ask a node to hold items, by key, without waiting for it. It may fail."""

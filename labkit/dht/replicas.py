@@ -6,7 +6,7 @@ Servers declare their experts again and again. To look up the same keys each tim
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import trio
 
@@ -37,13 +37,21 @@ class Replicas:
     async def of(self, keys: Iterable[str]) -> dict[str, tuple[list[Contact], bool]]:
         """Returns for each key the other nodes to store it on, and whether this node is one of the k nearest itself."""
         ids = {key: key_id(key) for key in keys}
-        k = self._peers.config.k
-        if len(self._peers.routing) < k:  # then no bucket was ever full and we know all nodes: no look-up is needed
-            nearest = {target: self._peers.nearest(target, k) for target in ids.values()}
-        else:
-            nearest = {target: self._recall(target) for target in ids.values()}
+        nearest = {target: self._recall(target) for target in ids.values()}
+        if len(self._peers.routing) >= self._peers.config.k:
             nearest |= await self._find([target for target, contacts in nearest.items() if not contacts])
         return {key: self.among(target, nearest[target]) for key, target in ids.items()}
+
+    def known(self, keys: Iterable[str]) -> dict[str, list[Contact]]:
+        """Returns the other nodes that hold each key, for those keys of which that is known without a look-up."""
+        ids = {key: key_id(key) for key in keys}
+        return {key: self.among(target, nearest)[0] for key, target in ids.items() if (nearest := self._recall(target))}
+
+    def note(self, target: int, contacts: Sequence[Contact]) -> None:
+        """Note which nodes are said to be the nearest to an id, if most of them are known here: then it is so."""
+        known = [contact for contact in contacts if contact.node_id in self._peers.routing]
+        if 2 * len(known) >= self._peers.config.k and not self._recall(target):
+            self._remember({target: known})
 
     def among(self, target: int, nearest: Sequence[Contact]) -> tuple[list[Contact], bool]:
         """Returns the others of the k nearest nodes, and whether this node is one of the k nearest.
@@ -55,22 +63,21 @@ class Replicas:
         here = not peers.client_only and (len(nearest) < k or distance < nearest[k - 1].node_id ^ target)
         return list(nearest[: k - here]), here
 
-    def forget(self, key: str) -> None:
-        """Look the replicas of a key up the next time, since one of them did not answer."""
-        self._remembered.pop(key_id(key), None)
-
     def _recall(self, target: int) -> list[Contact]:
         """Returns the replicas of an id from a recent look-up and the nodes that came to be known since.
 
-        The list is empty if they have to be looked up.
+        Those that do not answer are left out; others that are known take their places, as when records are republished.
+        The list is empty if they have to be looked up, as when half of those that were found are gone.
         """
         peers, (at, contacts) = self._peers, self._remembered.get(target, (-math.inf, []))
         k = peers.config.k
+        if len(peers.routing) < k:  # then no bucket was ever full and we know all nodes: no look-up is needed
+            return peers.nearest(target, k)
         if trio.current_time() - at > peers.config.republish_period:
             return []
         now = [peers.routing.get(contact.node_id) or contact for contact in contacts]  # some may have moved
         alive = [contact for contact in now if peers.usable(contact)]
-        if len(alive) < k:
+        if 2 * len(alive) < k:
             return []
         both = {contact.node_id: contact for contact in (*alive, *peers.nearest(target, k))}
         return [both[node_id] for node_id in sorted(both, key=target.__xor__)[:k]]
@@ -79,10 +86,13 @@ class Replicas:
         """Look ids up, and remember what was found."""
         if not targets:
             return {}
-        found, now = await self._find_nodes(targets), trio.current_time()
+        found = await self._find_nodes(targets)
+        self._remember(found)
+        return found
+
+    def _remember(self, found: Mapping[int, list[Contact]]) -> None:
         for target, contacts in found.items():
             self._remembered.pop(target, None)
-            self._remembered[target] = (now, contacts)
+            self._remembered[target] = (trio.current_time(), contacts)
         while len(self._remembered) > MAX_REMEMBERED:
             del self._remembered[next(iter(self._remembered))]
-        return found

@@ -53,13 +53,14 @@ class RoutingTable:
         probe_period: Seconds.
     """
 
-    __slots__ = ("buckets", "k", "node_id", "probe_period")
+    __slots__ = ("_lows", "buckets", "k", "node_id", "probe_period")
 
     def __init__(self, node_id: int, k: int = 20, *, probe_period: float = 5.0) -> None:
         self.node_id = node_id
         self.k = k
         self.probe_period = probe_period
         self.buckets = [KBucket(0, ID_BITS, float("-inf"))]  # sorted by range; together they cover every id
+        self._lows = [0]  # where each begins
 
     def __len__(self) -> int:
         return sum(len(bucket.contacts) for bucket in self.buckets)
@@ -146,7 +147,7 @@ class RoutingTable:
         return [bucket for bucket in self.buckets if now - bucket.looked_up_at >= period]
 
     def _bucket(self, node_id: int) -> KBucket:
-        return self.buckets[bisect_right(self.buckets, node_id, key=lambda bucket: bucket.low) - 1]
+        return self.buckets[bisect_right(self._lows, node_id) - 1]
 
     def _split(self, bucket: KBucket) -> None:
         """Replace a bucket by two halves. (It covers our own id, so its replacement cache is empty.)"""
@@ -156,6 +157,7 @@ class RoutingTable:
             halves[node_id >> bits & 1].contacts[node_id] = contact
         index = self.buckets.index(bucket)
         self.buckets[index : index + 1] = halves
+        self._lows = [bucket.low for bucket in self.buckets]
 
 
 class Blacklist:

@@ -7,17 +7,27 @@ higher epoch keeps it; of equal epochs, the one that began first.
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 
 import trio
 
 from labkit.contact import Contact
+from labkit.dht.node import Entry
 from labkit.directory.cache import DirectoryConfig, PrefixCache, Records
 from labkit.directory.declarations import IsAlive, declared, is_senior, known, of_others
-from labkit.directory.index import Declarations, Sign, as_declarations, entries_of, uid_of, withdrawals_of
+from labkit.directory.index import (
+    Declarations,
+    Declared,
+    Sign,
+    as_declarations,
+    entries_of,
+    uid_of,
+    withdrawals_of,
+)
 from labkit.directory.second_look import SecondLook
 from labkit.directory.suspicion import BOOT_BITS, Suspicions, make_stamp
 from labkit.errors import ExpertsTaken, LabkitError
@@ -52,16 +62,23 @@ class Declaring:
         self._declarations = 0
         self._since = round(time.time() * 1000)
         self._suspicions = Suspicions(self.config.suspicion)
-        self._anew = trio.Event()  # set when all is to be declared again at once
+        self._said: dict[str, Declared] = {}  # what was declared last of each expert
+        self._anew = 0  # how often all was to be declared again at once
+        self._wake = trio.Event()  # set when something is to be declared at once
+        self.also: Callable[[], Sequence[Entry]] = tuple  # returns what is stored whenever all experts are declared
         self._cache = PrefixCache(dht, self.config, self._suspicions)
         self._second_look = SecondLook(self._cache)
 
-    async def declare(self, experts: Experts, contact: Contact) -> set[str]:
+    async def declare(
+        self, experts: Experts, contact: Contact, *, marked: bool = False, also: Sequence[Entry] = ()
+    ) -> set[str]:
         """Declare that experts live at `contact` for the next `ttl` seconds. This is one bulk store.
 
         Args:
             experts: The experts, perhaps with their epochs and copies.
             contact: The node that holds them.
+            marked: Whether the prefixes above them were marked a moment ago, and need not be marked again.
+            also: What else is stored with them, in the same calls, if it can be.
 
         Returns:
             The experts that are declared in a higher epoch already, which stays.
@@ -73,20 +90,25 @@ class Declaring:
         self._declarations += 1
         stamp = make_stamp(self._boot, self._declarations)
         entries = entries_of(experts, contact, stamp, self.config.ttl, self._since, self._sign)
+        if marked:
+            entries = [entry for entry in entries if uid_of(entry) is not None]
         if not entries:
             await trio.lowlevel.checkpoint()
             return set()
+        said = as_declarations(experts)
+        self._said |= said
         copies = [0] * len(entries)
         with trio.move_on_after(self.config.timeout) as scope:
-            copies = await self._dht.store_many(entries)
-        missing = [entry for entry, n in zip(entries, copies, strict=True) if n < 1]
+            copies = await self._dht.store_many([*entries, *also])
+        missing = [entry for entry, n in zip(entries, copies, strict=False) if n < 1]
         outranked = set[str]()
         if missing and not scope.cancelled_caught:
-            epochs = {uid: said.epoch for uid, said in as_declarations(experts).items()}
             found, withdrawn = await known(self._dht, self.config, filter(None, map(uid_of, missing)))
             ranks = {**withdrawn, **{uid: info.epoch for uid, info in found.items()}}
-            outranked = {uid for uid, epoch in ranks.items() if epoch > epochs[uid]}
+            outranked = {uid for uid, epoch in ranks.items() if epoch > said[uid].epoch}
             missing = [entry for entry in missing if uid_of(entry) not in outranked]
+        for uid in said if missing else outranked:
+            self._said.pop(uid, None)
         if missing:
             example = f"{missing[0].key} / {missing[0].subkey}"
             raise LabkitError(
@@ -128,7 +150,8 @@ class Declaring:
     ) -> None:
         """Declare every `ttl / 3` seconds until cancelled; ready when the first declaration is stored.
 
-        A declaration that fails after the first is logged and tried again after `ttl / 10`.
+        A declaration that fails after the first is logged and tried again after `ttl / 10`. In between, `declare_news`
+        lets those be declared that have come, or are declared with something new.
 
         Args:
             experts: The experts, perhaps with their epochs and copies, or a function that returns those to declare now.
@@ -152,17 +175,20 @@ class Declaring:
                 experts at the start, in an epoch that is not lower, or all of them later.
         """
         given_up = dict[str, int]()  # the epochs in which others have them
-        first, pause = True, self.config.ttl / 3
+        first, anew, due = True, -1, -math.inf
 
         def current() -> Declarations:
             said = as_declarations(experts() if callable(experts) else experts)
             return {uid: expert for uid, expert in said.items() if expert.epoch > given_up.get(uid, -1)}
 
         while True:
+            wake = self._wake
+            whole = trio.current_time() >= due or anew != self._anew
             anew = self._anew
             if contact.key == self._dht.contact.key:
                 contact = self._dht.contact
-            now = current()
+            now = current() if whole else {u: said for u, said in current().items() if self._is_new(u, said)}
+            pause = self.config.ttl / 3
             try:
                 if is_alive is not None and now:
                     found, withdrawn = await known(self._dht, self.config, now)
@@ -171,21 +197,26 @@ class Declaring:
                     others = {uid: info for uid, info in others.items() if uid in still and not is_moving(uid)}
                     if others and on_rivals is not None and not first:
                         settled = await on_rivals(others)
-                        now = current()
+                        now = {uid: said for uid, said in current().items() if uid in now}
                         others = {uid: info for uid, info in others.items() if uid in now and uid not in settled}
                     rivals = self._rivals(now, others, contact, first, spare, lost_updates)
                     for uid, info in rivals.items():
                         given_up[uid] = info.epoch
                         if on_given_up is not None:
                             on_given_up(uid, info)
-                    if rivals and len(rivals) == len(now) and not spare:
+                    if rivals and not current() and not spare:
                         raise ExpertsTaken(_taken_text(rivals))
                     if on_outranked is not None:
                         gone = {u: info.epoch for u, info in found.items() if info.contact in lost}
                         for uid, epoch in {**withdrawn, **gone}.items():
                             if uid in now and epoch > now[uid].epoch:
                                 on_outranked(uid, epoch + 1)
-                outranked = await self.declare(current(), contact)
+                said = current()
+                self._said = {uid: before for uid, before in self._said.items() if uid in said}
+                some = said if whole else self._news(said)
+                marked = not any(self._is_new(*one) for one in some.items())
+                also = self.also() if whole and some else ()
+                outranked = await self.declare(some, contact, marked=marked and not whole, also=also)
                 pause = self.config.ttl / (10 if outranked else 3)
             except LabkitError as error:
                 if first or isinstance(error, ExpertsTaken):
@@ -195,13 +226,30 @@ class Declaring:
             if first:
                 task_status.started()
             first = False
-            with trio.move_on_after(pause):
-                await anew.wait()
+            due = trio.current_time() + pause if whole else min(due, trio.current_time() + pause)
+            with trio.move_on_at(due):
+                await wake.wait()
 
-    def declare_anew(self) -> None:
-        """Let every `keep_declared` declare its experts at once, as after a move."""
-        self._anew.set()
-        self._anew = trio.Event()
+    def declare_anew(self, *uids: str) -> None:
+        """Let every `keep_declared` declare its experts at once, as after a move, or only those that are named."""
+        for uid in uids:
+            self._said.pop(uid, None)
+        self._anew += not uids
+        self.declare_news()
+
+    def declare_news(self) -> None:
+        """Let every `keep_declared` declare at once which experts have come, or what is new of them."""
+        self._wake.set()
+        self._wake = trio.Event()
+
+    def _news(self, experts: Declarations) -> Declarations:
+        """Returns those of which something else was declared last, or nothing."""
+        return {uid: said for uid, said in experts.items() if self._said.get(uid) != said}
+
+    def _is_new(self, uid: str, said: Declared) -> bool:
+        """Whether an expert has come, or is served in another epoch than was declared."""
+        before = self._said.get(uid)
+        return before is None or before.epoch != said.epoch
 
     def _rivals(
         self, experts: Declarations, others: Mapping[str, ExpertInfo], contact: Contact, first: bool, spare: bool,

@@ -1,11 +1,14 @@
 """The grids of a swarm: their sizes and the kind of their experts, so that a newcomer can add experts that fit.
 
-They are one record in the DHT, a dictionary from grid name to `GridInfo`. The servers of each grid keep it alive.
+They are one record in the DHT, a dictionary from grid name to `GridInfo`. The servers of each grid keep it alive: each
+looks now and then, and whoever finds that it will expire soon, or says something else, writes it.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import random
 from collections.abc import Callable, Mapping
 from typing import Annotated
 
@@ -41,10 +44,15 @@ class GridInfo(msgspec.Struct, frozen=True, array_like=True):
 
 async def find_grids(dht: Records, timeout: float) -> dict[str, GridInfo]:
     """Returns all grids that are declared, by name, without malformed ones. `timeout`: seconds."""
+    return {name: info for name, (info, _) in (await _read(dht, timeout)).items()}
+
+
+async def _read(dht: Records, timeout: float, quorum: int | None = None) -> dict[str, tuple[GridInfo, float]]:
+    """Returns the same, with the time at which each expires. `quorum`: see `DHTNode.get_many`."""
     record: Value | Mapping[str, Value] | None = None
     with trio.move_on_after(timeout):
-        record = (await dht.get_many([GRIDS_KEY]))[GRIDS_KEY]
-    grids = {}
+        record = (await dht.get_many([GRIDS_KEY], quorum=quorum))[GRIDS_KEY]
+    grids: dict[str, tuple[GridInfo, float]] = {}
     if isinstance(record, Mapping):
         for name, value in record.items():
             try:
@@ -52,7 +60,7 @@ async def find_grids(dht: Records, timeout: float) -> dict[str, GridInfo]:
                 check_grid(info.sizes)
                 if info.schema is not None:
                     _check_schema(info.schema)
-                grids[check_name(name)] = info
+                grids[check_name(name)] = info, value.expires_at
             except (msgspec.MsgspecError, ValueError, RecursionError):
                 logger.debug("ignored a malformed grid record %r", name[:80])
     return grids
@@ -66,7 +74,7 @@ async def keep_grid_declared(
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Declare a grid every `ttl / 3` seconds, until cancelled. `task_status` is told after the first time.
+    """Keep a grid declared until cancelled: look every `ttl / 3` seconds. `task_status` is told after the first time.
 
     `info`: what to declare, or a function that says it each time. A server that does not know yet what its experts take
     declares what another server of the same experts has found out.
@@ -74,21 +82,16 @@ async def keep_grid_declared(
     while True:
         now = info() if callable(info) else info
         try:
-            if now.schema is None:
-                now = await _with_known_schema(dht, name, now)
-            await dht.store_many([Entry(GRIDS_KEY, msgspec.msgpack.encode(now), ttl, name)])
+            known, expires_at = (await _read(dht, SCHEMA_TIMEOUT, quorum=1)).get(name, (None, -math.inf))
+            if now.schema is None and known is not None and msgspec.structs.replace(known, schema=None) == now:
+                now = known  # another server of the same experts has found out what they take
+            if known != now or expires_at - trio.current_time() < ttl / 2:
+                await dht.store_many([Entry(GRIDS_KEY, msgspec.msgpack.encode(now), ttl, name)])
         except LabkitError as error:
             logger.warning("the grid %s could not be declared: %s", name, error)
         task_status.started()
         task_status = trio.TASK_STATUS_IGNORED
-        await trio.sleep(ttl / 3)
-
-
-async def _with_known_schema(dht: Records, name: str, info: GridInfo) -> GridInfo:
-    """The record with the schema that another server has declared for the same experts, if there is one."""
-    known = (await find_grids(dht, SCHEMA_TIMEOUT)).get(name)
-    same = known is not None and msgspec.structs.replace(known, schema=None) == info
-    return known if known is not None and same else info
+        await trio.sleep(ttl / 3 * random.uniform(0.7, 1.2))  # else all that began together would find it old together
 
 
 def _check_schema(schema: ExpertSchema) -> None:

@@ -185,7 +185,7 @@ async def _keep_declared(
         while True:
             await holdings.until_changed()
             on_held(holdings.held)
-            directory.declare_anew()
+            directory.declare_news()
             if allow is not None:
                 allow(stop_timeout(server.runtime.backends.values()))
 
