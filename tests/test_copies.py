@@ -879,16 +879,17 @@ async def test_however_many_say_that_they_keep_a_copy_few_of_them_are_remembered
     experts: Any = SimpleNamespace(held={UID: 1}, updates=lambda uid: 9)
     copying = Copying(None, experts, SimpleNamespace(others={}), make_primary, 1, print, budget=quick())  # type: ignore[arg-type]
 
-    async def watch(number: int) -> WatchedExpert | None:
+    def watch(number: int) -> WatchedExpert | None:
         by = Contact(number.to_bytes(32, "big"), "127.0.0.1", 5000)
         body = Watched(by, [CopyState(UID, 1, 7)])
-        reply = await copying.rpc_watch(Request("copies.watch", body, (), SimpleNamespace(key=by.key), 0.0))  # type: ignore[arg-type]
-        answer: WatchReply = reply.body
+        replies: list[Any] = []
+        copying.rpc_watch(Request("copies.watch", body, (), SimpleNamespace(key=by.key), 0.0), replies.append)  # type: ignore[arg-type]
+        answer: WatchReply = replies[0].body
         return answer.experts[0]
 
     for number in range(2 * MAX_KEEPERS):
-        assert await watch(number) == WatchedExpert(1, 9)
+        assert watch(number) == WatchedExpert(1, 9)
     assert len(copying.holders(UID)) == MAX_KEEPERS
     await trio.sleep(SILENCE)
-    await watch(999)
+    watch(999)
     assert [contact.key[-2:] for contact in copying.holders(UID)] == [(999).to_bytes(2, "big")]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import trio
 
 from labkit.contact import Contact
 from labkit.copies.meeting import Meeting
 from labkit.copies.messages import ServedState
 from labkit.errors import BadRequest, DeadlineExceeded
-from labkit.events import Event, ExpertGivenUp
+from labkit.events import Event, ExpertGivenUp, ignore
 from labkit.expert_uid import ExpertInfo
 
 UID = "ffn.0.1"
@@ -43,7 +46,7 @@ async def resolve(epoch: int, answer: Any) -> tuple[set[str], dict[str, int], li
         return SimpleNamespace(body=[answer])
 
     experts, events = Held(), list[Event]()
-    directory: Any = SimpleNamespace(declare_anew=lambda: None)
+    directory: Any = SimpleNamespace(declare_anew=lambda *uids: None)
     meeting = Meeting(SimpleNamespace(call=call), directory, experts, lambda: OURS, events.append)  # type: ignore[arg-type]
     settled = await meeting.resolve({UID: ExpertInfo(UID, THEIRS, epoch=epoch)})
     return settled, experts.held, events
@@ -88,3 +91,89 @@ async def test_one_that_goes_on_from_the_copy_in_reserve_has_no_precedence_by_it
     settled, held, events = await resolve(theirs.epoch, theirs)
     assert (settled, held.get(UID)) == ({UID}, epoch)
     assert [type(event) for event in events] == ([] if epoch else [ExpertGivenUp])
+
+
+async def test_who_has_given_an_expert_on_says_to_whom_and_that_one_is_met(autojump_clock):
+    third = Contact(b"c" * 32, "127.0.0.1", 5002)
+    met: list[Contact] = []
+
+    async def call(contact: Contact, *_: Any, **__: Any) -> Any:
+        met.append(contact)
+        return SimpleNamespace(body=[ServedState(UID, 4, 0, at=third) if contact == THEIRS else None])
+
+    async def nobody(_: object) -> dict[str, ExpertInfo]:
+        return {}
+
+    directory: Any = SimpleNamespace(declare_anew=lambda *uids: None, holders=nobody)
+    meeting = Meeting(SimpleNamespace(call=call), directory, Held(), lambda: OURS, ignore)  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(meeting.run)
+        meeting.took_over(THEIRS, {UID: 20})
+        await trio.sleep(5)
+        nursery.cancel_scope.cancel()
+    assert met == [THEIRS, third]
+
+
+class Silent:
+    """A server that is called, and says nothing, or that all is well: `calls` are the times of the calls to it."""
+
+    def __init__(self, answers: bool) -> None:
+        self.answers = answers
+        self.calls: list[float] = []
+
+    async def call(self, *_: Any, **__: Any) -> Any:
+        self.calls.append(trio.current_time())
+        if not self.answers:
+            raise DeadlineExceeded("no answer")
+        return SimpleNamespace(body=[None])
+
+
+def meeting_with(caller: Silent) -> tuple[Meeting, list[str]]:
+    """A server that meets another one, and what it does because the network seems to have been divided."""
+    done: list[str] = []
+    directory: Any = SimpleNamespace(declare_anew=lambda *uids: done.append("declared anew"))
+    found_back = partial(done.append, "found back")
+    return Meeting(caller, directory, Held(), lambda: OURS, ignore, found_back), done  # type: ignore[arg-type]
+
+
+async def test_a_server_whose_expert_was_taken_over_is_called_more_and_more_seldom(autojump_clock):
+    caller = Silent(answers=False)
+    meeting, _ = meeting_with(caller)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(meeting.run)
+        meeting.took_over(THEIRS, {UID: 20})
+        await trio.sleep(1700)
+        nursery.cancel_scope.cancel()
+    pauses = [after - before for before, after in pairwise(caller.calls)]
+    assert pauses[0] == 1.0 and 20.0 < pauses[-1] <= 30.0 and pauses == sorted(pauses)
+    assert all(pause <= 1 + at / 50 for pause, at in zip(pauses, caller.calls, strict=False))
+
+
+async def test_only_who_was_away_is_a_reason_to_tell_all_others_where_we_are(autojump_clock):
+    for note, expected in (
+        (lambda meeting: meeting.took_over(THEIRS, {UID: 20}), ["found back", "declared anew"]),
+        (lambda meeting: meeting.was_given(THEIRS, UID, 20), []),
+    ):
+        caller = Silent(answers=True)
+        meeting, done = meeting_with(caller)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(meeting.run)
+            note(meeting)
+            await trio.sleep(60)
+            nursery.cancel_scope.cancel()
+        assert (len(caller.calls), done) == (1, expected)
+
+
+async def test_a_server_to_which_there_was_nothing_to_say_was_not_met(autojump_clock):
+    caller = Silent(answers=True)
+    meeting, done = meeting_with(caller)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(meeting.run)
+        meeting.giving.add(UID)  # it is being handed over, so nothing is said of it
+        meeting.took_over(THEIRS, {UID: 20})
+        await trio.sleep(5)
+        assert not caller.calls and not done
+        meeting.giving.clear()
+        await trio.sleep(5)
+        assert len(caller.calls) == 1 and done == ["found back", "declared anew"]
+        nursery.cancel_scope.cancel()

@@ -142,9 +142,9 @@ async def test_who_was_cut_off_with_the_copy_in_reserve_alone_costs_nobody_else_
         await swarm.train(UIDS[0], 2)
         meet = Meeting.meet
 
-        async def meet_if_allowed(self: Meeting, contact: Contact, uids: Sequence[str]) -> None:
-            if who_calls == "either" or (who_calls == "the one that was cut off") == (self._own() == cut.contact):
-                await meet(self, contact, uids)
+        async def meet_if_allowed(self: Meeting, contact: Contact, uids: Sequence[str], **options: Any) -> bool:
+            allowed = who_calls == "either" or (who_calls == "the one that was cut off") == (self._own() == cut.contact)
+            return allowed and await meet(self, contact, uids, **options)
 
         monkeypatch.setattr(Meeting, "meet", meet_if_allowed)
         swarm.network.heal()

@@ -20,6 +20,7 @@ from labkit.client.expert_client import ExpertClient
 from labkit.contact import Contact
 from labkit.copies import takeover
 from labkit.copies.copying import Copying
+from labkit.copies.handover import HandOver
 from labkit.copies.messages import OFFER, CopyHead
 from labkit.copies.placement import score
 from labkit.copies.store import IncomingCopy
@@ -42,7 +43,7 @@ from labkit.server.checkpoints import save_expert
 from labkit.server.holdings import Holdings
 from labkit.server.layers import make_expert
 from labkit.server.optimizer import BackendConfig
-from labkit.wire.rpc_types import Reply, Request
+from labkit.wire.rpc_types import Reply, Request, RespondFn
 from labkit.wire.security import Identity
 from tests.copied_swarms import CopiedSwarm, Server, X, copied_swarm
 
@@ -157,10 +158,12 @@ async def test_who_keeps_copies_asks_every_two_seconds_and_all_who_ask_a_server_
     answered: list[tuple[Copying, float]] = []
     answer = Copying.rpc_watch
 
-    async def rpc_watch(self: Copying, request: Request) -> Reply:
-        reply = await answer(self, request)
-        answered.append((self, trio.current_time()))
-        return reply
+    def rpc_watch(self: Copying, request: Request, respond: RespondFn) -> object:
+        def note(outcome: Reply | Exception) -> None:
+            answered.append((self, trio.current_time()))
+            respond(outcome)
+
+        return answer(self, request, note)
 
     monkeypatch.setattr(Copying, "rpc_watch", rpc_watch)
     async with copied_swarm(tmp_path) as swarm:
@@ -311,6 +314,51 @@ async def test_a_spare_server_is_given_experts_until_loads_are_even(tmp_path, au
         await trio.sleep(20)
         assert await _has(swarm, spare, 2)
         assert len(swarm.said(ExpertHandedOver)) == 2
+
+
+async def test_many_servers_do_not_all_offer_an_expert_to_the_same_spare_one(tmp_path, autojump_clock, monkeypatch):
+    tried: list[str] = []
+    give = HandOver.give
+
+    async def count(self: HandOver, uid: str, *args: Any, **options: Any) -> bool:
+        tried.append(uid)
+        return await give(self, uid, *args, **options)
+
+    monkeypatch.setattr(HandOver, "give", count)
+    async with copied_swarm(tmp_path) as swarm:
+        await swarm.serve_grid(16, (4, 16))
+        await trio.sleep(30)
+        spare = await swarm.serve(grid=(4, 16))
+        await trio.sleep(15)
+        assert len(spare.held) == 3 == len(swarm.said(ExpertHandedOver))
+        assert len(tried) <= 2 * 16  # who was refused waits until the spare one has said how many it has
+
+
+async def test_a_copy_is_dropped_only_when_all_have_theirs_whose_place_it_is_also_that_in_reserve(
+    tmp_path, autojump_clock
+):
+    grid = (4, 4)
+    async with copied_swarm(tmp_path, latency=0.05, bandwidth=2e4) as swarm, trio.open_nursery() as nursery:
+        calm = BackendConfig(optimizer="sgd", lr=1e-6)
+        await swarm.serve_grid(4, grid, backend=calm)
+        uids = list(grid_uids("ffn", grid))
+
+        async def learn(uid: str) -> None:
+            while True:
+                with suppress(LabkitError):  # it is about to move
+                    await swarm.train(uid)
+                await trio.sleep(2)
+
+        for uid in uids:
+            nursery.start_soon(learn, uid)
+        await trio.sleep(100)  # until those in reserve are made, too
+        for _ in range(3):  # servers come that take the places of others
+            await swarm.serve(grid=grid, backend=calm)
+            for _ in range(200):
+                await trio.sleep(0.1)
+                for uid in {*uids} - {event.uid for event in swarm.said(ExpertHandedOver)}:
+                    assert sum(uid in server.held or server.has_copy(uid) for server in swarm.servers) >= 3
+        nursery.cancel_scope.cancel()
 
 
 async def test_an_expert_that_is_about_to_be_loaded_stays_until_its_server_stops(tmp_path, monkeypatch, autojump_clock):

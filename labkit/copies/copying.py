@@ -15,6 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter
 
 import trio
@@ -29,7 +30,7 @@ from labkit.copies.sending import CopyBudget, send_copy
 from labkit.copies.servers import GridServers, ServerRecord
 from labkit.errors import ConnectionLost, DeadlineExceeded, Overloaded, RequestRefused, RPCError
 from labkit.events import CopyFailed, Emit, Event
-from labkit.wire.rpc_types import Caller, Reply, Request
+from labkit.wire.rpc_types import Caller, Reply, Request, RespondFn
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +79,12 @@ class Copying:
         self._paused: set[str] = set()  # experts that are being given away
         self._under_way: dict[str, tuple[Contact, trio.CancelScope]] = {}  # copies that are made now, by expert
         self._wake = trio.Event()  # set when a copy has ended
-        self._given = trio.Event()  # set when an expert is served here no more, or at `_answer_at`
-        self._answer_at = math.inf  # when answers to watchers have been kept back for long enough
+        self._watchers: dict[RespondFn, Watched] = {}  # whose answers are kept back while all is served here
+        self._answer_at = math.inf  # when they have been kept back for long enough
         self._look_at = 0.0  # when `run` looks again
         self._places: dict[tuple[str, tuple[bytes, ...]], list[Contact]] = {}  # what `_targets` has found
-        self._among: object = None  # for which address of ours, among which servers
-        self._named: dict[str, tuple[bytes, ...]] = {}
+        self._among: object = None  # for which address of ours, among which servers, and which of them have room
+        self._seen: object = None  # our address, and what the servers said, when that was looked at last
         self._made = MadeCopies(experts.held)
         self._reserve_at: dict[str, float] = {}  # when one in reserve is tried again that could not be made
         self._unpacked: dict[str, float] = {}  # experts whose state could not be taken: left alone until then
@@ -135,7 +136,7 @@ class Copying:
         self._unpacked.pop(uid, None)
         self._answer_watchers()
 
-    async def rpc_watch(self, request: Request) -> Reply:
+    def rpc_watch(self, request: Request, respond: RespondFn) -> Callable[[], object]:
         """Answer who keeps copies of our experts: how far they have come, and which copies are needed no more.
 
         While all of them are served here, the answer is kept back for as long as asked.
@@ -145,22 +146,21 @@ class Copying:
             raise RequestRefused("only who keeps copies says so")
         self._made.hear(body.copies, body.by)
         if body.hold and all(state.uid in self._experts.held for state in body.copies):
+            self._watchers[respond] = body
             self._answer_at = min(self._answer_at, trio.current_time() + body.hold)
             if self._answer_at < self._look_at:
                 self._wake.set()
-            await self._given.wait()
-        rows = self._said(body)
-        for state, row in zip(body.copies, rows, strict=True):
-            if row is not None and row.drop:
-                self._made.drop(state.uid, body.by.key)
-        return Reply(WatchReply(rows))
+        else:
+            respond(self._answer(body))
+        return partial(self._watchers.pop, respond, None)
 
     def _answer_watchers(self) -> None:
         """Give the answers that are kept back, all of them together, so that they come again together."""
-        self._given.set()
-        self._given, self._answer_at = trio.Event(), math.inf
+        watchers, self._watchers, self._answer_at = self._watchers, {}, math.inf
+        for respond, body in watchers.items():
+            respond(self._answer(body))
 
-    def _said(self, body: Watched) -> list[WatchedExpert | None]:
+    def _answer(self, body: Watched) -> Reply:
         """Returns what there is to say of experts that are copied elsewhere."""
         some = self._able()
         rows: list[WatchedExpert | None] = []
@@ -172,16 +172,16 @@ class Copying:
             else:
                 drop = self._is_spare(state.uid, body.by, some)
                 rows.append(WatchedExpert(epoch, self._experts.updates(state.uid), drop=drop))
-        return rows
+                if drop:
+                    self._made.drop(state.uid, body.by.key)
+        return Reply(WatchReply(rows))
 
     def _is_spare(self, uid: str, at: Contact, some: Sequence[ServerRecord]) -> bool:
-        """Whether a copy is needed no more, since those whose place it is have one."""
+        """Whether a copy is needed no more, since those whose place it is have one, also that in reserve."""
         whole = self._made.whole(uid)
-        wanted = [contact.key for contact in self._targets(uid, whole, some)]
-        if at.key in wanted:
-            return False
-        have, wanted = {copy.at.key for copy in whole}, wanted[: self.backups]
-        return len(wanted) >= self.backups and have.issuperset(wanted)
+        wanted = {contact.key for contact in self._targets(uid, whole, some)}
+        have = {copy.at.key for copy in whole}
+        return at.key not in wanted and len(wanted) >= self.backups and have.issuperset(wanted)
 
     # ------------------------------------------------------------ making copies
 
@@ -261,13 +261,9 @@ class Copying:
         return AT_ONCE if 0 < self._made.largest() <= SMALL else 1  # each of them is in memory
 
     def _name(self) -> None:
-        """Let it be declared who has copies; anew only when others have them, not when another one is the freshest."""
-        now = {uid: self.keys(uid) for uid in self._experts.held}
-        self._named = {
-            uid: before if (before := self._named.get(uid)) and set(keys) == set(before) else keys
-            for uid, keys in now.items()
-        }
-        self._experts.name_copies(self._named)
+        """Let it be declared who has copies."""
+        named, at_once = self._made.name()
+        self._experts.name_copies(named, at_once=at_once)
 
     # ------------------------------------------------------------ who keeps copies
 
@@ -300,10 +296,13 @@ class Copying:
 
     def _able(self) -> list[ServerRecord]:
         """Returns the servers that copies can be given to. When they are others, what `_targets` found is forgotten."""
-        among = self._own(), self._backups.able()
-        if among != self._among:  # mostly they are the same objects, so this is quick
-            self._places, self._among = {}, among
-        return among[1]
+        own, able = seen = self._own(), self._backups.able()
+        if seen != self._seen:  # mostly they are the same objects, so this is quick
+            self._seen = seen
+            among = own, [(record.contact, record.room > 0) for record in able]
+            if among != self._among:  # and not only how many experts each serves
+                self._places, self._among = {}, among
+        return able
 
     def _targets(self, uid: str, whole: Sequence[MadeCopy], some: Sequence[ServerRecord]) -> list[Contact]:
         """Returns where copies of an expert belong: at the backups, and then that in reserve.

@@ -73,5 +73,5 @@ class ServedExperts(Protocol):
     def raise_epoch(self, uid: str, epoch: int) -> None:
         """Note that an expert is served with a higher epoch than so far."""
 
-    def name_copies(self, copies: Mapping[str, tuple[bytes, ...]]) -> None:
-        """Let it be declared who has copies: the first bytes of keys, by expert."""
+    def name_copies(self, copies: Mapping[str, tuple[bytes, ...]], *, at_once: bool) -> None:
+        """Let it be declared who has copies, at once or with all the rest: the first bytes of keys, by expert."""

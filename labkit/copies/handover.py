@@ -124,6 +124,8 @@ class HandOver:
             self.emit(ExpertHandedOver(uid=uid, address=self.own().endpoint, to=to.endpoint, epoch=reply.body.epoch))
         except RPCError as error:
             logger.debug("%s is not given to %s: %s", uid, to.endpoint, error)
+            if load is not None and isinstance(error, RequestRefused):
+                self.servers.note(to, load - 1)  # others have given it some meanwhile
             if not isinstance(error, (RequestRefused, Overloaded, ConnectionLost)) and uid in experts.held:
                 given = await self._has_taken(uid, to, epoch)  # the answer may have been lost
         finally:
@@ -165,7 +167,7 @@ class HandOver:
             raise
         except LabkitError as error:
             raise RequestRefused(f"{copy.uid} cannot be served here: {error}") from None
-        self.meeting.took_over(copy.primary, {copy.uid: copy.updates})  # should it not get our answer
+        self.meeting.was_given(copy.primary, copy.uid, copy.updates)  # should it not get our answer
         self.on_taken(copy.uid, copy.primary, epoch)
         with trio.CancelScope(shield=True), trio.move_on_after(TAKE_TIME):
             try:

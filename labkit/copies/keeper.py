@@ -43,7 +43,7 @@ from labkit.directory import Directory
 from labkit.errors import LabkitError
 from labkit.events import Emit
 from labkit.expert_uid import split_uid
-from labkit.wire.rpc_types import AsyncMethod, Caller, Methods, Reply, Request, SyncMethod
+from labkit.wire.rpc_types import AsyncMethod, CallbackMethod, Caller, Methods, Reply, Request, RespondFn, SyncMethod
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ class CopyKeeper:
         self._own = own
         self.store = CopyStore(folder, in_thread=in_thread, durable=in_thread, on_change=lambda: self._watching.look())
         self.servers = GridServers(dht, grid, self._record, sign=directory.sign)
+        directory.also = self.servers.entries
         self.copying = Copying(
             caller, experts, self.servers, own, backups, emit, budget=CopyBudget() if budget is None else budget
         )
@@ -114,7 +115,7 @@ class CopyKeeper:
             on_taken,
         )
         self._watching = Watching(caller, self.store, own, self._witnesses, self._on_gone)
-        self._levelling = Levelling(self.servers, experts, self._handover, own)
+        self._levelling = Levelling(self.servers, experts, self._handover)
 
     @property
     def methods(self) -> Methods:
@@ -122,7 +123,7 @@ class CopyKeeper:
         uids = Sequence[str]
         return {
             **self.receiver.methods,
-            WATCH: AsyncMethod(self._rpc_watch, Watched),
+            WATCH: CallbackMethod(self._rpc_watch, Watched),
             PROBE: AsyncMethod(self._rpc_probe, Contact),
             HAVE: SyncMethod(self._rpc_have, uids),
             TAKE: AsyncMethod(self._rpc_take, Take),
@@ -209,13 +210,13 @@ class CopyKeeper:
     def _refuse_expert(self) -> str:
         return "this server is about to stop" if self.leaving else ""
 
-    async def _rpc_watch(self, request: Request) -> Reply:
+    def _rpc_watch(self, request: Request, respond: RespondFn) -> Callable[[], object]:
         """Answer who keeps copies of our experts. One that has a copy of a higher epoch knows another primary."""
         body: Watched = request.body
         for state in body.copies:
             if state.epoch > self._experts.held.get(state.uid, state.epoch):
                 self.meeting.suspect(state.uid)
-        return await self.copying.rpc_watch(request)
+        return self.copying.rpc_watch(request, respond)
 
     async def _rpc_take(self, request: Request) -> Reply:
         """Serve an expert from now on, and copy it soon."""
@@ -263,6 +264,7 @@ class CopyKeeper:
             return
         if heard < trio.current_time() - JUST_NOW:  # else it is there, and does not serve them any more
             self.copying.lose(gone)
+            self._dht.suspect(gone)
         try:
             elsewhere = await self._takeover.claim(gone, uids, heard, dict(self._watching.known))
         except LabkitError as error:  # it is found gone again

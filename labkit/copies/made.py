@@ -52,6 +52,7 @@ class MadeCopies:
     def __init__(self, held: Mapping[str, int]) -> None:
         self._held = held
         self._copies: dict[str, dict[bytes, MadeCopy]] = {}  # uid -> key -> copy
+        self._named: dict[str, tuple[bytes, ...]] = {}  # who was named last
 
     def of(self, uid: str) -> Mapping[bytes, MadeCopy]:
         """Returns all copies of an expert, by their servers' keys: also older ones, and those of silent servers."""
@@ -74,6 +75,18 @@ class MadeCopies:
         """
         copies = sorted(self.whole(uid), key=lambda copy: (copy.reserve, -copy.updates, score(uid, copy.at.key)))
         return tuple(copy.at.key[:KEY_PREFIX] for copy in copies[:MAX_NAMED])
+
+    def name(self) -> tuple[Mapping[str, tuple[bytes, ...]], bool]:
+        """Returns who is to be named in declarations, as `keys` are, by expert; and whether at once, or with the next.
+
+        Others are named only when others have copies, not when another one is the freshest; at once where nobody was
+        named, for then it is not known that others would carry an expert on.
+        """
+        before, self._named = self._named, {}
+        for uid in self._held:
+            keys, last = self.keys(uid), before.get(uid, ())
+            self._named[uid] = last if set(keys) == set(last) else keys
+        return self._named, any(keys and not before.get(uid) for uid, keys in self._named.items())
 
     def heard(self) -> dict[Contact, float]:
         """Returns the servers with copies, and when each was heard last."""

@@ -5,7 +5,8 @@ meanwhile. The higher `(epoch, updates)` stays; but if the one of the higher epo
 one with more updates: a part of the network that lacks a newer copy costs nobody else what was learnt. A server meets
 another one
 
-1. whose experts it has taken over: it calls there until it is answered, or that server is known to be dead;
+1. whose experts it has taken over, or was given: it calls there, more and more seldom, until it is answered, or that
+   server is known to be dead;
 2. of which a call, a copy or a watcher has told it;
 3. that has declared one of its experts, too;
 4. that has copies of its own experts, when it wakes up itself.
@@ -33,7 +34,9 @@ from labkit.wire.rpc_types import Caller, Reply, Request
 logger = logging.getLogger(__name__)
 
 MEET_TIME = 1.0  # seconds in which the other one has to answer
-REMIND_PERIOD = 1.0  # seconds between two calls to a server whose experts were taken over
+REMIND_PERIOD = 1.0  # seconds between two calls to a server whose experts were taken over, at first
+REMIND_LEAST = 30.0  # the same at last
+REMIND_SHARE = 0.02  # of the time for which it has been silent: so long is the next call put off
 REMIND_TIME = 1800.0  # seconds for which one that is silent is called
 REFUSALS = 5  # connections in a row that are refused, or break, by which it is known to be dead
 MAX_SUSPECTS = 4096  # experts that are looked up
@@ -70,6 +73,7 @@ class Meeting:
         self._reserve: dict[str, int] = {}  # those that go on from a copy in reserve, and how far that had come
         self._suspects: dict[str, Contact | None] = {}
         self._to_remind: dict[Contact, set[str]] = {}
+        self._away: set[Contact] = set()  # those of them that had gone, and have not handed over what they had
         self._wake = trio.Event()
 
     # ------------------------------------------------------------ what is noted, at once
@@ -82,10 +86,18 @@ class Meeting:
             updates: Its experts, and how far each had come as far as that is known here.
             reserve: Those of them that go on from a copy in reserve, and how far that had come.
         """
+        self._away.add(gone)
+        self._note(gone, updates, reserve)
+
+    def was_given(self, before: Contact, uid: str, updates: int) -> None:
+        """Tell the server that has given an expert to this one that it is served here, should it not have heard so."""
+        self._note(before, {uid: updates})
+
+    def _note(self, before: Contact, updates: Mapping[str, int], reserve: Mapping[str, int] = NONE) -> None:
         held = self._experts.held
         self._since = {uid: since for uid, since in self._since.items() if uid in held} | dict(updates)
         self._reserve = {uid: since for uid, since in self._reserve.items() if uid in held} | dict(reserve)
-        self._to_remind.setdefault(gone, set()).update(updates)
+        self._to_remind.setdefault(before, set()).update(updates)
         self._wake.set()
 
     def suspect(self, uid: str, at: Contact | None = None) -> None:
@@ -149,8 +161,13 @@ class Meeting:
                     nursery.start_soon(meet, contact, list(uids))
         return settled, silent
 
-    async def meet(self, contact: Contact, uids: Sequence[str]) -> None:
-        """Settle with another server who serves these experts of ours. Raises `RPCError` if it does not answer."""
+    async def meet(self, contact: Contact, uids: Sequence[str], *, follow: bool = False) -> bool:
+        """Settle with another server who serves these experts of ours. Raises `RPCError` if it does not answer.
+
+        Returns whether there was anything to say: nothing is said of experts that are being handed over. `follow`:
+        whether to meet those, too, to whom it has given some of them.
+        """
+        said = False
         for start in range(0, len(uids), MAX_WATCHED):
             states = [state for uid in uids[start : start + MAX_WATCHED] if (state := self._state(uid)) is not None]
             if not states:
@@ -158,14 +175,21 @@ class Meeting:
             reply = await self._caller.call(
                 contact, MEET, Meet(self._own(), states), returns=list[ServedState | None], timeout=MEET_TIME
             )
+            said = True
             for sent, theirs in zip(states, reply.body, strict=False):
-                if theirs is not None and theirs.uid == sent.uid:
+                if theirs is None or theirs.uid != sent.uid:
+                    continue
+                if theirs.at is None:
                     self._settle(theirs, contact)
+                elif follow and theirs.at.is_safe and theirs.at.key not in (contact.key, self._own().key):
+                    self.suspect(sent.uid, theirs.at)
+        return said
 
     def rpc_meet(self, request: Request) -> Reply:
         """Another server says which experts it serves. Answers with those of them that stay here.
 
-        And with those that were served here in a higher epoch, which the other one is to go beyond.
+        And with those that were served here in a higher epoch, which the other one is to go beyond, and with those that
+        were given to a third one, which it is to meet.
         """
         body: Meet = request.body
         if request.peer.key not in (None, body.by.key):
@@ -179,6 +203,8 @@ class Meeting:
             self._settle(state, body.by)
             if ours is not None and ours.epoch > state.epoch and state.uid not in self._experts.held:
                 ended[state.uid] = ours
+            elif ours is None and (moved := self._experts.moved(state.uid)) is not None:
+                ended[state.uid] = ServedState(state.uid, moved[1], 0, at=moved[0])
         if len(self._experts.held) < held:
             self._reunited()
         return Reply([self._state(state.uid) or ended.get(state.uid) for state in body.experts])
@@ -205,7 +231,7 @@ class Meeting:
         else:
             if theirs.epoch >= ours.epoch:
                 self._experts.raise_epoch(ours.uid, theirs.epoch + 1)
-            self._directory.declare_anew()  # where the other one is, it was not seen
+            self._directory.declare_anew(ours.uid)  # where the other one is, it was not seen
 
     def give_up(self, uid: str, to: Contact, epoch: int, since: int = 0) -> None:
         """Serve an expert no more, and say so.
@@ -246,23 +272,25 @@ class Meeting:
         self._directory.declare_anew()
 
     async def _remind(self, gone: Contact) -> None:
-        """Call a server whose experts were taken over, until it has answered, or is known to be dead."""
+        """Call a server that had experts of ours, until it has answered, or is known to be dead."""
         refused, began = 0, trio.current_time()
         try:
             while uids := [uid for uid in self._to_remind[gone] if uid in self._experts.held]:
                 try:
-                    await self.meet(gone, uids)
+                    if await self.meet(gone, uids, follow=True):
+                        if gone in self._away:
+                            self._reunited()
+                        return
                 except ConnectionLost:
                     refused += 1
                     if refused >= REFUSALS:
                         return
                 except RPCError:
                     refused = 0
-                else:
-                    self._reunited()
+                silent = trio.current_time() - began
+                if silent > REMIND_TIME:
                     return
-                if trio.current_time() - began > REMIND_TIME:
-                    return
-                await trio.sleep(REMIND_PERIOD)
+                await trio.sleep(min(max(REMIND_PERIOD, REMIND_SHARE * silent), REMIND_LEAST))
         finally:
             self._to_remind.pop(gone, None)
+            self._away.discard(gone)

@@ -191,6 +191,7 @@ class ServedState(msgspec.Struct, array_like=True, frozen=True):
         updates: Optimizer steps that it has made.
         since: Steps that it had made, as far as is known, when it was taken over; those beyond its copy count as lost.
         reserve: Whether it was taken over from the copy in reserve.
+        at: The server to which it was given, if it is not served here any more.
     """
 
     uid: Uid
@@ -198,6 +199,7 @@ class ServedState(msgspec.Struct, array_like=True, frozen=True):
     updates: Count
     since: Count = 0
     reserve: bool = False
+    at: Contact | None = None
 
 
 class Meet(msgspec.Struct, array_like=True, frozen=True):

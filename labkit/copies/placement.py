@@ -43,7 +43,7 @@ def _host(contact: Contact) -> str:
     return "" if contact.is_loopback else contact.host
 
 
-@lru_cache(maxsize=1 << 16)
+@lru_cache(maxsize=1 << 17)
 def score(uid: str, key: bytes) -> bytes:
     """Returns a server's place among those that are to keep an expert, by its key: lower comes first."""
     return hashlib.blake2b(uid.encode(), key=key, digest_size=16).digest()

@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 ASK_TIME = 1.0  # seconds that others who hold a copy have to say how fresh theirs is
 TURN_TIME = 1.5  # seconds that whoever comes first has to take an expert over, before the next one does
 RESERVE_TIME = 4.0  # the same of who has only the copy in reserve, unless all others have answered
-GUESSES = 3  # servers that are asked for copies where the declaration names none, or that are offered one
+GUESS_TIME = 0.5  # the same of who may hold one, while others are named
+GUESSES = 3  # servers that may have a copy, whoever is named, by their rank; or that are offered one
 TRY_AGAIN = 5.0  # seconds until an expert is tried again that could not be carried on
 LOOK_AGAIN = 0.3  # seconds between two looks whether it has
 
@@ -123,14 +124,16 @@ class TakeOver:
         epoch = max(copy.epoch, 0 if known is None else known.epoch)
         return info.epoch > epoch or (info.contact != gone and info.epoch >= copy.epoch)
 
-    def _to_ask(self, uid: str, declared: Mapping[str, ExpertInfo], gone: Contact) -> list[Contact]:
-        """Returns the other servers that may have a copy of an expert."""
+    def _to_ask(self, uid: str, declared: Mapping[str, ExpertInfo], gone: Contact) -> dict[Contact, bool]:
+        """Returns the other servers that may have a copy of an expert, and whether they are to be waited for.
+
+        They are those that are named, and those whose place it is, which may not be named yet.
+        """
         others = self._servers.others
         named = declared[uid].copies if uid in declared else ()
-        some = [record.contact for key, record in others.items() if key[:KEY_PREFIX] in named]
-        if some or (named and named != (self._own().key[:KEY_PREFIX],)):
-            return some
-        return [record.contact for record in rank(uid, others.values(), gone)[:GUESSES]]
+        some = {record.contact: True for key, record in others.items() if key[:KEY_PREFIX] in named}
+        guesses = rank(uid, others.values(), gone)[:GUESSES]
+        return {record.contact: not named for record in guesses} | some
 
     def _turn_time(self, uid: str) -> float:
         """Returns the seconds after which an expert is carried on here, even if it is another one's turn."""
@@ -145,22 +148,26 @@ class TakeOver:
         `broken`: how often in a row connections to others have broken.
         """
         by_server: dict[Contact, list[str]] = {}
+        awaited: dict[Contact, set[str]] = {}  # experts for which that one is waited for
         for uid in uids:
-            for contact in self._to_ask(uid, declared, gone):
+            for contact, wait in self._to_ask(uid, declared, gone).items():
                 by_server.setdefault(contact, []).append(uid)
+                if wait:
+                    awaited.setdefault(contact, set()).add(uid)
         theirs: dict[str, list[tuple[Contact, CopyState]]] = {uid: [] for uid in uids}
         served: dict[str, ExpertInfo] = {}
         silent: set[str] = set()  # experts of which not all have answered
 
         async def ask(contact: Contact, some: list[str]) -> None:
+            timeout = ASK_TIME if contact in awaited else GUESS_TIME
             try:
                 reply = await self._caller.call(
-                    contact, HAVE, some[:MAX_WATCHED], returns=list[CopyState | None], timeout=ASK_TIME
+                    contact, HAVE, some[:MAX_WATCHED], returns=list[CopyState | None], timeout=timeout
                 )
             except RPCError as error:
                 broken[contact] = broken[contact] + 1 if isinstance(error, ConnectionLost) else 0
                 if broken[contact] < BROKEN_CALLS:  # else it is gone, too
-                    silent.update(some)
+                    silent.update(awaited.get(contact, ()))
                 return
             for uid, state in zip(some, reply.body, strict=False):
                 copy = self._store.copies.get(uid)

@@ -140,9 +140,9 @@ class CarriedExperts:
         """Serve an expert with a higher epoch than so far."""
         self._server.holdings.raise_epoch(uid, epoch)
 
-    def name_copies(self, copies: Mapping[str, tuple[bytes, ...]]) -> None:
+    def name_copies(self, copies: Mapping[str, tuple[bytes, ...]], *, at_once: bool) -> None:
         """Let it be declared who has copies."""
-        self._server.holdings.name_copies(copies)
+        self._server.holdings.name_copies(copies, at_once=at_once)
 
     def _trained(self, said: Mapping[str, Plain]) -> BackendConfig:
         """How an expert from elsewhere is trained: as it was, on the device of this server."""

@@ -97,11 +97,13 @@ class Holdings:
         """The epochs of the experts that are served, by uid, those on hold included. It changes: copy what is kept."""
         return self._held
 
-    def name_copies(self, copies: Mapping[str, tuple[bytes, ...]]) -> None:
-        """Let it be declared from now on who has copies of which experts: see `ExpertInfo.copies`."""
-        named = {uid: keys for uid, keys in copies.items() if keys and uid in self._held}
-        if named != self.copies:
-            self.copies = named
+    def name_copies(self, copies: Mapping[str, tuple[bytes, ...]], *, at_once: bool) -> None:
+        """Let it be declared from now on who has copies of which experts: see `ExpertInfo.copies`.
+
+        `at_once`: whether that is worth a declaration of its own.
+        """
+        self.copies = {uid: keys for uid, keys in copies.items() if keys and uid in self._held}
+        if at_once:
             self._tell()
 
     def declared(self) -> dict[str, Declared]:
