@@ -17,7 +17,7 @@ import time
 from collections.abc import Collection, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -56,6 +56,7 @@ USUAL = {"servers": 12, "experts": 120, "trainers": 8, "minutes": 10.0}
 FULL = {"servers": 100, "experts": 1000, "trainers": 64, "minutes": 120.0}
 LONG = 100  # servers times minutes of a run that says how far it is
 CLOCK_PERIOD = 5.0  # virtual seconds between two looks at the real clock
+TICK = 0.001  # seconds: see `SimNetwork`
 GC_THRESHOLDS = (200_000, 50, 1000)  # for `gc.set_threshold`
 
 
@@ -204,7 +205,7 @@ class _Run:
         for uid in self.uids - served - self.without.keys():
             self.without[uid] = now
 
-    @property
+    @cached_property
     def uids(self) -> set[str]:
         """All experts of the grid."""
         return set(grid_uids(GRID_NAME, self.config.grid))
@@ -352,7 +353,7 @@ async def _run(config: RecoveryConfig, failing: bool, folder: Path) -> Counts:
     """Train for a while, with or without failures."""
     minutes = config.minutes if failing else min(config.minutes, STEADY_MINUTES)
     seconds = config.rtt_ms / 2000
-    options = {"latency": seconds, "uplink": config.upload * 1e6 / 8, "handshake": 2.0}
+    options = {"latency": seconds, "uplink": config.upload * 1e6 / 8, "handshake": 2.0, "tick": TICK}
     async with open_simnet(config.seed, **options) as network, trio.open_nursery() as nursery:
         run = _Run(config, network, folder, random.Random(config.seed))
         async with AsyncExitStack() as stack:
