@@ -439,6 +439,25 @@ async def test_a_dead_node_holds_up_a_store_for_one_timeout_at_most(autojump_clo
     assert trio.current_time() - start == pytest.approx(0.1)
 
 
+async def test_a_node_that_others_have_found_gone_holds_up_no_get_and_is_back_when_it_answers(
+    autojump_clock: MockClock,
+) -> None:
+    network = FakeNetwork(latency=0.05)
+    nodes = await network.nodes(8)
+    async with running(nodes):
+        await nodes[0].store("key", b"value", ttl=1000.0)
+        suspected = nodes[0].routing.nearest(key_id("key"), 1)[0]
+        nodes[0].suspect(suspected)
+        assert not nodes[0].peers.usable(suspected)
+        start = trio.current_time()
+        assert data(await nodes[0].get("key")) == b"value"
+        assert trio.current_time() - start == pytest.approx(0.1)
+        await trio.sleep(1.5)
+        nodes[0].peers.usable(suspected)  # its time is over: it is pinged
+        await trio.sleep(0.2)
+        assert nodes[0].peers.usable(suspected)
+
+
 async def test_the_back_off_grows_until_the_node_is_heard_of_again(autojump_clock: MockClock) -> None:
     network = FakeNetwork()
     nodes = await network.nodes(3)

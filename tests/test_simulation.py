@@ -55,6 +55,13 @@ async def test_a_call_takes_the_latency_there_and_back(autojump_clock) -> None:
         assert await seconds_of(client, contact) == pytest.approx(0.092)
 
 
+async def test_messages_arrive_at_ticks_and_never_earlier_than_they_would(autojump_clock) -> None:
+    async with pair(latency=0.0463, tick=0.01) as (_, contact, client):
+        assert await seconds_of(client, contact) == pytest.approx(0.1)  # 0.05 there and back
+        await trio.sleep(0.003)
+        assert await seconds_of(client, contact) == pytest.approx(0.097)  # sent between two of them
+
+
 async def test_a_new_connection_costs_its_round_trips_once(autojump_clock) -> None:
     async with pair(latency=0.05, handshake=2.0) as (_, contact, client):
         assert await seconds_of(client, contact) == pytest.approx(0.3)
@@ -436,6 +443,7 @@ class Spy(random.Random):
         ({"loss": "x"}, "loss"),
         ({"bandwidth": 0}, "bandwidth"),
         ({"bandwidth": "x"}, "bandwidth"),
+        ({"tick": -1}, "tick"),
         ({"handshake": -1}, "handshake"),
         ({"handshake": "x"}, "handshake"),
     ],
