@@ -290,6 +290,12 @@ def serve(on=None, **options):
     return repr(swarm)
 def order(number, name, options):
     return getattr(swarm.servers[number], name)(**options)
+def served():
+    return sorted(str(uid) for server in swarm.servers for uid in server.uids)
+def copied():
+    portal, node = swarm._portal, swarm._node
+    found = portal.call(node.directory.holders_below, "ffn", 1)
+    return sorted(str(uid) for uid, info in found.items() if info.copies)
 def invite():
     return str(swarm.invite())
 def look():
@@ -364,6 +370,14 @@ class Notebook:
     def order(self, number: int, name: str, **options: Any) -> Any:
         """Call a method of a server that was started there. Returns what it returns."""
         return self._ask("order", {"number": number, "name": name, "options": options})
+
+    def served(self) -> list[str]:
+        """Returns the experts of the servers that were started there."""
+        return list(self._ask("served", {}))
+
+    def copied(self) -> list[str]:
+        """Returns the experts that are said in the DHT to have copies."""
+        return list(self._ask("copied", {}))
 
     def invite(self) -> str:
         """Returns an invitation."""
