@@ -36,8 +36,9 @@ UIDS = list(grid_uids("ffn", GRID))
 SERVERS = 4
 CALM = BackendConfig(optimizer="sgd", lr=1e-5)  # with which experts learn for long without growing
 TWICE = 8.0  # seconds for which two servers of one partition may both serve an expert
-AGREED = 15.0  # seconds after everything has healed in which all agree; or after the network was divided otherwise:
-# then two may meet of which neither has taken anything over from the other, so that neither calls there
+STRANGERS = 25.0  # seconds in which two find each other in the DHT, after they were apart, of which neither calls the
+# other: neither has taken anything over there, or one has started elsewhere meanwhile
+AGREED = 15.0  # seconds after everything has healed in which all agree
 EXPIRED = 35.0  # the same where a server died in a divided network: what it declared in a higher epoch has to expire
 LOOK = 0.25  # seconds between two looks
 JUST_STARTED = 2.0  # seconds in which a server may not have heard those yet whose experts it has copies of
@@ -66,7 +67,8 @@ class Trial:
     updates: Counter[str] = field(default_factory=Counter)  # of each expert in the end
     forfeit: set[str] = field(default_factory=set)  # of which nobody had anything any more
     died_apart: bool = False  # whether a server died while the network was divided
-    divided_anew: float = -math.inf  # when it was divided otherwise, so that some are together that were apart
+    began_apart: bool = False  # whether one has started then
+    strangers_met: float = -math.inf  # when servers came together that were apart, and do not call each other
     twice: dict[str, float] = field(default_factory=dict)  # experts that two serve, and since when
     learnt: dict[str, list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))  # what was answered:
     # when, and how many updates the expert had
@@ -88,13 +90,14 @@ class Trial:
             for one in dead[step.which % len(dead) :][:1] if dead else ():
                 await self.restart(one)
         elif step.what == "spare" and len(alive) < SERVERS + 2:
+            self.began_apart = self.began_apart or bool(self.cut)
             try:
                 await self.swarm.serve(grid=GRID, backups=self.backups, backend=CALM)
             except* LabkitError:
                 pass  # its calls were lost
         elif step.what == "split":
             if self.cut:
-                self.divided_anew = trio.current_time()
+                self.strangers_met = trio.current_time()
             self.cut = {one for n, one in enumerate(alive) if step.which >> n & 1}
             network.partition([self.far.contact, *(one.contact for one in self.cut)])
         elif step.what == "heal":
@@ -105,7 +108,9 @@ class Trial:
             network.slow_down(server.contact, 0.3)
 
     def heal(self) -> None:
-        self.cut = set()
+        if self.began_apart:
+            self.strangers_met = trio.current_time()
+        self.cut, self.began_apart = set(), False
         self.swarm.network.heal()
         self.swarm.network.loss = 0.0
         for server in self.swarm.servers:
@@ -120,6 +125,7 @@ class Trial:
 
     async def restart(self, server: Server) -> None:
         uids = self.uids.pop(server)
+        self.began_apart = self.began_apart or bool(self.cut)
         try:
             again = await self.swarm.serve(
                 uids,
@@ -156,7 +162,7 @@ class Trial:
                 double |= {uid for uid in served if served.count(uid) > 1}
             self.twice = {uid: self.twice.get(uid, now) for uid in double}
             for uid, since in self.twice.items():
-                assert now <= max(since + TWICE, self.divided_anew + AGREED), (
+                assert now <= max(since + TWICE, self.strangers_met + STRANGERS), (
                     f"{uid} is served twice for {now - since:.1f} s"
                 )
 

@@ -11,11 +11,14 @@ import pytest
 import trio
 
 from labkit.contact import Contact
+from labkit.copies.experts import Pack
+from labkit.copies.leftovers import Leftover
 from labkit.copies.meeting import Meeting
-from labkit.copies.messages import ServedState
+from labkit.copies.messages import Meet, ServedState
 from labkit.errors import BadRequest, DeadlineExceeded
 from labkit.events import Event, ExpertGivenUp, ignore
 from labkit.expert_uid import ExpertInfo
+from labkit.wire.rpc_types import Reply
 
 UID = "ffn.0.1"
 OURS, THEIRS = Contact(b"a" * 32, "127.0.0.1", 5000), Contact(b"b" * 32, "127.0.0.1", 5001)
@@ -33,8 +36,9 @@ class Held:
     def raise_epoch(self, uid: str, epoch: int) -> None:
         self.held[uid] = epoch
 
-    def give_up(self, uid: str, to: Contact, epoch: int) -> None:
+    def give_up(self, uid: str, to: Contact, epoch: int) -> Pack:
         del self.held[uid]
+        return lambda: pytest.fail("nobody has asked for its state")
 
 
 async def resolve(epoch: int, answer: Any) -> tuple[set[str], dict[str, int], list[Event]]:
@@ -91,6 +95,24 @@ async def test_one_that_goes_on_from_the_copy_in_reserve_has_no_precedence_by_it
     settled, held, events = await resolve(theirs.epoch, theirs)
     assert (settled, held.get(UID)) == ({UID}, epoch)
     assert [type(event) for event in events] == ([] if epoch else [ExpertGivenUp])
+
+
+@pytest.mark.parametrize("who_calls", [OURS, THEIRS], ids=["who gives it up", "who goes on"])
+async def test_of_two_in_the_same_epoch_one_goes_on_in_a_higher_one_and_the_other_keeps_what_it_has(who_calls):
+    experts, leftovers = {OURS: Held(), THEIRS: Held()}, list[Leftover]()
+
+    async def call(contact: Contact, _: str, body: Meet, **__: Any) -> Reply:
+        return meetings[contact].rpc_meet(SimpleNamespace(body=body, peer=SimpleNamespace(key=who_calls.key)))  # type: ignore[arg-type]
+
+    directory: Any = SimpleNamespace(declare_anew=lambda *uids: None)
+    caller: Any = SimpleNamespace(call=call)
+    meetings = {
+        own: Meeting(caller, directory, held, lambda own=own: own, ignore, keep=leftovers.append)  # type: ignore[arg-type, misc]
+        for own, held in experts.items()
+    }
+    await meetings[who_calls].meet(THEIRS if who_calls == OURS else OURS, [UID])
+    assert (experts[OURS].held, experts[THEIRS].held) == ({}, {UID: 4})  # the higher key decides
+    assert [(one.to, one.epoch) for one in leftovers] == [(THEIRS, 2 if who_calls == THEIRS else 3)]
 
 
 async def test_who_has_given_an_expert_on_says_to_whom_and_that_one_is_met(autojump_clock):

@@ -24,7 +24,7 @@ from labkit.events import CopyFailed, ExpertGivenUp, ExpertTakenOver
 from labkit.node import open_node
 from labkit.server.pulse import LATE, Pulse
 from labkit.wire.security import Identity
-from tests.copied_swarms import X, copied_swarm
+from tests.copied_swarms import CopiedSwarm, Server, X, copied_swarm
 from tests.recovery_trials import AGREED, PAUSES, STEPS, Step, try_out
 
 UIDS = [f"ffn.{row}.{column}" for row in range(2) for column in range(2)]
@@ -126,6 +126,44 @@ async def test_after_a_division_the_higher_epoch_stays_and_what_the_other_learnt
         assert await swarm.train(UIDS[0]) == 5
 
 
+async def test_what_was_given_up_goes_on_if_the_other_one_is_gone_before_it_has_a_copy(
+    tmp_path, autojump_clock, monkeypatch
+):
+    async with copied_swarm(tmp_path) as swarm, open_node(swarm.network, Identity(b"\1" * 32)) as far:
+        cut, other = await swarm.serve_grid(2)
+        await swarm.until_copied()
+        (uid, *_) = cut.held
+        before = (await swarm.holders())[uid]
+        swarm.network.partition([cut.contact, far.contact])
+        for _ in range(7):
+            await swarm.call(before, "backward", [X, torch.ones_like(X)], far)
+        await swarm.until(partial(_taken_over, swarm, uid))
+        monkeypatch.setattr(copying.Copying, "_next", nothing)
+        swarm.network.heal()
+        await swarm.until(partial(_given_up, swarm, uid))
+        await other.kill()
+        await swarm.until(partial(_taken_over, swarm, uid, at=cut))
+        assert await swarm.train(uid) == 8
+
+
+async def test_what_was_given_up_is_not_kept_when_the_other_one_has_its_copies(tmp_path, autojump_clock):
+    async with copied_swarm(tmp_path) as swarm, open_node(swarm.network, Identity(b"\1" * 32)) as far:
+        cut, *_ = await swarm.serve_grid(4, (2, 3))
+        await swarm.until_copied(2, (2, 3))
+        (uid, *_) = cut.held
+        swarm.network.partition([cut.contact, far.contact])
+        await swarm.until(partial(_taken_over, swarm, uid))
+        swarm.network.heal()
+        await swarm.until(partial(_are_kept, [cut], uid, [0]))
+        await swarm.until(partial(_are_kept, swarm.servers, uid, [1, 1]), 90)
+
+
+async def _are_kept(servers: Sequence[Server], uid: str, epochs: list[int]) -> bool:
+    """Whether these servers have copies of an expert in these epochs."""
+    files = [path.name for server in servers for path in server.copies.glob(f"{uid}~*.json")]
+    return sorted(int(name.split("~")[1].split(".")[0]) for name in files) == epochs
+
+
 @pytest.mark.parametrize("who_calls", ["either", "the one that was cut off", "the other one"])
 async def test_who_was_cut_off_with_the_copy_in_reserve_alone_costs_nobody_else_what_was_learnt(
     tmp_path, autojump_clock, monkeypatch, who_calls
@@ -221,8 +259,9 @@ async def test_who_wakes_up_gives_up_what_others_have_taken_over_before_it_answe
         assert await swarm.call(before, "backward", [X, torch.ones_like(X)]) == 1  # elsewhere, where it has moved
 
 
-async def _taken_over(swarm: Any, uid: str) -> bool:
-    return any(event.uid == uid for event in swarm.said(ExpertTakenOver))
+async def _taken_over(swarm: CopiedSwarm, uid: str, at: Server | None = None) -> bool:
+    by = [event.address for event in swarm.said(ExpertTakenOver) if event.uid == uid]
+    return bool(by) if at is None else at.contact.endpoint in by
 
 
 async def _beats(pulse: Pulse) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +30,9 @@ class PackedExpert:
     crc32: str
     kind: str
     backend: Mapping[str, Plain]
+
+
+Pack = Callable[[], Awaitable[PackedExpert]]  # raises `RPCError` if the state cannot be taken
 
 
 class ServedExperts(Protocol):
@@ -64,8 +67,11 @@ class ServedExperts(Protocol):
     def release(self, uid: str) -> None:
         """Let them go on."""
 
-    def give_up(self, uid: str, to: Contact | None, epoch: int) -> None:
-        """Serve an expert no more, and tell who calls it where it is, if that is known."""
+    def give_up(self, uid: str, to: Contact | None, epoch: int) -> Pack | None:
+        """Serve an expert no more, and tell who calls it where it is, if that is known.
+
+        Returns what takes its state as it was, after the batch that it is in; None if it was not served.
+        """
 
     def moved(self, uid: str) -> tuple[Contact, int] | None:
         """Where an expert is that was given up, and its epoch there, if that is known."""

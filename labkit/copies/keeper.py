@@ -15,6 +15,7 @@ from labkit.contact import Contact
 from labkit.copies.copying import Copying
 from labkit.copies.experts import ServedExperts
 from labkit.copies.handover import HandOver
+from labkit.copies.leftovers import Leftover, Leftovers
 from labkit.copies.levelling import Levelling
 from labkit.copies.meeting import Meeting
 from labkit.copies.messages import (
@@ -97,7 +98,7 @@ class CopyKeeper:
             caller, experts, self.servers, own, backups, emit, budget=CopyBudget() if budget is None else budget
         )
         self.receiver = CopyReceiver(self.store, check=experts.check, refuse=self._refuse_copy, encrypts=own().secure)
-        self.meeting = Meeting(caller, directory, experts, own, emit, dht.come_back)
+        self.meeting = Meeting(caller, directory, experts, own, emit, dht.come_back, self._keep)
         self._takeover = TakeOver(
             caller, directory, self.servers, self.store, experts, self.meeting, own, emit, self.copying.look
         )
@@ -115,6 +116,7 @@ class CopyKeeper:
             on_taken,
         )
         self._watching = Watching(caller, self.store, own, self._witnesses, self._on_gone)
+        self._leftovers = Leftovers(self.store, experts, self._watching, experts.check)
         self._levelling = Levelling(self.servers, experts, self._handover)
 
     @property
@@ -144,6 +146,7 @@ class CopyKeeper:
             nursery.start_soon(self.copying.run)
             nursery.start_soon(self._levelling.run)
             nursery.start_soon(self.meeting.run)
+            nursery.start_soon(self._leftovers.run)
             task_status.started()
 
     async def carried_by_others(self, uids: Iterable[str]) -> Carried:
@@ -246,6 +249,10 @@ class CopyKeeper:
         servers = [record.contact for record in self.servers.others.values()]
         keys = {contact.key for contact in servers}
         return [*servers, *(contact for contact in self._dht.routing if contact.key not in keys)]
+
+    def _keep(self, one: Leftover) -> None:
+        if not self.leaving:
+            self._leftovers.keep(one)
 
     async def look_around(self) -> None:
         """Find out which experts are still ours, after this server was away: from who has copies, and the DHT."""

@@ -24,6 +24,7 @@ import trio
 
 from labkit.contact import Contact
 from labkit.copies.experts import ServedExperts
+from labkit.copies.leftovers import Leftover
 from labkit.copies.messages import MAX_WATCHED, MEET, Meet, ServedState
 from labkit.directory import Directory
 from labkit.errors import ConnectionLost, DeadlineExceeded, LabkitError, Overloaded, RequestRefused, RPCError
@@ -53,6 +54,7 @@ class Meeting:
         own: Returns our own contact.
         emit: Gets an `ExpertGivenUp` for each expert that is given up.
         find_back: Called when a server is met after a while: the DHT is to call those again that it had lost.
+        keep: Called with each expert that is given up, whose state is still here.
 
     Attributes:
         giving: Experts that are being handed over, about which nothing is settled meanwhile.
@@ -60,7 +62,7 @@ class Meeting:
 
     def __init__(
         self, caller: Caller, directory: Directory, experts: ServedExperts, own: Callable[[], Contact], emit: Emit,
-        find_back: Callable[[], object] = lambda: None,
+        find_back: Callable[[], object] = lambda: None, keep: Callable[[Leftover], object] = lambda one: None,
     ) -> None:  # fmt: skip
         self.giving: set[str] = set()
         self._caller = caller
@@ -69,6 +71,7 @@ class Meeting:
         self._own = own
         self._emit = emit
         self._find_back = find_back
+        self._keep = keep
         self._since: dict[str, int] = {}  # how far experts that were taken over had come, as far as we know
         self._reserve: dict[str, int] = {}  # those that go on from a copy in reserve, and how far that had come
         self._suspects: dict[str, Contact | None] = {}
@@ -188,7 +191,7 @@ class Meeting:
     def rpc_meet(self, request: Request) -> Reply:
         """Another server says which experts it serves. Answers with those of them that stay here.
 
-        And with those that were served here in a higher epoch, which the other one is to go beyond, and with those that
+        And with those that were served here in no lower epoch, which the other one is to go beyond, and with those that
         were given to a third one, which it is to meet.
         """
         body: Meet = request.body
@@ -201,7 +204,7 @@ class Meeting:
         for state in body.experts:
             ours = self._state(state.uid)
             self._settle(state, body.by)
-            if ours is not None and ours.epoch > state.epoch and state.uid not in self._experts.held:
+            if ours is not None and ours.epoch >= state.epoch and state.uid not in self._experts.held:
                 ended[state.uid] = ours
             elif ours is None and (moved := self._experts.moved(state.uid)) is not None:
                 ended[state.uid] = ServedState(state.uid, moved[1], 0, at=moved[0])
@@ -243,8 +246,11 @@ class Meeting:
             since: How many of our updates are counted already: as lost, or as those that the other one has.
         """
         lost, own = max(0, self._experts.updates(uid) - since), self._own().endpoint
+        ours = self._experts.held[uid]
         logger.warning("%s gives %s up: %s serves it, too; %d updates are lost", own, uid, to.endpoint, lost)
-        self._experts.give_up(uid, to, epoch)
+        pack = self._experts.give_up(uid, to, epoch)
+        if pack is not None:
+            self._keep(Leftover(uid, min(ours, max(0, epoch - 1)), to, epoch, pack))
         self._since.pop(uid, None)
         self._reserve.pop(uid, None)
         self._emit(ExpertGivenUp(uid=uid, address=own, to=to.endpoint, lost_updates=lost))

@@ -207,7 +207,8 @@ class TakeOver:
             copy = self._store.copies.get(uid)
             if copy is None or uid in self._experts.held:
                 continue
-            epoch = 1 + max(copy.epoch, declared[uid].epoch if uid in declared else 0)
+            epochs = copy.epoch, declared[uid].epoch if uid in declared else 0, known[uid].epoch if uid in known else 0
+            epoch = 1 + max(epochs)
             try:
                 await self._experts.adopt(uid, copy.path, copy.head.backend, epoch)
             except LabkitError as error:

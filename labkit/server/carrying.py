@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 
 import msgspec
 import trio
+from torch import Tensor
 
 from labkit.contact import Contact
 from labkit.copies.checking import check_copy
-from labkit.copies.experts import PackedExpert, Plain
+from labkit.copies.experts import Pack, PackedExpert, Plain
 from labkit.copies.keeper import CopyKeeper
 from labkit.copies.messages import CopyHead
 from labkit.dht.node import DHTNode
@@ -83,11 +84,18 @@ class CarriedExperts:
         if backend is None:
             raise UnknownExpert(f"this server does not hold expert {uid!r}")
         state = await runtime.snapshot(uid)
+        return await self._pack(uid, backend, lambda: state)
+
+    async def _pack(self, uid: str, backend: ExpertBackend, take: Callable[[], dict[str, Tensor]]) -> PackedExpert:
+        def pack() -> tuple[bytearray, str, int]:
+            state = take()
+            return *pack_expert(uid, state, kind=backend.kind), int(state["counter.updates"])
+
         try:
-            data, crc32 = await self._run(lambda: pack_expert(uid, state, kind=backend.kind))
+            data, crc32, updates = await self._run(pack)
         except (TypeError, ValueError, RuntimeError, MemoryError) as error:
             raise RemoteFailure(f"{uid} cannot be copied: {error}") from None
-        return PackedExpert(data, int(state["counter.updates"]), crc32, backend.kind[:1000], asdict(backend.config))
+        return PackedExpert(data, updates, crc32, backend.kind[:1000], asdict(backend.config))
 
     def check(self, head: CopyHead, path: Path) -> None:
         """Check the file of a copy. Raises `CheckpointError` if this server could not carry it on."""
@@ -128,9 +136,16 @@ class CarriedExperts:
         """Let them go on."""
         self._server.holdings.release(uid)
 
-    def give_up(self, uid: str, to: Contact | None, epoch: int) -> None:
-        """Serve an expert no more."""
-        self._server.holdings.give_up(uid, to, epoch)
+    def give_up(self, uid: str, to: Contact | None, epoch: int) -> Pack | None:
+        """Serve an expert no more. Returns what takes its state as it was; None if it was not served."""
+        backend = self._server.holdings.give_up(uid, to, epoch)
+
+        async def pack() -> PackedExpert:
+            assert backend is not None
+            await self._server.runtime.settle_expert(uid)
+            return await self._pack(uid, backend, backend.state)
+
+        return None if backend is None else pack
 
     def moved(self, uid: str) -> tuple[Contact, int] | None:
         """Where an expert is that was given up, and its epoch there, if that is known."""
