@@ -19,6 +19,7 @@ from labkit.copies import copying, levelling, takeover, watching
 from labkit.copies.meeting import Meeting
 from labkit.copies.store import IncomingCopy
 from labkit.directory.declaring import Declaring
+from labkit.directory.index import Declared
 from labkit.errors import Overloaded
 from labkit.events import CopyFailed, ExpertGivenUp, ExpertTakenOver
 from labkit.node import open_node
@@ -102,6 +103,22 @@ def test_updates_that_are_lost_and_not_counted_are_found(monkeypatch: pytest.Mon
         try_out([Step(60.0, "kill", n) for n in range(2)])
 
 
+async def test_what_an_expert_learns_just_after_it_has_moved_is_counted_too_if_its_server_is_killed(
+    tmp_path, autojump_clock, monkeypatch
+):
+    async with copied_swarm(tmp_path) as swarm:
+        first, *_ = await swarm.serve_grid(3, (2, 3))
+        await swarm.until_copied(2, (2, 3))
+        (uid, *_) = first.held
+        monkeypatch.setattr(copying.Copying, "_next", nothing)
+        await first.stop()
+        assert await swarm.train(uid, 2) == 2
+        await trio.sleep(1.3)  # less than the answer is kept back to a question that was asked before
+        await next(server for server in swarm.servers if uid in server.held).kill()
+        await swarm.until(partial(_taken_over, swarm, uid))
+        assert [event.lost_updates for event in swarm.said(ExpertTakenOver) if event.uid == uid] == [2]
+
+
 # ------------------------------------------------------------ a network that was divided
 
 
@@ -162,6 +179,18 @@ async def _are_kept(servers: Sequence[Server], uid: str, epochs: list[int]) -> b
     """Whether these servers have copies of an expert in these epochs."""
     files = [path.name for server in servers for path in server.copies.glob(f"{uid}~*.json")]
     return sorted(int(name.split("~")[1].split(".")[0]) for name in files) == epochs
+
+
+async def test_what_was_given_up_to_a_server_that_is_declared_but_silent_goes_on_where_it_was(tmp_path, autojump_clock):
+    async with copied_swarm(tmp_path) as swarm:
+        await swarm.serve_grid(1)
+        await swarm.train(UIDS[0], 3)
+        async with open_node(swarm.network, Identity(b"\1" * 32), join=[swarm.node.contact]) as rival:
+            await rival.directory.declare({UIDS[0]: Declared(7)}, rival.contact)
+            swarm.network.unplug(rival.contact)
+            await swarm.until(partial(_given_up, swarm, UIDS[0]), 60)
+            await swarm.until(partial(_taken_over, swarm, UIDS[0]))
+            assert await swarm.train(UIDS[0]) == 4
 
 
 @pytest.mark.parametrize("who_calls", ["either", "the one that was cut off", "the other one"])

@@ -246,14 +246,18 @@ class Meeting:
             since: How many of our updates are counted already: as lost, or as those that the other one has.
         """
         lost, own = max(0, self._experts.updates(uid) - since), self._own().endpoint
-        ours = self._experts.held[uid]
         logger.warning("%s gives %s up: %s serves it, too; %d updates are lost", own, uid, to.endpoint, lost)
-        pack = self._experts.give_up(uid, to, epoch)
-        if pack is not None:
-            self._keep(Leftover(uid, min(ours, max(0, epoch - 1)), to, epoch, pack))
+        self.leave_to(to, uid, epoch)
         self._since.pop(uid, None)
         self._reserve.pop(uid, None)
         self._emit(ExpertGivenUp(uid=uid, address=own, to=to.endpoint, lost_updates=lost))
+
+    def leave_to(self, to: Contact, uid: str, epoch: int) -> None:
+        """Serve an expert no more, since another server does in this epoch, and keep what it was here."""
+        ours = self._experts.held.get(uid, 0)
+        pack = self._experts.give_up(uid, to, epoch)
+        if pack is not None:
+            self._keep(Leftover(uid, min(ours, max(0, epoch - 1)), to, epoch, pack))
 
     async def resolve(self, others: Mapping[str, ExpertInfo]) -> set[str]:
         """Meet the servers that have declared experts of ours, too. Returns those about which it is settled now.

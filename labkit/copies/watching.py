@@ -92,6 +92,7 @@ class Watching:
         self._others = others
         self._on_gone = on_gone
         self._watched: set[Contact] = set()
+        self._held_back: dict[Contact, trio.CancelScope] = {}  # calls whose answer may be kept back
         self._changed = trio.Event()
 
     def look(self) -> None:
@@ -99,8 +100,10 @@ class Watching:
         self._changed.set()
 
     def follow(self, uid: str, at: Contact, epoch: int) -> None:
-        """Note that another server serves an expert by now, and watch that one."""
+        """Note that another server serves an expert by now, and watch that one: it is asked soon how far that is."""
         self.known[uid] = Known(at, epoch, self.known[uid].updates if uid in self.known else 0)
+        if at in self._held_back:
+            self._held_back[at].cancel()
         self.look()
 
     async def run(self) -> None:
@@ -130,11 +133,14 @@ class Watching:
         """Watch one server, for as long as experts of it are copied here."""
         try:
             broken = silent = 0
-            heard = trio.current_time()
+            heard, hurry = trio.current_time(), False
             while uids := self._uids_of(contact):
-                began = trio.current_time()
+                began, hold = trio.current_time(), 0.0 if silent or hurry else HOLD
                 try:
-                    left = await self._ask(contact, uids, 0.0 if silent else HOLD)
+                    with trio.CancelScope() as asking:
+                        if hold:
+                            self._held_back[contact] = asking
+                        left = await self._ask(contact, uids, hold)
                 except (ConnectionLost, WrongServerKey):
                     broken += 1
                 except DeadlineExceeded:
@@ -143,9 +149,12 @@ class Watching:
                     logger.debug("%s, which is watched, says: %s", contact.endpoint, error)
                     broken, silent, heard = 0, 0, trio.current_time()
                 else:
-                    broken, silent, heard = 0, 0, trio.current_time()
-                    if left:  # it is there, but does not serve them any more
-                        await self._on_gone(contact, left, heard)
+                    if not asking.cancelled_caught:
+                        broken, silent, heard = 0, 0, trio.current_time()
+                        if left:  # it is there, but does not serve them any more
+                            await self._on_gone(contact, left, heard)
+                self._held_back.pop(contact, None)
+                hurry = asking.cancelled_caught  # it serves more than it was asked for
                 if (broken >= BROKEN_CALLS or silent >= SILENT_CALLS) and await self._is_gone(contact):
                     await self._on_gone(contact, self._uids_of(contact), heard)
                     broken = silent = 0
@@ -155,6 +164,7 @@ class Watching:
                     await trio.sleep_until(began + PERIOD)
         finally:
             self._watched.discard(contact)
+            self._held_back.pop(contact, None)
 
     async def _ask(self, contact: Contact, uids: Sequence[str], hold: float) -> list[str]:
         """Say what is copied here, and learn how far it has come. Returns the experts that it does not serve.

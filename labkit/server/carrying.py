@@ -266,6 +266,13 @@ class Carrying:
         """Settle with servers that have declared experts of ours, too, who goes on with them."""
         return () if self.keeper is None else await self.keeper.meeting.resolve(others)
 
+    def give_up(self, uid: str, info: ExpertInfo, *, was_served: bool) -> None:
+        """Serve an expert no more that another server has declared. What it was here is kept, if it was called."""
+        if self.keeper is not None and was_served:
+            self.keeper.meeting.leave_to(info.contact, uid, info.epoch)
+        else:
+            self._server.holdings.give_up(uid, info.contact, info.epoch)
+
     def lost_updates(self, uid: str, info: ExpertInfo) -> int:
         """How many updates of an expert are lost if the other server keeps it, which has said nothing itself."""
         backend = self._server.runtime.backends.get(uid)

@@ -169,8 +169,10 @@ async def _keep_declared(
     """Declare the experts that are held, at once when that changes, and give way to others."""
     holdings, directory = server.holdings, node.directory
 
+    served = False
+
     def give_up(uid: str, info: ExpertInfo) -> None:
-        holdings.give_up(uid, info.contact, info.epoch)
+        carrying.give_up(uid, info, was_served=served)
 
     async with trio.open_nursery() as nursery:
         keep = partial(
@@ -180,6 +182,7 @@ async def _keep_declared(
             spare=server.config.spare or server.config.backups > 0,
         )  # fmt: skip
         await nursery.start(keep, holdings.declared, node.contact)
+        served = True
         on_held(holdings.held)
         task_status.started()
         while True:
