@@ -37,7 +37,7 @@ SERVERS = 4
 CALM = BackendConfig(optimizer="sgd", lr=1e-5)  # with which experts learn for long without growing
 TWICE = 8.0  # seconds for which two servers of one partition may both serve an expert
 STRANGERS = 25.0  # seconds in which two find each other in the DHT, after they were apart, of which neither calls the
-# other: neither has taken anything over there, or one has started elsewhere meanwhile
+# other: neither has taken anything over there, or who had is gone, or one has started elsewhere meanwhile
 AGREED = 15.0  # seconds after everything has healed in which all agree
 EXPIRED = 35.0  # the same where a server died in a divided network: what it declared in a higher epoch has to expire
 LOOK = 0.25  # seconds between two looks
@@ -108,7 +108,7 @@ class Trial:
             network.slow_down(server.contact, 0.3)
 
     def heal(self) -> None:
-        if self.began_apart:
+        if self.began_apart or self.died_apart:
             self.strangers_met = trio.current_time()
         self.cut, self.began_apart = set(), False
         self.swarm.network.heal()
