@@ -247,12 +247,12 @@ class Meeting:
         """
         lost, own = max(0, self._experts.updates(uid) - since), self._own().endpoint
         logger.warning("%s gives %s up: %s serves it, too; %d updates are lost", own, uid, to.endpoint, lost)
-        self.leave_to(to, uid, epoch)
+        self.give_way(uid, to, epoch)
         self._since.pop(uid, None)
         self._reserve.pop(uid, None)
         self._emit(ExpertGivenUp(uid=uid, address=own, to=to.endpoint, lost_updates=lost))
 
-    def leave_to(self, to: Contact, uid: str, epoch: int) -> None:
+    def give_way(self, uid: str, to: Contact, epoch: int) -> None:
         """Serve an expert no more, since another server does in this epoch, and keep what it was here."""
         ours = self._experts.held.get(uid, 0)
         pack = self._experts.give_up(uid, to, epoch)

@@ -269,7 +269,7 @@ class Carrying:
     def give_up(self, uid: str, info: ExpertInfo, *, was_served: bool) -> None:
         """Serve an expert no more that another server has declared. What it was here is kept, if it was called."""
         if self.keeper is not None and was_served:
-            self.keeper.meeting.leave_to(info.contact, uid, info.epoch)
+            self.keeper.meeting.give_way(uid, info.contact, info.epoch)
         else:
             self._server.holdings.give_up(uid, info.contact, info.epoch)
 
