@@ -22,7 +22,7 @@ from labkit.errors import LabkitError
 
 logger = logging.getLogger(__name__)
 
-PACK_TIME = 10.0  # seconds that the batch may take which an expert was in
+PACK_TIME = 30.0  # seconds for the batch that an expert was in, and to take its state
 
 
 class Leftover(NamedTuple):
@@ -74,15 +74,15 @@ class Leftovers:
             while self._given_up:
                 one = self._given_up.popleft()
                 try:
-                    with trio.move_on_after(PACK_TIME):
-                        await self._keep(one)
-                except (LabkitError, OSError) as error:
-                    logger.info("what %s was here is not kept: %s", one.uid, error)
+                    await self._keep(one)
+                except (LabkitError, OSError, trio.TooSlowError) as error:
+                    logger.info("what %s was here is not kept: %r", one.uid, error)
 
     async def _keep(self, one: Leftover) -> None:
         if not one.to.is_safe:
             return
-        packed = await one.pack()
+        with trio.fail_after(PACK_TIME):
+            packed = await one.pack()
         if one.uid in self._experts.held or one.uid in self._store.copies:  # it is back, or there is a copy of theirs
             return
         head = CopyHead(
