@@ -11,6 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from labkit.contact import Contact
 from labkit.dht import DHTConfig, DHTNode, Entry, Signer, Value
 from labkit.dht.lookup import Lookup
 from labkit.dht.protocol import KeyItems, Ping, Store, WireItem
@@ -370,6 +371,22 @@ async def test_a_newcomer_is_handed_the_records_near_to_it(autojump_clock: MockC
         await trio.sleep(1.0)
         assert len(newcomer.storage) == 20
         assert network.calls["dht.store"] <= 8
+
+
+async def test_a_node_that_nobody_reached_before_it_moved_has_the_records_near_to_it(autojump_clock: MockClock) -> None:
+    network = FakeNetwork()
+    nodes = await network.nodes(8)
+    hidden = network.node(100)
+    network.kill(hidden)  # it calls others, and nobody calls it: there is a router before it
+    async with running([*nodes, hidden]):
+        await nodes[3].store_many([Entry(f"key{i}", b"value", 1000.0) for i in range(20)])
+        await hidden.bootstrap([nodes[0].contact])
+        await trio.sleep(10.0)
+        assert hidden.contact.node_id in nodes[3].routing and not hidden.storage
+        network.revive(hidden)
+        hidden.move(Contact(hidden.contact.key, "127.0.0.2", 7))  # to a port of a relay
+        await trio.sleep(1.0)
+        assert len(hidden.storage) == 20
 
 
 async def test_a_node_that_lost_everyone_finds_back(autojump_clock: MockClock) -> None:

@@ -258,7 +258,7 @@ class DHTNode:
     # ------------------------------------------------------------ the rest
 
     def _on_new(self, contact: Contact) -> None:
-        """Give a node that was seen for the first time the records that belong to it."""
+        """Give a node the records that belong to it: also if it has moved, and was not reached before."""
         if len(self.storage):
             self.peers.in_background(self._maintenance.hand_over, contact)
 

@@ -96,7 +96,7 @@ class Peers:
         contact: This node.
         config: How it behaves.
         client_only: Whether it answers no calls, and so does not name itself in those that it makes.
-        on_new: Called with each contact that enters the routing table.
+        on_new: Called with each contact that enters the routing table, or does so at another address.
     """
 
     __slots__ = (
@@ -315,11 +315,11 @@ class Peers:
         return True
 
     def _seen(self, contact: Contact) -> None:
-        new = contact.node_id not in self.routing
+        known = self.routing.get(contact.node_id)
         doubtful = self.routing.seen(contact, _now())
         if doubtful is not None:
             self.probe(doubtful)
-        if new and contact.node_id in self.routing:
+        if known != contact and contact.node_id in self.routing:
             self.lost.pop(contact.node_id, None)
             self._on_new(contact)
 

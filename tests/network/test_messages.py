@@ -62,7 +62,7 @@ def test_who_relays_for_whom_is_said_and_why_a_relay_does_not_and_that_it_is_gon
 
     deep.join(invite, listen=OPEN)
     until_said(deep, f"{address}: this relay has 3 clients, as many as it takes")
-    assert "is a private swarm and does not admit our key" in deep.told()["relaying"]
+    until_said(deep, "is a private swarm and does not admit our key")
 
     relay.kill()
     until_said(one, f"{address} refused the connection")
