@@ -98,7 +98,8 @@ def started(
 
 SERVE = ["-m", "labkit", "serve", "--grid", "1", "--hidden", "4", "--checkpoint-dir"]
 TAUGHT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored where the tests run under nohup
 from labkit.__main__ import main
 from labkit.cli import serve
 begun = serve.Swarm.serve
