@@ -66,7 +66,8 @@ class Trial:
     cut: set[Server] = field(default_factory=set)
     updates: Counter[str] = field(default_factory=Counter)  # of each expert in the end
     forfeit: set[str] = field(default_factory=set)  # of which nobody had anything any more
-    died_apart: bool = False  # whether a server died while the network was divided
+    died_apart: bool = False  # whether a server died while the network was divided, or before it was met again
+    healed: float = -math.inf  # when servers came together that were apart
     began_apart: bool = False  # whether one has started then
     strangers_met: float = -math.inf  # when servers came together that were apart, and do not call each other
     twice: dict[str, float] = field(default_factory=dict)  # experts that two serve, and since when
@@ -96,8 +97,9 @@ class Trial:
             except* LabkitError:
                 pass  # its calls were lost
         elif step.what == "split":
-            if self.cut:
-                self.strangers_met = trio.current_time()
+            if self.cut:  # who has started on one side may know nobody on the other
+                self.strangers_met = math.inf if self.began_apart else trio.current_time()
+                self.healed = trio.current_time()
             self.cut = {one for n, one in enumerate(alive) if step.which >> n & 1}
             network.partition([self.far.contact, *(one.contact for one in self.cut)])
         elif step.what == "heal":
@@ -108,8 +110,10 @@ class Trial:
             network.slow_down(server.contact, 0.3)
 
     def heal(self) -> None:
-        if self.began_apart or self.died_apart:
+        if self.began_apart or self.died_apart or self.strangers_met == math.inf:
             self.strangers_met = trio.current_time()
+        if self.cut:
+            self.healed = trio.current_time()
         self.cut, self.began_apart = set(), False
         self.swarm.network.heal()
         self.swarm.network.loss = 0.0
@@ -118,7 +122,7 @@ class Trial:
 
     async def kill(self, server: Server) -> None:
         await server.kill()
-        self.died_apart = self.died_apart or bool(self.cut)
+        self.died_apart = self.died_apart or bool(self.cut) or trio.current_time() < self.healed + AGREED
         for uid in UIDS:
             if not any(uid in one.held or one.has_copy(uid) for one in self.alive):
                 self.forfeit.add(uid)

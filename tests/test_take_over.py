@@ -18,11 +18,12 @@ import trio
 from labkit.client.expert import RemoteExpert
 from labkit.client.expert_client import ExpertClient
 from labkit.contact import Contact
-from labkit.copies import takeover
+from labkit.copies import keeper, takeover
 from labkit.copies.copying import Copying
 from labkit.copies.handover import HandOver
 from labkit.copies.messages import OFFER, CopyHead
 from labkit.copies.placement import score
+from labkit.copies.returning import Carried
 from labkit.copies.store import IncomingCopy
 from labkit.errors import (
     CheckpointError,
@@ -33,9 +34,9 @@ from labkit.errors import (
     RequestRefused,
     RPCError,
 )
-from labkit.events import CopyFailed, CopyStored, ExpertHandedOver, ExpertTakenOver
+from labkit.events import CopyFailed, CopyStored, ExpertGivenUp, ExpertHandedOver, ExpertTakenOver
 from labkit.expert_file import pack_expert
-from labkit.expert_uid import grid_uids
+from labkit.expert_uid import ExpertInfo, grid_uids
 from labkit.server import carrying
 from labkit.server.backend import ExpertBackend
 from labkit.server.carrying import CarriedExperts
@@ -531,6 +532,60 @@ async def test_a_server_that_has_left_its_experts_to_others_serves_them_if_nobod
         for uid in uids:
             assert await swarm.train(uid) == 1
         assert any("the copy is damaged" in event.detail for event in swarm.said(CopyFailed))
+
+
+async def test_a_server_that_comes_back_finds_a_copy_that_is_not_where_it_was_declared(
+    tmp_path, monkeypatch, autojump_clock
+):
+    uid = UIDS[0]
+    async with copied_swarm(tmp_path) as swarm:
+        owner, *named = await swarm.serve_with_a_copy_in_reserve(uid, 9)
+        monkeypatch.setattr(Copying, "_name", lambda copying: None)  # that is said a moment later
+        for server in named:
+            await server.kill()
+        other = next(server for server in swarm.servers if server.is_alive and server is not owner)
+        await swarm.until(partial(_has_copy, other, uid))
+        await owner.kill()
+        back = await swarm.serve((uid,), identity=owner.identity)
+        assert uid not in back.held
+        await swarm.until(partial(_served_elsewhere, swarm, owner.contact))
+        assert await swarm.train(uid) == 10
+
+
+async def test_an_expert_that_began_anew_goes_on_from_its_copy_as_soon_as_that_is_seen(
+    tmp_path, monkeypatch, autojump_clock
+):
+    async def nothing(*asked: object) -> Carried:
+        return Carried()  # all answers were lost
+
+    uid = UIDS[0]
+    async with copied_swarm(tmp_path) as swarm:
+        owner, *_ = await swarm.serve_with_a_copy_in_reserve(uid, 9)
+        await owner.kill()
+        monkeypatch.setattr(keeper, "carried_by_others", nothing)
+        back = await swarm.serve((uid,), identity=owner.identity)
+        assert uid in back.held
+        assert await swarm.call(ExpertInfo(uid, back.contact), "backward", [X, torch.ones(3, 4)]) == 1
+        assert await swarm.until(partial(_given_up, back, uid)) < 5
+        await swarm.until(partial(_answers, swarm, uid))
+        assert await swarm.train(uid) == 10
+        assert sum(event.lost_updates for event in swarm.said(ExpertGivenUp) if event.uid == uid) == 1
+        assert not [event for event in swarm.said(ExpertTakenOver) if event.uid == uid and event.lost_updates]
+
+
+async def _has_copy(server: Server, uid: str) -> bool:
+    return server.has_copy(uid)
+
+
+async def _given_up(server: Server, uid: str) -> bool:
+    return uid not in server.held
+
+
+async def _answers(swarm: CopiedSwarm, uid: str) -> bool:
+    info = (await swarm.node.directory.holders([uid])).get(uid)
+    with suppress(RPCError):
+        return info is not None and await swarm.call(info, "forward", [X]) > 0
+    return False
 
 
 async def _served_at(swarm: CopiedSwarm, uids: Sequence[str], server: Server) -> bool:

@@ -24,7 +24,7 @@ from labkit.contact import Contact
 from labkit.copies.backups import QUIET, Backups
 from labkit.copies.experts import PackedExpert, ServedExperts
 from labkit.copies.made import MadeCopies, MadeCopy
-from labkit.copies.messages import CopyHead, Watched, WatchedExpert, WatchReply
+from labkit.copies.messages import CopyHead, CopyState, Watched, WatchedExpert, WatchReply
 from labkit.copies.placement import rank
 from labkit.copies.sending import CopyBudget, send_copy
 from labkit.copies.servers import GridServers, ServerRecord
@@ -139,13 +139,13 @@ class Copying:
     def rpc_watch(self, request: Request, respond: RespondFn) -> Callable[[], object]:
         """Answer who keeps copies of our experts: how far they have come, and which copies are needed no more.
 
-        While all of them are served here, the answer is kept back for as long as asked.
+        While all of them are served here, and no copy is newer, the answer is kept back for as long as asked.
         """
         body: Watched = request.body
         if request.peer.key not in (None, body.by.key):
             raise RequestRefused("only who keeps copies says so")
         self._made.hear(body.copies, body.by)
-        if body.hold and all(state.uid in self._experts.held for state in body.copies):
+        if body.hold and all(self._is_ahead(state) for state in body.copies):
             self._watchers[respond] = body
             self._answer_at = min(self._answer_at, trio.current_time() + body.hold)
             if self._answer_at < self._look_at:
@@ -153,6 +153,11 @@ class Copying:
         else:
             respond(self._answer(body))
         return partial(self._watchers.pop, respond, None)
+
+    def _is_ahead(self, state: CopyState) -> bool:
+        """Whether an expert is served here, and its copy is from here: else it has begun anew here."""
+        epoch = self._experts.held.get(state.uid)
+        return epoch is not None and (epoch, self._experts.updates(state.uid)) >= (state.epoch, state.updates)
 
     def _answer_watchers(self) -> None:
         """Give the answers that are kept back, all of them together, so that they come again together."""
@@ -170,7 +175,7 @@ class Copying:
                 moved = self._experts.moved(state.uid)
                 rows.append(None if moved is None else WatchedExpert(moved[1], 0, moved=moved[0]))
             else:
-                drop = self._is_spare(state.uid, body.by, some)
+                drop = self._is_ahead(state) and self._is_spare(state.uid, body.by, some)
                 rows.append(WatchedExpert(epoch, self._experts.updates(state.uid), drop=drop))
                 if drop:
                     self._made.drop(state.uid, body.by.key)

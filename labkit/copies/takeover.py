@@ -217,7 +217,8 @@ class TakeOver:
             adopted[uid] = Declared(epoch)
             lost[uid] = max(0, known[uid].updates - copy.updates) if uid in known else 0
             reserve = {uid: copy.updates} if copy.head.reserve else {}
-            self._meeting.took_over(gone, {uid: copy.updates + lost[uid]}, reserve)
+            since = 0 if uid in known and known[uid].anew else copy.updates + lost[uid]
+            self._meeting.took_over(gone, {uid: since}, reserve)
         if not adopted:
             return
         self._on_adopted()

@@ -48,11 +48,13 @@ class Known:
         at: The server that serves it.
         epoch: In which epoch it does.
         updates: How far it has come, when that server was last heard.
+        anew: Whether it has begun anew there, so that what it has learnt is not in the copy, nor the other way round.
     """
 
     at: Contact
     epoch: int
     updates: int
+    anew: bool = False
 
 
 class Copies(Protocol):
@@ -91,6 +93,7 @@ class Watching:
         self._own = own
         self._others = others
         self._on_gone = on_gone
+        self._copies: Mapping[str, Copy] = {}  # when it was looked last for servers to watch
         self._watched: set[Contact] = set()
         self._held_back: dict[Contact, trio.CancelScope] = {}  # calls whose answer may be kept back
         self._changed = trio.Event()
@@ -117,12 +120,15 @@ class Watching:
                 await self._changed.wait()
 
     def _servers(self) -> set[Contact]:
-        for uid in self.known.keys() - self._store.copies.keys():
+        copies = self._store.copies
+        for uid in self.known.keys() - copies.keys():
             del self.known[uid]
-        for uid, copy in self._store.copies.items():
-            known = self.known.get(uid)
-            if known is None or known.epoch < copy.epoch or (known.epoch == copy.epoch and known.at != copy.primary):
+        for uid, copy in copies.items():
+            known, before = self.known.get(uid), self._copies.get(uid)
+            moved = known is not None and known.at != copy.primary and copy is not before  # and it has sent this one
+            if known is None or known.epoch < copy.epoch or (known.epoch == copy.epoch and moved):
                 self.known[uid] = Known(copy.primary, copy.epoch, copy.updates)
+        self._copies = dict(copies)
         return {known.at for known in self.known.values()}
 
     def _uids_of(self, contact: Contact) -> list[str]:
@@ -167,7 +173,9 @@ class Watching:
             self._held_back.pop(contact, None)
 
     async def _ask(self, contact: Contact, uids: Sequence[str], hold: float) -> list[str]:
-        """Say what is copied here, and learn how far it has come. Returns the experts that it does not serve.
+        """Say what is copied here, and learn how far it has come.
+
+        Returns the experts that it does not serve, or not from what is copied here: that is newer.
 
         `hold`: seconds for which the server may keep its last answer back.
         """
@@ -179,14 +187,17 @@ class Watching:
             states = [CopyState(copy.uid, copy.epoch, copy.updates) for copy in copies]
             body = Watched(self._own(), states, kept_back)
             reply = await self._caller.call(contact, WATCH, body, returns=WatchReply, timeout=kept_back + CALL_TIME)
-            for uid, said in zip(some, reply.body.experts, strict=False):
+            for uid, sent, said in zip(some, states, reply.body.experts, strict=False):
                 if said is None or said.moved is not None:
                     if uid not in self.known or not self._follow_moved(uid, said):
                         left.append(uid)
                 elif said.drop:
                     await self._store.remove(uid)
                 elif uid in self.known:
-                    self.known[uid] = Known(contact, max(said.epoch, self.known[uid].epoch), said.updates)
+                    anew = (said.epoch, said.updates) < (sent.epoch, sent.updates)
+                    self.known[uid] = Known(contact, max(said.epoch, self.known[uid].epoch), said.updates, anew)
+                    if anew:  # it was restarted, and found no copy, or an older one
+                        left.append(uid)
         return left
 
     def _follow_moved(self, uid: str, said: WatchedExpert | None) -> bool:
