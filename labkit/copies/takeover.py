@@ -215,10 +215,11 @@ class TakeOver:
                 await self._pass_on(copy, gone, error)
                 continue
             adopted[uid] = Declared(epoch)
-            lost[uid] = max(0, known[uid].updates - copy.updates) if uid in known else 0
+            last = known.get(uid)
+            of_ours = 0 if last is not None and last.anew else copy.updates  # of what it had learnt, when heard last
+            lost[uid] = 0 if last is None else max(0, last.updates - of_ours)
             reserve = {uid: copy.updates} if copy.head.reserve else {}
-            since = 0 if uid in known and known[uid].anew else copy.updates + lost[uid]
-            self._meeting.took_over(gone, {uid: since}, reserve)
+            self._meeting.took_over(gone, {uid: of_ours + lost[uid]}, reserve)
         if not adopted:
             return
         self._on_adopted()

@@ -7,7 +7,8 @@ counted, not seconds: a machine that was asleep itself wakes up with many second
 reaches nobody else either takes nobody for gone: it is cut off itself.
 
 The calls tell both sides what they have to know: the server, which copies are kept here, and how fresh they are; this
-side, how far the experts have come since.
+side, how far the experts have come since. A server that is behind a copy of its own was restarted, and has begun anew:
+its expert is carried on from the copy, as if it were gone.
 """
 
 from __future__ import annotations

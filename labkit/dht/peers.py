@@ -96,7 +96,7 @@ class Peers:
         contact: This node.
         config: How it behaves.
         client_only: Whether it answers no calls, and so does not name itself in those that it makes.
-        on_new: Called with each contact that enters the routing table, or does so at another address.
+        on_new: Called with each contact that enters the routing table, or answers at another address only.
     """
 
     __slots__ = (
@@ -201,10 +201,9 @@ class Peers:
 
         It may have told us of another one meanwhile, as a node does that has moved. That one counts, while it works.
         """
-        known = self.routing.get(contact.node_id)
-        moved = known is not None and contact.node_id not in self.blacklist
+        known, away = self.routing.get(contact.node_id), contact.node_id in self.blacklist
         self.blacklist.clear(contact.node_id)
-        self._seen(known if known is not None and moved else contact)
+        self._seen(contact if known is None or away else known, away=away)
 
     def move(self, contact: Contact) -> None:
         """Name ourselves by another contact from now on."""
@@ -314,12 +313,13 @@ class Peers:
             return False
         return True
 
-    def _seen(self, contact: Contact) -> None:
+    def _seen(self, contact: Contact, *, away: bool = False) -> None:
+        """Note that a node is there. `away`: whether it did not answer before, and thus may have missed records."""
         known = self.routing.get(contact.node_id)
         doubtful = self.routing.seen(contact, _now())
         if doubtful is not None:
             self.probe(doubtful)
-        if known != contact and contact.node_id in self.routing:
+        if (known is None or (away and known != contact)) and contact.node_id in self.routing:
             self.lost.pop(contact.node_id, None)
             self._on_new(contact)
 
