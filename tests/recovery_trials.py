@@ -42,6 +42,7 @@ AGREED = 15.0  # seconds after everything has healed in which all agree
 EXPIRED = 35.0  # the same where a server died in a divided network: what it declared in a higher epoch has to expire
 LOOK = 0.25  # seconds between two looks
 JUST_STARTED = 2.0  # seconds in which a server may not have heard those yet whose experts it has copies of
+DECLARED = 11.0  # seconds in which it is declared, and then said, that an expert was taken over
 ON_THE_WAY = 0.5  # seconds that an answer, or what a watcher hears, may take
 STEPS = ("kill", "kill", "restart", "spare", "split", "split", "heal", "lossy", "slow")
 PAUSES = (0.0, 0.3, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
@@ -252,6 +253,7 @@ async def run_trial(folder: Path, steps: Sequence[Step], *, backups: int = 1, se
                 await trial.until_agreed()
                 nursery.cancel_scope.cancel()
             await trial.until_agreed()  # and nobody learns any more
+            await trio.sleep(DECLARED)
             trial.check_updates()
     return trial
 
